@@ -1,0 +1,39 @@
+"""Every error softtrace raises on purpose, each saying what was found, what is allowed, what to do.
+
+All derive from :class:`SofttraceError`; those about arguments also derive from the builtin a caller
+would expect (``ValueError``), so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class SofttraceError(Exception):
+    """Base class of all errors raised by softtrace."""
+
+
+class UnsupportedModelError(SofttraceError):
+    """The model's layers are not the sum of edges that the graph needs (see ``softtrace.attach``)."""
+
+
+class InvalidInputError(SofttraceError, ValueError):
+    """A batch, an option or a position is outside what the called function accepts."""
+
+
+class NonFiniteError(SofttraceError, ArithmeticError):
+    """Logits, importances or weights contain NaN or infinity."""
+
+
+class DataError(SofttraceError, ValueError):
+    """Training or evaluation text is missing, empty, binary or not UTF-8."""
+
+
+class ModelDirectoryError(SofttraceError, ValueError):
+    """A model directory lacks a config, safetensors weights or a tokenizer."""
+
+
+class OutputExistsError(SofttraceError, FileExistsError):
+    """An output folder already holds files that the run would overwrite."""
+
+
+class TrainerSetupError(SofttraceError, RuntimeError):
+    """The callback was put into a Trainer or LightningModule it cannot work with."""
