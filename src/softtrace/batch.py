@@ -1,0 +1,84 @@
+"""Checks on what users hand in: ids, padding masks, numbers in a range."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from softtrace.errors import InvalidInputError, NonFiniteError
+
+
+def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
+    """Return ``[B, T]`` bool, True at real tokens.
+
+    Args:
+        input_ids: ``[B, T]`` integers in [0, vocabulary).
+        attention_mask: ``[B, T]`` of 0 and 1 (padding on either side), or None for no padding.
+        vocabulary: rows of the embedding.
+
+    Raises:
+        InvalidInputError: wrong rank, dtype, shape or values, or no token at all.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
+    if input_ids.numel() == 0:
+        raise InvalidInputError(f"input_ids: found shape {tuple(input_ids.shape)}, no token in it")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidInputError(
+            f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
+            "(the model's vocabulary); is the tokenizer the model's own?"
+        )
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise InvalidInputError(
+            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    valid = attention_mask.to(torch.bool)
+    if not torch.equal(valid.to(attention_mask.dtype), attention_mask):
+        raise InvalidInputError("attention_mask: found values other than 0 and 1")
+    return valid
+
+
+def position_ids_of(valid: Tensor) -> Tensor:
+    """``[B, T]``: 0 at each row's first real token, so that left padding changes no prediction."""
+    return (valid.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None:
+    """Raise :class:`NonFiniteError` if ``tensor`` (at the valid ``[B, T]`` only) is not finite."""
+    finite = torch.isfinite(tensor)
+    if valid is not None:
+        finite = finite | ~valid.reshape(valid.shape + (1,) * (tensor.dim() - 2))
+    if not bool(finite.all()):
+        wrong = int((~finite).sum())
+        raise NonFiniteError(
+            f"{what}: {wrong} of {tensor.numel()} values are NaN or infinite. Lower the learning "
+            "rate, clip gradients, or train in bfloat16 or float32 instead of float16."
+        )
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` if it lies in the range, else raise :class:`InvalidInputError`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    above = number and (value > low if open_low else value >= low)
+    below = number and (value < high if open_high else value <= high)
+    if not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise InvalidInputError(f"{name}: found {value!r}, allowed {left}{low:g}, {high:g}{right}")
+    return value

@@ -1,0 +1,86 @@
+"""Identity 1: importances from norms, ‖A·V·W_O‖₁ = A·‖V·W_O‖₁, without a vector per edge.
+
+Source: Kervadec et al., arXiv 2605.27033, section 3: an edge's importance is the L1 norm of what it
+carries over the sum of those norms at its node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Elements of the [B, H, chunk, d_model] product that exist at one time: 16 MiB in float32.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: norms, logs and softmax never run in half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_value_norms(value: Tensor, weight: Tensor) -> Tensor:
+    """‖V[h, s] · W_O[h]‖₁ for every query head and source.
+
+    Args:
+        value: ``[B, H_kv, S, d_head]``, values as the attention uses them.
+        weight: ``[H, d_head, d_model]``; H is a multiple of H_kv, and query head h reads value head
+            ``h // (H / H_kv)`` (grouped-query attention).
+
+    Returns:
+        ``[B, H, S]`` in float32 (float64 for float64). The product ``[B, H, chunk, d_model]`` is
+        taken in chunks over S; with gradients it is recomputed in the backward pass.
+    """
+    batch, kv_heads, length, head_dim = value.shape
+    heads, _, width = weight.shape
+    dtype = working_dtype(value.dtype)
+    with torch.autocast(value.device.type, enabled=False):
+        value = value.to(dtype)
+        grouped = weight.to(dtype).view(kv_heads, heads // kv_heads, head_dim, width)
+        step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * width))
+        pieces = []
+        for start in range(0, length, step):
+            piece = value[:, :, start : start + step]
+            if torch.is_grad_enabled() and (piece.requires_grad or grouped.requires_grad):
+                norms = checkpoint(
+                    _chunk_norms, piece, grouped, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                norms = _chunk_norms(piece, grouped)
+            pieces.append(norms)
+        return torch.cat(pieces, dim=-1)
+
+
+def _chunk_norms(value: Tensor, weight: Tensor) -> Tensor:
+    """``[B, K, S, e] x [K, G, e, d] -> [B, K·G, S]``."""
+    product = torch.einsum("bkse,kged->bkgsd", value, weight)
+    return product.abs().sum(-1).flatten(1, 2)
+
+
+def l1_norm(vectors: Tensor) -> Tensor:
+    """L1 norm over the last dimension, in the working dtype."""
+    return vectors.to(working_dtype(vectors.dtype)).abs().sum(-1)
+
+
+def share_of_node(residual: Tensor, sublayer: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of a node with two edges, from their norms ``[B, T]``; 0 where the node is zero."""
+    total = (residual + sublayer).clamp_min(torch.finfo(residual.dtype).tiny)
+    return residual / total, sublayer / total
+
+
+def attention_shares(
+    probabilities: Tensor, norms: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shares of an after-attention node.
+
+    Args:
+        probabilities: ``[B, H, T, S]`` after the softmax, 0 where there is no edge.
+        norms: ``[B, H, S]`` from :func:`head_value_norms`.
+        residual: ``[B, T]``, L1 norm of the residual stream that enters the layer.
+
+    Returns:
+        ``[B, H, T, S]`` for the attention edges, ``[B, T]`` for the residual edge.
+    """
+    carried = probabilities.to(norms.dtype) * norms[:, :, None, :]
+    total = (residual + carried.sum((1, 3))).clamp_min(torch.finfo(norms.dtype).tiny)
+    return carried / total[:, None, :, None], residual / total

@@ -1,0 +1,184 @@
+"""``attach(model)``: recording and masking runs on an unmodified transformers model.
+
+Nothing is installed between runs. Hooks, the attention implementation and eval mode are put in
+place around each run of ours and taken back after it, also after an exception; the user's own
+forward, attention kernel, checkpointing and compiled code never meet them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from softtrace.attention import softtrace_attention_active
+from softtrace.batch import check_batch, check_finite, position_ids_of
+from softtrace.errors import UnsupportedModelError
+from softtrace.families import Anatomy, take_apart
+from softtrace.families.proof import prove
+from softtrace.graph import EdgeImportance, LayerEdges
+from softtrace.runs import MaskedRun, RecordingRun, Run, dropout_off
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a recording run saw.
+
+    Attributes:
+        logits: ``[B, T, V]``, the full model's.
+        importance: of every edge.
+        hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
+            ``[B, T, d_model]``; None unless asked for.
+    """
+
+    logits: Tensor
+    importance: EdgeImportance
+    hidden: tuple[Tensor, ...] | None
+
+
+class Instrument:
+    """A model that was proven to be the sum of its edges. Made by :func:`attach`."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self._model = weakref.ref(model)
+        self.anatomy = anatomy
+        configs = {id(m.config): m.config for m in model.modules() if _has_config(m)}
+        self._configs: tuple[PretrainedConfig, ...] = tuple(configs.values())
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, not kept alive by the instrument."""
+        model = self._model()
+        if model is None:
+            raise UnsupportedModelError("the attached model no longer exists")
+        return model
+
+    def detach(self) -> None:
+        """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
+        model = self._model()
+        if model is not None:
+            _ATTACHED.pop(model, None)
+
+    def valid(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Check a batch; return ``[B, T]`` bool, True at real tokens."""
+        return check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
+
+    def record(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_hidden: bool = False
+    ) -> Recording:
+        """Run the full model and measure every edge; differentiable unless gradients are off.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]`` of 0 and 1, or None.
+            keep_hidden: also keep the residual stream at every layer.
+
+        Raises:
+            InvalidInputError: see :func:`softtrace.batch.check_batch`.
+            NonFiniteError: a logit at a real token is NaN or infinite.
+        """
+        valid = self.valid(input_ids, attention_mask)
+        run = RecordingRun(self.anatomy, valid, keep_hidden)
+        logits = self.forward(run, input_ids)
+        check_finite(logits.detach(), "logits of the full model", valid)
+        importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
+        return Recording(logits, importance, None if run.hidden is None else tuple(run.hidden))
+
+    def masked_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, masks: Sequence[LayerEdges]
+    ) -> Tensor:
+        """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1]."""
+        valid = self.valid(input_ids, attention_mask)
+        return self.forward(MaskedRun(self.anatomy, valid, masks), input_ids)
+
+    def forward(self, run: Run, input_ids: Tensor) -> Tensor:
+        """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer."""
+        with self._running(run):
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=run.valid.long(),
+                position_ids=position_ids_of(run.valid),
+                use_cache=False,
+            )
+        logits: Tensor = output.logits
+        return logits
+
+    @contextmanager
+    def _running(self, run: Run) -> Iterator[None]:
+        """Put a run's hooks, attention and eval mode in place; take them back at exit."""
+        handles = []
+        try:
+            for module, hook, before in run.hooks():
+                if before:
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            with dropout_off(self.model), softtrace_attention_active(self._configs, run):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def attach(model: nn.Module) -> Instrument:
+    """Prove that ``model`` is the sum of its edges, and return the instrument that runs it.
+
+    A tiny batch is run (no gradients, no change to the global random state) and every layer must
+    satisfy ``out == in + Σ edges``, also with edges masked. Attaching twice returns the same
+    instrument.
+
+    Args:
+        model: a causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
+
+    Raises:
+        UnsupportedModelError: names the layer and the mismatch.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    known = _ATTACHED.get(model)
+    if known is not None:
+        return known
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "some weights are on the meta device; load them (from_pretrained without "
+            "device_map='meta' or offload) before attaching"
+        )
+    instrument = Instrument(model, take_apart(model))
+    with torch.no_grad():
+        prove(instrument)
+    _ATTACHED[model] = instrument
+    return instrument
+
+
+def edge_importance(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> EdgeImportance:
+    """Importance of every edge of a batch (identity 1).
+
+    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure.
+
+    Args:
+        model: a causal language model; attached on the fly.
+        input_ids: ``[B, T]`` integers.
+        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+
+    Returns:
+        Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
+        ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T].
+
+    Raises:
+        UnsupportedModelError: see :func:`attach`.
+        InvalidInputError: ids outside the vocabulary, wrong shapes.
+        NonFiniteError: the model's logits are not finite.
+    """
+    return attach(model).record(input_ids, attention_mask).importance
+
+
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PretrainedConfig)
