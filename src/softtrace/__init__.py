@@ -1,1 +1,37 @@
-"""softtrace."""
+"""softtrace: fine-tune language models so that easy inputs need a sparse, early subgraph."""
+
+from softtrace.curve import DensityCurve, density_curve
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    ModelDirectoryError,
+    NonFiniteError,
+    OutputExistsError,
+    SofttraceError,
+    TrainerSetupError,
+    UnsupportedModelError,
+)
+from softtrace.graph import Edge, EdgeImportance, LayerEdges
+from softtrace.instrument import Instrument, attach, edge_importance
+from softtrace.trace import Trace, extract_trace
+
+__all__ = [
+    "DataError",
+    "DensityCurve",
+    "Edge",
+    "EdgeImportance",
+    "Instrument",
+    "InvalidInputError",
+    "LayerEdges",
+    "ModelDirectoryError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "SofttraceError",
+    "Trace",
+    "TrainerSetupError",
+    "UnsupportedModelError",
+    "attach",
+    "density_curve",
+    "edge_importance",
+    "extract_trace",
+]

@@ -1,0 +1,224 @@
+"""Identity 3: one masked run serves every position, so a grid of runs gives every density curve.
+
+All edges of importance >= τ are kept everywhere; the output at position t then depends only on the
+kept edges that reach t, and those are t's own s-Trace at threshold τ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.batch import check_range
+from softtrace.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, total_variation
+from softtrace.errors import InvalidInputError
+from softtrace.graph import EdgeImportance
+from softtrace.instrument import Instrument, Recording, attach
+from softtrace.masks import hard_masks
+from softtrace.trace import edge_counts, total_edges
+
+SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26))
+"""26 sizes, log-spaced from 1e-4 to 1: the paper's construction and refinement phases."""
+
+DEPTH_QUARTILES = 4
+
+
+def default_thresholds(count: int = 26) -> tuple[float, ...]:
+    """Thresholds evenly spaced in the logit, 0.98 to 1e-6: fine near 1, geometric near 0.
+
+    Residual edges carry most of their node and enter first, at thresholds between 0.5 and 1, where
+    a purely geometric grid would see one or two points.
+    """
+    grid = torch.linspace(4.0, -13.8, count, dtype=torch.float64).sigmoid()
+    return tuple(grid.tolist())
+
+
+@dataclass(frozen=True)
+class DensityCurve:
+    """Distortion over trace size for every position of a batch.
+
+    Attributes:
+        thresholds: ``[K]``, falling.
+        size: ``[K, B, T]`` share of |E| of the trace at each threshold; NaN at padding.
+        total_variation: ``[K, B, T]`` in [0, 1]; NaN at padding.
+        edges: ``[B, T]`` int64, |E| of each position; 0 at padding.
+        entropy: ``[B, T]`` nats, of the full model's prediction.
+        composition: ``[K, B, T, Q, 4]`` number of edges by depth quartile and kind
+            (``EDGE_KINDS``); None unless asked for.
+        nucleus: ``[K, B, T, P]`` bool, ordered top-p list recovered; None unless asked for.
+    """
+
+    thresholds: Tensor
+    size: Tensor
+    total_variation: Tensor
+    edges: Tensor
+    entropy: Tensor
+    composition: Tensor | None = None
+    nucleus: Tensor | None = None
+
+    def at_sizes(self, sizes: Iterable[float] = SIZES, values: Tensor | None = None) -> Tensor:
+        """Read TV (or other per-threshold values) at given sizes, linear in log s.
+
+        The full graph (size 1) has TV 0 by definition and closes the curve; an empty trace stands
+        at half an edge. Below the smallest measured trace the value is held.
+
+        Args:
+            sizes: ``N`` shares in (0, 1].
+            values: ``[K, B, T]`` with its value at the full graph appended, ``[K + 1, B, T]``;
+                None for TV.
+
+        Returns:
+            ``[N, B, T]``.
+        """
+        wanted = list(sizes)
+        for size in wanted:
+            check_range("size", size, 0.0, 1.0, open_low=True)
+        log_size = self._log_size()
+        if values is None:
+            values = self._closed_variation()
+        points = log_size.movedim(0, -1).contiguous()
+        heights = values.to(points.dtype).movedim(0, -1)
+        query = torch.tensor(wanted, dtype=points.dtype, device=points.device).log()
+        query = query.expand(*points.shape[:-1], -1).contiguous()
+        right = torch.searchsorted(points, query).clamp(1, points.shape[-1] - 1)
+        x0, x1 = points.gather(-1, right - 1), points.gather(-1, right)
+        y0, y1 = heights.gather(-1, right - 1), heights.gather(-1, right)
+        share = ((query - x0) / (x1 - x0).clamp_min(1e-12)).clamp(0, 1)
+        return (y0 + share * (y1 - y0)).movedim(-1, 0)
+
+    def area(self) -> Tensor:
+        """Mean TV over log10 s from 1e-4 to 1 (trapezoids on :data:`SIZES`), ``[B, T]``."""
+        heights = self.at_sizes(SIZES)
+        return (heights.sum(0) - (heights[0] + heights[-1]) / 2) / (len(SIZES) - 1)
+
+    def size_at(self, total_variation: float = 0.2) -> Tensor:
+        """The smallest size with TV at or under a bound, ``[B, T]``: first crossing, log-linear.
+
+        0 where even the empty trace is under the bound.
+
+        Raises:
+            InvalidInputError: bound outside (0, 1).
+        """
+        bound = check_range("total_variation", total_variation, 0.0, 1.0, open_low=True)
+        heights = self._closed_variation()
+        log_size = self._log_size()
+        first = (heights <= bound).int().argmax(0, keepdim=True)
+        before = (first - 1).clamp_min(0)
+        y0, y1 = heights.gather(0, before), heights.gather(0, first)
+        x0, x1 = log_size.gather(0, before), log_size.gather(0, first)
+        share = ((y0 - bound) / (y0 - y1).clamp_min(1e-12)).clamp(0, 1)
+        crossing = (x0 + share * (x1 - x0)).exp()
+        at_once = torch.cat((self.size, torch.ones_like(self.size[:1])))[:1]
+        return torch.where(first == 0, at_once, crossing)[0]
+
+    def _log_size(self) -> Tensor:
+        """``[K + 1, B, T]``, rising; the empty trace at half an edge, the full graph appended."""
+        floor = 0.5 / self.edges.clamp_min(1)
+        size = torch.maximum(self.size, floor.to(self.size.dtype))
+        return torch.cat((size, torch.ones_like(size[:1]))).log()
+
+    def _closed_variation(self) -> Tensor:
+        variation = self.total_variation
+        return torch.cat((variation, torch.zeros_like(variation[:1])))
+
+
+def density_curve(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    thresholds: Sequence[float] | Tensor | None = None,
+    *,
+    composition: bool = False,
+    nucleus: bool = False,
+) -> DensityCurve:
+    """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
+
+    Args:
+        model: a causal language model; attached on the fly.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+        thresholds: importances in (0, 1); None for :func:`default_thresholds`.
+        composition: also count edges by depth quartile and kind.
+        nucleus: also compare ordered top-p lists (sorts the vocabulary once a run: slow).
+
+    Raises:
+        UnsupportedModelError, InvalidInputError, NonFiniteError: see
+            :func:`softtrace.edge_importance`; thresholds outside (0, 1) or none at all.
+    """
+    instrument = attach(model)
+    grid = default_thresholds() if thresholds is None else [float(tau) for tau in thresholds]
+    for tau in grid:
+        check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
+    with torch.no_grad():
+        recording = instrument.record(input_ids, attention_mask)
+        return curve_of(
+            instrument,
+            input_ids,
+            recording,
+            recording.importance,
+            grid,
+            composition=composition,
+            nucleus=nucleus,
+        )
+
+
+@torch.no_grad()
+def curve_of(
+    instrument: Instrument,
+    input_ids: Tensor,
+    recording: Recording,
+    scores: EdgeImportance,
+    thresholds: Sequence[float],
+    *,
+    composition: bool = False,
+    nucleus: bool = False,
+) -> DensityCurve:
+    """Sweep thresholds over any score of the edges; the importances give the s-Traces.
+
+    Args:
+        instrument: of the model.
+        input_ids: ``[B, T]``.
+        recording: of the same batch.
+        scores: what the search goes by (importances, or a baseline's scores).
+        thresholds: edges of score >= threshold are kept.
+        composition, nucleus: see :func:`density_curve`.
+    """
+    if not len(thresholds):
+        raise InvalidInputError("thresholds: found none, at least one is needed")
+    valid = scores.valid
+    grid = torch.tensor(sorted(thresholds, reverse=True), dtype=torch.float64, device=valid.device)
+    total = total_edges(scores)
+    padding = ~valid
+    sizes, variations, compositions, nuclei = [], [], [], []
+    for tau in grid.tolist():
+        masks = hard_masks(scores, tau)
+        counts = edge_counts(masks)
+        logits = instrument.masked_logits(input_ids, valid.long(), masks)
+        share = counts.sum((2, 3)).double() / total.clamp_min(1)
+        sizes.append(share.masked_fill(padding, torch.nan))
+        variation = total_variation(recording.logits, logits)
+        variations.append(variation.masked_fill(padding, torch.nan))
+        if composition:
+            compositions.append(_by_quartile(counts))
+        if nucleus:
+            nuclei.append(nucleus_recovered(recording.logits, logits, NUCLEUS_SHARES))
+    return DensityCurve(
+        thresholds=grid,
+        size=torch.stack(sizes),
+        total_variation=torch.stack(variations),
+        edges=total,
+        entropy=entropy(recording.logits).masked_fill(padding, torch.nan),
+        composition=torch.stack(compositions) if composition else None,
+        nucleus=torch.stack(nuclei) if nucleus else None,
+    )
+
+
+def _by_quartile(counts: Tensor) -> Tensor:
+    """``[B, T, L, 4]`` to ``[B, T, Q, 4]``: layer l belongs to quartile ⌊4·l / L⌋."""
+    layers = counts.shape[2]
+    quartile = torch.arange(layers, device=counts.device) * DEPTH_QUARTILES // layers
+    summed = counts.new_zeros(*counts.shape[:2], DEPTH_QUARTILES, counts.shape[3])
+    return summed.index_add_(2, quartile, counts)

@@ -1,0 +1,108 @@
+"""Masks over edges: hard, straight, soft, and the early-phase family.
+
+A mask is a tuple of :class:`LayerEdges` with values in [0, 1]; absent edges are 0 in every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softtrace.batch import check_range
+from softtrace.graph import EdgeImportance, LayerEdges
+from softtrace.importance import working_dtype
+
+
+def per_sequence(threshold: Tensor, values: Tensor) -> Tensor:
+    """Shape ``[B]`` (or a scalar) so that it broadcasts over ``[B, ...]``."""
+    return threshold.reshape(-1, *(1 for _ in values.shape[1:])) if threshold.dim() else threshold
+
+
+def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[LayerEdges, ...]:
+    """Keep every existing edge of importance >= threshold (identity 3).
+
+    Args:
+        importance: of a batch.
+        threshold: one number for all or ``[B]``, one a sequence.
+
+    Returns:
+        bool masks.
+    """
+    return tuple(
+        _zip(layer, exists, lambda scores, there, cut: (scores >= cut) & there, threshold)
+        for layer, exists in zip(importance.layers, importance.existing(), strict=True)
+    )
+
+
+def straight_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[LayerEdges, ...]:
+    """Hard masks as numbers, held constant: no gradient flows through the importances."""
+    dtype = working_dtype(importance.layers[0].mlp.dtype)
+    with torch.no_grad():
+        masks = hard_masks(importance, threshold)
+        return tuple(layer.map(lambda mask: mask.to(dtype)) for layer in masks)
+
+
+def soft_masks(
+    importance: EdgeImportance, threshold: Tensor | float, temperature: float
+) -> tuple[LayerEdges, ...]:
+    """sigmoid((log importance - log threshold) / temperature), differentiable in the importances.
+
+    Args:
+        importance: of a batch.
+        threshold: in (0, 1], one number or ``[B]``.
+        temperature: in nats of importance, > 0; towards 0 the masks become hard.
+
+    Raises:
+        InvalidInputError: temperature not positive.
+    """
+    check_range("temperature", temperature, 0.0, float("inf"), open_low=True)
+
+    def soften(scores: Tensor, there: Tensor, cut: Tensor | float) -> Tensor:
+        tiny = torch.finfo(scores.dtype).tiny
+        log_cut = torch.as_tensor(cut, dtype=scores.dtype, device=scores.device).log()
+        # Only existing edges reach the log, so that no gradient is 0 · infinity.
+        log_scores = scores.masked_fill(~there, 1.0).clamp_min(tiny).log()
+        return ((log_scores - log_cut) / temperature).sigmoid() * there
+
+    with torch.autocast(importance.valid.device.type, enabled=False):
+        return tuple(
+            _zip(layer, exists, soften, threshold)
+            for layer, exists in zip(importance.layers, importance.existing(), strict=True)
+        )
+
+
+def early_phase_masks(masks: Sequence[LayerEdges], depth: Tensor) -> tuple[LayerEdges, ...]:
+    """Keep the given masks in the first ``depth`` layers and only residual edges above.
+
+    Args:
+        masks: floating masks of a batch.
+        depth: ``[B]`` integers in [0, L]; L leaves the masks as they are.
+    """
+    shallow = []
+    for index, layer in enumerate(masks):
+        inside = depth > index
+
+        def above(values: Tensor, fill: float, inside: Tensor = inside) -> Tensor:
+            return torch.where(per_sequence(inside, values), values, fill)
+
+        shallow.append(
+            LayerEdges(
+                above(layer.attention, 0.0),
+                above(layer.attention_residual, 1.0),
+                above(layer.mlp, 0.0),
+                above(layer.mlp_residual, 1.0),
+            )
+        )
+    return tuple(shallow)
+
+
+def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: ignore[no-untyped-def]
+    def cut(values: Tensor) -> Tensor | float:
+        return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
+
+    parts = (
+        function(values, there, cut(values)) for values, there in zip(layer, exists, strict=True)
+    )
+    return LayerEdges(*parts)
