@@ -13,11 +13,16 @@ from softtrace.errors import (
 )
 from softtrace.graph import Edge, EdgeImportance, LayerEdges
 from softtrace.instrument import Instrument, attach, edge_importance
+from softtrace.loss import DensityLoss, DensityTerm
+from softtrace.options import DensityOptions
 from softtrace.trace import Trace, extract_trace
 
 __all__ = [
     "DataError",
     "DensityCurve",
+    "DensityLoss",
+    "DensityOptions",
+    "DensityTerm",
     "Edge",
     "EdgeImportance",
     "Instrument",

@@ -1,0 +1,229 @@
+"""The density loss: on a sub-batch, the distortion of easy tokens under a sparse, early mask.
+
+    strength · Σ_t easy_t · KL(p_t ‖ q_t) / Σ_t easy_t
+
+p is the full prediction (held constant), q that of a masked run with a threshold τ and a depth E
+drawn per sequence. A separate pass on a sub-batch leaves the user's own forward untouched and makes
+the cost a dial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.batch import check_finite
+from softtrace.distortion import divergence
+from softtrace.draws import Draw, draw
+from softtrace.easiness import easiness, easy_weights
+from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.graph import EdgeImportance, LayerEdges
+from softtrace.instrument import attach
+from softtrace.masks import early_phase_masks, soft_masks, straight_masks
+from softtrace.options import DensityOptions
+from softtrace.trace import edge_counts, total_edges
+
+
+@dataclass(frozen=True)
+class DensityTerm:
+    """The added term of one step, and what it was made of.
+
+    Attributes:
+        loss: scalar to add to the task loss (nats times strength). Without a graph, and 0, if
+            nothing was run.
+        distortion: Σ easy·KL / Σ easy, nats, detached.
+        soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
+            before the depth cut, detached.
+        easy_share: Σ easy / number of counted tokens, detached.
+        strength: weight at this step.
+        skipped: why nothing was run although the strength is positive; None otherwise.
+    """
+
+    loss: Tensor
+    distortion: Tensor
+    soft_size: Tensor
+    easy_share: Tensor
+    strength: float
+    skipped: str | None = None
+
+
+class DensityLoss:
+    """Computes the density term for batches of one model: the plain-loop door.
+
+    Add ``density_loss(input_ids, attention_mask, labels).loss`` to the task loss before the
+    backward pass. With several processes the draws differ by rank; average gradients as usual.
+
+    Args:
+        model: a causal language model of transformers; attached (and proven) here unless the
+            strength is 0.
+        **options: see :class:`softtrace.options.DensityOptions`.
+
+    Raises:
+        UnsupportedModelError: see :func:`softtrace.attach`.
+        InvalidInputError: an option outside its range.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.options = DensityOptions(**options)
+        self.model = model
+        self.step = 0
+        if self.options.strength > 0:
+            attach(model)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        step: int | None = None,
+    ) -> DensityTerm:
+        """The term of one step.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]`` of 0 and 1, or None. Rows of padding alone are left out.
+            labels: ``[B, T]``, -100 where the task loss looks away; positions whose next label is
+                -100 do not count. None counts every real token.
+            step: global step for the schedule and the draws; None counts the calls.
+
+        Raises:
+            InvalidInputError: a malformed batch.
+            NonFiniteError: logits are not finite and ``on_nonfinite`` is ``"raise"``.
+        """
+        if step is None:
+            step, self.step = self.step, self.step + 1
+        strength = self.options.schedule(step)
+        if strength == 0:
+            return _nothing(input_ids, 0.0, None)
+        try:
+            return self._term(input_ids, attention_mask, labels, step, strength)
+        except NonFiniteError as error:
+            if self.options.on_nonfinite == "skip":
+                return _nothing(input_ids, strength, str(error))
+            raise NonFiniteError(f"step {step}: {error}") from error
+
+    def _term(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        step: int,
+        strength: float,
+    ) -> DensityTerm:
+        options, instrument = self.options, attach(self.model)
+        valid = instrument.valid(input_ids, attention_mask)
+        targets = _next_tokens(input_ids, valid, labels)
+        rows = (targets >= 0).any(-1).nonzero()[:, 0]
+        if not len(rows):
+            return _nothing(input_ids, strength, "no token of the batch has a target")
+        length = input_ids.shape[1]
+        window = length if options.crop is None else min(options.crop, length)
+        layers = len(instrument.anatomy.layers)
+        chosen = draw(
+            seed=options.seed,
+            step=step,
+            rank=_rank(),
+            rows=rows,
+            share=options.share,
+            room=length - window,
+            thresholds=options.thresholds,
+            depths=options.depth_bounds(layers),
+        )
+        part = (chosen.rows, slice(chosen.start, chosen.start + window))
+        ids, mask, wanted = input_ids[part], valid[part].long(), targets[part]
+        if not bool((wanted >= 0).any()):
+            return _nothing(input_ids, strength, "no token of the crop has a target")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
+            recording = instrument.record(ids, mask)
+        full = recording.logits.detach()
+        score = easiness(options.easiness)(full, wanted)
+        easy = easy_weights(score, wanted >= 0, options.easy_quantile, options.easy_width)
+        traces, masks = self._masks(recording.importance, chosen)
+        masked = instrument.masked_logits(ids, mask, masks)
+        check_finite(masked.detach(), "logits of the masked run", mask.bool())
+        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
+        distortion = (easy * divergence(full, masked)).sum() / total
+        size = self._size(recording.importance, traces, easy / total)
+        term = distortion + options.size_weight * size if options.size_weight else distortion
+        return DensityTerm(
+            loss=strength * term,
+            distortion=distortion.detach(),
+            soft_size=size.detach(),
+            easy_share=(total / (wanted >= 0).sum()).detach(),
+            strength=strength,
+        )
+
+    def _masks(
+        self, importance: EdgeImportance, chosen: Draw
+    ) -> tuple[Sequence[LayerEdges], Sequence[LayerEdges]]:
+        """Masks of the traces at the drawn thresholds, and the same after the depth cut."""
+        options = self.options
+        soft = options.masks == "soft" or options.size_weight > 0
+        if options.family == "shallow":
+            traces = straight_masks(importance, 0.0)
+        elif soft:
+            traces = soft_masks(importance, chosen.thresholds, options.temperature)
+        else:
+            traces = straight_masks(importance, chosen.thresholds)
+        kept = traces
+        if soft and options.masks == "straight" and options.family != "shallow":
+            kept = straight_masks(importance, chosen.thresholds)
+        if options.family != "sparse":
+            kept = early_phase_masks(kept, chosen.depths)
+        return traces, kept
+
+    def _size(
+        self, importance: EdgeImportance, traces: Sequence[LayerEdges], weights: Tensor
+    ) -> Tensor:
+        """Weighted mean size of the traces; with gradients only if a size term wants them."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
+            return soft_size(importance, traces, weights)
+
+
+def soft_size(
+    importance: EdgeImportance, masks: Sequence[LayerEdges], weights: Tensor | None = None
+) -> Tensor:
+    """Size of the traces that masks leave, as shares of |E|: soft reachability times in-degree.
+
+    Args:
+        importance: of the batch, for |E|.
+        masks: see :mod:`softtrace.masks`.
+        weights: ``[B, T]`` to sum with; None returns every position.
+
+    Returns:
+        ``[B, T]`` (0 at padding), or a scalar with ``weights``.
+    """
+    with torch.autocast(importance.valid.device.type, enabled=False):
+        counts = edge_counts(masks).sum((2, 3))
+        size = counts / total_edges(importance).clamp_min(1) * importance.valid
+        return size if weights is None else (size * weights).sum()
+
+
+def _next_tokens(input_ids: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
+    """``[B, T]``: the token each position has to predict; -100 where it does not count."""
+    if labels is not None and labels.shape != input_ids.shape:
+        raise InvalidInputError(
+            f"labels: found shape {tuple(labels.shape)}, expected that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    target = torch.full_like(input_ids, -100)
+    if labels is None:
+        # The last token's prediction has no target but is as good a prediction as any other.
+        target[:, :-1] = input_ids[:, 1:].masked_fill(~valid[:, 1:], 0)
+        return target.masked_fill(target < 0, 0).masked_fill(~valid, -100)
+    target[:, :-1] = labels[:, 1:]
+    return target.masked_fill(~valid, -100)
+
+
+def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
+    zero = torch.zeros((), device=input_ids.device)
+    return DensityTerm(zero, zero, zero, zero, strength, why)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

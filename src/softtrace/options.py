@@ -1,0 +1,119 @@
+"""The dials of the density loss, in one place for every door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from softtrace.batch import check_range
+from softtrace.easiness import easiness
+from softtrace.errors import InvalidInputError
+from softtrace.schedule import StrengthSchedule
+
+MaskKind = Literal["straight", "soft"]
+Family = Literal["both", "sparse", "shallow"]
+OnNonFinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class DensityOptions:
+    """Options of the density loss; plain numbers and strings, so that YAML can hold them.
+
+    Args:
+        strength: weight of the term, >= 0; 0 runs nothing and changes nothing.
+        start_step: first global step with the term.
+        warmup_steps: steps over which the strength rises linearly.
+        masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
+            importances; the recording run then needs gradients).
+        temperature: of soft masks, nats of importance, > 0.
+        family: ``"both"`` (sparse in the first E layers, only residual edges above), ``"sparse"``
+            (E = L) or ``"shallow"`` (every edge of the first E layers).
+        thresholds: bounds of τ in (0, 1), drawn log-uniformly per sequence.
+        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per sequence.
+        easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
+            ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
+        easy_quantile: share of the tokens that are easy, in (0, 1].
+        easy_width: smoothness of the step at the quantile, standard deviations of the score, >= 0.
+        share: of the sequences that the term looks at, in (0, 1]; at least one.
+        crop: tokens of each of them (a random window), or None for all.
+        size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
+            the importances. Never without the distortion: alone it is gamed by rescaling.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
+        seed: of the random draws, which are a function of (seed, step, rank) alone.
+
+    Raises:
+        InvalidInputError: a value outside its range, or an unknown name.
+    """
+
+    strength: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 0
+    masks: MaskKind = "straight"
+    temperature: float = 0.5
+    family: Family = "both"
+    thresholds: tuple[float, float] = (1e-4, 1e-1)
+    depths: tuple[float, float] = (0.25, 1.0)
+    easiness: str | Callable[[Any, Any], Any] = "entropy"
+    easy_quantile: float = 0.5
+    easy_width: float = 0.1
+    share: float = 0.5
+    crop: int | None = None
+    size_weight: float = 0.0
+    on_nonfinite: OnNonFinite = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.schedule
+        easiness(self.easiness)
+        _one_of("masks", self.masks, get_args(MaskKind))
+        _one_of("family", self.family, get_args(Family))
+        _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
+        infinity = float("inf")
+        check_range("temperature", self.temperature, 0, infinity, open_low=True, open_high=True)
+        check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
+        check_range("easy_width", self.easy_width, 0, infinity, open_high=True)
+        check_range("share", self.share, 0, 1, open_low=True)
+        check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
+        _pair("thresholds", self.thresholds, open_high=True)
+        _pair("depths", self.depths, open_high=False)
+        if self.crop is not None and (not isinstance(self.crop, int) or self.crop < 1):
+            raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
+        if self.size_weight > 0 and self.family == "shallow":
+            raise InvalidInputError(
+                "size_weight: the family 'shallow' has no threshold and so no trace size; "
+                "use family 'both' or 'sparse'"
+            )
+
+    @property
+    def schedule(self) -> StrengthSchedule:
+        """Strength as a function of the global step."""
+        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps)
+
+    @property
+    def through_importances(self) -> bool:
+        """Whether gradients flow through the importances, so that the recording run needs them."""
+        return (self.masks == "soft" and self.family != "shallow") or self.size_weight > 0
+
+    def depth_bounds(self, layers: int) -> tuple[int, int]:
+        """Smallest and largest E for a model of this many layers."""
+        if self.family == "sparse":
+            return layers, layers
+        low, high = (min(layers, max(1, round(share * layers))) for share in self.depths)
+        return low, high
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidInputError(
+            f"{name}: found {value!r}, allowed are {', '.join(map(repr, allowed))}"
+        )
+
+
+def _pair(name: str, value: tuple[float, float], *, open_high: bool) -> None:
+    if len(value) != 2 or value[0] > value[1]:
+        raise InvalidInputError(f"{name}: found {value!r}, expected (low, high) with low <= high")
+    for bound in value:
+        check_range(name, bound, 0, 1, open_low=True, open_high=open_high)
