@@ -35,7 +35,7 @@ _LISTENER: ContextVar[AttentionListener] = ContextVar("softtrace_listener")
 
 
 def _visible_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as 'just causal'."""
+    """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as causal."""
     kwargs["allow_is_causal_skip"] = False
     kwargs["allow_is_bidirectional_skip"] = False
     return sdpa_mask(*args, **kwargs)
@@ -61,7 +61,7 @@ def _attention(
     kv_heads, sources = key.shape[1:3]
     scale = head_dim**-0.5 if scaling is None else scaling
     visible = attention_mask[:, 0, :length, :sources].expand(batch, -1, -1)
-    # Query heads of one group share a key head: fold the group into the target axis, repeat nothing.
+    # Query heads of a group share a key head: fold the group into the target axis, repeat nothing.
     grouped = query.reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, sources)
     scores = scores.to(working_dtype(scores.dtype)) * scale

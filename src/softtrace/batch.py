@@ -22,7 +22,9 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
         InvalidInputError: wrong rank, dtype, shape or values, or no token at all.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        found = (
+            tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
         raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
@@ -38,8 +40,8 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.shape != input_ids.shape:
         raise InvalidInputError(
-            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of input_ids, "
-            f"{tuple(input_ids.shape)}"
+            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of "
+            f"input_ids, {tuple(input_ids.shape)}"
         )
     valid = attention_mask.to(torch.bool)
     if not torch.equal(valid.to(attention_mask.dtype), attention_mask):
@@ -75,7 +77,9 @@ def check_range(
     open_high: bool = False,
 ) -> float:
     """Return ``value`` if it lies in the range, else raise :class:`InvalidInputError`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    )
     above = number and (value > low if open_low else value >= low)
     below = number and (value < high if open_high else value <= high)
     if not (above and below):

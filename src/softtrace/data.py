@@ -36,7 +36,7 @@ _CHARACTERS_PER_CALL = 4_000_000
 
 
 class Document(NamedTuple):
-    """One text and the name that decides its side of the split: a relative path or ``file:line``."""
+    """One text, and the name that decides its side of the split: relative path or ``file:line``."""
 
     name: str
     text: str
@@ -175,7 +175,7 @@ def _parse(name: str, text: str, where: str) -> list[Document]:
 
 
 def _jsonl_text(line: str, where: str) -> str:
-    fix = "Each line must be a JSON object with a string under 'text', such as {\"text\": \"...\"}."
+    fix = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -246,11 +246,11 @@ def _split_tail(document: Document, share: float) -> tuple[list[Document], list[
     wanted = round(len(text) * (1 - share))
     # A paragraph's end may move the cut by half of the tail at most; a line's end by any distance.
     for boundary, reach in (("\n\n", (len(text) - wanted) // 2), ("\n", len(text))):
-        before = text.rfind(boundary, 0, wanted) + len(boundary)
-        after = text.find(boundary, max(wanted - len(boundary), 0)) + len(boundary)
+        before = text.rfind(boundary, 0, wanted)
+        after = text.find(boundary, max(wanted - len(boundary), 0))
         cuts = [
             cut
-            for cut in (before, after)
+            for cut in (found + len(boundary) for found in (before, after) if found >= 0)
             if abs(cut - wanted) <= reach and text[:cut].strip() and text[cut:].strip()
         ]
         if cuts:
@@ -258,8 +258,9 @@ def _split_tail(document: Document, share: float) -> tuple[list[Document], list[
             head = Document(f"{name} (head)", text[:cut])
             return [head], [Document(f"{name} (tail)", text[cut:])]
     raise DataError(
-        f"{name} is a single document of a single line, so no part of it can be held out. Give more "
-        "documents (a folder or a JSONL file), text with line breaks, or held_out_share=0."
+        f"{name} is a single document of a single line, so no part of it can be held out. "
+        "Give more documents (a folder or a JSONL file), text with line breaks, or "
+        "held_out_share=0."
     )
 
 
@@ -320,7 +321,7 @@ def pack(
     Args:
         documents: at least one.
         tokenizer: with an end-of-sequence token.
-        block_size: tokens in a block, at least 2 (the first token has nothing to be predicted from).
+        block_size: tokens in a block, at least 2 (the first has nothing to be predicted from).
 
     Returns:
         ``[N, block_size]`` int64, N >= 1.

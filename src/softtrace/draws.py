@@ -34,7 +34,7 @@ class Draw:
 def draw(
     *,
     seed: int,
-    step: int,
+    step: tuple[int, int],
     rank: int,
     rows: Tensor,
     share: float,
@@ -45,14 +45,16 @@ def draw(
     """Choose a sub-batch and, stratified over it, a threshold and a depth for each sequence.
 
     Args:
-        seed, step, rank: of the penalty, the global step, the process.
+        seed: of the penalty.
+        step: the global step, and which of its accumulated batches.
+        rank: of the process.
         rows: candidates, ``[R]``.
         share: of the candidates, in (0, 1]; at least one row is taken.
         room: largest start of the crop.
         thresholds: bounds of the log-uniform τ.
         depths: bounds of the uniform E, both included.
     """
-    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{step[0]}/{step[1]}/{rank}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     count = max(1, round(share * len(rows)))
     chosen = rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]

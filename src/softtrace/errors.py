@@ -12,7 +12,7 @@ class SofttraceError(Exception):
 
 
 class UnsupportedModelError(SofttraceError):
-    """The model's layers are not the sum of edges that the graph needs (see ``softtrace.attach``)."""
+    """The model's layers are not the sum of the graph's edges (see ``softtrace.attach``)."""
 
 
 class InvalidInputError(SofttraceError, ValueError):

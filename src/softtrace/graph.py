@@ -1,7 +1,7 @@
 """The graph of a sequence: nodes are the residual stream at (half-layer, token), edges add into it.
 
-Everything else speaks these shapes. ``B`` sequences, ``H`` attention heads, ``T`` targets, ``S = T``
-sources, ``L`` layers. Source: Kervadec et al., arXiv 2605.27033, section 3 (the graph, s-Traces).
+Everything else speaks these shapes. ``B`` sequences, ``H`` attention heads, ``T`` targets,
+``S = T`` sources, ``L`` layers. Source: Kervadec et al., arXiv 2605.27033, section 3 (the graph, s-Traces).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EDGE_KINDS: tuple[EdgeKind, ...] = ("attention", "attention_residual", "mlp", "m
 
 
 class Edge(NamedTuple):
-    """One edge. ``head`` is -1 where the kind has no heads; ``source == target`` but for attention."""
+    """One edge. ``head`` is -1 where the kind has none; ``source == target`` but for attention."""
 
     kind: EdgeKind
     layer: int
@@ -62,7 +62,7 @@ class LayerEdges:
 
 @dataclass(frozen=True)
 class EdgeImportance:
-    """Importances of all edges of a batch, each a share of its node: in [0, 1], summing to 1 a node.
+    """Importances of all edges of a batch: shares of their node, in [0, 1], summing to 1.
 
     Attributes:
         layers: one :class:`LayerEdges` a layer, float32 (float64 for a float64 model). Absent edges
@@ -83,12 +83,10 @@ class EdgeImportance:
         return len(self.layers), batch, heads, length
 
     def existing(self) -> tuple[LayerEdges, ...]:
-        """Which edges exist, as bool :class:`LayerEdges` (attention expanded over heads, no copy)."""
+        """Which edges exist, as bool :class:`LayerEdges` (attention expanded over heads)."""
         heads = self.layers[0].attention.shape[1]
         return tuple(
-            LayerEdges(
-                seen[:, None].expand(-1, heads, -1, -1), self.valid, self.valid, self.valid
-            )
+            LayerEdges(seen[:, None].expand(-1, heads, -1, -1), self.valid, self.valid, self.valid)
             for seen in self.visible
         )
 

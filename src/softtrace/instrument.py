@@ -49,7 +49,7 @@ class Instrument:
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self._model = weakref.ref(model)
         self.anatomy = anatomy
-        configs = {id(m.config): m.config for m in model.modules() if _has_config(m)}
+        configs = {id(config): config for config in map(_config_of, model.modules()) if config}
         self._configs: tuple[PretrainedConfig, ...] = tuple(configs.values())
 
     @property
@@ -180,5 +180,6 @@ def edge_importance(
     return attach(model).record(input_ids, attention_mask).importance
 
 
-def _has_config(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "config", None), PretrainedConfig)
+def _config_of(module: nn.Module) -> PretrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PretrainedConfig) else None

@@ -10,7 +10,7 @@ the cost a dial.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,15 +60,18 @@ class DensityLoss:
     Args:
         model: a causal language model of transformers; attached (and proven) here unless the
             strength is 0.
-        **options: see :class:`softtrace.options.DensityOptions`.
+        options: a ready :class:`softtrace.options.DensityOptions`; None for the defaults.
+        **changes: any of its fields, by name.
 
     Raises:
         UnsupportedModelError: see :func:`softtrace.attach`.
         InvalidInputError: an option outside its range.
     """
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        self.options = DensityOptions(**options)
+    def __init__(
+        self, model: nn.Module, options: DensityOptions | None = None, **changes: Any
+    ) -> None:
+        self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
         self.model = model
         self.step = 0
         if self.options.strength > 0:
@@ -80,6 +83,7 @@ class DensityLoss:
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         step: int | None = None,
+        micro_step: int = 0,
     ) -> DensityTerm:
         """The term of one step.
 
@@ -89,6 +93,7 @@ class DensityLoss:
             labels: ``[B, T]``, -100 where the task loss looks away; positions whose next label is
                 -100 do not count. None counts every real token.
             step: global step for the schedule and the draws; None counts the calls.
+            micro_step: which of the batches accumulated into this step, for the draws.
 
         Raises:
             InvalidInputError: a malformed batch.
@@ -100,7 +105,7 @@ class DensityLoss:
         if strength == 0:
             return _nothing(input_ids, 0.0, None)
         try:
-            return self._term(input_ids, attention_mask, labels, step, strength)
+            return self._term(input_ids, attention_mask, labels, (step, micro_step), strength)
         except NonFiniteError as error:
             if self.options.on_nonfinite == "skip":
                 return _nothing(input_ids, strength, str(error))
@@ -111,7 +116,7 @@ class DensityLoss:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        step: int,
+        step: tuple[int, int],
         strength: float,
     ) -> DensityTerm:
         options, instrument = self.options, attach(self.model)
@@ -226,4 +231,6 @@ def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm
 
 def _rank() -> int:
     distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return (
+        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    )

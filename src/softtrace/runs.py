@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from softtrace.families import Anatomy
 from softtrace.graph import LayerEdges
@@ -32,7 +33,7 @@ class Run:
 
     Attributes:
         valid: ``[B, T]`` bool, False at padding.
-        hidden: with ``keep_hidden``, the residual stream that entered each layer and the final norm.
+        hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm.
     """
 
     def __init__(self, anatomy: Anatomy, valid: Tensor, keep_hidden: bool = False) -> None:
@@ -107,6 +108,7 @@ class RecordingRun(Run):
         self.visible: list[Tensor] = []
         self._attention: tuple[Tensor, Tensor] | None = None
 
+    @override
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
@@ -127,9 +129,10 @@ class RecordingRun(Run):
                 return earlier
         return visible
 
+    @override
     def after_mlp(self, layer: int, output: Tensor) -> Tensor:
         if self._attention is None:
-            raise RuntimeError(f"layer {layer}: its attention did not follow the attention interface")
+            raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
         with torch.autocast(output.device.type, enabled=False):
             residual, mlp = share_of_node(
                 self._norm_at(layer, self.middle), self._norm_at(layer, output)
@@ -140,7 +143,7 @@ class RecordingRun(Run):
         return output
 
     def _norm_at(self, layer: int, part: Tensor) -> Tensor:
-        """``[B, T]`` norm of a part of an after-MLP node; the last is read through the final norm."""
+        """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
         part = part.to(working_dtype(part.dtype))
         if layer == len(self.anatomy.layers) - 1:
             part = self.anatomy.linearised_final_norm(part)
@@ -160,14 +163,17 @@ class MaskedRun(Run):
         super().__init__(anatomy, valid, keep_hidden)
         self.masks = masks
 
+    @override
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
         return probabilities * self.masks[self.layer_of(module)].attention
 
+    @override
     def after_attention(self, layer: int, output: Tensor) -> Tensor:
         return output + self._minus_one(self.masks[layer].attention_residual, output) * self.entry
 
+    @override
     def after_mlp(self, layer: int, output: Tensor) -> Tensor:
         masks = self.masks[layer]
         kept = masks.mlp.to(output.dtype)[..., None] * output

@@ -110,9 +110,7 @@ def closure(importance: EdgeImportance, sequence: int, position: int) -> list[La
     node = torch.full_like(importance.layers[0].mlp[sequence], _UNREACHED)
     node[position] = 1.0
     values = []
-    for layer, seen in zip(
-        reversed(importance.layers), reversed(importance.visible), strict=True
-    ):
+    for layer, seen in zip(reversed(importance.layers), reversed(importance.visible), strict=True):
         mlp = torch.minimum(layer.mlp[sequence], node)
         mlp_residual = torch.minimum(layer.mlp_residual[sequence], node)
         node = torch.maximum(mlp, mlp_residual)
@@ -157,9 +155,7 @@ def extract_trace(
         return Trace((), (), flat.numel())
     cut = float(flat.kthvalue(flat.numel() - count + 1).values)
     found = list(_best_first(importance, sequence, position, count, cut))
-    return Trace(
-        tuple(edge for edge, _ in found), tuple(score for _, score in found), flat.numel()
-    )
+    return Trace(tuple(edge for edge, _ in found), tuple(score for _, score in found), flat.numel())
 
 
 def _best_first(

@@ -27,7 +27,7 @@ class LayerModules:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A causal language model taken apart: the layers in order, what comes after them, the sizes."""
+    """A causal language model taken apart: the layers in order, what follows them, the sizes."""
 
     pattern: str
     layers: tuple[LayerModules, ...]
@@ -46,12 +46,12 @@ class Anatomy:
         return matrix.reshape(self.heads, -1, matrix.shape[-1])
 
     def output_bias(self, layer: int) -> Tensor | None:
-        """The bias of a layer's output projection, ``[d_model]``: a constant of the node, no edge."""
+        """Bias of a layer's output projection, ``[d_model]``: a constant of the node, no edge."""
         bias = getattr(self.layers[layer].output_projection, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
     def linearised_final_norm(self, part: Tensor) -> Tensor:
-        """Apply the final norm's direction-dependent share to a part of its input ``[..., d_model]``.
+        """Apply the elementwise part of the final norm to a part of its input ``[..., d_model]``.
 
         The norm's scale, computed from the full vector, multiplies every part alike and cancels in
         an importance; what remains is the elementwise weight, after centring for a LayerNorm.
@@ -87,7 +87,8 @@ class Pattern:
                 f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers "
                 f"under any of {', '.join(self.layers)}"
             )
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find_head = getattr(model, "get_output_embeddings", None)
+        head = find_head() if callable(find_head) else None
         if not isinstance(head, nn.Module):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no language-model head; load it with "
@@ -99,7 +100,7 @@ class Pattern:
             layers=tuple(self._layer(index, layer) for index, layer in enumerate(layers)),
             final_norm=_child(decoder, self.final_norm, "the final norm"),
             head=head,
-            heads=int(config.num_attention_heads),  # type: ignore[union-attr, arg-type]
+            heads=int(config.num_attention_heads),  # type: ignore[arg-type, union-attr]
             vocabulary=int(config.vocab_size),  # type: ignore[union-attr, arg-type]
         )
 
@@ -143,4 +144,3 @@ def _child(parent: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     raise UnsupportedModelError(
         f"{what}: {type(parent).__name__} has none of {', '.join(names)} (it has {found})"
     )
-

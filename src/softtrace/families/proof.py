@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from softtrace.batch import position_ids_of
 from softtrace.errors import UnsupportedModelError
@@ -32,6 +33,7 @@ class _Witness(MaskedRun):
         self._mixed: tuple[Tensor, Tensor] | None = None
         self._mlp_output: Tensor | None = None
 
+    @override
     def hooks(self) -> list[Hook]:
         layers = enumerate(self.anatomy.layers)
         leaving = [(m.layer, on_output(self._leave, index), False) for index, m in layers]
@@ -41,11 +43,13 @@ class _Witness(MaskedRun):
     def _layer(self) -> int:
         return len(self.hidden or ()) - 1
 
+    @override
     def _enter(self, hidden: Tensor) -> None:
         super()._enter(hidden)
         if self.last_output is not None:
             self._compare("entering it", hidden, self.last_output)
 
+    @override
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
@@ -53,6 +57,7 @@ class _Witness(MaskedRun):
         self._mixed = (probabilities, value)
         return probabilities
 
+    @override
     def _reach_middle(self, hidden: Tensor) -> None:
         super()._reach_middle(hidden)
         layer = self._layer
@@ -72,6 +77,7 @@ class _Witness(MaskedRun):
         expected = mask * self.entry + edges + (0 if bias is None else bias)
         self._compare("after attention", hidden, expected)
 
+    @override
     def after_mlp(self, layer: int, output: Tensor) -> Tensor:
         self._mlp_output = output
         return super().after_mlp(layer, output)

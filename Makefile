@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all check format bench clean
+
+help:
+	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
+	@echo "make test        the default tests (a few minutes)"
+	@echo "make test-all    the slow ones too"
+	@echo "make check       ruff and mypy"
+
+# Installed anew whenever what is to be installed changes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "softtrace needs Python 3.11 or newer; try make PYTHON=python3.12"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python recipes/quickstart.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m ''
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

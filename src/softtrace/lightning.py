@@ -1,0 +1,245 @@
+"""The Lightning door: ``Trainer(callbacks=[DensityPenalty(strength=1.0)])`` and nothing else.
+
+A Lightning callback has no official way to add to the loss. The bound ``training_step`` is wrapped
+as an instance attribute from ``on_train_start`` on and put back at the end, also after an
+exception; ``functools.wraps`` keeps its signature readable for Lightning, which looks for ``batch_idx``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.loss import DensityLoss, DensityTerm
+from softtrace.options import DensityOptions
+
+STATE_VERSION = 1
+
+
+class DensityPenalty(Callback):
+    """Adds the density term to the loss of any LightningModule that holds one causal LM.
+
+    The batch has to be a mapping with ``input_ids`` ``[B, T]`` and, where there are any,
+    ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
+
+    Logs ``loss/task`` and ``loss/density`` (nats), ``density/soft_size`` (share of edges),
+    ``density/distortion`` (nats) and ``density/easy_share`` every step. Strength 0 is inert: the
+    training step is not even wrapped.
+
+    Args:
+        strength: weight of the term, >= 0.
+        **options: see :class:`softtrace.options.DensityOptions`.
+
+    Raises:
+        InvalidInputError: an option outside its range.
+        TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
+            language models, manual optimisation, a ``dataloader_iter`` training step.
+        UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
+    """
+
+    def __init__(self, strength: float = 1.0, **options: Any) -> None:
+        self.options = DensityOptions(strength=strength, **options)
+        self._loss: DensityLoss | None = None
+        self._module: LightningModule | None = None
+        self._own_step: Any = None
+        self._had_own_step = False
+        self._waiting: list[int] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything runs, what can be seen without the model."""
+        if stage != "fit":
+            return
+        twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
+        if len(twins) > 1:
+            raise TrainerSetupError(
+                f"found {len(twins)} DensityPenalty callbacks, allowed is one: their terms would "
+                "add up unseen. Keep one and raise its strength"
+            )
+        if not pl_module.automatic_optimization:
+            raise TrainerSetupError(
+                f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "
+                "automatic optimisation only. Use the plain-loop door inside your training_step: "
+                "loss = loss + softtrace.DensityLoss(model, ...)(input_ids, attention_mask).loss"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise TrainerSetupError(
+                f"{type(pl_module).__name__}.training_step takes dataloader_iter, so the batch "
+                "never passes the callback; take (batch) or (batch, batch_idx)"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model early, before sanity checks spend time."""
+        find_causal_lm(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the model and wrap the bound training step."""
+        if self.options.strength == 0:
+            return
+        model = find_causal_lm(pl_module)
+        self._loss = DensityLoss(model, self.options)
+        self._module = pl_module
+        self._had_own_step = "training_step" in vars(pl_module)
+        self._own_step = vars(pl_module).get("training_step")
+        pl_module.training_step = self._wrap(trainer, pl_module)  # type: ignore[method-assign]
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:
+        step = pl_module.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            if output is None:  # the user skips this batch, and so does the term
+                return None
+            batch = args[0] if args else kwargs["batch"]
+            return self._add_term(trainer, pl_module, output, batch)
+
+        return training_step
+
+    def _add_term(
+        self, trainer: Trainer, pl_module: LightningModule, output: Any, batch: Any
+    ) -> Any:
+        if self._loss is None:
+            raise TrainerSetupError("the density term was asked for outside of training")
+        term = self._loss(
+            **self.inputs_of(batch),
+            step=trainer.global_step,
+            micro_step=_micro_step(trainer),
+        )
+        task = output["loss"] if isinstance(output, Mapping) else output
+        self._log(pl_module, task, term)
+        if term.loss.requires_grad:
+            self._expect_use(term.loss)
+        loss = task + term.loss
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def inputs_of(self, batch: Any) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask`` and ``labels`` of a batch; override for other shapes.
+
+        Raises:
+            InvalidInputError: no mapping, or no ``input_ids`` in it.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            found = (
+                f"a mapping with keys {sorted(map(str, batch))}"
+                if isinstance(batch, Mapping)
+                else f"a {type(batch).__name__}"
+            )
+            raise InvalidInputError(
+                f"batch: found {found}, expected a mapping with 'input_ids' (and 'attention_mask', "
+                "'labels' where there are any). Override DensityPenalty.inputs_of for other batches"
+            )
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch.get("attention_mask"),
+            "labels": batch.get("labels"),
+        }
+
+    def _log(self, pl_module: LightningModule, task: Tensor, term: DensityTerm) -> None:
+        values = {
+            "loss/task": task.detach(),
+            "loss/density": term.loss.detach(),
+            "density/soft_size": term.soft_size,
+            "density/distortion": term.distortion,
+            "density/easy_share": term.easy_share,
+        }
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def _expect_use(self, loss: Tensor) -> None:
+        """A gradient has to arrive at the term in this backward; see on_after_backward."""
+        token = id(loss)
+        self._waiting.append(token)
+
+        def arrived(gradient: Tensor) -> None:
+            if bool(gradient != 0) and token in self._waiting:
+                self._waiting.remove(token)
+
+        loss.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prove that the term was part of what was differentiated."""
+        if self._waiting:
+            self._waiting.clear()
+            raise TrainerSetupError(
+                f"step {trainer.global_step}: the density term was computed but no gradient reached "
+                "it. Something after training_step dropped or replaced the loss it returned"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._module is None:
+            return
+        if self._had_own_step:
+            self._module.training_step = self._own_step  # type: ignore[method-assign]
+        else:
+            del self._module.training_step
+        self._module = self._loss = self._own_step = None
+        self._waiting.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing but a version and the seed: draws and strength are functions of the step."""
+        return {"version": STATE_VERSION, "seed": self.options.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state written by another layout of this class.
+
+        Raises:
+            TrainerSetupError: unknown version.
+        """
+        if state_dict.get("version") != STATE_VERSION:
+            raise TrainerSetupError(
+                f"checkpoint: found DensityPenalty state version {state_dict.get('version')!r}, "
+                f"this softtrace reads version {STATE_VERSION}"
+            )
+
+
+def find_causal_lm(module: nn.Module) -> PreTrainedModel:
+    """The one transformers model with a language-model head inside ``module``.
+
+    Raises:
+        TrainerSetupError: there is none, or more than one.
+    """
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if isinstance(child, PreTrainedModel) and not inside:
+            head = child.get_output_embeddings()  # type: ignore[no-untyped-call]
+            if isinstance(head, nn.Module):
+                found[name] = child
+    if len(found) != 1:
+        names = ", ".join(f"{name or 'itself'} ({type(m).__name__})" for name, m in found.items())
+        raise TrainerSetupError(
+            f"{type(module).__name__} holds {len(found)} causal language models"
+            f"{f': {names}' if names else ''}; DensityPenalty needs exactly one "
+            "(an attribute such as self.model = AutoModelForCausalLM.from_pretrained(...)). "
+            "For others call softtrace.DensityLoss(model, ...) in training_step"
+        )
+    return next(iter(found.values()))
+
+
+def _micro_step(trainer: Trainer) -> int:
+    """Which of the accumulated batches of this optimiser step is running."""
+    ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return (ready - 1) % max(1, trainer.accumulate_grad_batches)
+
+
+__all__ = ["DensityPenalty", "find_causal_lm"]
