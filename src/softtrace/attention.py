@@ -25,6 +25,9 @@ IMPLEMENTATION = "softtrace"
 class AttentionListener(Protocol):
     """What a run does with the attention probabilities of a layer."""
 
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        """Probabilities to use instead of the softmax, ``[B, H, T, S]``; None computes them."""
+
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
@@ -39,6 +42,20 @@ def _visible_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     kwargs["allow_is_causal_skip"] = False
     kwargs["allow_is_bidirectional_skip"] = False
     return sdpa_mask(*args, **kwargs)
+
+
+def _probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """``[B, H, T, S]`` in float32 or float64, 0 where there is no edge."""
+    batch, heads, length, head_dim = query.shape
+    kv_heads, sources = key.shape[1:3]
+    # Query heads of a group share a key head: fold the group into the target axis, repeat nothing.
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    scores = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, sources)
+    scores = scores.to(working_dtype(scores.dtype)) * scale
+    hidden = ~visible[:, None]
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    # A row that sees nothing (left padding) is uniform after the softmax; it has no edges.
+    return scores.softmax(-1).masked_fill(hidden, 0.0)
 
 
 def _attention(
@@ -61,14 +78,9 @@ def _attention(
     kv_heads, sources = key.shape[1:3]
     scale = head_dim**-0.5 if scaling is None else scaling
     visible = attention_mask[:, 0, :length, :sources].expand(batch, -1, -1)
-    # Query heads of a group share a key head: fold the group into the target axis, repeat nothing.
-    grouped = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, sources)
-    scores = scores.to(working_dtype(scores.dtype)) * scale
-    hidden = ~visible[:, None]
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    # A row that sees nothing (left padding) is uniform after the softmax; it has no edges.
-    probabilities = scores.softmax(-1).masked_fill(hidden, 0.0)
+    probabilities = _LISTENER.get().attention_probabilities(module)
+    if probabilities is None:
+        probabilities = _probabilities(query, key, visible, scale)
     probabilities = _LISTENER.get().on_attention(module, probabilities, value, visible)
     mixed = probabilities.to(value.dtype).reshape(batch, kv_heads, -1, sources) @ value
     return mixed.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None

@@ -1,7 +1,8 @@
 """Identity 3: one masked run serves every position, so a grid of runs gives every density curve.
 
 All edges of importance >= τ are kept everywhere; the output at position t then depends only on the
-kept edges that reach t, and those are t's own s-Trace at threshold τ.
+kept edges that reach t, and those are t's own s-Trace at threshold τ. This is exact because masked
+runs use the attention probabilities of the full run (see :mod:`softtrace.runs`).
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class DensityCurve:
         total_variation: ``[K, B, T]`` in [0, 1]; NaN at padding.
         edges: ``[B, T]`` int64, |E| of each position; 0 at padding.
         entropy: ``[B, T]`` nats, of the full model's prediction.
-        composition: ``[K, B, T, Q, 4]`` number of edges by depth quartile and kind
-            (``EDGE_KINDS``); None unless asked for.
-        nucleus: ``[K, B, T, P]`` bool, ordered top-p list recovered; None unless asked for.
+        composition: ``[K + 1, B, T, Q, 4]`` number of edges by depth quartile and kind
+            (``EDGE_KINDS``), the full graph last; None unless asked for.
+        nucleus: ``[K + 1, B, T, P]`` bool, ordered top-p list recovered, the full graph (always
+            True) last; None unless asked for.
     """
 
     thresholds: Tensor
@@ -67,11 +69,10 @@ class DensityCurve:
 
         Args:
             sizes: ``N`` shares in (0, 1].
-            values: ``[K, B, T]`` with its value at the full graph appended, ``[K + 1, B, T]``;
-                None for TV.
+            values: ``[K + 1, B, T, ...]``, the full graph last; None for TV.
 
         Returns:
-            ``[N, B, T]``.
+            ``[N, B, T, ...]``.
         """
         wanted = list(sizes)
         for size in wanted:
@@ -79,15 +80,18 @@ class DensityCurve:
         log_size = self._log_size()
         if values is None:
             values = self._closed_variation()
-        points = log_size.movedim(0, -1).contiguous()
-        heights = values.to(points.dtype).movedim(0, -1)
-        query = torch.tensor(wanted, dtype=points.dtype, device=points.device).log()
-        query = query.expand(*points.shape[:-1], -1).contiguous()
-        right = torch.searchsorted(points, query).clamp(1, points.shape[-1] - 1)
-        x0, x1 = points.gather(-1, right - 1), points.gather(-1, right)
-        y0, y1 = heights.gather(-1, right - 1), heights.gather(-1, right)
+        query = torch.tensor(wanted, dtype=log_size.dtype, device=log_size.device).log()
+        query = query.reshape(-1, 1, 1).expand(-1, *log_size.shape[1:])
+        # searchsorted works along the last dimension.
+        ordered = log_size.movedim(0, -1).contiguous()
+        right = torch.searchsorted(ordered, query.movedim(0, -1).contiguous()).movedim(-1, 0)
+        right = right.clamp(1, len(log_size) - 1)
+        x0, x1 = log_size.gather(0, right - 1), log_size.gather(0, right)
         share = ((query - x0) / (x1 - x0).clamp_min(1e-12)).clamp(0, 1)
-        return (y0 + share * (y1 - y0)).movedim(-1, 0)
+        extra = values.shape[3:]
+        index = right.reshape(*right.shape, *(1 for _ in extra)).expand(*right.shape, *extra)
+        y0, y1 = (values.to(share.dtype).gather(0, at) for at in (index - 1, index))
+        return y0 + share.reshape(*share.shape, *(1 for _ in extra)) * (y1 - y0)
 
     def area(self) -> Tensor:
         """Mean TV over log10 s from 1e-4 to 1 (trapezoids on :data:`SIZES`), ``[B, T]``."""
@@ -196,7 +200,7 @@ def curve_of(
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
-        logits = instrument.masked_logits(input_ids, valid.long(), masks)
+        logits = instrument.masked_logits(input_ids, valid.long(), masks, recording.attention)
         share = counts.sum((2, 3)).double() / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
         variation = total_variation(recording.logits, logits)
@@ -205,6 +209,10 @@ def curve_of(
             compositions.append(_by_quartile(counts))
         if nucleus:
             nuclei.append(nucleus_recovered(recording.logits, logits, NUCLEUS_SHARES))
+    if composition:
+        compositions.append(_by_quartile(edge_counts(scores.existing())))
+    if nucleus:
+        nuclei.append(torch.ones_like(nuclei[-1]))
     return DensityCurve(
         thresholds=grid,
         size=torch.stack(sizes),

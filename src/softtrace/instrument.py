@@ -34,12 +34,14 @@ class Recording:
     Attributes:
         logits: ``[B, T, V]``, the full model's.
         importance: of every edge.
+        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs.
         hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
             ``[B, T, d_model]``; None unless asked for.
     """
 
     logits: Tensor
     importance: EdgeImportance
+    attention: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...] | None
 
 
@@ -89,14 +91,26 @@ class Instrument:
         logits = self.forward(run, input_ids)
         check_finite(logits.detach(), "logits of the full model", valid)
         importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
-        return Recording(logits, importance, None if run.hidden is None else tuple(run.hidden))
+        hidden = None if run.hidden is None else tuple(run.hidden)
+        return Recording(logits, importance, tuple(run.attention), hidden)
 
     def masked_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, masks: Sequence[LayerEdges]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1]."""
+        """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1].
+
+        Args:
+            input_ids, attention_mask: the batch.
+            masks: one :class:`LayerEdges` a layer.
+            attention: probabilities of the recording run; None computes the masked run's own
+                (see :mod:`softtrace.runs` for the difference).
+        """
         valid = self.valid(input_ids, attention_mask)
-        return self.forward(MaskedRun(self.anatomy, valid, masks), input_ids)
+        return self.forward(MaskedRun(self.anatomy, valid, masks, attention), input_ids)
 
     def forward(self, run: Run, input_ids: Tensor) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer."""

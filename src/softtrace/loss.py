@@ -148,7 +148,8 @@ class DensityLoss:
         score = easiness(options.easiness)(full, wanted)
         easy = easy_weights(score, wanted >= 0, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen)
-        masked = instrument.masked_logits(ids, mask, masks)
+        recorded = recording.attention if options.attention == "recorded" else None
+        masked = instrument.masked_logits(ids, mask, masks, recorded)
         check_finite(masked.detach(), "logits of the masked run", mask.bool())
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         distortion = (easy * divergence(full, masked)).sum() / total

@@ -13,6 +13,7 @@ from softtrace.schedule import StrengthSchedule
 
 MaskKind = Literal["straight", "soft"]
 Family = Literal["both", "sparse", "shallow"]
+MaskedAttention = Literal["recorded", "recomputed"]
 OnNonFinite = Literal["raise", "skip"]
 
 
@@ -31,6 +32,9 @@ class DensityOptions:
             (E = L) or ``"shallow"`` (every edge of the first E layers).
         thresholds: bounds of τ in (0, 1), drawn log-uniformly per sequence.
         depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per sequence.
+        attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
+            it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
+            also reach queries and keys).
         easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
         easy_quantile: share of the tokens that are easy, in (0, 1].
@@ -54,6 +58,7 @@ class DensityOptions:
     family: Family = "both"
     thresholds: tuple[float, float] = (1e-4, 1e-1)
     depths: tuple[float, float] = (0.25, 1.0)
+    attention: MaskedAttention = "recorded"
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.5
     easy_width: float = 0.1
@@ -68,6 +73,7 @@ class DensityOptions:
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
         _one_of("family", self.family, get_args(Family))
+        _one_of("attention", self.attention, get_args(MaskedAttention))
         _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         infinity = float("inf")
         check_range("temperature", self.temperature, 0, infinity, open_low=True, open_high=True)

@@ -1,5 +1,10 @@
 """The two kinds of run: one records importances, the other masks edges. Hooks, no model code.
 
+A masked run can use the attention probabilities of the recording run or compute its own. Recorded
+ones make identity 3 exact: an edge is A·V·W_O with the full model's A, so masking elsewhere cannot
+reach a position through the softmax's denominator, to which the keys of all visible tokens
+contribute, also of tokens whose edges are all absent.
+
 Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
 ``mask·residual + output``, so residual edges are masked without touching the model's forward.
 """
@@ -84,6 +89,10 @@ class Run:
         """Index of the layer that holds an attention module."""
         return self._index[id(attention)]
 
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        """See :class:`softtrace.attention.AttentionListener`."""
+        return None
+
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
@@ -105,6 +114,7 @@ class RecordingRun(Run):
     def __init__(self, anatomy: Anatomy, valid: Tensor, keep_hidden: bool = False) -> None:
         super().__init__(anatomy, valid, keep_hidden)
         self.layers: list[LayerEdges] = []
+        self.attention: list[Tensor] = []
         self.visible: list[Tensor] = []
         self._attention: tuple[Tensor, Tensor] | None = None
 
@@ -120,6 +130,7 @@ class RecordingRun(Run):
             residual = l1_norm(self.entry) * self.valid
             self._attention = attention_shares(seen, norms, residual)
         self.visible.append(self._share_visible(visible))
+        self.attention.append(probabilities)
         return probabilities
 
     def _share_visible(self, visible: Tensor) -> Tensor:
@@ -158,10 +169,16 @@ class MaskedRun(Run):
         anatomy: Anatomy,
         valid: Tensor,
         masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
         keep_hidden: bool = False,
     ) -> None:
         super().__init__(anatomy, valid, keep_hidden)
         self.masks = masks
+        self.recorded = attention
+
+    @override
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        return None if self.recorded is None else self.recorded[self.layer_of(module)]
 
     @override
     def on_attention(

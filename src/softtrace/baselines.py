@@ -1,0 +1,83 @@
+"""What a trace is compared with: connected subgraphs of the same size chosen badly.
+
+Random-connected: best-first search by random scores. Inverse: best-first search that takes the
+least important edge first. Each with the residual edges kept from the start or competing like all
+others. Source: arXiv 2605.27033, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from softtrace.errors import InvalidInputError
+from softtrace.graph import EdgeImportance, LayerEdges
+
+Baseline = Literal["random_connected", "inverse"]
+
+
+def baseline_scores(
+    importance: EdgeImportance, kind: Baseline, *, keep_residual: bool, seed: int = 0
+) -> EdgeImportance:
+    """Scores in place of importances, so that the same sweeps give the baseline's curves.
+
+    Scores are ranks in (0, 1], uniform over the existing edges of each sequence: a threshold
+    1 - f keeps the share f of them.
+
+    Args:
+        importance: of a batch.
+        kind: ``"random_connected"`` or ``"inverse"``.
+        keep_residual: residual edges get a score above every threshold.
+        seed: of the random scores.
+
+    Raises:
+        InvalidInputError: unknown kind.
+    """
+    if kind not in get_args(Baseline):
+        raise InvalidInputError(f"baseline: found {kind!r}, allowed are {get_args(Baseline)}")
+    existing = importance.existing()
+    shapes = [[part.shape for part in layer] for layer in importance.layers]
+    there = _flatten(existing)
+    if kind == "random_connected":
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(there.shape, generator=generator).to(there.device)
+    else:
+        order = -_flatten(importance.layers)
+    # Absent edges go last, so that ranks of existing ones are dense from the top.
+    order = order.masked_fill(~there, -torch.inf)
+    rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    count = there.sum(-1, keepdim=True).clamp_min(1)
+    score = (1 - rank.double() / count).masked_fill(~there, 0.0)
+    layers = []
+    start = 0
+    for layer_shapes in shapes:
+        parts = []
+        for shape in layer_shapes:
+            size = shape[1:].numel()
+            parts.append(score[:, start : start + size].reshape(shape))
+            start += size
+        layers.append(LayerEdges(*parts))
+    if keep_residual:
+        layers = [
+            replace(
+                layer,
+                attention_residual=torch.ones_like(layer.attention_residual),
+                mlp_residual=torch.ones_like(layer.mlp_residual),
+            )
+            for layer in layers
+        ]
+    return replace(importance, layers=tuple(layers))
+
+
+def baseline_thresholds(count: int = 14) -> tuple[float, ...]:
+    """Thresholds that keep a geometric share of the edges, from 1e-5 to 0.9."""
+    shares = torch.logspace(-5, torch.tensor(0.9).log10().item(), count, dtype=torch.float64)
+    return tuple((1 - shares).tolist())
+
+
+def _flatten(layers: tuple[LayerEdges, ...]) -> Tensor:
+    """``[B, all edges]`` in the order of layers and kinds."""
+    return torch.cat([part.flatten(1) for layer in layers for part in layer], dim=1)

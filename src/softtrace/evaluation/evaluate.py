@@ -1,0 +1,173 @@
+"""``softtrace evaluate``: one model on one body of text, to ``density.json`` and plots."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softtrace.batch import check_range
+from softtrace.data import (
+    DEFAULT_EXCLUDE,
+    DEFAULT_SUFFIXES,
+    pack,
+    read_documents,
+    split_by_file,
+)
+from softtrace.errors import DataError, InvalidInputError
+from softtrace.evaluation.files import prepare_output, write_json
+from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.plots import write_plots
+from softtrace.evaluation.table import density_table
+from softtrace.load import load_model, load_tokenizer
+
+SCHEMA_VERSION = 1
+
+
+def evaluate(
+    model: str,
+    data: str,
+    out: str,
+    held_out_share: float = 0.0,
+    salt: str = "",
+    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
+    block_size: int = 64,
+    blocks: int = 64,
+    batch_size: int = 16,
+    extra_blocks: int = 16,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure how much of its graph a model needs, and write density.json and plots to OUT.
+
+    Args:
+        model: model directory (safetensors) or hub name.
+        data: text file, .jsonl file or folder.
+        out: folder to write to; must be new or empty.
+        held_out_share: evaluate only the files that a split with this share and salt holds out;
+            0 takes all files.
+        salt: of the split; has to be that of the training run.
+        suffixes: files of a folder to read.
+        exclude: globs of files or folders to leave out.
+        block_size: tokens per sequence. Sizes depend on it: compare at equal block_size only.
+            The first half of each block is context, the second half is explained.
+        blocks: sequences to measure, evenly spaced over the text.
+        batch_size: sequences at a time.
+        extra_blocks: of them, how many also get baselines and nucleus recovery (slow).
+        device: "auto", "cpu", "cuda", ...
+        dtype: of the weights.
+        overwrite: replace what OUT holds.
+
+    Raises:
+        ModelDirectoryError, UnsupportedModelError: the model.
+        DataError, InvalidInputError: the text or a number.
+        OutputExistsError: OUT is not empty.
+    """
+    began = time.perf_counter()
+    for name, value in (("blocks", blocks), ("batch_size", batch_size)):
+        check_range(name, value, 1, float("inf"))
+    if block_size < 4:
+        raise InvalidInputError(f"block_size: found {block_size}, allowed are integers from 4")
+    folder = prepare_output(Path(out), overwrite)
+    tokenizer = load_tokenizer(model)
+    network = load_model(model, dtype=dtype)
+    where = _device(device)
+    network.to(where).eval()  # type: ignore[arg-type]
+    documents = read_documents(data, suffixes, exclude)
+    if held_out_share:
+        documents = split_by_file(documents, held_out_share, salt)[1]
+        if not documents:
+            raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+    chosen = _evenly(pack(documents, tokenizer, block_size), blocks)
+    min_context = block_size // 2
+    with tqdm(total=len(chosen), desc=f"measuring {Path(model).name}", unit="block") as bar:
+        found = measure(
+            network,
+            chosen,
+            min_context=min_context,
+            batch_size=batch_size,
+            extra_blocks=extra_blocks,
+            progress=bar.update,
+        )
+    config = network.config
+    density = {
+        "version": SCHEMA_VERSION,
+        "model": {
+            "path": model,
+            "type": config.model_type,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+        },
+        "data": {
+            "path": data,
+            "documents": len(documents),
+            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
+            "block_size": block_size,
+            "blocks": len(chosen),
+        },
+        "min_context": min_context,
+        **summarise(found),
+        **provenance(where),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    write_json(folder / "density.json", density)
+    write_plots([(Path(model).name, density)], folder)
+    print(density_table(density))
+    print(f"\nwritten to {folder}/: density.json and plots")
+    return density
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """When, with what and on what a result was made."""
+    packages = ("softtrace", "torch", "transformers", "lightning")
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    )
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "hardware": hardware,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device: found {name!r}; {error}") from error
+
+
+def _evenly(blocks: Tensor, count: int) -> Tensor:
+    """``count`` blocks evenly spaced over all, or all if there are fewer."""
+    if len(blocks) <= count:
+        return blocks
+    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]

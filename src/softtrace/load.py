@@ -1,0 +1,84 @@
+"""Models and tokenizers from a directory or the hub: safetensors only, errors that name the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from softtrace.errors import ModelDirectoryError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: str = "float32", **options: Any
+) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` restricted to safetensors weights.
+
+    Args:
+        name_or_path: a directory, or a name on the hub.
+        dtype: of the weights in memory: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"auto"``.
+        **options: passed on (``revision``, ``attn_implementation``, ...).
+
+    Raises:
+        ModelDirectoryError: no such directory, no config, no weights, or pickle weights only.
+    """
+    check_model_directory(name_or_path)
+    allowed = ("float32", "bfloat16", "float16", "auto")
+    if dtype not in allowed:
+        raise ModelDirectoryError(f"dtype: found {dtype!r}, allowed are {', '.join(allowed)}")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(name_or_path), dtype=wanted, use_safetensors=True, **options
+    )
+    return model
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ModelDirectoryError: the directory holds no tokenizer.
+    """
+    path = Path(name_or_path)
+    if path.is_dir() and not any(path.glob("tokenizer*")):
+        raise ModelDirectoryError(
+            f"{name_or_path}: found no tokenizer files; save the tokenizer next to the model "
+            "(tokenizer.save_pretrained(directory))"
+        )
+    return AutoTokenizer.from_pretrained(str(name_or_path))
+
+
+def check_model_directory(name_or_path: str | Path) -> None:
+    """Explain what is wrong with a local model directory before transformers meets it.
+
+    A name that is no existing path and looks like a hub name (``owner/name``) passes.
+
+    Raises:
+        ModelDirectoryError: see :func:`load_model`.
+    """
+    path = Path(name_or_path)
+    if not path.exists():
+        looks_local = str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2
+        if looks_local:
+            raise ModelDirectoryError(
+                f"{name_or_path}: no such directory; expected a model directory or a hub name"
+            )
+        return
+    if not path.is_dir():
+        raise ModelDirectoryError(f"{name_or_path}: is a file; expected a model directory")
+    if not (path / "config.json").is_file():
+        raise ModelDirectoryError(f"{name_or_path}: found no config.json in it")
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise ModelDirectoryError(
+            f"{name_or_path}: found only pickle weights ({', '.join(pickles)}), which can run code "
+            "when loaded; allowed are safetensors. Convert them where you trust them: "
+            "model.save_pretrained(directory)"
+        )
+    raise ModelDirectoryError(f"{name_or_path}: found no *.safetensors weights in it")
