@@ -1,0 +1,188 @@
+"""The effect: fine-tune the shipped model with and without the penalty, in paired runs.
+
+    python recipes/benchmarks/effect.py                       # three seeds, plain against default
+    python recipes/benchmarks/effect.py --arm soft='{"masks": "soft"}' --seeds 1
+
+Both arms of a seed start from the same weights and see the same data in the same order; text and
+held-out files are those of an installed package that the model has never seen. Writes
+``effect.json`` next to this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import softtrace
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.evaluation.evaluate import provenance
+from softtrace.evaluation.files import write_json
+from softtrace.evaluation.measure import measure, summarise
+from softtrace.load import load_model, load_tokenizer
+
+HERE = Path(__file__).parent
+MODEL = HERE.parent / "models" / "pystdlib-4m"
+MEASURES = ("loss", "area_easy", "size_easy", "area_all", "size_all", "size_hard", "exit_easy")
+
+
+def blocks_of(data: str, block_size: int, explained: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Training blocks, held-out blocks for the loss, held-out blocks for the density."""
+    tokenizer = load_tokenizer(MODEL)
+    train, held_out = split_by_file(read_documents(data), 0.1, "effect")
+    density = pack(held_out, tokenizer, 64)
+    chosen = torch.linspace(0, len(density) - 1, min(explained, len(density))).long()
+    return pack(train, tokenizer, block_size), pack(held_out, tokenizer, block_size), density[chosen]
+
+
+def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: argparse.Namespace):
+    """Train from the shipped weights; return the model and the seconds of its median step."""
+    model = load_model(MODEL).to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    penalty = softtrace.DensityLoss(model, seed=seed, **options) if options is not None else None
+    order = torch.Generator().manual_seed(seed)
+    rows = torch.cat(
+        [
+            torch.randperm(len(blocks), generator=order)
+            for _ in range(math.ceil(args.steps * args.batch_size / len(blocks)))
+        ]
+    )
+    seconds = []
+    for step in tqdm(range(args.steps), desc=f"seed {seed} {'penalty' if penalty else 'plain'}"):
+        began = time.perf_counter()
+        warm = min(1.0, (step + 1) / 20)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        ids = blocks[rows[step * args.batch_size : (step + 1) * args.batch_size]].to(args.device)
+        loss = model(input_ids=ids, labels=ids).loss
+        if penalty is not None:
+            loss = loss + penalty(ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    return model.eval(), statistics.median(seconds)
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, blocks: Tensor, device: str) -> float:
+    """Mean loss in nats per token over all blocks."""
+    losses = [
+        float(model(input_ids=ids, labels=ids).loss) * len(ids)
+        for ids in (part.to(device) for part in blocks.split(32))
+    ]
+    return sum(losses) / len(blocks)
+
+
+def run(
+    blocks: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any] | None,
+    seed: int,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """One fine-tuning and its measures."""
+    train, held_out, density = blocks
+    model, seconds = fine_tune(train, options, seed, args)
+    found = summarise(
+        measure(
+            model,
+            density,
+            min_context=32,
+            batch_size=32,
+            extra_blocks=0,
+            progress=lambda done: None,
+        )
+    )
+    layers = len(found["early_exit"]["layers"])
+    return {
+        "loss": held_out_loss(model, held_out, args.device),
+        "area_easy": found["area"]["easy"],
+        "size_easy": found["size_at_tv_0.2"]["easy"],
+        "area_all": found["area"]["all"],
+        "size_all": found["size_at_tv_0.2"]["all"],
+        "size_hard": found["size_at_tv_0.2"]["hard"],
+        "exit_easy": found["early_exit"]["agreement"]["easy"][layers // 2 - 1],
+        "step_seconds": seconds,
+    }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, extremes and the values themselves."""
+    return {
+        "mean": statistics.mean(values),
+        "min": min(values),
+        "max": max(values),
+        "values": values,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", help="folder of source (default: installed matplotlib)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=128, help="held-out blocks for the density")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--arm", action="append", default=[], help="name={JSON options}")
+    parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "effect.json")
+    args = parser.parse_args()
+    if args.data is None:
+        import matplotlib
+
+        args.data = str(Path(matplotlib.__file__).parent)
+    arms: dict[str, dict[str, Any] | None] = {} if args.no_plain else {"plain": None}
+    for arm in args.arm or ["penalty={}"]:
+        name, _, options = arm.partition("=")
+        arms[name] = json.loads(options)
+    blocks = blocks_of(args.data, args.block_size, args.blocks)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for seed in range(args.seeds):
+        for name, options in arms.items():
+            runs[name].append(run(blocks, options, seed, args))
+            print(name, seed, {key: round(v, 4) for key, v in runs[name][-1].items()}, flush=True)
+    result = {
+        **provenance(torch.device(args.device)),
+        "model": MODEL.name,
+        "data": Path(args.data).name,
+        "train_blocks": len(blocks[0]),
+        "explained_positions": len(blocks[2]) * 31,
+        "settings": {key: getattr(args, key) for key in ("steps", "batch_size", "block_size", "lr")},
+        "arms": {
+            name: {
+                "options": arms[name],
+                **{key: spread([r[key] for r in rows]) for key in rows[0]},
+            }
+            for name, rows in runs.items()
+        },
+    }
+    if "plain" in runs:
+        result["ratio_to_plain"] = {
+            name: {
+                key: spread([a[key] / b[key] for a, b in zip(rows, runs["plain"], strict=True)])
+                for key in rows[0]
+            }
+            for name, rows in runs.items()
+            if name != "plain"
+        }
+        for name, ratios in result["ratio_to_plain"].items():
+            print(name, "relative to plain:")
+            for key, found in ratios.items():
+                print(f"  {key:14s} {found['mean']:.3f}  ({found['min']:.3f} to {found['max']:.3f})")
+    write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

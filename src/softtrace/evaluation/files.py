@@ -1,0 +1,86 @@
+"""Result files that are either whole or not there: write beside the target, then rename."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from softtrace.errors import OutputExistsError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; what was written there replaces ``path``.
+
+    The replacement happens at the end of a block that did not raise, after the data reached the
+    disk. After an exception the temporary file is removed and ``path`` is as it was.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or the block wrote nothing.
+    """
+    path = Path(path)
+    # A name of our own instead of tempfile's: those files can be read by their owner only.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some systems cannot open or sync a folder; the file itself is safe
+        _sync(path.parent, os.O_RDONLY)
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write ``obj`` as JSON (UTF-8) atomically; NaN and infinity, which JSON lacks, become null."""
+    # Serialise first: an object that is not JSON must not get as far as a file.
+    text = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def prepare_output(folder: Path | str, overwrite: bool) -> Path:
+    """Create ``folder`` with its parents, or accept one that is empty, and return it.
+
+    Args:
+        folder: where results will be written.
+        overwrite: also accept a folder that holds files. Nothing is deleted: files that the run
+            writes are replaced, others stay.
+
+    Raises:
+        OutputExistsError: ``folder`` is a file, or holds files and ``overwrite`` is False.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")
+    if not overwrite and folder.is_dir() and (held := sum(1 for _ in folder.iterdir())):
+        raise OutputExistsError(
+            f"{folder}: found {held} {'entry' if held == 1 else 'entries'}, expected a new or "
+            "empty folder; choose another one or allow overwriting"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return obj

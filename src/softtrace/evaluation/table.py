@@ -1,0 +1,220 @@
+"""What ``density.json`` says in plain-text tables, for one run and for several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Density = Mapping[str, Any]
+"""The content of a ``density.json``."""
+
+Unit = Literal["nats", "share", "tv", "correlation"]
+
+GROUPS = ("all", "easy", "hard")
+_OTHERS_PER_TABLE = 3
+_SEPARATOR = "  "
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run that runs are compared by.
+
+    Attributes:
+        key: its name in ``compare.json``.
+        name: what a table calls it.
+        unit: ``"nats"``, ``"share"`` (of 1), ``"tv"`` (0 to 1) or ``"correlation"`` (-1 to 1).
+        better: which direction is an improvement; None for neither.
+        read: takes it from a run; None where the run could not tell.
+    """
+
+    key: str
+    name: str
+    unit: Unit
+    better: Literal["lower", "higher"] | None
+    read: Callable[[Density], float | None]
+
+    def format(self, value: float | None) -> str:
+        """``value`` with its unit, as short as is useful."""
+        return _format(value, self.unit)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as per cent; smaller ones get more decimals."""
+    value = 100 * share
+    decimals = 1 if value >= 10 or value == 0 else 2 if value >= 0.1 else 4
+    return f"{value:.{decimals}f} %"
+
+
+def half_depth(density: Density) -> int:
+    """How many layers half the depth is: rounded down, at least 1."""
+    return max(1, len(density["early_exit"]["layers"]) // 2)
+
+
+def is_held_out(density: Density) -> bool:
+    """Whether the text was held out from training."""
+    return str(density["data"]["split"]).startswith("held out")
+
+
+def _group(field: str, group: str) -> Callable[[Density], float | None]:
+    def read(density: Density) -> float | None:
+        value: float | None = density[field][group]
+        return value
+
+    return read
+
+
+def _exit(group: str) -> Callable[[Density], float | None]:
+    def read(density: Density) -> float | None:
+        value: float | None = density["early_exit"]["agreement"][group][half_depth(density) - 1]
+        return value
+
+    return read
+
+
+def _measures() -> Iterator[Measure]:
+    yield Measure("loss_all", "loss (nats/token)", "nats", "lower", _group("loss_nats", "all"))
+    groups = ("easy", "all", "hard")  # easy first: it is what training is after
+    for group in groups:
+        key, name = f"size_at_tv_0.2_{group}", f"edges needed on {group} tokens"
+        read = _group("size_at_tv_0.2", group)
+        yield Measure(key, f"{name} (median size at TV 0.2)", "share", "lower", read)
+    for group in groups:
+        name = f"area under distortion, {group} tokens"
+        yield Measure(f"area_{group}", name, "tv", "lower", _group("area", group))
+    for group in groups:
+        key, name = f"early_exit_half_{group}", "early exit at half depth agrees"
+        yield Measure(key, f"{name}, {group} tokens", "share", "higher", _exit(group))
+    name = "rank correlation of entropy and edges needed"
+    read = _group("entropy_spearman", "size_at_tv_0.2")
+    yield Measure("entropy_spearman_size", name, "correlation", None, read)
+
+
+MEASURES = tuple(_measures())
+"""What runs are compared by, in the order of the table."""
+
+
+def ratio(value: float | None, first: float | None) -> float | None:
+    """``value / first``; None where one is missing or ``first`` is 0."""
+    return None if value is None or first is None or first == 0 else value / first
+
+
+def density_table(density: Density) -> str:
+    """The main numbers of one run: a row each for loss, area, size and early exit, by group."""
+    model, data = density["model"], density["data"]
+    half = half_depth(density)
+    exits = density["early_exit"]["agreement"]
+    numbers: tuple[tuple[str, Unit, Mapping[str, float | None]], ...] = (
+        ("loss (nats/token)", "nats", density["loss_nats"]),
+        ("area under distortion", "tv", density["area"]),
+        ("edges needed (median size at TV 0.2)", "share", density["size_at_tv_0.2"]),
+        (
+            f"early exit after {half} of {model['layers']} layers agrees",
+            "share",
+            {group: exits[group][half - 1] for group in GROUPS},
+        ),
+    )
+    rows = [["", *GROUPS]]
+    for name, unit, values in numbers:
+        rows.append([name, *(_format(values[group], unit) for group in GROUPS)])
+    header = (
+        f"{model['path']} ({model['type']}, {_count(model['parameters'])} parameters, "
+        f"{model['layers']} layers)\n"
+        f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
+        f"{data['block_size']}; at least {density['min_context']} tokens of context"
+    )
+    legend = (
+        f"Easy, hard: the quarters of the tokens with the lowest (to "
+        f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
+        f"{_nats(density['hard']['entropy_bound'])}) entropy.\n" + _MEANINGS
+    )
+    return f"{header}\n\n{_aligned(rows)}\n\n{legend}"
+
+
+def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
+    """All measures of several runs, each with its change against the first run.
+
+    More than four runs are spread over several tables, each beginning with the first run.
+
+    Args:
+        runs: label and content of each ``density.json``; the first is what others are compared to.
+    """
+    held_out = all(is_held_out(density) for _, density in runs)
+    first, others = runs[0], runs[1:]
+    tables = []
+    for start in range(0, max(1, len(others)), _OTHERS_PER_TABLE):
+        part = others[start : start + _OTHERS_PER_TABLE]
+        rows = [["", "better", _short(first[0])]]
+        for label, _ in part:
+            rows[0] += [_short(label), "change"]
+        for measure in MEASURES:
+            name = f"held-out {measure.name}" if held_out and measure.unit == "nats" else None
+            base = measure.read(first[1])
+            row = [name or measure.name, measure.better or "", measure.format(base)]
+            for _, density in part:
+                value = measure.read(density)
+                row += [measure.format(value), _change(measure, value, base)]
+            rows.append(row)
+        tables.append(_aligned(rows))
+    legend = (
+        f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
+        "and highest entropy of\neach model's own prediction, so the tokens can differ between "
+        "runs.\n" + _MEANINGS
+    )
+    return "\n\n".join([*tables, legend])
+
+
+_MEANINGS = (
+    "Edges needed: the smallest share of the graph whose prediction is within a total variation "
+    "(TV) of 0.2; lower: sparser.\n"
+    "Area: mean TV over trace sizes from 0.01 % to 100 % on a log scale; lower: less is lost when "
+    "edges are dropped.\n"
+    "Early exit agrees: the most likely token is already the full model's; higher: layers above "
+    "are needed less."
+)
+
+
+def _format(value: float | None, unit: Unit) -> str:
+    if value is None:
+        return "n/a"
+    if unit == "share":
+        return percent(value)
+    return f"{value:+.2f}" if unit == "correlation" else f"{value:.3f}"
+
+
+def _change(measure: Measure, value: float | None, base: float | None) -> str:
+    if measure.unit == "correlation":  # a ratio of correlations says nothing
+        return ""
+    change = ratio(value, base)
+    if change is None:
+        return "n/a"
+    return f"{round(100 * (change - 1), 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first flush left, numbers flush right, a rule under the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        _SEPARATOR.join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * (sum(widths) + len(_SEPARATOR) * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _short(label: str, length: int = 20) -> str:
+    return label if len(label) <= length else label[: length - 1] + "…"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _nats(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f} nats"

@@ -1,0 +1,30 @@
+"""Small texts and a tokenizer of bytes, so that tests need neither files nor the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END = "<end>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, 256 of them, and ``<end>`` with id 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate([*alphabet, END])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def write_tree(root: Path, files: int = 40, lines: int = 6) -> Path:
+    """A folder of small Python files in two sub-folders, no two of which are equal."""
+    for number in range(files):
+        folder = root / f"part{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"value_{number} = {number} * {line}\n" for line in range(lines))
+        (folder / f"file{number}.py").write_text(text, encoding="utf-8")
+    return root
