@@ -362,9 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bits = loss / math.log(2) * held_out["tokens"] / held_out["bytes"]
     on_gpu = device.type == "cuda"
     flags = " ".join(
-        f"--{name.replace('_', '-')} {value}"
+        f"--{name.replace('_', '-')} {getattr(value, 'name', value)}"  # of a path the last part
         for name, value in vars(options).items()
-        if name not in ("data", "output", "overwrite", "started") and value not in (None, math.inf)
+        if name not in ("output", "overwrite", "started") and value not in (None, math.inf)
     )
     facts |= {
         "name": options.output.name,

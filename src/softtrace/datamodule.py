@@ -184,7 +184,11 @@ class PackedDataModule(LightningDataModule):
         return self._loader(self.train_blocks, shuffle=not overfitting)
 
     def val_dataloader(self) -> BlockLoader | list[Any]:
-        """Held-out blocks in order; an empty list, which Lightning skips, when there are none."""
+        """Held-out blocks in order; an empty list for a share of 0.
+
+        Lightning then skips validation, with a warning that every way of having none gives rise to;
+        ``Trainer(limit_val_batches=0)`` avoids it.
+        """
         if self.held_out_share == 0:
             return []
         if self.held_out_blocks is None:

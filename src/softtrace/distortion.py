@@ -29,7 +29,7 @@ def entropy(logits: Tensor) -> Tensor:
 def total_variation(full: Tensor, masked: Tensor) -> Tensor:
     """TV = ½ Σ|p_full - p_masked| in [0, 1], from logits ``[..., V]`` to ``[...]``."""
     dtype = working_dtype(full.dtype)
-    return (full.to(dtype).softmax(-1) - masked.to(dtype).softmax(-1)).abs_().sum(-1) / 2
+    return (full.to(dtype).softmax(-1) - masked.to(dtype).softmax(-1)).abs().sum(-1) / 2
 
 
 def divergence(full: Tensor, masked: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.batch import check_finite
-from softtrace.distortion import divergence
+from softtrace.distortion import divergence, total_variation
 from softtrace.draws import Draw, draw
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
@@ -35,7 +35,7 @@ class DensityTerm:
     Attributes:
         loss: scalar to add to the task loss (nats times strength). Without a graph, and 0, if
             nothing was run.
-        distortion: Σ easy·KL / Σ easy, nats, detached.
+        distortion: Σ easy·distance / Σ easy (nats for KL), detached.
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
         easy_share: Σ easy / number of counted tokens, detached.
@@ -152,7 +152,8 @@ class DensityLoss:
         masked = instrument.masked_logits(ids, mask, masks, recorded)
         check_finite(masked.detach(), "logits of the masked run", mask.bool())
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
-        distortion = (easy * divergence(full, masked)).sum() / total
+        distance = divergence if options.distance == "kl" else total_variation
+        distortion = (easy * distance(full, masked)).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
         return DensityTerm(

@@ -14,6 +14,7 @@ from softtrace.schedule import StrengthSchedule
 MaskKind = Literal["straight", "soft"]
 Family = Literal["both", "sparse", "shallow"]
 MaskedAttention = Literal["recorded", "recomputed"]
+Distance = Literal["kl", "tv"]
 OnNonFinite = Literal["raise", "skip"]
 
 
@@ -35,6 +36,8 @@ class DensityOptions:
         attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
             it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
             also reach queries and keys).
+        distance: of the masked prediction from the full one, ``"kl"`` (nats) or ``"tv"`` (the
+            measure itself, in [0, 1]; its gradient is bounded).
         easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
         easy_quantile: share of the tokens that are easy, in (0, 1].
@@ -59,6 +62,7 @@ class DensityOptions:
     thresholds: tuple[float, float] = (1e-4, 1e-1)
     depths: tuple[float, float] = (0.25, 1.0)
     attention: MaskedAttention = "recorded"
+    distance: Distance = "kl"
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.5
     easy_width: float = 0.1
@@ -73,6 +77,7 @@ class DensityOptions:
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
         _one_of("family", self.family, get_args(Family))
+        _one_of("distance", self.distance, get_args(Distance))
         _one_of("attention", self.attention, get_args(MaskedAttention))
         _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         infinity = float("inf")

@@ -165,8 +165,8 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
 
 
 _MEANINGS = (
-    "Edges needed: the smallest share of the graph whose prediction is within a total variation "
-    "(TV) of 0.2; lower: sparser.\n"
+    "Edges needed: the smallest trace, as a share of all edges, within a total variation (TV) of "
+    "0.2 of the full prediction; lower: sparser.\n"
     "Area: mean TV over trace sizes from 0.01 % to 100 % on a log scale; lower: less is lost when "
     "edges are dropped.\n"
     "Early exit agrees: the most likely token is already the full model's; higher: layers above "
