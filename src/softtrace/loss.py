@@ -1,6 +1,6 @@
 """The density loss: on a sub-batch, the distortion of easy tokens under a sparse, early mask.
 
-    strength · Σ_t easy_t · KL(p_t ‖ q_t) / Σ_t easy_t
+    strength · Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t
 
 p is the full prediction (held constant), q that of a masked run with a threshold τ and a depth E
 drawn per sequence. A separate pass on a sub-batch leaves the user's own forward untouched and makes

@@ -36,8 +36,8 @@ class DensityOptions:
         attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
             it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
             also reach queries and keys).
-        distance: of the masked prediction from the full one, ``"kl"`` (nats) or ``"tv"`` (the
-            measure itself, in [0, 1]; its gradient is bounded).
+        distance: of the masked prediction from the full one, ``"tv"`` (the measure itself, in
+            [0, 1]; bounded, so that hopeless tokens do not take over) or ``"kl"`` (nats).
         easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
         easy_quantile: share of the tokens that are easy, in (0, 1].
@@ -59,10 +59,10 @@ class DensityOptions:
     masks: MaskKind = "straight"
     temperature: float = 0.5
     family: Family = "both"
-    thresholds: tuple[float, float] = (1e-4, 1e-1)
-    depths: tuple[float, float] = (0.25, 1.0)
+    thresholds: tuple[float, float] = (1e-2, 0.5)
+    depths: tuple[float, float] = (0.5, 1.0)
     attention: MaskedAttention = "recorded"
-    distance: Distance = "kl"
+    distance: Distance = "tv"
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.5
     easy_width: float = 0.1

@@ -16,7 +16,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.evaluation import plots
 from softtrace.evaluation.drawing import lighter, printable, style
 from softtrace.evaluation.files import atomic_path
-from tests.evaluation.densities import LAYERS, SIZES, synthetic_density
+from tests.evaluation.densities import LAYERS, synthetic_density
 
 NAMES = [
     "tv_over_size.png",
@@ -217,7 +217,6 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
     }
     density["entropy_spearman"]["size_at_tv_0.2"] = None
     assert len(plots.write_plots([("run", density)], tmp_path)) == 4
-    assert len(SIZES) == 26
 
 
 def test_atomic_path_refuses_to_replace_by_nothing(tmp_path: Path) -> None:

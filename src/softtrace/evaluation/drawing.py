@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
-from softtrace.evaluation.table import Density
+from softtrace.evaluation.table import Density, shorten
 
 MAX_RUNS = 8
 """As many runs as there are colours that can be told apart."""
@@ -109,7 +109,7 @@ def panels(
     if count > 1:
         figure.set_layout_engine("constrained", wspace=0.06)
         for axes, label in zip(grid, labels, strict=False):
-            axes.set_title(clip(label, 72 // across), fontsize=11, pad=pad)
+            axes.set_title(shorten(label, 72 // across), fontsize=11, pad=pad)
     return figure, list(grid[:count])
 
 
@@ -141,12 +141,12 @@ def percent_tick(share: float, _: int | None = None) -> str:
     return f"{100 * share:g} %"
 
 
-def run_handles(runs: Runs, length: int = 40) -> list[Any]:
+def run_handles(runs: Runs, length: int) -> list[Any]:
     """A legend handle a run; none for a single run, which needs no name."""
     if len(runs) == 1:
         return []
     return [
-        Line2D([], [], color=colour, marker=marker, linewidth=2.4, label=clip(label, length))
+        Line2D([], [], color=colour, marker=marker, linewidth=2.4, label=shorten(label, length))
         for (label, _), colour, marker in zip(runs, COLOURS, MARKERS, strict=False)
     ]
 
@@ -186,11 +186,6 @@ def lighter(colour: str, by: float = 0.55) -> tuple[float, float, float]:
     target = 1.0 if by > 0 else 0.0
     red, green, blue = (part + (target - part) * abs(by) for part in to_rgb(colour))
     return red, green, blue
-
-
-def clip(label: str, length: int = 40) -> str:
-    """``label``, cut to ``length`` characters if it is longer."""
-    return label if len(label) <= length else label[: length - 1] + "…"
 
 
 def printable(label: str) -> str:

@@ -16,6 +16,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.evaluation import drawing
 from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, MAX_RUNS, SIZE_LABEL, Array, Runs
 from softtrace.evaluation.files import atomic_path
+from softtrace.evaluation.table import shorten
 
 _PHASES = (("construction", 1e-4, 1e-2, "#E9E9E9"), ("refinement", 1e-2, 1.0, "#F7F7F7"))
 _BASELINES = {
@@ -75,9 +76,11 @@ def _tv_over_size(runs: Runs) -> Figure:
     if single:
         groups.append(Patch(color=GREY, alpha=0.25, label="middle half of the tokens"))
     references = _baseline_handles() if drawn else []
-    # A few runs leave room for a third column.
-    rest = [groups, references] if len(runs) <= 4 else [groups + references]
-    figure = drawing.new_figure(5.0, [drawing.run_handles(runs), *rest])
+    if len(runs) <= 4:
+        columns = [drawing.run_handles(runs, 28), groups, references]
+    else:  # high columns, so two are enough
+        columns = [drawing.run_handles(runs, 40), groups + references]
+    figure = drawing.new_figure(5.0, columns)
     axes = figure.add_subplot()
     for name, low, high, tint in _PHASES:
         axes.axvspan(low, high, color=tint, linewidth=0, zorder=0)
@@ -117,7 +120,7 @@ def _size_against_entropy(runs: Runs) -> Figure:
         Line2D([], [], color=GREY, marker="o", linewidth=2.2, label="median of each twelfth"),
     ]
     if len(runs) > 1:
-        label = f"the medians of {drawing.clip(runs[0][0])}"
+        label = f"the medians of {shorten(runs[0][0], 40)}"
         handles.append(Line2D([], [], color=GREY, linestyle="--", label=label))
     figure, grid = drawing.panels([label for label, _ in runs], [[part] for part in handles], 16)
     drawing.set_title(figure, "How many edges a token needs, by how uncertain the model is")

@@ -46,6 +46,14 @@ def percent(share: float) -> str:
     return f"{value:.{decimals}f} %"
 
 
+def shorten(label: str, length: int = 20) -> str:
+    """``label``, cut in the middle if longer than ``length``: names often differ at the end."""
+    if len(label) <= length:
+        return label
+    tail = (length - 1) // 2
+    return f"{label[: length - 1 - tail]}…{label[-tail:]}"
+
+
 def half_depth(density: Density) -> int:
     """How many layers half the depth is: rounded down, at least 1."""
     return max(1, len(density["early_exit"]["layers"]) // 2)
@@ -144,9 +152,9 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
     tables = []
     for start in range(0, max(1, len(others)), _OTHERS_PER_TABLE):
         part = others[start : start + _OTHERS_PER_TABLE]
-        rows = [["", "better", _short(first[0])]]
+        rows = [["", "better", shorten(first[0])]]
         for label, _ in part:
-            rows[0] += [_short(label), "change"]
+            rows[0] += [shorten(label), "change"]
         for measure in MEASURES:
             name = f"held-out {measure.name}" if held_out and measure.unit == "nats" else None
             base = measure.read(first[1])
@@ -165,12 +173,12 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
 
 
 _MEANINGS = (
-    "Edges needed: the smallest trace, as a share of all edges, within a total variation (TV) of "
-    "0.2 of the full prediction; lower: sparser.\n"
-    "Area: mean TV over trace sizes from 0.01 % to 100 % on a log scale; lower: less is lost when "
-    "edges are dropped.\n"
-    "Early exit agrees: the most likely token is already the full model's; higher: layers above "
-    "are needed less."
+    "Edges needed: the smallest trace (share of all edges) within total variation (TV) 0.2 of the "
+    "full prediction; lower: sparser.\n"
+    "Area: mean TV over trace sizes from 0.01 % to 100 % on a log scale; lower: dropping edges "
+    "costs less.\n"
+    "Early exit agrees: its most likely token is the full model's; higher: upper layers are needed "
+    "less."
 )
 
 
@@ -203,10 +211,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = "-" * (sum(widths) + len(_SEPARATOR) * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _short(label: str, length: int = 20) -> str:
-    return label if len(label) <= length else label[: length - 1] + "…"
 
 
 def _count(number: int) -> str:
