@@ -40,7 +40,11 @@ def blocks_of(data: str, block_size: int, explained: int) -> tuple[Tensor, Tenso
     train, held_out = split_by_file(read_documents(data), 0.1, "effect")
     density = pack(held_out, tokenizer, 64)
     chosen = torch.linspace(0, len(density) - 1, min(explained, len(density))).long()
-    return pack(train, tokenizer, block_size), pack(held_out, tokenizer, block_size), density[chosen]
+    return (
+        pack(train, tokenizer, block_size),
+        pack(held_out, tokenizer, block_size),
+        density[chosen],
+    )
 
 
 def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: argparse.Namespace):
@@ -129,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="folder of source (default: installed matplotlib)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=128, help="held-out blocks for the density")
@@ -159,7 +163,9 @@ def main() -> None:
         "data": Path(args.data).name,
         "train_blocks": len(blocks[0]),
         "explained_positions": len(blocks[2]) * 31,
-        "settings": {key: getattr(args, key) for key in ("steps", "batch_size", "block_size", "lr")},
+        "settings": {
+            key: getattr(args, key) for key in ("steps", "batch_size", "block_size", "lr")
+        },
         "arms": {
             name: {
                 "options": arms[name],
@@ -180,7 +186,9 @@ def main() -> None:
         for name, ratios in result["ratio_to_plain"].items():
             print(name, "relative to plain:")
             for key, found in ratios.items():
-                print(f"  {key:14s} {found['mean']:.3f}  ({found['min']:.3f} to {found['max']:.3f})")
+                print(
+                    f"  {key:14s} {found['mean']:.3f}  ({found['min']:.3f} to {found['max']:.3f})"
+                )
     write_json(args.out, result)
 
 
