@@ -1,8 +1,13 @@
 """What a trace is compared with: connected subgraphs of the same size chosen badly.
 
-Random-connected: best-first search by random scores. Inverse: best-first search that takes the
-least important edge first. Each with the residual edges kept from the start or competing like all
-others. Source: arXiv 2605.27033, section 4.
+Random-connected takes edges in random order, inverse the least important first; each with the
+residual edges kept from the start or competing like all others. Source: arXiv 2605.27033,
+section 4.
+
+Best-first search by such scores stalls: the output node has two edges, both among the worst, and
+once one is in, most of the graph follows at a single score, so that no threshold shows the sizes
+between. Where residual edges are not kept, every node's own best edge is kept from the start
+instead: every threshold then leaves a subgraph that connects the output to the embedding.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ def baseline_scores(
     Args:
         importance: of a batch.
         kind: ``"random_connected"`` or ``"inverse"``.
-        keep_residual: residual edges get a score above every threshold.
+        keep_residual: residual edges get a score above every threshold; otherwise the best edge
+            into each node does, so that the subgraph stays connected at every threshold.
         seed: of the random scores.
 
     Raises:
@@ -60,16 +66,38 @@ def baseline_scores(
             parts.append(score[:, start : start + size].reshape(shape))
             start += size
         layers.append(LayerEdges(*parts))
-    if keep_residual:
-        layers = [
-            replace(
-                layer,
-                attention_residual=torch.ones_like(layer.attention_residual),
-                mlp_residual=torch.ones_like(layer.mlp_residual),
-            )
-            for layer in layers
-        ]
-    return replace(importance, layers=tuple(layers))
+    connect = _keep_residual if keep_residual else _keep_best
+    return replace(
+        importance,
+        layers=tuple(
+            connect(layer, exists) for layer, exists in zip(layers, existing, strict=True)
+        ),
+    )
+
+
+def _keep_residual(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
+    """Residual edges above every threshold."""
+    return replace(
+        scores,
+        attention_residual=exists.attention_residual.to(scores.mlp.dtype),
+        mlp_residual=exists.mlp_residual.to(scores.mlp.dtype),
+    )
+
+
+def _keep_best(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
+    """The best edge into every node above every threshold; scores are ranks, so it is one edge."""
+    at_attention = torch.maximum(scores.attention.amax((1, 3)), scores.attention_residual)
+    at_mlp = torch.maximum(scores.mlp, scores.mlp_residual)
+
+    def lift(part: Tensor, best: Tensor, there: Tensor) -> Tensor:
+        return torch.where((part == best) & there, 1.0, part)
+
+    return LayerEdges(
+        lift(scores.attention, at_attention[:, None, :, None], exists.attention),
+        lift(scores.attention_residual, at_attention, exists.attention_residual),
+        lift(scores.mlp, at_mlp, exists.mlp),
+        lift(scores.mlp_residual, at_mlp, exists.mlp_residual),
+    )
 
 
 def baseline_thresholds(count: int = 14) -> tuple[float, ...]:

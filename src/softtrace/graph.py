@@ -1,7 +1,7 @@
 """The graph of a sequence: nodes are the residual stream at (half-layer, token), edges add into it.
 
 Everything else speaks these shapes. ``B`` sequences, ``H`` attention heads, ``T`` targets,
-``S = T`` sources, ``L`` layers. Source: Kervadec et al., arXiv 2605.27033, section 3 (the graph, s-Traces).
+``S = T`` sources, ``L`` layers. Source: Kervadec et al., arXiv 2605.27033, section 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or the hub: safetensors only, errors that name the file."""
+"""Models and tokenizers from a directory or the hub: safetensors only, clear errors."""
 
 from __future__ import annotations
 

@@ -25,13 +25,12 @@ from softtrace.data import (
     split_by_file,
 )
 from softtrace.errors import DataError, InvalidInputError
+from softtrace.evaluation.compare import DENSITY_VERSION
 from softtrace.evaluation.files import prepare_output, write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.table import density_table
-from softtrace.load import load_model, load_tokenizer
-
-SCHEMA_VERSION = 1
+from softtrace.load import check_model_directory, load_model, load_tokenizer
 
 
 def evaluate(
@@ -80,17 +79,18 @@ def evaluate(
         check_range(name, value, 1, float("inf"))
     if block_size < 4:
         raise InvalidInputError(f"block_size: found {block_size}, allowed are integers from 4")
-    folder = prepare_output(Path(out), overwrite)
-    tokenizer = load_tokenizer(model)
-    network = load_model(model, dtype=dtype)
     where = _device(device)
-    network.to(where).eval()  # type: ignore[arg-type]
+    folder = prepare_output(Path(out), overwrite)
+    check_model_directory(model)
+    tokenizer = load_tokenizer(model)
     documents = read_documents(data, suffixes, exclude)
     if held_out_share:
         documents = split_by_file(documents, held_out_share, salt)[1]
         if not documents:
             raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
     chosen = _evenly(pack(documents, tokenizer, block_size), blocks)
+    network = load_model(model, dtype=dtype)
+    network.to(where).eval()  # type: ignore[arg-type]
     min_context = block_size // 2
     with tqdm(total=len(chosen), desc=f"measuring {Path(model).name}", unit="block") as bar:
         found = measure(
@@ -103,7 +103,7 @@ def evaluate(
         )
     config = network.config
     density = {
-        "version": SCHEMA_VERSION,
+        "version": DENSITY_VERSION,
         "model": {
             "path": model,
             "type": config.model_type,

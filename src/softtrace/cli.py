@@ -1,0 +1,107 @@
+"""The ``softtrace`` command: fit, evaluate, compare."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser
+
+from softtrace.errors import SofttraceError
+
+_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare} ...
+
+Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
+
+  fit       fine-tune a model directory on text, with the density penalty
+  evaluate  measure how much of its graph a model needs: density.json, a table, plots
+  compare   put several density.json of the same text side by side
+
+softtrace COMMAND --help shows the options of each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        0, 1 for bad input (named on stderr), 2 for arguments that do not parse, 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"softtrace {version('softtrace')}")
+        return 0
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        allowed = ", ".join(_COMMANDS)
+        print(f"softtrace: found command {words[0]!r}, allowed are {allowed}", file=sys.stderr)
+        return 2
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
+    log = logging.getLogger("softtrace")
+    log.addHandler(handler)
+    try:
+        command(words[1:])
+    except SofttraceError as error:
+        print(f"softtrace {words[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"softtrace {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(handler)
+    return 0
+
+
+# Each command imports what it needs when it runs: `softtrace --help` stays quick.
+def _fit(args: list[str]) -> None:
+    from softtrace.fit import fit
+
+    print(f"\nwritten to {fit(args)}/: the model, fit.yaml and logs")
+
+
+def _evaluate(args: list[str]) -> None:
+    from softtrace.evaluation.evaluate import evaluate
+
+    parser = ArgumentParser(
+        prog="softtrace evaluate",
+        description="Measure how much of its graph a model needs on a text.",
+    )
+    parser.add_argument("-c", "--config", action="config", help="options in a YAML file")
+    parser.add_function_arguments(evaluate, as_positional=False)
+    options = parser.parse_args(args).as_dict()
+    options.pop("config", None)
+    evaluate(**options)
+
+
+def _compare(args: list[str]) -> None:
+    from softtrace.evaluation.compare import compare
+
+    parser = ArgumentParser(
+        prog="softtrace compare",
+        description="Compare runs measured on the same text; the others against the first.",
+    )
+    parser.add_argument("paths", nargs="+", type=str, help="2 to 8 density.json, or their folders")
+    parser.add_argument("--out", type=str, required=True, help="folder to write to; new or empty")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace what OUT holds")
+    options = parser.parse_args(args)
+    print(compare(options.paths, options.out, options.overwrite))
+    print(f"\nwritten to {options.out}/: compare.json and plots")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "compare": _compare,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

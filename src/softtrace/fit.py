@@ -1,0 +1,191 @@
+"""``softtrace fit``: Lightning's command line around the module, the data and the penalty."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from softtrace.datamodule import PackedDataModule
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation.files import prepare_output
+from softtrace.lightning import DensityPenalty
+from softtrace.load import load_tokenizer
+from softtrace.module import CausalLM
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = """Fine-tune a causal language model with the density penalty.
+
+softtrace fit --model.path MODEL --data.path TEXT --out OUT
+
+OUT gets the model and its tokenizer (what `softtrace evaluate --model OUT` reads), fit.yaml (this
+run's options, for --config), logs/ with metrics.csv, and checkpoints/. --penalty.strength 0 is
+plain fine-tuning. Without max_steps or max_epochs it goes over the text once."""
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with an output folder, the penalty, and a way to go on after an interruption."""
+
+    config_init: Any
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            CausalLM,
+            PackedDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"prog": "softtrace fit", "description": _DESCRIPTION},
+            args=None if args is None else list(args),
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; without Lightning's warning that arguments were passed by a program."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The penalty's dials and the run's own."""
+        parser.add_lightning_class_args(DensityPenalty, "penalty")
+        parser.add_argument(
+            "--out", type=str, required=True, help="Folder to write to; must be new or empty."
+        )
+        parser.add_argument(
+            "--resume", type=bool, default=False, help="Go on from OUT's last checkpoint."
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=100,
+            help="Optimiser steps between checkpoints; 0 for none.",
+        )
+
+    @property
+    def out(self) -> Path:
+        """Folder of this run."""
+        return Path(self.config["out"])
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the newest checkpoint of this run is, if there is one."""
+        return self.out / "checkpoints" / "last.ckpt"
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what is wrong with the output folder before a model is loaded."""
+        if self.config["checkpoint_every"] < 0:
+            raise InvalidInputError(
+                f"checkpoint_every: found {self.config['checkpoint_every']}, allowed are integers "
+                "from 0"
+            )
+        # The other processes of a distributed run start when the first has written to the folder.
+        if getattr(rank_zero_only, "rank", 0):
+            return
+        if not self.config["resume"]:
+            prepare_output(self.out, overwrite=False)
+        elif not self.out.is_dir():
+            raise InvalidInputError(
+                f"resume: found no folder {self.out} to go on from; leave --resume out to start"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that logs and saves to OUT, unless the options say otherwise."""
+        options = self.config_init["trainer"]
+        if options.get("logger") in (None, True):
+            kwargs["logger"] = CSVLogger(self.out, name="logs")
+        if options.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.out)
+        if options.get("max_epochs") is None and options.get("max_steps", -1) == -1:
+            kwargs["max_epochs"] = -1 if options.get("max_time") else 1
+        every = self.config["checkpoint_every"]
+        if every and not options.get("fast_dev_run"):
+            checkpoint = ModelCheckpoint(
+                self.last_checkpoint.parent,
+                filename="last",
+                every_n_train_steps=every,
+                enable_version_counter=False,
+            )
+            kwargs["callbacks"] = [*_as_list(options.get("callbacks")), checkpoint]
+        else:
+            kwargs["enable_checkpointing"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self) -> Path:
+        """Train, save model and tokenizer to OUT, and return OUT."""
+        if self.datamodule.tokenizer is None:
+            self.datamodule.tokenizer = self.model.path
+        # Text that cannot be read shows before anything is written to the folder.
+        self.datamodule.setup("fit")
+        checkpoint = None
+        if self.config["resume"]:
+            if self.last_checkpoint.is_file():
+                checkpoint = str(self.last_checkpoint)
+            else:
+                logger.warning("%s holds no checkpoint yet; starting anew", self.out)
+        if self.trainer.is_global_zero:
+            self.parser.save(self.config, self.out / "fit.yaml", overwrite=True, skip_none=False)
+        self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
+            self._save()
+        return self.out
+
+    def _save(self) -> None:
+        """Model and tokenizer as safetensors and JSON; the weights appear last, all at once."""
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        fresh = self.out / f".model-{os.getpid()}"
+        try:
+            self.model.model.save_pretrained(fresh)
+            load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
+            readable = (
+                (fresh / "config.json").stat().st_mode
+            )  # safetensors writes for the owner only
+            for file in sorted(fresh.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                file.chmod(readable)
+                os.replace(file, self.out / file.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def fit(args: Sequence[str] | None = None) -> Path:
+    """Run ``softtrace fit`` with command-line arguments and return the output folder.
+
+    Args:
+        args: as on the command line; None takes the process's own.
+
+    Raises:
+        SofttraceError: bad input, named.
+        SystemExit: arguments that do not parse, or ``--help``.
+    """
+    advert = logging.Filter()
+    advert.filter = lambda record: "litlogger" not in record.getMessage()  # type: ignore[method-assign]
+    lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning_logger.addFilter(advert)
+    try:
+        with warnings.catch_warnings():
+            # lightning 2.6.6 asks torch 2.13 for a name that it is about to lose, at every fit
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            return FitCLI(args).fit()
+    finally:
+        lightning_logger.removeFilter(advert)
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks]

@@ -1,0 +1,101 @@
+"""A LightningModule around any causal LM of transformers: what ``softtrace fit`` trains.
+
+Nothing here knows of densities; the penalty is a callback. People with a module of their own keep
+it and add the callback alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from softtrace.batch import check_range
+from softtrace.errors import InvalidInputError
+from softtrace.load import load_model
+
+
+class CausalLM(LightningModule):
+    """Fine-tunes a causal language model with AdamW, linear warm-up and cosine decay to 0.
+
+    Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token.
+
+    Args:
+        path: model directory (safetensors) or hub name.
+        learning_rate: largest learning rate, > 0.
+        weight_decay: of matrices; biases and norm weights are left alone.
+        betas: of AdamW.
+        warmup_steps: optimiser steps of the linear warm-up.
+        dtype: of the weights: "float32", "bfloat16", "float16" or "auto" (as stored).
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers
+            choose.
+
+    Raises:
+        InvalidInputError: a number outside its range.
+        ModelDirectoryError: see :func:`softtrace.load.load_model`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 20,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        infinity = float("inf")
+        check_range("learning_rate", learning_rate, 0, infinity, open_low=True, open_high=True)
+        check_range("weight_decay", weight_decay, 0, infinity, open_high=True)
+        for beta in betas:
+            check_range("betas", beta, 0, 1, open_high=True)
+        if warmup_steps < 0:
+            raise InvalidInputError(
+                f"warmup_steps: found {warmup_steps}, allowed are integers from 0"
+            )
+        self.path = path
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_steps = warmup_steps
+        options = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
+        # from_pretrained returns it in eval mode; what is fine-tuned is in train mode.
+        self.model = load_model(path, dtype=dtype, **options).train()
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of the batch, nats per token."""
+        loss = self._loss(batch)
+        self.log("loss/train", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        """Log the mean held-out loss, nats per token."""
+        rows = batch["input_ids"].shape[0]
+        self.log("loss/held_out", self._loss(batch), prog_bar=True, batch_size=rows, sync_dist=True)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(**batch, use_cache=False).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped with the optimiser."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [w for w in trained if w.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
