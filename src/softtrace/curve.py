@@ -7,6 +7,7 @@ runs use the attention probabilities of the full run (see :mod:`softtrace.runs`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.batch import check_range
-from softtrace.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, total_variation
+from softtrace.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance
+from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, Recording, attach
 from softtrace.masks import hard_masks
 from softtrace.trace import edge_counts, total_edges
@@ -27,14 +29,15 @@ SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26
 DEPTH_QUARTILES = 4
 
 
-def default_thresholds(count: int = 26) -> tuple[float, ...]:
-    """Thresholds evenly spaced in the logit, 0.98 to 1e-6: fine near 1, geometric near 0.
+def default_thresholds() -> tuple[float, ...]:
+    """20 thresholds, 0.5 to 1e-6: geometric and dense where sizes pass from 1e-4 to a third.
 
-    Residual edges carry most of their node and enter first, at thresholds between 0.5 and 1, where
-    a purely geometric grid would see one or two points.
+    Residual edges carry most of their node and enter first. Below 2.5e-3, where most of the graph
+    is in and TV is small, three points are enough. How far readings are from those of ten times as
+    many thresholds: ``recipes/benchmarks/tracing.json``.
     """
-    grid = torch.linspace(4.0, -13.8, count, dtype=torch.float64).sigmoid()
-    return tuple(grid.tolist())
+    dense = torch.logspace(math.log10(0.5), math.log10(2.5e-3), 17, dtype=torch.float64)
+    return (*dense.tolist(), 8e-4, 1e-4, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def curve_of(
     valid = scores.valid
     grid = torch.tensor(sorted(thresholds, reverse=True), dtype=torch.float64, device=valid.device)
     total = total_edges(scores)
+    full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
     padding = ~valid
     sizes, variations, compositions, nuclei = [], [], [], []
     for tau in grid.tolist():
@@ -203,7 +207,7 @@ def curve_of(
         logits = instrument.masked_logits(input_ids, valid.long(), masks, recording.attention)
         share = counts.sum((2, 3)).double() / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
-        variation = total_variation(recording.logits, logits)
+        variation = variation_from(full, logits)
         variations.append(variation.masked_fill(padding, torch.nan))
         if composition:
             compositions.append(_by_quartile(counts))

@@ -13,6 +13,8 @@ from softtrace.importance import working_dtype
 NUCLEUS_SHARES = (0.01, 0.05, 0.10, 0.20, 0.40, 0.60, 0.80, 0.90)
 """Probability masses of the nuclei whose recovery is reported."""
 
+_CACHED = 1 << 17  # elements
+
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax over the vocabulary in float32 or float64 (nats), ``[..., V]``."""
@@ -28,8 +30,25 @@ def entropy(logits: Tensor) -> Tensor:
 
 def total_variation(full: Tensor, masked: Tensor) -> Tensor:
     """TV = ½ Σ|p_full - p_masked| in [0, 1], from logits ``[..., V]`` to ``[...]``."""
-    dtype = working_dtype(full.dtype)
-    return (full.to(dtype).softmax(-1) - masked.to(dtype).softmax(-1)).abs().sum(-1) / 2
+    return variation_from(full.to(working_dtype(full.dtype)).softmax(-1), masked)
+
+
+def variation_from(full: Tensor, masked: Tensor) -> Tensor:
+    """:func:`total_variation` with the full prediction given as probabilities, for reuse."""
+    if masked.requires_grad or full.requires_grad or full.device.type != "cpu":
+        return (masked.to(full.dtype).softmax(-1) - full).abs().sum(-1) / 2
+    shape, vocabulary = full.shape[:-1], full.shape[-1]
+    rows = max(1, _CACHED // vocabulary)
+    # In place and in portions that stay in the cache: this runs once a threshold of every curve.
+    parts = [
+        q.to(p.dtype).softmax(-1).sub_(p).abs_().sum(-1)
+        for p, q in zip(
+            full.reshape(-1, vocabulary).split(rows),
+            masked.reshape(-1, vocabulary).split(rows),
+            strict=True,
+        )
+    ]
+    return torch.cat(parts).reshape(shape) / 2
 
 
 def divergence(full: Tensor, masked: Tensor) -> Tensor:

@@ -188,13 +188,14 @@ class MaskedRun(Run):
 
     @override
     def after_attention(self, layer: int, output: Tensor) -> Tensor:
-        return output + self._minus_one(self.masks[layer].attention_residual, output) * self.entry
+        minus_one = self._minus_one(self.masks[layer].attention_residual, output)
+        return torch.addcmul(output, minus_one, self.entry)
 
     @override
     def after_mlp(self, layer: int, output: Tensor) -> Tensor:
         masks = self.masks[layer]
         kept = masks.mlp.to(output.dtype)[..., None] * output
-        return kept + self._minus_one(masks.mlp_residual, output) * self.middle
+        return torch.addcmul(kept, self._minus_one(masks.mlp_residual, output), self.middle)
 
     @staticmethod
     def _minus_one(mask: Tensor, like: Tensor) -> Tensor:
