@@ -45,7 +45,15 @@ def main() -> None:
         shutil.rmtree(ROOT / args.out / name, ignore_errors=True)
     for name, strength in STRENGTHS.items():
         softtrace(
-            *("fit", "--model.path", MODEL, "--data.path", data, "--out", args.out / name / "model"),
+            *(
+                "fit",
+                "--model.path",
+                MODEL,
+                "--data.path",
+                data,
+                "--out",
+                args.out / name / "model",
+            ),
             *("--model.learning_rate", 1e-3, "--trainer.max_steps", args.steps),
             *("--data.batch_size", 16, "--data.held_out_share", 0.1),
             *("--trainer.limit_val_batches", 0, "--penalty.strength", strength),

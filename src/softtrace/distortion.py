@@ -43,8 +43,8 @@ def variation_from(full: Tensor, masked: Tensor) -> Tensor:
     parts = [
         q.to(p.dtype).softmax(-1).sub_(p).abs_().sum(-1)
         for p, q in zip(
-            full.reshape(-1, vocabulary).split(rows),
-            masked.reshape(-1, vocabulary).split(rows),
+            torch.split(full.reshape(-1, vocabulary), rows),
+            torch.split(masked.reshape(-1, vocabulary), rows),
             strict=True,
         )
     ]

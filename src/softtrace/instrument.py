@@ -34,7 +34,8 @@ class Recording:
     Attributes:
         logits: ``[B, T, V]``, the full model's.
         importance: of every edge.
-        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs.
+        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs; empty if not
+            kept.
         hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
             ``[B, T, d_model]``; None unless asked for.
     """
@@ -73,7 +74,12 @@ class Instrument:
         return check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
 
     def record(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_hidden: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_hidden: bool = False,
+        keep_attention: bool = True,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -81,13 +87,14 @@ class Instrument:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, T]`` of 0 and 1, or None.
             keep_hidden: also keep the residual stream at every layer.
+            keep_attention: keep the attention probabilities, which masked runs need.
 
         Raises:
             InvalidInputError: see :func:`softtrace.batch.check_batch`.
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
         valid = self.valid(input_ids, attention_mask)
-        run = RecordingRun(self.anatomy, valid, keep_hidden)
+        run = RecordingRun(self.anatomy, valid, keep_hidden, keep_attention)
         logits = self.forward(run, input_ids)
         check_finite(logits.detach(), "logits of the full model", valid)
         importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
@@ -164,7 +171,9 @@ def attach(model: nn.Module) -> Instrument:
             "device_map='meta' or offload) before attaching"
         )
     instrument = Instrument(model, take_apart(model))
-    with torch.no_grad():
+    device = next(model.parameters()).device.type
+    # Autocast rounds every product, which is no mismatch of the model's layout.
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         prove(instrument)
     _ATTACHED[model] = instrument
     return instrument
@@ -191,7 +200,7 @@ def edge_importance(
         InvalidInputError: ids outside the vocabulary, wrong shapes.
         NonFiniteError: the model's logits are not finite.
     """
-    return attach(model).record(input_ids, attention_mask).importance
+    return attach(model).record(input_ids, attention_mask, keep_attention=False).importance
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig | None:

@@ -111,8 +111,15 @@ class Run:
 class RecordingRun(Run):
     """Computes importances while the full model runs. Nothing of size H·T·T·d exists."""
 
-    def __init__(self, anatomy: Anatomy, valid: Tensor, keep_hidden: bool = False) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        valid: Tensor,
+        keep_hidden: bool = False,
+        keep_attention: bool = True,
+    ) -> None:
         super().__init__(anatomy, valid, keep_hidden)
+        self.keep_attention = keep_attention
         self.layers: list[LayerEdges] = []
         self.attention: list[Tensor] = []
         self.visible: list[Tensor] = []
@@ -130,7 +137,8 @@ class RecordingRun(Run):
             residual = l1_norm(self.entry) * self.valid
             self._attention = attention_shares(seen, norms, residual)
         self.visible.append(self._share_visible(visible))
-        self.attention.append(probabilities)
+        if self.keep_attention:
+            self.attention.append(probabilities)
         return probabilities
 
     def _share_visible(self, visible: Tensor) -> Tensor:
