@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tests.tiny import tiny_model
 
 END = "<end>"
 
@@ -28,3 +31,12 @@ def write_tree(root: Path, files: int = 40, lines: int = 6) -> Path:
         text = "".join(f"value_{number} = {number} * {line}\n" for line in range(lines))
         (folder / f"file{number}.py").write_text(text, encoding="utf-8")
     return root
+
+
+def write_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
+    """A model directory: a tiny model that reads bytes, as safetensors, and its tokenizer."""
+    tiny_model(
+        family, vocab_size=257, eos_token_id=256, pad_token_id=256, **overrides
+    ).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -18,11 +18,6 @@ from softtrace.datamodule import PackedDataModule
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
 from tests.corpus import byte_tokenizer, write_tree
 
-pytestmark = [
-    # lightning 2.6.6 uses a name that torch 2.13 deprecates
-    pytest.mark.filterwarnings(r"ignore:.*LeafSpec:FutureWarning"),
-]
-
 
 class Bigram(LightningModule):
     """A model of two layers that notes what it is trained on."""

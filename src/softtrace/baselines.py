@@ -49,7 +49,7 @@ def baseline_scores(
     there = _flatten(existing)
     if kind == "random_connected":
         generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(there.shape, generator=generator).to(there.device)
+        order = torch.rand(there.shape, generator=generator, device="cpu").to(there.device)
     else:
         order = -_flatten(importance.layers)
     # Absent edges go last, so that ranks of existing ones are dense from the top.

@@ -57,8 +57,10 @@ def draw(
     digest = hashlib.sha256(f"{seed}/{step[0]}/{step[1]}/{rank}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     count = max(1, round(share * len(rows)))
-    chosen = rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
-    start = int(torch.randint(room + 1, (), generator=generator))
+    chosen = rows[
+        torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
+    ]
+    start = int(torch.randint(room + 1, (), generator=generator, device="cpu"))
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count, generator)
@@ -72,5 +74,5 @@ def draw(
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:
     """One uniform number out of each of ``count`` equal strata of [0, 1), in random order."""
-    inside = torch.rand(count, generator=generator)
-    return (torch.randperm(count, generator=generator) + inside) / count
+    inside = torch.rand(count, generator=generator, device="cpu")
+    return (torch.randperm(count, generator=generator, device="cpu") + inside) / count

@@ -138,7 +138,7 @@ class FitCLI(LightningCLI):
             else:
                 logger.warning("%s holds no checkpoint yet; starting anew", self.out)
         if self.trainer.is_global_zero:
-            self.parser.save(self.config, self.out / "fit.yaml", overwrite=True, skip_none=False)
+            self.parser.save(self.config, self.out / "fit.yaml", overwrite=True)
         self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
             self._save()
@@ -180,6 +180,8 @@ def fit(args: Sequence[str] | None = None) -> Path:
         with warnings.catch_warnings():
             # lightning 2.6.6 asks torch 2.13 for a name that it is about to lose, at every fit
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            # resuming means that there are checkpoints
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
             return FitCLI(args).fit()
     finally:
         lightning_logger.removeFilter(advert)

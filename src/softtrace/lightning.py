@@ -2,7 +2,8 @@
 
 A Lightning callback has no official way to add to the loss. The bound ``training_step`` is wrapped
 as an instance attribute from ``on_train_start`` on and put back at the end, also after an
-exception; ``functools.wraps`` keeps its signature readable for Lightning, which looks for ``batch_idx``.
+exception; ``functools.wraps`` keeps its signature readable for Lightning, which looks for
+``batch_idx``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
 
+STATE_KEY = "softtrace.DensityPenalty"
 STATE_VERSION = 1
 
 
@@ -29,9 +31,9 @@ class DensityPenalty(Callback):
     The batch has to be a mapping with ``input_ids`` ``[B, T]`` and, where there are any,
     ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
 
-    Logs ``loss/task`` and ``loss/density`` (nats), ``density/soft_size`` (share of edges),
-    ``density/distortion`` (nats) and ``density/easy_share`` every step. Strength 0 is inert: the
-    training step is not even wrapped.
+    Logs every step ``loss/task`` and ``loss/density``, ``density/soft_size`` (share of edges),
+    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``. Strength 0
+    is inert: the training step is not even wrapped.
 
     Args:
         strength: weight of the term, >= 0.
@@ -90,34 +92,30 @@ class DensityPenalty(Callback):
         pl_module.training_step = self._wrap(trainer, pl_module)  # type: ignore[method-assign]
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:
-        step = pl_module.training_step
+        step, density = pl_module.training_step, self._loss
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output = step(*args, **kwargs)
-            if output is None:  # the user skips this batch, and so does the term
-                return None
-            batch = args[0] if args else kwargs["batch"]
-            return self._add_term(trainer, pl_module, output, batch)
+            task = output.get("loss") if isinstance(output, Mapping) else output
+            # None skips the batch, and the term with it; what Lightning refuses is left to it. A
+            # wrapper that another one puts back after the end of this fit does nothing any more.
+            if density is None or density is not self._loss or not isinstance(task, Tensor):
+                return output
+            term = density(
+                **self.inputs_of(args[0] if args else kwargs["batch"]),
+                step=trainer.global_step,
+                micro_step=_micro_step(trainer),
+            )
+            self._log(pl_module, task, term)
+            if term.loss.requires_grad:
+                self._expect_use(term.loss)
+            loss = task + term.loss
+            return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
+        # Lightning looks through one decorator only; it shall find what it would without this one.
+        training_step.__wrapped__ = getattr(step, "__wrapped__", step)
         return training_step
-
-    def _add_term(
-        self, trainer: Trainer, pl_module: LightningModule, output: Any, batch: Any
-    ) -> Any:
-        if self._loss is None:
-            raise TrainerSetupError("the density term was asked for outside of training")
-        term = self._loss(
-            **self.inputs_of(batch),
-            step=trainer.global_step,
-            micro_step=_micro_step(trainer),
-        )
-        task = output["loss"] if isinstance(output, Mapping) else output
-        self._log(pl_module, task, term)
-        if term.loss.requires_grad:
-            self._expect_use(term.loss)
-        loss = task + term.loss
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
     def inputs_of(self, batch: Any) -> dict[str, Any]:
         """``input_ids``, ``attention_mask`` and ``labels`` of a batch; override for other shapes.
@@ -162,13 +160,17 @@ class DensityPenalty(Callback):
 
         loss.register_hook(arrived)  # type: ignore[no-untyped-call]
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Forget a term whose batch something after training_step skipped by returning None."""
+        self._waiting.clear()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prove that the term was part of what was differentiated."""
         if self._waiting:
             self._waiting.clear()
             raise TrainerSetupError(
-                f"step {trainer.global_step}: the density term was computed but no gradient reached "
-                "it. Something after training_step dropped or replaced the loss it returned"
+                f"step {trainer.global_step}: the density term was computed but no gradient "
+                "reached it. Something after training_step dropped or replaced the loss it returned"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,25 +193,27 @@ class DensityPenalty(Callback):
         if self._had_own_step:
             self._module.training_step = self._own_step  # type: ignore[method-assign]
         else:
-            del self._module.training_step
+            vars(self._module).pop("training_step", None)  # gone if another one tidied up before
         self._module = self._loss = self._own_step = None
         self._waiting.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing but a version and the seed: draws and strength are functions of the step."""
-        return {"version": STATE_VERSION, "seed": self.options.seed}
+    # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep a version and the seed; draws and strength are functions of the step."""
+        checkpoint[STATE_KEY] = {"version": STATE_VERSION, "seed": self.options.seed}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state written by another layout of this class.
-
-        Raises:
-            TrainerSetupError: unknown version.
-        """
-        if state_dict.get("version") != STATE_VERSION:
-            raise TrainerSetupError(
-                f"checkpoint: found DensityPenalty state version {state_dict.get('version')!r}, "
-                f"this softtrace reads version {STATE_VERSION}"
-            )
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of another layout or seed; one made without the penalty is fine."""
+        for name, own in (("version", STATE_VERSION), ("seed", self.options.seed)):
+            if (state := checkpoint.get(STATE_KEY)) is not None and state.get(name) != own:
+                raise TrainerSetupError(
+                    f"checkpoint: found DensityPenalty {name} {state.get(name)!r}, this run has "
+                    f"{own!r}; a fit resumes only with what it was started with"
+                )
 
 
 def find_causal_lm(module: nn.Module) -> PreTrainedModel:
@@ -240,6 +244,3 @@ def _micro_step(trainer: Trainer) -> int:
     """Which of the accumulated batches of this optimiser step is running."""
     ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return (ready - 1) % max(1, trainer.accumulate_grad_batches)
-
-
-__all__ = ["DensityPenalty", "find_causal_lm"]

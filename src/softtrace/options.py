@@ -88,7 +88,8 @@ class DensityOptions:
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
         _pair("thresholds", self.thresholds, open_high=True)
         _pair("depths", self.depths, open_high=False)
-        if self.crop is not None and (not isinstance(self.crop, int) or self.crop < 1):
+        integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
+        if self.crop is not None and not (integer and self.crop >= 1):
             raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
@@ -124,7 +125,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _pair(name: str, value: tuple[float, float], *, open_high: bool) -> None:
-    if len(value) != 2 or value[0] > value[1]:
+    if not isinstance(value, tuple | list) or len(value) != 2 or value[0] > value[1]:
         raise InvalidInputError(f"{name}: found {value!r}, expected (low, high) with low <= high")
     for bound in value:
         check_range(name, bound, 0, 1, open_low=True, open_high=open_high)

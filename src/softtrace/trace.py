@@ -33,24 +33,24 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
         masks: per layer, bool or floating ``[B, H, T, S]`` and ``[B, T]``; 0 at absent edges.
 
     Returns:
-        ``[B, T, L, 4]`` edges by layer and kind (order of :data:`EDGE_KINDS`); floating.
+        ``[B, T, L, 4]`` edges by layer and kind (order of :data:`EDGE_KINDS`); for bool masks in
+        float64: float32 counts stop at 2^24, and reduced-precision products well before.
     """
     first = masks[0].attention
-    batch, heads, length, _ = first.shape
+    batch, _, length, _ = first.shape
     dtype = first.dtype if first.is_floating_point() else torch.float32
-    if not first.is_floating_point() and heads * length * length >= 1 << 24:
-        dtype = torch.float64  # float32 counts stop at 2^24
+    wide = dtype if first.is_floating_point() or first.device.type == "mps" else torch.float64
     eye = torch.eye(length, dtype=dtype, device=first.device)
     reach = eye.expand(batch, -1, -1)
     counts = []
     for layer in reversed(masks):
         attention, attention_residual, mlp, mlp_residual = layer.map(lambda mask: mask.to(dtype))
         at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
-        into_mlp = reach @ at_mlp
+        into_mlp = reach.to(wide) @ at_mlp.to(wide)
         reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
         over_heads = attention.sum(1)
         degrees = torch.stack((over_heads.sum(-1), attention_residual), dim=-1)
-        into_attention = reach @ degrees
+        into_attention = reach.to(wide) @ degrees.to(wide)
         counts.append(torch.cat((into_attention, into_mlp), dim=-1))
         step = over_heads.clamp(max=1) + torch.diag_embed(attention_residual)
         reach = (reach @ step.clamp(max=1)).clamp(max=1)

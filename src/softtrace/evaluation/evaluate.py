@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -141,13 +142,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
     )
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in packages},
         },
         "hardware": hardware,
     }
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return shlex.join(["softtrace" if program == "cli.py" else program, *sys.argv[1:]])
 
 
 def _version(package: str) -> str | None:

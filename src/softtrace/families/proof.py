@@ -125,7 +125,7 @@ def prove(instrument: Instrument) -> None:
     """
     anatomy, model = instrument.anatomy, instrument.model
     generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
-    ids = torch.randint(anatomy.vocabulary, (2, _LENGTH), generator=generator)
+    ids = torch.randint(anatomy.vocabulary, (2, _LENGTH), generator=generator, device="cpu")
     ids = ids.to(next(model.parameters()).device)
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :2] = False  # left padding in one row
@@ -140,9 +140,10 @@ def prove(instrument: Instrument) -> None:
     run = _Witness(anatomy, valid, masks)
     logits = instrument.forward(run, ids)
     last = run.finish()
-    _require_same("our unmasked run against the model's own", logits[valid], plain[valid])
+    # Half precision rounds differently in every layer of the two runs, and that adds up.
+    _require_same("our unmasked run against the model's own", logits[valid], plain[valid], 4)
     head = anatomy.head(anatomy.final_norm(last))
-    _require_same("head(final norm(last layer)) against the logits", head[valid], plain[valid])
+    _require_same("head(final norm(last layer)) against the logits", head[valid], logits[valid])
     _check_final_norm(anatomy, last[valid])
     run = _Witness(anatomy, valid, _masks(anatomy, ids, generator))
     instrument.forward(run, ids)
@@ -163,7 +164,7 @@ def _masks(
     def draw(*shape: int) -> Tensor:
         if generator is None:
             return torch.ones(shape, device=ids.device)
-        return torch.randint(2, shape, generator=generator).float().to(ids.device)
+        return torch.randint(2, shape, generator=generator, device="cpu").float().to(ids.device)
 
     return tuple(
         LayerEdges(
@@ -187,12 +188,13 @@ def _check_final_norm(anatomy: Anatomy, last: Tensor) -> None:
     _require_same("the final norm against scale · weight · input", scale * direction, normed)
 
 
-def _require_same(what: str, found: Tensor, expected: Tensor) -> None:
+def _require_same(what: str, found: Tensor, expected: Tensor, slack: float = 1.0) -> None:
     error = _mismatch(found, expected, 0.0)
-    if not error <= tolerance(expected.dtype):
+    # Norms of transformers compute in float32 even in a float64 model.
+    allowed = max(slack * tolerance(expected.dtype), 1e-6)
+    if not error <= allowed:
         raise UnsupportedModelError(
-            f"{what}: they differ by {error:.2g} of the largest value, allowed "
-            f"{tolerance(expected.dtype):.0e}"
+            f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
         )
 
 

@@ -1,0 +1,199 @@
+"""``softtrace fit``: what it writes, what it refuses, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    ModelDirectoryError,
+    OutputExistsError,
+    TrainerSetupError,
+)
+from softtrace.fit import FitCLI, fit
+from softtrace.lightning import DensityPenalty
+from tests.corpus import write_model, write_tree
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model directory and a folder of text."""
+    root = tmp_path_factory.mktemp("sources")
+    return write_model(root / "model"), write_tree(root / "text")
+
+
+def arguments(sources: tuple[Path, Path], out: Path, *more: object) -> list[str]:
+    model, text = sources
+    words = [
+        *("--model.path", model, "--data.path", text, "--out", out, "--data.block_size", 16),
+        *("--data.batch_size", 4, "--trainer.accelerator", "cpu", "--trainer.max_steps", 6),
+        *("--model.learning_rate", 0.01, "--checkpoint_every", 2),
+        *("--trainer.limit_val_batches", 0, "--trainer.enable_progress_bar", "false"),
+        *("--penalty.warmup_steps", 3, *more),
+    ]
+    return [str(word) for word in words]
+
+
+def trained(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def test_writes_a_model_directory_that_transformers_reads(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = fit(arguments(sources, tmp_path / "out", "--trainer.log_every_n_steps", 1))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    before = AutoModelForCausalLM.from_pretrained(sources[0])
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(out).encode("a") == [64]
+    metrics = (out / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "density/distortion" in metrics
+    assert not list(out.glob(".*"))  # nothing half-written is left
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_its_own_yaml_repeats_the_run(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    first = fit(arguments(sources, tmp_path / "first", "--penalty.thresholds", "[0.02, 0.4]"))
+    options = yaml.safe_load((first / "fit.yaml").read_text())
+    assert options["penalty"]["thresholds"] == [0.02, 0.4]
+    assert options["penalty"]["strength"] == DensityPenalty().options.strength
+    again = fit(["--config", str(first / "fit.yaml"), "--out", str(tmp_path / "again")])
+    for name, weight in trained(first).items():
+        assert torch.equal(weight, trained(again)[name]), name
+
+
+class Stop(Callback):
+    """As if the process had been killed in the middle of a step."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("killed")
+
+
+def test_an_interrupted_fit_resumes_to_the_same_weights(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = fit(arguments(sources, tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    interrupted = FitCLI(arguments(sources, cut))
+    interrupted.trainer.callbacks.append(Stop())
+    with pytest.raises(RuntimeError, match="killed"):
+        interrupted.fit()
+    assert not (cut / "model.safetensors").exists()
+    fit(arguments(sources, cut, "--resume", "true"))
+    for name, weight in trained(whole).items():
+        assert torch.equal(weight, trained(cut)[name]), name
+    # the control: without the checkpoint's steps the end is another one
+    short = fit(arguments(sources, tmp_path / "short", "--trainer.max_steps", 2))
+    assert not torch.equal(trained(short)["lm_head.weight"], trained(whole)["lm_head.weight"])
+
+
+def test_resuming_before_the_first_checkpoint_starts_anew(
+    sources: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    fit(arguments(sources, out, "--resume", "true"))
+    assert "no checkpoint yet" in caplog.text
+    whole = fit(arguments(sources, tmp_path / "whole"))
+    assert torch.equal(trained(out)["lm_head.weight"], trained(whole)["lm_head.weight"])
+
+
+def test_strength_zero_is_plain_fine_tuning(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    inert = fit(arguments(sources, tmp_path / "inert", "--penalty.strength", 0))
+    without = FitCLI(arguments(sources, tmp_path / "without"))
+    without.trainer.callbacks[:] = [
+        callback
+        for callback in without.trainer.callbacks
+        if not isinstance(callback, DensityPenalty)
+    ]
+    without.fit()
+    active = fit(arguments(sources, tmp_path / "active"))
+    for name, weight in trained(inert).items():
+        assert torch.equal(weight, trained(tmp_path / "without")[name]), name
+    assert not torch.equal(trained(inert)["lm_head.weight"], trained(active)["lm_head.weight"])
+
+
+def test_goes_over_the_text_once_by_default(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    cli = FitCLI(arguments(sources, tmp_path / "a", "--trainer.max_steps", -1))
+    assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (1, -1)
+    cli = FitCLI(arguments(sources, tmp_path / "b"))
+    assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (None, 6)
+
+
+def test_an_existing_folder_is_refused_before_anything_is_loaded(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(OutputExistsError, match="found 1 entry, expected a new or"):
+        fit(arguments((tmp_path / "no model", sources[1]), tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_resuming_what_is_not_there_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"found no folder .* to go on from"):
+        fit(arguments(sources, tmp_path / "nothing", "--resume", "true"))
+
+
+def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
+    with pytest.raises(DataError, match="is binary"):
+        fit(arguments((sources[0], tmp_path / "binary.txt"), out))
+    fit(arguments(sources, out))
+
+
+def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text((sources[0] / "config.json").read_text())
+    with pytest.raises(ModelDirectoryError, match=r"found no \*\.safetensors weights"):
+        fit(arguments((model, sources[1]), tmp_path / "a"))
+    (model / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelDirectoryError, match="found only pickle weights"):
+        fit(arguments((model, sources[1]), tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--penalty.strength", -1, "strength: found -1.0, allowed"),
+        ("--penalty.easiness", "luck", "easiness: found 'luck', allowed are 'entropy'"),
+        ("--model.learning_rate", 0, "learning_rate: found 0.0, allowed"),
+        ("--model.warmup_steps", -1, "warmup_steps: found -1, allowed"),
+        ("--checkpoint_every", -1, "checkpoint_every: found -1, allowed"),
+        ("--data.batch_size", 0, "batch_size is 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    sources: tuple[Path, Path], tmp_path: Path, option: str, value: object, message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        fit(arguments(sources, tmp_path / "out", option, value))
+
+
+def test_a_second_penalty_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    more = ("--trainer.callbacks+=softtrace.lightning.DensityPenalty",)
+    with pytest.raises(TrainerSetupError, match="found 2 DensityPenalty callbacks"):
+        fit(arguments(sources, tmp_path / "out", *more))
+
+
+def test_any_option_can_come_from_yaml(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(json.dumps({"penalty": {"depths": [0.25, 0.75], "family": "shallow"}}))
+    cli = FitCLI(arguments(sources, tmp_path / "out", "--config", config))
+    [penalty] = [c for c in cli.trainer.callbacks if isinstance(c, DensityPenalty)]
+    assert penalty.options.depths == (0.25, 0.75)
+    assert penalty.options.family == "shallow"

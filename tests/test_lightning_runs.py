@@ -1,0 +1,319 @@
+"""Whole runs with the penalty: resumed, from the command line, in two processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+
+from softtrace import DensityOptions
+from softtrace.datamodule import PackedDataModule
+from softtrace.errors import TrainerSetupError
+from softtrace.lightning import STATE_KEY, DensityPenalty
+from tests.corpus import byte_tokenizer, write_tree
+from tests.fitting import Batch, Calls, Tuner, batches, fit, trainer, weights
+from tests.tiny import tiny_model
+
+# --- resuming
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return write_tree(tmp_path / "tree")
+
+
+class ByteTuner(Tuner):
+    def __init__(self) -> None:
+        super().__init__(model=tiny_model("llama", vocab_size=257))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("loss/held_out", self.model(**batch).loss, batch_size=len(batch["input_ids"]))
+
+
+def data_module(corpus: Path) -> PackedDataModule:
+    """Six batches an epoch, the last one smaller."""
+    return PackedDataModule(
+        corpus,
+        tokenizer=str(corpus.parent / "tokenizer"),
+        block_size=16,
+        held_out_share=0.2,
+        max_train_blocks=22,
+        batch_size=4,
+    )
+
+
+def fit_corpus(
+    corpus: Path, ckpt_path: Path | None = None, accumulate: int = 1, **changes: Any
+) -> Tensor:
+    """The weights after two epochs; without ``ckpt_path``, every step leaves a checkpoint."""
+
+    def save(fitting: Trainer, *_: Any) -> None:
+        path = corpus.parent / f"step={fitting.global_step}.ckpt"
+        if ckpt_path is None and not path.exists():
+            fitting.save_checkpoint(path)
+
+    torch.manual_seed(0)
+    module = ByteTuner()
+    options = {"start_step": 1, "warmup_steps": 6, "crop": 12, "seed": 3, **changes}
+    fitting = trainer(
+        DensityPenalty(0.5, **options),
+        Calls(on_train_batch_end=save),
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=1,
+        val_check_interval=2,
+    )
+    fitting.fit(module, data_module(corpus), ckpt_path=ckpt_path, weights_only=True)
+    return weights(module)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "steps"),
+    [(1, (1, 4, 6, 9)), (4, (1, 3))],  # in mid-epoch, after an epoch; before, in, after the rise
+)
+def test_resumed_fit_ends_as_the_straight_one_bit_by_bit(
+    corpus: Path, accumulate: int, steps: tuple[int, ...]
+) -> None:
+    straight = fit_corpus(corpus, accumulate=accumulate)
+    for step in steps:
+        resumed = fit_corpus(corpus, corpus.parent / f"step={step}.ckpt", accumulate)
+        assert torch.equal(resumed, straight), step
+    # What the comparison would notice: another strength from there on.
+    other = fit_corpus(corpus, corpus.parent / f"step={steps[1]}.ckpt", accumulate, warmup_steps=7)
+    assert not torch.equal(other, straight)
+
+
+def test_state_is_plain_and_versioned(corpus: Path) -> None:
+    fit_corpus(corpus)
+    checkpoint = torch.load(corpus.parent / "step=4.ckpt", weights_only=True)
+    assert checkpoint[STATE_KEY] == {"version": 1, "seed": 3}
+    for version in (2, "1", None):
+        checkpoint[STATE_KEY]["version"] = version
+        torch.save(checkpoint, corpus.parent / "other.ckpt")
+        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 1"):
+            fit_corpus(corpus, corpus.parent / "other.ckpt")
+
+
+def test_resuming_with_another_seed_is_refused(corpus: Path) -> None:
+    fit_corpus(corpus)
+    with pytest.raises(TrainerSetupError, match="found DensityPenalty seed 3, this run has 4"):
+        fit_corpus(corpus, corpus.parent / "step=4.ckpt", seed=4)
+
+
+def test_checkpoint_without_the_penalty_can_be_continued_with_it(tmp_path: Path) -> None:
+    module = Tuner()
+    fit(module).save_checkpoint(tmp_path / "plain.ckpt")
+    before = weights(module).clone()
+    continued = trainer(DensityPenalty(), max_epochs=2)
+    continued.fit(module, batches(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    assert continued.global_step == 8
+    assert continued.callback_metrics["loss/density"] > 0
+    assert not torch.equal(weights(module), before)
+
+
+# --- the command line
+
+PENALTY = "softtrace.lightning.DensityPenalty"
+QUIET = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+DATA = ("--data.path=nowhere",)
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, *args: str, run: bool = False) -> Any:
+    """A command line as users of LightningCLI write it; with ``run``, its ``fit``."""
+    monkeypatch.setattr(sys, "argv", ["train"])  # it warns if there are arguments in both places
+    quiet = [f"--trainer.{switch}=false" for switch in QUIET]
+    return LightningCLI(
+        ByteTuner,
+        PackedDataModule,
+        run=run,
+        args=[*(["fit"] if run else []), *quiet, *args],
+        save_config_callback=None,
+        seed_everything_default=False,
+    )
+
+
+def penalty_of(cli: Any) -> DensityPenalty:
+    (penalty,) = cli.trainer.callbacks
+    assert isinstance(penalty, DensityPenalty)
+    return penalty
+
+
+def test_options_from_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"strength": "0.3", "thresholds": "[0.01,0.3]", "easiness": "margin", "crop": "7"}
+    flags = [f"--trainer.callbacks.{name}={value}" for name, value in given.items()]
+    cli = command_line(monkeypatch, *DATA, f"--trainer.callbacks+={PENALTY}", *flags)
+    assert penalty_of(cli).options == DensityOptions(
+        strength=0.3, thresholds=(0.01, 0.3), easiness="margin", crop=7
+    )
+    cli = command_line(monkeypatch, *DATA, f"--trainer.callbacks+={PENALTY}")
+    assert penalty_of(cli).options == DensityOptions()
+
+
+CONFIG = f"""
+trainer:
+  callbacks:
+    - class_path: {PENALTY}
+      init_args:
+        strength: 0.4
+        warmup_steps: 3
+        masks: soft
+        thresholds: [0.02, 0.2]
+        depths: [0.25, 0.75]
+        crop: 12
+        on_nonfinite: skip
+"""
+CONFIGURED = DensityOptions(
+    strength=0.4,
+    warmup_steps=3,
+    masks="soft",
+    thresholds=(0.02, 0.2),
+    depths=(0.25, 0.75),
+    crop=12,
+    on_nonfinite="skip",
+)
+
+
+def test_options_from_yaml_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given, saved = tmp_path / "given.yaml", tmp_path / "saved.yaml"
+    given.write_text(CONFIG, encoding="utf-8")
+    cli = command_line(monkeypatch, f"--config={given}", *DATA)
+    assert penalty_of(cli).options == CONFIGURED
+    # As Lightning saves it next to a run: defaults are spelled out, and it can be read again.
+    cli.parser.save(cli.config, saved)
+    text = saved.read_text(encoding="utf-8")
+    assert all(f"      {field.name}:" in text for field in fields(DensityOptions))
+    cli = command_line(monkeypatch, f"--config={saved}")
+    assert penalty_of(cli).options == CONFIGURED
+
+
+def test_fit_from_yaml(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    config = corpus.parent / "config.yaml"
+    data = {"path": corpus, "tokenizer": corpus.parent / "tokenizer", "block_size": 16}
+    lines = "".join(f"  {name}: {value}\n" for name, value in data.items())
+    config.write_text(f"{CONFIG}  fast_dev_run: 2\ndata:\n{lines}", encoding="utf-8")
+    cli = command_line(monkeypatch, f"--config={config}", run=True)
+    assert cli.trainer.global_step == 2
+    assert cli.trainer.callback_metrics["loss/density"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("strengt", "1", "strengt"),
+        ("masks", "blue", "blue"),
+        ("thresholds", "[0.1]", "thresholds"),
+        ("crop", "many", "many"),
+        ("seed", "1.5", "1.5"),
+        ("share", "2", r"share: found 2.0, allowed \(0, 1\]"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    part: str,
+) -> None:
+    flags = [f"--trainer.callbacks+={PENALTY}", f"--trainer.callbacks.{name}={value}"]
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        command_line(monkeypatch, *DATA, *flags)
+    assert re.search(part, capsys.readouterr().err + str(refusal.value))
+
+
+def test_help_shows_every_option_with_its_meaning_type_and_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, f"--trainer.callbacks.help={PENALTY}")
+    text = capsys.readouterr().out.replace("\n", "  ")
+    hints = get_type_hints(DensityOptions)
+    for field in fields(DensityOptions):
+        flag = rf"  --trainer\.callbacks\.{field.name} \S+"
+        shown = re.search(rf"{flag} +(\S.*?) \(type: (.*?), default: (.*?)\)  ", text)
+        assert shown, field.name
+        assert len(shown[1]) > 10
+        hint = hints[field.name]
+        of_type = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+        assert shown[2] == re.sub(r"typing\.|collections\.abc\.", "", of_type).replace(
+            "None", "null"
+        )
+        assert shown[3] == str(field.default).replace("None", "null")
+
+
+# --- two processes
+
+TWO_PROCESSES = """
+import sys
+import torch
+from softtrace.lightning import STATE_KEY, DensityPenalty
+from tests.fitting import Batches, Calls, Tuner, batches, trainer, weights
+
+strength, output = float(sys.argv[1]), sys.argv[2]
+noted = []
+
+
+class Ranked(Tuner):
+    def train_dataloader(self):
+        mine = batches(8).batches[self.global_rank :: 2]
+        if self.global_rank == 1:  # the term has nothing to look at in one rank's second batch
+            mine[1]["labels"].fill_(-100)
+        return Batches(*mine)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+module = Ranked()
+note = Calls(
+    on_train_batch_end=lambda trainer, *_: noted.append(
+        {name: float(value) for name, value in trainer.callback_metrics.items()}
+    )
+)
+fitting = trainer(
+    DensityPenalty(strength), note, devices=2, strategy="ddp", max_epochs=2,
+    accumulate_grad_batches=2,
+)
+fitting.fit(module)
+state = {"weights": weights(module), "noted": noted, "clean": "training_step" not in vars(module)}
+torch.save(state, f"{output}.{fitting.global_rank}")
+"""
+
+
+def fit_in_two_processes(folder: Path, strength: float) -> list[dict[str, Any]]:
+    script, output = folder / "two_processes.py", folder / f"strength{strength}"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "src")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(strength), str(output)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
+    plain = fit_in_two_processes(tmp_path, 0.0)
+    penalised = fit_in_two_processes(tmp_path, 0.75)
+    for ranks in (plain, penalised):
+        assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+        assert ranks[0]["clean"]
+        assert ranks[1]["clean"]
+    assert not torch.equal(plain[0]["weights"], penalised[0]["weights"])
+    terms = [[noted["loss/density"] for noted in rank["noted"]] for rank in penalised]
+    assert [value > 0 for value in terms[0]] == [True] * 8
+    assert [value > 0 for value in terms[1]] == [True, False, True, True] * 2
