@@ -273,7 +273,8 @@ as do passages that held-out and training files share (encodings tables, test bo
     {facts["command"]}
 
 run by Python {facts["versions"]["python"]} on {facts["data"]}. Results vary a little
-with the hardware and, under `--max-seconds`, with its speed. All facts of the run are in `pretrain.json`.
+with the hardware and, under `--max-seconds`, with its speed. All facts of the run are in
+`pretrain.json`.
 """
 
 

@@ -160,6 +160,7 @@ def attach(model: nn.Module) -> Instrument:
 
     Raises:
         UnsupportedModelError: names the layer and the mismatch.
+        NonFiniteError: its logits are not finite, so that nothing can be proven.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     known = _ATTACHED.get(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from softtrace.batch import position_ids_of
+from softtrace.batch import check_finite, position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.pattern import Anatomy
 from softtrace.graph import LayerEdges
@@ -122,6 +122,7 @@ def prove(instrument: Instrument) -> None:
 
     Raises:
         UnsupportedModelError: naming the layer, the place and the mismatch.
+        NonFiniteError: the model's own logits are not finite.
     """
     anatomy, model = instrument.anatomy, instrument.model
     generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
@@ -136,6 +137,7 @@ def prove(instrument: Instrument) -> None:
             position_ids=position_ids_of(valid),
             use_cache=False,
         ).logits
+    check_finite(plain, "logits of the model on a tiny batch, run to attach", valid)
     masks = _masks(anatomy, ids, None)
     run = _Witness(anatomy, valid, masks)
     logits = instrument.forward(run, ids)

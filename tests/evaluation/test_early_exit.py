@@ -1,0 +1,34 @@
+"""Early exits against a literal pass through the layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import softtrace
+from softtrace.evaluation.early_exit import exit_agreement
+from tests.tiny import FAMILIES, tiny_model, tiny_prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_equals_reading_transformers_hidden_states(family: str) -> None:
+    model, ids = tiny_model(family), tiny_prompt(10, batch=3)
+    instrument = softtrace.attach(model)
+    found = exit_agreement(instrument, instrument.record(ids, keep_hidden=True))
+    output = model(input_ids=ids, output_hidden_states=True)
+    wanted = output.logits.argmax(-1)
+    final_norm = instrument.anatomy.final_norm
+    for layer, hidden in enumerate(output.hidden_states[1:-1]):  # the last one is normed already
+        expected = model.lm_head(final_norm(hidden)).argmax(-1) == wanted
+        assert torch.equal(found[layer], expected)
+    assert found.shape == (3, 3, 10)
+    assert found[-1].all()
+    assert not found[0].all()
+
+
+def test_needs_hidden_states() -> None:
+    model = tiny_model("llama")
+    instrument = softtrace.attach(model)
+    with pytest.raises(ValueError, match="keep_hidden=True"):
+        exit_agreement(instrument, instrument.record(tiny_prompt(4)))

@@ -1,0 +1,55 @@
+"""Result files are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from softtrace.errors import OutputExistsError
+from softtrace.evaluation.files import atomic_path, prepare_output, write_json
+
+
+def test_writes_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"τ": [1.0, float("nan"), float("inf")], "n": (1, 2)})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {
+        "τ": [1.0, None, None],
+        "n": [1, 2],
+    }
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": True})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+
+    def fail_half_way() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail_half_way()
+    assert json.loads(path.read_text()) == {"old": True}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
+        pass
+
+
+def test_output_folders(tmp_path: Path) -> None:
+    new = prepare_output(tmp_path / "a" / "b", overwrite=False)
+    assert new.is_dir()
+    assert prepare_output(new, overwrite=False) == new  # empty
+    (new / "x").write_text("x")
+    with pytest.raises(OutputExistsError, match="found 1 entry, expected a new or empty folder"):
+        prepare_output(new, overwrite=False)
+    assert prepare_output(new, overwrite=True) == new
+    assert (new / "x").read_text() == "x"
+    with pytest.raises(OutputExistsError, match="found a file"):
+        prepare_output(new / "x", overwrite=True)

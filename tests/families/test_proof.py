@@ -1,0 +1,300 @@
+"""The attach-time proof: models that are the sum of their edges pass, all others are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import softtrace
+from softtrace.errors import NonFiniteError, UnsupportedModelError
+from tests.test_instrument import state
+from tests.tiny import COMMON, FAMILIES, GROUPED, tiny_model, tiny_prompt
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequential_pre_norm_models_pass_in_every_dtype(family: str, dtype: torch.dtype) -> None:
+    for seed, layers in enumerate((3, 3, 12)):
+        model = tiny_model(family, seed=seed, num_hidden_layers=layers).to(dtype)
+        instrument = softtrace.attach(model)
+        assert instrument.anatomy.pattern == "sequential pre-norm"
+        assert len(instrument.anatomy.layers) == layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_surroundings_of_attach_play_no_part(family: str) -> None:
+    """Autocast rounds and a default device moves what is made without one; gradients are on."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        softtrace.attach(tiny_model(family))
+        with pytest.raises(UnsupportedModelError):
+            softtrace.attach(odd_layer(1, 1, 1, 0.999))
+    model, ids = tiny_model(family, seed=1), tiny_prompt(5)
+    with torch.device("meta"):
+        softtrace.attach(model)
+        term = softtrace.DensityLoss(model)(ids, step=0)
+    assert term.loss.device.type == "cpu"
+    assert term == softtrace.DensityLoss(model)(ids, step=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("stem", ["Phi3", "Granite", "Starcoder2"])
+def test_models_of_the_same_layout_pass_without_being_on_a_list(stem: str) -> None:
+    config = getattr(transformers, f"{stem}Config")(**{**COMMON, **GROUPED, "num_hidden_layers": 2})
+    model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+    ids = tiny_prompt(6)
+    with torch.no_grad():
+        recording = softtrace.attach(model).record(ids)
+        torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+class Odd(LlamaDecoderLayer):
+    """A Llama layer with a factor on each of its four edges."""
+
+    factors = (1.0, 1.0, 1.0, 1.0)
+    calls = 1
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        stream, attention, middle, mlp = self.factors
+        for _ in range(self.calls):
+            normed = self.input_layernorm(hidden_states)
+            mixed = self.self_attn(hidden_states=normed, **options)[0]
+            hidden_states = stream * hidden_states + attention * mixed
+            added = self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = middle * hidden_states + mlp * added
+        return hidden_states
+
+
+def odd_layer(*factors: float, calls: int = 1) -> nn.Module:
+    model = tiny_model("llama")
+    layer: Any = model.model.layers[1]  # type: ignore[union-attr, index]
+    layer.__class__ = Odd
+    layer.factors, layer.calls = factors, calls
+    return model
+
+
+def test_an_odd_layer_without_factors_passes() -> None:
+    model = odd_layer(1, 1, 1, 1)
+    softtrace.attach(model)
+
+
+class Skips(LlamaDecoderLayer):
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        return hidden_states
+
+
+class NoMLP(LlamaDecoderLayer):
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(hidden_states=normed, **options)[0]
+        self.post_attention_layernorm(hidden_states)
+        return hidden_states
+
+
+class OwnAttention(nn.Module):
+    """Does not look its function up in transformers' interface."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.v_proj, self.o_proj = inner.v_proj, inner.o_proj
+        self.groups = inner.num_key_value_groups
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
+        value = self.v_proj(hidden_states).unflatten(-1, (2, -1))
+        return self.o_proj(value.repeat_interleave(self.groups, 2).flatten(2)), None
+
+
+class Adapter(nn.Module):
+    """A projection in a wrapper, as adapters and quantisers put them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.weight = base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)  # type: ignore[no-any-return]
+
+
+class LinearWithDelta(nn.Linear):
+    """A ``Linear`` by type whose ``weight`` is not what it multiplies with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x
+
+
+class Amplified(transformers.LlamaForCausalLM):
+    """Does something to the logits after the head."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = output.logits.tanh()
+        return output
+
+
+class NormSquared(nn.Module):
+    """No scale a token times a weight: not linearisable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * x.abs()
+
+
+def changed(change: Callable[[Any], None]) -> Callable[[], nn.Module]:
+    """Builds a tiny Llama of which ``change`` alters something."""
+
+    def build() -> nn.Module:
+        model = tiny_model("llama")
+        change(model)
+        return model
+
+    return build
+
+
+def retype(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+    return changed(lambda model: setattr(model.model.layers[1], "__class__", kind))
+
+
+def replace_projection(make: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def change(model: Any) -> None:
+        attention = model.model.layers[2].self_attn
+        attention.o_proj = make(attention.o_proj)
+
+    return changed(change)
+
+
+def own_attention(model: Any) -> None:
+    model.model.layers[1].self_attn = OwnAttention(model.model.layers[1].self_attn)
+
+
+def with_delta(base: Any) -> nn.Module:
+    projection = LinearWithDelta(32, 32, bias=False)
+    projection.weight = base.weight
+    return projection
+
+
+def other_norm(model: Any) -> None:
+    model.model.norm = NormSquared()
+
+
+def built(stem: str, kind: str = "ForCausalLM", **config: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        settings = {**COMMON, "num_hidden_layers": 2, "intermediate_size": 48, **config}
+        return getattr(transformers, stem + kind)(  # type: ignore[no-any-return]
+            getattr(transformers, f"{stem}Config")(**settings)
+        ).eval()
+
+    return build
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return built("Llama")()
+
+
+def not_finite(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "doubled residual": (
+        lambda: odd_layer(2, 1, 1, 1),
+        r"layer 1, after attention: the node is not the sum of its edges \(largest relative "
+        r"mismatch .*, allowed 1e-04\)",
+    ),
+    "scaled attention": (lambda: odd_layer(1, 0.5, 1, 1), "layer 1, after attention: the node"),
+    "doubled middle": (lambda: odd_layer(1, 1, 2, 1), "layer 1, after the MLP: the node"),
+    "scaled MLP": (lambda: odd_layer(1, 1, 1, 0.9), "layer 1, after the MLP: the node"),
+    "slightly scaled MLP": (lambda: odd_layer(1, 1, 1, 0.999), "layer 1, after the MLP: the node"),
+    "repeated layer": (lambda: odd_layer(1, 1, 1, 1, calls=2), "layer 1, after"),
+    "skipped layer": (retype(Skips), "layer 1: its MLP did not run inside it"),
+    "no MLP": (retype(NoMLP), "layer 1: its MLP did not run inside it"),
+    "own attention": (changed(own_attention), "layer 1: its attention does not follow"),
+    "wrapped projection": (
+        replace_projection(Adapter),
+        r"layer 2 \(LlamaDecoderLayer\): the output projection is a .*Adapter.*merge_and_unload",
+    ),
+    "sequential projection": (
+        replace_projection(nn.Sequential),
+        r"layer 2 \(LlamaDecoderLayer\): the output projection is a .*Sequential",
+    ),
+    "hidden delta": (replace_projection(with_delta), "layer 2, after attention: the node"),
+    "odd logits": (
+        changed(lambda model: setattr(model, "__class__", Amplified)),
+        r"head\(final norm\(last layer\)\) against the logits: they differ by",
+    ),
+    "odd final norm": (changed(other_norm), "the final norm against scale"),
+    "on meta": (on_meta, "meta device"),
+    "GPT-NeoX, parallel": (built("GPTNeoX"), r"layer 0 \(GPTNeoXLayer\): attention: .* has none"),
+    "Phi, parallel": (built("Phi"), r"layer 0 \(PhiDecoderLayer\)"),
+    "Cohere, parallel": (built("Cohere"), r"layer 0 \(CohereDecoderLayer\): norm before the MLP"),
+    "Gemma 2, post-norms": (built("Gemma2", head_dim=8), "layer 0, after"),
+    "OLMo 2, post-norms": (built("Olmo2"), "layer 0, after attention: the node"),
+    "Granite, scaled residual": (
+        built("Granite", residual_multiplier=0.5), "layer 0, after attention: the node"
+    ),
+    "Gemma, norm weight + 1": (
+        built("Gemma", head_dim=8, **GROUPED), "the final norm against scale"
+    ),
+    "no head": (built("Llama", "Model"), "LlamaModel|no language-model head"),
+    "classifier": (built("Llama", "ForSequenceClassification"), "no language-model head"),
+    "encoder": (built("Bert", "Model"), "BertModel has none of layers, h"),
+    "no model": (lambda: nn.Linear(2, 2), "Linear is not a transformers causal language model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_is_not_the_sum_of_its_edges_is_refused_by_name(name: str) -> None:
+    build, message = REFUSED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build()
+    for parameter in model.parameters():  # weights like a trained model's, not zeros and ones
+        if parameter.dim() == 1 and not parameter.is_meta:
+            parameter.data += 0.2 * torch.linspace(-1, 1, len(parameter))
+    watched = name not in ("on meta", "no model")
+    before = state(model) if watched else None
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(UnsupportedModelError, match=message):
+            softtrace.attach(model)
+    assert (state(model) if watched else None) == before
+    with pytest.raises(UnsupportedModelError):
+        softtrace.edge_importance(model, tiny_prompt(3))
+    with pytest.raises(UnsupportedModelError):
+        softtrace.DensityLoss(model)
+
+
+def test_encoder_decoders_are_refused() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=67, **sizes)
+    with pytest.raises(UnsupportedModelError, match="T5"):
+        softtrace.attach(transformers.T5ForConditionalGeneration(config))
+
+
+def test_scalar_multipliers_outside_the_residual_stream_are_fine() -> None:
+    """Granite scales embeddings, attention and logits; only the last is no matter of the graph."""
+    scales = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
+    model = built("Granite", num_key_value_heads=2, **scales)()
+    ids = tiny_prompt(5)
+    with torch.no_grad():
+        recording = softtrace.attach(model).record(ids)
+        torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UnsupportedModelError, match="against the logits"):
+        softtrace.attach(built("Granite", logits_scaling=4.0)())
+
+
+def test_weights_that_are_not_finite_are_named_as_that() -> None:
+    model = tiny_model("llama")
+    not_finite(model)
+    with pytest.raises(NonFiniteError, match="logits of the model on a tiny batch, run to attach"):
+        softtrace.attach(model)

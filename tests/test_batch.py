@@ -1,0 +1,91 @@
+"""Checks on what users hand in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softtrace.batch import check_batch, check_finite, check_range, position_ids_of
+from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.float32])
+def test_good_batches_give_what_is_valid(dtype: torch.dtype) -> None:
+    assert check_batch(IDS, None, 7).all()
+    assert check_batch(IDS.int(), None, 7).shape == (2, 3)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    valid = check_batch(IDS, mask.to(dtype), 7)
+    assert valid.dtype == torch.bool
+    assert valid.tolist() == mask.bool().tolist()
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[1, 2]], None, r"input_ids: found list, expected a tensor of shape \[B, T\]"),
+        (IDS[0], None, r"input_ids: found \(3,\), expected"),
+        (IDS[None], None, r"input_ids: found \(1, 2, 3\), expected"),
+        (IDS.float(), None, "input_ids: found torch.float32, expected int64 or int32"),
+        (IDS[:0], None, r"input_ids: found shape \(0, 3\), no token in it"),
+        (IDS[:, :0], None, r"input_ids: found shape \(2, 0\), no token in it"),
+        (IDS, None, "found ids from 1 to 6, allowed are 0 to 5 .*tokenizer"),
+        (IDS - 2, None, "found ids from -1 to 4, allowed are 0 to 5"),
+        (IDS - 1, IDS[:1], r"attention_mask: found shape \(1, 3\), expected .* \(2, 3\)"),
+        (IDS - 1, IDS, "attention_mask: found values other than 0 and 1"),
+        (IDS - 1, torch.full((2, 3), -math.inf), "values other than 0 and 1"),
+    ],
+)
+def test_malformed_batches_are_refused(ids: Any, mask: Tensor | None, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message) as raised:
+        check_batch(ids, mask, 6)
+    assert isinstance(raised.value, ValueError)
+    assert isinstance(raised.value, SofttraceError)
+
+
+def test_positions_count_from_the_first_real_token() -> None:
+    valid = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    expected = [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
+    assert position_ids_of(valid).tolist() == expected
+
+
+def test_values_that_are_not_finite_are_counted_where_they_matter() -> None:
+    values = torch.zeros(2, 3, 4)
+    check_finite(values, "logits")
+    values[0, 2, 1], values[1, 0, 0], values[1, 0, 3] = math.nan, math.inf, -math.inf
+    with pytest.raises(NonFiniteError, match=r"logits: 3 of 24 values are NaN or infinite.*Lower"):
+        check_finite(values, "logits")
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    valid[1, 0] = False
+    with pytest.raises(NonFiniteError, match="logits: 1 of 24"):
+        check_finite(values, "logits", valid)
+    valid[0, 2] = False
+    check_finite(values, "logits", valid)
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, 0.0, 1.0])
+def test_numbers_in_a_closed_range_come_back(value: float) -> None:
+    assert check_range("x", value, 0, 1) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (-0.1, {}, r"x: found -0.1, allowed \[0, 1\]"),
+        (1.1, {}, r"allowed \[0, 1\]"),
+        (0, {"open_low": True}, r"x: found 0, allowed \(0, 1\]"),
+        (1, {"open_high": True}, r"x: found 1, allowed \[0, 1\)"),
+        (math.nan, {}, "found nan"),
+        (True, {}, "found True"),
+        ("0.5", {}, "found '0.5'"),
+        (None, {}, "found None"),
+    ],
+)
+def test_numbers_outside_a_range_are_refused(value: Any, options: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        check_range("x", value, 0, 1, **options)

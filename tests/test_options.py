@@ -1,0 +1,121 @@
+"""Every dial refuses what is outside its range, naming what was found and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softtrace import DensityOptions, InvalidInputError
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"strength": -1.0}, r"strength: found -1.0, allowed \[0, inf\)"),
+    ({"strength": math.inf}, r"strength: found inf, allowed \[0, inf\)"),
+    ({"strength": math.nan}, r"strength: found nan, allowed \[0, inf\)"),
+    ({"strength": "1"}, r"strength: found '1', allowed \[0, inf\)"),
+    ({"start_step": -1}, "start_step: found -1, allowed are integers from 0"),
+    ({"start_step": 2.0}, "start_step: found 2.0, allowed are integers from 0"),
+    ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),
+    ({"masks": "hard"}, "masks: found 'hard', allowed are 'straight', 'soft'"),
+    ({"temperature": 0.0}, r"temperature: found 0.0, allowed \(0, inf\)"),
+    ({"temperature": -0.5}, r"temperature: found -0.5, allowed \(0, inf\)"),
+    ({"temperature": math.inf}, r"temperature: found inf, allowed \(0, inf\)"),
+    ({"family": "deep"}, "family: found 'deep', allowed are 'both', 'sparse', 'shallow'"),
+    ({"thresholds": (0.5, 0.1)}, r"thresholds: found \(0.5, 0.1\), expected \(low, high\)"),
+    ({"thresholds": (0.0, 0.1)}, r"thresholds: found 0.0, allowed \(0, 1\)"),
+    ({"thresholds": (0.1, 1.0)}, r"thresholds: found 1.0, allowed \(0, 1\)"),
+    ({"thresholds": (0.1,)}, r"thresholds: found \(0.1,\), expected \(low, high\)"),
+    ({"thresholds": 0.1}, r"thresholds: found 0.1, expected \(low, high\)"),
+    ({"depths": (0.0, 1.0)}, r"depths: found 0.0, allowed \(0, 1\]"),
+    ({"depths": (0.5, 1.1)}, r"depths: found 1.1, allowed \(0, 1\]"),
+    ({"depths": (0.9, 0.5)}, r"depths: found \(0.9, 0.5\), expected \(low, high\)"),
+    ({"attention": "full"}, "attention: found 'full', allowed are 'recorded', 'recomputed'"),
+    ({"distance": "js"}, "distance: found 'js', allowed are 'kl', 'tv'"),
+    ({"easiness": "speed"}, "easiness: found 'speed', allowed are 'entropy', 'loss', 'margin'"),
+    ({"easy_quantile": 0.0}, r"easy_quantile: found 0.0, allowed \(0, 1\]"),
+    ({"easy_quantile": 1.2}, r"easy_quantile: found 1.2, allowed \(0, 1\]"),
+    ({"easy_width": -0.1}, r"easy_width: found -0.1, allowed \[0, inf\)"),
+    ({"share": 0.0}, r"share: found 0.0, allowed \(0, 1\]"),
+    ({"share": 1.5}, r"share: found 1.5, allowed \(0, 1\]"),
+    ({"crop": 0}, "crop: found 0, allowed are integers from 1, None"),
+    ({"crop": 2.5}, "crop: found 2.5, allowed are integers from 1, None"),
+    ({"crop": True}, "crop: found True, allowed are integers from 1, None"),
+    ({"size_weight": -1.0}, r"size_weight: found -1.0, allowed \[0, inf\)"),
+    ({"size_weight": 1.0, "family": "shallow"}, "size_weight: the family 'shallow' has no"),
+    ({"on_nonfinite": "ignore"}, "on_nonfinite: found 'ignore', allowed are 'raise', 'skip'"),
+    ({"seed": 0.5}, "seed: found 0.5, allowed are integers"),
+    ({"seed": True}, "seed: found True, allowed are integers"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_values_outside_their_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{message}"):
+        DensityOptions(**changes)
+    with pytest.raises(ValueError, match=message):  # what a caller would expect to catch
+        dataclasses.replace(DensityOptions(), **changes)
+
+
+def test_every_field_has_a_refusal() -> None:
+    fields = {field.name for field in dataclasses.fields(DensityOptions)}
+    assert {name for changes, _ in REFUSED for name in changes} == fields
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strength": 0}, {"strength": 3}, {"thresholds": (0.2, 0.2)}, {"depths": (1.0, 1.0)},
+        {"depths": (1e-9, 1e-9)}, {"easy_quantile": 1.0}, {"easy_width": 0.0}, {"share": 1},
+        {"crop": 1}, {"crop": None}, {"size_weight": 1.0, "family": "sparse"},
+        {"thresholds": [0.1, 0.2]}, {"easiness": lambda logits, targets: logits[..., 0]},
+        {"seed": -3}, {"temperature": 1e-9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_ends_of_the_ranges_are_allowed(changes: dict[str, Any]) -> None:
+    options = DensityOptions(**changes)
+    for name, value in changes.items():
+        assert getattr(options, name) == value
+
+
+@settings(deadline=None)
+@given(
+    layers=st.integers(1, 80),
+    low=st.floats(0.001, 1.0),
+    high=st.floats(0.001, 1.0),
+    family=st.sampled_from(["both", "sparse", "shallow"]),
+)
+def test_depth_bounds(layers: int, low: float, high: float, family: Any) -> None:
+    low, high = min(low, high), max(low, high)
+    first, last = DensityOptions(depths=(low, high), family=family).depth_bounds(layers)
+    if family == "sparse":
+        assert first == last == layers
+    else:
+        assert 1 <= first <= last <= layers
+        assert abs(first - low * layers) <= 0.5 or first == 1
+        assert abs(last - high * layers) <= 0.5 or last == 1
+
+
+def test_who_needs_gradients_through_the_importances() -> None:
+    needs = {
+        ("straight", "both", 0.0): False,
+        ("straight", "sparse", 0.1): True,
+        ("soft", "both", 0.0): True,
+        ("soft", "sparse", 0.0): True,
+        ("soft", "shallow", 0.0): False,
+        ("straight", "shallow", 0.0): False,
+    }
+    for (masks, family, weight), expected in needs.items():
+        options: Any = {"masks": masks, "family": family, "size_weight": weight}
+        assert DensityOptions(**options).through_importances is expected
+
+
+def test_options_are_constants_with_a_schedule() -> None:
+    options = DensityOptions(strength=2.0, start_step=1, warmup_steps=1)
+    assert [options.schedule(step) for step in range(4)] == [0, 1, 2, 2]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.strength = 1.0  # type: ignore[misc]
