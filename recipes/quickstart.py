@@ -22,7 +22,7 @@ import matplotlib
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "recipes/models/pystdlib-4m"
-STRENGTHS = {"plain": 0.0, "penalty": 0.75}
+STRENGTHS = {"plain": 0.0, "penalty": 1.0}
 
 
 def softtrace(*words: object) -> None:

@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="folder of source (default: installed matplotlib)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=128, help="held-out blocks for the density")
@@ -156,7 +156,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, options in arms.items():
             runs[name].append(run(blocks, options, seed, args))
-            print(name, seed, {key: round(v, 4) for key, v in runs[name][-1].items()}, flush=True)
+            print(name, seed, {key: f"{v:.4g}" for key, v in runs[name][-1].items()}, flush=True)
     result = {
         **provenance(torch.device(args.device)),
         "model": MODEL.name,

@@ -15,7 +15,6 @@ Writes ``tracing.json`` next to this file.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -141,16 +140,24 @@ def memory() -> dict[str, Any]:
 
 
 def peak_of(length: int) -> int:
-    """Bytes that one call adds to the peak resident memory of this process."""
+    """Bytes that one call adds to the peak resident memory of this process (Linux)."""
     torch.set_num_threads(1)
     model = load_model(MODEL)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     with torch.no_grad():
         softtrace.edge_importance(model, ids[:, :8])  # attaches, loads kernels
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # getrusage would start from the peak of the process that forked this one
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
         softtrace.edge_importance(model, ids)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def cost(rounds: int) -> dict[str, Any]:
