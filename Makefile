@@ -36,5 +36,12 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# About an hour on 2 cores: the figures of the README, and the README itself from them.
+bench: .venv/installed
+	$(BIN)/python recipes/benchmarks/tracing.py
+	$(BIN)/python recipes/benchmarks/effect.py
+	$(BIN)/python recipes/quickstart.py --keep recipes/benchmarks/quickstart
+	$(BIN)/python recipes/benchmarks/figures.py --write
+
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "recipes/models/pystdlib-4m"
 STRENGTHS = {"plain": 0.0, "penalty": 1.0}
 
+KEPT = ("compare.json", "compare.txt", "tv_over_size.png", "early_exit_agreement.png")
+
 
 def softtrace(*words: object) -> None:
     """Print a ``softtrace`` command and run it; stop everything where it fails."""
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps of each fit")
     parser.add_argument("--blocks", type=int, default=48, help="held-out blocks to measure")
+    parser.add_argument("--keep", type=Path, help="also copy the README's figures to this folder")
     args = parser.parse_args()
     began = time.perf_counter()
     data = Path(matplotlib.__file__).parent
@@ -66,6 +69,10 @@ def main() -> None:
         )
     runs = (args.out / name for name in STRENGTHS)
     softtrace("compare", *runs, "--out", args.out / "compare")
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(ROOT / args.out / "compare" / name, args.keep / name)
     minutes = (time.perf_counter() - began) / 60
     print(f"\nDone in {minutes:.1f} minutes. Look at {args.out}/compare/*.png")
 

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import softtrace
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.evaluation.evaluate import provenance
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model, load_tokenizer
 
 HERE = Path(__file__).parent

@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT))  # tests/ is not installed
 import softtrace  # noqa: E402
 from softtrace.curve import SIZES  # noqa: E402
 from softtrace.data import pack, read_documents, split_by_file  # noqa: E402
-from softtrace.evaluation.evaluate import provenance  # noqa: E402
 from softtrace.evaluation.files import write_json  # noqa: E402
+from softtrace.evaluation.provenance import provenance  # noqa: E402
 from softtrace.load import load_model, load_tokenizer  # noqa: E402
 
 LENGTHS = (256, 512)

@@ -58,11 +58,12 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
     """Raise :class:`NonFiniteError` if ``tensor`` (at the valid ``[B, T]`` only) is not finite."""
     finite = torch.isfinite(tensor)
     if valid is not None:
-        finite = finite | ~valid.reshape(valid.shape + (1,) * (tensor.dim() - 2))
+        finite = finite.flatten(2).all(-1) | ~valid if tensor.dim() > 2 else finite | ~valid
     if not bool(finite.all()):
-        wrong = int((~finite).sum())
+        counted = tensor if valid is None else tensor[valid]
+        wrong = int((~torch.isfinite(counted)).sum())
         raise NonFiniteError(
-            f"{what}: {wrong} of {tensor.numel()} values are NaN or infinite. Lower the learning "
+            f"{what}: {wrong} of {counted.numel()} values are NaN or infinite. Lower the learning "
             "rate, clip gradients, or train in bfloat16 or float32 instead of float16."
         )
 

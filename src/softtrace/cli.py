@@ -94,7 +94,7 @@ def _compare(args: list[str]) -> None:
     parser.add_argument("--overwrite", type=bool, default=False, help="replace what OUT holds")
     options = parser.parse_args(args)
     print(compare(options.paths, options.out, options.overwrite))
-    print(f"\nwritten to {options.out}/: compare.json and plots")
+    print(f"\nwritten to {options.out}/: compare.json, compare.txt and plots")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

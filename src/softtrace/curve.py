@@ -205,7 +205,7 @@ def curve_of(
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
         logits = instrument.masked_logits(input_ids, valid.long(), masks, recording.attention)
-        share = counts.sum((2, 3)).double() / total.clamp_min(1)
+        share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
         variation = variation_from(full, logits)
         variations.append(variation.masked_fill(padding, torch.nan))

@@ -34,27 +34,42 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
 
     Returns:
         ``[B, T, L, 4]`` edges by layer and kind (order of :data:`EDGE_KINDS`); for bool masks in
-        float64: float32 counts stop at 2^24, and reduced-precision products well before.
+        float64.
     """
     first = masks[0].attention
-    batch, _, length, _ = first.shape
-    dtype = first.dtype if first.is_floating_point() else torch.float32
-    wide = dtype if first.is_floating_point() or first.device.type == "mps" else torch.float64
+    soft = first.is_floating_point()
+    batch, heads, length, _ = first.shape
+    dtype = first.dtype if soft else torch.float32
+    wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
     eye = torch.eye(length, dtype=dtype, device=first.device)
     reach = eye.expand(batch, -1, -1)
     counts = []
-    for layer in reversed(masks):
-        attention, attention_residual, mlp, mlp_residual = layer.map(lambda mask: mask.to(dtype))
-        at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
-        into_mlp = reach.to(wide) @ at_mlp.to(wide)
-        reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
-        over_heads = attention.sum(1)
-        degrees = torch.stack((over_heads.sum(-1), attention_residual), dim=-1)
-        into_attention = reach.to(wide) @ degrees.to(wide)
-        counts.append(torch.cat((into_attention, into_mlp), dim=-1))
-        step = over_heads.clamp(max=1) + torch.diag_embed(attention_residual)
-        reach = (reach @ step.clamp(max=1)).clamp(max=1)
-    return torch.stack(counts[::-1], dim=2)
+    with torch.autocast(first.device.type, enabled=False):
+        for layer in reversed(masks):
+            attention, attention_residual, mlp, mlp_residual = layer.map(
+                lambda mask: mask.to(dtype)
+            )
+            at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
+            into_mlp = reach.to(wide) @ at_mlp.to(wide)
+            reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
+            over_heads = attention.sum(1)
+            degrees = torch.stack((over_heads.sum(-1), attention_residual), dim=-1)
+            into_attention = reach.to(wide) @ degrees.to(wide)
+            counts.append(torch.cat((into_attention, into_mlp), dim=-1))
+            step = over_heads.clamp(max=1) + torch.diag_embed(attention_residual)
+            reach = (reach @ step.clamp(max=1)).clamp(max=1)
+    stacked = torch.stack(counts[::-1], dim=2)
+    return stacked if soft or first.device.type == "mps" else stacked.double()
+
+
+def _products_exact(largest: int, device: torch.device) -> bool:
+    """Whether float32 matrix products of counts up to this are exact: they stop at 2^24.
+
+    TF32 and the like, which users switch on for speed, stop well before.
+    """
+    if device.type == "mps":  # has no float64
+        return True
+    return largest < 1 << 24 and torch.get_float32_matmul_precision() == "highest"
 
 
 def total_edges(importance: EdgeImportance) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.drawing import MAX_RUNS
-from softtrace.evaluation.files import prepare_output, write_json
+from softtrace.evaluation.files import atomic_path, prepare_output, write_json
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.table import MEASURES, Density, comparison_table, ratio
 
@@ -91,7 +91,8 @@ def load_density(path: Path | str) -> dict[str, Any]:
 
 
 def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = False) -> str:
-    """Compare runs that were measured on the same tokens; write compare.json and plots to OUT.
+    """Compare runs that were measured on the same tokens; write numbers, table and plots to
+    OUT.
 
     Args:
         paths: 2 to 8 density.json files, or their folders. The others are compared to the first.
@@ -113,9 +114,12 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     labels = _labels([Path(path) for path in paths], densities)
     runs = list(zip(labels, densities, strict=True))
     folder = prepare_output(out, overwrite)
+    table = comparison_table(runs)
     write_json(folder / "compare.json", _comparison(runs, paths))
+    with atomic_path(folder / "compare.txt") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
     write_plots(runs, folder)
-    return comparison_table(runs)
+    return table
 
 
 def _comparison(runs: Sequence[tuple[str, Density]], paths: Sequence[Path | str]) -> dict[str, Any]:
@@ -136,7 +140,12 @@ def _comparison(runs: Sequence[tuple[str, Density]], paths: Sequence[Path | str]
         "version": COMPARISON_VERSION,
         "first": runs[0][0],
         "runs": [
-            {"label": label, "path": str(path), "model": density["model"]}
+            {
+                "label": label,
+                "path": str(path),
+                "model": density["model"],
+                **{key: density.get(key) for key in ("created", "versions", "hardware")},
+            }
             for (label, density), path in zip(runs, paths, strict=True)
         ],
         "data": first["data"],

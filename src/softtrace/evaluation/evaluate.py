@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import importlib.metadata
-import os
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +24,7 @@ from softtrace.evaluation.compare import DENSITY_VERSION
 from softtrace.evaluation.files import prepare_output, write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.plots import write_plots
+from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.table import density_table
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 
@@ -130,37 +125,6 @@ def evaluate(
     print(density_table(density))
     print(f"\nwritten to {folder}/: density.json and plots")
     return density
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """When, with what and on what a result was made."""
-    packages = ("softtrace", "torch", "transformers", "lightning")
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
-    )
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": _command(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
-        },
-        "hardware": hardware,
-    }
-
-
-def _command() -> str:
-    program = Path(sys.argv[0]).name
-    return shlex.join(["softtrace" if program == "cli.py" else program, *sys.argv[1:]])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,133 @@
+"""The README's figures, from the result files beside this script.
+
+python recipes/benchmarks/figures.py            # print them
+python recipes/benchmarks/figures.py --write    # put them between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent.parent / "README.md"
+
+EFFECT_ROWS = (
+    ("loss", "held-out loss, nats/token", "{:.3f}"),
+    ("area_easy", "area, easy tokens", "{:.3f}"),
+    ("size_easy", "median size at TV 0.2, easy tokens", "{:.2%}"),
+    ("exit_easy", "exits after half of the layers that agree, easy tokens", "{:.1%}"),
+    ("area_all", "area, all tokens", "{:.3f}"),
+    ("size_all", "median size at TV 0.2, all tokens", "{:.2%}"),
+    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    found: dict[str, Any] = json.loads((HERE / name).read_text(encoding="utf-8"))
+    return found
+
+
+def quickstart() -> str:
+    """The table that the quickstart prints."""
+    table = (HERE / "quickstart" / "compare.txt").read_text(encoding="utf-8").rstrip()
+    lines = "\n".join(line.rstrip() for line in table.splitlines())
+    return f"```\n{lines}\n```"
+
+
+def effect() -> str:
+    """Paired seeds: plain fine-tuning, the default penalty, and their ratio."""
+    result = read("effect.json")
+    plain, penalty = (result["arms"][name] for name in ("plain", "penalty"))
+    ratios = result["ratio_to_plain"]["penalty"]
+    seeds = len(plain["loss"]["values"])
+    lines = [
+        f"| mean of {seeds} paired seeds | plain | penalty | ratio (smallest to largest) |",
+        "|---|---|---|---|",
+    ]
+    for key, name, form in EFFECT_ROWS:
+        ratio = ratios[key]
+        lines.append(
+            f"| {name} | {form.format(plain[key]['mean'])} | {form.format(penalty[key]['mean'])} "
+            f"| {ratio['mean']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) |"
+        )
+    settings = result["settings"]
+    lines.append(
+        f"\n{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} "
+        f"tokens at learning rate {settings['lr']:g}; "
+        f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
+        f"context; {result['hardware']}, torch {result['versions']['torch']} "
+        "([effect.py](recipes/benchmarks/effect.py), "
+        "[effect.json](recipes/benchmarks/effect.json))."
+    )
+    return "\n".join(lines)
+
+
+def tracing() -> str:
+    """Speed, memory, precision and the cost of a step."""
+    result = read("tracing.json")
+    speed, cost, precision = result["speed"], result["cost"], result["precision"]
+    lengths = list(result["memory"]["lengths"].items())
+    peaks = " and ".join(
+        f"{row['peak_bytes'] / 1e6:.0f} MB at {length} tokens ("
+        f"{row['peak_over_importance']:.1f} times the importances themselves; one layer's edge "
+        f"vectors would be {row['edge_vectors_of_one_layer_bytes'] / 1e6:,.0f} MB)"
+        for length, row in lengths
+    )
+    times = speed["times_faster"]
+    ratio = cost["ratio"]
+    return "\n".join(
+        (
+            f"- **Cost**: a training step takes {ratio['median']:.2f} times a plain one "
+            f"({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['n']} interleaved pairs, "
+            f"{cost['threads']} threads). The penalty looks at half of each batch.",
+            f"- **Speed**: a density curve takes "
+            f"{speed['seconds_per_position']['median'] * 1e3:.1f} ms per explained position on one "
+            f"thread, {times['median']:,.0f} times less ({times['min']:,.0f} to "
+            f"{times['max']:,.0f}) than the literal oracle of the tests for its last position.",
+            f"- **Memory**: `edge_importance` adds {peaks}.",
+            f"- **Precision**: curves are read between {precision['thresholds']} thresholds. "
+            f"Against {precision['reference_thresholds']} of them the area of a token differs by "
+            f"{precision['area_mean_absolute_difference']:.3f} on average (bias "
+            f"{precision['area_mean_difference']:+.3f}), TV by "
+            f"{precision['total_variation_mean_absolute_difference']:.3f}, and the median size at "
+            f"TV 0.2 is {precision['median_size_ratio']['easy']:.2f} times as large on easy "
+            f"tokens and {precision['median_size_ratio']['all']:.2f} times on all.",
+            "",
+            "([tracing.py](recipes/benchmarks/tracing.py), "
+            "[tracing.json](recipes/benchmarks/tracing.json))",
+        )
+    )
+
+
+BLOCKS = {"quickstart": quickstart, "effect": effect, "tracing": tracing}
+
+
+def filled(text: str) -> str:
+    """``text`` with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = make()
+        text, count = pattern.subn(lambda m, block=block: m[1] + block + m[2], text)
+        if count != 1:
+            raise SystemExit(f"README.md: found {count} blocks named {name}, expected one")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="change README.md")
+    args = parser.parse_args()
+    if args.write:
+        README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for make in BLOCKS.values():
+        print(make(), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

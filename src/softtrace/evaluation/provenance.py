@@ -1,0 +1,45 @@
+"""When, with what and on what a result was made: every result file carries it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """When, with what and on what a result was made."""
+    packages = ("softtrace", "torch", "transformers", "lightning")
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    )
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "hardware": hardware,
+    }
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return shlex.join(["softtrace" if program == "cli.py" else program, *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

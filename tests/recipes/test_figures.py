@@ -1,0 +1,42 @@
+"""README's figures are those of the result files beside the scripts that made them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+
+
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", BENCHMARKS / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_says_what_the_result_files_say() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert figures().filled(readme) == readme
+
+
+def test_results_say_when_and_with_what_they_were_made() -> None:
+    for name in ("effect.json", "tracing.json"):
+        result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+        assert {"created", "versions", "hardware", "command"} <= set(result)
+        assert result["versions"]["torch"]
+
+
+def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
+    result = json.loads((BENCHMARKS / "effect.json").read_text(encoding="utf-8"))
+    assert result["arms"]["penalty"]["options"] == {}  # the defaults
+    ratio = result["ratio_to_plain"]["penalty"]
+    assert len(ratio["loss"]["values"]) >= 3
+    assert ratio["loss"]["mean"] <= 1.01
+    assert ratio["size_easy"]["mean"] <= 0.5
+    assert ratio["area_easy"]["mean"] <= 0.9
