@@ -20,10 +20,11 @@ from pathlib import Path
 
 import matplotlib
 
+from softtrace import DensityOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "recipes/models/pystdlib-4m"
-STRENGTHS = {"plain": 0.0, "penalty": 1.0}
-
+STRENGTHS = {"plain": 0.0, "penalty": DensityOptions().strength}
 KEPT = ("compare.json", "compare.txt", "tv_over_size.png", "early_exit_agreement.png")
 
 

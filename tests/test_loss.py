@@ -165,7 +165,7 @@ def test_batches_without_targets_are_skipped(monkeypatch: pytest.MonkeyPatch) ->
     padding_only = torch.where(mask.bool(), -100, ids)
     for labels in (nowhere, first_only):
         term = penalty(ids, mask, labels)
-        assert_nothing(term, 1.0)
+        assert_nothing(term, DensityOptions().strength)
         assert term.skipped == "no token of the batch has a target"
     assert penalty(ids, torch.zeros_like(mask)).skipped == "no token of the batch has a target"
     assert padding_only[0].unique().tolist() == [-100]
@@ -259,7 +259,7 @@ def test_weights_that_are_not_finite() -> None:
     with pytest.raises(NonFiniteError, match=r"^step 7: logits of the full model: .* NaN or inf"):
         stops(ids, mask, step=7)
     term = skips(ids, mask, step=7)
-    assert_nothing(term, 1.0)
+    assert_nothing(term, DensityOptions().strength)
     assert "logits of the full model" in str(term.skipped)
 
 

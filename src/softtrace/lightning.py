@@ -1,4 +1,4 @@
-"""The Lightning door: ``Trainer(callbacks=[DensityPenalty(strength=1.0)])`` and nothing else.
+"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])`` and nothing else.
 
 A Lightning callback has no official way to add to the loss. The bound ``training_step`` is wrapped
 as an instance attribute from ``on_train_start`` on and put back at the end, also after an
@@ -46,7 +46,7 @@ class DensityPenalty(Callback):
         UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
     """
 
-    def __init__(self, strength: float = 1.0, **options: Any) -> None:
+    def __init__(self, strength: float = 0.85, **options: Any) -> None:
         self.options = DensityOptions(strength=strength, **options)
         self._loss: DensityLoss | None = None
         self._module: LightningModule | None = None
