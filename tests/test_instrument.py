@@ -178,6 +178,38 @@ def test_attaching_twice_gives_the_same_instrument() -> None:
     assert softtrace.attach(tiny_model("llama")) is not softtrace.attach(model)
 
 
+class Doubled(nn.Module):
+    """A layer whose output is no sum of its edges."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs) * 2
+
+
+def test_a_replaced_module_is_proven_anew() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(4)
+    handle = softtrace.attach(model)
+    layers = model.model.layers  # type: ignore[union-attr]
+    layers[0].mlp = copy.deepcopy(layers[0].mlp)
+    with torch.no_grad():
+        layers[0].mlp.down_proj.weight.mul_(3)
+        found, expected = (
+            softtrace.edge_importance(m, ids).layers[0].mlp for m in (model, copy.deepcopy(model))
+        )
+    assert softtrace.attach(model) is not handle
+    assert softtrace.attach(model) is softtrace.attach(model)
+    torch.testing.assert_close(found, expected)
+    layers[1] = Doubled(layers[1])
+    with pytest.raises(UnsupportedModelError, match="layer 1"):
+        softtrace.edge_importance(model, ids)
+
+
 def test_compiled_models_share_the_instrument_of_what_they_wrap() -> None:
     model = tiny_model("llama")
     compiled = torch.compile(model, backend="eager")

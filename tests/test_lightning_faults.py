@@ -344,6 +344,16 @@ def test_modules_it_cannot_work_with_are_refused(
     assert torch.equal(weights(module), before)
 
 
+class ManualAtWork(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("kind", [ManualAtWork, TwoModels, Unsupported])
+def test_strength_0_refuses_no_module(kind: type[Tuner]) -> None:
+    fit(kind(), DensityPenalty(strength=0))
+
+
 def test_training_step_that_fetches_its_batches_is_refused() -> None:
     with (
         pytest.warns(UserWarning, match="dataloader_iter"),

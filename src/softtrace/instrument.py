@@ -7,6 +7,7 @@ forward, attention kernel, checkpointing and compiled code never meet them.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Instrument:
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self._model = weakref.ref(model)
         self.anatomy = anatomy
+        # Held, not numbered: a freed module's id could come back as that of its replacement.
+        self._parts = tuple(part for part in model.modules() if part is not model)
         configs = {id(config): config for config in map(_config_of, model.modules()) if config}
         self._configs: tuple[PretrainedConfig, ...] = tuple(configs.values())
 
@@ -62,6 +65,11 @@ class Instrument:
         if model is None:
             raise UnsupportedModelError("the attached model no longer exists")
         return model
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has the modules that were proven, none added or replaced."""
+        parts = [part for part in model.modules() if part is not model]
+        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def detach(self) -> None:
         """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
@@ -153,7 +161,7 @@ def attach(model: nn.Module) -> Instrument:
 
     A tiny batch is run (no gradients, no change to the global random state) and every layer must
     satisfy ``out == in + Σ edges``, also with edges masked. Attaching twice returns the same
-    instrument.
+    instrument, unless modules of the model were replaced in between: then it is proven anew.
 
     Args:
         model: a causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
@@ -164,7 +172,7 @@ def attach(model: nn.Module) -> Instrument:
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     known = _ATTACHED.get(model)
-    if known is not None:
+    if known is not None and known.fits(model):
         return known
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError(

@@ -64,6 +64,8 @@ class DensityPenalty(Callback):
                 f"found {len(twins)} DensityPenalty callbacks, allowed is one: their terms would "
                 "add up unseen. Keep one and raise its strength"
             )
+        if self.options.strength == 0:
+            return
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
                 f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "
@@ -78,7 +80,8 @@ class DensityPenalty(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model early, before sanity checks spend time."""
-        find_causal_lm(pl_module)
+        if self.options.strength > 0:
+            find_causal_lm(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the model and wrap the bound training step."""
