@@ -49,10 +49,24 @@ def test_distances_equal_literal_sums(seed: int, scale: float) -> None:
     assert (variation <= (divergence(full, masked) / 2).clamp_min(0).sqrt() + 1e-9).all()
 
 
-def test_large_predictions_are_compared_in_portions_that_do_not_show() -> None:
-    """Without gradients, and beyond what fits the cache, the sums are those with gradients."""
+def test_rounding_gives_total_variation_no_gradient() -> None:
+    full, _ = two_predictions(3)
+    torch.manual_seed(0)
+    for dtype in (torch.float64, torch.float32):
+        same = full.to(dtype)
+        noise = 1 + 4 * torch.finfo(dtype).eps * torch.randn_like(same)
+        masked = (same * noise).requires_grad_()
+        variation = total_variation(same, masked)
+        assert (variation > 0).any()
+        assert torch.autograd.grad(variation.sum(), masked)[0].abs().max() == 0
+        apart = (same + 1e-3 * torch.randn_like(same)).requires_grad_()
+        assert torch.autograd.grad(total_variation(same, apart).sum(), apart)[0].abs().max() > 1e-3
+
+
+def test_sums_in_place_leave_the_predictions_alone() -> None:
+    """Without gradients nothing of the vocabulary's size is copied; the sums are the same."""
     generator = torch.Generator().manual_seed(0)
-    full, masked = torch.randn(2, 3, 5, 30_000, generator=generator)
+    full, masked = torch.randn(2, 3, 5, 3_000, generator=generator)
     before = full.clone(), masked.clone()
     found = total_variation(full, masked)
     assert torch.equal(full, before[0])

@@ -149,8 +149,9 @@ def test_the_size_term_adds_its_gradient_through_the_importances() -> None:
     terms = [DensityLoss(model, share=1.0, size_weight=w)(ids, mask, step=0) for w in (0.0, 1.0)]
     plain, sized = terms
     assert sized.distortion.item() == pytest.approx(plain.distortion.item(), rel=1e-9)
+    strength = DensityOptions().strength
     assert sized.loss.item() == pytest.approx(
-        0.75 * (sized.distortion + sized.soft_size).item(), rel=1e-9
+        strength * (sized.distortion + sized.soft_size).item(), rel=1e-9
     )
     before, after = gradients(model, plain.loss), gradients(model, sized.loss)
     assert norm_of(before, "q_proj") == 0 < norm_of(after, "q_proj")

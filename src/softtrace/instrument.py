@@ -7,6 +7,7 @@ forward, attention kernel, checkpointing and compiled code never meet them.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
@@ -23,6 +25,7 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.families import Anatomy, take_apart
 from softtrace.families.proof import prove
 from softtrace.graph import EdgeImportance, LayerEdges
+from softtrace.hooks import register
 from softtrace.runs import MaskedRun, RecordingRun, Run, dropout_off
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
@@ -57,6 +60,8 @@ class Instrument:
         self._parts = tuple(part for part in model.modules() if part is not model)
         configs = {id(config): config for config in map(_config_of, model.modules()) if config}
         self._configs: tuple[PretrainedConfig, ...] = tuple(configs.values())
+        known = inspect.signature(model.forward).parameters
+        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     @property
     def model(self) -> nn.Module:
@@ -127,14 +132,44 @@ class Instrument:
         valid = self.valid(input_ids, attention_mask)
         return self.forward(MaskedRun(self.anatomy, valid, masks, attention), input_ids)
 
-    def forward(self, run: Run, input_ids: Tensor) -> Tensor:
-        """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer."""
+    def masked_hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """What the head reads in :meth:`masked_logits`, ``[B, T, d_model]``.
+
+        Logits of a large vocabulary are the largest thing in a run; made from this in portions,
+        they never exist whole.
+        """
+        valid = self.valid(input_ids, attention_mask)
+        found: list[Tensor] = []
+        norm = self.anatomy.final_norm
+        run = MaskedRun(self.anatomy, valid, masks, attention)
+        handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            self.forward(run, input_ids, **self._one_logit)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
+        """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.
+
+        Args:
+            run: what listens.
+            input_ids: ``[B, T]``.
+            options: of the model's own forward.
+        """
         with self._running(run):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=run.valid.long(),
                 position_ids=position_ids_of(run.valid),
                 use_cache=False,
+                **options,
             )
         logits: Tensor = output.logits
         return logits
@@ -142,13 +177,9 @@ class Instrument:
     @contextmanager
     def _running(self, run: Run) -> Iterator[None]:
         """Put a run's hooks, attention and eval mode in place; take them back at exit."""
-        handles = []
+        handles: list[RemovableHandle] = []
         try:
-            for module, hook, before in run.hooks():
-                if before:
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            register(run.hooks(), handles)
             with dropout_off(self.model), softtrace_attention_active(self._configs, run):
                 yield
         finally:

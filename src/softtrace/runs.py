@@ -11,9 +11,8 @@ Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from typing_extensions import override
 
 from softtrace.families import Anatomy
 from softtrace.graph import LayerEdges
+from softtrace.hooks import Hook, on_input, on_output
 from softtrace.importance import (
     attention_shares,
     head_value_norms,
@@ -28,9 +28,7 @@ from softtrace.importance import (
     share_of_node,
     working_dtype,
 )
-
-Hook = tuple[nn.Module, Callable[..., Any], bool]
-"""A module, what to call, and whether before (True) or after (False) its forward."""
+from softtrace.rows import KeptRows, Unread
 
 
 class Run:
@@ -54,13 +52,13 @@ class Run:
         hooks: list[Hook] = []
         for index, modules in enumerate(self.anatomy.layers):
             hooks += [
-                (modules.layer, _on_input(self._enter), True),
-                (modules.attention, on_output(self.after_attention, index), False),
-                (modules.mlp_norm, _on_input(self._reach_middle), True),
-                (modules.mlp, on_output(self.after_mlp, index), False),
+                Hook(modules.layer, on_input(self._enter), True),
+                Hook(modules.attention, on_output(self.after_attention, index), False),
+                Hook(modules.mlp_norm, on_input(self._reach_middle), True),
+                Hook(modules.mlp, on_output(self.after_mlp, index), False),
             ]
         if self.hidden is not None:
-            hooks.append((self.anatomy.final_norm, _on_input(self.hidden.append), True))
+            hooks.append(Hook(self.anatomy.final_norm, on_input(self.hidden.append), True))
         return hooks
 
     @property
@@ -185,6 +183,16 @@ class MaskedRun(Run):
         self.recorded = attention
 
     @override
+    def hooks(self) -> list[Hook]:
+        hooks: list[Hook] = []
+        for modules, masks in zip(self.anatomy.layers, self.masks, strict=True):
+            hooks += KeptRows(modules.mlp, masks.mlp).hooks()
+            if self.recorded is not None:
+                for projection in modules.score_projections:
+                    hooks += Unread(projection).hooks()
+        return hooks + super().hooks()
+
+    @override
     def attention_probabilities(self, module: nn.Module) -> Tensor | None:
         return None if self.recorded is None else self.recorded[self.layer_of(module)]
 
@@ -192,7 +200,10 @@ class MaskedRun(Run):
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
-        return probabilities * self.masks[self.layer_of(module)].attention
+        mask = self.masks[self.layer_of(module)].attention
+        if mask.dtype == torch.bool:
+            return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
+        return probabilities * mask
 
     @override
     def after_attention(self, layer: int, output: Tensor) -> Tensor:
@@ -210,13 +221,6 @@ class MaskedRun(Run):
         return (mask.to(like.dtype) - 1)[..., None]
 
 
-def _on_input(listen: Callable[[Tensor], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        listen(args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """Eval mode for a run of ours: a recording and a masked run must be the same function.
@@ -231,14 +235,3 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def on_output(change: Callable[[int, Tensor], Tensor], layer: int) -> Callable[..., Any]:
-    """A forward hook that lets ``change(layer, output)`` replace a module's (first) output."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(layer, output[0]), *output[1:])
-        return change(layer, output)
-
-    return hook

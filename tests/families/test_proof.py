@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import softtrace
 from softtrace.errors import NonFiniteError, UnsupportedModelError
+from softtrace.families.sequential import SEQUENTIAL_PRE_NORM
 from tests.test_instrument import state
 from tests.tiny import COMMON, FAMILIES, GROUPED, tiny_model, tiny_prompt
 
@@ -72,6 +74,48 @@ class Odd(LlamaDecoderLayer):
         return hidden_states
 
 
+class Mixing(nn.Module):
+    """An MLP in which a token sees the one before it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        before = torch.cat((hidden_states[:, :1], hidden_states[:, :-1]), dim=1)
+        return self.inner(hidden_states + 0.01 * before)  # type: ignore[no-any-return]
+
+
+class TwoResults(nn.Module):
+    """An MLP that returns its router's logits too, as mixtures of experts do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(hidden_states), hidden_states[..., :1]
+
+
+class TakesFirst(LlamaDecoderLayer):
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(hidden_states=normed, **options)[0]
+        mlp: Any = self.mlp
+        return hidden_states + mlp(self.post_attention_layernorm(hidden_states))[0]  # type: ignore[no-any-return]
+
+
+def two_results(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.mlp = TwoResults(layer.mlp)
+    layer.__class__ = TakesFirst
+
+
+def mixing_mlp(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.mlp = Mixing(layer.mlp)
+
+
 def odd_layer(*factors: float, calls: int = 1) -> nn.Module:
     model = tiny_model("llama")
     layer: Any = model.model.layers[1]  # type: ignore[union-attr, index]
@@ -83,6 +127,19 @@ def odd_layer(*factors: float, calls: int = 1) -> nn.Module:
 def test_an_odd_layer_without_factors_passes() -> None:
     model = odd_layer(1, 1, 1, 1)
     softtrace.attach(model)
+
+
+def test_a_pattern_that_calls_values_unread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(SEQUENTIAL_PRE_NORM, score_projections=("q_proj", "v_proj"))
+    monkeypatch.setattr("softtrace.families.PATTERNS", (wrong,))
+    with pytest.raises(UnsupportedModelError, match="a run that uses recorded attention"):
+        softtrace.attach(tiny_model("llama"))
+
+
+def test_an_mlp_that_also_returns_its_routing_passes() -> None:
+    model, other, ids = changed(two_results)(), tiny_model("llama"), tiny_prompt(6)
+    found, expected = (softtrace.density_curve(each, ids) for each in (model, other))
+    torch.testing.assert_close(found.total_variation, expected.total_variation)
 
 
 class Skips(LlamaDecoderLayer):
@@ -219,6 +276,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "repeated layer": (lambda: odd_layer(1, 1, 1, 1, calls=2), "layer 1, after"),
     "skipped layer": (retype(Skips), "layer 1: its MLP did not run inside it"),
     "no MLP": (retype(NoMLP), "layer 1: its MLP did not run inside it"),
+    "mixing MLP": (changed(mixing_mlp), "layer 1: its MLP on some tokens against .* they differ"),
     "own attention": (changed(own_attention), "layer 1: its attention does not follow"),
     "wrapped projection": (
         replace_projection(Adapter),

@@ -23,6 +23,8 @@ class LayerModules:
     output_projection: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
+    score_projections: tuple[nn.Module, ...] = ()
+    """What makes queries and keys and nothing else; empty where they share a module with values."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Pattern:
     mlp_norm: tuple[str, ...]
     mlp: tuple[str, ...]
     final_norm: tuple[str, ...]
+    score_projections: tuple[str, ...] = ()
 
     def find(self, model: nn.Module) -> Anatomy:
         """Locate the pattern's modules in ``model``.
@@ -121,6 +124,11 @@ class Pattern:
             output_projection=projection,
             mlp_norm=_child(layer, self.mlp_norm, f"{where}: norm before the MLP"),
             mlp=_child(layer, self.mlp, f"{where}: MLP"),
+            score_projections=tuple(
+                child
+                for name, child in attention.named_children()
+                if name in self.score_projections
+            ),
         )
 
 

@@ -16,7 +16,8 @@ from softtrace.batch import check_finite, position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.pattern import Anatomy
 from softtrace.graph import LayerEdges
-from softtrace.runs import Hook, MaskedRun, dropout_off, on_output
+from softtrace.hooks import Hook, on_input, on_output
+from softtrace.runs import MaskedRun, RecordingRun, dropout_off
 
 if TYPE_CHECKING:
     from softtrace.instrument import Instrument
@@ -27,17 +28,27 @@ _LENGTH = 6
 class _Witness(MaskedRun):
     """A masked run that rebuilds every node from its edges and compares."""
 
-    def __init__(self, anatomy: Anatomy, valid: Tensor, masks: Sequence[LayerEdges]) -> None:
-        super().__init__(anatomy, valid, masks, keep_hidden=True)
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        valid: Tensor,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(anatomy, valid, masks, attention, keep_hidden=True)
+        self.mlp_runs: list[tuple[Tensor, Tensor]] = []
         self.last_output: Tensor | None = None
         self._mixed: tuple[Tensor, Tensor] | None = None
+        self._mlp_input: Tensor | None = None
         self._mlp_output: Tensor | None = None
 
     @override
     def hooks(self) -> list[Hook]:
-        layers = enumerate(self.anatomy.layers)
-        leaving = [(m.layer, on_output(self._leave, index), False) for index, m in layers]
-        return super().hooks() + leaving
+        hooks = super().hooks()
+        for index, modules in enumerate(self.anatomy.layers):
+            hooks.append(Hook(modules.mlp, on_input(self._enter_mlp), True))
+            hooks.append(Hook(modules.layer, on_output(self._leave, index), False))
+        return hooks
 
     @property
     def _layer(self) -> int:
@@ -77,9 +88,14 @@ class _Witness(MaskedRun):
         expected = mask * self.entry + edges + (0 if bias is None else bias)
         self._compare("after attention", hidden, expected)
 
+    def _enter_mlp(self, hidden: Tensor) -> None:
+        self._mlp_input = hidden
+
     @override
     def after_mlp(self, layer: int, output: Tensor) -> Tensor:
         self._mlp_output = output
+        if self._mlp_input is not None:
+            self.mlp_runs.append((self._mlp_input, output))
         return super().after_mlp(layer, output)
 
     def _leave(self, layer: int, output: Tensor) -> Tensor:
@@ -147,6 +163,16 @@ def prove(instrument: Instrument) -> None:
     head = anatomy.head(anatomy.final_norm(last))
     _require_same("head(final norm(last layer)) against the logits", head[valid], logits[valid])
     _check_final_norm(anatomy, last[valid])
+    with dropout_off(model):
+        _check_mlps(anatomy, run.mlp_runs, valid)
+    recording = RecordingRun(anatomy, valid)
+    instrument.forward(recording, ids)
+    run = _Witness(anatomy, valid, masks, recording.attention)
+    logits = instrument.forward(run, ids)
+    run.finish()
+    _require_same(
+        "a run that uses recorded attention against the model's own", logits[valid], plain[valid], 4
+    )
     run = _Witness(anatomy, valid, _masks(anatomy, ids, generator))
     instrument.forward(run, ids)
     run.finish()
@@ -177,6 +203,20 @@ def _masks(
         )
         for _ in anatomy.layers
     )
+
+
+def _check_mlps(anatomy: Anatomy, runs: Sequence[tuple[Tensor, Tensor]], valid: Tensor) -> None:
+    """An MLP edge carries one token's MLP alone, so masked runs skip the tokens not kept."""
+    some = valid.flatten().nonzero()[::2, 0]
+    for layer, (hidden, together) in enumerate(runs):
+        alone = anatomy.layers[layer].mlp(hidden.flatten(0, 1)[some][None])
+        alone = alone[0] if isinstance(alone, tuple) else alone
+        _require_same(
+            f"layer {layer}: its MLP on some tokens against the same tokens among all (the graph "
+            "has one MLP edge a token, so an MLP may not mix tokens)",
+            alone[0],
+            together.flatten(0, 1)[some],
+        )
 
 
 def _check_final_norm(anatomy: Anatomy, last: Tensor) -> None:

@@ -13,4 +13,5 @@ SEQUENTIAL_PRE_NORM = Pattern(
     mlp_norm=("post_attention_layernorm", "ln_2"),
     mlp=("mlp",),
     final_norm=("norm", "ln_f"),
+    score_projections=("q_proj", "k_proj"),
 )

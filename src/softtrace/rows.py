@@ -1,0 +1,95 @@
+"""Masked runs leave out what nobody reads: hooks narrow a module's input and widen its output.
+
+Two kinds of work are thrown away by every masked run: the MLP of tokens whose MLP edge is masked
+to zero, and the query and key projections of a run that uses recorded attention probabilities.
+Modules that run here were proven at attach to treat every token by itself (``proof.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from softtrace.hooks import Hook
+
+
+class _Narrowed:
+    """One module that shall run on some of its rows; between its two hooks it knows which."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._shape: torch.Size | None = None
+
+    def hooks(self) -> list[Hook]:
+        """The two hooks; all others on the module see its full input and output."""
+        return [
+            Hook(self.module, self._before, before=True),
+            Hook(self.module, self._after, before=False, first=True),
+        ]
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        narrow = self.narrow(hidden)
+        if narrow is None:
+            self._shape = None
+            return None
+        self._shape = hidden.shape[:-1]
+        if args:
+            return (narrow, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": narrow}
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._shape is None:
+            return output
+        if isinstance(output, tuple):
+            return (self.widen(output[0], self._shape), *output[1:])
+        return self.widen(output, self._shape)
+
+    def narrow(self, hidden: Tensor) -> Tensor | None:
+        """``[B, T, d]`` to ``[1, N, d]``, or None to leave the input as it is."""
+        raise NotImplementedError
+
+    def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
+        """``[1, N, d']`` to ``[B, T, d']``."""
+        raise NotImplementedError
+
+
+class KeptRows(_Narrowed):
+    """Runs a token-wise module where its edge is kept; elsewhere its output is zero."""
+
+    def __init__(self, module: nn.Module, mask: Tensor) -> None:
+        super().__init__(module)
+        kept = (mask.detach() != 0).flatten()
+        # An empty batch is more than some modules (expert routing) can take: one row always runs.
+        self._rows = kept.nonzero()[:, 0] if bool(kept.any()) else kept[:1].long()
+        self._all = len(self._rows) == len(kept)
+
+    @override
+    def narrow(self, hidden: Tensor) -> Tensor | None:
+        if self._all:
+            return None
+        return hidden.flatten(0, 1).index_select(0, self._rows)[None]
+
+    @override
+    def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
+        blank = output.new_zeros(shape.numel(), output.shape[-1])
+        return blank.index_copy(0, self._rows, output[0]).reshape(*shape, -1)
+
+
+class Unread(_Narrowed):
+    """Runs a module whose output nobody reads on a single row, repeated to the right shape."""
+
+    @override
+    def narrow(self, hidden: Tensor) -> Tensor | None:
+        return hidden[:1, :1]
+
+    @override
+    def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
+        return output.expand(*shape, -1)
