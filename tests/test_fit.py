@@ -80,9 +80,11 @@ class Stop(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout
 def test_an_interrupted_fit_resumes_to_the_same_weights(
-    sources: tuple[Path, Path], tmp_path: Path
+    sources: tuple[Path, Path], tmp_path: Path, family: str
 ) -> None:
+    sources = write_model(tmp_path / "model", family), sources[1]
     whole = fit(arguments(sources, tmp_path / "whole"))
     cut = tmp_path / "cut"
     interrupted = FitCLI(arguments(sources, cut))
@@ -94,8 +96,45 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(
     for name, weight in trained(whole).items():
         assert torch.equal(weight, trained(cut)[name]), name
     # the control: without the checkpoint's steps the end is another one
-    short = fit(arguments(sources, tmp_path / "short", "--trainer.max_steps", 2))
-    assert not torch.equal(trained(short)["lm_head.weight"], trained(whole)["lm_head.weight"])
+    short = trained(fit(arguments(sources, tmp_path / "short", "--trainer.max_steps", 2)))
+    assert not any(torch.equal(weight, short[name]) for name, weight in trained(whole).items())
+
+
+def test_seeds_of_steps(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    sources = write_model(tmp_path / "model", "gpt2"), sources[1]
+    drawn: dict[str, list[float]] = {}
+
+    class Draws(Callback):
+        def __init__(self, name: str) -> None:
+            self.seen = drawn.setdefault(name, [])
+
+        def on_after_backward(self, *_: object) -> None:
+            self.seen.append(float(torch.rand(())))
+
+    for name, words in {
+        "one": (),
+        "again": (),
+        "other": ("--seed_everything", 1),
+        "accumulated": ("--trainer.accumulate_grad_batches", 2),
+    }.items():
+        cli = FitCLI(arguments(sources, tmp_path / name, *words))
+        cli.trainer.callbacks.append(Draws(name))
+        cli.fit()
+    assert len(set(drawn["one"])) == 6
+    assert drawn["one"] == drawn["again"]
+    assert not set(drawn["one"]) & set(drawn["other"])
+    assert len(set(drawn["accumulated"])) == 12
+
+
+def test_a_fit_bounded_by_time_alone_keeps_its_learning_rate(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ("--trainer.max_steps", -1, "--trainer.max_time", "00:00:00:01")
+    cli = FitCLI(arguments(sources, tmp_path / "out", *words, "--model.warmup_steps", 2))
+    cli.fit()
+    assert cli.trainer.global_step > 2
+    [optimizer] = cli.trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == 0.01
 
 
 def test_resuming_before_the_first_checkpoint_starts_anew(

@@ -54,8 +54,7 @@ def draw(
         thresholds: bounds of the log-uniform τ.
         depths: bounds of the uniform E, both included.
     """
-    digest = hashlib.sha256(f"{seed}/{step[0]}/{step[1]}/{rank}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank))
     count = max(1, round(share * len(rows)))
     chosen = rows[
         torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
@@ -76,3 +75,9 @@ def _stratified(count: int, generator: torch.Generator) -> Tensor:
     """One uniform number out of each of ``count`` equal strata of [0, 1), in random order."""
     inside = torch.rand(count, generator=generator, device="cpu")
     return (torch.randperm(count, generator=generator, device="cpu") + inside) / count
+
+
+def hashed_seed(*parts: object) -> int:
+    """A 63-bit seed for a combination of values; neighbours have nothing in common."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -22,6 +22,7 @@ from softtrace.evaluation.files import prepare_output
 from softtrace.lightning import DensityPenalty
 from softtrace.load import load_tokenizer
 from softtrace.module import CausalLM
+from softtrace.seeding import StepSeed
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,10 @@ class FitCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.out)
         if options.get("max_epochs") is None and options.get("max_steps", -1) == -1:
             kwargs["max_epochs"] = -1 if options.get("max_time") else 1
+        callbacks = _as_list(options.get("callbacks"))
+        # By now True has become the number that was chosen; False asks for no seeding at all.
+        if (seed := self.config["seed_everything"]) is not False:
+            callbacks.append(StepSeed(seed))
         every = self.config["checkpoint_every"]
         if every and not options.get("fast_dev_run"):
             checkpoint = ModelCheckpoint(
@@ -120,9 +125,10 @@ class FitCLI(LightningCLI):
                 every_n_train_steps=every,
                 enable_version_counter=False,
             )
-            kwargs["callbacks"] = [*_as_list(options.get("callbacks")), checkpoint]
+            callbacks.append(checkpoint)
         else:
             kwargs["enable_checkpointing"] = False
+        kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
     def fit(self) -> Path:

@@ -108,7 +108,7 @@ class DensityPenalty(Callback):
             term = density(
                 **self.inputs_of(args[0] if args else kwargs["batch"]),
                 step=trainer.global_step,
-                micro_step=_micro_step(trainer),
+                micro_step=micro_step_of(trainer),
             )
             self._log(pl_module, task, term)
             if term.loss.requires_grad:
@@ -243,7 +243,7 @@ def find_causal_lm(module: nn.Module) -> PreTrainedModel:
     return next(iter(found.values()))
 
 
-def _micro_step(trainer: Trainer) -> int:
+def micro_step_of(trainer: Trainer) -> int:
     """Which of the accumulated batches of this optimiser step is running."""
     ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return (ready - 1) % max(1, trainer.accumulate_grad_batches)

@@ -6,12 +6,13 @@ it and add the callback alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from softtrace.batch import check_range
 from softtrace.errors import InvalidInputError
@@ -20,6 +21,9 @@ from softtrace.load import load_model
 
 class CausalLM(LightningModule):
     """Fine-tunes a causal language model with AdamW, linear warm-up and cosine decay to 0.
+
+    Without a number of steps or epochs (only a ``max_time``) the learning rate stays constant after
+    the warm-up.
 
     Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token.
 
@@ -92,9 +96,11 @@ class CausalLM(LightningModule):
             {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
-        )
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # only max_time ends this fit
+            schedule = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
+        else:
+            schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
