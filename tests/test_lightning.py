@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -266,12 +267,14 @@ def test_start_step_delays_the_term_and_warm_up_raises_it() -> None:
             )
         )
 
-    ratio = Calls(
-        on_train_batch_end=lambda trainer, *_: terms.append(
-            float(trainer.callback_metrics["loss/density"])
-            / (float(trainer.callback_metrics["density/distortion"]) or 1.0)
+    def divide(trainer: Any, *_: Any) -> None:
+        term, distortion = (
+            float(trainer.callback_metrics[name]) for name in ("loss/density", "density/distortion")
         )
-    )
+        assert math.isnan(distortion) == (len(terms) < 3)  # nothing ran
+        terms.append(0.0 if math.isnan(distortion) else term / distortion)
+
+    ratio = Calls(on_train_batch_end=divide)
     late = DensityPenalty(strength=0.8, start_step=3, warmup_steps=1)
     fit(Tuner(), late, note(weights_at), ratio, max_epochs=2)
     fit(Tuner(), note(plain_at), max_epochs=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import networkx as nx
@@ -228,3 +230,25 @@ def test_importances_with_gradients_are_fine() -> None:
     assert importance.layers[0].mlp.requires_grad
     trace = extract_trace(importance, size=0.1)
     assert trace == extract_trace(importance.detach(), size=0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "exact"),
+    [
+        ("pass", True),
+        ("torch.backends.fp32_precision = 'ieee'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", False),
+        ("torch.backends.fp32_precision = 'tf32'", False),
+        ("torch.set_float32_matmul_precision('high')", False),
+    ],
+)
+def test_any_way_to_ask_for_rounded_products_is_understood(setting: str, exact: bool) -> None:
+    # a process of its own: PyTorch cannot take such a setting back
+    program = (
+        f"import torch; {setting}; from softtrace.trace import _products_exact as exact; "
+        "print(exact(1000, torch.device('cpu')))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert output.split() == [str(exact)]

@@ -24,10 +24,10 @@ def entropy_score(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def loss_score(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of the true next token, nats; 0 where there is none."""
-    known = targets.clamp_min(0)[..., None]
-    loss = -log_probabilities(logits).gather(-1, known)[..., 0]
-    return loss.masked_fill(targets < 0, 0.0)
+    """Loss of the true next token, nats; where it is unknown what is expected, the entropy."""
+    logs = log_probabilities(logits)
+    loss = -logs.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return torch.where(targets < 0, -(logs.exp() * logs).sum(-1), loss)
 
 
 def margin_score(logits: Tensor, targets: Tensor) -> Tensor:

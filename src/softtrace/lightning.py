@@ -32,8 +32,9 @@ class DensityPenalty(Callback):
     ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
 
     Logs every step ``loss/task`` and ``loss/density``, ``density/soft_size`` (share of edges),
-    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``. Strength 0
-    is inert: the training step is not even wrapped.
+    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; the last
+    three are NaN at steps that ran nothing (before ``start_step``, or skipped). Strength 0 is
+    inert: the training step is not even wrapped.
 
     Args:
         strength: weight of the term, >= 0.

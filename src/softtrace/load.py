@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from softtrace.errors import ModelDirectoryError
@@ -24,16 +27,18 @@ def load_model(
         **options: passed on (``revision``, ``attn_implementation``, ...).
 
     Raises:
-        ModelDirectoryError: no such directory, no config, no weights, or pickle weights only.
+        ModelDirectoryError: no such directory and no such model on the hub, no config, no weights,
+            pickle weights only, or a file that cannot be read.
     """
     check_model_directory(name_or_path)
     allowed = ("float32", "bfloat16", "float16", "auto")
     if dtype not in allowed:
         raise ModelDirectoryError(f"dtype: found {dtype!r}, allowed are {', '.join(allowed)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(name_or_path), dtype=wanted, use_safetensors=True, **options
-    )
+    with _named(name_or_path):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(name_or_path), dtype=wanted, use_safetensors=True, **options
+        )
     return model
 
 
@@ -49,7 +54,27 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
             f"{name_or_path}: found no tokenizer files; save the tokenizer next to the model "
             "(tokenizer.save_pretrained(directory))"
         )
-    return AutoTokenizer.from_pretrained(str(name_or_path))
+    with _named(name_or_path):
+        return AutoTokenizer.from_pretrained(str(name_or_path))
+
+
+@contextmanager
+def _named(name_or_path: str | Path) -> Iterator[None]:
+    """Say in one line what transformers says in a page."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelDirectoryError(
+            f"{name_or_path}: its safetensors cannot be read ({error}); was a copy cut short?"
+        ) from error
+    except OSError as error:
+        first = str(error).strip().partition("\n")[0]
+        if Path(name_or_path).is_dir():
+            raise ModelDirectoryError(f"{name_or_path}: {first}") from error
+        raise ModelDirectoryError(
+            f"{name_or_path}: found neither a directory of this name nor, on the hub or in its "
+            f"cache, a model that can be read ({first})"
+        ) from error
 
 
 def check_model_directory(name_or_path: str | Path) -> None:

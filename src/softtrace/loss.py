@@ -9,6 +9,7 @@ the cost a dial.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,14 +28,16 @@ from softtrace.masks import early_phase_masks, soft_masks, straight_masks
 from softtrace.options import DensityOptions
 from softtrace.trace import edge_counts, total_edges
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class DensityTerm:
     """The added term of one step, and what it was made of.
 
     Attributes:
-        loss: scalar to add to the task loss (nats times strength). Without a graph, and 0, if
-            nothing was run.
+        loss: scalar to add to the task loss (in units of the distance, times strength). Without a
+            graph, and 0, if nothing was run; the three shares below are then NaN.
         distortion: Σ easy·distance / Σ easy (nats for KL), detached.
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
@@ -74,6 +77,7 @@ class DensityLoss:
         self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
         self.model = model
         self.step = 0
+        self.skipped_steps = 0
         if self.options.strength > 0:
             attach(model)
 
@@ -107,9 +111,19 @@ class DensityLoss:
         try:
             return self._term(input_ids, attention_mask, labels, (step, micro_step), strength)
         except NonFiniteError as error:
-            if self.options.on_nonfinite == "skip":
-                return _nothing(input_ids, strength, str(error))
-            raise NonFiniteError(f"step {step}: {error}") from error
+            named = f"step {step}: {error}"
+            if self.options.on_nonfinite == "raise":
+                raise NonFiniteError(named) from error
+            self._warn_of_skip(named)
+            return _nothing(input_ids, strength, named)
+
+    def _warn_of_skip(self, why: str) -> None:
+        """At the 1st, 2nd, 4th, 8th, ... skipped step: seen from the start, never a flood."""
+        self.skipped_steps += 1
+        if self.skipped_steps.bit_count() == 1:
+            logger.warning(
+                "%s The density term was left out; so far %d times.", why, self.skipped_steps
+            )
 
     def _term(
         self,
@@ -121,8 +135,8 @@ class DensityLoss:
     ) -> DensityTerm:
         options, instrument = self.options, attach(self.model)
         valid = instrument.valid(input_ids, attention_mask)
-        targets = _next_tokens(input_ids, valid, labels)
-        rows = (targets >= 0).any(-1).nonzero()[:, 0]
+        targets, counted = _next_tokens(input_ids, valid, labels)
+        rows = counted.any(-1).nonzero()[:, 0]
         if not len(rows):
             return _nothing(input_ids, strength, "no token of the batch has a target")
         length = input_ids.shape[1]
@@ -139,14 +153,14 @@ class DensityLoss:
             depths=options.depth_bounds(layers),
         )
         part = (chosen.rows, slice(chosen.start, chosen.start + window))
-        ids, mask, wanted = input_ids[part], valid[part].long(), targets[part]
-        if not bool((wanted >= 0).any()):
+        ids, mask, counted = input_ids[part], valid[part].long(), counted[part]
+        if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the crop has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
             recording = instrument.record(ids, mask)
         full = recording.logits.detach()
-        score = easiness(options.easiness)(full, wanted)
-        easy = easy_weights(score, wanted >= 0, options.easy_quantile, options.easy_width)
+        score = easiness(options.easiness)(full, targets[part])
+        easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen)
         recorded = recording.attention if options.attention == "recorded" else None
         masked = instrument.masked_logits(ids, mask, masks, recorded)
@@ -160,7 +174,7 @@ class DensityLoss:
             loss=strength * term,
             distortion=distortion.detach(),
             soft_size=size.detach(),
-            easy_share=(total / (wanted >= 0).sum()).detach(),
+            easy_share=(total / counted.sum()).detach(),
             strength=strength,
         )
 
@@ -210,25 +224,24 @@ def soft_size(
         return size if weights is None else (size * weights).sum()
 
 
-def _next_tokens(input_ids: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
-    """``[B, T]``: the token each position has to predict; -100 where it does not count."""
+def _next_tokens(input_ids: Tensor, valid: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``[B, T]``: the token each position has to predict, -100 for none; and which count."""
     if labels is not None and labels.shape != input_ids.shape:
         raise InvalidInputError(
             f"labels: found shape {tuple(labels.shape)}, expected that of input_ids, "
             f"{tuple(input_ids.shape)}"
         )
     target = torch.full_like(input_ids, -100)
-    if labels is None:
-        # The last token's prediction has no target but is as good a prediction as any other.
-        target[:, :-1] = input_ids[:, 1:].masked_fill(~valid[:, 1:], 0)
-        return target.masked_fill(target < 0, 0).masked_fill(~valid, -100)
-    target[:, :-1] = labels[:, 1:]
-    return target.masked_fill(~valid, -100)
+    target[:, :-1] = (input_ids.masked_fill(~valid, -100) if labels is None else labels)[:, 1:]
+    target = target.masked_fill(~valid, -100)
+    # Without labels the last token's prediction is as good as any, though its target is unknown.
+    return target, valid if labels is None else target >= 0
 
 
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
     zero = torch.zeros((), device=input_ids.device)
-    return DensityTerm(zero, zero, zero, zero, strength, why)
+    unknown = torch.full_like(zero, torch.nan)
+    return DensityTerm(zero, unknown, unknown, unknown, strength, why)
 
 
 def _rank() -> int:

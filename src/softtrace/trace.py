@@ -69,7 +69,12 @@ def _products_exact(largest: int, device: torch.device) -> bool:
     """
     if device.type == "mps":  # has no float64
         return True
-    return largest < 1 << 24 and torch.get_float32_matmul_precision() == "highest"
+    if largest >= 1 << 24:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # what PyTorch raises where fp32_precision of a backend was set instead
+        return False
 
 
 def total_edges(importance: EdgeImportance) -> Tensor:
