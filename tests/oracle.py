@@ -335,11 +335,11 @@ def trace_at_threshold(ordered: Ordered, tau: float) -> Ordered:
 
 
 def edge_count(share: float, total: int) -> int:
-    """How many of ``total`` edges a trace of size ``share`` holds: rounded down.
+    """How many of ``total`` edges a trace of size ``share`` holds: added until that share is in.
 
-    The 1e-9 forgives rounding: 0.29 * 100 is 28.999999999999996 but means 29.
+    The 1e-9 forgives rounding: 0.07 * 100 is 7.000000000000001 but means 7.
     """
-    return math.floor(share * total + 1e-9)
+    return math.ceil(share * total - 1e-9)
 
 
 def masked_distribution(
@@ -395,5 +395,7 @@ def full_curve(
     edges = [edge for edge, _ in best_first(build_graph(run), position)]
     full = run.logits[position].double().softmax(-1)
     traces = (edges[: edge_count(size, len(edges))] for size in sizes)
-    runs = (masked_distribution(model, input_ids, trace, position) for trace in traces)
+    runs = (
+        masked_distribution(model, input_ids, trace, position, run.attention) for trace in traces
+    )
     return [total_variation(full, masked) for masked in runs]

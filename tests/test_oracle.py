@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.graph import Edge
+from softtrace.trace import trace_length
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
@@ -252,10 +253,11 @@ def test_tiny_models_are_reproducible_and_equal_across_dtypes() -> None:
         assert not torch.equal(other.lm_head.weight, rounded.lm_head.weight)
 
 
-def test_edge_count_rounds_down() -> None:
-    counts = {0.0: 0, 0.001: 0, 0.29: 29, 0.999: 99, 1.0: 100}
+def test_edge_count_rounds_up_as_traces_do() -> None:
+    counts = {0.0: 0, 0.001: 1, 0.07: 7, 0.29: 29, 0.999: 100, 1.0: 100}
     assert {share: oracle.edge_count(share, 100) for share in counts} == counts
-    assert math.floor(0.29 * 100) == 28
+    assert {share: trace_length(share, 100) for share in counts} == counts
+    assert math.ceil(0.07 * 100) == 8
 
 
 def test_trace_at_threshold_is_a_prefix_of_the_running_minimum() -> None:

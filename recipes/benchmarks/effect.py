@@ -4,8 +4,9 @@
     python recipes/benchmarks/effect.py --arm soft='{"masks": "soft"}' --seeds 1
 
 Both arms of a seed start from the same weights and see the same data in the same order; text and
-held-out files are those of an installed package that the model has never seen. Writes
-``effect.json`` next to this file.
+held-out files are those of an installed package that the model has never seen. By default that is
+networkx: the penalty's defaults were searched for on matplotlib (``LOG.md``), so figures from
+there would flatter them. Writes ``effect.json`` next to this file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from softtrace.load import load_model, load_tokenizer
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent / "models" / "pystdlib-4m"
-MEASURES = ("loss", "area_easy", "size_easy", "area_all", "size_all", "size_hard", "exit_easy")
 
 
 def blocks_of(data: str, block_size: int, explained: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,16 +96,12 @@ def run(
     """One fine-tuning and its measures."""
     train, held_out, density = blocks
     model, seconds = fine_tune(train, options, seed, args)
-    found = summarise(
-        measure(
-            model,
-            density,
-            min_context=32,
-            batch_size=32,
-            extra_blocks=0,
-            progress=lambda done: None,
+    with tqdm(total=len(density), desc="measuring", unit="block") as bar:
+        found = summarise(
+            measure(
+                model, density, min_context=32, batch_size=32, extra_blocks=0, progress=bar.update
+            )
         )
-    )
     layers = len(found["early_exit"]["layers"])
     return {
         "loss": held_out_loss(model, held_out, args.device),
@@ -131,7 +127,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", help="folder of source (default: installed matplotlib)")
+    parser.add_argument("--data", help="folder of source (default: installed networkx)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -144,9 +140,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "effect.json")
     args = parser.parse_args()
     if args.data is None:
-        import matplotlib
+        import networkx
 
-        args.data = str(Path(matplotlib.__file__).parent)
+        args.data = str(Path(networkx.__file__).parent)
     arms: dict[str, dict[str, Any] | None] = {} if args.no_plain else {"plain": None}
     for arm in args.arm or ["penalty={}"]:
         name, _, options = arm.partition("=")

@@ -58,7 +58,8 @@ def effect() -> str:
     settings = result["settings"]
     lines.append(
         f"\n{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} "
-        f"tokens at learning rate {settings['lr']:g}; "
+        f"tokens of {result['data']}'s source, on which no setting was tuned, at learning rate "
+        f"{settings['lr']:g}; "
         f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
         f"context; {result['hardware']}, torch {result['versions']['torch']} "
         "([effect.py](recipes/benchmarks/effect.py), "
@@ -88,7 +89,8 @@ def tracing() -> str:
             f"- **Speed**: a density curve takes "
             f"{speed['seconds_per_position']['median'] * 1e3:.1f} ms per explained position on one "
             f"thread, {times['median']:,.0f} times less ({times['min']:,.0f} to "
-            f"{times['max']:,.0f}) than the literal oracle of the tests for its last position.",
+            f"{times['max']:,.0f}, {times['n']} interleaved rounds) than the literal oracle of the "
+            "tests takes, averaged over the positions of a prompt.",
             f"- **Memory**: `edge_importance` adds {peaks}.",
             f"- **Precision**: curves are read between {precision['thresholds']} thresholds. "
             f"Against {precision['reference_thresholds']} of them the area of a token differs by "
