@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtrace.batch import check_batch, check_finite, check_range, position_ids_of
+from softtrace.batch import (
+    check_batch,
+    check_finite,
+    check_length,
+    check_range,
+    position_ids_of,
+)
 from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -46,6 +52,13 @@ def test_malformed_batches_are_refused(ids: Any, mask: Tensor | None, message: s
         check_batch(ids, mask, 6)
     assert isinstance(raised.value, ValueError)
     assert isinstance(raised.value, SofttraceError)
+
+
+def test_sequences_longer_than_the_learned_positions_are_refused() -> None:
+    check_length(10**6, None)
+    check_length(64, 64)
+    with pytest.raises(InvalidInputError, match=r"^data: found sequences of 65 .* at most 64, the"):
+        check_length(65, 64, "data")
 
 
 def test_positions_count_from_the_first_real_token() -> None:

@@ -176,6 +176,8 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(OutputExistsError, match="found 1 entry, expected a new or"):
         fit(arguments((tmp_path / "no model", sources[1]), tmp_path))
+    with pytest.raises(OutputExistsError, match="another one, or pass --resume true to go on"):
+        fit(arguments(sources, tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -191,7 +193,28 @@ def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="is binary"):
         fit(arguments((sources[0], tmp_path / "binary.txt"), out))
+    assert not out.exists()
     fit(arguments(sources, out))
+
+
+@pytest.mark.parametrize("strength", [0, 1])
+def test_blocks_longer_than_the_learned_positions_are_refused(
+    sources: tuple[Path, Path], tmp_path: Path, strength: float
+) -> None:
+    model = write_model(tmp_path / "model", "gpt2", max_position_embeddings=16)
+    words = ("--penalty.strength", strength)
+    with pytest.raises(InvalidInputError, match=r"data.block_size: found .* 17 .* at most 16"):
+        fit(arguments((model, sources[1]), tmp_path / "a", *words, "--data.block_size", 17))
+    assert not (tmp_path / "a").exists()
+    fit(arguments((model, sources[1]), tmp_path / "a", *words, "--data.block_size", 16))
+
+
+def test_no_checkpoints_if_the_trainer_shall_make_none(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = fit(arguments(sources, tmp_path / "a", "--trainer.enable_checkpointing", "false"))
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "checkpoints").exists()
 
 
 def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -221,6 +244,17 @@ def test_numbers_out_of_range_are_named(
 ) -> None:
     with pytest.raises(InvalidInputError, match=message):
         fit(arguments(sources, tmp_path / "out", option, value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_checked_before_a_model_is_loaded(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    nowhere = (tmp_path / "no model", sources[1])
+    with pytest.raises(InvalidInputError, match=r"share: found 2\.0"):
+        fit(arguments(nowhere, tmp_path / "out", "--penalty.share", 2))
+    with pytest.raises(InvalidInputError, match="block_size is 1"):
+        fit(arguments(nowhere, tmp_path / "out", "--data.block_size", 1))
 
 
 def test_a_second_penalty_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:

@@ -324,6 +324,16 @@ def test_bad_ids_are_refused_before_anything_runs() -> None:
     assert state(model) == before
 
 
+def test_learned_positions_bound_the_real_tokens() -> None:
+    model, ids = tiny_model("gpt2"), tiny_prompt(65)
+    with pytest.raises(InvalidInputError, match=r"found sequences of 65 tokens, .* at most 64"):
+        softtrace.edge_importance(model, ids)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0  # padding takes no position
+    assert softtrace.edge_importance(model, ids, mask).shape[-1] == 65
+    assert softtrace.edge_importance(tiny_model("llama"), ids).shape[-1] == 65  # rotary: no table
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_mode_and_checkpointing_change_no_importance(family: str) -> None:
     model, ids = mixed_flags(family), tiny_prompt(6)

@@ -49,6 +49,21 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
     return valid
 
 
+def check_length(longest: int, allowed: int | None, what: str = "input_ids") -> None:
+    """Raise :class:`InvalidInputError` if a sequence has more tokens than a model has positions.
+
+    Args:
+        longest: real tokens of the longest sequence.
+        allowed: learned positions of the model; None where positions are computed.
+        what: where the length comes from.
+    """
+    if allowed is not None and longest > allowed:
+        raise InvalidInputError(
+            f"{what}: found sequences of {longest} tokens, allowed are at most {allowed}, the "
+            "positions that the model learned; take shorter ones"
+        )
+
+
 def position_ids_of(valid: Tensor) -> Tensor:
     """``[B, T]``: 0 at each row's first real token, so that left padding changes no prediction."""
     return (valid.long().cumsum(-1) - 1).clamp_min(0)

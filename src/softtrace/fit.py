@@ -16,9 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from softtrace.batch import check_length
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.files import prepare_output
+from softtrace.evaluation.files import check_output
+from softtrace.families import learned_positions
 from softtrace.lightning import DensityPenalty
 from softtrace.load import load_tokenizer
 from softtrace.module import CausalLM
@@ -26,13 +28,12 @@ from softtrace.seeding import StepSeed
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTION = """Fine-tune a causal language model with the density penalty.
-
-softtrace fit --model.path MODEL --data.path TEXT --out OUT
-
-OUT gets the model and its tokenizer (what `softtrace evaluate --model OUT` reads), fit.yaml (this
-run's options, for --config), logs/ with metrics.csv, and checkpoints/. --penalty.strength 0 is
-plain fine-tuning. Without max_steps or max_epochs it goes over the text once."""
+# One paragraph: argparse joins the lines of a description.
+_DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
+--model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model and its tokenizer (what
+`softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config), logs/ with
+metrics.csv, and checkpoints/. --penalty.strength 0 is plain fine-tuning. Without max_steps,
+max_epochs or max_time it goes over the text once."""
 
 
 class FitCLI(LightningCLI):
@@ -88,17 +89,19 @@ class FitCLI(LightningCLI):
         return self.out / "checkpoints" / "last.ckpt"
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what is wrong with the output folder before a model is loaded."""
+        """Refuse what is wrong with options and output folder before a model is loaded."""
         if self.config["checkpoint_every"] < 0:
             raise InvalidInputError(
                 f"checkpoint_every: found {self.config['checkpoint_every']}, allowed are integers "
                 "from 0"
             )
+        DensityPenalty(**self.config["penalty"].as_dict())
+        PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
         if not self.config["resume"]:
-            prepare_output(self.out, overwrite=False)
+            check_output(self.out, False, "--resume true to go on from its last checkpoint")
         elif not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to go on from; leave --resume out to start"
@@ -118,7 +121,8 @@ class FitCLI(LightningCLI):
         if (seed := self.config["seed_everything"]) is not False:
             callbacks.append(StepSeed(seed))
         every = self.config["checkpoint_every"]
-        if every and not options.get("fast_dev_run"):
+        wanted = every and options.get("enable_checkpointing") is not False
+        if wanted and not options.get("fast_dev_run"):
             checkpoint = ModelCheckpoint(
                 self.last_checkpoint.parent,
                 filename="last",
@@ -133,6 +137,9 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> Path:
         """Train, save model and tokenizer to OUT, and return OUT."""
+        check_length(
+            self.datamodule.block_size, learned_positions(self.model.model), "data.block_size"
+        )
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = self.model.path
         # Text that cannot be read shows before anything is written to the folder.
@@ -144,6 +151,7 @@ class FitCLI(LightningCLI):
             else:
                 logger.warning("%s holds no checkpoint yet; starting anew", self.out)
         if self.trainer.is_global_zero:
+            self.out.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, self.out / "fit.yaml", overwrite=True)
         self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:

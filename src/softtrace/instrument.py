@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import check_batch, check_finite, position_ids_of
+from softtrace.batch import check_batch, check_finite, check_length, position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families import Anatomy, take_apart
 from softtrace.families.proof import prove
@@ -84,7 +84,10 @@ class Instrument:
 
     def valid(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Check a batch; return ``[B, T]`` bool, True at real tokens."""
-        return check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
+        valid = check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
+        if self.anatomy.positions is not None:
+            check_length(int(valid.sum(-1).max()), self.anatomy.positions)
+        return valid
 
     def record(
         self,

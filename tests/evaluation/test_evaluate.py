@@ -138,7 +138,10 @@ def test_an_interrupted_run_leaves_no_density(
         ({"out": "{root}"}, OutputExistsError, "expected a new or empty folder"),
         ({"block_size": 3}, InvalidInputError, "block_size: found 3, allowed are integers from 4"),
         ({"blocks": 0}, InvalidInputError, "blocks: found 0, allowed"),
-        ({"device": "abacus"}, InvalidInputError, "device: found 'abacus'"),
+        ({"batch_size": 0}, InvalidInputError, "batch_size: found 0, allowed are integers from 1"),
+        ({"extra_blocks": -1}, InvalidInputError, "extra_blocks: found -1, allowed .* from 0"),
+        ({"device": "abacus"}, InvalidInputError, "device: found 'abacus', which .* cannot use"),
+        ({"device": "xpu"}, InvalidInputError, "device: found 'xpu', which this machine cannot"),
         ({"dtype": "int3"}, ModelDirectoryError, "dtype: found 'int3'"),
         ({"held_out_share": 1e-9}, DataError, "no file is held out at a share of 1e-09"),
     ],
@@ -158,7 +161,7 @@ def test_refusals(
     where = {"model": sources[0], "data": sources[1], "out": str(tmp_path / "out")}
     with pytest.raises(error, match=message):
         evaluate(**{**where, **OPTIONS, **words})
-    assert not (tmp_path / "out" / "density.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_non_finite_weights_are_named(sources: tuple[str, str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.files import atomic_path, prepare_output, write_json
+from softtrace.evaluation.files import atomic_path, check_output, prepare_output, write_json
 
 
 def test_writes_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -40,6 +40,16 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
         pass
+
+
+def test_checking_an_output_folder_creates_nothing(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "a", overwrite=False) == tmp_path / "a"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(OutputExistsError, match=r"or pass overwrite=True \(--overwrite true\)$"):
+        check_output(tmp_path, overwrite=False)
+    with pytest.raises(OutputExistsError, match=r"or pass a hat$"):
+        check_output(tmp_path, False, "a hat")
 
 
 def test_output_folders(tmp_path: Path) -> None:

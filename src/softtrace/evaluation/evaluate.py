@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softtrace.batch import check_range
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -21,7 +20,7 @@ from softtrace.data import (
 )
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.compare import DENSITY_VERSION
-from softtrace.evaluation.files import prepare_output, write_json
+from softtrace.evaluation.files import check_output, prepare_output, write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.provenance import provenance
@@ -71,12 +70,16 @@ def evaluate(
         OutputExistsError: OUT is not empty.
     """
     began = time.perf_counter()
-    for name, value in (("blocks", blocks), ("batch_size", batch_size)):
-        check_range(name, value, 1, float("inf"))
-    if block_size < 4:
-        raise InvalidInputError(f"block_size: found {block_size}, allowed are integers from 4")
+    for name, value, least in (
+        ("block_size", block_size, 4),
+        ("blocks", blocks, 1),
+        ("batch_size", batch_size, 1),
+        ("extra_blocks", extra_blocks, 0),
+    ):
+        if value < least:
+            raise InvalidInputError(f"{name}: found {value}, allowed are integers from {least}")
     where = _device(device)
-    folder = prepare_output(Path(out), overwrite)
+    check_output(out, overwrite)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
     documents = read_documents(data, suffixes, exclude)
@@ -112,6 +115,7 @@ def evaluate(
             "documents": len(documents),
             "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
             "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
+            "salt": salt,
             "block_size": block_size,
             "blocks": len(chosen),
         },
@@ -120,6 +124,7 @@ def evaluate(
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
     }
+    folder = prepare_output(out, overwrite)
     write_json(folder / "density.json", density)
     write_plots([(Path(model).name, density)], folder)
     print(density_table(density))
@@ -131,9 +136,13 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidInputError(f"device: found {name!r}; {error}") from error
+        return torch.empty(0, device=name).device  # a device that can be named may not be there
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInputError(
+            f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
+            "'auto', 'cpu' and the accelerators that torch finds"
+        ) from error
 
 
 def _evenly(blocks: Tensor, count: int) -> Tensor:

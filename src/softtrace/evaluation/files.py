@@ -45,6 +45,29 @@ def write_json(path: Path | str, obj: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+OVERWRITE = "overwrite=True (--overwrite true)"
+
+
+def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE) -> Path:
+    """Return ``folder`` if :func:`prepare_output` would take it; creates nothing.
+
+    For runs that load and compute for long before they have something to write.
+
+    Args:
+        folder, overwrite: see :func:`prepare_output`.
+        otherwise: what the error offers to who wants this very folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")
+    if not overwrite and folder.is_dir() and (held := sum(1 for _ in folder.iterdir())):
+        raise OutputExistsError(
+            f"{folder}: found {held} {'entry' if held == 1 else 'entries'}, expected a new or "
+            f"empty folder; choose another one, or pass {otherwise}"
+        )
+    return folder
+
+
 def prepare_output(folder: Path | str, overwrite: bool) -> Path:
     """Create ``folder`` with its parents, or accept one that is empty, and return it.
 
@@ -56,14 +79,7 @@ def prepare_output(folder: Path | str, overwrite: bool) -> Path:
     Raises:
         OutputExistsError: ``folder`` is a file, or holds files and ``overwrite`` is False.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")
-    if not overwrite and folder.is_dir() and (held := sum(1 for _ in folder.iterdir())):
-        raise OutputExistsError(
-            f"{folder}: found {held} {'entry' if held == 1 else 'entries'}, expected a new or "
-            "empty folder; choose another one or allow overwriting"
-        )
+    folder = check_output(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -74,7 +74,7 @@ def measure(
     device = next(model.parameters()).device
     found = Measurements()
     explained = slice(min_context, blocks.shape[1] - 1)  # the last token's target is not known
-    for start, batch in _batches(blocks, batch_size):
+    for start, batch in _batches(blocks, batch_size, extra_blocks):
         ids = batch.to(device)
         recording = instrument.record(ids, keep_hidden=True)
         extra = start < extra_blocks
@@ -104,9 +104,11 @@ def measure(
     return found
 
 
-def _batches(blocks: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(blocks), batch_size):
-        yield start, blocks[start : start + batch_size]
+def _batches(blocks: Tensor, batch_size: int, extra_blocks: int) -> Iterator[tuple[int, Tensor]]:
+    """Batches and where they start; none holds both first ``extra_blocks`` blocks and others."""
+    for low, high in ((0, min(extra_blocks, len(blocks))), (extra_blocks, len(blocks))):
+        for start in range(low, high, batch_size):
+            yield start, blocks[start : min(start + batch_size, high)]
 
 
 def _flat(values: Tensor, explained: slice) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from softtrace.errors import UnsupportedModelError
-from softtrace.families.pattern import Anatomy, LayerModules, Pattern
+from softtrace.families.pattern import Anatomy, LayerModules, Pattern, learned_positions
 from softtrace.families.sequential import SEQUENTIAL_PRE_NORM
 
 PATTERNS: tuple[Pattern, ...] = (SEQUENTIAL_PRE_NORM,)
@@ -24,4 +24,4 @@ def take_apart(model: nn.Module) -> Anatomy:
     raise UnsupportedModelError("; ".join(misses))
 
 
-__all__ = ["PATTERNS", "Anatomy", "LayerModules", "Pattern", "take_apart"]
+__all__ = ["PATTERNS", "Anatomy", "LayerModules", "Pattern", "learned_positions", "take_apart"]

@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from softtrace.errors import UnsupportedModelError
 
+_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+
 
 @dataclass(frozen=True)
 class LayerModules:
@@ -37,6 +39,8 @@ class Anatomy:
     head: nn.Module
     heads: int
     vocabulary: int
+    positions: int | None = None
+    """Length of the longest sequence with learned positions; None where they are computed."""
 
     def output_weight(self, layer: int) -> Tensor:
         """``W_O`` of a layer as ``[H, d_head, d_model]``, whatever way its module stores it."""
@@ -105,6 +109,7 @@ class Pattern:
             head=head,
             heads=int(config.num_attention_heads),  # type: ignore[arg-type, union-attr]
             vocabulary=int(config.vocab_size),  # type: ignore[union-attr, arg-type]
+            positions=learned_positions(model),
         )
 
     def _layer(self, index: int, layer: nn.Module) -> LayerModules:
@@ -130,6 +135,17 @@ class Pattern:
                 if name in self.score_projections
             ),
         )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens a model with learned positions takes; None for any other model."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    for name in _LEARNED_POSITIONS:
+        table = getattr(decoder, name, None)
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - int(getattr(table, "offset", 0))
+    return None
 
 
 def _decoder(model: nn.Module) -> nn.Module:
