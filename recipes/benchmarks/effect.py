@@ -73,6 +73,8 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return model.eval(), statistics.median(seconds)
 
