@@ -5,8 +5,8 @@
 
 Both arms of a seed start from the same weights and see the same data in the same order; text and
 held-out files are those of an installed package that the model has never seen. By default that is
-networkx: the penalty's defaults were searched for on matplotlib (``LOG.md``), so figures from
-there would flatter them. Writes ``effect.json`` next to this file.
+lightning: the penalty's defaults were searched for on matplotlib and networkx (``LOG.md``), so
+figures from there would flatter them. Writes ``effect.json`` next to this file.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", help="folder of source (default: installed networkx)")
+    parser.add_argument("--data", help="folder of source (default: installed lightning)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -142,9 +142,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "effect.json")
     args = parser.parse_args()
     if args.data is None:
-        import networkx
+        import lightning
 
-        args.data = str(Path(networkx.__file__).parent)
+        args.data = str(Path(lightning.__file__).parent)
     arms: dict[str, dict[str, Any] | None] = {} if args.no_plain else {"plain": None}
     for arm in args.arm or ["penalty={}"]:
         name, _, options = arm.partition("=")

@@ -53,7 +53,7 @@ class DensityOptions:
         InvalidInputError: a value outside its range, or an unknown name.
     """
 
-    strength: float = 0.85
+    strength: float = 0.7
     start_step: int = 0
     warmup_steps: int = 0
     masks: MaskKind = "straight"
