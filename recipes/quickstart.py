@@ -44,6 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     data = Path(matplotlib.__file__).parent
+    if data.is_relative_to(ROOT):
+        data = data.relative_to(ROOT)
     # Results of an earlier quickstart; only what this script itself writes is removed.
     for name in (*STRENGTHS, "compare"):
         shutil.rmtree(ROOT / args.out / name, ignore_errors=True)
