@@ -43,6 +43,7 @@ def test_good_batches_give_what_is_valid(dtype: torch.dtype) -> None:
         (IDS, None, "found ids from 1 to 6, allowed are 0 to 5 .*tokenizer"),
         (IDS - 2, None, "found ids from -1 to 4, allowed are 0 to 5"),
         (IDS - 1, IDS[:1], r"attention_mask: found shape \(1, 3\), expected .* \(2, 3\)"),
+        (IDS - 1, [[1, 1, 1]], "attention_mask: found list, expected a tensor of the shape"),
         (IDS - 1, IDS, "attention_mask: found values other than 0 and 1"),
         (IDS - 1, torch.full((2, 3), -math.inf), "values other than 0 and 1"),
     ],

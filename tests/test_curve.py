@@ -249,6 +249,12 @@ def test_the_default_grids() -> None:
         (lambda model, ids: density_curve(model, ids, thresholds=[0.0]), r"allowed \(0, 1\)"),
         (lambda model, ids: density_curve(model, ids, thresholds=[0.5, 1.0]), "threshold: found 1"),
         (lambda model, ids: density_curve(model, ids, thresholds=[math.nan]), "found nan"),
+        (
+            lambda model, ids: density_curve(model, ids, thresholds=["a"]),
+            r"thresholds: found \['a'\]",
+        ),
+        (lambda model, ids: density_curve(model, ids, thresholds=0.5), r"thresholds: found 0\.5"),
+        (lambda model, ids: made_up_curve(0).size_at(1.0), r"found 1\.0, allowed \(0, 1\)"),
         (lambda model, ids: made_up_curve(0).size_at(0.0), "total_variation: found 0.0"),
         (lambda model, ids: made_up_curve(0).size_at(1.5), "total_variation: found 1.5"),
         (lambda model, ids: made_up_curve(0).at_sizes([0.0]), "size: found 0.0"),

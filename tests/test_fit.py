@@ -100,32 +100,6 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(
     assert not any(torch.equal(weight, short[name]) for name, weight in trained(whole).items())
 
 
-def test_seeds_of_steps(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    sources = write_model(tmp_path / "model", "gpt2"), sources[1]
-    drawn: dict[str, list[float]] = {}
-
-    class Draws(Callback):
-        def __init__(self, name: str) -> None:
-            self.seen = drawn.setdefault(name, [])
-
-        def on_after_backward(self, *_: object) -> None:
-            self.seen.append(float(torch.rand(())))
-
-    for name, words in {
-        "one": (),
-        "again": (),
-        "other": ("--seed_everything", 1),
-        "accumulated": ("--trainer.accumulate_grad_batches", 2),
-    }.items():
-        cli = FitCLI(arguments(sources, tmp_path / name, *words))
-        cli.trainer.callbacks.append(Draws(name))
-        cli.fit()
-    assert len(set(drawn["one"])) == 6
-    assert drawn["one"] == drawn["again"]
-    assert not set(drawn["one"]) & set(drawn["other"])
-    assert len(set(drawn["accumulated"])) == 12
-
-
 def test_a_fit_bounded_by_time_alone_keeps_its_learning_rate(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -38,15 +38,21 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
         )
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
-        raise InvalidInputError(
-            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of "
-            f"input_ids, {tuple(input_ids.shape)}"
-        )
+    check_same_shape("attention_mask", attention_mask, input_ids)
     valid = attention_mask.to(torch.bool)
     if not torch.equal(valid.to(attention_mask.dtype), attention_mask):
         raise InvalidInputError("attention_mask: found values other than 0 and 1")
     return valid
+
+
+def check_same_shape(name: str, values: Tensor, input_ids: Tensor) -> None:
+    """Raise :class:`InvalidInputError` if ``values`` is no tensor of the shape of the ids."""
+    found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    if not isinstance(values, Tensor) or values.shape != input_ids.shape:
+        raise InvalidInputError(
+            f"{name}: found {found}, expected a tensor of the shape of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
 
 
 def check_length(longest: int, allowed: int | None, what: str = "input_ids") -> None:

@@ -112,12 +112,15 @@ class DensityCurve:
     def size_at(self, total_variation: float = 0.2) -> Tensor:
         """The smallest size with TV at or under a bound, ``[B, T]``: first crossing, log-linear.
 
-        0 where even the empty trace is under the bound.
+        Where the trace at the highest threshold is under the bound already, its size: what a
+        smaller one would give was not measured.
 
         Raises:
             InvalidInputError: bound outside (0, 1).
         """
-        bound = check_range("total_variation", total_variation, 0.0, 1.0, open_low=True)
+        bound = check_range(
+            "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True
+        )
         heights = self._closed_variation()
         log_size = self._log_size()
         first = (heights <= bound).int().argmax(0, keepdim=True)
@@ -164,7 +167,7 @@ def density_curve(
             :func:`softtrace.edge_importance`; thresholds outside (0, 1) or none at all.
     """
     instrument = attach(model)
-    grid = default_thresholds() if thresholds is None else [float(tau) for tau in thresholds]
+    grid = default_thresholds() if thresholds is None else _numbers(thresholds)
     for tau in grid:
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
     with torch.no_grad():
@@ -178,6 +181,15 @@ def density_curve(
             composition=composition,
             nucleus=nucleus,
         )
+
+
+def _numbers(thresholds: Sequence[float] | Tensor) -> list[float]:
+    try:
+        return [float(tau) for tau in thresholds]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"thresholds: found {thresholds!r}, expected a sequence or [K] tensor of numbers"
+        ) from error
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import check_finite
+from softtrace.batch import check_finite, check_same_shape
 from softtrace.distortion import divergence, total_variation
 from softtrace.draws import Draw, draw
 from softtrace.easiness import easiness, easy_weights
-from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.errors import NonFiniteError
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.instrument import attach
 from softtrace.masks import early_phase_masks, soft_masks, straight_masks
@@ -226,11 +226,8 @@ def soft_size(
 
 def _next_tokens(input_ids: Tensor, valid: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """``[B, T]``: the token each position has to predict, -100 for none; and which count."""
-    if labels is not None and labels.shape != input_ids.shape:
-        raise InvalidInputError(
-            f"labels: found shape {tuple(labels.shape)}, expected that of input_ids, "
-            f"{tuple(input_ids.shape)}"
-        )
+    if labels is not None:
+        check_same_shape("labels", labels, input_ids)
     target = torch.full_like(input_ids, -100)
     target[:, :-1] = (input_ids.masked_fill(~valid, -100) if labels is None else labels)[:, 1:]
     target = target.masked_fill(~valid, -100)

@@ -1,6 +1,7 @@
 """Masks over edges: hard, straight, soft, and the early-phase family.
 
-A mask is a tuple of :class:`LayerEdges` with values in [0, 1]; absent edges are 0 in every one.
+A mask is a tuple of :class:`LayerEdges` with values in [0, 1]. Absent edges are 0, but for residual
+edges at padding, which :func:`early_phase_masks` keeps; nothing that counts is reached from there.
 """
 
 from __future__ import annotations
