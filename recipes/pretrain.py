@@ -29,6 +29,7 @@ from model_card import card  # beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -180,6 +181,7 @@ def train(
     deadline = options.started + options.max_seconds
     if deadline <= begun:
         raise SystemExit("--max-seconds ran out before training began; give more")
+    bar = tqdm(total=options.steps, desc="pretraining", unit="step")
     while True:
         elapsed = time.perf_counter() - begun
         progress = max(step / options.steps, elapsed / (deadline - begun))
@@ -193,15 +195,15 @@ def train(
             seconds = time.perf_counter() - begun
             rate = step * options.batch_size * options.block_size / seconds
             history.append({"step": step, "train": round(mean, 4), "held_out": round(loss, 4)})
-            print(
+            bar.write(
                 f"step {step:6d}  {seconds:6.0f} s  {rate:9.0f} tokens/s  learning rate "
-                f"{optimizer.param_groups[0]['lr']:.1e}  train {mean:.4f}  held-out {loss:.4f}",
-                flush=True,
+                f"{optimizer.param_groups[0]['lr']:.1e}  train {mean:.4f}  held-out {loss:.4f}"
             )
             if loss < best:
                 best, best_step = loss, step
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
             if step == options.steps or progress >= 1:
+                bar.close()
                 break
         warm = min(1.0, (step + 1) / options.warmup_steps)
         for group in optimizer.param_groups:
@@ -213,6 +215,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running += loss_now.detach()
+        bar.update()
         step += 1
     model.load_state_dict(kept)
     return {
