@@ -89,6 +89,12 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
         )
 
 
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise :class:`InvalidInputError` if an integer is below ``least``."""
+    if value < least:
+        raise InvalidInputError(f"{name}: found {value}, allowed are integers from {least}")
+
+
 def check_range(
     name: str,
     value: float,

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from softtrace.batch import check_length
+from softtrace.batch import check_least, check_length
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.files import check_output
@@ -90,11 +90,7 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what is wrong with options and output folder before a model is loaded."""
-        if self.config["checkpoint_every"] < 0:
-            raise InvalidInputError(
-                f"checkpoint_every: found {self.config['checkpoint_every']}, allowed are integers "
-                "from 0"
-            )
+        check_least("checkpoint_every", self.config["checkpoint_every"], 0)
         DensityPenalty(**self.config["penalty"].as_dict())
         PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.

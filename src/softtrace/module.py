@@ -14,8 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from softtrace.batch import check_range
-from softtrace.errors import InvalidInputError
+from softtrace.batch import check_least, check_range
 from softtrace.load import load_model
 
 
@@ -58,10 +57,7 @@ class CausalLM(LightningModule):
         check_range("weight_decay", weight_decay, 0, infinity, open_high=True)
         for beta in betas:
             check_range("betas", beta, 0, 1, open_high=True)
-        if warmup_steps < 0:
-            raise InvalidInputError(
-                f"warmup_steps: found {warmup_steps}, allowed are integers from 0"
-            )
+        check_least("warmup_steps", warmup_steps, 0)
         self.path = path
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

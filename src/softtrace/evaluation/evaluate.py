@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from softtrace.batch import check_least
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -76,8 +77,7 @@ def evaluate(
         ("batch_size", batch_size, 1),
         ("extra_blocks", extra_blocks, 0),
     ):
-        if value < least:
-            raise InvalidInputError(f"{name}: found {value}, allowed are integers from {least}")
+        check_least(name, value, least)
     where = _device(device)
     check_output(out, overwrite)
     check_model_directory(model)

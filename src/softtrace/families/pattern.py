@@ -139,8 +139,7 @@ class Pattern:
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many tokens a model with learned positions takes; None for any other model."""
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if callable(find) else None
+    decoder = _find_decoder(model)
     for name in _LEARNED_POSITIONS:
         table = getattr(decoder, name, None)
         if isinstance(table, nn.Embedding):
@@ -148,10 +147,15 @@ def learned_positions(model: nn.Module) -> int | None:
     return None
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _find_decoder(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_decoder", None)
     decoder = find() if callable(find) else None
-    if not isinstance(decoder, nn.Module):
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    decoder = _find_decoder(model)
+    if decoder is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers causal language model "
             "(it has no get_decoder()); pass the model that AutoModelForCausalLM returns"
