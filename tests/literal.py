@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import networkx as nx
 import torch
@@ -51,24 +51,40 @@ def edges_of(importance: EdgeImportance, sequence: int = 0) -> dict[Edge, float]
         if kind == "attention" and seen[layer][target][source]:
             found[edge] = numbers[layer][kind][head][target][source]
         elif kind != "attention" and valid[target]:
+            if kind == "mlp_residual" and importance.layers[layer].parallel:
+                continue  # a parallel layer has one node a token, and one residual
             found[edge] = numbers[layer][kind][target]
     return found
 
 
-def graph_of(edges: dict[Edge, float], layers: int, length: int) -> nx.MultiDiGraph:
+def ends_of(edge: Edge, parallel: Collection[int]) -> tuple[oracle.Node, oracle.Node]:
+    """The node an edge reads and the node it adds into; ``parallel`` layers have one a token."""
+    if edge.layer not in parallel:
+        return oracle.source_node(edge), oracle.target_node(edge)
+    source = ("mlp", edge.layer - 1, edge.source) if edge.layer else ("embed", edge.source)
+    return source, ("mlp", edge.layer, edge.target)
+
+
+def graph_of(
+    edges: dict[Edge, float], layers: int, length: int, parallel: Collection[int] = ()
+) -> nx.MultiDiGraph:
     """The oracle's graph with these edges and importances."""
     graph = nx.MultiDiGraph(layers=layers, length=length)
     graph.add_nodes_from(("mlp", layers - 1, token) for token in range(length))
     for edge, importance in edges.items():
-        ends = oracle.source_node(edge), oracle.target_node(edge)
-        graph.add_edge(*ends, key=edge, edge=edge, importance=importance)
+        graph.add_edge(*ends_of(edge, parallel), key=edge, edge=edge, importance=importance)
     return graph
+
+
+def parallel_layers(importance: EdgeImportance) -> list[int]:
+    """Indices of the layers with one node a token."""
+    return [index for index, layer in enumerate(importance.layers) if layer.parallel]
 
 
 def row_graph(importance: EdgeImportance, sequence: int = 0) -> nx.MultiDiGraph:
     """The oracle's graph of one row, with the library's importances."""
     layers, _, _, length = importance.shape
-    return graph_of(edges_of(importance, sequence), layers, length)
+    return graph_of(edges_of(importance, sequence), layers, length, parallel_layers(importance))
 
 
 def entry_values(ordered: oracle.Ordered) -> dict[Edge, float]:
@@ -118,6 +134,7 @@ def made_up_importance(
     length: int = 5,
     windows: Sequence[int | None] = (None,),
     levels: int | None = None,
+    parallel: Collection[int] = (),
     dtype: torch.dtype = torch.float64,
 ) -> EdgeImportance:
     """Random importances that need no model; with ``levels`` they take few values, so they tie."""
@@ -137,8 +154,8 @@ def made_up_importance(
         parts = [carried / total[:, None, :, None], residual / total, mlp, 1 - mlp]
         if levels is not None:
             parts = [(part * levels).ceil() / levels for part in parts]
-        exists = [seen[:, None], valid, valid, valid]
+        exists = [seen[:, None], valid, valid, valid & (layer not in parallel)]
         parts = [(part * there).to(dtype) for part, there in zip(parts, exists, strict=True)]
-        made.append(LayerEdges(*parts))
+        made.append(LayerEdges(*parts, parallel=layer in parallel))
         visible.append(seen)
     return EdgeImportance(tuple(made), tuple(visible), valid)

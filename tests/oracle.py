@@ -305,22 +305,22 @@ def best_first(graph: nx.MultiDiGraph, position: int) -> Ordered:
     Backwards from the output node, the most important edge into the nodes reached so far comes
     next. Ties go to the edge that became available first.
     """
-    heap: list[tuple[float, int, Edge]] = []
+    heap: list[tuple[float, int, Edge, Node]] = []
     reached: set[Node] = set()
     clock = itertools.count()
 
     def reach(node: Node) -> None:
         reached.add(node)
-        for _, _, data in graph.in_edges(node, data=True):
-            heapq.heappush(heap, (-data["importance"], next(clock), data["edge"]))
+        for source, _, data in graph.in_edges(node, data=True):
+            heapq.heappush(heap, (-data["importance"], next(clock), data["edge"], source))
 
     ordered: Ordered = []
     reach(output_node(graph, position))
     while heap:
-        negative, _, edge = heapq.heappop(heap)
+        negative, _, edge, source = heapq.heappop(heap)
         ordered.append((edge, -negative))
-        if source_node(edge) not in reached:
-            reach(source_node(edge))
+        if source not in reached:
+            reach(source)
     return ordered
 
 

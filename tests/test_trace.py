@@ -25,20 +25,35 @@ from softtrace.trace import (
     trace_length,
 )
 from tests import oracle
-from tests.literal import edges_of, entry_values, graph_of, made_up_importance, row_graph
+from tests.literal import (
+    edges_of,
+    entry_values,
+    graph_of,
+    made_up_importance,
+    parallel_layers,
+    row_graph,
+)
 from tests.tiny import tiny_model, tiny_prompt
 
 PADDED = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
 
 
-def padded_importance(seed: int, levels: int | None = None) -> EdgeImportance:
-    return made_up_importance(seed, valid=PADDED, windows=(None, 3), levels=levels)
+#: no layer, one in between, all: a parallel layer is reached from and leads to either kind
+PARALLEL = st.sampled_from([(), (), (1,), (0, 1, 2)])
+
+
+def padded_importance(
+    seed: int, levels: int | None = None, parallel: tuple[int, ...] = ()
+) -> EdgeImportance:
+    return made_up_importance(
+        seed, valid=PADDED, windows=(None, 3), levels=levels, parallel=parallel
+    )
 
 
 def kept_graph(importance: EdgeImportance, row: int, tau: float) -> nx.MultiDiGraph:
     layers, _, _, length = importance.shape
     kept = {edge: score for edge, score in edges_of(importance, row).items() if score >= tau}
-    return graph_of(kept, layers, length)
+    return graph_of(kept, layers, length, parallel_layers(importance))
 
 
 def counted(graph: nx.MultiDiGraph, position: int, layers: int) -> list[list[float]]:
@@ -50,12 +65,12 @@ def counted(graph: nx.MultiDiGraph, position: int, layers: int) -> list[list[flo
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), levels=st.sampled_from([None, 1, 3, 10]))
+@given(seed=st.integers(0, 10_000), levels=st.sampled_from([None, 1, 3, 10]), parallel=PARALLEL)
 def test_closure_values_are_the_running_minimum_of_the_search(
-    seed: int, levels: int | None
+    seed: int, levels: int | None, parallel: tuple[int, ...]
 ) -> None:
     """Identity 2, number for number, for every edge of every position of a padded batch."""
-    importance = padded_importance(seed, levels)
+    importance = padded_importance(seed, levels, parallel)
     layers, _, heads, length = importance.shape
     for row, position in PADDED.nonzero().tolist():
         values = closure(importance, row, position)
@@ -74,10 +89,12 @@ def test_closure_values_are_the_running_minimum_of_the_search(
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), tau=st.floats(0.001, 0.99))
-def test_counts_of_masks_equal_counting_one_by_one(seed: int, tau: float) -> None:
+@given(seed=st.integers(0, 10_000), tau=st.floats(0.001, 0.99), parallel=PARALLEL)
+def test_counts_of_masks_equal_counting_one_by_one(
+    seed: int, tau: float, parallel: tuple[int, ...]
+) -> None:
     """Identity 4: reachability times in-degree, by layer and kind, for every position."""
-    importance = padded_importance(seed)
+    importance = padded_importance(seed, parallel=parallel)
     counts = edge_counts(hard_masks(importance, tau))
     totals = total_edges(importance)
     layers = importance.shape[0]
@@ -141,9 +158,16 @@ def test_soft_counts_of_a_chain_by_hand() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), levels=st.sampled_from([None, 2, 6]), data=st.data())
-def test_traces_are_nested(seed: int, levels: int | None, data: Any) -> None:
-    importance = padded_importance(seed, levels)
+@given(
+    seed=st.integers(0, 10_000),
+    levels=st.sampled_from([None, 2, 6]),
+    parallel=PARALLEL,
+    data=st.data(),
+)
+def test_traces_are_nested(
+    seed: int, levels: int | None, parallel: tuple[int, ...], data: Any
+) -> None:
+    importance = padded_importance(seed, levels, parallel)
     row, position = data.draw(st.sampled_from(PADDED.nonzero().tolist()))
     total = int(total_edges(importance)[row, position])
     small, big = sorted(data.draw(st.tuples(st.integers(0, total), st.integers(0, total))))
@@ -154,8 +178,9 @@ def test_traces_are_nested(seed: int, levels: int | None, data: Any) -> None:
     assert len(set(outer.edges)) == big
 
 
-def test_a_trace_at_a_threshold_is_what_the_masks_keep() -> None:
-    importance = padded_importance(3)
+@pytest.mark.parametrize("parallel", [(), (1,), (0, 1, 2)])
+def test_a_trace_at_a_threshold_is_what_the_masks_keep(parallel: tuple[int, ...]) -> None:
+    importance = padded_importance(3, parallel=parallel)
     for tau in (0.5, 0.1, 0.02):
         counts = edge_counts(hard_masks(importance, tau)).sum((2, 3))
         for row, position in PADDED.nonzero().tolist():

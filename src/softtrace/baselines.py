@@ -59,13 +59,13 @@ def baseline_scores(
     score = (1 - rank.double() / count).masked_fill(~there, 0.0)
     layers = []
     start = 0
-    for layer_shapes in shapes:
+    for layer, layer_shapes in zip(importance.layers, shapes, strict=True):
         parts = []
         for shape in layer_shapes:
             size = shape[1:].numel()
             parts.append(score[:, start : start + size].reshape(shape))
             start += size
-        layers.append(LayerEdges(*parts))
+        layers.append(LayerEdges(*parts, parallel=layer.parallel))
     connect = _keep_residual if keep_residual else _keep_best
     return replace(
         importance,
@@ -88,6 +88,8 @@ def _keep_best(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
     """The best edge into every node above every threshold; scores are ranks, so it is one edge."""
     at_attention = torch.maximum(scores.attention.amax((1, 3)), scores.attention_residual)
     at_mlp = torch.maximum(scores.mlp, scores.mlp_residual)
+    if scores.parallel:  # one node
+        at_attention = at_mlp = torch.maximum(at_attention, scores.mlp)
 
     def lift(part: Tensor, best: Tensor, there: Tensor) -> Tensor:
         return torch.where((part == best) & there, 1.0, part)
@@ -97,6 +99,7 @@ def _keep_best(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
         lift(scores.attention_residual, at_attention, exists.attention_residual),
         lift(scores.mlp, at_mlp, exists.mlp),
         lift(scores.mlp_residual, at_mlp, exists.mlp_residual),
+        scores.parallel,
     )
 
 

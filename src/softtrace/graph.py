@@ -36,12 +36,15 @@ class LayerEdges:
         attention_residual: ``[B, T]``, the residual into the after-attention node.
         mlp: ``[B, T]``, the MLP's output into the after-MLP node.
         mlp_residual: ``[B, T]``, the residual into the after-MLP node.
+        parallel: whether attention and MLP add into one node, as in a parallel-residual layer. Its
+            residual is ``attention_residual``; ``mlp_residual`` does not exist and is 0.
     """
 
     attention: Tensor
     attention_residual: Tensor
     mlp: Tensor
     mlp_residual: Tensor
+    parallel: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerEdges:
         """Apply ``function`` to each of the four tensors."""
@@ -50,6 +53,7 @@ class LayerEdges:
             function(self.attention_residual),
             function(self.mlp),
             function(self.mlp_residual),
+            self.parallel,
         )
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -85,9 +89,16 @@ class EdgeImportance:
     def existing(self) -> tuple[LayerEdges, ...]:
         """Which edges exist, as bool :class:`LayerEdges` (attention expanded over heads)."""
         heads = self.layers[0].attention.shape[1]
+        nowhere = torch.zeros_like(self.valid)
         return tuple(
-            LayerEdges(seen[:, None].expand(-1, heads, -1, -1), self.valid, self.valid, self.valid)
-            for seen in self.visible
+            LayerEdges(
+                seen[:, None].expand(-1, heads, -1, -1),
+                self.valid,
+                self.valid,
+                nowhere if layer.parallel else self.valid,
+                layer.parallel,
+            )
+            for layer, seen in zip(self.layers, self.visible, strict=True)
         )
 
     def detach(self) -> EdgeImportance:

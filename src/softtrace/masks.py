@@ -93,7 +93,8 @@ def early_phase_masks(masks: Sequence[LayerEdges], depth: Tensor) -> tuple[Layer
                 above(layer.attention, 0.0),
                 above(layer.attention_residual, 1.0),
                 above(layer.mlp, 0.0),
-                above(layer.mlp_residual, 1.0),
+                above(layer.mlp_residual, 0.0 if layer.parallel else 1.0),
+                layer.parallel,
             )
         )
     return tuple(shallow)
@@ -106,4 +107,4 @@ def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: i
     parts = (
         function(values, there, cut(values)) for values, there in zip(layer, exists, strict=True)
     )
-    return LayerEdges(*parts)
+    return LayerEdges(*parts, parallel=layer.parallel)

@@ -51,12 +51,14 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
             )
             at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
             into_mlp = reach.to(wide) @ at_mlp.to(wide)
-            reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
+            if not layer.parallel:
+                reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
             over_heads = attention.sum(1)
             degrees = torch.stack((over_heads.sum(-1), attention_residual), dim=-1)
             into_attention = reach.to(wide) @ degrees.to(wide)
             counts.append(torch.cat((into_attention, into_mlp), dim=-1))
-            step = over_heads.clamp(max=1) + torch.diag_embed(attention_residual)
+            along = attention_residual + mlp if layer.parallel else attention_residual
+            step = over_heads.clamp(max=1) + torch.diag_embed(along)
             reach = (reach @ step.clamp(max=1)).clamp(max=1)
     stacked = torch.stack(counts[::-1], dim=2)
     return stacked if soft or first.device.type == "mps" else stacked.double()
@@ -132,13 +134,18 @@ def closure(importance: EdgeImportance, sequence: int, position: int) -> list[La
     values = []
     for layer, seen in zip(reversed(importance.layers), reversed(importance.visible), strict=True):
         mlp = torch.minimum(layer.mlp[sequence], node)
-        mlp_residual = torch.minimum(layer.mlp_residual[sequence], node)
-        node = torch.maximum(mlp, mlp_residual)
+        if layer.parallel:
+            mlp_residual = torch.full_like(mlp, _UNREACHED)
+        else:
+            mlp_residual = torch.minimum(layer.mlp_residual[sequence], node)
+            node = torch.maximum(mlp, mlp_residual)
         attention = torch.minimum(layer.attention[sequence], node[:, None])
         attention = attention.masked_fill(~seen[sequence], _UNREACHED)
         residual = torch.minimum(layer.attention_residual[sequence], node)
         node = torch.maximum(residual, attention.amax((0, 1)))
-        values.append(LayerEdges(attention, residual, mlp, mlp_residual))
+        if layer.parallel:  # its MLP reads the node that enters the layer
+            node = torch.maximum(node, mlp)
+        values.append(LayerEdges(attention, residual, mlp, mlp_residual, layer.parallel))
     return values[::-1]
 
 
@@ -195,15 +202,15 @@ def _best_first(
                 pushed += 1
         negative, _, edge = heapq.heappop(heap)
         yield edge, -negative
-        node = _origin(edge)
+        node = _origin(importance, edge)
         if node is not None and node not in reached:
             reached.add(node)
             frontier.append(node)
 
 
-def _origin(edge: Edge) -> tuple[int, bool, int] | None:
+def _origin(importance: EdgeImportance, edge: Edge) -> tuple[int, bool, int] | None:
     """The node an edge starts from as (layer, after its MLP?, token); None for the embedding."""
-    if edge.kind in ("mlp", "mlp_residual"):
+    if edge.kind in ("mlp", "mlp_residual") and not importance.layers[edge.layer].parallel:
         return edge.layer, False, edge.target
     return None if edge.layer == 0 else (edge.layer - 1, True, edge.source)
 
@@ -212,11 +219,13 @@ def _edges_into(
     importance: EdgeImportance, sequence: int, layer: int, after_mlp: bool, token: int, cut: float
 ) -> Iterator[tuple[float, Edge]]:
     edges = importance.layers[layer]
-    singles: tuple[tuple[EdgeKind, Tensor], ...]
+    singles: list[tuple[EdgeKind, Tensor]] = []
     if after_mlp:
-        singles = (("mlp", edges.mlp), ("mlp_residual", edges.mlp_residual))
-    else:
-        singles = (("attention_residual", edges.attention_residual),)
+        singles.append(("mlp", edges.mlp))
+        if not edges.parallel:
+            singles.append(("mlp_residual", edges.mlp_residual))
+    if edges.parallel or not after_mlp:
+        singles.append(("attention_residual", edges.attention_residual))
         scores = edges.attention[sequence, :, token]
         keep = (scores >= cut) & importance.visible[layer][sequence, token]
         found = keep.nonzero().tolist()
