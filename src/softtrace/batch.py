@@ -75,6 +75,41 @@ def position_ids_of(valid: Tensor) -> Tensor:
     return (valid.long().cumsum(-1) - 1).clamp_min(0)
 
 
+def documents_of(positions: Tensor) -> Tensor:
+    """``[B, T]`` number of the document that each token of a packed row belongs to.
+
+    A document begins where a position does not follow on the one before it.
+    """
+    starts = torch.zeros_like(positions, dtype=torch.long)
+    starts[:, 1:] = (positions.diff(dim=-1) != 1).long()
+    return starts.cumsum(-1)
+
+
+def check_positions(positions: Tensor, valid: Tensor) -> Tensor | None:
+    """Return position ids of a packed batch, or None where rows hold one document each.
+
+    Args:
+        positions: ``[B, T]`` integers, as ``DataCollatorWithFlattening`` makes them.
+        valid: ``[B, T]`` bool.
+
+    Raises:
+        InvalidInputError: wrong shape or type, or packed rows with padding, whose documents
+            transformers does not keep apart.
+    """
+    check_same_shape("position_ids", positions, valid)
+    if positions.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"position_ids: found {positions.dtype}, expected int64 or int32")
+    if torch.equal(positions.masked_fill(~valid, 0), position_ids_of(valid).masked_fill(~valid, 0)):
+        return None
+    if not bool(valid.all()):
+        raise InvalidInputError(
+            "position_ids: they are not those of one document a row, and the batch is padded. "
+            "transformers keeps packed documents apart only in batches without padding; pack "
+            "without padding, or give each document a row of its own"
+        )
+    return positions
+
+
 def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None:
     """Raise :class:`NonFiniteError` if ``tensor`` (at the valid ``[B, T]`` only) is not finite."""
     finite = torch.isfinite(tensor)

@@ -254,7 +254,7 @@ def _distortion(
 
     Args:
         instrument: of the model.
-        read: ``[B, T, d_model]``, what the head reads in a masked run.
+        read: ``[B, T, d_model]``, what the final norm gives in a masked run.
         full, logits: ``[B, T, V]``, the full model's probabilities and logits.
         nucleus: whether nucleus recovery is wanted.
     """
@@ -264,7 +264,7 @@ def _distortion(
     for part, p, own in zip(
         *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits)), strict=True
     ):
-        masked = instrument.anatomy.head(part)
+        masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
         if nucleus:
             recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))

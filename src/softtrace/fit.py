@@ -20,7 +20,7 @@ from softtrace.batch import check_least, check_length
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.files import check_output
-from softtrace.families import learned_positions
+from softtrace.families.discovery import learned_positions
 from softtrace.lightning import DensityPenalty
 from softtrace.load import load_tokenizer
 from softtrace.module import CausalLM

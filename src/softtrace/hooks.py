@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,21 +25,46 @@ def register(hooks: Iterable[Hook], handles: list[RemovableHandle]) -> None:
         handles.append(put(call, prepend=first, with_kwargs=True))
 
 
+def first_tensor(*places: Any) -> Tensor | None:
+    """The first floating tensor among arguments, outputs, and tuples and mappings of them."""
+    for place in places:
+        if isinstance(place, Tensor):
+            if place.is_floating_point():
+                return place
+        elif isinstance(place, Mapping):
+            found = first_tensor(*place.values())
+            if found is not None:
+                return found
+        elif isinstance(place, tuple | list):
+            found = first_tensor(*place)
+            if found is not None:
+                return found
+    return None
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    read = first_tensor(args, kwargs)
+    if read is None:
+        raise RuntimeError("a module that was proven to read a tensor was called without one")
+    return read
+
+
 def on_input(listen: Callable[[Tensor], None]) -> Callable[..., None]:
-    """A forward pre-hook that lets ``listen(hidden_states)`` read a module's input."""
+    """A forward pre-hook that lets ``listen(input)`` read a module's first floating input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        listen(args[0] if args else kwargs["hidden_states"])
+        listen(_read(args, kwargs))
 
     return hook
 
 
-def on_output(change: Callable[[int, Tensor], Tensor], layer: int) -> Callable[..., Any]:
-    """A forward hook that lets ``change(layer, output)`` replace a module's (first) output."""
+def on_output(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward hook that lets ``change(input, output)`` replace a module's (first) output."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        read = _read(args, kwargs)
         if isinstance(output, tuple):
-            return (change(layer, output[0]), *output[1:])
-        return change(layer, output)
+            return (change(read, output[0]), *output[1:])
+        return change(read, output)
 
     return hook

@@ -69,18 +69,30 @@ def share_of_node(residual: Tensor, sublayer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_shares(
-    probabilities: Tensor, norms: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shares of an after-attention node.
+    probabilities: Tensor,
+    norms: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    mlp: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of an after-attention node, or of the one node of a parallel layer.
 
     Args:
         probabilities: ``[B, H, T, S]`` after the softmax, 0 where there is no edge.
         norms: ``[B, H, S]`` from :func:`head_value_norms`.
         residual: ``[B, T]``, L1 norm of the residual stream that enters the layer.
+        scale: ``[B, T]`` >= 0, what every attention edge of a target is multiplied with (a norm
+            after the projection, a residual multiplier); None for 1.
+        mlp: ``[B, T]``, L1 norm of what the MLP adds into the same node; None where it adds into
+            another.
 
     Returns:
-        ``[B, H, T, S]`` for the attention edges, ``[B, T]`` for the residual edge.
+        ``[B, H, T, S]`` for the attention edges, ``[B, T]`` for the residual edge, ``[B, T]`` for
+        the MLP's (0 without one).
     """
     carried = probabilities.to(norms.dtype) * norms[:, :, None, :]
-    total = (residual + carried.sum((1, 3))).clamp_min(torch.finfo(norms.dtype).tiny)
-    return carried / total[:, None, :, None], residual / total
+    if scale is not None:
+        carried = carried * scale.to(norms.dtype)[:, None, :, None]
+    mlp = torch.zeros_like(residual) if mlp is None else mlp
+    total = (residual + mlp + carried.sum((1, 3))).clamp_min(torch.finfo(norms.dtype).tiny)
+    return carried / total[:, None, :, None], residual / total, mlp / total

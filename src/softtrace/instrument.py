@@ -11,8 +11,9 @@ import inspect
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import check_batch, check_finite, check_length, position_ids_of
-from softtrace.errors import UnsupportedModelError
-from softtrace.families import Anatomy, take_apart
-from softtrace.families.proof import prove
+from softtrace.batch import check_batch, check_finite, check_length, check_positions
+from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.families.anatomy import Anatomy
+from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
+from softtrace.families.proof import Verification, prove, tolerance
+from softtrace.families.refusals import refuse_early, unwrapped
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register
+from softtrace.interception import interception_active
 from softtrace.runs import MaskedRun, RecordingRun, Run, dropout_off
 
+_TINY = 6  # tokens of the batch that a model is proven on
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
 
 
@@ -53,15 +58,17 @@ class Recording:
 class Instrument:
     """A model that was proven to be the sum of its edges. Made by :func:`attach`."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, configs: Sequence[PretrainedConfig]
+    ) -> None:
         self._model = weakref.ref(model)
         self.anatomy = anatomy
+        self.verification = Verification()
         # Held, not numbered: a freed module's id could come back as that of its replacement.
         self._parts = tuple(part for part in model.modules() if part is not model)
-        configs = {id(config): config for config in map(_config_of, model.modules()) if config}
-        self._configs: tuple[PretrainedConfig, ...] = tuple(configs.values())
-        known = inspect.signature(model.forward).parameters
-        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._configs = configs
+        self._parameters = _parameters(model)
+        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
 
     @property
     def model(self) -> nn.Module:
@@ -96,6 +103,7 @@ class Instrument:
         *,
         keep_hidden: bool = False,
         keep_attention: bool = True,
+        position_ids: Tensor | None = None,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -104,13 +112,16 @@ class Instrument:
             attention_mask: ``[B, T]`` of 0 and 1, or None.
             keep_hidden: also keep the residual stream at every layer.
             keep_attention: keep the attention probabilities, which masked runs need.
+            position_ids: ``[B, T]`` of packed rows: they start anew with every document, no edge
+                crosses from one document into another, and there is no padding. None otherwise.
 
         Raises:
             InvalidInputError: see :func:`softtrace.batch.check_batch`.
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
         valid = self.valid(input_ids, attention_mask)
-        run = RecordingRun(self.anatomy, valid, keep_hidden, keep_attention)
+        positions = None if position_ids is None else check_positions(position_ids, valid)
+        run = RecordingRun(self.anatomy, valid, keep_hidden, keep_attention, positions)
         logits = self.forward(run, input_ids)
         check_finite(logits.detach(), "logits of the full model", valid)
         importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
@@ -123,6 +134,7 @@ class Instrument:
         attention_mask: Tensor | None,
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1].
 
@@ -131,9 +143,22 @@ class Instrument:
             masks: one :class:`LayerEdges` a layer.
             attention: probabilities of the recording run; None computes the masked run's own
                 (see :mod:`softtrace.runs` for the difference).
+            position_ids: of packed rows, see :meth:`record`.
         """
+        run = self._masked_run(input_ids, attention_mask, masks, attention, position_ids)
+        return self.forward(run, input_ids)
+
+    def _masked_run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None,
+        position_ids: Tensor | None,
+    ) -> MaskedRun:
         valid = self.valid(input_ids, attention_mask)
-        return self.forward(MaskedRun(self.anatomy, valid, masks, attention), input_ids)
+        positions = None if position_ids is None else check_positions(position_ids, valid)
+        return MaskedRun(self.anatomy, valid, masks, attention, positions=positions)
 
     def masked_hidden(
         self,
@@ -141,22 +166,22 @@ class Instrument:
         attention_mask: Tensor | None,
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads in :meth:`masked_logits`, ``[B, T, d_model]``.
+        """What the final norm gives in :meth:`masked_logits`, ``[B, T, d_model]``.
 
         Logits of a large vocabulary are the largest thing in a run; made from this in portions,
         they never exist whole.
         """
-        valid = self.valid(input_ids, attention_mask)
         found: list[Tensor] = []
-        norm = self.anatomy.final_norm
-        run = MaskedRun(self.anatomy, valid, masks, attention)
+        norm = self.anatomy.readout.norm.module
+        run = self._masked_run(input_ids, attention_mask, masks, attention, position_ids)
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             self.forward(run, input_ids, **self._one_logit)
         finally:
             handle.remove()
-        return found[0]
+        return found[-1]
 
     def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.
@@ -166,14 +191,9 @@ class Instrument:
             input_ids: ``[B, T]``.
             options: of the model's own forward.
         """
+        inputs = forward_inputs(input_ids, run.valid, run.positions, self._parameters)
         with self._running(run):
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=run.valid.long(),
-                position_ids=position_ids_of(run.valid),
-                use_cache=False,
-                **options,
-            )
+            output = self.model(**inputs, **options)
         logits: Tensor = output.logits
         return logits
 
@@ -183,11 +203,25 @@ class Instrument:
         handles: list[RemovableHandle] = []
         try:
             register(run.hooks(), handles)
-            with dropout_off(self.model), softtrace_attention_active(self._configs, run):
+            with dropout_off(self.model), self._attention_of(run, handles):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _attention_of(
+        self, run: Run, handles: list[RemovableHandle]
+    ) -> AbstractContextManager[None]:
+        if self.anatomy.route == "interface":
+            return softtrace_attention_active(self._configs, run)
+        asking: list[nn.Module] = []
+        for modules in self.anatomy.layers:
+            attention = modules.attention
+            handles.append(attention.register_forward_pre_hook(lambda m, _: asking.append(m)))
+            handles.append(attention.register_forward_hook(lambda m, _, out: asking.clear()))
+        return interception_active(
+            self._configs, run, lambda: asking[-1] if asking else None, run.valid.shape
+        )
 
 
 def attach(model: nn.Module) -> Instrument:
@@ -204,26 +238,72 @@ def attach(model: nn.Module) -> Instrument:
         UnsupportedModelError: names the layer and the mismatch.
         NonFiniteError: its logits are not finite, so that nothing can be proven.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = unwrapped(model)
     known = _ATTACHED.get(model)
     if known is not None and known.fits(model):
         return known
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "some weights are on the meta device; load them (from_pretrained without "
-            "device_map='meta' or offload) before attaching"
-        )
-    instrument = Instrument(model, take_apart(model))
+    refuse_early(model)
     device = next(model.parameters()).device.type
     # Autocast rounds every product, which is no mismatch of the model's layout.
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        prove(instrument)
+    with torch.no_grad(), torch.autocast(device, enabled=False), dropout_off(model):
+        instrument = _proven(model)
     _ATTACHED[model] = instrument
     return instrument
 
 
+def _proven(model: nn.Module) -> Instrument:
+    """Take a model apart and prove that it was taken apart rightly."""
+    configs = {id(config): config for config in map(_config_of, model.modules()) if config}
+    inputs = tiny_inputs(model, _parameters(model), _TINY)
+    valid = inputs["attention_mask"].bool()
+    plain = _plain(model, inputs)
+    check_finite(plain, "logits of the model on a tiny batch, run to attach", valid)
+    anatomy = take_apart(
+        model, inputs, plain, tuple(configs.values()), tolerance(next(model.parameters()).dtype)
+    )
+    instrument = Instrument(model, anatomy, tuple(configs.values()))
+    try:
+        instrument.verification = prove(instrument, inputs, plain)
+    except UnsupportedModelError:
+        if not any(modules.score_projections for modules in anatomy.layers):
+            raise
+        # Keys that are values too, or shared between layers, cannot be left out of masked runs.
+        layers = tuple(replace(modules, score_projections=()) for modules in anatomy.layers)
+        instrument.anatomy = replace(anatomy, layers=layers)
+        instrument.verification = prove(instrument, inputs, plain)
+    return instrument
+
+
+def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The model's own logits ``[B, T, V]`` on a tiny batch."""
+    try:
+        logits = getattr(model(**inputs), "logits", None)
+    except (SofttraceError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on a batch of token ids alone: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    shape = inputs["input_ids"].shape
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives logits of shape {found} for token ids {tuple(shape)}; "
+            "a causal language model gives [B, T, V] (it has no language-model head?)"
+        )
+    return logits
+
+
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(model.forward).parameters)
+
+
 def edge_importance(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> EdgeImportance:
     """Importance of every edge of a batch (identity 1).
 
@@ -233,6 +313,8 @@ def edge_importance(
         model: a causal language model; attached on the fly.
         input_ids: ``[B, T]`` integers.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+        position_ids: ``[B, T]`` of packed rows, starting anew with every document: no edge crosses
+            from one document into another. None for one document a row.
 
     Returns:
         Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
@@ -243,7 +325,10 @@ def edge_importance(
         InvalidInputError: ids outside the vocabulary, wrong shapes.
         NonFiniteError: the model's logits are not finite.
     """
-    return attach(model).record(input_ids, attention_mask, keep_attention=False).importance
+    recording = attach(model).record(
+        input_ids, attention_mask, keep_attention=False, position_ids=position_ids
+    )
+    return recording.importance
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig | None:

@@ -33,15 +33,17 @@ class _Narrowed:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        narrow = self.narrow(hidden)
-        if narrow is None:
+        at = next((i for i, each in enumerate(args) if _is_hidden(each)), None)
+        name = next((name for name, each in kwargs.items() if _is_hidden(each)), None)
+        hidden = args[at] if at is not None else kwargs[name] if name is not None else None
+        narrow = None if hidden is None else self.narrow(hidden)
+        if hidden is None or narrow is None:
             self._shape = None
             return None
         self._shape = hidden.shape[:-1]
-        if args:
-            return (narrow, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": narrow}
+        if at is not None:
+            return (*args[:at], narrow, *args[at + 1 :]), kwargs
+        return args, {**kwargs, str(name): narrow}
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -61,6 +63,10 @@ class _Narrowed:
         raise NotImplementedError
 
 
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class KeptRows(_Narrowed):
     """Runs a token-wise module where its edge is kept; elsewhere its output is zero."""
 
@@ -75,12 +81,12 @@ class KeptRows(_Narrowed):
     def narrow(self, hidden: Tensor) -> Tensor | None:
         if self._all:
             return None
-        return hidden.flatten(0, 1).index_select(0, self._rows)[None]
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)[None]
 
     @override
     def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
         blank = output.new_zeros(shape.numel(), output.shape[-1])
-        return blank.index_copy(0, self._rows, output[0]).reshape(*shape, -1)
+        return blank.index_copy(0, self._rows, output.reshape(-1, output.shape[-1])).reshape(*shape, -1)
 
 
 class Unread(_Narrowed):

@@ -6,19 +6,23 @@ reach a position through the softmax's denominator, to which the keys of all vis
 contribute, also of tokens whose edges are all absent.
 
 Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
-``mask·residual + output``, so residual edges are masked without touching the model's forward.
+``mask·residual + output``, so residual edges are masked without touching the model's forward. Where
+the output is multiplied by a constant before the sum, what is added is divided by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from softtrace.families import Anatomy
+from softtrace.batch import documents_of
+from softtrace.errors import InvalidInputError
+from softtrace.families.anatomy import Anatomy
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, on_input, on_output
 from softtrace.importance import (
@@ -36,12 +40,20 @@ class Run:
 
     Attributes:
         valid: ``[B, T]`` bool, False at padding.
+        positions: ``[B, T]`` position ids of a packed batch; None where they follow from padding.
         hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm.
     """
 
-    def __init__(self, anatomy: Anatomy, valid: Tensor, keep_hidden: bool = False) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        valid: Tensor,
+        keep_hidden: bool = False,
+        positions: Tensor | None = None,
+    ) -> None:
         self.anatomy = anatomy
         self.valid = valid
+        self.positions = positions
         self.hidden: list[Tensor] | None = [] if keep_hidden else None
         self._index = {id(modules.attention): i for i, modules in enumerate(anatomy.layers)}
         self._entry: Tensor | None = None
@@ -49,16 +61,22 @@ class Run:
 
     def hooks(self) -> list[Hook]:
         """Everything to register around the forward."""
+        return self.listeners()
+
+    def listeners(self) -> list[Hook]:
+        """Hooks that see a module's full input and output."""
         hooks: list[Hook] = []
         for index, modules in enumerate(self.anatomy.layers):
-            hooks += [
-                Hook(modules.layer, on_input(self._enter), True),
-                Hook(modules.attention, on_output(self.after_attention, index), False),
-                Hook(modules.mlp_norm, on_input(self._reach_middle), True),
-                Hook(modules.mlp, on_output(self.after_mlp, index), False),
-            ]
+            hooks.append(Hook(modules.layer, on_input(self._enter), True))
+            hooks.append(
+                Hook(modules.attention_out, on_output(partial(self._attention_gave, index)), False)
+            )
+            if modules.middle is not None:
+                hooks.append(Hook(modules.middle, on_input(self._reach_middle), True))
+            for part, module in enumerate(modules.mlp_out):
+                hooks.append(Hook(module, on_output(partial(self._mlp_gave, index, part)), False))
         if self.hidden is not None:
-            hooks.append(Hook(self.anatomy.final_norm, on_input(self.hidden.append), True))
+            hooks.append(Hook(self.anatomy.readout.norm.module, on_input(self._read_last), True))
         return hooks
 
     @property
@@ -80,8 +98,21 @@ class Run:
         if self.hidden is not None:
             self.hidden.append(hidden)
 
+    def _read_last(self, hidden: Tensor) -> None:
+        if self.hidden:  # nanochat norms the embedding with the same module, before any layer
+            self.hidden.append(hidden)
+
     def _reach_middle(self, hidden: Tensor) -> None:
-        self._middle = hidden
+        self._middle = hidden.reshape(self.entry.shape)  # OPT flattens rows and tokens
+
+    def _attention_gave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        shape = self.entry.shape
+        changed = self.after_attention(layer, read.reshape(*shape[:2], -1), output.reshape(shape))
+        return changed.reshape(output.shape)
+
+    def _mlp_gave(self, layer: int, part: int, read: Tensor, output: Tensor) -> Tensor:
+        changed = self.after_mlp(layer, part, output.reshape(self.entry.shape))
+        return changed.reshape(output.shape)
 
     def layer_of(self, attention: nn.Module) -> int:
         """Index of the layer that holds an attention module."""
@@ -97,12 +128,18 @@ class Run:
         """See :class:`softtrace.attention.AttentionListener`."""
         raise NotImplementedError
 
-    def after_attention(self, layer: int, output: Tensor) -> Tensor:
-        """Return what the attention sub-block shall add to the residual stream."""
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        """Return what the attention sub-block shall add to the residual stream.
+
+        Args:
+            layer: index.
+            read: ``[B, T, ...]``, what the module that gave the output had read.
+            output: ``[B, T, d_model]``, before the residual multiplier.
+        """
         return output
 
-    def after_mlp(self, layer: int, output: Tensor) -> Tensor:
-        """Return what the MLP sub-block shall add to the residual stream."""
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        """Return what one part of the MLP sub-block shall add to the residual stream."""
         return output
 
 
@@ -115,29 +152,42 @@ class RecordingRun(Run):
         valid: Tensor,
         keep_hidden: bool = False,
         keep_attention: bool = True,
+        positions: Tensor | None = None,
     ) -> None:
-        super().__init__(anatomy, valid, keep_hidden)
+        super().__init__(anatomy, valid, keep_hidden, positions)
         self.keep_attention = keep_attention
         self.layers: list[LayerEdges] = []
         self.attention: list[Tensor] = []
         self.visible: list[Tensor] = []
-        self._attention: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._attended = False
+        self._scale: Tensor | None = None
+        self._added: list[Tensor] = []
 
     @override
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
         layer = self.layer_of(module)
-        visible = visible & self.valid[:, :, None]
+        visible = visible & self.valid[:, :, None] & self.valid[:, None, :]
+        if self.positions is not None:
+            self._require_apart(visible, self.positions)
         with torch.autocast(value.device.type, enabled=False):
-            norms = head_value_norms(value, self.anatomy.output_weight(layer))
-            seen = probabilities * visible[:, None].to(probabilities.dtype)
-            residual = l1_norm(self.entry) * self.valid
-            self._attention = attention_shares(seen, norms, residual)
+            norms = head_value_norms(value, self.anatomy.carried_weight(layer))
+            self._seen = (probabilities * visible[:, None].to(probabilities.dtype), norms)
         self.visible.append(self._share_visible(visible))
         if self.keep_attention:
             self.attention.append(probabilities)
         return probabilities
+
+    @staticmethod
+    def _require_apart(visible: Tensor, positions: Tensor) -> None:
+        documents = documents_of(positions)
+        if bool((visible & (documents[:, :, None] != documents[:, None, :])).any()):
+            raise InvalidInputError(
+                "position_ids: they start anew inside a row (packed documents), but this model "
+                "lets a token look at the document before its own; give each document a row"
+            )
 
     def _share_visible(self, visible: Tensor) -> Tensor:
         """Layers with the same window share one tensor: L bool maps of T² would add up."""
@@ -147,23 +197,57 @@ class RecordingRun(Run):
         return visible
 
     @override
-    def after_mlp(self, layer: int, output: Tensor) -> Tensor:
-        if self._attention is None:
-            raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
-        with torch.autocast(output.device.type, enabled=False):
-            residual, mlp = share_of_node(
-                self._norm_at(layer, self.middle), self._norm_at(layer, output)
-            )
-        attention, attention_residual = self._attention
-        self.layers.append(LayerEdges(attention, attention_residual, mlp, residual))
-        self._attention = None
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        modules = self.anatomy.layers[layer]
+        if modules.attention_norm is not None:
+            with torch.autocast(output.device.type, enabled=False):
+                normed = modules.attention_norm.scale(read, output)[..., 0].abs()
+                self._scale = normed * abs(modules.attention_scale)
+        elif modules.attention_scale != 1:
+            self._scale = torch.full_like(read[..., 0], abs(modules.attention_scale))
+        self._attended = True
+        self._finish(layer)
         return output
+
+    @override
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        self._added.append(output)
+        self._finish(layer)
+        # Falcon adds attention's output to this tensor in place, which autograd would not forgive.
+        writes = self.anatomy.layers[layer].parallel and torch.is_grad_enabled()
+        return output.clone() if writes else output
+
+    def _finish(self, layer: int) -> None:
+        """Put the layer's importances together once both sub-blocks have run."""
+        modules = self.anatomy.layers[layer]
+        if not self._attended or len(self._added) < len(modules.mlp_out):
+            return
+        if self._seen is None:
+            raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
+        probabilities, norms = self._seen
+        with torch.autocast(norms.device.type, enabled=False):
+            added = sum(self._added[1:], self._added[0].to(working_dtype(norms.dtype)))
+            mlp = self._norm_at(layer, added) * abs(modules.mlp_scale)
+            if modules.parallel:
+                residual = self._norm_at(layer, self.entry)
+                attention, residual, mlp = attention_shares(
+                    probabilities, norms, residual, self._scale, mlp
+                )
+                edges = LayerEdges(attention, residual, mlp, torch.zeros_like(mlp), parallel=True)
+            else:
+                entry = l1_norm(self.entry) * self.valid
+                attention, residual, _ = attention_shares(probabilities, norms, entry, self._scale)
+                middle, mlp = share_of_node(self._norm_at(layer, self.middle), mlp)
+                edges = LayerEdges(attention, residual, mlp, middle)
+        self.layers.append(edges)
+        self._seen = self._scale = None
+        self._attended, self._added = False, []
 
     def _norm_at(self, layer: int, part: Tensor) -> Tensor:
         """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
         part = part.to(working_dtype(part.dtype))
         if layer == len(self.anatomy.layers) - 1:
-            part = self.anatomy.linearised_final_norm(part)
+            part = self.anatomy.readout.norm.linear(part)
         return l1_norm(part) * self.valid
 
 
@@ -177,20 +261,22 @@ class MaskedRun(Run):
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None = None,
         keep_hidden: bool = False,
+        positions: Tensor | None = None,
     ) -> None:
-        super().__init__(anatomy, valid, keep_hidden)
+        super().__init__(anatomy, valid, keep_hidden, positions)
         self.masks = masks
         self.recorded = attention
 
     @override
     def hooks(self) -> list[Hook]:
-        hooks: list[Hook] = []
+        hooks = self.listeners()
         for modules, masks in zip(self.anatomy.layers, self.masks, strict=True):
-            hooks += KeptRows(modules.mlp, masks.mlp).hooks()
+            for module in modules.token_wise:
+                hooks += KeptRows(module, masks.mlp).hooks()
             if self.recorded is not None:
                 for projection in modules.score_projections:
                     hooks += Unread(projection).hooks()
-        return hooks + super().hooks()
+        return hooks
 
     @override
     def attention_probabilities(self, module: nn.Module) -> Tensor | None:
@@ -206,15 +292,19 @@ class MaskedRun(Run):
         return probabilities * mask
 
     @override
-    def after_attention(self, layer: int, output: Tensor) -> Tensor:
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         minus_one = self._minus_one(self.masks[layer].attention_residual, output)
-        return torch.addcmul(output, minus_one, self.entry)
+        scale = self.anatomy.layers[layer].attention_scale
+        return torch.addcmul(output, minus_one, self.entry, value=1 / scale)
 
     @override
-    def after_mlp(self, layer: int, output: Tensor) -> Tensor:
-        masks = self.masks[layer]
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        masks, modules = self.masks[layer], self.anatomy.layers[layer]
         kept = masks.mlp.to(output.dtype)[..., None] * output
-        return torch.addcmul(kept, self._minus_one(masks.mlp_residual, output), self.middle)
+        if part or modules.parallel:
+            return kept
+        minus_one = self._minus_one(masks.mlp_residual, output)
+        return torch.addcmul(kept, minus_one, self.middle, value=1 / modules.mlp_scale)
 
     @staticmethod
     def _minus_one(mask: Tensor, like: Tensor) -> Tensor:

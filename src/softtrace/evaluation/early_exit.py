@@ -25,10 +25,9 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
     """
     if recording.hidden is None:
         raise ValueError("the recording has no hidden states; record with keep_hidden=True")
-    anatomy = instrument.anatomy
     wanted = recording.logits.argmax(-1)
     found = [
-        anatomy.head(anatomy.final_norm(hidden)).argmax(-1) == wanted
+        instrument.anatomy.readout.early(hidden).argmax(-1) == wanted
         for hidden in recording.hidden[1:-1]
     ]
     return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])

@@ -6,23 +6,54 @@ A model works because this holds, not because its name is on a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from softtrace.batch import check_finite, position_ids_of
 from softtrace.errors import UnsupportedModelError
-from softtrace.families.pattern import Anatomy
+from softtrace.families.anatomy import Anatomy
+from softtrace.families.sight import mismatch
 from softtrace.graph import LayerEdges
-from softtrace.hooks import Hook, on_input, on_output
-from softtrace.runs import MaskedRun, RecordingRun, dropout_off
+from softtrace.hooks import Hook, on_output, register
+from softtrace.runs import MaskedRun, RecordingRun
 
 if TYPE_CHECKING:
     from softtrace.instrument import Instrument
 
-_LENGTH = 6
+
+@dataclass
+class Verification:
+    """What was checked on the tiny batch, with the largest relative mismatch of each check.
+
+    Attributes:
+        errors: check to the largest mismatch that was found, in the order of the checks.
+        allowed: check to the mismatch that would have been accepted.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> float:
+        """Over all checks."""
+        return max(self.errors.values(), default=0.0)
+
+    def require(self, check: str, error: float, allowed: float, failure: str) -> None:
+        """Note a mismatch; raise :class:`UnsupportedModelError` with ``failure`` if too large."""
+        self.errors[check] = max(error, self.errors.get(check, 0.0))
+        self.allowed[check] = allowed
+        if not error <= allowed:
+            raise UnsupportedModelError(failure)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative mismatch accepted for a model of this dtype."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}.get(dtype, 5e-2)
 
 
 class _Witness(MaskedRun):
@@ -33,21 +64,27 @@ class _Witness(MaskedRun):
         anatomy: Anatomy,
         valid: Tensor,
         masks: Sequence[LayerEdges],
+        verification: Verification,
         attention: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(anatomy, valid, masks, attention, keep_hidden=True)
-        self.mlp_runs: list[tuple[Tensor, Tensor]] = []
+        self.verification = verification
+        self.mlp_runs: list[tuple[nn.Module, Tensor, Tensor]] = []
         self.last_output: Tensor | None = None
         self._mixed: tuple[Tensor, Tensor] | None = None
-        self._mlp_input: Tensor | None = None
-        self._mlp_output: Tensor | None = None
+        self._expected: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._mlp_read: Tensor | None = None
 
     @override
-    def hooks(self) -> list[Hook]:
-        hooks = super().hooks()
+    def listeners(self) -> list[Hook]:
+        hooks = super().listeners()
         for index, modules in enumerate(self.anatomy.layers):
-            hooks.append(Hook(modules.mlp, on_input(self._enter_mlp), True))
-            hooks.append(Hook(modules.layer, on_output(self._leave, index), False))
+            projected = on_output(partial(self._projected, index))
+            hooks.append(Hook(modules.projection, projected, False, first=True))
+            hooks.append(Hook(modules.layer, on_output(partial(self._leave, index)), False))
+            for module in modules.token_wise:
+                hooks.append(Hook(module, on_output(partial(self._mlp_ran, module)), False))
         return hooks
 
     @property
@@ -68,44 +105,62 @@ class _Witness(MaskedRun):
         self._mixed = (probabilities, value)
         return probabilities
 
-    @override
-    def _reach_middle(self, hidden: Tensor) -> None:
-        super()._reach_middle(hidden)
-        layer = self._layer
+    def _projected(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        """The projection's output is the sum of what the edges carry, and a constant."""
         if self._mixed is None:
-            raise UnsupportedModelError(
-                f"layer {layer}: its attention does not follow transformers' attention interface, "
-                "so the share of each source token cannot be seen"
-            )
+            raise UnsupportedModelError(f"layer {layer}: its attention was not seen")
         probabilities, value = self._mixed
         self._mixed = None
         weight = self.anatomy.output_weight(layer).to(value.dtype)
         value = value.repeat_interleave(weight.shape[0] // value.shape[1], dim=1)
         carried = probabilities.to(value.dtype)[..., None] * (value @ weight)[:, :, None]
-        edges = carried.sum((1, 3))  # [B, H, T, S, d] exists here alone, at 6 tokens
+        edges = carried.sum((1, 3))  # [B, H, T, S, d] exists here alone, at a few tokens
         bias = self.anatomy.output_bias(layer)
-        mask = self.masks[layer].attention_residual[..., None].to(edges.dtype)
-        expected = mask * self.entry + edges + (0 if bias is None else bias)
-        self._compare("after attention", hidden, expected)
-
-    def _enter_mlp(self, hidden: Tensor) -> None:
-        self._mlp_input = hidden
+        expected = edges if bias is None else edges + bias.to(edges.dtype)
+        self._compare("attention's output", output.reshape(expected.shape), expected)
+        return output
 
     @override
-    def after_mlp(self, layer: int, output: Tensor) -> Tensor:
-        self._mlp_output = output
-        if self._mlp_input is not None:
-            self.mlp_runs.append((self._mlp_input, output))
-        return super().after_mlp(layer, output)
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        modules = self.anatomy.layers[layer]
+        if modules.attention_norm is not None:
+            norm = modules.attention_norm
+            rebuilt = norm.scale(read, output) * norm.linear(read.to(torch.float64)).to(read)
+            bias = getattr(norm.module, "bias", None)
+            rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
+            self._compare("the norm after attention", output, rebuilt)
+        mask = self.masks[layer].attention_residual[..., None].to(output.dtype)
+        self._expected = mask * self.entry + modules.attention_scale * output
+        return super().after_attention(layer, read, output)
 
-    def _leave(self, layer: int, output: Tensor) -> Tensor:
-        if self._mlp_output is None:
+    @override
+    def _reach_middle(self, hidden: Tensor) -> None:
+        super()._reach_middle(hidden)
+        if self._expected is None:
+            raise UnsupportedModelError(f"layer {self._layer}: attention did not run before MLP")
+        self._compare("after attention", self.middle, self._expected)
+
+    def _mlp_ran(self, module: nn.Module, read: Tensor, output: Tensor) -> Tensor:
+        self.mlp_runs.append((module, read, output))
+        return output
+
+    @override
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        self._parts.append(output)
+        return super().after_mlp(layer, part, output)
+
+    def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        modules, masks = self.anatomy.layers[layer], self.masks[layer]
+        if len(self._parts) < len(modules.mlp_out):
             raise UnsupportedModelError(f"layer {layer}: its MLP did not run inside it")
-        masks = self.masks[layer]
-        residual = masks.mlp_residual[..., None].to(output.dtype) * self.middle
-        expected = residual + masks.mlp[..., None].to(output.dtype) * self._mlp_output
-        self._mlp_output = None
-        self._compare("after the MLP", output, expected)
+        mlp = masks.mlp[..., None].to(output.dtype) * sum(self._parts[1:], self._parts[0])
+        if modules.parallel:
+            assert self._expected is not None
+            node = self._expected
+        else:
+            node = masks.mlp_residual[..., None].to(output.dtype) * self.middle
+        self._expected, self._parts = None, []
+        self._compare("after the MLP", output, node + modules.mlp_scale * mlp)
         self.last_output = output
         return output
 
@@ -123,64 +178,53 @@ class _Witness(MaskedRun):
     def _compare(self, where: str, found: Tensor, expected: Tensor) -> None:
         # Cancelled residuals leave rounding at the scale of what was cancelled.
         floor = float(self.entry.abs().max())
-        error = _mismatch(found[self.valid], expected[self.valid], floor)
-        if not error <= tolerance(found.dtype):
-            raise UnsupportedModelError(
-                f"layer {self._layer}, {where}: the node is not the sum of its edges (largest "
-                f"relative mismatch {error:.2g}, allowed {tolerance(found.dtype):.0e}). The "
-                f"pattern tried is '{self.anatomy.pattern}'; this model does something else "
-                "with its residual stream"
-            )
+        allowed = tolerance(found.dtype)
+        error = mismatch(found[self.valid], expected[self.valid], floor)
+        self.verification.require(
+            where,
+            error,
+            allowed,
+            f"layer {self._layer}, {where}: the node is not the sum of its edges (largest "
+            f"relative mismatch {error:.2g}, allowed {allowed:.0e}). The pattern tried is "
+            f"'{self.anatomy.pattern}'; this model does something else with its residual stream",
+        )
 
 
-def prove(instrument: Instrument) -> None:
-    """Check the decomposition of an instrument's model; call with gradients off.
+def prove(instrument: Instrument, inputs: dict[str, Any], plain: Tensor) -> Verification:
+    """Check the decomposition of an instrument's model; call with gradients and dropout off.
+
+    Args:
+        instrument: of the model.
+        inputs: the tiny batch.
+        plain: ``[B, T, V]``, the model's own logits on it.
 
     Raises:
         UnsupportedModelError: naming the layer, the place and the mismatch.
-        NonFiniteError: the model's own logits are not finite.
     """
-    anatomy, model = instrument.anatomy, instrument.model
-    generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
-    ids = torch.randint(anatomy.vocabulary, (2, _LENGTH), generator=generator, device="cpu")
-    ids = ids.to(next(model.parameters()).device)
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    valid[1, :2] = False  # left padding in one row
-    with dropout_off(model):
-        plain = model(
-            input_ids=ids,
-            attention_mask=valid.long(),
-            position_ids=position_ids_of(valid),
-            use_cache=False,
-        ).logits
-    check_finite(plain, "logits of the model on a tiny batch, run to attach", valid)
+    anatomy, found = instrument.anatomy, Verification()
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     masks = _masks(anatomy, ids, None)
-    run = _Witness(anatomy, valid, masks)
+    run = _Witness(anatomy, valid, masks, found)
     logits = instrument.forward(run, ids)
     last = run.finish()
     # Half precision rounds differently in every layer of the two runs, and that adds up.
-    _require_same("our unmasked run against the model's own", logits[valid], plain[valid], 4)
-    head = anatomy.head(anatomy.final_norm(last))
-    _require_same("head(final norm(last layer)) against the logits", head[valid], logits[valid])
-    _check_final_norm(anatomy, last[valid])
-    with dropout_off(model):
-        _check_mlps(anatomy, run.mlp_runs, valid)
+    _same(found, "our unmasked run against the model's own", logits[valid], plain[valid], 4)
+    head = anatomy.readout.early(last)
+    _same(found, "head(final norm(last layer)) against the logits", head[valid], logits[valid])
+    _check_mlps(found, run.mlp_runs, valid)
+    _check_tokens(instrument, found, inputs)
     recording = RecordingRun(anatomy, valid)
     instrument.forward(recording, ids)
-    run = _Witness(anatomy, valid, masks, recording.attention)
+    run = _Witness(anatomy, valid, masks, found, recording.attention)
     logits = instrument.forward(run, ids)
     run.finish()
-    _require_same(
-        "a run that uses recorded attention against the model's own", logits[valid], plain[valid], 4
-    )
-    run = _Witness(anatomy, valid, _masks(anatomy, ids, generator))
+    what = "a run that uses recorded attention against the model's own"
+    _same(found, what, logits[valid], plain[valid], 4)
+    generator = torch.Generator().manual_seed(0)
+    run = _Witness(anatomy, valid, _masks(anatomy, ids, generator), found)
     instrument.forward(run, ids)
     run.finish()
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative mismatch accepted for a model of this dtype."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}.get(dtype, 5e-2)
+    return found
 
 
 def _masks(
@@ -200,46 +244,128 @@ def _masks(
             draw(batch, length),
             draw(batch, length),
             draw(batch, length),
+            modules.parallel,
         )
-        for _ in anatomy.layers
+        for modules in anatomy.layers
     )
 
 
-def _check_mlps(anatomy: Anatomy, runs: Sequence[tuple[Tensor, Tensor]], valid: Tensor) -> None:
+def _check_mlps(
+    found: Verification, runs: Sequence[tuple[nn.Module, Tensor, Tensor]], valid: Tensor
+) -> None:
     """An MLP edge carries one token's MLP alone, so masked runs skip the tokens not kept."""
     some = valid.flatten().nonzero()[::2, 0]
-    for layer, (hidden, together) in enumerate(runs):
-        alone = anatomy.layers[layer].mlp(hidden.flatten(0, 1)[some][None])
+    for layer, (module, hidden, together) in enumerate(runs):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        try:
+            alone = module(flat[some][None])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise UnsupportedModelError(
+                f"MLP {layer} ({type(module).__name__}) does not run on some tokens alone: {error}"
+            ) from error
         alone = alone[0] if isinstance(alone, tuple) else alone
-        _require_same(
-            f"layer {layer}: its MLP on some tokens against the same tokens among all (the graph "
+        _same(
+            found,
+            f"MLP {layer}: its output on some tokens against the same tokens among all (the graph "
             "has one MLP edge a token, so an MLP may not mix tokens)",
-            alone[0],
-            together.flatten(0, 1)[some],
+            alone.reshape(len(some), -1),
+            together.reshape(len(flat), -1)[some],
+            name="MLPs of some tokens alone",
         )
 
 
-def _check_final_norm(anatomy: Anatomy, last: Tensor) -> None:
-    """The final norm must be a scalar a token times what ``linearised_final_norm`` says."""
-    normed = anatomy.final_norm(last)
-    bias = getattr(anatomy.final_norm, "bias", None)
-    direction = anatomy.linearised_final_norm(last)
-    if isinstance(bias, Tensor):
-        normed = normed - bias
-    scale = (normed * direction).sum(-1, keepdim=True) / (direction**2).sum(-1, keepdim=True)
-    _require_same("the final norm against scale · weight · input", scale * direction, normed)
+def _check_tokens(instrument: Instrument, found: Verification, inputs: dict[str, Any]) -> None:
+    """Where an MLP cannot be run by itself: noise on the first token's node changes no other's."""
+    anatomy, valid = instrument.anatomy, inputs["attention_mask"].bool()
+    for index, modules in enumerate(anatomy.layers):
+        if modules.token_wise:
+            continue
+        gave = [
+            _disturbed(instrument, inputs, index, noise) for noise in (0.0, 1.0)
+        ]  # the second token of a row is the first that could see the noise
+        others = valid.clone()
+        others[:, 2] = False
+        plain, noisy = (each.reshape(*valid.shape, -1)[others] for each in gave)
+        _same(
+            found,
+            f"layer {index}: its MLP's output at other tokens, with noise on one token's node, "
+            "against that without (the graph has one MLP edge a token, so an MLP may not mix "
+            "tokens)",
+            noisy,
+            plain,
+            name="MLPs of undisturbed tokens",
+        )
 
 
-def _require_same(what: str, found: Tensor, expected: Tensor, slack: float = 1.0) -> None:
-    error = _mismatch(found, expected, 0.0)
+class _PassThrough(MaskedRun):
+    """Listens to nothing: attention stays in the open, and that is all."""
+
+    @override
+    def listeners(self) -> list[Hook]:
+        return []
+
+    @override
+    def hooks(self) -> list[Hook]:
+        return []
+
+    @override
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        return probabilities
+
+
+def _disturbed(
+    instrument: Instrument, inputs: dict[str, Any], index: int, noise: float
+) -> Tensor:
+    """What the MLP of one layer gave with ``noise`` on token 2 of what its branch reads."""
+    anatomy, modules = instrument.anatomy, instrument.anatomy.layers[index]
+    gave: list[Tensor] = []
+    reader = modules.middle if modules.middle is not None else modules.layer
+    shape = inputs["input_ids"].shape
+
+    def disturb(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def change(value: Any) -> Any:
+            wide = isinstance(value, Tensor) and value.is_floating_point()
+            if not wide or done:
+                return value
+            done.append(True)
+            changed = value.reshape(*shape, -1).clone()
+            changed[:, 2] += noise * changed[:, 2].roll(1, -1)
+            return changed.reshape(value.shape)
+
+        done: list[bool] = []
+        return tuple(map(change, args)), {name: change(each) for name, each in kwargs.items()}
+
+    handles: list[RemovableHandle] = [
+        reader.register_forward_pre_hook(disturb, with_kwargs=True)
+    ]
+    try:
+        register(
+            [Hook(each, on_output(lambda read, out: gave.append(out) or out), False)  # type: ignore[func-returns-value]
+             for each in modules.mlp_out], handles
+        )  # fmt: skip
+        run = _PassThrough(anatomy, inputs["attention_mask"].bool(), ())
+        instrument.forward(run, inputs["input_ids"])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(gave[1:], gave[0])
+
+
+def _same(
+    found: Verification,
+    what: str,
+    one: Tensor,
+    other: Tensor,
+    slack: float = 1.0,
+    name: str | None = None,
+) -> None:
+    error = mismatch(one, other)
     # Norms of transformers compute in float32 even in a float64 model.
-    allowed = max(slack * tolerance(expected.dtype), 1e-6)
-    if not error <= allowed:
-        raise UnsupportedModelError(
-            f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
-        )
+    allowed = max(slack * tolerance(other.dtype), 1e-6)
+    message = f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
+    found.require(name or what, error, allowed, message)
 
-
-def _mismatch(found: Tensor, expected: Tensor, floor: float) -> float:
-    scale = max(float(expected.abs().max()), floor, 1e-30)
-    return float((found - expected).abs().max()) / scale

@@ -1,0 +1,180 @@
+"""Takes a model apart by watching one tiny batch run through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from softtrace.attention import softtrace_attention_active
+from softtrace.batch import position_ids_of
+from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.families.anatomy import Anatomy, Route
+from softtrace.families.patterns import fit
+from softtrace.families.readout import find_readout
+from softtrace.families.sight import Watch, mismatch, stacked_layers
+from softtrace.interception import interception_active
+
+_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+
+
+def take_apart(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    plain: Tensor,
+    configs: Sequence[PretrainedConfig],
+    allowed: float,
+) -> Anatomy:
+    """Find what every layer adds up from, and how attention is reached.
+
+    Args:
+        model: a causal language model, dropout off.
+        inputs: keyword arguments of a tiny batch.
+        plain: ``[B, T, V]``, the model's own logits on it.
+        configs: of the model and its modules.
+        allowed: largest relative mismatch.
+
+    Raises:
+        UnsupportedModelError: what each way to reach attention missed.
+    """
+    misses: dict[str, UnsupportedModelError] = {}
+    for route in ("interface", "interception"):
+        try:
+            return _by_route(model, inputs, plain, configs, allowed, route)  # type: ignore[arg-type]
+        except UnsupportedModelError as error:
+            misses[route] = error
+    # What its own attention code showed, unless that showed no attention: its code came to an end.
+    raise misses["interface" if "no softmax attention" in str(misses["interception"]) else
+                 "interception"]  # fmt: skip
+
+
+def _by_route(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    plain: Tensor,
+    configs: Sequence[PretrainedConfig],
+    allowed: float,
+    route: Route,
+) -> Anatomy:
+    valid = inputs["attention_mask"].bool()
+    watch = Watch(model)
+    active: AbstractContextManager[None] = softtrace_attention_active(configs, watch)
+    if route == "interception":
+        active = interception_active(configs, watch, watch.asking, valid.shape)
+    with watch.watching(), active:
+        try:
+            logits = model(**inputs).logits
+        except SofttraceError:
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run with its attention in the open: "
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            ) from error
+    error = mismatch(logits[valid], plain[valid])
+    if not error <= 4 * allowed:
+        raise UnsupportedModelError(
+            f"attention in the open gives other logits than the model's own (they differ by "
+            f"{error:.2g} of the largest value, allowed {4 * allowed:.0e}): its attention does "
+            "something that is not in transformers' interface, or did not follow it"
+        )
+    layers = stacked_layers(model)
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs the same layer twice; a module that is tied into two "
+            "places has two nodes, and its edges cannot be told apart"
+        )
+    if [id(sight.layer) for sight in watch.layers] != [id(layer) for layer in layers]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: of its {len(layers)} layers {len(watch.layers)} calls were "
+            "seen; each has to run exactly once, in order"
+        )
+    for index, sight in enumerate(watch.layers):
+        if sight.entry.shape[:2] != valid.shape:
+            raise UnsupportedModelError(
+                f"layer {index} ({type(sight.layer).__name__}) reads a residual stream of shape "
+                f"{tuple(sight.entry.shape)} for token ids of shape {tuple(valid.shape)}; the "
+                "graph has one node a token (is a prompt put before the tokens?)"
+            )
+    for index, (sight, later) in enumerate(zip(watch.layers, watch.layers[1:], strict=False)):
+        if sight.output is None or mismatch(later.entry[valid], sight.output[valid]) > allowed:
+            raise UnsupportedModelError(
+                f"layer {index + 1} does not read what layer {index} gave; something between the "
+                "layers changes the residual stream"
+            )
+    fitted = [fit(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)]
+    heads = {sight.attention[0].probabilities.shape[1] for sight in watch.layers}
+    if len(heads) != 1:
+        raise UnsupportedModelError(
+            f"layers have different numbers of heads ({sorted(heads)}); the graph has one"
+        )
+    last = watch.layers[-1].output
+    assert last is not None
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return Anatomy(
+        pattern="; ".join(dict.fromkeys(name for name, _ in fitted)),
+        route=route,
+        layers=tuple(modules for _, modules in fitted),
+        readout=find_readout(model, watch.outside, last, plain, valid, allowed),
+        heads=heads.pop(),
+        vocabulary=int(getattr(embedding, "num_embeddings", plain.shape[-1])),
+        positions=learned_positions(model),
+    )
+
+
+def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dict[str, Any]:
+    """Two rows of random ids, one of them left-padded by two.
+
+    Args:
+        model: for its vocabulary and device.
+        parameters: names that its forward takes.
+        length: tokens a row.
+    """
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = int(getattr(embedding, "num_embeddings", 0)) or int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
+    ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, :2] = False
+    device = next(model.parameters()).device
+    return forward_inputs(ids.to(device), valid.to(device), None, parameters)
+
+
+def forward_inputs(
+    input_ids: Tensor, valid: Tensor, positions: Tensor | None, parameters: Sequence[str]
+) -> dict[str, Any]:
+    """Keyword arguments of the model's forward for a batch.
+
+    Args:
+        input_ids: ``[B, T]``.
+        valid: ``[B, T]`` bool.
+        positions: ``[B, T]`` of a packed batch: then no mask is passed, and transformers keeps the
+            documents apart; None otherwise.
+        parameters: names that the forward takes.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if positions is None:
+        inputs["attention_mask"] = valid.long()
+        positions = position_ids_of(valid)
+    if "position_ids" in parameters:
+        inputs["position_ids"] = positions
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens a model with learned positions takes; None for any other model."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    for name in _LEARNED_POSITIONS:
+        table = getattr(decoder, name, None)
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - int(getattr(table, "offset", 0))
+    return None

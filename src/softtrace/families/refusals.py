@@ -1,0 +1,62 @@
+"""What can be said of a model before anything runs: wrappers around it, and reasons to refuse it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from softtrace.errors import UnsupportedModelError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``torch.compile``'s wrapper and PEFT's.
+
+    PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
+
+    Raises:
+        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
+    """
+    model = getattr(model, "_orig_mod", model)
+    settings = getattr(model, "peft_config", None)
+    base = getattr(model, "get_base_model", None)
+    if isinstance(settings, dict) and callable(base):
+        virtual = [name for name, each in settings.items() if each.is_prompt_learning]
+        if virtual:
+            raise UnsupportedModelError(
+                f"PEFT adapter {', '.join(virtual)} adds virtual tokens, which are no tokens of "
+                "the graph; allowed are adapters inside the layers (LoRA, rsLoRA, DoRA, ...)"
+            )
+        inner = base()
+        if isinstance(inner, nn.Module):
+            return inner
+    return model
+
+
+def refuse_early(model: nn.Module) -> None:
+    """Refuse what no run is needed for.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    name = type(model).__name__
+    parameters = list(model.parameters())
+    if not parameters or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{name} is not a transformers causal language model; pass the model that "
+            "AutoModelForCausalLM returns"
+        )
+    if any(parameter.is_meta for parameter in parameters):
+        raise UnsupportedModelError(
+            f"{name}: some weights are on the meta device; load them (from_pretrained without "
+            "device_map='meta' or offload) before attaching"
+        )
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name}: its weights are on {len(devices)} devices ({', '.join(devices)}); one is "
+            "allowed. Load it with device_map={'': device}, or a smaller dtype"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model: its decoder reads a second sequence through "
+            "cross-attention, which the graph of one sequence does not have"
+        )

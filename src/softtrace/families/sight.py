@@ -1,0 +1,228 @@
+"""One watched run of a model: what every module inside the layers read and gave, and when.
+
+Discovery and the proof read these notes; nothing here knows of patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from softtrace.errors import UnsupportedModelError
+from softtrace.hooks import first_tensor
+
+
+@dataclass
+class Call:
+    """One call of one module. ``read`` and ``gave`` are its first floating tensors, copied."""
+
+    name: str
+    module: nn.Module
+    begin: int
+    end: int = -1
+    read: Tensor | None = None
+    gave: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        """0 for a child of the layer."""
+        return self.name.count(".")
+
+    def reads(self, expected: Tensor, valid: Tensor, allowed: float) -> bool:
+        """Whether it read ``expected`` ``[B, T, d]``, whatever way it was reshaped."""
+        if self.read is None or self.read.numel() != expected.numel():
+            return False
+        return mismatch(self.read.reshape(expected.shape)[valid], expected[valid]) <= allowed
+
+
+@dataclass
+class Attended:
+    """One use of attention: who asked, with what probabilities and values, and when."""
+
+    module: nn.Module
+    probabilities: Tensor
+    value: Tensor
+    visible: Tensor
+    at: int
+
+
+@dataclass
+class LayerSight:
+    """Notes on one layer.
+
+    Attributes:
+        layer: the module.
+        args, kwargs: it was called with.
+        entry: ``[B, T, d_model]``, the node that entered.
+        output: ``[B, T, d_model]``, the node that left.
+        calls: of its modules, by their end.
+        attention: every use of attention inside it.
+    """
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    entry: Tensor
+    output: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+    attention: list[Attended] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """B · T."""
+        return self.entry.shape[0] * self.entry.shape[1]
+
+
+def mismatch(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest difference over the largest expected value (or ``floor``)."""
+    if not expected.numel():
+        return 0.0
+    scale = max(float(expected.abs().max()), floor, 1e-30)
+    return float((found - expected).abs().max()) / scale
+
+
+class Watch:
+    """Follows one forward: a stack of running modules, notes a layer, and attention as it comes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: list[LayerSight] = []
+        self.outside: list[Call] = []
+        self._stack: list[Call] = []
+        self._current: LayerSight | None = None
+        self._clock = 0
+        self._is_layer = {id(layer) for layer in stacked_layers(model)}
+
+    def asking(self) -> nn.Module | None:
+        """The innermost running module with parameters: who a softmax belongs to."""
+        for call in reversed(self._stack):
+            if self._current is not None and any(True for _ in call.module.parameters()):
+                return call.module
+        return None
+
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        """See :class:`softtrace.attention.AttentionListener`."""
+        return None
+
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        """See :class:`softtrace.attention.AttentionListener`."""
+        if self._current is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} asks for attention outside the stack of layers"
+            )
+        self._current.attention.append(
+            Attended(module, probabilities.clone(), value.clone(), visible, self._tick())
+        )
+        return probabilities
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read = first_tensor(args, kwargs)
+            if id(module) in self._is_layer and self._current is None:
+                if read is None or read.dim() != 3:
+                    raise UnsupportedModelError(
+                        f"layer {len(self.layers)} ({type(module).__name__}) reads no residual "
+                        f"stream of shape [B, T, d_model]: found "
+                        f"{None if read is None else tuple(read.shape)}"
+                    )
+                self._current = LayerSight(module, args, kwargs, read.clone())
+                self.layers.append(self._current)
+            call = Call(name, module, self._tick(), read=None if read is None else read.clone())
+            self._stack.append(call)
+
+        return hook
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call = self._stack.pop()
+        gave = first_tensor(output)
+        call.gave = None if gave is None else gave.clone()
+        call.end = self._tick()
+        if self._current is None:
+            self.outside.append(call)
+        elif module is self._current.layer:
+            self._current.output, self._current = call.gave, None
+        else:
+            self._current.calls.append(call)
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Put hooks on every module of the model; take them back at exit."""
+        handles: list[RemovableHandle] = []
+        prefixes = {id(layer): f"{name}." for name, layer in self.model.named_modules()
+                    if id(layer) in self._is_layer}  # fmt: skip
+        try:
+            for name, module in self.model.named_modules():
+                if module is self.model:
+                    continue
+                inside = [prefix for prefix in prefixes.values() if name.startswith(prefix)]
+                short = name.removeprefix(inside[0]) if inside else name
+                handles.append(module.register_forward_pre_hook(self._enter(short), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def stacked_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The decoder's layers: members of its longest outermost ``ModuleList``.
+
+    Raises:
+        UnsupportedModelError: no decoder, or no list of layers in it.
+    """
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    if not isinstance(decoder, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers causal language model "
+            "(it has no get_decoder()); pass the model that AutoModelForCausalLM returns"
+        )
+    lists = _lists(decoder) or _lists(model)  # ModernBERT's decoder is its head
+    outermost = [
+        module
+        for name, module in lists.items()
+        if not any(name != other and name.startswith(f"{other}.") for other in lists)
+    ]
+    if not outermost:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
+        )
+    return tuple(max(outermost, key=lambda each: (len(each), _size(each))))
+
+
+def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def rows_of(values: Tensor | None, sight: LayerSight) -> Tensor | None:
+    """``[B · T, d_model]`` of a tensor that has one vector a token; None for any other."""
+    if values is None or values.numel() != sight.entry.numel():
+        return None
+    if values.shape[-1] != sight.entry.shape[-1]:
+        return None
+    return values.reshape(sight.rows, -1)
+
+
+def stacked(calls: Sequence[Call], sight: LayerSight, kept: Tensor, what: str) -> Tensor:
+    """``[n, rows, d_model]`` of what calls read or gave; NaN where it is no vector a token."""
+    blank = torch.full_like(sight.entry, torch.nan).reshape(sight.rows, -1)
+    found = [rows_of(getattr(call, what), sight) for call in calls]
+    return torch.stack([blank if each is None else each.to(blank) for each in found])[:, kept]
