@@ -152,6 +152,10 @@ def interception_active(
     asking: Asking,
     batch: torch.Size,
 ) -> Iterator[None]:
-    """Let models with these configs run their own eager code, under an :class:`Interception`."""
-    with configured(configs, "eager"), Interception(listener, asking, batch):
+    """Let models with these configs run their own code, under an :class:`Interception`.
+
+    Fused kernels other than PyTorch's have no softmax to be seen: those give way to eager code.
+    """
+    fused = [each for each in configs if each._attn_implementation not in ("sdpa", "eager")]
+    with configured(fused, "eager"), Interception(listener, asking, batch):
         yield

@@ -13,12 +13,13 @@ from transformers import PretrainedConfig
 from softtrace.attention import softtrace_attention_active
 from softtrace.batch import position_ids_of
 from softtrace.errors import SofttraceError, UnsupportedModelError
-from softtrace.families.anatomy import Anatomy, Route
+from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.patterns import fit
 from softtrace.families.readout import find_readout
 from softtrace.families.sight import Watch, mismatch, stacked_layers
 from softtrace.interception import interception_active
 
+_TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 
 
@@ -41,6 +42,7 @@ def take_apart(
     Raises:
         UnsupportedModelError: what each way to reach attention missed.
     """
+    allowed = max(allowed, 1e-6)  # norms of transformers compute in float32 in float64 models
     misses: dict[str, UnsupportedModelError] = {}
     for route in ("interface", "interception"):
         try:
@@ -86,10 +88,7 @@ def _by_route(
         )
     layers = stacked_layers(model)
     if len({id(layer) for layer in layers}) < len(layers):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} runs the same layer twice; a module that is tied into two "
-            "places has two nodes, and its edges cannot be told apart"
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} runs the same layer twice; {_TIED}")
     if [id(sight.layer) for sight in watch.layers] != [id(layer) for layer in layers]:
         raise UnsupportedModelError(
             f"{type(model).__name__}: of its {len(layers)} layers {len(watch.layers)} calls were "
@@ -109,6 +108,7 @@ def _by_route(
                 "layers changes the residual stream"
             )
     fitted = [fit(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)]
+    _require_own(model, [modules for _, modules in fitted])
     heads = {sight.attention[0].probabilities.shape[1] for sight in watch.layers}
     if len(heads) != 1:
         raise UnsupportedModelError(
@@ -126,6 +126,20 @@ def _by_route(
         vocabulary=int(getattr(embedding, "num_embeddings", plain.shape[-1])),
         positions=learned_positions(model),
     )
+
+
+def _require_own(model: nn.Module, layers: Sequence[LayerModules]) -> None:
+    """No layer may use a module that another layer uses too."""
+    seen: dict[int, int] = {}
+    for index, modules in enumerate(layers):
+        own = (modules.attention, modules.projection, modules.attention_out, *modules.mlp_out)
+        for module in {id(each): each for each in own}.values():
+            other = seen.setdefault(id(module), index)
+            if other != index:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: layers {other} and {index} share a "
+                    f"{type(module).__name__}; {_TIED}"
+                )
 
 
 def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dict[str, Any]:
