@@ -19,7 +19,7 @@ class Named(nn.Module):
 
 def test_inputs_are_read_and_outputs_replaced_however_they_are_passed() -> None:
     module, seen, handles = Named(), [], list[RemovableHandle]()
-    double = on_output(lambda layer, output: layer * output, 3)
+    double = on_output(lambda read, output: (2 + read) * output)
     register([Hook(module, on_input(seen.append), True), Hook(module, double, False)], handles)
     x = torch.ones(2)
     for result in (module(x), module(hidden_states=x)):

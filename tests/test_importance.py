@@ -187,9 +187,9 @@ def test_a_zero_node_gives_zeros_and_finite_gradients() -> None:
     zero = torch.zeros(1, 3, requires_grad=True)
     for share in share_of_node(zero, zero):
         assert share.tolist() == [[0.0, 0.0, 0.0]]
-    attention, residual = attention_shares(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3), zero)
-    assert not attention.any()
-    assert not residual.any()
+    for more in ((), (torch.ones(1, 3), zero)):
+        shares = attention_shares(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3), zero, *more)
+        assert not any(share.any() for share in shares)
 
 
 def test_gradients_reach_every_weight_that_decides_an_importance() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from softtrace.errors import (
     TrainerSetupError,
@@ -315,8 +315,8 @@ class TakesIterator(Tuner):
 
 class Unsupported(Tuner):
     def __init__(self) -> None:
-        config = BloomConfig(vocab_size=67, hidden_size=32, n_layer=2, n_head=4)
-        super().__init__(model=BloomForCausalLM(config))
+        config = OpenAIGPTConfig(vocab_size=67, n_embd=32, n_layer=2, n_head=4)
+        super().__init__(model=OpenAIGPTLMHeadModel(config))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ class Unsupported(Tuner):
             r"holds 2 .*: model \(LlamaForCausalLM\), teacher \(LlamaForCausalLM\)",
         ),
         (Manual, TrainerSetupError, r"manual optimisation.*loss \+ softtrace\.DensityLoss\("),
-        (Unsupported, UnsupportedModelError, "Bloom"),
+        (Unsupported, UnsupportedModelError, "output of a norm"),
     ],
 )
 def test_modules_it_cannot_work_with_are_refused(

@@ -74,7 +74,7 @@ def test_hooks_of_the_user_see_full_shapes(family: str) -> None:
     instrument = softtrace.attach(model)
     layer = instrument.anatomy.layers[1]
     seen: list[tuple[Any, ...]] = []
-    for module in (layer.mlp, *layer.score_projections):
+    for module in (*layer.token_wise, *layer.score_projections):
         module.register_forward_pre_hook(
             lambda _, args, kw: seen.append((args, kw)), with_kwargs=True
         )

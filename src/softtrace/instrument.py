@@ -22,11 +22,11 @@ from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
 from softtrace.batch import check_batch, check_finite, check_length, check_positions
-from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
 from softtrace.families.proof import Verification, prove, tolerance
-from softtrace.families.refusals import refuse_early, unwrapped
+from softtrace.families.refusals import refuse_early, running, unwrapped
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register
 from softtrace.interception import interception_active
@@ -276,15 +276,8 @@ def _proven(model: nn.Module) -> Instrument:
 
 def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The model's own logits ``[B, T, V]`` on a tiny batch."""
-    try:
+    with running(f"{type(model).__name__} does not run on a batch of token ids alone"):
         logits = getattr(model(**inputs), "logits", None)
-    except (SofttraceError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on a batch of token ids alone: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
     shape = inputs["input_ids"].shape
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -7,6 +7,7 @@ import torch
 
 import softtrace
 from softtrace.evaluation.early_exit import exit_agreement
+from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 
@@ -18,7 +19,7 @@ def test_equals_reading_transformers_hidden_states(family: str) -> None:
     found = exit_agreement(instrument, instrument.record(ids, keep_hidden=True))
     output = model(input_ids=ids, output_hidden_states=True)
     wanted = output.logits.argmax(-1)
-    final_norm = instrument.anatomy.final_norm
+    final_norm = oracle.final_norm(model)
     for layer, hidden in enumerate(output.hidden_states[1:-1]):  # the last one is normed already
         expected = model.lm_head(final_norm(hidden)).argmax(-1) == wanted
         assert torch.equal(found[layer], expected)

@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
 from softtrace.batch import position_ids_of
-from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.patterns import fit
 from softtrace.families.readout import find_readout
+from softtrace.families.refusals import running
 from softtrace.families.sight import Watch, mismatch, stacked_layers
 from softtrace.interception import interception_active
 
@@ -67,18 +68,9 @@ def _by_route(
     active: AbstractContextManager[None] = softtrace_attention_active(configs, watch)
     if route == "interception":
         active = interception_active(configs, watch, watch.asking, valid.shape)
-    with watch.watching(), active:
-        try:
-            logits = model(**inputs).logits
-        except SofttraceError:
-            raise
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not run with its attention in the open: "
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            ) from error
+    name = type(model).__name__
+    with watch.watching(), active, running(f"{name} does not run with its attention in the open"):
+        logits = model(**inputs).logits
     error = mismatch(logits[valid], plain[valid])
     if not error <= 4 * allowed:
         raise UnsupportedModelError(
@@ -121,7 +113,7 @@ def _by_route(
         pattern="; ".join(dict.fromkeys(name for name, _ in fitted)),
         route=route,
         layers=tuple(modules for _, modules in fitted),
-        readout=find_readout(model, watch.outside, last, plain, valid, allowed),
+        readout=find_readout(model, watch.outside, last, logits, valid, allowed),
         heads=heads.pop(),
         vocabulary=int(getattr(embedding, "num_embeddings", plain.shape[-1])),
         positions=learned_positions(model),

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from softtrace.errors import UnsupportedModelError
+
+#: errors of a forward that wants other inputs; anything else (a user's hook, say) passes through
+_NOT_MADE_FOR_IT = (
+    *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -29,6 +38,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(inner, nn.Module):
             return inner
     return model
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """Turn what a forward raises when it is not made for a batch of token ids into a refusal.
+
+    Args:
+        what: the sentence that the error completes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _NOT_MADE_FOR_IT as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"{what}: {type(error).__name__}: {first}") from error
 
 
 def refuse_early(model: nn.Module) -> None:
