@@ -49,11 +49,30 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return read
 
 
-def on_input(listen: Callable[[Tensor], None]) -> Callable[..., None]:
-    """A forward pre-hook that lets ``listen(input)`` read a module's first floating input."""
+def replace_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments with the first floating tensor replaced; None where ``change`` gives None."""
+    for at, value in enumerate(args):
+        if _is_floating(value):
+            changed = change(value)
+            return None if changed is None else ((*args[:at], changed, *args[at + 1 :]), kwargs)
+    for name, value in kwargs.items():
+        if _is_floating(value):
+            changed = change(value)
+            return None if changed is None else (args, {**kwargs, name: changed})
+    return None
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        listen(_read(args, kwargs))
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def on_input(listen: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    """A forward pre-hook for a module's first floating input: ``listen(input)`` may replace it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replace_first(args, kwargs, listen)
 
     return hook
 

@@ -64,11 +64,11 @@ class Instrument:
         self._model = weakref.ref(model)
         self.anatomy = anatomy
         self.verification = Verification()
+        self.forward_parameters = _parameters(model)
         # Held, not numbered: a freed module's id could come back as that of its replacement.
         self._parts = tuple(part for part in model.modules() if part is not model)
         self._configs = configs
-        self._parameters = _parameters(model)
-        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
 
     @property
     def model(self) -> nn.Module:
@@ -191,7 +191,7 @@ class Instrument:
             input_ids: ``[B, T]``.
             options: of the model's own forward.
         """
-        inputs = forward_inputs(input_ids, run.valid, run.positions, self._parameters)
+        inputs = forward_inputs(input_ids, run.valid, run.positions, self.forward_parameters)
         with self._running(run):
             output = self.model(**inputs, **options)
         logits: Tensor = output.logits

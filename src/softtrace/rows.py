@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from softtrace.hooks import Hook
+from softtrace.hooks import Hook, replace_first
 
 
 class _Narrowed:
@@ -33,17 +33,14 @@ class _Narrowed:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        at = next((i for i, each in enumerate(args) if _is_hidden(each)), None)
-        name = next((name for name, each in kwargs.items() if _is_hidden(each)), None)
-        hidden = args[at] if at is not None else kwargs[name] if name is not None else None
-        narrow = None if hidden is None else self.narrow(hidden)
-        if hidden is None or narrow is None:
-            self._shape = None
-            return None
-        self._shape = hidden.shape[:-1]
-        if at is not None:
-            return (*args[:at], narrow, *args[at + 1 :]), kwargs
-        return args, {**kwargs, str(name): narrow}
+        self._shape = None
+        return replace_first(args, kwargs, self._narrowed)
+
+    def _narrowed(self, hidden: Tensor) -> Tensor | None:
+        narrow = self.narrow(hidden)
+        if narrow is not None:
+            self._shape = hidden.shape[:-1]
+        return narrow
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -61,10 +58,6 @@ class _Narrowed:
     def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
         """``[1, N, d']`` to ``[B, T, d']``."""
         raise NotImplementedError
-
-
-def _is_hidden(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class KeptRows(_Narrowed):

@@ -7,7 +7,10 @@ contribute, also of tokens whose edges are all absent.
 
 Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
 ``mask·residual + output``, so residual edges are masked without touching the model's forward. Where
-the output is multiplied by a constant before the sum, what is added is divided by it.
+the output is multiplied by a constant before the sum, what is added is divided by it. Then, and in
+half precision, the sum rounds: a node none of whose edges is kept is not zero but rounding error,
+which a norm blows up. There the node is computed exactly beside the model's own sum, and put in its
+place where it is read: at the input of the MLP's norm and at the layer's output.
 """
 
 from __future__ import annotations
@@ -93,17 +96,20 @@ class Run:
             raise RuntimeError("the MLP ran before its norm")
         return self._middle
 
-    def _enter(self, hidden: Tensor) -> None:
+    def _enter(self, hidden: Tensor) -> Tensor | None:
         self._entry = hidden
         if self.hidden is not None:
             self.hidden.append(hidden)
+        return None
 
-    def _read_last(self, hidden: Tensor) -> None:
+    def _read_last(self, hidden: Tensor) -> Tensor | None:
         if self.hidden:  # nanochat norms the embedding with the same module, before any layer
             self.hidden.append(hidden)
+        return None
 
-    def _reach_middle(self, hidden: Tensor) -> None:
+    def _reach_middle(self, hidden: Tensor) -> Tensor | None:
         self._middle = hidden.reshape(self.entry.shape)  # OPT flattens rows and tokens
+        return None
 
     def _attention_gave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         shape = self.entry.shape
@@ -266,6 +272,15 @@ class MaskedRun(Run):
         super().__init__(anatomy, valid, keep_hidden, positions)
         self.masks = masks
         self.recorded = attention
+        self._node: Tensor | None = None
+
+    @override
+    def listeners(self) -> list[Hook]:
+        hooks = super().listeners()
+        for index, modules in enumerate(self.anatomy.layers):
+            leave = on_output(lambda read, output, index=index: self._leave(index, output))
+            hooks.append(Hook(modules.layer, leave, False))
+        return hooks
 
     @override
     def hooks(self) -> list[Hook]:
@@ -291,20 +306,45 @@ class MaskedRun(Run):
             return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
         return probabilities * mask
 
+    def _rounds(self, layer: int) -> bool:
+        """Whether the model's own sums round where an edge is masked (see the module's notes)."""
+        modules = self.anatomy.layers[layer]
+        scaled = modules.attention_scale != 1 or modules.mlp_scale != 1
+        return scaled or self.entry.dtype.itemsize < 4
+
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
-        minus_one = self._minus_one(self.masks[layer].attention_residual, output)
-        scale = self.anatomy.layers[layer].attention_scale
-        return torch.addcmul(output, minus_one, self.entry, value=1 / scale)
+        mask, scale = self.masks[layer].attention_residual, self.anatomy.layers[layer].attention_scale
+        if self._rounds(layer):
+            self._node = mask.to(output.dtype)[..., None] * self.entry + scale * output
+        return torch.addcmul(output, self._minus_one(mask, output), self.entry, value=1 / scale)
+
+    @override
+    def _reach_middle(self, hidden: Tensor) -> Tensor | None:
+        super()._reach_middle(hidden)
+        if self._node is None:
+            return None
+        self._middle = self._node
+        return self._node.reshape(hidden.shape)
 
     @override
     def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
         masks, modules = self.masks[layer], self.anatomy.layers[layer]
+        scale = modules.mlp_scale
         kept = masks.mlp.to(output.dtype)[..., None] * output
-        if part or modules.parallel:
+        first = part == 0 and not modules.parallel
+        if self._node is not None:
+            if first:
+                self._node = masks.mlp_residual.to(output.dtype)[..., None] * self.middle
+            self._node = self._node + scale * kept
+        if not first:
             return kept
         minus_one = self._minus_one(masks.mlp_residual, output)
-        return torch.addcmul(kept, minus_one, self.middle, value=1 / modules.mlp_scale)
+        return torch.addcmul(kept, minus_one, self.middle, value=1 / scale)
+
+    def _leave(self, layer: int, output: Tensor) -> Tensor:
+        node, self._node = self._node, None
+        return output if node is None else node.to(output.dtype)
 
     @staticmethod
     def _minus_one(mask: Tensor, like: Tensor) -> Tensor:

@@ -86,7 +86,6 @@ class _Witness(MaskedRun):
         for index, modules in enumerate(self.anatomy.layers):
             projected = on_output(partial(self._projected, index))
             hooks.append(Hook(modules.projection, projected, False, first=True))
-            hooks.append(Hook(modules.layer, on_output(partial(self._leave, index)), False))
             for module in modules.token_wise:
                 hooks.append(Hook(module, on_output(partial(self._mlp_ran, index, module)), False))
         return hooks
@@ -96,10 +95,11 @@ class _Witness(MaskedRun):
         return len(self.hidden or ()) - 1
 
     @override
-    def _enter(self, hidden: Tensor) -> None:
+    def _enter(self, hidden: Tensor) -> Tensor | None:
         super()._enter(hidden)
         if self.last_output is not None:
             self._compare("entering it", hidden, self.last_output)
+        return None
 
     @override
     def on_attention(
@@ -138,11 +138,11 @@ class _Witness(MaskedRun):
         return super().after_attention(layer, read, output)
 
     @override
-    def _reach_middle(self, hidden: Tensor) -> None:
-        super()._reach_middle(hidden)
+    def _reach_middle(self, hidden: Tensor) -> Tensor | None:
         if self._expected is None:
             raise UnsupportedModelError(f"layer {self._layer}: attention did not run before MLP")
-        self._compare("after attention", self.middle, self._expected)
+        self._compare("after attention", hidden.reshape(self.entry.shape), self._expected)
+        return super()._reach_middle(hidden)
 
     def _mlp_ran(self, layer: int, module: nn.Module, read: Tensor, output: Tensor) -> Tensor:
         self.mlp_runs.append((layer, module, read, output.clone()))  # Falcon writes into it
@@ -153,7 +153,8 @@ class _Witness(MaskedRun):
         self._parts.append(output)
         return super().after_mlp(layer, part, output)
 
-    def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+    @override
+    def _leave(self, layer: int, output: Tensor) -> Tensor:
         modules, masks = self.anatomy.layers[layer], self.masks[layer]
         if len(self._parts) < len(modules.mlp_out):
             raise UnsupportedModelError(f"layer {layer}: its MLP did not run inside it")
@@ -165,8 +166,8 @@ class _Witness(MaskedRun):
             node = masks.mlp_residual[..., None].to(output.dtype) * self.middle
         self._expected, self._parts = None, []
         self._compare("after the MLP", output, node + modules.mlp_scale * mlp)
-        self.last_output = output
-        return output
+        self.last_output = super()._leave(layer, output)
+        return self.last_output
 
     def finish(self) -> Tensor:
         """Every layer ran once and the final norm read the last one; return what it read."""

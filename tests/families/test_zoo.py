@@ -1,0 +1,186 @@
+"""The matrix: every type of the zoo against its own logits and a literal reference, or refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import softtrace
+from softtrace.errors import UnsupportedModelError
+from softtrace.graph import EDGE_KINDS, LayerEdges
+from softtrace.instrument import Instrument, attach
+from softtrace.loss import DensityLoss
+from tests.families.reference import Layer, Reference, reference
+from tests.families.zoo import REFUSED, VERIFIED, VOCABULARY, tiny
+from tests.test_instrument import state
+
+CASES = sorted(VERIFIED)
+ROUNDING = 3e-5  # absolute, float32 of two routes through three layers
+
+#: settings of transformers' mixtures that leave some experts without a token of a tiny batch
+NO_GRADIENT = ("experts", "expert", "router", "gate")
+
+
+@functools.lru_cache(maxsize=1)
+def model_of(case: str) -> PreTrainedModel:
+    kind, changes = VERIFIED[case]
+    return tiny(kind, **changes)
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    """Two rows of seven tokens, one of them left-padded by two."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return ids, mask
+
+
+def inputs_of(instrument: Instrument, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in instrument.forward_parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def literal(case: str) -> tuple[Instrument, Reference]:
+    model = model_of(case)
+    instrument = softtrace.attach(model)
+    return instrument, reference(case, model, inputs_of(instrument, *padded()))
+
+
+def test_the_zoo_is_as_large_as_promised() -> None:
+    types = {kind for kind, _ in VERIFIED.values()}
+    assert len(types) >= 90
+    assert types <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
+    ids, mask = padded()
+    valid, model = mask.bool(), model_of(case)
+    instrument, own = literal(case)
+    before = state(model)
+    plain = model(**inputs_of(instrument, ids, mask)).logits
+    logits, importances = own.run(None)
+    torch.testing.assert_close(logits[valid], plain[valid], atol=ROUNDING, rtol=1e-4)
+    recording = instrument.record(ids, mask)
+    torch.testing.assert_close(recording.logits[valid], plain[valid], atol=ROUNDING, rtol=1e-4)
+    for found, expected in zip(recording.attention, own.probabilities, strict=True):
+        rows = valid[:, None].expand(found.shape[:3])
+        torch.testing.assert_close(found[rows], expected[rows], atol=1e-5, rtol=1e-4)
+    for found, expected in zip(recording.importance.layers, importances, strict=True):
+        for kind in EDGE_KINDS:
+            one, other = getattr(found, kind), getattr(expected, kind)
+            rows = valid[:, None].expand(one.shape[:3]) if one.dim() == 4 else valid
+            torch.testing.assert_close(one[rows], other[rows], atol=1e-5, rtol=1e-3)
+            assert not one[~rows].any()  # edges into padding
+        parallel = not expected.mlp_residual.any()
+        assert found.parallel == parallel
+    seen = torch.stack(recording.importance.visible)
+    assert not seen[:, ~valid[:, None].expand(2, 7, 7)].any()  # edges out of padding
+    instrument.detach()
+    assert state(model) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_masked_runs_equal_a_literal_reference(case: str) -> None:
+    """Coins for every edge, with the attention of the full run; then the residual edges alone."""
+    ids, mask = padded()
+    valid = mask.bool()
+    instrument, own = literal(case)
+    recording = instrument.record(ids, mask)
+    generator = torch.Generator().manual_seed(2)
+    for residual_only in (False, True):
+        masks = []
+        for layer in recording.importance.existing():
+            parts = []
+            for kind, there in zip(EDGE_KINDS, layer, strict=True):
+                coins = torch.rand(there.shape, generator=generator) < 0.6
+                keep = torch.tensor(kind.endswith("residual")) if residual_only else coins
+                parts.append((there & keep).float())
+            masks.append(LayerEdges(*parts, parallel=layer.parallel))
+        found = instrument.masked_logits(ids, mask, masks, recording.attention)
+        expected, _ = own.run([Layer(*each) for each in masks])
+        torch.testing.assert_close(found[valid], expected[valid], atol=ROUNDING, rtol=1e-3)
+        full = recording.logits[valid]
+        assert (found[valid] - full).abs().max() > 1e-2 * full.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_reach_what_the_plain_loss_reaches(case: str) -> None:
+    model, (ids, mask) = model_of(case), padded()
+    instrument = softtrace.attach(model)
+    model.zero_grad()
+    logits = model(**inputs_of(instrument, ids, mask)).logits
+    target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target).backward()
+    plain = reached(model)
+    model.zero_grad()
+    penalty = DensityLoss(
+        model,
+        masks="soft",
+        temperature=2.0,
+        attention="recomputed",
+        family="sparse",
+        easy_quantile=1.0,
+        share=1.0,
+    )
+    penalty(ids, mask, step=0).loss.backward()
+    missed = plain - reached(model)
+    assert len(plain) > 10
+    assert not {name for name in missed if not any(part in name for part in NO_GRADIENT)}
+    model.zero_grad()
+    DensityLoss(model, share=1.0)(ids, mask, step=0).loss.backward()  # as it ships
+    assert len(reached(model)) > len(plain) / 3
+
+
+def reached(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and bool(parameter.grad.any())
+    }
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_types_that_are_not_the_sum_of_their_edges_are_refused(case: str) -> None:
+    kind, changes, reason = REFUSED[case]
+    model = tiny(kind, **changes)
+    before = state(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        softtrace.attach(model)
+    assert state(model) == before
+
+
+@torch.no_grad()
+def test_windows_and_chunks_are_edges_that_do_not_exist() -> None:
+    """|E| of a window, a chunk and a local layer, counted from their definitions."""
+    ids = torch.arange(3, 12)[None]
+    positions = range(9)
+    seen: dict[str, Any] = {
+        "mistral, window": [lambda t, s: t - s < 3] * 3,
+        "gemma2, window": [lambda t, s: t - s < 3, lambda t, s: True, lambda t, s: t - s < 3],
+        "gpt_neo": [lambda t, s: True, lambda t, s: t - s < 3, lambda t, s: True],
+        "llama4_text, chunks": None,
+    }
+    for case, rules in seen.items():
+        model = model_of(case)
+        if rules is None:  # layers with positions are chunked
+            chunked = [kind == "chunked_attention" for kind in model.config.layer_types]
+            assert any(chunked)
+            rules = [
+                (lambda t, s: t // 3 == s // 3) if each else (lambda t, s: True) for each in chunked
+            ]
+        visible = attach(model).record(ids).importance.visible
+        for found, rule in zip(visible, rules, strict=True):
+            expected = [[s <= t and rule(t, s) for s in positions] for t in positions]
+            assert found[0].tolist() == expected
