@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all check format bench clean
+.PHONY: help quickstart test test-all check format families bench clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
 	@echo "make test        the default tests (a few minutes)"
 	@echo "make test-all    the slow ones too"
 	@echo "make check       ruff and mypy"
+	@echo "make families    which model types are verified: recipes/benchmarks/families.md (~20 s)"
 
 # Installed anew whenever what is to be installed changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -35,6 +36,9 @@ check: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+families: .venv/installed
+	$(BIN)/python recipes/benchmarks/families.py
 
 # About an hour on 2 cores: the figures of the README, and the README itself from them.
 bench: .venv/installed

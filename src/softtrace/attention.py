@@ -138,8 +138,8 @@ def configured(configs: Sequence[PretrainedConfig], implementation: str) -> Iter
             config._attn_implementation_internal = implementation
         yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def baseline_scores(
             size = shape[1:].numel()
             parts.append(score[:, start : start + size].reshape(shape))
             start += size
-        layers.append(LayerEdges(*parts, parallel=layer.parallel))
+        attention, attention_residual, mlp, mlp_residual = parts
+        layers.append(LayerEdges(attention, attention_residual, mlp, mlp_residual, layer.parallel))
     connect = _keep_residual if keep_residual else _keep_best
     return replace(
         importance,

@@ -1,4 +1,4 @@
-"""The ``softtrace`` command: fit, evaluate, compare."""
+"""The ``softtrace`` command: fit, evaluate, compare, inspect."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 
-_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare} ...
+_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,inspect} ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
   fit       fine-tune a model directory on text, with the density penalty
   evaluate  measure how much of its graph a model needs: density.json, a table, plots
   compare   put several density.json of the same text side by side
+  inspect   show how a model is taken apart, and what was verified
 
 softtrace COMMAND --help shows the options of each."""
 
@@ -97,10 +98,29 @@ def _compare(args: list[str]) -> None:
     print(f"\nwritten to {options.out}/: compare.json, compare.txt and plots")
 
 
+def _inspect(args: list[str]) -> None:
+    import json
+
+    from softtrace.inspection import inspect, report
+
+    parser = ArgumentParser(
+        prog="softtrace inspect",
+        description="Show how a model is taken apart into the edges of its graph, and prove it.",
+    )
+    parser.add_argument("model", type=str, help="model directory (safetensors) or hub name")
+    parser.add_argument("--length", type=int, default=128, help="tokens to count edges for")
+    parser.add_argument("--dtype", type=str, default="float32", help="of the weights")
+    parser.add_argument("--json", type=bool, default=False, help="print JSON instead of text")
+    options = parser.parse_args(args)
+    found = inspect(options.model, options.length, options.dtype)
+    print(json.dumps(found, indent=2) if options.json else report(found))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "compare": _compare,
+    "inspect": _inspect,
 }
 
 if __name__ == "__main__":

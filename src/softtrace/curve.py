@@ -149,6 +149,7 @@ def density_curve(
     attention_mask: Tensor | None = None,
     thresholds: Sequence[float] | Tensor | None = None,
     *,
+    position_ids: Tensor | None = None,
     composition: bool = False,
     nucleus: bool = False,
 ) -> DensityCurve:
@@ -159,6 +160,8 @@ def density_curve(
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
         thresholds: importances in (0, 1); None for :func:`default_thresholds`.
+        position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
+            position's |E| is then that of its own document.
         composition: also count edges by depth quartile and kind.
         nucleus: also compare ordered top-p lists (sorts the vocabulary once a run: slow).
 
@@ -171,7 +174,7 @@ def density_curve(
     for tau in grid:
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
     with torch.no_grad():
-        recording = instrument.record(input_ids, attention_mask)
+        recording = instrument.record(input_ids, attention_mask, position_ids=position_ids)
         return curve_of(
             instrument,
             input_ids,
@@ -224,7 +227,9 @@ def curve_of(
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
-        read = instrument.masked_hidden(input_ids, valid.long(), masks, recording.attention)
+        read = instrument.masked_hidden(
+            input_ids, valid.long(), masks, recording.attention, recording.positions
+        )
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
         variation, recovered = _distortion(instrument, read, full, recording.logits, nucleus)

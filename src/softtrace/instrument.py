@@ -47,12 +47,14 @@ class Recording:
             kept.
         hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
             ``[B, T, d_model]``; None unless asked for.
+        positions: ``[B, T]`` position ids of packed rows, for masked runs; None otherwise.
     """
 
     logits: Tensor
     importance: EdgeImportance
     attention: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...] | None
+    positions: Tensor | None = None
 
 
 class Instrument:
@@ -68,7 +70,9 @@ class Instrument:
         # Held, not numbered: a freed module's id could come back as that of its replacement.
         self._parts = tuple(part for part in model.modules() if part is not model)
         self._configs = configs
-        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
+        self._one_logit = (
+            {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -126,7 +130,7 @@ class Instrument:
         check_finite(logits.detach(), "logits of the full model", valid)
         importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
         hidden = None if run.hidden is None else tuple(run.hidden)
-        return Recording(logits, importance, tuple(run.attention), hidden)
+        return Recording(logits, importance, tuple(run.attention), hidden, positions)
 
     def masked_logits(
         self,

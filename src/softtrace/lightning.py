@@ -14,10 +14,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.host import find_causal_lm
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
 
@@ -122,7 +122,10 @@ class DensityPenalty(Callback):
         return training_step
 
     def inputs_of(self, batch: Any) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask`` and ``labels`` of a batch; override for other shapes.
+        """What the loss reads of a batch; override for batches of other shapes.
+
+        That is ``input_ids`` and, where there are any, ``attention_mask``, ``labels`` and
+        ``position_ids`` (which keep packed documents apart).
 
         Raises:
             InvalidInputError: no mapping, or no ``input_ids`` in it.
@@ -141,6 +144,7 @@ class DensityPenalty(Callback):
             "input_ids": batch["input_ids"],
             "attention_mask": batch.get("attention_mask"),
             "labels": batch.get("labels"),
+            "position_ids": batch.get("position_ids"),
         }
 
     def _log(self, pl_module: LightningModule, task: Tensor, term: DensityTerm) -> None:
@@ -218,30 +222,6 @@ class DensityPenalty(Callback):
                     f"checkpoint: found DensityPenalty {name} {state.get(name)!r}, this run has "
                     f"{own!r}; a fit resumes only with what it was started with"
                 )
-
-
-def find_causal_lm(module: nn.Module) -> PreTrainedModel:
-    """The one transformers model with a language-model head inside ``module``.
-
-    Raises:
-        TrainerSetupError: there is none, or more than one.
-    """
-    found: dict[str, PreTrainedModel] = {}
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
-        if isinstance(child, PreTrainedModel) and not inside:
-            head = child.get_output_embeddings()  # type: ignore[no-untyped-call]
-            if isinstance(head, nn.Module):
-                found[name] = child
-    if len(found) != 1:
-        names = ", ".join(f"{name or 'itself'} ({type(m).__name__})" for name, m in found.items())
-        raise TrainerSetupError(
-            f"{type(module).__name__} holds {len(found)} causal language models"
-            f"{f': {names}' if names else ''}; DensityPenalty needs exactly one "
-            "(an attribute such as self.model = AutoModelForCausalLM.from_pretrained(...)). "
-            "For others call softtrace.DensityLoss(model, ...) in training_step"
-        )
-    return next(iter(found.values()))
 
 
 def micro_step_of(trainer: Trainer) -> int:

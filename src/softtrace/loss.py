@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import check_finite, check_same_shape
+from softtrace.batch import check_finite, check_positions, check_same_shape
 from softtrace.distortion import divergence, total_variation
 from softtrace.draws import Draw, draw
 from softtrace.easiness import easiness, easy_weights
@@ -88,6 +88,7 @@ class DensityLoss:
         labels: Tensor | None = None,
         step: int | None = None,
         micro_step: int = 0,
+        position_ids: Tensor | None = None,
     ) -> DensityTerm:
         """The term of one step.
 
@@ -98,6 +99,8 @@ class DensityLoss:
                 -100 do not count. None counts every real token.
             step: global step for the schedule and the draws; None counts the calls.
             micro_step: which of the batches accumulated into this step, for the draws.
+            position_ids: ``[B, T]``, needed where rows are packed: they start anew with every
+                document, and no edge crosses from one document into another.
 
         Raises:
             InvalidInputError: a malformed batch.
@@ -109,7 +112,9 @@ class DensityLoss:
         if strength == 0:
             return _nothing(input_ids, 0.0, None)
         try:
-            return self._term(input_ids, attention_mask, labels, (step, micro_step), strength)
+            return self._term(
+                input_ids, attention_mask, labels, position_ids, (step, micro_step), strength
+            )
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
@@ -130,11 +135,13 @@ class DensityLoss:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
+        position_ids: Tensor | None,
         step: tuple[int, int],
         strength: float,
     ) -> DensityTerm:
         options, instrument = self.options, attach(self.model)
         valid = instrument.valid(input_ids, attention_mask)
+        positions = None if position_ids is None else check_positions(position_ids, valid)
         targets, counted = _next_tokens(input_ids, valid, labels)
         rows = counted.any(-1).nonzero()[:, 0]
         if not len(rows):
@@ -157,13 +164,15 @@ class DensityLoss:
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the crop has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-            recording = instrument.record(ids, mask)
+            recording = instrument.record(
+                ids, mask, position_ids=None if positions is None else positions[part]
+            )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, targets[part])
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen)
         recorded = recording.attention if options.attention == "recorded" else None
-        masked = instrument.masked_logits(ids, mask, masks, recorded)
+        masked = instrument.masked_logits(ids, mask, masks, recorded, recording.positions)
         check_finite(masked.detach(), "logits of the masked run", mask.bool())
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         distance = divergence if options.distance == "kl" else total_variation

@@ -104,7 +104,7 @@ def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: i
     def cut(values: Tensor) -> Tensor | float:
         return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
 
-    parts = (
+    attention, attention_residual, mlp, mlp_residual = (
         function(values, there, cut(values)) for values, there in zip(layer, exists, strict=True)
     )
-    return LayerEdges(*parts, parallel=layer.parallel)
+    return LayerEdges(attention, attention_residual, mlp, mlp_residual, layer.parallel)

@@ -79,7 +79,9 @@ class KeptRows(_Narrowed):
     @override
     def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
         blank = output.new_zeros(shape.numel(), output.shape[-1])
-        return blank.index_copy(0, self._rows, output.reshape(-1, output.shape[-1])).reshape(*shape, -1)
+        return blank.index_copy(0, self._rows, output.reshape(-1, output.shape[-1])).reshape(
+            *shape, -1
+        )
 
 
 class Unread(_Narrowed):

@@ -278,8 +278,7 @@ class MaskedRun(Run):
     def listeners(self) -> list[Hook]:
         hooks = super().listeners()
         for index, modules in enumerate(self.anatomy.layers):
-            leave = on_output(lambda read, output, index=index: self._leave(index, output))
-            hooks.append(Hook(modules.layer, leave, False))
+            hooks.append(Hook(modules.layer, on_output(partial(self._left, index)), False))
         return hooks
 
     @override
@@ -314,9 +313,12 @@ class MaskedRun(Run):
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
-        mask, scale = self.masks[layer].attention_residual, self.anatomy.layers[layer].attention_scale
+        mask, scale = (
+            self.masks[layer].attention_residual,
+            self.anatomy.layers[layer].attention_scale,
+        )
         if self._rounds(layer):
-            self._node = mask.to(output.dtype)[..., None] * self.entry + scale * output
+            self._add(mask.to(output.dtype)[..., None] * self.entry + scale * output)
         return torch.addcmul(output, self._minus_one(mask, output), self.entry, value=1 / scale)
 
     @override
@@ -333,14 +335,20 @@ class MaskedRun(Run):
         scale = modules.mlp_scale
         kept = masks.mlp.to(output.dtype)[..., None] * output
         first = part == 0 and not modules.parallel
-        if self._node is not None:
+        if self._rounds(layer):
             if first:
                 self._node = masks.mlp_residual.to(output.dtype)[..., None] * self.middle
-            self._node = self._node + scale * kept
+            self._add(scale * kept)
         if not first:
             return kept
         minus_one = self._minus_one(masks.mlp_residual, output)
         return torch.addcmul(kept, minus_one, self.middle, value=1 / scale)
+
+    def _left(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        return self._leave(layer, output)
+
+    def _add(self, part: Tensor) -> None:
+        self._node = part if self._node is None else self._node + part
 
     def _leave(self, layer: int, output: Tensor) -> Tensor:
         node, self._node = self._node, None

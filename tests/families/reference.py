@@ -58,9 +58,9 @@ def by_head(attention: Module, x: Tensor, heads: int) -> Tensor:
 
 def last_head(name: str) -> Split:
     """All query heads, one key head, one value head (Falcon 7B)."""
-    return lambda attention, x, heads: (
-        getattr(attention, name)(x).unflatten(-1, (heads + 2, -1))[..., -1:, :]
-    )
+    return lambda attention, x, heads: getattr(attention, name)(x).unflatten(-1, (heads + 2, -1))[
+        ..., -1:, :
+    ]
 
 
 def falcon_groups(attention: Module, x: Tensor, heads: int) -> Tensor:
@@ -112,6 +112,10 @@ def mpt_mlp(layer: Module, x: Tensor) -> Tensor:
     return layer.ffn.down_proj(layer.ffn.act(layer.ffn.up_proj(x)))  # type: ignore[no-any-return]
 
 
+_V_PROJ = separate("v_proj")
+_MLP = mlp_of("mlp")
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a layer does; the defaults are Llama's. Names are paths of attributes."""
@@ -119,11 +123,11 @@ class Layout:
     layers: str = "model.layers"
     attention: str = "self_attn"
     projection: str = "o_proj"
-    values: Split = separate("v_proj")
+    values: Split = _V_PROJ
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
-    mlp: Callable[[Module, Tensor], Tensor] = mlp_of("mlp")
+    mlp: Callable[[Module, Tensor], Tensor] = _MLP
     after_mlp: str | None = None
     multiplier: str | None = None
     parallel: bool = False
@@ -150,9 +154,7 @@ GEMMA = replace(
     before_mlp="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
 )
-GLM4 = replace(
-    LLAMA, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
-)
+GLM4 = replace(LLAMA, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm")
 COHERE = replace(
     LLAMA,
     parallel=True,
@@ -202,8 +204,7 @@ GRANITE = replace(
     logits=lambda model, logits: logits / model.config.logits_scaling,
 )
 CAPPED: Callable[[Module, Tensor], Tensor] = lambda model, logits: (  # noqa: E731
-    model.config.final_logit_softcapping
-    * (logits / model.config.final_logit_softcapping).tanh()
+    model.config.final_logit_softcapping * (logits / model.config.final_logit_softcapping).tanh()
 )
 
 #: case of the zoo -> layout; all others are Llama's
@@ -302,9 +303,7 @@ LAYOUTS: dict[str, Layout] = {
     "granitemoe_swa": replace(GRANITE, mlp=mlp_of("block_sparse_moe"), sink_after=True),
     "mimo_v2_flash": replace(LLAMA, values=scaled),
     "granitemoeshared": replace(GRANITE, mlp=mlp_of("block_sparse_moe", "shared_mlp")),
-    "hyperclovax": replace(
-        GRANITE, after_attention="post_norm1", after_mlp="post_norm2"
-    ),
+    "hyperclovax": replace(GRANITE, after_attention="post_norm1", after_mlp="post_norm2"),
 }
 
 #: norms that multiply with their weight plus one; those of a LayerNorm's kind by their name

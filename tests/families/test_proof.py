@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import softtrace
 from softtrace.errors import NonFiniteError, UnsupportedModelError
-from softtrace.families import patterns
+from softtrace.families import fitting
 from tests.test_instrument import state
 from tests.tiny import COMMON, FAMILIES, GROUPED, tiny_model, tiny_prompt
 
@@ -132,7 +132,7 @@ def test_projections_that_values_need_are_not_left_out(monkeypatch: pytest.Monke
     """A wrong guess of what nobody reads costs time, never a wrong number."""
     usual = softtrace.attach(tiny_model("llama")).anatomy.layers[0].score_projections
     assert len(usual) == 2
-    monkeypatch.setattr(patterns, "_SCORES", ("q_proj", "v_proj"))
+    monkeypatch.setattr(fitting, "_SCORES", ("q_proj", "v_proj"))
     instrument = softtrace.attach(tiny_model("llama"))
     assert all(modules.score_projections == () for modules in instrument.anatomy.layers)
 
@@ -344,7 +344,9 @@ def test_a_model_that_is_not_the_sum_of_its_edges_is_refused_by_name(name: str) 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build()
-    for parameter in nn.Module.parameters(model):  # weights like a trained model's, not zeros and ones
+    for parameter in nn.Module.parameters(
+        model
+    ):  # weights like a trained model's, not zeros and ones
         if parameter.dim() == 1 and not parameter.is_meta:
             parameter.data += 0.2 * torch.linspace(-1, 1, len(parameter))
     watched = name not in ("on meta", "no model", "two devices")

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import softtrace
 from softtrace.errors import UnsupportedModelError
-from softtrace.graph import EDGE_KINDS, LayerEdges
-from softtrace.instrument import Instrument, attach
+from softtrace.graph import EDGE_KINDS
+from softtrace.instrument import attach
 from softtrace.loss import DensityLoss
-from tests.families.reference import Layer, Reference, reference
-from tests.families.zoo import REFUSED, VERIFIED, VOCABULARY, tiny
+from tests.families.matrix import coins, inputs_of, literal, padded
+from tests.families.reference import Layer
+from tests.families.zoo import REFUSED, VERIFIED, tiny
 from tests.test_instrument import state
 
 CASES = sorted(VERIFIED)
@@ -33,28 +34,6 @@ def model_of(case: str) -> PreTrainedModel:
     return tiny(kind, **changes)
 
 
-def padded() -> tuple[Tensor, Tensor]:
-    """Two rows of seven tokens, one of them left-padded by two."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    return ids, mask
-
-
-def inputs_of(instrument: Instrument, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in instrument.forward_parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-    return inputs
-
-
-def literal(case: str) -> tuple[Instrument, Reference]:
-    model = model_of(case)
-    instrument = softtrace.attach(model)
-    return instrument, reference(case, model, inputs_of(instrument, *padded()))
-
-
 def test_the_zoo_is_as_large_as_promised() -> None:
     types = {kind for kind, _ in VERIFIED.values()}
     assert len(types) >= 90
@@ -66,7 +45,7 @@ def test_the_zoo_is_as_large_as_promised() -> None:
 def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
     ids, mask = padded()
     valid, model = mask.bool(), model_of(case)
-    instrument, own = literal(case)
+    instrument, own = literal(case, model_of(case))
     before = state(model)
     plain = model(**inputs_of(instrument, ids, mask)).logits
     logits, importances = own.run(None)
@@ -96,18 +75,10 @@ def test_masked_runs_equal_a_literal_reference(case: str) -> None:
     """Coins for every edge, with the attention of the full run; then the residual edges alone."""
     ids, mask = padded()
     valid = mask.bool()
-    instrument, own = literal(case)
+    instrument, own = literal(case, model_of(case))
     recording = instrument.record(ids, mask)
-    generator = torch.Generator().manual_seed(2)
     for residual_only in (False, True):
-        masks = []
-        for layer in recording.importance.existing():
-            parts = []
-            for kind, there in zip(EDGE_KINDS, layer, strict=True):
-                coins = torch.rand(there.shape, generator=generator) < 0.6
-                keep = torch.tensor(kind.endswith("residual")) if residual_only else coins
-                parts.append((there & keep).float())
-            masks.append(LayerEdges(*parts, parallel=layer.parallel))
+        masks = coins(recording.importance, 2, residual_only=residual_only)
         found = instrument.masked_logits(ids, mask, masks, recording.attention)
         expected, _ = own.run([Layer(*each) for each in masks])
         torch.testing.assert_close(found[valid], expected[valid], atol=ROUNDING, rtol=1e-3)

@@ -113,7 +113,8 @@ def effective_projection(projection: nn.Module, width: int) -> tuple[Tensor, Ten
     """
     bias = getattr(projection, "bias", None)
     weight = getattr(projection, "weight", None)
-    if type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D):
+    plain = type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D)
+    if isinstance(weight, Tensor) and plain:
         matrix = weight if type(projection) is Conv1D else weight.T
         return matrix, bias if isinstance(bias, Tensor) else None
     floating = [weight] if isinstance(weight, Tensor) and weight.is_floating_point() else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from softtrace.attention import softtrace_attention_active
 from softtrace.batch import position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
-from softtrace.families.patterns import fit
+from softtrace.families.fitting import fit
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
 from softtrace.families.sight import Watch, mismatch, stacked_layers
@@ -45,9 +45,9 @@ def take_apart(
     """
     allowed = max(allowed, 1e-6)  # norms of transformers compute in float32 in float64 models
     misses: dict[str, UnsupportedModelError] = {}
-    for route in ("interface", "interception"):
+    for route in get_args(Route):
         try:
-            return _by_route(model, inputs, plain, configs, allowed, route)  # type: ignore[arg-type]
+            return _by_route(model, inputs, plain, configs, allowed, route)
         except UnsupportedModelError as error:
             misses[route] = error
     # What its own attention code showed, unless that showed no attention: its code came to an end.

@@ -323,9 +323,7 @@ class _PassThrough(MaskedRun):
         return probabilities
 
 
-def _disturbed(
-    instrument: Instrument, inputs: dict[str, Any], index: int, noise: float
-) -> Tensor:
+def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise: float) -> Tensor:
     """What the MLP of one layer gave with ``noise`` on token 2 of what its branch reads."""
     anatomy, modules = instrument.anatomy, instrument.anatomy.layers[index]
     gave: list[Tensor] = []
@@ -347,9 +345,7 @@ def _disturbed(
         done: list[bool] = []
         return tuple(map(change, args)), {name: change(each) for name, each in kwargs.items()}
 
-    handles: list[RemovableHandle] = [
-        reader.register_forward_pre_hook(disturb, with_kwargs=True)
-    ]
+    handles: list[RemovableHandle] = [reader.register_forward_pre_hook(disturb, with_kwargs=True)]
     try:
         register(
             [Hook(each, on_output(lambda read, out: gave.append(out) or out), False)  # type: ignore[func-returns-value]
@@ -375,4 +371,3 @@ def _same(
     allowed = max(slack * tolerance(other.dtype), _NORMS)
     message = f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
     found.require(name or what, error, allowed, message)
-

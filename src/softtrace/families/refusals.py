@@ -1,4 +1,4 @@
-"""What can be said of a model before anything runs: wrappers around it, and reasons to refuse it."""
+"""What can be said of a model before anything runs: wrappers to look through, reasons to refuse."""
 
 from __future__ import annotations
 

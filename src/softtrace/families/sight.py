@@ -170,7 +170,9 @@ class Watch:
                     continue
                 inside = [prefix for prefix in prefixes.values() if name.startswith(prefix)]
                 short = name.removeprefix(inside[0]) if inside else name
-                handles.append(module.register_forward_pre_hook(self._enter(short), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(self._enter(short), with_kwargs=True)
+                )
                 handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
             yield self
         finally:
@@ -201,7 +203,8 @@ def stacked_layers(model: nn.Module) -> Sequence[nn.Module]:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
         )
-    return tuple(max(outermost, key=lambda each: (len(each), _size(each))))
+    longest: nn.ModuleList = max(outermost, key=lambda each: (len(each), _size(each)))
+    return tuple(longest)
 
 
 def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:

@@ -1,0 +1,124 @@
+"""Which causal-LM types of the installed transformers are verified, and which are refused and why.
+
+    python recipes/benchmarks/families.py
+
+Builds a tiny random model of every case of ``tests/families/zoo.py``, attaches to it and, where it
+is accepted, compares importances and a masked run with a literal reference
+(``tests/families/reference.py``) on a padded batch. Writes ``families.json`` and ``families.md``
+next to this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))  # tests/ is not installed
+
+import softtrace  # noqa: E402
+from softtrace.errors import UnsupportedModelError  # noqa: E402
+from softtrace.evaluation.files import write_json  # noqa: E402
+from softtrace.evaluation.provenance import provenance  # noqa: E402
+from tests.families.matrix import literal_errors  # noqa: E402
+from tests.families.zoo import REFUSED, VERIFIED, tiny  # noqa: E402
+
+
+def verified(case: str) -> dict[str, Any]:
+    """Attach and compare; a case of the zoo that fails either raises."""
+    kind, changes = VERIFIED[case]
+    model = tiny(kind, **changes)
+    instrument = softtrace.attach(model)
+    return {
+        "case": case,
+        "type": kind,
+        "verdict": "verified",
+        "pattern": instrument.anatomy.pattern,
+        "attention": instrument.anatomy.route,
+        "proof": instrument.verification.largest,
+        **literal_errors(case, model),
+    }
+
+
+def refused(case: str) -> dict[str, Any]:
+    """The reason why a type is refused."""
+    kind, changes, _ = REFUSED[case]
+    try:
+        softtrace.attach(tiny(kind, **changes))
+    except UnsupportedModelError as error:
+        return {"case": case, "type": kind, "verdict": "refused", "reason": str(error)}
+    raise AssertionError(f"{case} was accepted")
+
+
+def main() -> None:
+    """Run the matrix and write both files."""
+    transformers.logging.set_verbosity_error()
+    accepted = [verified(case) for case in tqdm(sorted(VERIFIED), desc="verified")]
+    denied = [refused(case) for case in tqdm(sorted(REFUSED), desc="refused")]
+    tried = {row["type"] for row in accepted + denied}
+    untried = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - tried)
+    result = {
+        "types_verified": len({row["type"] for row in accepted}),
+        "types_of_transformers": len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        "verified": accepted,
+        "refused": denied,
+        "untried": untried,
+        **provenance(torch.device("cpu")),
+    }
+    write_json(HERE / "families.json", result)
+    (HERE / "families.md").write_text("\n".join(page(result)) + "\n", encoding="utf-8")
+    print(f"{result['types_verified']} types verified, {len(denied)} cases refused")
+
+
+def page(result: dict[str, Any]) -> Iterator[str]:
+    """The tables in Markdown."""
+    versions = result["versions"]
+    yield "# Model families"
+    yield ""
+    yield (
+        f"{result['types_verified']} of the {result['types_of_transformers']} causal-LM types of "
+        f"transformers {versions['transformers']} are verified, as tiny random models built from "
+        f"their configs (torch {versions['torch']}, {result['created'][:10]}, float32). Written by "
+        "`make families`; tested by `tests/families/test_zoo.py`."
+    )
+    yield ""
+    yield (
+        "*proof*: the largest relative mismatch of the checks at attach time. *importance*, "
+        "*masked*: the largest difference of an importance (a share of 1) and of a logit of a run "
+        "with random edges masked from a literal reference that materialises every edge, on a "
+        "padded batch. *attention*: through transformers' interface, or caught at the softmax of "
+        "the model's own code (interception)."
+    )
+    yield ""
+    yield "| type | pattern | attention | verdict | proof | importance | masked |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in result["verified"]:
+        yield (
+            f"| {row['case']} | {row['pattern']} | {row['attention']} | verified "
+            f"| {row['proof']:.0e} | {row['importance']:.0e} | {row['masked']:.0e} |"
+        )
+    yield ""
+    yield "## Refused, with the reason that is given"
+    yield ""
+    yield "| type | reason |"
+    yield "|---|---|"
+    for row in result["refused"]:
+        yield f"| {row['case']} | {row['reason'].replace('|', chr(92) + '|')} |"
+    yield ""
+    yield "## Not tried"
+    yield ""
+    yield (
+        "These have no tiny config here (most also take images or audio); the proof decides when "
+        f"one is attached: {', '.join(result['untried'])}."
+    )
+
+
+if __name__ == "__main__":
+    main()

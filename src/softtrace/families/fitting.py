@@ -1,0 +1,384 @@
+"""The fit of a residual pattern to what a layer was seen to do.
+
+A layer is taken apart by what adds up: some module's output is what attention adds, some other's is
+what the MLP adds, and entry plus these, each times a multiplier, must give what the layer gave. The
+pattern names what was found; no class and no attribute of a model is on a list.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.errors import UnsupportedModelError
+from softtrace.families.anatomy import LayerModules, effective_projection
+from softtrace.families.norms import LinearNorm, linear_norm
+from softtrace.families.patterns import Evidence, name_of
+from softtrace.families.sight import Attended, Call, LayerSight, mismatch, rows_of, stacked
+
+_SCORES = ("q_proj", "k_proj")
+"""What makes queries and keys. A wrong guess costs time, not correctness: the proof finds it."""
+
+
+def fit(index: int, sight: LayerSight, valid: Tensor, allowed: float) -> tuple[str, LayerModules]:
+    """Take one layer apart.
+
+    Args:
+        index: of the layer, for messages.
+        sight: notes of a watched run.
+        valid: ``[B, T]`` bool.
+        allowed: largest relative mismatch.
+
+    Returns:
+        The pattern's name and the modules.
+
+    Raises:
+        UnsupportedModelError: what is missing, or that nothing adds up.
+    """
+    where = f"layer {index} ({type(sight.layer).__name__})"
+    if sight.output is None:
+        raise UnsupportedModelError(f"{where}: it did not run to its end")
+    attended = _only_attention(sight, where)
+    search = _Search(sight, valid, allowed, where)
+    projection, width = search.projection(attended)
+    found = search.sequential(projection) or search.parallel(projection)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{where}: the node is not the sum of its edges: {search.why()}"
+        )
+    return search.describe(attended, projection, width, found)
+
+
+def _only_attention(sight: LayerSight, where: str) -> Attended:
+    if len(sight.attention) == 1:
+        if bool(sight.attention[0].visible.triu(1).any()):
+            raise UnsupportedModelError(
+                f"{where}: a token sees later ones; allowed are causal language models (set "
+                "config.is_decoder=True where a model can be either)"
+            )
+        return sight.attention[0]
+    if sight.attention:
+        raise UnsupportedModelError(
+            f"{where}: attention was asked for {len(sight.attention)} times; the graph has one "
+            "attention sub-block a layer"
+        )
+    parts = ", ".join(sorted({type(c.module).__name__ for c in sight.calls if c.depth == 0}))
+    raise UnsupportedModelError(
+        f"{where}: no softmax attention was seen in it (its parts: {parts}). State-space, "
+        "convolutional and linear-attention layers have no edge for each source token, and "
+        "attention inside a fused kernel cannot be seen"
+    )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Parts that add up: what attention adds, who reads the sum, what the MLP adds."""
+
+    attention: Call
+    attention_scale: float
+    reader: Call | None
+    mlp: tuple[Call, ...]
+    mlp_scale: float
+
+
+class _Search:
+    """Looks for modules of one layer whose outputs add up."""
+
+    def __init__(self, sight: LayerSight, valid: Tensor, allowed: float, where: str) -> None:
+        self.sight, self.where = sight, where
+        self.kept = valid.flatten()
+        self.allowed = allowed
+        self.closest = float("inf")
+        seen: dict[int, int] = {}
+        for call in sight.calls:
+            seen[id(call.module)] = seen.get(id(call.module), 0) + 1
+        # A module that ran twice in one layer cannot be told apart by a hook.
+        self.calls = [call for call in sight.calls if seen[id(call.module)] == 1]
+        self.scales = (1.0, *_multipliers(sight.layer))
+        self.entry = self._rows(sight.entry)
+        assert sight.output is not None
+        self.output = self._rows(sight.output)
+        self.gave = stacked(self.calls, sight, self.kept, "gave") if self.calls else self.entry[:0]
+        self.read = stacked(self.calls, sight, self.kept, "read") if self.calls else self.entry[:0]
+
+    def _rows(self, values: Tensor) -> Tensor:
+        rows = rows_of(values, self.sight)
+        if rows is None:
+            raise UnsupportedModelError(
+                f"{self.where}: it reads {tuple(self.sight.entry.shape)} and gives "
+                f"{tuple(values.shape)}; a residual stream keeps its shape"
+            )
+        return rows[self.kept]
+
+    def _near(self, candidates: Tensor, wanted: Tensor, scale: Tensor) -> list[int]:
+        """Indices of the candidates ``[n, rows, d]`` within rounding of the closest one."""
+        if not len(candidates):
+            return []
+        errors = (candidates - wanted).abs().flatten(1).amax(1) / scale
+        errors = torch.nan_to_num(errors, nan=torch.inf)
+        best = float(errors.min())
+        if best > self.allowed:
+            return []
+        bound = max(2 * best, 8 * torch.finfo(wanted.dtype).eps)
+        return (errors <= bound).nonzero()[:, 0].tolist()
+
+    def projection(self, attended: Attended) -> tuple[Call, int]:
+        """The first affine module that reads the mixed heads, and their width."""
+        mixed = _mixed(attended)
+        width = mixed.shape[-1]
+        reading = [
+            call
+            for call in self.calls
+            if call.begin > attended.at
+            and call.read is not None
+            and call.read.numel() == mixed.numel()
+            and mismatch(call.read.reshape(mixed.shape)[self.kept], mixed[self.kept])
+            <= self.allowed
+        ]
+        misses = []
+        for call in reading:
+            if rows_of(call.gave, self.sight) is None:
+                misses.append(f"{call.name} gives no vector of the residual's width")
+                continue
+            try:
+                weight, bias = effective_projection(call.module, width)
+            except UnsupportedModelError as error:
+                misses.append(str(error))
+                continue
+            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                misses.append(f"{call.name}: {_first_line(error)}")
+                continue
+            assert call.gave is not None
+            expected = mixed @ weight.to(mixed.dtype) + (0 if bias is None else bias)
+            gave = call.gave.reshape(self.sight.rows, -1)
+            miss = mismatch(expected[self.kept].to(gave.dtype), gave[self.kept])
+            if miss <= self.allowed:
+                return call, width
+            misses.append(f"{call.name} is not affine (mismatch {miss:.2g})")
+        seen = "; ".join(misses) or "no module reads them as they are"
+        raise UnsupportedModelError(
+            f"{self.where}: no output projection was found for the mixed heads of "
+            f"{type(attended.module).__name__} ({seen}). The graph needs A·V·W_O with a W_O for "
+            "each head: a gate, a norm or values shared in a latent between heads break that"
+        )
+
+    def sequential(self, projection: Call) -> _Sum | None:
+        """Entry + attention is read by a later module; that + MLP is what the layer gave."""
+        for call, scale in self._adders(projection):
+            middle = self.entry + scale * self._of(call, "gave")
+            later = [i for i, c in enumerate(self.calls) if c.begin > call.end]
+            near = self._near(self.read[later], middle, self._scale(middle))
+            for reader in self._outermost([self.calls[later[i]] for i in near]):
+                found = self._rest(middle, [c for c in self.calls if c.begin >= reader.begin])
+                if found is not None:
+                    return _Sum(call, scale, reader, *found)
+        return None
+
+    def parallel(self, projection: Call) -> _Sum | None:
+        """Entry + attention + MLP is what the layer gave."""
+        for call, scale in self._adders(projection):
+            partial = self.entry + scale * self._of(call, "gave")
+            others = [
+                c for c in self.calls if not _inside(c, call) and not _inside(call, c) and c != call
+            ]
+            found = self._rest(partial, others)
+            if found is not None:
+                return _Sum(call, scale, None, *found)
+        return None
+
+    def _adders(self, projection: Call) -> Iterator[tuple[Call, float]]:
+        """What attention may add, outermost first: the projection's output or a later one."""
+        later = [call for call in self.calls if call.end >= projection.end]
+        for scale in self.scales:
+            for call in sorted(later, key=lambda c: (c.depth, c.begin)):
+                if rows_of(call.gave, self.sight) is not None:
+                    yield call, scale
+
+    def _rest(self, partial: Tensor, calls: list[Call]) -> tuple[tuple[Call, ...], float] | None:
+        """One call, or two children of the layer, whose output closes the sum."""
+        indices = [self.calls.index(call) for call in calls]
+        for scale in self.scales:
+            sums = partial + scale * self.gave[indices]
+            miss = (sums - self.output).abs().flatten(1).amax(1).nan_to_num(nan=torch.inf)
+            self.closest = min(self.closest, *(miss / self._scale(self.output)).tolist(), 1e30)
+            near = self._near(sums, self.output, self._scale(self.output))
+            if near:
+                return (self._outermost([calls[i] for i in near])[0],), scale
+        top = [i for i in indices if self.calls[i].depth == 0]
+        for scale in self.scales:
+            for first, second in itertools.combinations(top, 2):
+                total = partial + scale * (self.gave[first] + self.gave[second])
+                if self._near(total[None], self.output, self._scale(self.output)):
+                    return (self.calls[first], self.calls[second]), scale
+        return None
+
+    def _of(self, call: Call, what: str) -> Tensor:
+        values: Tensor = getattr(self, what)[self.calls.index(call)]
+        return values
+
+    def _scale(self, values: Tensor) -> Tensor:
+        return torch.maximum(values.abs().max(), self.entry.abs().max()).clamp_min(1e-30)
+
+    @staticmethod
+    def _outermost(calls: list[Call]) -> list[Call]:
+        return sorted(calls, key=lambda call: (call.depth, call.begin))
+
+    def why(self) -> str:
+        """What is known of a layer in which nothing added up."""
+        same = [c for c in self.calls if mismatch(self._of(c, "gave"), self.output) <= self.allowed]
+        for call in same:
+            try:
+                linear_norm(call.module, self._of(call, "read"), self.allowed)
+            except (UnsupportedModelError, RuntimeError, TypeError):
+                continue
+            return (
+                f"what it gives is the output of a norm, {call.name}. A norm of the residual "
+                "stream itself (post-LN, as in BERT) leaves no residual edge to mask"
+            )
+        miss = "" if self.closest > 1e29 else f" by {self.closest:.2g} at best"
+        return (
+            "entry plus an output of attention plus an output of another module, each times a "
+            f"multiplier, misses what the layer gave{miss} (allowed {self.allowed:.0e}). It does "
+            "something else with its residual stream (a gate, a second stream, another mixer)"
+        )
+
+    def describe(
+        self, attended: Attended, projection: Call, width: int, found: _Sum
+    ) -> tuple[str, LayerModules]:
+        """Name the pattern and put the modules together."""
+        norm = self._norm_after(projection, found.attention)
+        by_name = {call.name: call for call in self.sight.calls}
+        attention_call = next((c for c in self.calls if c.module is attended.module), None)
+        outer = [by_name.get(c.name.rpartition(".")[0]) for c in (found.attention, *found.mlp)]
+        evidence = Evidence(
+            parallel=found.reader is None,
+            before=self._norm_before(attention_call),
+            after=norm is not None,
+            multiplied=found.attention_scale != 1 or found.mlp_scale != 1,
+            inside=any(call is not None and not self._passes(call, found) for call in outer),
+            bare=self._bare(found),
+        )
+        children = dict(attended.module.named_children())
+        return name_of(evidence), LayerModules(
+            layer=self.sight.layer,
+            attention=attended.module,
+            projection=projection.module,
+            width=width,
+            attention_out=found.attention.module,
+            attention_norm=norm,
+            attention_scale=found.attention_scale,
+            middle=None if found.reader is None else found.reader.module,
+            mlp_out=tuple(call.module for call in found.mlp),
+            mlp_scale=found.mlp_scale,
+            token_wise=self._token_wise(found),
+            score_projections=tuple(children[name] for name in _SCORES if name in children),
+        )
+
+    def _norm_after(self, projection: Call, attention: Call) -> LinearNorm | None:
+        raw, added = self._of(projection, "gave"), self._of(attention, "gave")
+        if mismatch(added, raw) <= 8 * torch.finfo(raw.dtype).eps:
+            return None
+        read = self._of(attention, "read")
+        if mismatch(read, raw) <= self.allowed:
+            try:
+                return linear_norm(attention.module, raw, self.allowed)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(
+                    f"{self.where}: {attention.name}, between attention's projection and the "
+                    f"sum: {error}"
+                ) from error
+        raise UnsupportedModelError(
+            f"{self.where}: {attention.name} gives what attention adds, but does not read what the "
+            "output projection gave; the edges of its heads cannot be followed through it"
+        )
+
+    def _norm_before(self, attention: Call | None) -> bool:
+        """Whether another child gave what attention read (a norm, which may change nothing)."""
+        if attention is None:
+            return True
+        reads = self._of(attention, "read")
+        return any(
+            call.depth == 0
+            and call.end < attention.begin
+            and mismatch(self._of(call, "gave"), reads) <= self.allowed
+            for call in self.calls
+        )
+
+    def _passes(self, outer: Call, found: _Sum) -> bool:
+        """Whether a module around an adder gives just what is added, not the sum."""
+        gave = rows_of(outer.gave, self.sight)
+        if gave is None:
+            return True
+        gave = gave[self.kept]
+        attention = self._of(found.attention, "gave") * found.attention_scale
+        sums = (self.entry + attention, self.output)
+        return all(mismatch(gave, each) > self.allowed for each in sums)
+
+    def _bare(self, found: _Sum) -> bool:
+        return not self._token_wise(found) and all(call.depth == 0 for call in found.mlp)
+
+    def _token_wise(self, found: _Sum) -> tuple[nn.Module, ...]:
+        """Modules that hold the whole MLP: they read the node, normed or not, and give its output.
+
+        Empty where the MLP is no module of its own.
+        """
+        if found.reader is None:
+            node = self.entry
+            sources = [node] + [
+                self._of(c, "gave")
+                for c in self.calls
+                if c.depth == 0 and mismatch(self._of(c, "read"), node) <= self.allowed
+            ]
+        else:
+            node = self._of(found.reader, "read")
+            sources = [node, self._of(found.reader, "gave")]
+        whole = []
+        for call in found.mlp:
+            candidates = [call] + [
+                c
+                for c in self.calls
+                if c.depth == 0
+                and c.end < call.begin
+                and mismatch(self._of(c, "gave"), self._of(call, "read")) <= self.allowed
+            ]
+            fits = [
+                c.module
+                for c in candidates
+                if any(mismatch(self._of(c, "read"), s) <= self.allowed for s in sources)
+                and any(True for _ in c.module.children())  # a norm has none
+            ]
+            if not fits:
+                return ()
+            whole.append(fits[0])
+        return tuple(whole)
+
+
+def _mixed(attended: Attended) -> Tensor:
+    """``[B · T, H · d_head]``: what attention gives its projection."""
+    batch, heads, length, sources = attended.probabilities.shape
+    value = attended.value
+    grouped = attended.probabilities.to(value.dtype).reshape(batch, value.shape[1], -1, sources)
+    mixed = (grouped @ value).reshape(batch, heads, length, -1)
+    return mixed.transpose(1, 2).reshape(batch * length, -1)
+
+
+def _inside(inner: Call, outer: Call) -> bool:
+    return outer.begin < inner.begin and inner.end < outer.end
+
+
+def _multipliers(layer: nn.Module) -> Sequence[float]:
+    """Numbers that the layer keeps as attributes: a residual multiplier is one of them."""
+    found = {
+        value
+        for value in vars(layer).values()
+        if isinstance(value, float) and value not in (0.0, 1.0)
+    }
+    return sorted(found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
