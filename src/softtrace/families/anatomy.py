@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softtrace.errors import UnsupportedModelError
 from softtrace.families.norms import LinearNorm
 from softtrace.families.readout import Readout
 
@@ -26,6 +25,7 @@ class LayerModules:
         attention: asks for the attention function, or takes the softmax itself.
         projection: reads the mixed heads; ``W_O``.
         width: of what it reads, heads times head dimension.
+        dtype: of what it reads.
         attention_out: its output, times ``attention_scale``, is what attention adds.
         attention_norm: a norm between the projection and the sum; None where there is none.
         attention_scale: residual multiplier of the attention sub-block.
@@ -40,6 +40,7 @@ class LayerModules:
     attention: nn.Module
     projection: nn.Module
     width: int
+    dtype: torch.dtype
     attention_out: nn.Module
     attention_norm: LinearNorm | None
     attention_scale: float
@@ -83,13 +84,13 @@ class Anatomy:
         With adapters it is the projection that the model applies: base weight and delta.
         """
         modules = self.layers[layer]
-        matrix, _ = effective_projection(modules.projection, modules.width)
+        matrix, _ = effective_projection(modules.projection, modules.width, modules.dtype)
         return matrix.reshape(self.heads, -1, matrix.shape[-1])
 
     def output_bias(self, layer: int) -> Tensor | None:
         """Bias of a layer's output projection, ``[d_model]``: a constant of the node, no edge."""
         modules = self.layers[layer]
-        return effective_projection(modules.projection, modules.width)[1]
+        return effective_projection(modules.projection, modules.width, modules.dtype)[1]
 
     def carried_weight(self, layer: int) -> Tensor:
         """``[H, d_head, d_model]``: what a head's value becomes in the node, but for scalars.
@@ -105,11 +106,18 @@ class Anatomy:
         return weight
 
 
-def effective_projection(projection: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
+def effective_projection(
+    projection: nn.Module, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Weight ``[width, d_out]`` and bias ``[d_out]`` of an affine module, as it applies them.
 
     Plain ``Linear`` and ``Conv1D`` store both. Anything else (adapters, parametrisations, quantised
     weights) is run on the identity matrix: whatever it multiplies with comes out, differentiable.
+
+    Args:
+        projection: the module.
+        width: of what it reads.
+        dtype: of what it reads, where its weight is packed and does not tell.
     """
     bias = getattr(projection, "bias", None)
     weight = getattr(projection, "weight", None)
@@ -117,14 +125,10 @@ def effective_projection(projection: nn.Module, width: int) -> tuple[Tensor, Ten
     if isinstance(weight, Tensor) and plain:
         matrix = weight if type(projection) is Conv1D else weight.T
         return matrix, bias if isinstance(bias, Tensor) else None
-    floating = [weight] if isinstance(weight, Tensor) and weight.is_floating_point() else []
-    floating += [each for each in projection.parameters() if each.is_floating_point()]
-    if not floating:
-        raise UnsupportedModelError(
-            f"the output projection is a {type(projection).__name__} with no floating weight, so "
-            "the type that it computes in is not known; load it unquantised"
-        )
-    eye = torch.eye(width, dtype=floating[0].dtype, device=floating[0].device)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        dtype = weight.dtype
+    device = next(projection.parameters()).device
+    eye = torch.eye(width, dtype=dtype, device=device)
     # forward, not __call__: hooks of ours and of others listen to the model's own calls alone.
     rows = projection.forward(torch.cat((eye.new_zeros(1, width), eye)))
     return rows[1:] - rows[0], rows[0]

@@ -140,16 +140,13 @@ class _Search:
             <= self.allowed
         ]
         misses = []
-        for call in reading:
+        for call in sorted(reading, key=lambda each: each.begin):  # an adapter before its base
             if rows_of(call.gave, self.sight) is None:
                 misses.append(f"{call.name} gives no vector of the residual's width")
                 continue
             try:
-                weight, bias = effective_projection(call.module, width)
-            except UnsupportedModelError as error:
-                misses.append(str(error))
-                continue
-            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                weight, bias = effective_projection(call.module, width, mixed.dtype)
+            except (RuntimeError, TypeError, ValueError, AttributeError, StopIteration) as error:
                 misses.append(f"{call.name}: {_first_line(error)}")
                 continue
             assert call.gave is not None
@@ -268,6 +265,7 @@ class _Search:
             attention=attended.module,
             projection=projection.module,
             width=width,
+            dtype=self.entry.dtype,
             attention_out=found.attention.module,
             attention_norm=norm,
             attention_scale=found.attention_scale,

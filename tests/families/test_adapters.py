@@ -1,0 +1,252 @@
+"""Adapters, parametrisations and quantised weights: the projection that counts is the applied one."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import softtrace
+from softtrace.errors import UnsupportedModelError
+from softtrace.graph import EdgeImportance
+from softtrace.lightning import DensityPenalty
+from tests.families.zoo import tiny
+from tests.fitting import Tuner, batches
+from tests.tiny import tiny_model, tiny_prompt
+
+with warnings.catch_warnings():  # of their own imports
+    warnings.simplefilter("ignore")
+    peft = importlib.import_module("peft")
+    torchao = importlib.import_module("torchao.quantization")
+    bitsandbytes = importlib.import_module("bitsandbytes")
+
+IDS = tiny_prompt(7, batch=2)
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "gemma2": ["q_proj", "o_proj", "up_proj"],  # a norm follows the projection
+    "cohere": ["k_proj", "o_proj"],  # parallel
+    "bloom": ["query_key_value", "dense"],  # its projection is where the residual is added
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+}
+
+
+def base(family: str) -> PreTrainedModel:
+    return tiny_model(family) if family in ("llama", "gpt2") else tiny(family)
+
+
+def settings(family: str, **options: Any) -> Any:
+    fan_in_fan_out = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    return peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        lora_dropout=0.3,
+        target_modules=TARGETS[family],
+        task_type="CAUSAL_LM",
+        **fan_in_fan_out,
+        **options,
+    )
+
+
+def redraw(model: nn.Module, name: str = "default", seed: int = 0) -> None:
+    """PEFT begins with a delta of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "lora_B" in key and f".{name}." in key:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
+def adapted(family: str, **options: Any) -> Any:
+    model = peft.get_peft_model(base(family), settings(family, **options))
+    redraw(model)
+    return model
+
+
+def importance_of(model: nn.Module) -> EdgeImportance:
+    with torch.no_grad():
+        return softtrace.edge_importance(model, IDS)
+
+
+def assert_same(found: EdgeImportance, expected: EdgeImportance) -> None:
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        for part, wanted in zip(one, other, strict=True):
+            torch.testing.assert_close(part, wanted, atol=2e-6, rtol=1e-4)
+
+
+def differ(one: EdgeImportance, other: EdgeImportance) -> bool:
+    return bool((one.layers[-1].attention - other.layers[-1].attention).abs().max() > 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", TARGETS)
+def test_importances_are_those_of_the_merged_model(family: str, kind: str) -> None:
+    model = adapted(family, **KINDS[kind]).train()  # its dropout is off in our runs
+    found = importance_of(model)
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert_same(found, importance_of(merged))
+    assert differ(found, importance_of(base(family)))
+    curves = [softtrace.density_curve(each, IDS, thresholds=[0.1]) for each in (model, merged)]
+    torch.testing.assert_close(
+        curves[0].total_variation, curves[1].total_variation, atol=1e-5, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", TARGETS)
+def test_gradients_reach_adapter_weights_only(family: str, kind: str) -> None:
+    model = adapted(family, **KINDS[kind])
+    penalty = softtrace.DensityLoss(
+        model, masks="soft", attention="recomputed", share=1.0, easy_quantile=1.0, family="sparse"
+    )
+    penalty(IDS, step=0).loss.backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora" in name for name in reached)
+    assert len(reached) >= 2 * 3 * 2
+
+
+def test_merged_unmerged_switched_and_disabled_adapters() -> None:
+    model = adapted("llama")
+    model.add_adapter("other", settings("llama"))
+    redraw(model, "other", seed=1)
+    first = importance_of(model)
+    handle = softtrace.attach(model)
+    model.merge_adapter()
+    assert_same(importance_of(model), first)
+    model.unmerge_adapter()
+    assert_same(importance_of(model), first)
+    model.set_adapter("other")
+    second = importance_of(model)
+    assert differ(first, second)
+    expected = copy.deepcopy(model).merge_and_unload()
+    assert_same(second, importance_of(expected))
+    with model.disable_adapter():
+        assert_same(importance_of(model), importance_of(tiny_model("llama")))
+    model.set_adapter("default")
+    assert_same(importance_of(model), first)
+    assert softtrace.attach(model) is handle  # nothing had to be proven anew
+
+
+def test_attaching_before_and_after_get_peft_model() -> None:
+    model = tiny_model("llama")
+    before = softtrace.attach(model)
+    penalty = softtrace.DensityLoss(model, share=1.0)
+    plain = importance_of(model)
+    wrapped = peft.get_peft_model(model, settings("llama"))
+    redraw(wrapped)
+    assert softtrace.attach(wrapped) is not before
+    assert softtrace.attach(wrapped) is softtrace.attach(model)
+    assert differ(plain, importance_of(wrapped))
+    penalty(IDS, step=0).loss.backward()  # made before, goes on after
+    assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora" in n)
+    assert all(p.grad is None for n, p in wrapped.named_parameters() if "lora" not in n)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_before_the_tokens_are_refused(kind: str) -> None:
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(UnsupportedModelError, match="PEFT adapter default adds virtual tokens"):
+        softtrace.attach(model)
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        Trainer(
+            max_steps=1,
+            callbacks=[DensityPenalty()],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Tuner(model=model), batches())
+
+
+def test_lightning_trains_adapters_with_the_penalty() -> None:
+    model = adapted("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plain = copy.deepcopy(model)
+    for each, callbacks in ((model, [DensityPenalty(strength=5.0, share=1.0)]), (plain, [])):
+        torch.manual_seed(0)
+        Trainer(
+            max_steps=3,
+            callbacks=callbacks,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Tuner(model=each), batches())
+    other = dict(plain.named_parameters())
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            assert not torch.equal(weight, before[name])
+        else:
+            assert torch.equal(weight, before[name])
+    assert any(not torch.equal(p, other[n]) for n, p in model.named_parameters())
+
+
+def weight_normed(model: Any) -> None:
+    for layer in model.model.layers:
+        nn.utils.parametrizations.weight_norm(layer.self_attn.o_proj)
+        with torch.no_grad():
+            layer.self_attn.o_proj.parametrizations.weight.original0.mul_(1.7)
+
+
+def int8_weights(model: Any) -> None:
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("change", [weight_normed, int8_weights])
+def test_weights_behind_another_face(change: Callable[[Any], None]) -> None:
+    """A parametrisation and torchao's int8 weights: as a model with the weights written out."""
+    model = tiny("llama", hidden_size=64, head_dim=16)
+    with torch.no_grad():
+        change(model)
+        plain = tiny("llama", hidden_size=64, head_dim=16)
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                other: Any = model.get_submodule(name)
+                eye = torch.eye(module.in_features)
+                module.weight.copy_(other(eye).T)
+    assert type(model.model.layers[0].self_attn.o_proj.weight) is not nn.Parameter  # type: ignore[union-attr, index]
+    assert_same(importance_of(model), importance_of(plain))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_through_the_module(bits: int, tmp_path: Path) -> None:
+    """Within the rounding of bfloat16; in float32 it computes too coarsely, and is refused."""
+    original: Any = tiny("llama", hidden_size=64, head_dim=16, intermediate_size=128)
+    original.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+    def load(dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=dtype
+        )
+
+    model = load(torch.bfloat16)
+    anatomy = softtrace.attach(model).anatomy
+    found = anatomy.output_weight(0).flatten(0, 1).float()
+    projection = model.model.layers[0].self_attn.o_proj
+    probe = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    applied = projection(probe).float()
+    assert (probe.float() @ found - applied).norm() < 0.02 * applied.norm()
+    original = original.model.layers[0].self_attn.o_proj.weight.T
+    assert (found - original).norm() < (0.15 if bits == 4 else 0.02) * original.norm()
+    assert importance_of(model).layers[0].attention.isfinite().all()
+    with pytest.raises(UnsupportedModelError, match="o_proj is not affine"):
+        softtrace.attach(load(torch.float32))
