@@ -18,7 +18,17 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import LayerModules, effective_projection
 from softtrace.families.norms import LinearNorm, linear_norm
 from softtrace.families.patterns import Evidence, name_of
-from softtrace.families.sight import Attended, Call, LayerSight, mismatch, rows_of, stacked
+from softtrace.families.sight import (
+    ROUNDINGS,
+    Attended,
+    Call,
+    LayerSight,
+    mismatch,
+    rounding,
+    rows_of,
+    stacked,
+    unit,
+)
 
 _SCORES = ("q_proj", "k_proj")
 """What makes queries and keys. A wrong guess costs time, not correctness: the proof finds it."""
@@ -114,17 +124,12 @@ class _Search:
             )
         return rows[self.kept]
 
-    def _near(self, candidates: Tensor, wanted: Tensor, scale: Tensor) -> list[int]:
-        """Indices of the candidates ``[n, rows, d]`` within rounding of the closest one."""
+    def _near(self, candidates: Tensor, wanted: Tensor, magnitude: Tensor) -> list[int]:
+        """Indices of the candidates ``[n, rows, d]`` that are ``wanted`` but for rounding."""
         if not len(candidates):
             return []
-        errors = (candidates - wanted).abs().flatten(1).amax(1) / scale
-        errors = torch.nan_to_num(errors, nan=torch.inf)
-        best = float(errors.min())
-        if best > self.allowed:
-            return []
-        bound = max(2 * best, 8 * torch.finfo(wanted.dtype).eps)
-        return (errors <= bound).nonzero()[:, 0].tolist()
+        errors = ((candidates - wanted).abs() / unit(wanted, magnitude)).flatten(1).amax(1)
+        return (torch.nan_to_num(errors, nan=torch.inf) <= ROUNDINGS).nonzero()[:, 0].tolist()
 
     def projection(self, attended: Attended) -> tuple[Call, int]:
         """The first affine module that reads the mixed heads, and their width."""
@@ -168,9 +173,12 @@ class _Search:
         for call, scale in self._adders(projection):
             middle = self.entry + scale * self._of(call, "gave")
             later = [i for i, c in enumerate(self.calls) if c.begin > call.end]
-            near = self._near(self.read[later], middle, self._scale(middle))
+            size = self.entry.abs() + (scale * self._of(call, "gave")).abs()
+            near = self._near(self.read[later], middle, size)
             for reader in self._outermost([self.calls[later[i]] for i in near]):
-                found = self._rest(middle, [c for c in self.calls if c.begin >= reader.begin])
+                # as the reader has it, so that its rounding is not counted twice
+                node = self._of(reader, "read")
+                found = self._rest(node, [c for c in self.calls if c.begin >= reader.begin])
                 if found is not None:
                     return _Sum(call, scale, reader, *found)
         return None
@@ -201,15 +209,19 @@ class _Search:
         for scale in self.scales:
             sums = partial + scale * self.gave[indices]
             miss = (sums - self.output).abs().flatten(1).amax(1).nan_to_num(nan=torch.inf)
-            self.closest = min(self.closest, *(miss / self._scale(self.output)).tolist(), 1e30)
-            near = self._near(sums, self.output, self._scale(self.output))
+            largest = self.output.abs().max().clamp_min(1e-30)
+            self.closest = min(self.closest, *(miss / largest).tolist(), 1e30)
+            size = partial.abs() + (scale * self.gave[indices]).abs()
+            near = self._near(sums, self.output, size + self.entry.abs())
             if near:
                 return (self._outermost([calls[i] for i in near])[0],), scale
         top = [i for i in indices if self.calls[i].depth == 0]
         for scale in self.scales:
             for first, second in itertools.combinations(top, 2):
                 total = partial + scale * (self.gave[first] + self.gave[second])
-                if self._near(total[None], self.output, self._scale(self.output)):
+                parts = self.gave[first].abs() + self.gave[second].abs()
+                size = partial.abs() + abs(scale) * parts + self.entry.abs()
+                if self._near(total[None], self.output, size):
                     return (self.calls[first], self.calls[second]), scale
         return None
 
@@ -217,16 +229,13 @@ class _Search:
         values: Tensor = getattr(self, what)[self.calls.index(call)]
         return values
 
-    def _scale(self, values: Tensor) -> Tensor:
-        return torch.maximum(values.abs().max(), self.entry.abs().max()).clamp_min(1e-30)
-
     @staticmethod
     def _outermost(calls: list[Call]) -> list[Call]:
         return sorted(calls, key=lambda call: (call.depth, call.begin))
 
     def why(self) -> str:
         """What is known of a layer in which nothing added up."""
-        same = [c for c in self.calls if mismatch(self._of(c, "gave"), self.output) <= self.allowed]
+        same = [c for c in self.calls if _same(self._of(c, "gave"), self.output)]
         for call in same:
             try:
                 linear_norm(call.module, self._of(call, "read"), self.allowed)
@@ -278,10 +287,10 @@ class _Search:
 
     def _norm_after(self, projection: Call, attention: Call) -> LinearNorm | None:
         raw, added = self._of(projection, "gave"), self._of(attention, "gave")
-        if mismatch(added, raw) <= 8 * torch.finfo(raw.dtype).eps:
+        if _same(added, raw):
             return None
         read = self._of(attention, "read")
-        if mismatch(read, raw) <= self.allowed:
+        if _same(read, raw):
             try:
                 return linear_norm(attention.module, raw, self.allowed)
             except UnsupportedModelError as error:
@@ -300,9 +309,7 @@ class _Search:
             return True
         reads = self._of(attention, "read")
         return any(
-            call.depth == 0
-            and call.end < attention.begin
-            and mismatch(self._of(call, "gave"), reads) <= self.allowed
+            call.depth == 0 and call.end < attention.begin and _same(self._of(call, "gave"), reads)
             for call in self.calls
         )
 
@@ -314,7 +321,7 @@ class _Search:
         gave = gave[self.kept]
         attention = self._of(found.attention, "gave") * found.attention_scale
         sums = (self.entry + attention, self.output)
-        return all(mismatch(gave, each) > self.allowed for each in sums)
+        return not any(_same(gave, each) for each in sums)
 
     def _bare(self, found: _Sum) -> bool:
         return not self._token_wise(found) and all(call.depth == 0 for call in found.mlp)
@@ -329,7 +336,7 @@ class _Search:
             sources = [node] + [
                 self._of(c, "gave")
                 for c in self.calls
-                if c.depth == 0 and mismatch(self._of(c, "read"), node) <= self.allowed
+                if c.depth == 0 and _same(self._of(c, "read"), node)
             ]
         else:
             node = self._of(found.reader, "read")
@@ -341,12 +348,12 @@ class _Search:
                 for c in self.calls
                 if c.depth == 0
                 and c.end < call.begin
-                and mismatch(self._of(c, "gave"), self._of(call, "read")) <= self.allowed
+                and _same(self._of(c, "gave"), self._of(call, "read"))
             ]
             fits = [
                 c.module
                 for c in candidates
-                if any(mismatch(self._of(c, "read"), s) <= self.allowed for s in sources)
+                if any(_same(self._of(c, "read"), s) for s in sources)
                 and any(True for _ in c.module.children())  # a norm has none
             ]
             if not fits:
@@ -362,6 +369,11 @@ def _mixed(attended: Attended) -> Tensor:
     grouped = attended.probabilities.to(value.dtype).reshape(batch, value.shape[1], -1, sources)
     mixed = (grouped @ value).reshape(batch, heads, length, -1)
     return mixed.transpose(1, 2).reshape(batch * length, -1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are copies of each other, but for rounding."""
+    return rounding(one, other) <= ROUNDINGS
 
 
 def _inside(inner: Call, outer: Call) -> bool:

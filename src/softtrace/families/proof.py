@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
-from softtrace.families.sight import mismatch
+from softtrace.families.sight import ROUNDINGS, mismatch, rounding
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, on_output, register
 from softtrace.runs import MaskedRun, RecordingRun
@@ -77,6 +77,7 @@ class _Witness(MaskedRun):
         self.last_output: Tensor | None = None
         self._mixed: tuple[Tensor, Tensor] | None = None
         self._expected: Tensor | None = None
+        self._size: Tensor | None = None
         self._parts: list[Tensor] = []
         self._mlp_read: Tensor | None = None
 
@@ -134,14 +135,17 @@ class _Witness(MaskedRun):
             rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
             self._compare("the norm after attention", output, rebuilt)
         mask = self.masks[layer].attention_residual[..., None].to(output.dtype)
-        self._expected = mask * self.entry + modules.attention_scale * output
+        added = modules.attention_scale * output
+        self._expected = mask * self.entry + added
+        self._size = self.entry.abs() + added.abs()
         return super().after_attention(layer, read, output)
 
     @override
     def _reach_middle(self, hidden: Tensor) -> Tensor | None:
-        if self._expected is None:
+        if self._expected is None or self._size is None:
             raise UnsupportedModelError(f"layer {self._layer}: attention did not run before MLP")
-        self._compare("after attention", hidden.reshape(self.entry.shape), self._expected)
+        found = hidden.reshape(self.entry.shape)
+        self._compare_sum("after attention", found, self._expected, self._size)
         return super()._reach_middle(hidden)
 
     def _mlp_ran(self, layer: int, module: nn.Module, read: Tensor, output: Tensor) -> Tensor:
@@ -156,16 +160,17 @@ class _Witness(MaskedRun):
     @override
     def _leave(self, layer: int, output: Tensor) -> Tensor:
         modules, masks = self.anatomy.layers[layer], self.masks[layer]
-        if len(self._parts) < len(modules.mlp_out):
+        size = self._size  # of entry and attention: the model's own middle has their rounding
+        if len(self._parts) < len(modules.mlp_out) or size is None or self._expected is None:
             raise UnsupportedModelError(f"layer {layer}: its MLP did not run inside it")
         mlp = masks.mlp[..., None].to(output.dtype) * sum(self._parts[1:], self._parts[0])
         if modules.parallel:
-            assert self._expected is not None
             node = self._expected
         else:
             node = masks.mlp_residual[..., None].to(output.dtype) * self.middle
-        self._expected, self._parts = None, []
-        self._compare("after the MLP", output, node + modules.mlp_scale * mlp)
+        added = modules.mlp_scale * mlp
+        self._expected, self._size, self._parts = None, None, []
+        self._compare_sum("after the MLP", output, node + added, size + added.abs())
         self.last_output = super()._leave(layer, output)
         return self.last_output
 
@@ -181,18 +186,24 @@ class _Witness(MaskedRun):
         return hidden[-1]
 
     def _compare(self, where: str, found: Tensor, expected: Tensor) -> None:
-        # Cancelled residuals leave rounding at the scale of what was cancelled.
-        floor = float(self.entry.abs().max())
-        allowed = tolerance(found.dtype)
-        if "norm" in where:
-            allowed = max(allowed, _NORMS)
-        error = mismatch(found[self.valid], expected[self.valid], floor)
+        allowed = max(tolerance(found.dtype), _NORMS)
+        error = mismatch(found[self.valid], expected[self.valid])
+        self._require(where, error, allowed, "of the largest value")
+
+    def _compare_sum(self, where: str, found: Tensor, expected: Tensor, size: Tensor) -> None:
+        """Elementwise: cancelled residuals leave rounding at the scale of what was cancelled."""
+        one, other, size = (each[self.valid] for each in (found, expected, size))
+        eps = torch.finfo(found.dtype).eps
+        error = rounding(one, other, size) * eps
+        self._require(where, error, ROUNDINGS * eps, "of the terms of its sum")
+
+    def _require(self, where: str, error: float, allowed: float, relative: str) -> None:
         self.verification.require(
             where,
             error,
             allowed,
             f"layer {self._layer}, {where}: the node is not the sum of its edges (largest "
-            f"relative mismatch {error:.2g}, allowed {allowed:.0e}). The pattern tried is "
+            f"mismatch {error:.2g} {relative}, allowed {allowed:.0e}). The pattern tried is "
             f"'{self.anatomy.pattern}'; this model does something else with its residual stream",
         )
 

@@ -94,7 +94,7 @@ def find_readout(
     norms = [
         call
         for call in calls
-        if call.reads(last, valid, allowed) and call.gave is not None and call.module is not head
+        if call.reads(last, valid) and call.gave is not None and call.module is not head
     ]
     if not norms:
         raise UnsupportedModelError(
