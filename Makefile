@@ -25,8 +25,14 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest -m ''
+test-all: .venv/installed .venv/quantised
+	$(BIN)/python -m pytest -m 'not quantised'
+	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/families/test_quantised.py
+
+# Beside the environment, not in it: importing transformers imports both, slowly and loudly.
+.venv/quantised: .venv/installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ -c constraints.txt torchao bitsandbytes
 
 check: .venv/installed
 	$(BIN)/ruff check .

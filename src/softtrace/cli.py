@@ -108,7 +108,7 @@ def _inspect(args: list[str]) -> None:
         description="Show how a model is taken apart into the edges of its graph, and prove it.",
     )
     parser.add_argument("model", type=str, help="model directory (safetensors) or hub name")
-    parser.add_argument("--length", type=int, default=128, help="tokens to count edges for")
+    parser.add_argument("--length", type=int | None, help="tokens; 128 unless told")
     parser.add_argument("--dtype", type=str, default="float32", help="of the weights")
     parser.add_argument("--json", type=bool, default=False, help="print JSON instead of text")
     options = parser.parse_args(args)

@@ -16,13 +16,16 @@ from softtrace.instrument import Instrument, attach
 from softtrace.load import load_model
 from softtrace.trace import edge_counts
 
+_LENGTH = 128
 
-def inspect(model: str, length: int = 128, dtype: str = "float32") -> dict[str, Any]:
+
+def inspect(model: str, length: int | None = None, dtype: str = "float32") -> dict[str, Any]:
     """Load a model, prove that it is the sum of its edges, and describe how.
 
     Args:
         model: model directory (safetensors) or hub name.
-        length: tokens of the sequence whose edges are counted, for its last token.
+        length: tokens of the sequence whose edges are counted, for its last token; None for 128,
+            or as many positions as the model learned.
         dtype: of the weights.
 
     Returns:
@@ -31,9 +34,14 @@ def inspect(model: str, length: int = 128, dtype: str = "float32") -> dict[str, 
     Raises:
         ModelDirectoryError, UnsupportedModelError, InvalidInputError: the model or the length.
     """
-    check_least("length", length, 1)
-    network = load_model(model, dtype=dtype)
-    return describe(attach(network), length)
+    if length is not None:
+        check_least("length", length, 1)
+    network = load_model(model, dtype=dtype)  # an instrument does not keep its model alive
+    instrument = attach(network)
+    positions = instrument.anatomy.positions
+    if length is None:
+        length = _LENGTH if positions is None else min(_LENGTH, positions)
+    return describe(instrument, length)
 
 
 @torch.no_grad()

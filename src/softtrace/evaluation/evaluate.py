@@ -26,6 +26,7 @@ from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.table import density_table
+from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 
 
@@ -100,15 +101,16 @@ def evaluate(
             extra_blocks=extra_blocks,
             progress=bar.update,
         )
-    config = network.config
+    config, anatomy = network.config, attach(network).anatomy
     density = {
         "version": DENSITY_VERSION,
         "model": {
             "path": model,
             "type": config.model_type,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "layers": config.num_hidden_layers,
-            "heads": config.num_attention_heads,
+            "layers": len(anatomy.layers),
+            "heads": anatomy.heads,
+            "pattern": anatomy.pattern,
         },
         "data": {
             "path": data,
