@@ -65,7 +65,9 @@ class TheirAttention(nn.Module):
                 mixed = torch.matmul(probabilities, v)
             else:
                 folded = scores.reshape(-1, length, length)
-                probabilities = self.dropout(functional.softmax(folded, dim=-1, dtype=torch.float32))
+                probabilities = self.dropout(
+                    functional.softmax(folded, dim=-1, dtype=torch.float32)
+                )
                 mixed = torch.bmm(probabilities.to(v.dtype), v.reshape(-1, length, 8))
                 mixed = mixed.reshape(batch, self.heads, length, 8)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -99,9 +99,7 @@ def test_the_loss_of_a_packed_row_is_that_of_the_documents() -> None:
 
 
 def test_lightning_passes_positions_on() -> None:
-    features = [
-        {"input_ids": each[0].tolist(), "labels": each[0].tolist()} for each in documents()
-    ]
+    features = [{"input_ids": each[0].tolist(), "labels": each[0].tolist()} for each in documents()]
     batch = dict(DataCollatorWithFlattening()(features))
     seen: list[Any] = []
 

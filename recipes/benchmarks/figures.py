@@ -25,6 +25,13 @@ EFFECT_ROWS = (
     ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
 )
 
+#: shown first as examples of a pattern
+KNOWN = (
+    *("llama", "qwen3", "mistral", "gpt2", "phi3", "gpt_oss", "gemma2", "gemma3_text", "glm4"),
+    *("olmo2", "exaone4", "gpt_neox", "falcon", "gptj", "cohere", "phi", "bloom", "mpt", "opt"),
+    *("granite", "minicpm3"),
+)
+
 
 def read(name: str) -> dict[str, Any]:
     """A result file."""
@@ -106,7 +113,65 @@ def tracing() -> str:
     )
 
 
-BLOCKS = {"quickstart": quickstart, "effect": effect, "tracing": tracing}
+def families() -> str:
+    """How many types are verified, by pattern."""
+    result = read("families.json")
+    patterns: dict[str, list[str]] = {}
+    for row in result["verified"]:
+        cases = patterns.setdefault(row["pattern"], [])
+        if row["type"] not in cases:
+            cases.append(row["type"])
+    largest = max(row["importance"] for row in result["verified"])
+    lines = [
+        f"**{result['types_verified']}** of the {result['types_of_transformers']} causal-LM types "
+        f"of transformers {result['versions']['transformers']} are verified: as tiny models, "
+        "against their own logits and a literal reference that materialises every edge (largest "
+        f"difference of an importance: {largest:.0e}). "
+        f"{len(result['refused'])} cases are refused, each with its reason. The whole table: "
+        "[families.md](recipes/benchmarks/families.md), made by `make families`.",
+        "",
+        "| residual pattern | types | for example |",
+        "|---|---|---|",
+    ]
+    for pattern, types in sorted(patterns.items(), key=lambda each: -len(each[1])):
+        known = [name for name in KNOWN if name in types]
+        shown = ", ".join((known + [t for t in types if t not in known])[:6])
+        lines.append(f"| {pattern} | {len(types)} | {shown} |")
+    return "\n".join(lines)
+
+
+def sizes() -> str:
+    """Attaching and tracing at the sizes of real models."""
+    result = read("sizes.json")
+    lines = [
+        "| random weights of the size of | pattern | attach | `edge_importance` / forward | "
+        "memory beyond the weights |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["models"]:
+        middle, low, high = row["ratio"]
+        lines.append(
+            f"| {row['model']} | {row['pattern']} | {row['attach_seconds']:.1f} s "
+            f"| {middle:.1f} ({low:.1f} to {high:.1f}) "
+            f"| {row['edge_importance_peak_gib']:.1f} GiB (forward: "
+            f"{row['forward_peak_gib']:.1f}) |"
+        )
+    lines.append(
+        f"\nTime as a ratio, median of {result['rounds']} interleaved rounds; {result['rows']} x "
+        f"{result['length']} tokens, {result['dtype']}, {result['hardware']}, torch "
+        f"{result['versions']['torch']} ([sizes.py](recipes/benchmarks/sizes.py), "
+        "[sizes.json](recipes/benchmarks/sizes.json))."
+    )
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "families": families,
+    "sizes": sizes,
+    "quickstart": quickstart,
+    "effect": effect,
+    "tracing": tracing,
+}
 
 
 def filled(text: str) -> str:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+from tests.families.zoo import REFUSED, VERIFIED
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
 
@@ -26,7 +28,7 @@ def test_readme_says_what_the_result_files_say() -> None:
 
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
-    for name in ("effect.json", "tracing.json"):
+    for name in ("effect.json", "tracing.json", "families.json", "sizes.json"):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
         assert result["versions"]["torch"]
@@ -40,3 +42,13 @@ def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
     assert ratio["loss"]["mean"] <= 1.01
     assert ratio["size_easy"]["mean"] <= 0.5
     assert ratio["area_easy"]["mean"] <= 0.9
+
+
+def test_the_table_of_families_is_that_of_the_zoo() -> None:
+    result = json.loads((BENCHMARKS / "families.json").read_text(encoding="utf-8"))
+    assert {row["case"] for row in result["verified"]} == set(VERIFIED)
+    assert {row["case"] for row in result["refused"]} == set(REFUSED)
+    assert result["types_verified"] >= 60
+    assert max(row["importance"] for row in result["verified"]) < 1e-5
+    page = (BENCHMARKS / "families.md").read_text(encoding="utf-8")
+    assert all(f"| {row['case']} |" in page for row in result["verified"] + result["refused"])
