@@ -171,15 +171,18 @@ class Instrument:
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None = None,
         position_ids: Tensor | None = None,
+        *,
+        exact: bool = False,
     ) -> Tensor:
         """What the final norm gives in :meth:`masked_logits`, ``[B, T, d_model]``.
 
         Logits of a large vocabulary are the largest thing in a run; made from this in portions,
-        they never exist whole.
+        they never exist whole. ``exact`` computes every node beside the model's own sums.
         """
         found: list[Tensor] = []
         norm = self.anatomy.readout.norm.module
         run = self._masked_run(input_ids, attention_mask, masks, attention, position_ids)
+        run.exact = exact
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             self.forward(run, input_ids, **self._one_logit)

@@ -210,7 +210,8 @@ class RecordingRun(Run):
                 normed = modules.attention_norm.scale(read, output)[..., 0].abs()
                 self._scale = normed * abs(modules.attention_scale)
         elif modules.attention_scale != 1:
-            self._scale = torch.full_like(read[..., 0], abs(modules.attention_scale))
+            size = abs(modules.attention_scale)
+            self._scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
         self._attended = True
         self._finish(layer)
         return output
@@ -268,11 +269,14 @@ class MaskedRun(Run):
         attention: Sequence[Tensor] | None = None,
         keep_hidden: bool = False,
         positions: Tensor | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__(anatomy, valid, keep_hidden, positions)
         self.masks = masks
         self.recorded = attention
+        self.exact = exact
         self._node: Tensor | None = None
+        self._round = False
 
     @override
     def listeners(self) -> list[Hook]:
@@ -305,11 +309,21 @@ class MaskedRun(Run):
             return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
         return probabilities * mask
 
-    def _rounds(self, layer: int) -> bool:
-        """Whether the model's own sums round where an edge is masked (see the module's notes)."""
+    @override
+    def _enter(self, hidden: Tensor) -> Tensor | None:
+        self._round = False
+        return super()._enter(hidden)
+
+    def _rounds(self, layer: int, output: Tensor) -> bool:
+        """Whether the model's own sums round where an edge is masked (see the module's notes).
+
+        Once a sub-block of a layer gave half precision (autocast, too), the whole layer does.
+        """
         modules = self.anatomy.layers[layer]
         scaled = modules.attention_scale != 1 or modules.mlp_scale != 1
-        return scaled or self.entry.dtype.itemsize < 4
+        half = output.dtype.itemsize < 4 or self.entry.dtype.itemsize < 4
+        self._round = self._round or self.exact or scaled or half
+        return self._round
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -317,7 +331,7 @@ class MaskedRun(Run):
             self.masks[layer].attention_residual,
             self.anatomy.layers[layer].attention_scale,
         )
-        if self._rounds(layer):
+        if self._rounds(layer, output):
             self._add(mask.to(output.dtype)[..., None] * self.entry + scale * output)
         return torch.addcmul(output, self._minus_one(mask, output), self.entry, value=1 / scale)
 
@@ -335,7 +349,7 @@ class MaskedRun(Run):
         scale = modules.mlp_scale
         kept = masks.mlp.to(output.dtype)[..., None] * output
         first = part == 0 and not modules.parallel
-        if self._rounds(layer):
+        if self._rounds(layer, output):
             if first:
                 self._node = masks.mlp_residual.to(output.dtype)[..., None] * self.middle
             self._add(scale * kept)

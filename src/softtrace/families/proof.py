@@ -17,9 +17,11 @@ from typing_extensions import override
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
+from softtrace.families.independence import check_independence
 from softtrace.families.sight import ROUNDINGS, mismatch, rounding
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, on_output, register
+from softtrace.importance import working_dtype
 from softtrace.runs import MaskedRun, RecordingRun
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ class _Witness(MaskedRun):
         modules = self.anatomy.layers[layer]
         if modules.attention_norm is not None:
             norm = modules.attention_norm
-            rebuilt = norm.scale(read, output) * norm.linear(read.to(torch.float64)).to(read)
+            rebuilt = norm.scale(read, output) * norm.linear(read.to(working_dtype(read.dtype)))
             bias = getattr(norm.module, "bias", None)
             rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
             self._compare("the norm after attention", output, rebuilt)
@@ -242,6 +244,7 @@ def prove(instrument: Instrument, inputs: dict[str, Any], plain: Tensor) -> Veri
     run = _Witness(anatomy, valid, _masks(anatomy, ids, generator), found)
     instrument.forward(run, ids)
     run.finish()
+    check_independence(instrument, found, max(tolerance(last.dtype), _NORMS), ids.device)
     return found
 
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.hooks import first_tensor
+from softtrace.importance import working_dtype
 
 
 @dataclass
@@ -111,7 +112,7 @@ def rounding(found: Tensor, expected: Tensor, magnitude: Tensor | None = None) -
 def unit(like: Tensor, magnitude: Tensor) -> Tensor:
     """What one rounding of numbers of this magnitude is, elementwise."""
     limits = torch.finfo(like.dtype)
-    return (limits.eps * magnitude.to(torch.float64)).clamp_min(limits.tiny)
+    return (limits.eps * magnitude.to(working_dtype(like.dtype))).clamp_min(limits.tiny)
 
 
 class Watch:
