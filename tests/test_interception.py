@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import softtrace
-from softtrace.errors import UnsupportedModelError
+from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.instrument import attach
 from tests.families.zoo import VERIFIED, redraw, tiny
 from tests.test_instrument import state
@@ -203,8 +203,117 @@ def test_what_multiplies_the_values_counts() -> None:
     for layer in model.stack:
         layer.attend.__class__ = Summed
     softtrace.attach(model).detach()
-    with pytest.raises(UnsupportedModelError, match="no softmax attention was seen"):
+    with pytest.raises(UnsupportedModelError, match=r"a softmax of scores .* no matrix product"):
         softtrace.attach(model)
+
+
+class Masked(TheirAttention):
+    """Masks of fewer dimensions, as ``scaled_dot_product_attention`` allows them."""
+
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
+        q, k, v = (e.unflatten(-1, (4, -1)).transpose(1, 2) for e in self.qkv(x).chunk(3, dim=-1))
+        k, v = k[:, :2], v[:, :2]
+        mask = allowed[0, 0]
+        if self.way == "float":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["bool", "float"])
+def test_masks_of_two_dimensions_and_grouped_heads(way: str) -> None:
+    model, ids = theirs(way), tiny_prompt(5)
+    for layer in model.stack:
+        layer.attend.__class__ = Masked
+    recording = attach(model).record(ids)
+    torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+    assert recording.importance.visible[0][0].equal(torch.ones(5, 5).bool().tril())
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_its_padding() -> None:
+    model, ids = theirs("causal sdpa"), tiny_prompt(6, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    curve = softtrace.density_curve(model, ids, mask, thresholds=[1e-9])
+    assert curve.total_variation[:, mask.bool()].max() < 1e-5  # every edge is kept
+    for door in (softtrace.edge_importance, softtrace.density_curve):
+        with pytest.raises(InvalidInputError, match="padding stands before real tokens"):
+            door(model, ids, mask.flip(1))
+
+
+class Wrapping(nn.Module):
+    """Hands its results out in another way."""
+
+    def __init__(self, inner: nn.Module, wrap: Any) -> None:
+        super().__init__()
+        self.inner, self.wrap = inner, wrap
+
+    def forward(self, *args: Any) -> Any:
+        return self.wrap(self.inner(*args))
+
+
+class Unwrapping(TheirModel):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        length = input_ids.shape[1]
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        if attention_mask is not None:
+            allowed = allowed & attention_mask.bool()[:, None, None]
+            allowed = allowed | torch.eye(length, dtype=torch.bool)
+        x: Any = self.tokens(input_ids)
+        for layer in self.stack:
+            x = layer(x, allowed)
+            x = x["hidden"] if isinstance(x, dict) else x if isinstance(x, Tensor) else x[-1]
+        return CausalLMOutput(logits=self.to_vocabulary(self.last(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"hidden": x},
+        lambda x: [x],
+        lambda x: (None, x),
+        lambda x: (torch.ones(2).long(), x),
+    ],
+    ids=["mapping", "list", "none first", "ids first"],
+)
+def test_layers_may_hand_their_output_out_in_any_way(wrap: Any) -> None:
+    model, ids = Unwrapping(TheirConfig("softmax")), tiny_prompt(5, batch=2)
+    redraw(model)
+    model = model.float().eval()
+    expected = softtrace.edge_importance(model, ids)
+    model.stack = nn.ModuleList([Wrapping(layer, wrap) for layer in model.stack])
+    found = softtrace.edge_importance(model, ids)
+    assert torch.equal(found.layers[1].attention, expected.layers[1].attention)
+    none = [layer.map(torch.zeros_like) for layer in found.layers]
+    logits = attach(model).masked_logits(ids, None, none, attach(model).record(ids).attention)
+    assert (logits - logits[:1, :1]).abs().max() < 1e-5
+
+
+def test_logits_that_are_cut_are_refused() -> None:
+    model = theirs("softmax")
+    model.tokens = nn.Embedding.from_pretrained(model.tokens.weight[:60].detach())
+
+    def cut(module: nn.Module, args: Any, output: CausalLMOutput) -> CausalLMOutput:
+        return CausalLMOutput(logits=output.logits[..., :60])
+
+    model.register_forward_hook(cut)
+    with pytest.raises(UnsupportedModelError, match=r"the head gives \(2, 6, 67\), the logits are"):
+        softtrace.attach(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "gptj"])
+def test_models_compiled_in_place_run_as_they_were_written(case: str) -> None:
+    model, ids = tiny(case), tiny_prompt(6)
+    expected = softtrace.edge_importance(tiny(case), ids)
+    model.compile(backend="eager")
+    found = softtrace.edge_importance(model, ids)
+    assert torch.equal(found.layers[1].attention, expected.layers[1].attention)
 
 
 @pytest.mark.parametrize("case", ["gptj", "bloom", "falcon, sequential, alibi"])

@@ -123,21 +123,70 @@ def test_lightning_passes_positions_on() -> None:
 def test_positions_that_are_checked() -> None:
     valid = torch.ones(2, 4, dtype=torch.bool)
     plain = torch.arange(4).expand(2, -1)
-    assert check_positions(plain, valid) is None
-    assert check_positions(plain + 5, valid) is None  # one document a row, wherever it begins
+    assert check_positions(plain, valid, masked=True) is None
+    assert check_positions(plain[:1].to(torch.int16), valid, masked=True) is None
+    later = check_positions(plain + 5, valid, masked=True)  # one document, that begins later
+    assert later is not None
+    assert torch.equal(later, plain + 5)
     packed_row = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
-    found = check_positions(packed_row, valid)
+    found = check_positions(packed_row, valid, masked=False)
     assert found is not None
     assert torch.equal(found, packed_row)
     assert documents_of(packed_row).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
     padded = valid.clone()
     padded[1, 0] = False
     left = torch.tensor([[0, 1, 2, 3], [1, 0, 1, 2]])  # padding has any position
-    assert check_positions(left, padded) is None
-    for positions, mask, message in (
-        (packed_row, padded, "start anew inside a row .* and the batch is padded"),
-        (packed_row[:1], valid, "expected a tensor of the shape of input_ids"),
-        (packed_row.float(), valid, "found torch.float32, expected int64 or int32"),
+    assert check_positions(left, padded, masked=True) is None
+    for positions, mask, masked, message in (
+        (packed_row, padded, True, "start anew inside a row .* and an attention mask was given"),
+        (packed_row, valid, True, "keeps packed documents apart only without one"),
+        (packed_row[:, :3], valid, False, "expected a tensor of the shape of input_ids"),
+        (packed_row.float(), valid, False, "found torch.float32, expected integers"),
+        (packed_row - 1, valid, False, "found negative ones"),
     ):
         with pytest.raises(InvalidInputError, match=message):
-            check_positions(positions, mask)
+            check_positions(positions, mask, masked)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_positions_that_begin_later_are_the_models_own(family: str) -> None:
+    model, ids = tiny_model(family), tiny_prompt(6, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(-1) + 4) * mask
+    instrument = softtrace.attach(model)
+    plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    found = instrument.record(ids, mask, position_ids=positions)
+    torch.testing.assert_close(found.logits[mask.bool()], plain[mask.bool()], atol=2e-5, rtol=1e-4)
+    usual = instrument.record(ids, mask).logits[mask.bool()]
+    assert ((usual - plain[mask.bool()]).abs().max() > 1e-2) == (family == "gpt2")
+
+
+def test_learned_positions_bound_a_document_not_a_row() -> None:
+    model, ids = tiny_model("gpt2"), tiny_prompt(80)  # 64 positions
+    positions = torch.arange(40).repeat(2)[None]
+    assert softtrace.density_curve(model, ids, position_ids=positions, thresholds=[0.5]).edges.any()
+    for given in (None, torch.arange(80)[None]):
+        with pytest.raises(InvalidInputError, match="found sequences of 80 tokens, allowed are at"):
+            softtrace.edge_importance(model, ids, position_ids=given)
+    with pytest.raises(InvalidInputError, match="found sequences of 101 tokens"):
+        softtrace.edge_importance(model, ids[:, :2], position_ids=torch.tensor([[99, 100]]))
+    numbered, mask = tiny("pegasus"), torch.ones(1, 80, dtype=torch.long)
+    mask[:, :40] = 0  # its own code numbers the columns, padding too
+    with pytest.raises(InvalidInputError, match="found sequences of 80 tokens"):
+        softtrace.edge_importance(numbered, ids, mask)
+
+
+def test_a_documents_last_token_has_no_target_without_labels() -> None:
+    seen: list[Tensor] = []
+
+    def easiness(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets)
+        return logits[..., 0]
+
+    ids, positions = packed()
+    softtrace.DensityLoss(tiny_model("llama"), easiness=easiness)(ids, position_ids=positions)
+    last = torch.tensor(LENGTHS).cumsum(0) - 1
+    assert (seen[0][0, last] == -100).all()
+    assert (seen[0] == -100).sum() == len(LENGTHS)

@@ -85,30 +85,40 @@ def documents_of(positions: Tensor) -> Tensor:
     return starts.cumsum(-1)
 
 
-def check_positions(positions: Tensor, valid: Tensor) -> Tensor | None:
-    """Return position ids of a packed batch, or None where rows hold one document each.
+def is_packed(positions: Tensor, valid: Tensor) -> bool:
+    """Whether positions ``[B, T]`` start anew between two real tokens of a row."""
+    return bool(((positions.diff(dim=-1) != 1) & valid[:, 1:] & valid[:, :-1]).any())
+
+
+def check_positions(positions: Tensor, valid: Tensor, masked: bool) -> Tensor | None:
+    """Return position ids that differ from the usual ones, or None where they do not.
 
     Args:
-        positions: ``[B, T]`` integers, as ``DataCollatorWithFlattening`` makes them.
+        positions: ``[B, T]`` or ``[1, T]`` integers; those of packed rows start anew with every
+            document, as ``DataCollatorWithFlattening`` makes them.
         valid: ``[B, T]`` bool.
+        masked: whether an attention mask was given with them.
 
     Raises:
-        InvalidInputError: wrong shape or type, or packed rows with padding, whose documents
-            transformers does not keep apart.
+        InvalidInputError: wrong shape, type or sign, or packed rows with padding or with a mask,
+            in which transformers does not keep documents apart.
     """
+    if isinstance(positions, Tensor) and positions.shape == (1, valid.shape[1]):
+        positions = positions.expand_as(valid)
     check_same_shape("position_ids", positions, valid)
-    if positions.dtype not in (torch.int64, torch.int32):
-        raise InvalidInputError(f"position_ids: found {positions.dtype}, expected int64 or int32")
-    restarts = (positions.diff(dim=-1) != 1) & valid[:, 1:] & valid[:, :-1]
-    if not bool(restarts.any()):
-        return None
-    if not bool(valid.all()):
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise InvalidInputError(f"position_ids: found {positions.dtype}, expected integers")
+    if bool((positions[valid] < 0).any()):
+        raise InvalidInputError("position_ids: found negative ones at real tokens")
+    positions = positions.long()
+    if is_packed(positions, valid) and (masked or not bool(valid.all())):
         raise InvalidInputError(
-            "position_ids: they start anew inside a row (packed documents), and the batch is "
-            "padded. transformers keeps packed documents apart only in batches without padding; "
-            "pack without padding, or give each document a row of its own"
+            "position_ids: they start anew inside a row (packed documents), and an attention mask "
+            "was given. transformers keeps packed documents apart only without one; leave it out "
+            "and pack without padding, or give each document a row of its own"
         )
-    return positions
+    usual = torch.equal(positions[valid], position_ids_of(valid)[valid])
+    return None if usual else positions.masked_fill(~valid, 0)
 
 
 def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None:

@@ -228,7 +228,7 @@ def curve_of(
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
         read = instrument.masked_hidden(
-            input_ids, valid.long(), masks, recording.attention, recording.positions
+            input_ids, recording.mask, masks, recording.attention, recording.positions
         )
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,41 +50,58 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return read
 
 
-def replace_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor | None]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments with the first floating tensor replaced; None where ``change`` gives None."""
-    for at, value in enumerate(args):
-        if _is_floating(value):
-            changed = change(value)
-            return None if changed is None else ((*args[:at], changed, *args[at + 1 :]), kwargs)
-    for name, value in kwargs.items():
-        if _is_floating(value):
-            changed = change(value)
-            return None if changed is None else (args, {**kwargs, name: changed})
-    return None
+def replace_first(place: Any, change: Callable[[Tensor], Tensor | None]) -> tuple[Any, bool]:
+    """Replace the tensor that :func:`first_tensor` finds, wherever it is.
 
+    Args:
+        place: a tensor, or tuples, lists and mappings of anything.
+        change: gives the new tensor, or None to leave it.
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    Returns:
+        ``place`` itself or a copy with the one tensor replaced, and whether it was found.
+    """
+    if isinstance(place, Tensor):
+        if not place.is_floating_point():
+            return place, False
+        changed = change(place)
+        return (place if changed is None else changed), True
+    items: Any = ()
+    if isinstance(place, Mapping):
+        items = list(place.items())
+    elif isinstance(place, tuple | list):
+        items = list(enumerate(place))
+    for key, value in items:
+        changed, found = replace_first(value, change)
+        if not found:
+            continue
+        if changed is value:
+            return place, True
+        if isinstance(place, Mapping):
+            copied: Any = copy.copy(place)
+            copied[key] = changed
+            return copied, True
+        parts = [*place[:key], changed, *place[key + 1 :]]
+        named = hasattr(place, "_fields")
+        return (type(place)(*parts) if named else type(place)(parts)), True
+    return place, False
 
 
 def on_input(listen: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """A forward pre-hook for a module's first floating input: ``listen(input)`` may replace it."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_first(args, kwargs, listen)
+        return replace_first((args, kwargs), listen)[0]
 
     return hook
 
 
 def on_output(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward hook that lets ``change(input, output)`` replace a module's (first) output."""
+    """A forward hook: ``change(input, output)`` replaces a module's first floating output."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        read = _read(args, kwargs)
-        if isinstance(output, tuple):
-            return (change(read, output[0]), *output[1:])
-        return change(read, output)
+        read = first_tensor(args, kwargs)
+        if read is None:
+            raise RuntimeError("a module that was proven to read a tensor was called without one")
+        return replace_first(output, lambda value: change(read, value))[0]
 
     return hook

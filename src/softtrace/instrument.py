@@ -21,12 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import check_batch, check_finite, check_length, check_positions
-from softtrace.errors import UnsupportedModelError
+from softtrace.batch import check_batch, check_finite, check_length, check_positions, is_packed
+from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
 from softtrace.families.proof import Verification, prove, tolerance
-from softtrace.families.refusals import refuse_early, running, unwrapped
+from softtrace.families.refusals import refuse_early, running, uncompiled, unwrapped
+from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register
 from softtrace.interception import interception_active
@@ -55,6 +56,13 @@ class Recording:
     attention: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...] | None
     positions: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Attention mask for masked runs of the same batch; None where documents are packed."""
+        valid = self.importance.valid
+        packed = self.positions is not None and is_packed(self.positions, valid)
+        return None if packed else valid.long()
 
 
 class Instrument:
@@ -96,9 +104,27 @@ class Instrument:
     def valid(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Check a batch; return ``[B, T]`` bool, True at real tokens."""
         valid = check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
-        if self.anatomy.positions is not None:
-            check_length(int(valid.sum(-1).max()), self.anatomy.positions)
+        if self.anatomy.looks_at_padding and bool((~valid[:, :-1] & valid[:, 1:]).any()):
+            raise InvalidInputError(
+                "attention_mask: padding stands before real tokens, and this model's attention "
+                "looks at it all the same; pad on the right, or not at all"
+            )
         return valid
+
+    def _positions(
+        self, valid: Tensor, position_ids: Tensor | None, *, masked: bool
+    ) -> Tensor | None:
+        """Check the length of a batch and position ids that were given; None: the usual ones."""
+        positions = None if position_ids is None else check_positions(position_ids, valid, masked)
+        limit = self.anatomy.positions
+        if limit is not None:
+            longest = int(valid.sum(-1).max())
+            if "position_ids" not in self.forward_parameters:
+                longest = valid.shape[1]  # its own code numbers the columns
+            elif positions is not None:
+                longest = int(positions[valid].max()) + 1
+            check_length(longest, limit)
+        return positions
 
     def record(
         self,
@@ -124,7 +150,7 @@ class Instrument:
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
         valid = self.valid(input_ids, attention_mask)
-        positions = None if position_ids is None else check_positions(position_ids, valid)
+        positions = self._positions(valid, position_ids, masked=attention_mask is not None)
         run = RecordingRun(self.anatomy, valid, keep_hidden, keep_attention, positions)
         logits = self.forward(run, input_ids)
         check_finite(logits.detach(), "logits of the full model", valid)
@@ -161,7 +187,7 @@ class Instrument:
         position_ids: Tensor | None,
     ) -> MaskedRun:
         valid = self.valid(input_ids, attention_mask)
-        positions = None if position_ids is None else check_positions(position_ids, valid)
+        positions = self._positions(valid, position_ids, masked=attention_mask is not None)
         return MaskedRun(self.anatomy, valid, masks, attention, positions=positions)
 
     def masked_hidden(
@@ -210,7 +236,8 @@ class Instrument:
         handles: list[RemovableHandle] = []
         try:
             register(run.hooks(), handles)
-            with dropout_off(self.model), self._attention_of(run, handles):
+            attention = self._attention_of(run, handles)
+            with uncompiled(self.model), dropout_off(self.model), attention:
                 yield
         finally:
             for handle in handles:
@@ -218,7 +245,7 @@ class Instrument:
 
     def _attention_of(
         self, run: Run, handles: list[RemovableHandle]
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Any]:
         if self.anatomy.route == "interface":
             return softtrace_attention_active(self._configs, run)
         asking: list[nn.Module] = []
@@ -252,7 +279,9 @@ def attach(model: nn.Module) -> Instrument:
     refuse_early(model)
     device = next(model.parameters()).device.type
     # Autocast rounds every product, which is no mismatch of the model's layout.
-    with torch.no_grad(), torch.autocast(device, enabled=False), dropout_off(model):
+    exact = torch.autocast(device, enabled=False)
+    own = running(f"{type(model).__name__} does not do what its layers promise")
+    with torch.no_grad(), exact, uncompiled(model), own, dropout_off(model):
         instrument = _proven(model)
     _ATTACHED[model] = instrument
     return instrument
@@ -263,10 +292,15 @@ def _proven(model: nn.Module) -> Instrument:
     configs = {id(config): config for config in map(_config_of, model.modules()) if config}
     inputs = tiny_inputs(model, _parameters(model), _TINY)
     valid = inputs["attention_mask"].bool()
-    plain = _plain(model, inputs)
+    plain, layers = running_layers(model, lambda: _plain(model, inputs))
     check_finite(plain, "logits of the model on a tiny batch, run to attach", valid)
     anatomy = take_apart(
-        model, inputs, plain, tuple(configs.values()), tolerance(next(model.parameters()).dtype)
+        model,
+        inputs,
+        plain,
+        layers,
+        tuple(configs.values()),
+        tolerance(next(model.parameters()).dtype),
     )
     instrument = Instrument(model, anatomy, tuple(configs.values()))
     try:
@@ -275,8 +309,8 @@ def _proven(model: nn.Module) -> Instrument:
         if not any(modules.score_projections for modules in anatomy.layers):
             raise
         # Keys that are values too, or shared between layers, cannot be left out of masked runs.
-        layers = tuple(replace(modules, score_projections=()) for modules in anatomy.layers)
-        instrument.anatomy = replace(anatomy, layers=layers)
+        narrower = tuple(replace(modules, score_projections=()) for modules in anatomy.layers)
+        instrument.anatomy = replace(anatomy, layers=narrower)
         instrument.verification = prove(instrument, inputs, plain)
     return instrument
 
@@ -290,7 +324,8 @@ def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(
             f"{type(model).__name__} gives logits of shape {found} for token ids {tuple(shape)}; "
-            "a causal language model gives [B, T, V] (it has no language-model head?)"
+            "a causal language model gives [B, T, V], one row a token (no language-model head, or "
+            "logits of the last token alone?)"
         )
     return logits
 

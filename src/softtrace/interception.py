@@ -26,8 +26,9 @@ Asking = Callable[[], nn.Module | None]
 
 _SOFTMAXES = (functional.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
-_HIDDEN = -1e3
-"""Scores below this are masks: they have no edge. Masks are the least number of a type, or -1e4."""
+_HIDDEN = 5e3
+"""Scores this far under zero and under the largest of their row are masked: they have no edge.
+Masks are the least number of a type, or -1e4."""
 
 
 class _Followed:
@@ -52,6 +53,8 @@ class Interception(TorchFunctionMode):
         self.listener, self.asking = listener, asking
         self.rows, self.length = batch
         self._followed: dict[int, _Followed] = {}
+        self.softmaxes = 0
+        self.caught = 0
 
     @override
     def __torch_function__(
@@ -68,7 +71,8 @@ class Interception(TorchFunctionMode):
             return self._fused(*args, **kwargs)
         if func in _SOFTMAXES and args and self._is_square(args[0]):
             found = func(*args, **kwargs)
-            self._follow(found, args[0].detach() > _HIDDEN)
+            self._follow(found, _seen(args[0].detach()))
+            self.softmaxes += 1
             return found
         followed = self._followed.get(id(args[0])) if args else None
         if followed is None:
@@ -102,6 +106,7 @@ class Interception(TorchFunctionMode):
         given = given.to(working_dtype(given.dtype))
         found = self._heard(module, given, heads, visible)
         self._followed.clear()
+        self.caught += 1
         return found.to(probabilities.dtype).reshape(probabilities.shape)
 
     def _heard(self, module: nn.Module, given: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -130,11 +135,10 @@ class Interception(TorchFunctionMode):
         if is_causal:
             visible = visible.tril()
         if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                visible = visible & attn_mask.expand(self.rows, -1, -1, -1).any(1)
-            else:
-                visible = visible & (attn_mask > _HIDDEN).expand(self.rows, -1, -1, -1).any(1)
-                bias = attn_mask
+            mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+            if mask.dtype != torch.bool:
+                bias, mask = mask, _seen(mask.detach())
+            visible = visible & mask.expand(self.rows, -1, self.length, -1).any(1)
         given = self.listener.attention_probabilities(module)
         if given is None:
             given = attention_probabilities(
@@ -145,17 +149,21 @@ class Interception(TorchFunctionMode):
         return given.to(value.dtype) @ value.repeat_interleave(groups, dim=1)
 
 
+def _seen(scores: Tensor) -> Tensor:
+    return (scores > -_HIDDEN) | (scores > scores.amax(-1, keepdim=True) - _HIDDEN)
+
+
 @contextmanager
 def interception_active(
     configs: Sequence[Any],
     listener: AttentionListener,
     asking: Asking,
     batch: torch.Size,
-) -> Iterator[None]:
+) -> Iterator[Interception]:
     """Let models with these configs run their own code, under an :class:`Interception`.
 
     Fused kernels other than PyTorch's have no softmax to be seen: those give way to eager code.
     """
     fused = [each for each in configs if each._attn_implementation not in ("sdpa", "eager")]
-    with configured(fused, "eager"), Interception(listener, asking, batch):
-        yield
+    with configured(fused, "eager"), Interception(listener, asking, batch) as mode:
+        yield mode

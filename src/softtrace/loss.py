@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import check_finite, check_positions, check_same_shape
+from softtrace.batch import (
+    check_finite,
+    check_positions,
+    check_same_shape,
+    documents_of,
+    is_packed,
+)
 from softtrace.distortion import divergence, total_variation
 from softtrace.draws import Draw, draw
 from softtrace.easiness import easiness, easy_weights
@@ -141,8 +147,10 @@ class DensityLoss:
     ) -> DensityTerm:
         options, instrument = self.options, attach(self.model)
         valid = instrument.valid(input_ids, attention_mask)
-        positions = None if position_ids is None else check_positions(position_ids, valid)
-        targets, counted = _next_tokens(input_ids, valid, labels)
+        positions = None
+        if position_ids is not None:
+            positions = check_positions(position_ids, valid, attention_mask is not None)
+        targets, counted = _next_tokens(input_ids, valid, labels, positions)
         rows = counted.any(-1).nonzero()[:, 0]
         if not len(rows):
             return _nothing(input_ids, strength, "no token of the batch has a target")
@@ -164,15 +172,21 @@ class DensityLoss:
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the crop has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-            recording = instrument.record(
-                ids, mask, position_ids=None if positions is None else positions[part]
+            recording = (
+                instrument.record(ids, mask)
+                if positions is None
+                else instrument.record(
+                    ids,
+                    mask if not is_packed(positions, valid) else None,
+                    position_ids=positions[part],
+                )
             )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, targets[part])
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen)
         recorded = recording.attention if options.attention == "recorded" else None
-        masked = instrument.masked_logits(ids, mask, masks, recorded, recording.positions)
+        masked = instrument.masked_logits(ids, recording.mask, masks, recorded, recording.positions)
         check_finite(masked.detach(), "logits of the masked run", mask.bool())
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         distance = divergence if options.distance == "kl" else total_variation
@@ -233,12 +247,17 @@ def soft_size(
         return size if weights is None else (size * weights).sum()
 
 
-def _next_tokens(input_ids: Tensor, valid: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def _next_tokens(
+    input_ids: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``[B, T]``: the token each position has to predict, -100 for none; and which count."""
     if labels is not None:
         check_same_shape("labels", labels, input_ids)
     target = torch.full_like(input_ids, -100)
     target[:, :-1] = (input_ids.masked_fill(~valid, -100) if labels is None else labels)[:, 1:]
+    if labels is None and positions is not None:  # the next token is another document's first
+        last = documents_of(positions).diff(dim=-1) != 0
+        target[:, :-1] = target[:, :-1].masked_fill(last, -100)
     target = target.masked_fill(~valid, -100)
     # Without labels the last token's prediction is as good as any, though its target is unknown.
     return target, valid if labels is None else target >= 0

@@ -34,7 +34,9 @@ class _Narrowed:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._shape = None
-        return replace_first(args, kwargs, self._narrowed)
+        narrowed: tuple[tuple[Any, ...], dict[str, Any]]
+        narrowed, _ = replace_first((args, kwargs), self._narrowed)
+        return narrowed
 
     def _narrowed(self, hidden: Tensor) -> Tensor | None:
         narrow = self.narrow(hidden)
@@ -47,9 +49,8 @@ class _Narrowed:
     ) -> Any:
         if self._shape is None:
             return output
-        if isinstance(output, tuple):
-            return (self.widen(output[0], self._shape), *output[1:])
-        return self.widen(output, self._shape)
+        shape = self._shape
+        return replace_first(output, lambda value: self.widen(value, shape))[0]
 
     def narrow(self, hidden: Tensor) -> Tensor | None:
         """``[B, T, d]`` to ``[1, N, d]``, or None to leave the input as it is."""

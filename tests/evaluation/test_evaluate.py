@@ -92,6 +92,7 @@ def test_curves_shares_and_agreement_are_consistent(density: dict[str, Any]) -> 
         "parameters": density["model"]["parameters"],
         "layers": 3,
         "heads": 4,
+        "pattern": "sequential pre-norm",
     }
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import softtrace
 from softtrace.errors import UnsupportedModelError
+from softtrace.families import anatomy
 from softtrace.graph import EdgeImportance
 from softtrace.lightning import DensityPenalty
 from tests.families.zoo import tiny
@@ -219,3 +220,31 @@ def weight_normed(model: Any) -> None:
 
 def test_weights_behind_a_parametrisation() -> None:
     assert_written_out(tiny("llama"), weight_normed)
+
+
+def test_a_bias_does_not_round_the_weights_of_half_precision_away() -> None:
+    """A projection that is run on the identity gives weight and bias in one sum."""
+    model: Any = tiny_model("gpt2", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.transformer.h:
+            layer.attn.c_proj.weight.mul_(0.2)
+            layer.attn.c_proj.bias.copy_(3 * torch.randn(32))
+    weight = model.transformer.h[0].attn.c_proj.weight.detach().float()
+    wrapped = peft.get_peft_model(model, settings("gpt2"))
+    taken = softtrace.attach(wrapped).anatomy
+    found = taken.output_weight(0).flatten(0, 1).float()
+    assert (found - weight).abs().mean() < 2e-3 * weight.abs().mean()
+    first, second = taken.output_weight(1), taken.output_weight(2)
+    assert not torch.equal(first, second)
+
+
+def test_the_probe_of_adapted_projections_is_shared_by_the_layers() -> None:
+    """What a backward pass keeps of it is one matrix, not one a layer; inference mode harms none."""
+    model = adapted("llama")
+    anatomy._probe.cache_clear()
+    with torch.inference_mode():
+        softtrace.edge_importance(model, IDS)
+    softtrace.DensityLoss(model, masks="soft", share=1.0)(IDS, step=0).loss.backward()
+    info = anatomy._probe.cache_info()
+    assert (info.misses, info.currsize) == (1, 1)
+    assert info.hits >= 5

@@ -141,3 +141,23 @@ def test_a_node_without_edges_is_zero_also_in_half_precision(case: str, dtype: t
         handle.remove()
     assert own.isfinite().all()
     assert not seen[-1].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["falcon, one key head", "falcon, new layout", "gptj", "llama"])
+def test_masked_residuals_leak_nothing_under_autocast(case: str) -> None:
+    """Falcon adds two half-precision outputs in place, whatever its residual stream is."""
+    kind, changes = VERIFIED[case]
+    model = tiny(kind, **changes)
+    instrument = softtrace.attach(model)
+    ids = IDS[:1]
+    other = (ids + 7) % 64 + 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recording = instrument.record(ids)
+        masks = [layer.map(torch.ones_like) for layer in recording.importance.layers]
+        masks[1] = masks[1].map(torch.zeros_like)
+        logits = [
+            instrument.masked_logits(each, None, masks, recording.attention)
+            for each in (ids, other)
+        ]
+    assert torch.equal(*logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +70,7 @@ class Anatomy:
         heads: query heads of every layer.
         vocabulary: rows of the embedding.
         positions: length of the longest sequence with learned positions; None where computed.
+        looks_at_padding: whether real tokens see padding before them, whatever the mask says.
     """
 
     pattern: str
@@ -77,6 +80,7 @@ class Anatomy:
     heads: int
     vocabulary: int
     positions: int | None = None
+    looks_at_padding: bool = False
 
     def output_weight(self, layer: int) -> Tensor:
         """Effective ``W_O`` of a layer, ``[H, d_head, d_model]``, before any norm or multiplier.
@@ -127,8 +131,21 @@ def effective_projection(
         return matrix, bias if isinstance(bias, Tensor) else None
     if isinstance(weight, Tensor) and weight.is_floating_point():
         dtype = weight.dtype
-    device = next(projection.parameters()).device
-    eye = torch.eye(width, dtype=dtype, device=device)
+    stored = next(itertools.chain(projection.parameters(), projection.buffers()))
+    # A bias beside small weights would round them away; a power of two costs nothing.
+    times = 64.0 if isinstance(bias, Tensor) else 1.0
+    probe = _probe(width, dtype, stored.device, times)
     # forward, not __call__: hooks of ours and of others listen to the model's own calls alone.
-    rows = projection.forward(torch.cat((eye.new_zeros(1, width), eye)))
-    return rows[1:] - rows[0], rows[0]
+    rows = projection.forward(probe)
+    return (rows[1:] - rows[0]) / times, rows[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _probe(width: int, dtype: torch.dtype, device: torch.device, times: float) -> Tensor:
+    """A row of zeros, then ``times`` the identity: one tensor for all layers that need it.
+
+    A backward pass keeps what every layer was run on; without sharing that would be a matrix each.
+    """
+    with torch.inference_mode(False):  # or no later backward could keep it
+        eye = torch.eye(width, dtype=dtype, device=device) * times
+        return torch.cat((eye.new_zeros(1, width), eye))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import position_ids_of
+from softtrace.batch import is_packed, position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.fitting import fit
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
-from softtrace.families.sight import Watch, mismatch, stacked_layers
-from softtrace.interception import interception_active
+from softtrace.families.sight import Watch, mismatch
+from softtrace.interception import Interception, interception_active
 
 _TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
@@ -28,6 +28,7 @@ def take_apart(
     model: nn.Module,
     inputs: dict[str, Any],
     plain: Tensor,
+    layers: Sequence[nn.Module],
     configs: Sequence[PretrainedConfig],
     allowed: float,
 ) -> Anatomy:
@@ -37,6 +38,7 @@ def take_apart(
         model: a causal language model, dropout off.
         inputs: keyword arguments of a tiny batch.
         plain: ``[B, T, V]``, the model's own logits on it.
+        layers: of the decoder, first to last.
         configs: of the model and its modules.
         allowed: largest relative mismatch.
 
@@ -47,7 +49,7 @@ def take_apart(
     misses: dict[str, UnsupportedModelError] = {}
     for route in get_args(Route):
         try:
-            return _by_route(model, inputs, plain, configs, allowed, route)
+            return _by_route(model, inputs, plain, layers, configs, allowed, route)
         except UnsupportedModelError as error:
             misses[route] = error
     # What its own attention code showed, unless that showed no attention: its code came to an end.
@@ -59,18 +61,26 @@ def _by_route(
     model: nn.Module,
     inputs: dict[str, Any],
     plain: Tensor,
+    layers: Sequence[nn.Module],
     configs: Sequence[PretrainedConfig],
     allowed: float,
     route: Route,
 ) -> Anatomy:
     valid = inputs["attention_mask"].bool()
-    watch = Watch(model)
-    active: AbstractContextManager[None] = softtrace_attention_active(configs, watch)
+    watch = Watch(model, layers)
+    active: AbstractContextManager[Interception | None]
+    active = softtrace_attention_active(configs, watch)
     if route == "interception":
         active = interception_active(configs, watch, watch.asking, valid.shape)
-    name = type(model).__name__
-    with watch.watching(), active, running(f"{name} does not run with its attention in the open"):
+    what = f"{type(model).__name__} does not run with its attention in the open"
+    with watch.watching(), active as mode, running(what):
         logits = model(**inputs).logits
+    if mode is not None and mode.softmaxes and not any(s.attention for s in watch.layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a softmax of scores [..., T, T] was seen, but no matrix "
+            "product of it with values (an einsum, or a sum); the share of each source token "
+            "cannot be followed. Allowed are torch.matmul, bmm and scaled_dot_product_attention"
+        )
     error = mismatch(logits[valid], plain[valid])
     if not error <= 4 * allowed:
         raise UnsupportedModelError(
@@ -78,7 +88,6 @@ def _by_route(
             f"{error:.2g} of the largest value, allowed {4 * allowed:.0e}): its attention does "
             "something that is not in transformers' interface, or did not follow it"
         )
-    layers = stacked_layers(model)
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"{type(model).__name__} runs the same layer twice; {_TIED}")
     if [id(sight.layer) for sight in watch.layers] != [id(layer) for layer in layers]:
@@ -117,6 +126,10 @@ def _by_route(
         heads=heads.pop(),
         vocabulary=int(getattr(embedding, "num_embeddings", plain.shape[-1])),
         positions=learned_positions(model),
+        looks_at_padding=any(
+            bool((s.attention[0].visible & valid[:, :, None] & ~valid[:, None, :]).any())
+            for s in watch.layers
+        ),
     )
 
 
@@ -160,13 +173,14 @@ def forward_inputs(
     Args:
         input_ids: ``[B, T]``.
         valid: ``[B, T]`` bool.
-        positions: ``[B, T]`` of a packed batch: then no mask is passed, and transformers keeps the
-            documents apart; None otherwise.
+        positions: ``[B, T]`` that are not the usual ones, or None. Where they start anew inside a
+            row no mask is passed: then transformers keeps the documents apart.
         parameters: names that the forward takes.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids}
-    if positions is None:
+    if positions is None or not is_packed(positions, valid):
         inputs["attention_mask"] = valid.long()
+    if positions is None:
         positions = position_ids_of(valid)
     if "position_ids" in parameters:
         inputs["position_ids"] = positions

@@ -18,6 +18,7 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import LayerModules, effective_projection
 from softtrace.families.norms import LinearNorm, linear_norm
 from softtrace.families.patterns import Evidence, name_of
+from softtrace.families.refusals import NOT_MADE_FOR_IT
 from softtrace.families.sight import (
     ROUNDINGS,
     Attended,
@@ -30,6 +31,7 @@ from softtrace.families.sight import (
     unit,
 )
 
+_LARGEST = 16.0  # a residual multiplier; larger integers are sizes
 _SCORES = ("q_proj", "k_proj")
 """What makes queries and keys. A wrong guess costs time, not correctness: the proof finds it."""
 
@@ -52,7 +54,7 @@ def fit(index: int, sight: LayerSight, valid: Tensor, allowed: float) -> tuple[s
     where = f"layer {index} ({type(sight.layer).__name__})"
     if sight.output is None:
         raise UnsupportedModelError(f"{where}: it did not run to its end")
-    attended = _only_attention(sight, where)
+    attended = _only_attention(sight, valid, where)
     search = _Search(sight, valid, allowed, where)
     projection, width = search.projection(attended)
     found = search.sequential(projection) or search.parallel(projection)
@@ -63,9 +65,10 @@ def fit(index: int, sight: LayerSight, valid: Tensor, allowed: float) -> tuple[s
     return search.describe(attended, projection, width, found)
 
 
-def _only_attention(sight: LayerSight, where: str) -> Attended:
+def _only_attention(sight: LayerSight, valid: Tensor, where: str) -> Attended:
     if len(sight.attention) == 1:
-        if bool(sight.attention[0].visible.triu(1).any()):
+        tokens = valid[:, :, None] & valid[:, None, :]
+        if bool((sight.attention[0].visible & tokens).triu(1).any()):
             raise UnsupportedModelError(
                 f"{where}: a token sees later ones; allowed are causal language models (set "
                 "config.is_decoder=True where a model can be either)"
@@ -151,8 +154,8 @@ class _Search:
                 continue
             try:
                 weight, bias = effective_projection(call.module, width, mixed.dtype)
-            except (RuntimeError, TypeError, ValueError, AttributeError, StopIteration) as error:
-                misses.append(f"{call.name}: {_first_line(error)}")
+            except NOT_MADE_FOR_IT as error:
+                misses.append(f"{call.name} ({type(call.module).__name__}): {_first_line(error)}")
                 continue
             assert call.gave is not None
             expected = mixed @ weight.to(mixed.dtype) + (0 if bias is None else bias)
@@ -239,7 +242,7 @@ class _Search:
         for call in same:
             try:
                 linear_norm(call.module, self._of(call, "read"), self.allowed)
-            except (UnsupportedModelError, RuntimeError, TypeError):
+            except (UnsupportedModelError, *NOT_MADE_FOR_IT):
                 continue
             return (
                 f"what it gives is the output of a norm, {call.name}. A norm of the residual "
@@ -382,12 +385,12 @@ def _inside(inner: Call, outer: Call) -> bool:
 
 def _multipliers(layer: nn.Module) -> Sequence[float]:
     """Numbers that the layer keeps as attributes: a residual multiplier is one of them."""
-    found = {
-        value
+    numbers = [
+        float(value)
         for value in vars(layer).values()
-        if isinstance(value, float) and value not in (0.0, 1.0)
-    }
-    return sorted(found)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return sorted({value for value in numbers if 0 < abs(value) <= _LARGEST and value != 1})
 
 
 def _first_line(error: Exception) -> str:

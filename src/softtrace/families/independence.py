@@ -113,7 +113,7 @@ def _cuts(everything: EdgeImportance) -> Iterator[tuple[str, list[LayerEdges]]]:
 def _pair(
     everything: EdgeImportance, ids: Tensor, other: Tensor, generator: torch.Generator
 ) -> tuple[int, _Row, _Row]:
-    """A position, random edges, and of these the ones that reach it, with other tokens elsewhere."""
+    """A position, random edges; and those of them that reach it, with other tokens elsewhere."""
     drawn = []
     for layer in everything.existing():
         parts = {}
@@ -136,6 +136,14 @@ def _unbatched(layer: LayerEdges) -> LayerEdges:
     return layer.map(lambda part: part[0])
 
 
+def _batched(layers: Sequence[LayerEdges], device: torch.device) -> LayerEdges:
+    parts = {
+        kind: torch.stack([getattr(each, kind) for each in layers]).to(device)
+        for kind in EDGE_KINDS
+    }
+    return LayerEdges(**parts, parallel=layers[0].parallel)
+
+
 def _hidden(
     instrument: Instrument, rows: list[_Row], attention: list[Tensor], device: torch.device
 ) -> Tensor:
@@ -144,16 +152,7 @@ def _hidden(
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
         ids = torch.stack([row.ids for row in part]).to(device)
-        masks = [
-            LayerEdges(
-                *(
-                    torch.stack([getattr(each, kind) for each in layers]).to(device)
-                    for kind in EDGE_KINDS
-                ),
-                layers[0].parallel,
-            )
-            for layers in zip(*(row.masks for row in part), strict=True)
-        ]
+        masks = [_batched(layers, device) for layers in zip(*(r.masks for r in part), strict=True)]
         recorded = [each.expand(len(part), -1, -1, -1).to(device) for each in attention]
         found.append(instrument.masked_hidden(ids, None, masks, recorded, exact=True))
     hidden = torch.cat(found)

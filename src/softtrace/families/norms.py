@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from softtrace.errors import UnsupportedModelError
+from softtrace.families.refusals import NOT_MADE_FOR_IT
 from softtrace.importance import working_dtype
 
 #: what is added to the stored weight before it multiplies; None: the norm has no weight
@@ -96,13 +97,14 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
         for name, parameter in vectors.items()
     }
     try:
-        normed = functional_call(module, drawn, (sample,))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        normed = functional_call(module, drawn, (sample[None],))  # some insist on [B, T, d]
+    except NOT_MADE_FOR_IT as error:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not run on single vectors, so it is no norm: {error}"
         ) from error
-    if not isinstance(normed, Tensor) or normed.shape != sample.shape:
+    if not isinstance(normed, Tensor) or normed.shape != (1, *sample.shape):
         raise UnsupportedModelError(f"{type(module).__name__} is no norm of its input's shape")
+    normed = normed[0]
     dtype = working_dtype(sample.dtype)
     full, normed = sample.to(dtype), normed.to(dtype)
     if "bias" in drawn:

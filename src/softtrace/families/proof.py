@@ -18,9 +18,10 @@ from typing_extensions import override
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.independence import check_independence
+from softtrace.families.refusals import running
 from softtrace.families.sight import ROUNDINGS, mismatch, rounding
 from softtrace.graph import LayerEdges
-from softtrace.hooks import Hook, on_output, register
+from softtrace.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.importance import working_dtype
 from softtrace.runs import MaskedRun, RecordingRun
 
@@ -278,14 +279,10 @@ def _check_mlps(
     some = valid.flatten().nonzero()[::2, 0]
     for layer, module, hidden, together in runs:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        try:
-            alone = module(flat[some][None])
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise UnsupportedModelError(
-                f"layer {layer}: its MLP ({type(module).__name__}) does not run on some tokens "
-                f"alone: {error}"
-            ) from error
-        alone = alone[0] if isinstance(alone, tuple) else alone
+        name = type(module).__name__
+        with running(f"layer {layer}: its MLP ({name}) does not run on some tokens alone"):
+            alone = first_tensor(module(flat[some][None]))
+            assert alone is not None
         _same(
             found,
             f"layer {layer}: its MLP on some tokens against the same tokens among all (the graph "
@@ -344,27 +341,16 @@ def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise
     reader = modules.middle if modules.middle is not None else modules.layer
     shape = inputs["input_ids"].shape
 
-    def disturb(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def change(value: Any) -> Any:
-            wide = isinstance(value, Tensor) and value.is_floating_point()
-            if not wide or done:
-                return value
-            done.append(True)
-            changed = value.reshape(*shape, -1).clone()
-            changed[:, 2] += noise * changed[:, 2].roll(1, -1)
-            return changed.reshape(value.shape)
+    def disturb(value: Tensor) -> Tensor:
+        changed = value.reshape(*shape, -1).clone()
+        changed[:, 2] += noise * changed[:, 2].roll(1, -1)
+        return changed.reshape(value.shape)
 
-        done: list[bool] = []
-        return tuple(map(change, args)), {name: change(each) for name, each in kwargs.items()}
-
-    handles: list[RemovableHandle] = [reader.register_forward_pre_hook(disturb, with_kwargs=True)]
+    handles: list[RemovableHandle] = []
     try:
-        register(
-            [Hook(each, on_output(lambda read, out: gave.append(out) or out), False)  # type: ignore[func-returns-value]
-             for each in modules.mlp_out], handles
-        )  # fmt: skip
+        note = on_output(lambda read, output: gave.append(output) or output)  # type: ignore[func-returns-value]
+        hooks = [Hook(each, note, False) for each in modules.mlp_out]
+        register([Hook(reader, on_input(disturb), True), *hooks], handles)
         run = _PassThrough(anatomy, inputs["attention_mask"].bool(), ())
         instrument.forward(run, inputs["input_ids"])
     finally:

@@ -124,7 +124,12 @@ def _final(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm:
 def _map(
     model: nn.Module, raw: Tensor, logits: Tensor, valid: Tensor, allowed: float
 ) -> tuple[LogitMap, float]:
-    raw, logits = raw.reshape(logits.shape)[valid], logits[valid]
+    if raw.shape != logits.shape:
+        raise UnsupportedModelError(
+            f"the head gives {tuple(raw.shape)}, the logits are {tuple(logits.shape)}; a part of "
+            "them is cut off or added"
+        )
+    raw, logits = raw[valid], logits[valid]
     if mismatch(raw, logits) <= allowed:
         return _PLAIN, 1.0
     for candidate in LOGIT_MAPS:

@@ -11,8 +11,9 @@ from torch import nn
 from softtrace.errors import UnsupportedModelError
 
 #: errors of a forward that wants other inputs; anything else (a user's hook, say) passes through
-_NOT_MADE_FOR_IT = (
+NOT_MADE_FOR_IT = (
     *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
+    StopIteration,
 )
 
 
@@ -51,9 +52,26 @@ def running(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _NOT_MADE_FOR_IT as error:
+    except NOT_MADE_FOR_IT as error:
         first = str(error).strip().partition("\n")[0]
         raise UnsupportedModelError(f"{what}: {type(error).__name__}: {first}") from error
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run what was compiled in place (``model.compile()``) as it was written.
+
+    Compiled code has no softmax to be seen, and hooks of ours would compile it anew.
+    """
+    compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    if not compiled:  # importing the compiler takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def refuse_early(model: nn.Module) -> None:

@@ -118,14 +118,14 @@ def unit(like: Tensor, magnitude: Tensor) -> Tensor:
 class Watch:
     """Follows one forward: a stack of running modules, notes a layer, and attention as it comes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.model = model
         self.layers: list[LayerSight] = []
         self.outside: list[Call] = []
         self._stack: list[Call] = []
         self._current: LayerSight | None = None
         self._clock = 0
-        self._is_layer = {id(layer) for layer in stacked_layers(model)}
+        self._is_layer = {id(layer) for layer in layers}
 
     def asking(self) -> nn.Module | None:
         """The innermost running module with parameters: who a softmax belongs to."""
@@ -208,8 +208,15 @@ class Watch:
                 handle.remove()
 
 
-def stacked_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder's layers: members of its longest outermost ``ModuleList``.
+def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Sequence[nn.Module]]:
+    """The decoder's layers: members of the longest outermost ``ModuleList`` that ran.
+
+    Args:
+        model: a causal language model.
+        run: runs it once.
+
+    Returns:
+        What ``run`` gave, and the layers, first to last.
 
     Raises:
         UnsupportedModelError: no decoder, or no list of layers in it.
@@ -227,12 +234,25 @@ def stacked_layers(model: nn.Module) -> Sequence[nn.Module]:
         for name, module in lists.items()
         if not any(name != other and name.startswith(f"{other}.") for other in lists)
     ]
-    if not outermost:
+    ran: set[int] = set()
+    handles = [
+        member.register_forward_pre_hook(lambda module, args: ran.add(id(module)))
+        for each in outermost
+        for member in each
+    ]
+    try:
+        output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A model of images or sound has other stacks, which token ids do not reach.
+    found = [each for each in outermost if all(id(member) in ran for member in each)] or outermost
+    if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
         )
-    longest: nn.ModuleList = max(outermost, key=lambda each: (len(each), _size(each)))
-    return tuple(longest)
+    longest: nn.ModuleList = max(found, key=lambda each: (len(each), _size(each)))
+    return output, tuple(longest)
 
 
 def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:
