@@ -37,6 +37,13 @@ def scaled(attention: Module, x: Tensor, heads: int) -> Tensor:
     return separate("v_proj")(attention, x, heads) * attention.v_scale
 
 
+def normed(attention: Module, x: Tensor, heads: int) -> Tensor:
+    """Gemma 4: values are normed, and are the keys where there is no projection for them."""
+    projection = attention.v_proj if attention.v_proj is not None else attention.k_proj
+    values: Tensor = attention.v_norm(projection(x).unflatten(-1, (-1, attention.head_dim)))
+    return values
+
+
 def latent(attention: Module, x: Tensor, heads: int) -> Tensor:
     """DeepSeek: values come out of a latent, beside the keys' parts without positions."""
     compressed = attention.kv_a_proj_with_mqa(x)[..., : attention.kv_lora_rank]
@@ -215,6 +222,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), POST),
     **dict.fromkeys(("gemma2", "gemma2, window"), replace(GEMMA, logits=CAPPED)),
     "gemma3_text": GEMMA,
+    "gemma4_text": replace(GEMMA, values=normed, logits=CAPPED),
     **dict.fromkeys(("glm4", "kolibri1"), GLM4),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere, query norms"), COHERE),
     **dict.fromkeys(("blenderbot", "mbart", "pegasus"), BART),

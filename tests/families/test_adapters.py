@@ -239,7 +239,7 @@ def test_a_bias_does_not_round_the_weights_of_half_precision_away() -> None:
 
 
 def test_the_probe_of_adapted_projections_is_shared_by_the_layers() -> None:
-    """What a backward pass keeps of it is one matrix, not one a layer; inference mode harms none."""
+    """What a backward pass keeps of it is one matrix in all; inference mode does no harm."""
     model = adapted("llama")
     anatomy._probe.cache_clear()
     with torch.inference_mode():

@@ -47,6 +47,16 @@ _LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 4}
 _FALCON: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
 _DECODER: dict[str, Any] = {"is_decoder": True}
 
+#: Gemma 4 says heads by layer, and has a second input to every layer unless it is switched off
+_GEMMA4: dict[str, Any] = {
+    **dict.fromkeys(("head_dim", "num_attention_heads", "num_key_value_heads")),
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}
+
 #: case -> (type, what its config sets; None drops a field of SMALL). Every one is verified.
 VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (
@@ -90,6 +100,7 @@ VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hyperclovax": ("hyperclovax", {"residual_multiplier": 0.3}),
     "lfm2, attention alone": ("lfm2", {"layer_types": ["full_attention"] * 3}),
+    "gemma4_text": ("gemma4_text", _GEMMA4),
     "mistral, window": ("mistral", {"sliding_window": 3}),
     "gemma2, window": ("gemma2", {"sliding_window": 3}),
     "llama4_text, chunks": ("llama4_text", {"attention_chunk_size": 3}),
@@ -106,7 +117,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     # state-space, convolutional, linear attention and hybrids
     "bailing_hybrid": ("bailing_hybrid", {}, NOT_SOFTMAX),
     "bamba": ("bamba", {"mamba_n_heads": 4}, NOT_SOFTMAX),
-    "falcon_h1": ("falcon_h1", {}, "an MLP may not mix tokens"),
+    "falcon_h1": ("falcon_h1", {}, "is not the sum of its edges"),
     "falcon_mamba": ("falcon_mamba", {}, NOT_SOFTMAX),
     "jamba": ("jamba", {}, NOT_SOFTMAX),
     "lfm2, with convolutions": (
@@ -136,6 +147,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     # more than one stream, or more than one attention a layer
     "deepseek_v4": ("deepseek_v4", {}, SECOND_STREAM),
     "hy_v4": ("hy_v4", {}, SECOND_STREAM),
+    "gemma4_text, second input": (
+        "gemma4_text", {**_GEMMA4, "hidden_size_per_layer_input": 8}, "is not the sum of its edges"
+    ),
     "diffllama": ("diffllama", {}, "attention was asked for 2 times"),
     "longcat_flash": ("longcat_flash", _LATENT, "attention was asked for 2 times"),
     "doge": ("doge", {}, "is not the sum of its edges"),
@@ -165,9 +179,9 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTr
     fields = {
         name: value
         for name, value in SMALL.items()
-        if (hasattr(default, name) or name in renamed)
+        if name not in dropped
         and renamed.get(name) not in SMALL
-        and name not in dropped
+        and (name in renamed or hasattr(default, name))
     }
     fields.update({name: value for name, value in changes.items() if name not in dropped})
     with torch.random.fork_rng(devices=[]):

@@ -199,15 +199,19 @@ class _Search:
         return None
 
     def _adders(self, projection: Call) -> Iterator[tuple[Call, float]]:
-        """What attention may add, outermost first: the projection's output or a later one."""
-        later = [call for call in self.calls if call.end >= projection.end]
+        """What attention may add, outermost first: the projection's output, or what came of it."""
+        found = [projection]
+        for call in sorted(self.calls, key=lambda c: c.end):
+            reads = any(_same(self._of(call, "read"), self._of(each, "gave")) for each in found)
+            if call is not projection and (_inside(projection, call) or reads):
+                found.append(call)
         for scale in self.scales:
-            for call in sorted(later, key=lambda c: (c.depth, c.begin)):
+            for call in self._outermost(found):
                 if rows_of(call.gave, self.sight) is not None:
                     yield call, scale
 
     def _rest(self, partial: Tensor, calls: list[Call]) -> tuple[tuple[Call, ...], float] | None:
-        """One call, or two children of the layer, whose output closes the sum."""
+        """One call, or two children of the layer that read the same, whose output closes the sum."""
         indices = [self.calls.index(call) for call in calls]
         for scale in self.scales:
             sums = partial + scale * self.gave[indices]
@@ -221,6 +225,8 @@ class _Search:
         top = [i for i in indices if self.calls[i].depth == 0]
         for scale in self.scales:
             for first, second in itertools.combinations(top, 2):
+                if not _same(self.read[first], self.read[second]):
+                    continue  # one that reads what the other added is no part of the same edge
                 total = partial + scale * (self.gave[first] + self.gave[second])
                 parts = self.gave[first].abs() + self.gave[second].abs()
                 size = partial.abs() + abs(scale) * parts + self.entry.abs()
