@@ -222,7 +222,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), POST),
     **dict.fromkeys(("gemma2", "gemma2, window"), replace(GEMMA, logits=CAPPED)),
     "gemma3_text": GEMMA,
-    "gemma4_text": replace(GEMMA, values=normed, logits=CAPPED),
+    "gemma4_text": replace(GEMMA, values=normed),
     **dict.fromkeys(("glm4", "kolibri1"), GLM4),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere, query norms"), COHERE),
     **dict.fromkeys(("blenderbot", "mbart", "pegasus"), BART),
