@@ -22,7 +22,7 @@ from tests.families.zoo import REFUSED, VERIFIED, tiny
 from tests.test_instrument import state
 
 CASES = sorted(VERIFIED)
-ROUNDING = 3e-5  # absolute, float32 of two routes through three layers
+ROUNDING = 1e-4  # absolute, of logits: float32 of two routes through three or four layers
 
 #: settings of transformers' mixtures that leave some experts without a token of a tiny batch
 NO_GRADIENT = ("experts", "expert", "router", "gate")
@@ -54,12 +54,12 @@ def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
     torch.testing.assert_close(recording.logits[valid], plain[valid], atol=ROUNDING, rtol=1e-4)
     for found, expected in zip(recording.attention, own.probabilities, strict=True):
         rows = valid[:, None].expand(found.shape[:3])
-        torch.testing.assert_close(found[rows], expected[rows], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[rows], expected[rows], atol=ROUNDING, rtol=1e-3)
     for found, expected in zip(recording.importance.layers, importances, strict=True):
         for kind in EDGE_KINDS:
             one, other = getattr(found, kind), getattr(expected, kind)
             rows = valid[:, None].expand(one.shape[:3]) if one.dim() == 4 else valid
-            torch.testing.assert_close(one[rows], other[rows], atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(one[rows], other[rows], atol=2e-5, rtol=1e-3)
             assert not one[~rows].any()  # edges into padding
         parallel = not expected.mlp_residual.any()
         assert found.parallel == parallel
