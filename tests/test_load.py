@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+import softtrace
+from softtrace.cli import main
 from softtrace.errors import ModelDirectoryError
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model
@@ -49,3 +53,39 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ModelDirectoryError, match="found no tokenizer files"):
         load_tokenizer(tmp_path)
+
+
+THEIR_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class TheirConfig(LlamaConfig):
+    model_type = "theirs"
+
+class TheirModel(LlamaForCausalLM):
+    config_class = TheirConfig
+"""
+
+
+def test_code_of_a_models_own_is_not_run_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even asked about; loaded by its owner it is a model like any other."""
+    directory = write_model(tmp_path / "model")
+    (directory / "theirs.py").write_text(THEIR_CODE, encoding="utf-8")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = "theirs"
+    config["auto_map"] = {
+        "AutoConfig": "theirs.TheirConfig",
+        "AutoModelForCausalLM": "theirs.TheirModel",
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    with pytest.raises(ModelDirectoryError, match="it needs code of its own, which softtrace does"):
+        load_model(directory)
+    assert main(["inspect", str(directory)]) == 1
+    assert "trust_remote_code=True" in capsys.readouterr().err
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    instrument = softtrace.attach(model)
+    assert instrument.anatomy.pattern == "sequential pre-norm"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from softtrace.errors import ModelDirectoryError
 
+_NO_CODE = {"trust_remote_code": False}  # left open, transformers asks at the terminal
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -28,7 +29,7 @@ def load_model(
 
     Raises:
         ModelDirectoryError: no such directory and no such model on the hub, no config, no weights,
-            pickle weights only, or a file that cannot be read.
+            pickle weights only, a file that cannot be read, or a model with code of its own.
     """
     check_model_directory(name_or_path)
     allowed = ("float32", "bfloat16", "float16", "auto")
@@ -37,7 +38,7 @@ def load_model(
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with _named(name_or_path):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=wanted, use_safetensors=True, **options
+            str(name_or_path), dtype=wanted, use_safetensors=True, **{**_NO_CODE, **options}
         )
     return model
 
@@ -55,7 +56,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
             "(tokenizer.save_pretrained(directory))"
         )
     with _named(name_or_path):
-        return AutoTokenizer.from_pretrained(str(name_or_path))
+        return AutoTokenizer.from_pretrained(str(name_or_path), **_NO_CODE)
 
 
 @contextmanager
@@ -66,6 +67,15 @@ def _named(name_or_path: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise ModelDirectoryError(
             f"{name_or_path}: its safetensors cannot be read ({error}); was a copy cut short?"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelDirectoryError(
+            f"{name_or_path}: it needs code of its own, which softtrace does not run. Where you "
+            "trust it, load it yourself (AutoModelForCausalLM.from_pretrained(..., "
+            "trust_remote_code=True)) and hand it to softtrace.attach, DensityLoss or "
+            "DensityPenalty"
         ) from error
     except OSError as error:
         first = str(error).strip().partition("\n")[0]

@@ -9,7 +9,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    eager_attention_forward,
+)
 
 import softtrace
 from softtrace.errors import NonFiniteError, UnsupportedModelError
@@ -361,11 +366,63 @@ def test_a_model_that_is_not_the_sum_of_its_edges_is_refused_by_name(name: str) 
         softtrace.DensityLoss(model)
 
 
-def test_encoder_decoders_are_refused() -> None:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=67, **sizes)
-    with pytest.raises(UnsupportedModelError, match="T5"):
-        softtrace.attach(transformers.T5ForConditionalGeneration(config))
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 67}
+SMALL_VIT = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48}
+DEEP = {"num_hidden_layers": 2, "num_attention_heads": 4}
+SPOKEN = {"num_codebooks": 2, "ffn_dim": 48, "hidden_size": 32, "vocab_size": 67}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+            "T5ForConditionalGeneration is an encoder-decoder model",
+        ),
+        (
+            lambda: transformers.MusicgenForCausalLM(
+                transformers.MusicgenDecoderConfig(**SPOKEN, **DEEP)
+            ),
+            "MusicgenForCausalLM does not run",
+        ),
+        (
+            lambda: transformers.ViTForImageClassification(
+                transformers.ViTConfig(**SMALL_VIT, **DEEP)
+            ),
+            "ViTForImageClassification",
+        ),
+    ],
+    ids=["encoder-decoder", "sound", "images"],
+)
+def test_models_of_more_or_other_than_tokens(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        softtrace.attach(build())
+
+
+class LatentValues(LlamaAttention):
+    """Heads mix one latent and are told apart after that: no values of a head of its own."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Any:
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q, k = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj)
+        )
+        latent = self.v_proj(hidden_states).view(shape).transpose(1, 2)[:, :1]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, _ = attend(self, q, k, latent.expand_as(k), attention_mask, scaling=self.scaling)
+        up = torch.linspace(0.5, 1.5, mixed.shape[2])[:, None]
+        mixed = mixed * up + mixed.roll(1, -1)
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:2], -1)), None
+
+
+def test_latent_attention_whose_heads_share_their_values_is_refused() -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers[1].self_attn.__class__ = LatentValues
+    with pytest.raises(UnsupportedModelError, match="values shared in a latent between heads"):
+        softtrace.attach(model)
 
 
 def test_multipliers_are_found_by_what_adds_up() -> None:

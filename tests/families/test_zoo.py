@@ -24,9 +24,6 @@ from tests.test_instrument import state
 CASES = sorted(VERIFIED)
 ROUNDING = 1e-4  # absolute, of logits: float32 of two routes through three or four layers
 
-#: settings of transformers' mixtures that leave some experts without a token of a tiny batch
-NO_GRADIENT = ("experts", "expert", "router", "gate")
-
 
 @functools.lru_cache(maxsize=1)
 def model_of(case: str) -> PreTrainedModel:
@@ -106,9 +103,8 @@ def test_gradients_reach_what_the_plain_loss_reaches(case: str) -> None:
         share=1.0,
     )
     penalty(ids, mask, step=0).loss.backward()
-    missed = plain - reached(model)
     assert len(plain) > 10
-    assert not {name for name in missed if not any(part in name for part in NO_GRADIENT)}
+    assert not plain - reached(model)
     model.zero_grad()
     DensityLoss(model, share=1.0)(ids, mask, step=0).loss.backward()  # as it ships
     assert len(reached(model)) > len(plain) / 3

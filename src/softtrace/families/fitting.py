@@ -211,7 +211,7 @@ class _Search:
                     yield call, scale
 
     def _rest(self, partial: Tensor, calls: list[Call]) -> tuple[tuple[Call, ...], float] | None:
-        """One call, or two children of the layer that read the same, whose output closes the sum."""
+        """One call, or two children that read the same, whose output closes the sum."""
         indices = [self.calls.index(call) for call in calls]
         for scale in self.scales:
             sums = partial + scale * self.gave[indices]
