@@ -10,6 +10,7 @@ next to this file.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ import softtrace  # noqa: E402
 from softtrace.errors import UnsupportedModelError  # noqa: E402
 from softtrace.evaluation.files import write_json  # noqa: E402
 from softtrace.evaluation.provenance import provenance  # noqa: E402
-from tests.families.matrix import literal_errors  # noqa: E402
+from tests.families.matrix import literal_errors, padded  # noqa: E402
 from tests.families.zoo import REFUSED, VERIFIED, tiny  # noqa: E402
 
 
@@ -44,7 +45,26 @@ def verified(case: str) -> dict[str, Any]:
         "attention": instrument.anatomy.route,
         "proof": instrument.verification.largest,
         **literal_errors(case, model),
+        **{
+            str(dtype).removeprefix("torch."): half_difference(model, dtype)
+            for dtype in (torch.bfloat16, torch.float16)
+        },
     }
+
+
+@torch.no_grad()
+def half_difference(model: Any, dtype: torch.dtype) -> float:
+    """Mean difference of an importance between a half-precision model and float32's.
+
+    Both have the same weights, those that half precision rounds to.
+    """
+    ids, mask = padded()
+    rounded = copy.deepcopy(model).to(dtype)
+    found = softtrace.edge_importance(rounded, ids, mask)
+    expected = softtrace.edge_importance(copy.deepcopy(rounded).float(), ids, mask)
+    pairs = zip(found.layers, expected.layers, strict=True)
+    differences = [(a - b).abs().flatten() for x, y in pairs for a, b in zip(x, y, strict=True)]
+    return float(torch.cat(differences).mean())
 
 
 def refused(case: str) -> dict[str, Any]:
@@ -94,15 +114,17 @@ def page(result: dict[str, Any]) -> Iterator[str]:
         "*masked*: the largest difference of an importance (a share of 1) and of a logit of a run "
         "with random edges masked from a literal reference that materialises every edge, on a "
         "padded batch. *attention*: through transformers' interface, or caught at the softmax of "
-        "the model's own code (interception)."
+        "the model's own code (interception). *bf16*, *fp16*: the mean difference of an importance "
+        "from float32 with the same weights (mixtures of experts may send a token elsewhere)."
     )
     yield ""
-    yield "| type | pattern | attention | verdict | proof | importance | masked |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| type | pattern | attention | verdict | proof | importance | masked | bf16 | fp16 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in result["verified"]:
         yield (
             f"| {row['case']} | {row['pattern']} | {row['attention']} | verified "
-            f"| {row['proof']:.0e} | {row['importance']:.0e} | {row['masked']:.0e} |"
+            f"| {row['proof']:.0e} | {row['importance']:.0e} | {row['masked']:.0e} "
+            f"| {row['bfloat16']:.0e} | {row['float16']:.0e} |"
         )
     yield ""
     yield "## Refused, with the reason that is given"
