@@ -288,7 +288,7 @@ fitting = trainer(
 fitting.fit(module)
 state = {"weights": weights(module), "noted": noted, "clean": "training_step" not in vars(module)}
 torch.save(state, f"{output}.{fitting.global_rank}")
-# Lightning leaves the group standing, and gloo's threads now and then abort an interpreter that ends
+# Lightning leaves the group standing; gloo's threads then abort an ending interpreter now and then
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from softtrace.errors import UnsupportedModelError
+from softtrace.errors import SofttraceError, UnsupportedModelError
 
 #: errors of a forward that wants other inputs; anything else (a user's hook, say) passes through
 NOT_MADE_FOR_IT = (
@@ -50,7 +50,7 @@ def running(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (SofttraceError, torch.OutOfMemoryError):
         raise
     except NOT_MADE_FOR_IT as error:
         first = str(error).strip().partition("\n")[0]
