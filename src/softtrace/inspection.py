@@ -54,7 +54,8 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
 
     Returns:
         ``model``, ``pattern``, ``attention``, ``layers`` (ranges of equal ones), ``readout``,
-        ``edges`` (of the last token, by kind), ``verified`` (check to mismatch and bound).
+        ``edges`` (of the last token, by kind), ``largest_mismatch``, ``verified`` (check to
+        mismatch and bound).
     """
     network, anatomy = instrument.model, instrument.anatomy
     check_length(length, anatomy.positions, "length")
@@ -90,6 +91,7 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
             **{kind: round(count) for kind, count in zip(EDGE_KINDS, counts, strict=True)},
             "total": round(sum(counts)),
         },
+        "largest_mismatch": verification.largest,
         "verified": {
             check: {"mismatch": error, "allowed": verification.allowed[check]}
             for check, error in verification.errors.items()
@@ -118,7 +120,8 @@ def report(found: dict[str, Any]) -> str:
         f"edges that can reach the last of {found['length']} tokens: {edges['total']:,}",
         *(f"  {kind:<18} {edges[kind]:>12,}" for kind in EDGE_KINDS),
         "",
-        "verified on two rows of tokens, one of them padded (mismatch, relative; allowed)",
+        f"verified on tiny batches, largest mismatch {found['largest_mismatch']:.1e} "
+        "(relative; allowed; check)",
         *(
             f"  {each['mismatch']:8.1e}  {each['allowed']:.0e}  {check}"
             for check, each in found["verified"].items()
@@ -142,9 +145,9 @@ def _layer(modules: LayerModules, names: dict[int, str]) -> list[str]:
         else f"two nodes a token; the second is read by {_named(modules.middle, short)}"
     )
     return [
-        f"attention {_named(modules.attention, short)}, W_O {_named(modules.projection, short)}"
-        f"{after}{times}",
-        f"MLP adds {parts}{mlp_times}",
+        f"attention: {_named(modules.attention, short)}",
+        f"W_O: {_named(modules.projection, short)}{after}{times}",
+        f"MLP: {parts}{mlp_times}",
         node,
     ]
 

@@ -70,7 +70,8 @@ def test_inspect_and_evaluate(
     assert main(["inspect", model]) == 0
     shown = capsys.readouterr().out
     assert pattern in shown
-    assert "verified on two rows of tokens" in shown
+    assert "verified on tiny batches, largest mismatch" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 120
 
     out = tmp_path / "out"
     options = ["--block_size", "16", "--blocks", "4", "--extra_blocks", "2", "--device", "cpu"]
