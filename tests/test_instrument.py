@@ -312,6 +312,31 @@ def test_an_exception_in_a_run_leaves_everything_as_it_was(
     assert state(model) == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        MemoryError(),
+        torch.OutOfMemoryError(),
+        InvalidInputError("theirs"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_failures_of_the_machine_are_no_refusals(error: BaseException) -> None:
+    model = tiny_model("llama")
+
+    def fail_so(*_: Any) -> None:
+        raise error
+
+    handle = model.model.layers[1].register_forward_hook(fail_so)  # type: ignore[union-attr, index]
+    with pytest.raises(type(error)) as caught:
+        softtrace.attach(model)
+    assert caught.value is error
+    handle.remove()
+    softtrace.attach(model)
+
+
 def test_bad_ids_are_refused_before_anything_runs() -> None:
     model = mixed_flags("gpt2")
     instrument, before = softtrace.attach(model), state(model)

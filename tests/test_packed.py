@@ -163,6 +163,16 @@ def test_positions_that_begin_later_are_the_models_own(family: str) -> None:
     assert ((usual - plain[mask.bool()]).abs().max() > 1e-2) == (family == "gpt2")
 
 
+@torch.no_grad()
+def test_a_hole_in_the_mask_is_no_packing() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(8)
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]])
+    found = softtrace.edge_importance(model, ids, mask, torch.arange(8)[None])
+    expected = softtrace.edge_importance(model, ids, mask)
+    for one, other in zip(found.visible, expected.visible, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_learned_positions_bound_a_document_not_a_row() -> None:
     model, ids = tiny_model("gpt2"), tiny_prompt(80)  # 64 positions
     positions = torch.arange(40).repeat(2)[None]

@@ -141,8 +141,9 @@ def _layer(modules: LayerModules, names: dict[int, str]) -> list[str]:
     parts = " + ".join(_named(module, short) for module in modules.mlp_out)
     node = (
         "one node a token: attention and MLP add into it"
-        if modules.middle is None
-        else f"two nodes a token; the second is read by {_named(modules.middle, short)}"
+        if modules.parallel
+        else "two nodes a token; the second is read by "
+        + ", ".join(_named(module, short) for module in modules.middle)
     )
     return [
         f"attention: {_named(modules.attention, short)}",

@@ -150,7 +150,8 @@ class DensityLoss:
         positions = None
         if position_ids is not None:
             positions = check_positions(position_ids, valid, attention_mask is not None)
-        targets, counted = _next_tokens(input_ids, valid, labels, positions)
+        packed = positions is not None and is_packed(positions, valid)
+        targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
         rows = counted.any(-1).nonzero()[:, 0]
         if not len(rows):
             return _nothing(input_ids, strength, "no token of the batch has a target")
@@ -172,14 +173,10 @@ class DensityLoss:
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the crop has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-            recording = (
-                instrument.record(ids, mask)
-                if positions is None
-                else instrument.record(
-                    ids,
-                    mask if not is_packed(positions, valid) else None,
-                    position_ids=positions[part],
-                )
+            recording = instrument.record(
+                ids,
+                None if packed else mask,
+                position_ids=None if positions is None else positions[part],
             )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, targets[part])

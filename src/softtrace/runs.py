@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from softtrace.batch import documents_of
+from softtrace.batch import documents_of, is_packed
 from softtrace.errors import InvalidInputError
 from softtrace.families.anatomy import Anatomy
 from softtrace.graph import LayerEdges
@@ -74,8 +74,8 @@ class Run:
             hooks.append(
                 Hook(modules.attention_out, on_output(partial(self._attention_gave, index)), False)
             )
-            if modules.middle is not None:
-                hooks.append(Hook(modules.middle, on_input(self._reach_middle), True))
+            middle = on_input(self._reach_middle)
+            hooks += [Hook(module, middle, True) for module in modules.middle]
             for part, module in enumerate(modules.mlp_out):
                 hooks.append(Hook(module, on_output(partial(self._mlp_gave, index, part)), False))
         if self.hidden is not None:
@@ -97,7 +97,7 @@ class Run:
         return self._middle
 
     def _enter(self, hidden: Tensor) -> Tensor | None:
-        self._entry = hidden
+        self._entry, self._middle = hidden, None
         if self.hidden is not None:
             self.hidden.append(hidden)
         return None
@@ -108,7 +108,8 @@ class Run:
         return None
 
     def _reach_middle(self, hidden: Tensor) -> Tensor | None:
-        self._middle = hidden.reshape(self.entry.shape)  # OPT flattens rows and tokens
+        if self._middle is None:
+            self._middle = hidden.reshape(self.entry.shape)  # OPT flattens rows and tokens
         return None
 
     def _attention_gave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class RecordingRun(Run):
     ) -> Tensor:
         layer = self.layer_of(module)
         visible = visible & self.valid[:, :, None] & self.valid[:, None, :]
-        if self.positions is not None:
+        if self.positions is not None and is_packed(self.positions, self.valid):
             self._require_apart(visible, self.positions)
         with torch.autocast(value.device.type, enabled=False):
             norms = head_value_norms(value, self.anatomy.carried_weight(layer))
@@ -276,13 +277,12 @@ class MaskedRun(Run):
         self.recorded = attention
         self.exact = exact
         self._node: Tensor | None = None
-        self._round = False
 
     @override
     def listeners(self) -> list[Hook]:
         hooks = super().listeners()
         for index, modules in enumerate(self.anatomy.layers):
-            hooks.append(Hook(modules.layer, on_output(partial(self._left, index)), False))
+            hooks.append(Hook(modules.layer, on_output(partial(self._leave, index)), False))
         return hooks
 
     @override
@@ -309,21 +309,12 @@ class MaskedRun(Run):
             return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
         return probabilities * mask
 
-    @override
-    def _enter(self, hidden: Tensor) -> Tensor | None:
-        self._round = False
-        return super()._enter(hidden)
-
-    def _rounds(self, layer: int, output: Tensor) -> bool:
-        """Whether the model's own sums round where an edge is masked (see the module's notes).
-
-        Once a sub-block of a layer gave half precision (autocast, too), the whole layer does.
-        """
+    def _rounds(self, layer: int) -> bool:
+        """Whether the model's own sums round where an edge is masked (see the module's notes)."""
         modules = self.anatomy.layers[layer]
         scaled = modules.attention_scale != 1 or modules.mlp_scale != 1
-        half = output.dtype.itemsize < 4 or self.entry.dtype.itemsize < 4
-        self._round = self._round or self.exact or scaled or half
-        return self._round
+        half = self.entry.dtype.itemsize < 4
+        return self.exact or scaled or half or torch.is_autocast_enabled(self.entry.device.type)
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -331,17 +322,17 @@ class MaskedRun(Run):
             self.masks[layer].attention_residual,
             self.anatomy.layers[layer].attention_scale,
         )
-        if self._rounds(layer, output):
+        if self._rounds(layer):
             self._add(mask.to(output.dtype)[..., None] * self.entry + scale * output)
         return torch.addcmul(output, self._minus_one(mask, output), self.entry, value=1 / scale)
 
     @override
     def _reach_middle(self, hidden: Tensor) -> Tensor | None:
-        super()._reach_middle(hidden)
         if self._node is None:
-            return None
-        self._middle = self._node
-        return self._node.reshape(hidden.shape)
+            return super()._reach_middle(hidden)
+        if self._middle is None:
+            self._middle = self._node
+        return self.middle.reshape(hidden.shape)
 
     @override
     def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
@@ -349,7 +340,7 @@ class MaskedRun(Run):
         scale = modules.mlp_scale
         kept = masks.mlp.to(output.dtype)[..., None] * output
         first = part == 0 and not modules.parallel
-        if self._rounds(layer, output):
+        if self._rounds(layer):
             if first:
                 self._node = masks.mlp_residual.to(output.dtype)[..., None] * self.middle
             self._add(scale * kept)
@@ -358,13 +349,10 @@ class MaskedRun(Run):
         minus_one = self._minus_one(masks.mlp_residual, output)
         return torch.addcmul(kept, minus_one, self.middle, value=1 / scale)
 
-    def _left(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
-        return self._leave(layer, output)
-
     def _add(self, part: Tensor) -> None:
         self._node = part if self._node is None else self._node + part
 
-    def _leave(self, layer: int, output: Tensor) -> Tensor:
+    def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         node, self._node = self._node, None
         return output if node is None else node.to(output.dtype)
 

@@ -123,6 +123,15 @@ _V_PROJ = separate("v_proj")
 _MLP = mlp_of("mlp")
 
 
+def gemma4_experts(layer: Module, x: Tensor) -> Tensor:
+    """A dense MLP and experts, each with norms of its own; the router reads the node itself."""
+    dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(x)))
+    flat = x.reshape(-1, x.shape[-1])
+    _, weights, chosen = layer.router(flat)
+    routed = layer.experts(layer.pre_feedforward_layernorm_2(flat), chosen, weights)
+    return dense + layer.post_feedforward_layernorm_2(routed.reshape(x.shape))  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a layer does; the defaults are Llama's. Names are paths of attributes."""
@@ -223,6 +232,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("gemma2", "gemma2, window"), replace(GEMMA, logits=CAPPED)),
     "gemma3_text": GEMMA,
     "gemma4_text": replace(GEMMA, values=normed),
+    "gemma4_text, experts": replace(GEMMA, values=normed, before_mlp=None, mlp=gemma4_experts),
     **dict.fromkeys(("glm4", "kolibri1"), GLM4),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere, query norms"), COHERE),
     **dict.fromkeys(("blenderbot", "mbart", "pegasus"), BART),

@@ -130,7 +130,7 @@ def test_a_node_without_edges_is_zero_also_in_half_precision(case: str, dtype: t
     recording = instrument.record(IDS)
     none = [layer.map(torch.zeros_like) for layer in recording.importance.layers]
     seen: list[Tensor] = []
-    readers = {layer.middle for layer in instrument.anatomy.layers if layer.middle is not None}
+    readers = {module for layer in instrument.anatomy.layers for module in layer.middle}
     readers |= {instrument.anatomy.readout.norm.module}
     handles = [
         each.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -161,3 +161,39 @@ def test_masked_residuals_leak_nothing_under_autocast(case: str) -> None:
             for each in (ids, other)
         ]
     assert torch.equal(*logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "olmoe", "glm4_moe"])
+def test_a_token_that_rounding_sends_to_another_expert_refuses_no_model(case: str) -> None:
+    """In bfloat16 transformers' own kernels differ by as much, with some of these weights."""
+    kind, changes = VERIFIED[case]
+    for seed in range(6):
+        model = tiny(kind, dtype=torch.bfloat16, **{**changes, "num_hidden_layers": 6})
+        generator = torch.Generator().manual_seed(seed)
+        for weight in model.parameters():
+            weight.mul_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+        assert softtrace.attach(model).anatomy.pattern == "sequential pre-norm"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gpt_neox", "cohere", "gemma4_text, experts"])
+def test_sub_blocks_of_mixed_precision_under_autocast(case: str) -> None:
+    """A projection that is kept in float32 beside an MLP in bfloat16 loses no part of the node."""
+    kind, changes = VERIFIED[case]
+    model = tiny(kind, **changes)
+    instrument = softtrace.attach(model)
+    for modules in instrument.anatomy.layers:
+        plain = modules.projection.forward
+
+        def exact(x: Tensor, plain: Any = plain) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return plain(x.float())  # type: ignore[no-any-return]
+
+        modules.projection.forward = exact  # type: ignore[method-assign]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recording = instrument.record(IDS[:1])
+        ones = [layer.map(torch.ones_like) for layer in recording.importance.layers]
+        again = instrument.masked_logits(IDS[:1], None, ones, recording.attention)
+    largest = recording.logits.abs().max()
+    assert (again - recording.logits).abs().max() < 0.05 * largest

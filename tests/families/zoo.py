@@ -101,6 +101,10 @@ VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("hyperclovax", {"residual_multiplier": 0.3}),
     "lfm2, attention alone": ("lfm2", {"layer_types": ["full_attention"] * 3}),
     "gemma4_text": ("gemma4_text", _GEMMA4),
+    "gemma4_text, experts": ("gemma4_text", {
+        **_GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    }),
     "mistral, window": ("mistral", {"sliding_window": 3}),
     "gemma2, window": ("gemma2", {"sliding_window": 3}),
     "llama4_text, chunks": ("llama4_text", {"attention_chunk_size": 3}),

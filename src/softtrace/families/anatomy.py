@@ -31,7 +31,7 @@ class LayerModules:
         attention_out: its output, times ``attention_scale``, is what attention adds.
         attention_norm: a norm between the projection and the sum; None where there is none.
         attention_scale: residual multiplier of the attention sub-block.
-        middle: reads the after-attention node; None in a parallel layer, which has no such node.
+        middle: read the after-attention node; none in a parallel layer, which has no such node.
         mlp_out: their outputs, summed and times ``mlp_scale``, are what the MLP adds.
         mlp_scale: residual multiplier of the MLP sub-block.
         token_wise: the MLP's modules that can run on a few tokens alone; may be empty.
@@ -46,7 +46,7 @@ class LayerModules:
     attention_out: nn.Module
     attention_norm: LinearNorm | None
     attention_scale: float
-    middle: nn.Module | None
+    middle: tuple[nn.Module, ...]
     mlp_out: tuple[nn.Module, ...]
     mlp_scale: float
     token_wise: tuple[nn.Module, ...] = ()
@@ -55,7 +55,7 @@ class LayerModules:
     @property
     def parallel(self) -> bool:
         """Whether attention and MLP read the same node and add into the same node."""
-        return self.middle is None
+        return not self.middle
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.fitting import fit
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
-from softtrace.families.sight import Watch, mismatch
+from softtrace.families.sight import Watch, mismatch, typical_mismatch
 from softtrace.interception import Interception, interception_active
 
 _TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
@@ -81,7 +81,7 @@ def _by_route(
             "product of it with values (an einsum, or a sum); the share of each source token "
             "cannot be followed. Allowed are torch.matmul, bmm and scaled_dot_product_attention"
         )
-    error = mismatch(logits[valid], plain[valid])
+    error = typical_mismatch(logits[valid], plain[valid])
     if not error <= 4 * allowed:
         raise UnsupportedModelError(
             f"attention in the open gives other logits than the model's own (they differ by "
@@ -117,14 +117,13 @@ def _by_route(
         )
     last = watch.layers[-1].output
     assert last is not None
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
     return Anatomy(
         pattern="; ".join(dict.fromkeys(name for name, _ in fitted)),
         route=route,
         layers=tuple(modules for _, modules in fitted),
         readout=find_readout(model, watch.outside, last, logits, valid, allowed),
         heads=heads.pop(),
-        vocabulary=int(getattr(embedding, "num_embeddings", plain.shape[-1])),
+        vocabulary=_vocabulary(model),
         positions=learned_positions(model),
         looks_at_padding=any(
             bool((s.attention[0].visible & valid[:, :, None] & ~valid[:, None, :]).any())
@@ -147,6 +146,23 @@ def _require_own(model: nn.Module, layers: Sequence[LayerModules]) -> None:
                 )
 
 
+def _vocabulary(model: nn.Module) -> int:
+    """Rows of the embedding of token ids."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = find() if callable(find) else None
+    except NotImplementedError:
+        embedding = None
+    config = getattr(model, "config", None)
+    found = getattr(embedding, "num_embeddings", getattr(config, "vocab_size", None))
+    if not isinstance(found, int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no embedding of token ids; softtrace is for causal "
+            "language models, not for models of images or sound"
+        )
+    return found
+
+
 def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dict[str, Any]:
     """Two rows of random ids, one of them left-padded by two.
 
@@ -155,8 +171,7 @@ def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dic
         parameters: names that its forward takes.
         length: tokens a row.
     """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = int(getattr(embedding, "num_embeddings", 0)) or int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = _vocabulary(model)
     generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
     ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
     valid = torch.ones_like(ids, dtype=torch.bool)

@@ -18,7 +18,7 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import LayerModules, effective_projection
 from softtrace.families.norms import LinearNorm, linear_norm
 from softtrace.families.patterns import Evidence, name_of
-from softtrace.families.refusals import NOT_MADE_FOR_IT
+from softtrace.families.refusals import NOT_MADE_FOR_IT, first_line
 from softtrace.families.sight import (
     ROUNDINGS,
     Attended,
@@ -93,7 +93,7 @@ class _Sum:
 
     attention: Call
     attention_scale: float
-    reader: Call | None
+    readers: tuple[Call, ...]
     mlp: tuple[Call, ...]
     mlp_scale: float
 
@@ -155,7 +155,7 @@ class _Search:
             try:
                 weight, bias = effective_projection(call.module, width, mixed.dtype)
             except NOT_MADE_FOR_IT as error:
-                misses.append(f"{call.name} ({type(call.module).__name__}): {_first_line(error)}")
+                misses.append(f"{call.name} ({type(call.module).__name__}): {first_line(error)}")
                 continue
             assert call.gave is not None
             expected = mixed @ weight.to(mixed.dtype) + (0 if bias is None else bias)
@@ -178,12 +178,15 @@ class _Search:
             later = [i for i, c in enumerate(self.calls) if c.begin > call.end]
             size = self.entry.abs() + (scale * self._of(call, "gave")).abs()
             near = self._near(self.read[later], middle, size)
-            for reader in self._outermost([self.calls[later[i]] for i in near]):
-                # as the reader has it, so that its rounding is not counted twice
-                node = self._of(reader, "read")
-                found = self._rest(node, [c for c in self.calls if c.begin >= reader.begin])
-                if found is not None:
-                    return _Sum(call, scale, reader, *found)
+            reading = [self.calls[later[i]] for i in near]
+            readers = [c for c in reading if not any(_inside(c, outer) for outer in reading)]
+            if not readers:
+                continue
+            # as a reader has it, so that its rounding is not counted twice
+            node, first = self._of(readers[0], "read"), min(c.begin for c in readers)
+            found = self._rest(node, [c for c in self.calls if c.begin >= first])
+            if found is not None:
+                return _Sum(call, scale, tuple(readers), *found)
         return None
 
     def parallel(self, projection: Call) -> _Sum | None:
@@ -195,7 +198,7 @@ class _Search:
             ]
             found = self._rest(partial, others)
             if found is not None:
-                return _Sum(call, scale, None, *found)
+                return _Sum(call, scale, (), *found)
         return None
 
     def _adders(self, projection: Call) -> Iterator[tuple[Call, float]]:
@@ -270,7 +273,7 @@ class _Search:
         attention_call = next((c for c in self.calls if c.module is attended.module), None)
         outer = [by_name.get(c.name.rpartition(".")[0]) for c in (found.attention, *found.mlp)]
         evidence = Evidence(
-            parallel=found.reader is None,
+            parallel=not found.readers,
             before=self._norm_before(attention_call),
             after=norm is not None,
             multiplied=found.attention_scale != 1 or found.mlp_scale != 1,
@@ -287,7 +290,7 @@ class _Search:
             attention_out=found.attention.module,
             attention_norm=norm,
             attention_scale=found.attention_scale,
-            middle=None if found.reader is None else found.reader.module,
+            middle=tuple(call.module for call in found.readers),
             mlp_out=tuple(call.module for call in found.mlp),
             mlp_scale=found.mlp_scale,
             token_wise=self._token_wise(found),
@@ -340,16 +343,11 @@ class _Search:
 
         Empty where the MLP is no module of its own.
         """
-        if found.reader is None:
-            node = self.entry
-            sources = [node] + [
-                self._of(c, "gave")
-                for c in self.calls
-                if c.depth == 0 and _same(self._of(c, "read"), node)
-            ]
-        else:
-            node = self._of(found.reader, "read")
-            sources = [node, self._of(found.reader, "gave")]
+        node = self._of(found.readers[0], "read") if found.readers else self.entry
+        readers = found.readers or tuple(
+            c for c in self.calls if c.depth == 0 and _same(self._of(c, "read"), node)
+        )
+        sources = [node, *(self._of(c, "gave") for c in readers)]
         whole = []
         for call in found.mlp:
             candidates = [call] + [
@@ -397,7 +395,3 @@ def _multipliers(layer: nn.Module) -> Sequence[float]:
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     return sorted({value for value in numbers if 0 < abs(value) <= _LARGEST and value != 1})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -19,11 +19,11 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.independence import check_independence
 from softtrace.families.refusals import running
-from softtrace.families.sight import ROUNDINGS, mismatch, rounding
+from softtrace.families.sight import ROUNDINGS, mismatch, rounding, typical_mismatch
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.importance import working_dtype
-from softtrace.runs import MaskedRun, RecordingRun
+from softtrace.runs import MaskedRun, RecordingRun, Run
 
 if TYPE_CHECKING:
     from softtrace.instrument import Instrument
@@ -161,7 +161,7 @@ class _Witness(MaskedRun):
         return super().after_mlp(layer, part, output)
 
     @override
-    def _leave(self, layer: int, output: Tensor) -> Tensor:
+    def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         modules, masks = self.anatomy.layers[layer], self.masks[layer]
         size = self._size  # of entry and attention: the model's own middle has their rounding
         if len(self._parts) < len(modules.mlp_out) or size is None or self._expected is None:
@@ -174,7 +174,7 @@ class _Witness(MaskedRun):
         added = modules.mlp_scale * mlp
         self._expected, self._size, self._parts = None, None, []
         self._compare_sum("after the MLP", output, node + added, size + added.abs())
-        self.last_output = super()._leave(layer, output)
+        self.last_output = super()._leave(layer, read, output)
         return self.last_output
 
     def finish(self) -> Tensor:
@@ -228,8 +228,7 @@ def prove(instrument: Instrument, inputs: dict[str, Any], plain: Tensor) -> Veri
     run = _Witness(anatomy, valid, masks, found)
     logits = instrument.forward(run, ids)
     last = run.finish()
-    # Half precision rounds differently in every layer of the two runs, and that adds up.
-    _same(found, "our unmasked run against the model's own", logits[valid], plain[valid], 4)
+    _same_logits(found, "our unmasked run against the model's own", logits[valid], plain[valid])
     head = anatomy.readout.early(last)
     _same(found, "head(final norm(last layer)) against the logits", head[valid], logits[valid])
     _check_mlps(found, run.mlp_runs, valid)
@@ -240,7 +239,7 @@ def prove(instrument: Instrument, inputs: dict[str, Any], plain: Tensor) -> Veri
     logits = instrument.forward(run, ids)
     run.finish()
     what = "a run that uses recorded attention against the model's own"
-    _same(found, what, logits[valid], plain[valid], 4)
+    _same_logits(found, what, logits[valid], plain[valid])
     generator = torch.Generator().manual_seed(0)
     run = _Witness(anatomy, valid, _masks(anatomy, ids, generator), found)
     instrument.forward(run, ids)
@@ -316,12 +315,8 @@ def _check_tokens(instrument: Instrument, found: Verification, inputs: dict[str,
         )
 
 
-class _PassThrough(MaskedRun):
+class _PassThrough(Run):
     """Listens to nothing: attention stays in the open, and that is all."""
-
-    @override
-    def listeners(self) -> list[Hook]:
-        return []
 
     @override
     def hooks(self) -> list[Hook]:
@@ -338,7 +333,7 @@ def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise
     """What the MLP of one layer gave with ``noise`` on token 2 of what its branch reads."""
     anatomy, modules = instrument.anatomy, instrument.anatomy.layers[index]
     gave: list[Tensor] = []
-    reader = modules.middle if modules.middle is not None else modules.layer
+    readers = modules.middle or (modules.layer,)
     shape = inputs["input_ids"].shape
 
     def disturb(value: Tensor) -> Tensor:
@@ -350,8 +345,8 @@ def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise
     try:
         note = on_output(lambda read, output: gave.append(output) or output)  # type: ignore[func-returns-value]
         hooks = [Hook(each, note, False) for each in modules.mlp_out]
-        register([Hook(reader, on_input(disturb), True), *hooks], handles)
-        run = _PassThrough(anatomy, inputs["attention_mask"].bool(), ())
+        register([*(Hook(each, on_input(disturb), True) for each in readers), *hooks], handles)
+        run = _PassThrough(anatomy, inputs["attention_mask"].bool())
         instrument.forward(run, inputs["input_ids"])
     finally:
         for handle in handles:
@@ -359,15 +354,18 @@ def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise
     return sum(gave[1:], gave[0])
 
 
+def _same_logits(found: Verification, what: str, one: Tensor, other: Tensor) -> None:
+    """Logits ``[N, V]`` of two runs: each layer of them rounds differently, and that adds up."""
+    _require_small(found, what, typical_mismatch(one, other), 4 * tolerance(other.dtype), what)
+
+
 def _same(
-    found: Verification,
-    what: str,
-    one: Tensor,
-    other: Tensor,
-    slack: float = 1.0,
-    name: str | None = None,
+    found: Verification, what: str, one: Tensor, other: Tensor, name: str | None = None
 ) -> None:
-    error = mismatch(one, other)
-    allowed = max(slack * tolerance(other.dtype), _NORMS)
+    _require_small(found, what, mismatch(one, other), tolerance(other.dtype), name or what)
+
+
+def _require_small(found: Verification, what: str, error: float, allowed: float, name: str) -> None:
+    allowed = max(allowed, _NORMS)
     message = f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
-    found.require(name or what, error, allowed, message)
+    found.require(name, error, allowed, message)

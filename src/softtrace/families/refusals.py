@@ -10,7 +10,7 @@ from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
 
-#: errors of a forward that wants other inputs; anything else (a user's hook, say) passes through
+#: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
     *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
     StopIteration,
@@ -41,6 +41,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line."""
+    return str(error).strip().partition("\n")[0]
+
+
 @contextmanager
 def running(what: str) -> Iterator[None]:
     """Turn what a forward raises when it is not made for a batch of token ids into a refusal.
@@ -53,8 +58,11 @@ def running(what: str) -> Iterator[None]:
     except (SofttraceError, torch.OutOfMemoryError):
         raise
     except NOT_MADE_FOR_IT as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(f"{what}: {type(error).__name__}: {first}") from error
+        if isinstance(error, torch.AcceleratorError) or "DefaultCPUAllocator" in str(error):
+            raise  # the machine's failure, not the model's
+        raise UnsupportedModelError(
+            f"{what}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 @contextmanager
@@ -64,7 +72,9 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     Compiled code has no softmax to be seen, and hooks of ours would compile it anew.
     """
     compiled = any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
     if not compiled:  # importing the compiler takes seconds
