@@ -28,6 +28,14 @@ from tests.tiny import tiny_model, tiny_prompt
 WAYS = ("sdpa", "causal sdpa", "softmax", "folded")
 
 
+def causal(length: int, attention_mask: Tensor | None) -> Tensor:
+    """``[B, 1, T, S]``: what may be looked at; padding looks at itself."""
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    if attention_mask is None:
+        return allowed
+    return (allowed & attention_mask.bool()[:, None, None]) | torch.eye(length, dtype=torch.bool)
+
+
 class TheirConfig(PretrainedConfig):
     model_type = "theirs"
 
@@ -110,11 +118,7 @@ class TheirModel(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> CausalLMOutput:
-        length = input_ids.shape[1]
-        allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-        if attention_mask is not None:
-            allowed = allowed & attention_mask.bool()[:, None, None]
-            allowed = allowed | torch.eye(length, dtype=torch.bool)
+        allowed = causal(input_ids.shape[1], attention_mask)
         x = self.tokens(input_ids)
         for layer in self.stack:
             x = layer(x, allowed)
@@ -258,11 +262,7 @@ class Unwrapping(TheirModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> CausalLMOutput:
-        length = input_ids.shape[1]
-        allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-        if attention_mask is not None:
-            allowed = allowed & attention_mask.bool()[:, None, None]
-            allowed = allowed | torch.eye(length, dtype=torch.bool)
+        allowed = causal(input_ids.shape[1], attention_mask)
         x: Any = self.tokens(input_ids)
         for layer in self.stack:
             x = layer(x, allowed)

@@ -17,17 +17,10 @@ from softtrace.families import independence
 from softtrace.families.proof import Verification
 from softtrace.instrument import attach
 from tests.families.zoo import redraw, tiny
-from tests.test_interception import TheirAttention, TheirConfig, TheirLayer, TheirModel
+from tests.test_interception import TheirAttention, TheirConfig, TheirLayer, TheirModel, causal
 
 PAST = "the prediction still depends on the tokens"
 OTHERS = "a prediction depends on edges that do not reach it"
-
-
-def causal(length: int, attention_mask: Tensor | None) -> Tensor:
-    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    if attention_mask is None:
-        return allowed
-    return (allowed & attention_mask.bool()[:, None, None]) | torch.eye(length, dtype=torch.bool)
 
 
 class Sharing(TheirModel):

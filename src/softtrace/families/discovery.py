@@ -17,7 +17,7 @@ from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.fitting import fit
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
-from softtrace.families.sight import Watch, mismatch, typical_mismatch
+from softtrace.families.sight import Watch, decoder_of, mismatch, typical_mismatch
 from softtrace.interception import Interception, interception_active
 
 _TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
@@ -206,8 +206,7 @@ def forward_inputs(
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many tokens a model with learned positions takes; None for any other model."""
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if callable(find) else None
+    decoder = decoder_of(model)
     for name in _LEARNED_POSITIONS:
         table = getattr(decoder, name, None)
         if isinstance(table, nn.Embedding):

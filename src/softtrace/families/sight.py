@@ -219,6 +219,13 @@ class Watch:
                 handle.remove()
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """What transformers says is the decoder of a model."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
 def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Sequence[nn.Module]]:
     """The decoder's layers: members of the longest outermost ``ModuleList`` that ran.
 
@@ -232,9 +239,8 @@ def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seque
     Raises:
         UnsupportedModelError: no decoder, or no list of layers in it.
     """
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if callable(find) else None
-    if not isinstance(decoder, nn.Module):
+    decoder = decoder_of(model)
+    if decoder is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers causal language model "
             "(it has no get_decoder()); pass the model that AutoModelForCausalLM returns"
