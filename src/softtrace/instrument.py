@@ -185,10 +185,12 @@ class Instrument:
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None,
         position_ids: Tensor | None,
+        *,
+        exact: bool = False,
     ) -> MaskedRun:
         valid = self.valid(input_ids, attention_mask)
         positions = self._positions(valid, position_ids, masked=attention_mask is not None)
-        return MaskedRun(self.anatomy, valid, masks, attention, positions=positions)
+        return MaskedRun(self.anatomy, valid, masks, attention, positions=positions, exact=exact)
 
     def masked_hidden(
         self,
@@ -207,8 +209,9 @@ class Instrument:
         """
         found: list[Tensor] = []
         norm = self.anatomy.readout.norm.module
-        run = self._masked_run(input_ids, attention_mask, masks, attention, position_ids)
-        run.exact = exact
+        run = self._masked_run(
+            input_ids, attention_mask, masks, attention, position_ids, exact=exact
+        )
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             self.forward(run, input_ids, **self._one_logit)

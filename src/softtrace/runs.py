@@ -163,6 +163,8 @@ class RecordingRun(Run):
     ) -> None:
         super().__init__(anatomy, valid, keep_hidden, positions)
         self.keep_attention = keep_attention
+        packed = positions is not None and is_packed(positions, valid)
+        self._documents = documents_of(positions) if packed else None  # type: ignore[arg-type]
         self.layers: list[LayerEdges] = []
         self.attention: list[Tensor] = []
         self.visible: list[Tensor] = []
@@ -177,8 +179,8 @@ class RecordingRun(Run):
     ) -> Tensor:
         layer = self.layer_of(module)
         visible = visible & self.valid[:, :, None] & self.valid[:, None, :]
-        if self.positions is not None and is_packed(self.positions, self.valid):
-            self._require_apart(visible, self.positions)
+        if self._documents is not None:
+            self._require_apart(visible, self._documents)
         with torch.autocast(value.device.type, enabled=False):
             norms = head_value_norms(value, self.anatomy.carried_weight(layer))
             self._seen = (probabilities * visible[:, None].to(probabilities.dtype), norms)
@@ -188,8 +190,7 @@ class RecordingRun(Run):
         return probabilities
 
     @staticmethod
-    def _require_apart(visible: Tensor, positions: Tensor) -> None:
-        documents = documents_of(positions)
+    def _require_apart(visible: Tensor, documents: Tensor) -> None:
         if bool((visible & (documents[:, :, None] != documents[:, None, :])).any()):
             raise InvalidInputError(
                 "position_ids: they start anew inside a row (packed documents), but this model "

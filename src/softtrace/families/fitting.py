@@ -269,6 +269,7 @@ class _Search:
     ) -> tuple[str, LayerModules]:
         """Name the pattern and put the modules together."""
         norm = self._norm_after(projection, found.attention)
+        token_wise = self._token_wise(found)
         by_name = {call.name: call for call in self.sight.calls}
         attention_call = next((c for c in self.calls if c.module is attended.module), None)
         outer = [by_name.get(c.name.rpartition(".")[0]) for c in (found.attention, *found.mlp)]
@@ -278,7 +279,7 @@ class _Search:
             after=norm is not None,
             multiplied=found.attention_scale != 1 or found.mlp_scale != 1,
             inside=any(call is not None and not self._passes(call, found) for call in outer),
-            bare=self._bare(found),
+            bare=not token_wise and all(call.depth == 0 for call in found.mlp),
         )
         children = dict(attended.module.named_children())
         return name_of(evidence), LayerModules(
@@ -293,7 +294,7 @@ class _Search:
             middle=tuple(call.module for call in found.readers),
             mlp_out=tuple(call.module for call in found.mlp),
             mlp_scale=found.mlp_scale,
-            token_wise=self._token_wise(found),
+            token_wise=token_wise,
             score_projections=tuple(children[name] for name in _SCORES if name in children),
         )
 
@@ -334,9 +335,6 @@ class _Search:
         attention = self._of(found.attention, "gave") * found.attention_scale
         sums = (self.entry + attention, self.output)
         return not any(_same(gave, each) for each in sums)
-
-    def _bare(self, found: _Sum) -> bool:
-        return not self._token_wise(found) and all(call.depth == 0 for call in found.mlp)
 
     def _token_wise(self, found: _Sum) -> tuple[nn.Module, ...]:
         """Modules that hold the whole MLP: they read the node, normed or not, and give its output.

@@ -298,9 +298,7 @@ def _check_tokens(instrument: Instrument, found: Verification, inputs: dict[str,
     for index, modules in enumerate(anatomy.layers):
         if modules.token_wise:
             continue
-        gave = [
-            _disturbed(instrument, inputs, index, noise) for noise in (0.0, 1.0)
-        ]  # the second token of a row is the first that could see the noise
+        gave = [_disturbed(instrument, inputs, index, noise) for noise in (0.0, 1.0)]
         others = valid.clone()
         others[:, 2] = False
         plain, noisy = (each.reshape(*valid.shape, -1)[others] for each in gave)

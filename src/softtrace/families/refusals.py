@@ -73,7 +73,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """
     compiled = any(
         getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
+        or "_orig_mod" in module._modules
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )

@@ -19,7 +19,7 @@ from softtrace.hooks import first_tensor
 from softtrace.importance import working_dtype
 
 
-@dataclass
+@dataclass(eq=False)  # two calls are never the same one
 class Call:
     """One call of one module. ``read`` and ``gave`` are its first floating tensors, copied."""
 
