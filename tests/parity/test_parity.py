@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import faulthandler
+import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"share": 1.0, "masks": "soft", "size_weight": 0.3, "attention": "recomputed"},
 )
 RANKS = 2
+PATIENCE = 120  # seconds for two processes to start, meet and take their gradients
 
 
 def micro_batches(count: int, length: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -80,28 +85,47 @@ def test_accumulated_micro_batches_equal_their_sum_by_hand(options: dict[str, An
 
 def one_rank(rank: int, folder: str) -> None:
     """A process of the run: gradients of every set of options, averaged by DDP."""
+    faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)  # a hang says where it hung
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of this host need not lead anywhere
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=PATIENCE / 2),
     )
+    found = []
+    for options in OPTIONS:
+        model = tiny_model("llama", seed=1, dtype=torch.float64)
+        wrapped = DistributedDataParallel(model)
+        penalty = DensityLoss(model, **options)
+        ids, mask = micro_batches(RANKS)[rank]
+        loss = task_loss(wrapped, ids, mask) + penalty(ids, mask, step=5).loss
+        found.append(gradient_of(model, loss))
+    torch.save(torch.stack(found), Path(folder, f"{rank}.pt"))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort or wait in an orderly exit: nothing of ours is left
+
+
+def run_ranks(folder: str) -> None:
+    """All ranks to their end; what fails or takes too long is an error, and nobody is left."""
+    context = torch.multiprocessing.spawn(
+        one_rank, (folder,), nprocs=RANKS, join=False, daemon=True
+    )
+    end = time.monotonic() + PATIENCE
     try:
-        found = []
-        for options in OPTIONS:
-            model = tiny_model("llama", seed=1, dtype=torch.float64)
-            wrapped = DistributedDataParallel(model)
-            penalty = DensityLoss(model, **options)
-            ids, mask = micro_batches(RANKS)[rank]
-            loss = task_loss(wrapped, ids, mask) + penalty(ids, mask, step=5).loss
-            found.append(gradient_of(model, loss))
-        torch.save(torch.stack(found), Path(folder, f"{rank}.pt"))
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"no end after {PATIENCE} s"
     finally:
-        torch.distributed.destroy_process_group()
+        for process in context.processes:
+            process.kill()
 
 
 @pytest.mark.slow
 def test_two_processes_average_what_each_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(one_rank, (folder,), nprocs=RANKS)
+        run_ranks(folder)
         parallel = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(RANKS)]
     assert torch.equal(*parallel)
     for index, options in enumerate(OPTIONS):
