@@ -348,8 +348,11 @@ def masked_distribution(
     kept: Collection[Edge],
     position: int,
     attention: Sequence[Tensor] | None = None,
+    depth: int | None = None,
 ) -> Tensor:
     """[vocabulary], float64: the prediction at ``position`` when only ``kept`` edges carry.
+
+    With ``depth`` the prediction is read after so many layers, and the others do not run.
 
     Attention probabilities of absent edges are zeroed after the softmax and not renormalised;
     absent MLP outputs and residuals are zeroed. The output projection's bias always stays.
@@ -362,7 +365,7 @@ def masked_distribution(
     input_ids, kept = one_prompt(input_ids), frozenset(kept)
     with evaluating(model):
         x = embed(model, input_ids)
-        for layer, block in enumerate(blocks(model)):
+        for layer, block in enumerate(blocks(model)[:depth]):
             a, v = probabilities_values(model, block, x)
             a = a if attention is None else attention[layer]
             mask = torch.zeros_like(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from softtrace import loss as loss_module
 from softtrace.distortion import total_variation
 from softtrace.draws import Draw, draw
 from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.graph import LayerEdges
 from softtrace.instrument import Instrument, attach
-from softtrace.masks import early_phase_masks, straight_masks
+from softtrace.masks import straight_masks
+from softtrace.runs import MaskedRun
 from tests import oracle
 from tests.tiny import tiny_model, tiny_prompt
 
@@ -49,7 +52,25 @@ def literal_weights(scores: list[float], quantile: float, width: float) -> list[
     bound = sorted(scores)[rank - 1]
     mean = sum(scores) / len(scores)
     spread = width * math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
-    return [1 / (1 + math.exp(-(bound - score) / spread)) for score in scores]
+    weights = [1 / (1 + math.exp(-(bound - score) / spread)) for score in scores]
+    return [weight if weight >= 1e-3 else 0.0 for weight in weights]
+
+
+def exits(
+    instrument: Instrument,
+    ids: Tensor,
+    mask: Tensor | None,
+    masks: Sequence[LayerEdges],
+    depths: Tensor,
+    attention: Sequence[Tensor] | None,
+) -> Tensor:
+    """[B, T, V]: a whole masked run, every row read after its own number of layers."""
+    valid = instrument.valid(ids, mask)
+    run = MaskedRun(instrument.anatomy, valid, masks, attention, keep_hidden=True)
+    instrument.forward(run, ids)
+    assert run.hidden is not None
+    rows = [run.hidden[depth][row] for row, depth in enumerate(depths.tolist())]
+    return instrument.anatomy.readout.early(torch.stack(rows))
 
 
 def literal_term(
@@ -63,16 +84,12 @@ def literal_term(
         prompt = ids[row][mask[row].bool()]
         run = oracle.run_full(model, prompt)
         level = 0.0 if options.family == "shallow" else tau.double().item()
-        kept = {
-            edge
-            for edge, score in run.importance.items()
-            if (score >= level if edge.layer < depth else edge.kind.endswith("residual"))
-        }
+        kept = {edge for edge, score in run.importance.items() if score >= level}
         attention = run.attention if options.attention == "recorded" else None
         graph = oracle.build_graph(run)
         for position in range(len(prompt)):
             p = run.logits[position].double().softmax(-1)
-            q = oracle.masked_distribution(model, prompt, kept, position, attention)
+            q = oracle.masked_distribution(model, prompt, kept, position, attention, depth)
             entropies.append(-(p * p.log()).sum().item())
             kl = (p * (p.log() - q.log())).sum().item()
             distances.append(oracle.total_variation(p, q) if options.distance == "tv" else kl)
@@ -200,8 +217,14 @@ def test_labels_decide_which_positions_count() -> None:
     term = DensityLoss(model, options)(ids, None, labels, step=4)
     chosen = drawn(options, [0], 7, (4, 0))
     recording = attach(model).record(ids)
-    kept = early_phase_masks(straight_masks(recording.importance, chosen.thresholds), chosen.depths)
-    q = attach(model).masked_logits(ids, None, kept, recording.attention)
+    q = exits(
+        attach(model),
+        ids,
+        None,
+        straight_masks(recording.importance, chosen.thresholds),
+        chosen.depths,
+        recording.attention,
+    )
     distances = total_variation(recording.logits, q)[0]
     assert term.distortion.item() == pytest.approx((distances[2] + distances[5]).item() / 2)
     assert term.easy_share.item() == 1
@@ -279,7 +302,9 @@ def test_skipped_steps_are_told_of_but_never_in_a_flood(caplog: pytest.LogCaptur
 def test_a_masked_run_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, mask) = tiny_model("llama"), batch()
     monkeypatch.setattr(
-        Instrument, "masked_logits", lambda self, ids, *rest: torch.full((*ids.shape, 67), math.inf)
+        Instrument,
+        "exit_logits",
+        lambda self, ids, *rest: torch.full((int(rest[3].sum()), 67), math.inf),
     )
     with pytest.raises(NonFiniteError, match="step 0: logits of the masked run"):
         DensityLoss(model)(ids, mask)

@@ -13,8 +13,8 @@ from softtrace import DensityLoss, DensityOptions
 from softtrace.distortion import divergence, total_variation
 from softtrace.instrument import attach
 from softtrace.loss import soft_size
-from softtrace.masks import early_phase_masks, soft_masks, straight_masks
-from tests.test_loss import batch, drawn, literal_weights
+from softtrace.masks import soft_masks, straight_masks
+from tests.test_loss import batch, drawn, exits, literal_weights
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 
@@ -51,10 +51,8 @@ def replay(
         kept = soft if options.masks == "soft" else fixed
         if options.family == "shallow":
             kept = straight_masks(live.importance, 0.0)
-        if options.family != "sparse":
-            kept = early_phase_masks(kept, chosen.depths)
         recorded = live.attention if options.attention == "recorded" else None
-        q = instrument.masked_logits(ids, mask, kept, recorded)
+        q = exits(instrument, ids, mask, kept, chosen.depths, recorded)
         distance = total_variation if options.distance == "tv" else divergence
         value = (easy * distance(p, q)).sum()
         if options.size_weight:

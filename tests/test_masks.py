@@ -14,7 +14,7 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.loss import soft_size
-from softtrace.masks import early_phase_masks, hard_masks, soft_masks, straight_masks
+from softtrace.masks import hard_masks, soft_masks, straight_masks
 from softtrace.trace import edge_counts
 from tests.literal import edges_of, every_edge, made_up_importance, value_of
 
@@ -152,21 +152,6 @@ def test_soft_size_of_hard_masks_is_the_size_of_the_trace() -> None:
     assert (size[~PADDED] == 0).all()
     weights = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(soft_size(importance, masks, weights), (size * weights).sum())
-
-
-def test_early_phase_masks_keep_only_residual_edges_above_the_depth() -> None:
-    importance = importance_with_padding()
-    masks = soft_masks(importance, 0.1, 0.5)
-    depth = torch.tensor([0, 1, 3])
-    early = early_phase_masks(masks, depth)
-    layers, batch, heads, length = importance.shape
-    for row in range(batch):
-        for edge in every_edge(layers, heads, length):
-            if edge.layer < depth[row]:
-                expected = value_of(masks, row, edge)
-            else:
-                expected = float(edge.kind in ("attention_residual", "mlp_residual"))
-            assert value_of(early, row, edge) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])

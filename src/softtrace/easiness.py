@@ -14,6 +14,8 @@ from torch import Tensor
 from softtrace.distortion import entropy, log_probabilities
 from softtrace.errors import InvalidInputError
 
+_NEGLIGIBLE = 1e-3
+
 Easiness = Callable[[Tensor, Tensor], Tensor]
 """``(logits [B, T, V], targets [B, T] with -100 where there is none) -> scores [B, T]``."""
 
@@ -78,4 +80,6 @@ def easy_weights(scores: Tensor, counted: Tensor, quantile: float, width: float)
     spread = inside.std(correction=0) * width
     if float(spread) == 0.0:
         return ((scores <= bound) & counted).to(scores.dtype)
-    return ((bound - scores) / spread).sigmoid() * counted
+    weights = ((bound - scores) / spread).sigmoid() * counted
+    # Exactly 0 where next to nothing is left, so that nobody need look there.
+    return weights.masked_fill(weights < _NEGLIGIBLE, 0.0)

@@ -11,7 +11,7 @@ import inspect
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register
 from softtrace.interception import interception_active
-from softtrace.runs import MaskedRun, RecordingRun, Run, dropout_off
+from softtrace.runs import DeepEnough, MaskedRun, RecordingRun, Run, dropout_off
 
 _TINY = 6  # tokens of the batch that a model is proven on
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
@@ -185,12 +185,11 @@ class Instrument:
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None,
         position_ids: Tensor | None,
-        *,
-        exact: bool = False,
+        **options: Any,
     ) -> MaskedRun:
         valid = self.valid(input_ids, attention_mask)
         positions = self._positions(valid, position_ids, masked=attention_mask is not None)
-        return MaskedRun(self.anatomy, valid, masks, attention, positions=positions, exact=exact)
+        return MaskedRun(self.anatomy, valid, masks, attention, positions=positions, **options)
 
     def masked_hidden(
         self,
@@ -218,6 +217,61 @@ class Instrument:
         finally:
             handle.remove()
         return found[-1]
+
+    def exit_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        masks: Sequence[LayerEdges],
+        depths: Tensor,
+        picked: Tensor,
+        attention: Sequence[Tensor] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of an early-phase masked run: masks in the first E layers, residuals above.
+
+        Nothing but residual edges lies above E, so each row is read right there, as decoding with
+        early exits reads it: constants of the layers above (biases of output projections) are not
+        added. The run ends at the deepest exit, and only chosen positions reach the vocabulary.
+
+        Args:
+            input_ids, attention_mask, masks, attention, position_ids: see :meth:`masked_logits`.
+            depths: ``[B]`` integers, E of each row, 1 to L.
+            picked: ``[B, T]`` bool, the N positions that are read.
+
+        Returns:
+            ``[N, V]``, in the order of ``picked.nonzero()``.
+        """
+        levels = depths.tolist()
+        deepest = max(levels)
+        whole = deepest == len(self.anatomy.layers) or self._watched
+        run = self._masked_run(
+            input_ids,
+            attention_mask,
+            masks,
+            attention,
+            position_ids,
+            keep_hidden=True,
+            stop=None if whole else deepest,
+        )
+        with suppress(DeepEnough):
+            self.forward(run, input_ids, **self._one_logit)
+        hidden = run.hidden or []
+        rows = torch.stack([hidden[level][row] for row, level in enumerate(levels)])
+        with dropout_off(self.model), uncompiled(self.model):
+            logits: Tensor = self.anatomy.readout.early(rows[picked])
+        return logits
+
+    @property
+    def _watched(self) -> bool:
+        """Whether something else hangs on the modules, which a forward without end would miss.
+
+        Sharding and offloading put weights away when a module has run.
+        """
+        return any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in self.model.modules()
+        )
 
     def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.

@@ -25,12 +25,12 @@ from softtrace.batch import (
     is_packed,
 )
 from softtrace.distortion import divergence, total_variation
-from softtrace.draws import Draw, draw
+from softtrace.draws import draw
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import NonFiniteError
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.instrument import attach
-from softtrace.masks import early_phase_masks, soft_masks, straight_masks
+from softtrace.masks import soft_masks, straight_masks
 from softtrace.options import DensityOptions
 from softtrace.trace import edge_counts, total_edges
 
@@ -181,13 +181,16 @@ class DensityLoss:
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, targets[part])
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
-        traces, masks = self._masks(recording.importance, chosen)
+        traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
-        masked = instrument.masked_logits(ids, recording.mask, masks, recorded, recording.positions)
-        check_finite(masked.detach(), "logits of the masked run", mask.bool())
+        picked = easy > 0
+        masked = instrument.exit_logits(
+            ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
+        )
+        check_finite(masked.detach(), "logits of the masked run")
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         distance = divergence if options.distance == "kl" else total_variation
-        distortion = (easy * distance(full, masked)).sum() / total
+        distortion = (easy[picked] * distance(full[picked], masked)).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
         return DensityTerm(
@@ -199,23 +202,22 @@ class DensityLoss:
         )
 
     def _masks(
-        self, importance: EdgeImportance, chosen: Draw
+        self, importance: EdgeImportance, thresholds: Tensor
     ) -> tuple[Sequence[LayerEdges], Sequence[LayerEdges]]:
-        """Masks of the traces at the drawn thresholds, and the same after the depth cut."""
+        """Traces at the drawn thresholds as the size term sees them, and as the run is masked."""
         options = self.options
-        soft = options.masks == "soft" or options.size_weight > 0
         if options.family == "shallow":
-            traces = straight_masks(importance, 0.0)
-        elif soft:
-            traces = soft_masks(importance, chosen.thresholds, options.temperature)
-        else:
-            traces = straight_masks(importance, chosen.thresholds)
-        kept = traces
-        if soft and options.masks == "straight" and options.family != "shallow":
-            kept = straight_masks(importance, chosen.thresholds)
-        if options.family != "sparse":
-            kept = early_phase_masks(kept, chosen.depths)
-        return traces, kept
+            every = straight_masks(importance, 0.0)
+            return every, every
+        hard = options.masks == "straight"
+        masks = (
+            straight_masks(importance, thresholds)
+            if hard
+            else soft_masks(importance, thresholds, options.temperature)
+        )
+        if hard and options.size_weight > 0:
+            return soft_masks(importance, thresholds, options.temperature), masks
+        return masks, masks
 
     def _size(
         self, importance: EdgeImportance, traces: Sequence[LayerEdges], weights: Tensor

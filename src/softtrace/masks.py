@@ -1,12 +1,11 @@
-"""Masks over edges: hard, straight, soft, and the early-phase family.
+"""Masks over edges: hard, straight and soft.
 
-A mask is a tuple of :class:`LayerEdges` with values in [0, 1]. Absent edges are 0, but for residual
-edges at padding, which :func:`early_phase_masks` keeps; nothing that counts is reached from there.
+A mask is a tuple of :class:`LayerEdges` with values in [0, 1]. Absent edges are 0. An early-phase
+subgraph needs no mask of its own: a run under these masks is read before it ends, see
+:meth:`softtrace.instrument.Instrument.exit_logits`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,32 +71,6 @@ def soft_masks(
             _zip(layer, exists, soften, threshold)
             for layer, exists in zip(importance.layers, importance.existing(), strict=True)
         )
-
-
-def early_phase_masks(masks: Sequence[LayerEdges], depth: Tensor) -> tuple[LayerEdges, ...]:
-    """Keep the given masks in the first ``depth`` layers and only residual edges above.
-
-    Args:
-        masks: floating masks of a batch.
-        depth: ``[B]`` integers in [0, L]; L leaves the masks as they are.
-    """
-    shallow = []
-    for index, layer in enumerate(masks):
-        inside = depth > index
-
-        def above(values: Tensor, fill: float, inside: Tensor = inside) -> Tensor:
-            return torch.where(per_sequence(inside, values), values, fill)
-
-        shallow.append(
-            LayerEdges(
-                above(layer.attention, 0.0),
-                above(layer.attention_residual, 1.0),
-                above(layer.mlp, 0.0),
-                above(layer.mlp_residual, 0.0 if layer.parallel else 1.0),
-                layer.parallel,
-            )
-        )
-    return tuple(shallow)
 
 
 def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: ignore[no-untyped-def]

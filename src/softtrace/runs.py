@@ -38,6 +38,10 @@ from softtrace.importance import (
 from softtrace.rows import KeptRows, Unread
 
 
+class DeepEnough(BaseException):
+    """Ends a forward whose deeper layers nobody reads; handlers of errors shall not see it."""
+
+
 class Run:
     """Follows one forward through the layers; subclasses record or mask at each half-layer.
 
@@ -272,11 +276,13 @@ class MaskedRun(Run):
         keep_hidden: bool = False,
         positions: Tensor | None = None,
         exact: bool = False,
+        stop: int | None = None,
     ) -> None:
         super().__init__(anatomy, valid, keep_hidden, positions)
         self.masks = masks
         self.recorded = attention
         self.exact = exact
+        self.stop = stop
         self._node: Tensor | None = None
 
     @override
@@ -296,6 +302,13 @@ class MaskedRun(Run):
                 for projection in modules.score_projections:
                     hooks += Unread(projection).hooks()
         return hooks
+
+    @override
+    def _enter(self, hidden: Tensor) -> Tensor | None:
+        super()._enter(hidden)
+        if self.stop is not None and len(self.hidden or ()) > self.stop:
+            raise DeepEnough
+        return None
 
     @override
     def attention_probabilities(self, module: nn.Module) -> Tensor | None:

@@ -204,8 +204,9 @@ def test_autocast_is_near_float32(family: str, options: dict[str, Any]) -> None:
     assert cosine(gradient_of(model, task), own) > 0.99
     first, second = gradient_of(model, exact.mean()), gradient_of(model, mixed.mean())
     assert cosine(first, second) > 0.9
-    lost = (first != 0) & (second == 0)  # a weight whose cast had no graph would be lost whole
-    assert lost.sum() < 20
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    for one, other in zip(first.split(sizes), second.split(sizes), strict=True):
+        assert bool(one.any()) == bool(other.any())  # a weight cast without a graph would be lost
     with torch.autocast("cpu", dtype=torch.bfloat16):  # also when the model is attached inside
         fresh = tiny_model(family, seed=3)
         inside = DensityLoss(fresh, DensityOptions(**options))(ids, mask, step=0)
