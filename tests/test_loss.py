@@ -33,18 +33,20 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def drawn(options: DensityOptions, rows: list[int], length: int, step: tuple[int, int]) -> Draw:
-    window = length if options.crop is None else min(length, options.crop)
-    return draw(
+def drawn(options: DensityOptions, counted: Tensor, step: tuple[int, int]) -> Draw:
+    length = counted.shape[1]
+    found = draw(
         seed=options.seed,
         step=step,
         rank=0,
-        rows=torch.tensor(rows),
+        counted=counted,
         share=options.share,
-        room=length - window,
+        window=length if options.crop is None else min(length, options.crop),
         thresholds=options.thresholds,
         depths=options.depth_bounds(LAYERS),
     )
+    assert found is not None
+    return found
 
 
 def literal_weights(scores: list[float], quantile: float, width: float) -> list[float]:
@@ -77,8 +79,7 @@ def literal_term(
     model: nn.Module, options: DensityOptions, ids: Tensor, mask: Tensor, step: int
 ) -> tuple[float, float, float]:
     """Distortion, trace size and easy share with straight masks, by the oracle, token by token."""
-    rows = [row for row in range(len(ids)) if mask[row].any()]
-    chosen = drawn(options, rows, ids.shape[1], (step, 0))
+    chosen = drawn(options, mask.bool(), (step, 0))
     entropies, distances, sizes = [], [], []
     for row, tau, depth in zip(chosen.rows, chosen.thresholds, chosen.depths.tolist(), strict=True):
         prompt = ids[row][mask[row].bool()]
@@ -191,13 +192,13 @@ def test_batches_without_targets_are_skipped(monkeypatch: pytest.MonkeyPatch) ->
     assert penalty(ids[:1], mask[:1], padding_only[:1]).skipped is not None
 
 
-def test_crops_without_targets_are_skipped() -> None:
+def test_steps_whose_windows_have_no_targets_are_skipped() -> None:
     model, ids = tiny_model("llama"), tiny_prompt(8, batch=2)
     labels = torch.full_like(ids, -100)
     labels[:, -1] = 5  # position 6 alone counts
-    penalty = DensityLoss(model, crop=2)
+    penalty = DensityLoss(model, crop=3)  # windows at 0 and 3, 1 and 4, or 2 and 5
     reasons = [penalty(ids, None, labels).skipped for _ in range(20)]
-    assert set(reasons) == {None, "no token of the crop has a target"}
+    assert set(reasons) == {None, "no token of the windows has a target"}
 
 
 def test_rows_of_padding_alone_are_left_out() -> None:
@@ -215,7 +216,7 @@ def test_labels_decide_which_positions_count() -> None:
     labels[0, 3], labels[0, 6] = 7, 8  # positions 2 and 5 predict them
     options = DensityOptions(share=1.0, easy_quantile=1.0)
     term = DensityLoss(model, options)(ids, None, labels, step=4)
-    chosen = drawn(options, [0], 7, (4, 0))
+    chosen = drawn(options, torch.ones_like(ids).bool(), (4, 0))
     recording = attach(model).record(ids)
     q = exits(
         attach(model),
@@ -242,7 +243,7 @@ def test_one_token(masks: Any) -> None:
     assert DensityLoss(model)(ids, None, ids).skipped == "no token of the batch has a target"
 
 
-def test_share_and_crop_choose_a_sub_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_and_crop_choose_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), torch.arange(3, 63).reshape(6, 10)
     seen: list[Tensor] = []
     record = Instrument.record
@@ -252,22 +253,22 @@ def test_share_and_crop_choose_a_sub_batch(monkeypatch: pytest.MonkeyPatch) -> N
         return record(self, ids, *rest, **options)
 
     monkeypatch.setattr(Instrument, "record", spy)
-    sizes = {(0.5, 4): (3, 4), (0.01, None): (1, 10), (1.0, 99): (6, 10), (0.75, 1): (4, 1)}
+    sizes = {(0.5, 4): (6, 4), (0.01, None): (1, 10), (1.0, 99): (6, 10), (0.75, 1): (45, 1)}
     for (share, crop), shape in sizes.items():
         penalty = DensityLoss(model, share=share, crop=crop)
         starts, rows = set(), set()
-        for _ in range(20):
+        for _ in range(30):
             penalty(ids)
             part = seen.pop()
             assert part.shape == shape
-            assert (part.diff(dim=1) == 1).all()
-            starts |= {int(part[0, 0] - 3) % 10}
+            assert (part.diff(dim=1) == 1).all()  # one piece of one row
+            assert len(part.unique()) == part.numel()  # no token twice
+            starts |= set(((part[:, 0] - 3) % 10).tolist())
             rows |= set(((part[:, 0] - 3) // 10).tolist())
-            assert len(set(((part[:, 0] - 3) // 10).tolist())) == shape[0]
+            assert len({int(start) % shape[1] for start in (part[:, 0] - 3) % 10}) == 1
         assert rows == set(range(6))
-        room = 10 - shape[1]
-        assert starts <= set(range(room + 1))
-        assert len(starts) > min(room, 4)
+        slots, room = divmod(10, shape[1])
+        assert starts == {o + k * shape[1] for o in range(room + 1) for k in range(slots)}
 
 
 def broken_model() -> tuple[nn.Module, DensityLoss, DensityLoss]:

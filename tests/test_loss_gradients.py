@@ -27,10 +27,9 @@ def replay(
     micro_step: int = 0,
 ) -> Callable[[], Tensor]:
     """The term as a function of the current weights, all that it holds constant held constant."""
-    rows = mask.any(-1).nonzero()[:, 0].tolist()
-    chosen = drawn(options, rows, ids.shape[1], (step, micro_step))
-    window = slice(chosen.start, None if options.crop is None else chosen.start + options.crop)
-    ids, mask = ids[chosen.rows, window], mask[chosen.rows, window]
+    chosen = drawn(options, mask.bool(), (step, micro_step))
+    window = ids.shape[1] if options.crop is None else min(options.crop, ids.shape[1])
+    ids, mask = chosen.of(ids, window), chosen.of(mask, window)
     instrument = attach(model)
     with torch.no_grad():
         still = instrument.record(ids, mask)

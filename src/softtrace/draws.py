@@ -16,19 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step's term looks at.
+    """What one step's term looks at: windows of a batch.
 
     Attributes:
-        rows: indices of the chosen sequences, ``[n]`` int64.
-        start: first token of the crop.
-        thresholds: τ of each chosen sequence, ``[n]`` float32.
-        depths: E of each chosen sequence, ``[n]`` int64.
+        rows: which sequence each window is cut from, ``[n]`` int64.
+        starts: its first token, ``[n]`` int64.
+        thresholds: τ of each window, ``[n]`` float32.
+        depths: E of each window, ``[n]`` int64, on the CPU.
     """
 
     rows: Tensor
-    start: int
+    starts: Tensor
     thresholds: Tensor
     depths: Tensor
+
+    def of(self, values: Tensor, window: int) -> Tensor:
+        """The chosen windows ``[n, window]`` of ``[B, T]``."""
+        inside = torch.arange(window, device=values.device)
+        return values[self.rows[:, None], self.starts[:, None] + inside]
 
 
 def draw(
@@ -36,38 +41,48 @@ def draw(
     seed: int,
     step: tuple[int, int],
     rank: int,
-    rows: Tensor,
+    counted: Tensor,
     share: float,
-    room: int,
+    window: int,
     thresholds: tuple[float, float],
     depths: tuple[int, int],
-) -> Draw:
-    """Choose a sub-batch and, stratified over it, a threshold and a depth for each sequence.
+) -> Draw | None:
+    """Choose windows of a batch and, stratified over them, a threshold and a depth for each.
+
+    Every row is cut into as many windows as fit, all rows at one random offset; windows without a
+    counted token are no candidates.
 
     Args:
         seed: of the penalty.
         step: the global step, and which of its accumulated batches.
         rank: of the process.
-        rows: candidates, ``[R]``.
-        share: of the candidates, in (0, 1]; at least one row is taken.
-        room: largest start of the crop.
+        counted: ``[B, T]`` bool, tokens that take part.
+        share: of the candidates, in (0, 1]; at least one is taken.
+        window: tokens of each, 1 to T.
         thresholds: bounds of the log-uniform τ.
         depths: bounds of the uniform E, both included.
+
+    Returns:
+        None if there is no candidate.
     """
     generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank))
+    batch, length = counted.shape
+    slots = length // window
+    offset = int(torch.randint(length - slots * window + 1, (), generator=generator, device="cpu"))
+    cut = counted[:, offset : offset + slots * window].reshape(batch, slots, window)
+    rows, places = cut.any(-1).nonzero().T
+    if not len(rows):
+        return None
     count = max(1, round(share * len(rows)))
-    chosen = rows[
-        torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
-    ]
-    start = int(torch.randint(room + 1, (), generator=generator, device="cpu"))
+    order = torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count, generator)
     return Draw(
-        chosen,
-        start,
+        rows[order],
+        offset + places[order] * window,
         levels.exp().to(rows.device),
-        layers.long().clamp(max=depths[1]).to(rows.device),
+        layers.long().clamp(max=depths[1]),
     )
 
 

@@ -152,34 +152,32 @@ class DensityLoss:
             positions = check_positions(position_ids, valid, attention_mask is not None)
         packed = positions is not None and is_packed(positions, valid)
         targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
-        rows = counted.any(-1).nonzero()[:, 0]
-        if not len(rows):
+        if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the batch has a target")
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
-        layers = len(instrument.anatomy.layers)
         chosen = draw(
             seed=options.seed,
             step=step,
             rank=_rank(),
-            rows=rows,
+            counted=counted,
             share=options.share,
-            room=length - window,
+            window=window,
             thresholds=options.thresholds,
-            depths=options.depth_bounds(layers),
+            depths=options.depth_bounds(len(instrument.anatomy.layers)),
         )
-        part = (chosen.rows, slice(chosen.start, chosen.start + window))
-        ids, mask, counted = input_ids[part], valid[part].long(), counted[part]
-        if not bool(counted.any()):
-            return _nothing(input_ids, strength, "no token of the crop has a target")
+        if chosen is None:
+            return _nothing(input_ids, strength, "no token of the windows has a target")
+        ids, mask, counted = (chosen.of(each, window) for each in (input_ids, valid, counted))
+        mask = mask.long()
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
             recording = instrument.record(
                 ids,
                 None if packed else mask,
-                position_ids=None if positions is None else positions[part],
+                position_ids=None if positions is None else chosen.of(positions, window),
             )
         full = recording.logits.detach()
-        score = easiness(options.easiness)(full, targets[part])
+        score = easiness(options.easiness)(full, chosen.of(targets, window))
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None

@@ -31,8 +31,8 @@ class DensityOptions:
         temperature: of soft masks, nats of importance, > 0.
         family: ``"both"`` (sparse in the first E layers, only residual edges above), ``"sparse"``
             (E = L) or ``"shallow"`` (every edge of the first E layers).
-        thresholds: bounds of τ in (0, 1), drawn log-uniformly per sequence.
-        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per sequence.
+        thresholds: bounds of τ in (0, 1), drawn log-uniformly per window.
+        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per window.
         attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
             it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
             also reach queries and keys).
@@ -42,8 +42,10 @@ class DensityOptions:
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
         easy_quantile: share of the tokens that are easy, in (0, 1].
         easy_width: smoothness of the step at the quantile, standard deviations of the score, >= 0.
-        share: of the sequences that the term looks at, in (0, 1]; at least one.
-        crop: tokens of each of them (a random window), or None for all.
+        share: of the batch's windows that the term looks at, in (0, 1]; at least one. This is
+            the dial of the cost.
+        crop: tokens of a window: every sequence is cut into as many as fit, and the term sees each
+            as a sequence of its own. None for whole sequences.
         size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
             the importances. Never without the distortion: alone it is gamed by rescaling.
         on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
