@@ -1,0 +1,236 @@
+"""Early exits that are exits, and decoding that is lossless."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from softtrace import UnsupportedModelError, attach
+from softtrace.decoding import (
+    EXIT_FIELD,
+    best_exit,
+    check_early_exit,
+    exit_layer_of,
+    expected_speedup,
+    first_layers,
+    generate,
+    greedy,
+    speculate,
+)
+from softtrace.errors import InvalidInputError
+from tests.tiny import tiny_model, tiny_prompt
+
+EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+NEW = 24
+
+
+def no_cache(model: nn.Module, ids: Tensor, count: int, ends: tuple[int, ...] = (2,)) -> list[int]:
+    """Greedy decoding without any cache, one whole forward a token."""
+    tokens: list[int] = []
+    while len(tokens) < count and (not tokens or tokens[-1] not in ends):
+        seen = torch.cat((ids, ids.new_tensor([tokens])), dim=1) if tokens else ids
+        tokens.append(int(model(input_ids=seen).logits[0, -1].argmax()))
+    return tokens
+
+
+def exit_by_hand(model: nn.Module, ids: Tensor, depth: int) -> Tensor:
+    """Logits after ``depth`` layers, from the hidden states that transformers gives out."""
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[depth]
+    logits: Tensor = model.lm_head(model.model.norm(hidden))
+    return logits
+
+
+@pytest.mark.parametrize("family", EXITING)
+def test_an_early_exit_is_the_residual_stream_read_by_norm_and_head(family: str) -> None:
+    model, ids = tiny_model(family, seed=1), tiny_prompt(9)
+    assert check_early_exit(model) == 3
+    for depth in (1, 2):
+        with torch.no_grad(), first_layers(model, depth):
+            found = model(input_ids=ids).logits
+        torch.testing.assert_close(found, exit_by_hand(model, ids, depth), atol=1e-5, rtol=1e-4)
+    assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("family", EXITING)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("draft", "confidence"), [(1, 0.0), (3, 0.0), (6, 0.1)])
+def test_speculation_writes_what_plain_decoding_writes(
+    family: str, depth: int, draft: int, confidence: float
+) -> None:
+    model = tiny_model(family, seed=2, dtype=torch.float64)
+    for seed in range(3):
+        ids = tiny_prompt(5, seed=seed)
+        wanted = no_cache(model, ids, NEW)
+        assert greedy(model, ids, NEW).tokens.tolist() == wanted
+        found = speculate(
+            model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
+            confidence=confidence,
+        )  # fmt: skip
+        assert found.tokens.tolist() == wanted
+        assert 0 <= found.accepted <= found.drafted <= draft * found.checks
+        assert len(wanted) >= 1 + found.accepted
+        if wanted[-1] != 2:
+            assert len(wanted) == 1 + found.accepted + found.checks
+
+
+def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
+    model = tiny_model("llama", seed=3, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    ids = tiny_prompt(5, seed=1)
+    found = speculate(
+        model, ids, exit_layer=1, max_new_tokens=21, draft_tokens=4, confidence=0.0, eos_token_id=-1
+    )
+    assert found.tokens.tolist() == no_cache(model, ids, 21, ())
+    assert (found.drafted, found.accepted, found.checks) == (16, 16, 4)
+    assert found.acceptance == 1
+    assert found.accepted_per_draft == 4
+    assert math.isnan(greedy(model, ids, 3).acceptance)
+
+
+def test_low_confidence_ends_a_draft() -> None:
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(5)
+    bold = speculate(model, ids, exit_layer=1, max_new_tokens=NEW, draft_tokens=5, confidence=0.0)
+    timid = speculate(model, ids, exit_layer=1, max_new_tokens=NEW, draft_tokens=5, confidence=1.0)
+    assert timid.drafted <= timid.checks  # every draft ended at its first guess
+    assert bold.drafted > bold.checks
+    assert torch.equal(bold.tokens, timid.tokens)
+
+
+def test_text_ends_where_plain_decoding_ends() -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    plain = no_cache(model, ids, NEW, ())
+    for end in set(plain):
+        wanted = no_cache(model, ids, NEW, (end,))
+        for depth, draft in itertools.product((1, 2), (1, 7)):
+            found = speculate(
+                model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
+                confidence=0, eos_token_id=end,
+            )  # fmt: skip
+            assert found.tokens.tolist() == wanted
+    model.generation_config.eos_token_id = [plain[1], plain[2]]
+    assert speculate(model, ids, exit_layer=1).tokens.tolist() == plain[:2]
+
+
+def test_transformers_own_loop_writes_the_same() -> None:
+    model, ids = tiny_model("llama", seed=4, dtype=torch.float64), tiny_prompt(6)
+    wanted = no_cache(model, ids, 12)
+    found = generate(model, ids, 2, max_new_tokens=12)
+    assert found[0].tolist() == [*ids[0].tolist(), *wanted]
+    assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("GPT2", {"n_layer": 3, "n_embd": 32, "n_head": 4}),
+        ("GPTNeoX", {"intermediate_size": 48}),
+        ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("Falcon", {}),
+    ],
+)
+def test_families_that_ignore_an_early_exit_are_refused(name: str, changes: dict[str, Any]) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=67, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+        **(changes if name == "GPT2" else {**sizes, **changes}),
+    )  # fmt: skip
+    stem = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, stem)(config).eval()
+    with pytest.raises(UnsupportedModelError, match="would be ignored without a word"):
+        check_early_exit(model)
+    with pytest.raises(UnsupportedModelError, match="ignored"):
+        speculate(model, tiny_prompt(4), exit_layer=1)
+    with pytest.raises(UnsupportedModelError, match="ignored"):
+        generate(model, tiny_prompt(4), 1)
+
+
+def test_an_exit_that_is_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    attach(model)
+    forward = type(model).forward
+
+    def other(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.config.num_hidden_layers < 3:
+            output.logits = output.logits * 2
+        return output
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "forward", other)
+        with pytest.raises(UnsupportedModelError, match="is not the residual stream there"):
+            check_early_exit(model)
+    assert model.config.num_hidden_layers == 3
+    single = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match="has 1 layer; an early exit needs two"):
+        check_early_exit(single)
+
+
+def test_bad_input_is_named() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(5)
+    for wrong in (0, 3, -1, True, 1.0):
+        with pytest.raises(InvalidInputError, match=r"exit_layer: found .*, allowed 1 to 2"):
+            speculate(model, ids, exit_layer=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="found 2 sequences, allowed is one"):
+        speculate(model, tiny_prompt(5, batch=2), exit_layer=1)
+    with pytest.raises(InvalidInputError, match="draft_tokens: found 0"):
+        speculate(model, ids, exit_layer=1, draft_tokens=0)
+    with pytest.raises(InvalidInputError, match=r"confidence: found 1\.5"):
+        speculate(model, ids, exit_layer=1, confidence=1.5)
+    with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
+        speculate(model, ids, exit_layer=1, max_new_tokens=0)
+    with pytest.raises(InvalidInputError, match="found one in train mode"):
+        speculate(model.train(), ids, exit_layer=1)
+    assert model.training
+
+
+def test_the_config_can_recommend_an_exit(tmp_path: Any) -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    with pytest.raises(InvalidInputError, match=f"config has no {EXIT_FIELD}"):
+        speculate(model, ids)
+    setattr(model.config, EXIT_FIELD, 2)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert exit_layer_of(again) == 2
+    assert torch.equal(speculate(again, ids).tokens, greedy(model, ids, 64).tokens)
+
+
+def test_train_flags_are_put_back_by_the_proof() -> None:
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    check_early_exit(model)
+    assert [module.training for module in model.modules()] == flags
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1), cost=st.floats(0.05, 1), count=st.integers(1, 8))
+def test_expected_speedup_is_that_of_a_simulation_in_the_mean(
+    share: float, cost: float, count: int
+) -> None:
+    """By summing over how many guesses of a draft are right."""
+    written = sum(
+        share**right * (1 if right == count else 1 - share) * (right + 1)
+        for right in range(count + 1)
+    )
+    assert expected_speedup(share, cost, count) == pytest.approx(written / (1 + cost * count))
+    assert expected_speedup(share, cost, 0) == 1
+
+
+def test_the_best_exit_weighs_acceptance_against_cost() -> None:
+    layer, count, gain = best_exit({1: 0.3, 2: 0.9, 4: 0.95}, {1: 0.125, 2: 0.25, 4: 0.5})
+    assert layer == 2
+    assert gain == max(expected_speedup(0.9, 0.25, k) for k in range(1, 13))
+    assert gain == expected_speedup(0.9, 0.25, count)
+    assert best_exit({1: 0.0}, {1: 1.0})[2] == 0.5  # no guess is ever right: still an answer
