@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softtrace.decoding import exit_layer_of
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -56,6 +57,7 @@ def test_writes_a_model_directory_that_transformers_reads(
     before = AutoModelForCausalLM.from_pretrained(sources[0])
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert AutoTokenizer.from_pretrained(out).encode("a") == [64]
+    assert 1 <= exit_layer_of(model) < model.config.num_hidden_layers
     metrics = (out / "logs" / "version_0" / "metrics.csv").read_text()
     assert "density/distortion" in metrics
     assert not list(out.glob(".*"))  # nothing half-written is left

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 
-_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,inspect} ...
+_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench,inspect} ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
-  fit       fine-tune a model directory on text, with the density penalty
-  evaluate  measure how much of its graph a model needs: density.json, a table, plots
-  compare   put several density.json of the same text side by side
-  inspect   show how a model is taken apart, and what was verified
+  fit           fine-tune a model directory on text, with the density penalty
+  evaluate      measure how much of its graph a model needs: density.json, a table, plots
+  compare       put several density.json of the same text side by side
+  decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
+  inspect       show how a model is taken apart, and what was verified
 
 softtrace COMMAND --help shows the options of each."""
 
@@ -72,15 +74,24 @@ def _fit(args: list[str]) -> None:
 def _evaluate(args: list[str]) -> None:
     from softtrace.evaluation.evaluate import evaluate
 
-    parser = ArgumentParser(
-        prog="softtrace evaluate",
-        description="Measure how much of its graph a model needs on a text.",
-    )
+    _call(evaluate, "evaluate", "Measure how much of its graph a model needs on a text.", args)
+
+
+def _decode_bench(args: list[str]) -> None:
+    from softtrace.evaluation.decode_bench import decode_bench
+
+    description = "Measure what a model's early exits are worth in decoding."
+    _call(decode_bench, "decode-bench", description, args)
+
+
+def _call(function: Callable[..., Any], name: str, description: str, args: list[str]) -> None:
+    """Run a function whose parameters are the command's options."""
+    parser = ArgumentParser(prog=f"softtrace {name}", description=description)
     parser.add_argument("-c", "--config", action="config", help="options in a YAML file")
-    parser.add_function_arguments(evaluate, as_positional=False)
+    parser.add_function_arguments(function, as_positional=False)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
-    evaluate(**options)
+    function(**options)
 
 
 def _compare(args: list[str]) -> None:
@@ -120,6 +131,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "compare": _compare,
+    "decode-bench": _decode_bench,
     "inspect": _inspect,
 }
 

@@ -141,7 +141,12 @@ def exit_layer_of(model: nn.Module) -> int:
 
 
 def generate(
-    model: Any, input_ids: Tensor, exit_layer: int | None = None, **options: Any
+    model: Any,
+    input_ids: Tensor,
+    exit_layer: int | None = None,
+    *,
+    proven: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Greedy decoding by transformers' own loop with an early exit that was proven to be one.
 
@@ -149,6 +154,7 @@ def generate(
         model: a causal language model of transformers.
         input_ids: ``[1, T]``; transformers' assisted loop takes one sequence.
         exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        proven: :func:`check_early_exit` has accepted the model and its layers already.
         options: of ``model.generate``.
 
     Returns:
@@ -158,21 +164,28 @@ def generate(
         UnsupportedModelError: see :func:`check_early_exit`.
         InvalidInputError: an exit layer that is none, or several sequences.
     """
-    depth = _checked(model, input_ids, exit_layer)
+    depth = _checked(model, input_ids, exit_layer, proven)
     options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
     found: Tensor = model.generate(input_ids, assistant_early_exit=depth, **options)
     return found
 
 
-def _checked(model: nn.Module, input_ids: Tensor, exit_layer: int | None) -> int:
+def _checked(model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven: bool) -> int:
+    if proven and exit_layer is not None:
+        return exit_layer
     attach(model).valid(input_ids)
     if len(input_ids) != 1:
         raise InvalidInputError(f"input_ids: found {len(input_ids)} sequences, allowed is one")
     layers = check_early_exit(model)
     depth = exit_layer_of(model) if exit_layer is None else exit_layer
+    check_exit_layer(depth, layers)
+    return depth
+
+
+def check_exit_layer(depth: int, layers: int) -> None:
+    """Raise :class:`InvalidInputError` unless an exit layer is an integer from 1 to L - 1."""
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < layers:
         raise InvalidInputError(f"exit_layer: found {depth!r}, allowed 1 to {layers - 1}")
-    return depth
 
 
 def _ends(model: nn.Module, eos_token_id: int | None) -> set[int]:
@@ -225,7 +238,7 @@ def speculate(
         draft_tokens: how many to guess at most before a check, >= 1.
         confidence: a guess with less probability than this is the last of its draft, in [0, 1].
         eos_token_id: ends the text; None takes the generation config's.
-        proven: :func:`check_early_exit` has accepted the model already.
+        proven: :func:`check_early_exit` has accepted the model and its layers already.
 
     Raises:
         UnsupportedModelError: see :func:`check_early_exit`.
@@ -236,10 +249,7 @@ def speculate(
     check_range("confidence", confidence, 0, 1)
     if model.training:
         raise InvalidInputError("model: found one in train mode; call model.eval() first")
-    if proven and exit_layer is not None:
-        depth = exit_layer
-    else:
-        depth = _checked(model, input_ids, exit_layer)
+    depth = _checked(model, input_ids, exit_layer, proven)
     ends, cache = _ends(model, eos_token_id), DynamicCache()
     tokens = [_next(model, input_ids, cache)]
     drafted = accepted = checks = 0

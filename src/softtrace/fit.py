@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,7 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from softtrace.batch import check_least, check_length
 from softtrace.datamodule import PackedDataModule
-from softtrace.errors import InvalidInputError
+from softtrace.decoding import EXIT_FIELD, check_early_exit
+from softtrace.errors import InvalidInputError, SofttraceError
+from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.evaluation.files import check_output
 from softtrace.families.discovery import learned_positions
 from softtrace.lightning import DensityPenalty
@@ -27,6 +30,8 @@ from softtrace.module import CausalLM
 from softtrace.seeding import StepSeed
 
 logger = logging.getLogger(__name__)
+
+_EXIT_BLOCKS = 32  # enough for a choice between layers
 
 # One paragraph: argparse joins the lines of a description.
 _DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
@@ -159,6 +164,7 @@ class FitCLI(LightningCLI):
         if self.trainer.interrupted:
             raise KeyboardInterrupt
         fresh = self.out / f".model-{os.getpid()}"
+        self._recommend_exit()
         try:
             self.model.model.save_pretrained(fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
@@ -170,6 +176,19 @@ class FitCLI(LightningCLI):
                 os.replace(file, self.out / file.name)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+    def _recommend_exit(self) -> None:
+        """Write into the model's config which early exit should decode it fastest."""
+        model, held_out = self.model.model, self.datamodule.held_out_blocks
+        blocks = self.datamodule.train_blocks if held_out is None else held_out
+        if blocks is None:
+            return
+        some = blocks[torch.linspace(0, len(blocks) - 1, min(_EXIT_BLOCKS, len(blocks))).long()]
+        try:
+            check_early_exit(model)
+            setattr(model.config, EXIT_FIELD, recommended_exit(model, some))
+        except SofttraceError as reason:
+            logger.info("no early exit is recommended: %s", reason)
 
 
 def fit(args: Sequence[str] | None = None) -> Path:

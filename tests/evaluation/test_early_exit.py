@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.evaluation.early_exit import exit_agreement
+from softtrace.decoding import best_exit
+from softtrace.evaluation.early_exit import GATES, exit_agreement, gated_exits, recommended_exit
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
@@ -33,3 +34,43 @@ def test_needs_hidden_states() -> None:
     instrument = softtrace.attach(model)
     with pytest.raises(ValueError, match="keep_hidden=True"):
         exit_agreement(instrument, instrument.record(tiny_prompt(4)))
+    with pytest.raises(ValueError, match="keep_hidden=True"):
+        gated_exits(instrument, instrument.record(tiny_prompt(4)), slice(None))
+
+
+@torch.no_grad()
+def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(10, batch=3)
+    model.lm_head.weight.mul_(2)  # surer
+    instrument = softtrace.attach(model)
+    found = gated_exits(instrument, instrument.record(ids, keep_hidden=True), slice(3, 9))
+    output = model(input_ids=ids, output_hidden_states=True)
+    exits = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[1:-1]]
+    stopped = set()
+    for gate in GATES:
+        used, right = found[gate]
+        assert used.shape == right.shape == (3, 6)
+        for row in range(3):
+            for place, position in enumerate(range(3, 9)):
+                layer, logits = 3, output.logits[row, position]
+                for depth, early in enumerate(exits, start=1):
+                    if early[row, position].softmax(-1).max() >= gate:
+                        layer, logits = depth, early[row, position]
+                        break
+                assert used[row, place] == layer
+                assert right[row, place] == (
+                    logits.argmax() == output.logits[row, position].argmax()
+                )
+                stopped.add(layer)
+    assert stopped == {1, 2, 3}
+
+
+def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> None:
+    for seed in range(4):
+        model, blocks = tiny_model("llama", seed=seed, num_hidden_layers=5), tiny_prompt(8, batch=7)
+        instrument = softtrace.attach(model)
+        with torch.no_grad():
+            agreed = exit_agreement(instrument, instrument.record(blocks, keep_hidden=True))
+        shares = agreed[:, :, 4:].double().mean((1, 2)).tolist()
+        wanted = best_exit(dict(enumerate(shares[:4], 1)), {k: k / 5 for k in range(1, 5)})[0]
+        assert recommended_exit(model, blocks, batch_size=3) == wanted

@@ -7,9 +7,11 @@ self-speculation does (LayerSkip, arXiv 2404.16710).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from softtrace.instrument import Instrument, Recording
+from softtrace.decoding import best_exit
+from softtrace.importance import working_dtype
+from softtrace.instrument import Instrument, Recording, attach
 
 
 @torch.no_grad()
@@ -31,3 +33,69 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
         for hidden in recording.hidden[1:-1]
     ]
     return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+
+
+@torch.no_grad()
+def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> int:
+    """The exit layer that should decode fastest, judged on a text.
+
+    By agreement of each exit on the second half of every block, with a guess that costs its share
+    of the layers; ``softtrace decode-bench`` measures both on what the model writes itself.
+
+    Args:
+        model: a causal language model with at least two layers.
+        blocks: ``[N, T]`` ids.
+        batch_size: blocks a forward.
+    """
+    instrument, found = attach(model), []
+    device = next(model.parameters()).device
+    for ids in torch.split(blocks, batch_size):
+        recording = instrument.record(ids.to(device), keep_hidden=True, keep_attention=False)
+        agreed = exit_agreement(instrument, recording)[..., blocks.shape[1] // 2 :]
+        found.append(agreed.flatten(1).cpu())
+    shares = torch.cat(found, dim=1).double().mean(1).tolist()
+    layers = range(1, len(shares))
+    return best_exit(
+        {layer: shares[layer - 1] for layer in layers},
+        {layer: layer / len(shares) for layer in layers},
+    )[0]
+
+
+GATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Confidences that a gated exit is reported for."""
+
+
+@torch.no_grad()
+def gated_exits(
+    instrument: Instrument, recording: Recording, explained: slice
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """Stop at the first layer whose exit is sure enough: layers used and agreement.
+
+    Not lossless: a sure exit can be wrong. Source: CALM (arXiv 2207.07061), softmax response.
+
+    Args:
+        instrument: of the model.
+        recording: made with ``keep_hidden=True``.
+        explained: positions to look at.
+
+    Returns:
+        For every confidence in :data:`GATES`: ``[B, T']`` int64 layers, and bool, whether the most
+        likely token there is the full model's.
+    """
+    if recording.hidden is None:
+        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
+    wanted = recording.logits[:, explained].argmax(-1)
+    layers = len(recording.hidden) - 1
+    found = {
+        gate: (torch.full_like(wanted, layers), torch.ones_like(wanted, dtype=torch.bool))
+        for gate in GATES
+    }
+    for depth in range(layers - 1, 0, -1):
+        logits = instrument.anatomy.readout.early(recording.hidden[depth][:, explained])
+        sure, token = logits.to(working_dtype(logits.dtype)).softmax(-1).max(-1)
+        for gate, (used, right) in found.items():
+            found[gate] = (
+                used.masked_fill(sure >= gate, depth),
+                torch.where(sure >= gate, token == wanted, right),
+            )
+    return found

@@ -79,7 +79,7 @@ def evaluate(
         ("extra_blocks", extra_blocks, 0),
     ):
         check_least(name, value, least)
-    where = _device(device)
+    where = device_of(device)
     check_output(out, overwrite)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
@@ -88,7 +88,7 @@ def evaluate(
         documents = split_by_file(documents, held_out_share, salt)[1]
         if not documents:
             raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
-    chosen = _evenly(pack(documents, tokenizer, block_size), blocks)
+    chosen = evenly(pack(documents, tokenizer, block_size), blocks)
     network = load_model(model, dtype=dtype)
     network.to(where).eval()  # type: ignore[arg-type]
     min_context = block_size // 2
@@ -134,7 +134,12 @@ def evaluate(
     return density
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of that name, or the best one for "auto".
+
+    Raises:
+        InvalidInputError: this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -147,7 +152,7 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _evenly(blocks: Tensor, count: int) -> Tensor:
+def evenly(blocks: Tensor, count: int) -> Tensor:
     """``count`` blocks evenly spaced over all, or all if there are fewer."""
     if len(blocks) <= count:
         return blocks

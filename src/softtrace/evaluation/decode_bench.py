@@ -1,0 +1,347 @@
+"""``softtrace decode-bench``: what a model's early exits are worth in decoding, measured.
+
+Source of the method: LayerSkip (arXiv 2404.16710), section 4.3; confidence gating: CALM
+(arXiv 2207.07061), here as agreement against layers used, without its state propagation.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from softtrace.batch import check_least, check_length, check_range
+from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack, read_documents, split_by_file
+from softtrace.decoding import (
+    Generation,
+    best_exit,
+    check_early_exit,
+    check_exit_layer,
+    expected_speedup,
+    first_layers,
+    generate,
+    greedy,
+    speculate,
+)
+from softtrace.errors import DataError
+from softtrace.evaluation.early_exit import exit_agreement, gated_exits
+from softtrace.evaluation.evaluate import device_of, evenly
+from softtrace.evaluation.files import check_output, prepare_output, update_json, write_json
+from softtrace.evaluation.provenance import provenance
+from softtrace.families.discovery import learned_positions
+from softtrace.instrument import attach
+from softtrace.load import check_model_directory, load_model, load_tokenizer
+
+_NEVER = -1  # no token: both loops write as many tokens as were asked for
+_REPEATS = 15
+_LONGEST_DRAFT = 12
+
+
+def decode_bench(
+    model: str,
+    data: str,
+    out: str,
+    held_out_share: float = 0.0,
+    salt: str = "",
+    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
+    prompts: int = 16,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    exit_layer: int | None = None,
+    draft_tokens: int | None = None,
+    confidence: float = 0.5,
+    rounds: int = 2,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure acceptance and speed of self-speculation, and write them to OUT.
+
+    OUT/decoding.json holds the result. Where OUT/density.json is of the same model, as softtrace
+    evaluate wrote it, its section "decoding" is written too, and OUT need not be empty.
+
+    Args:
+        model: model directory (safetensors) or hub name.
+        data: text file, .jsonl file or folder that prompts are cut from.
+        out: folder to write to; new, empty, or with a density.json of the same model.
+        held_out_share: take prompts only from the files that a split with this share and salt
+            holds out; 0 takes all files.
+        salt: of the split.
+        suffixes: files of a folder to read.
+        exclude: globs of files or folders to leave out.
+        prompts: how many, evenly spaced over the text.
+        prompt_tokens: tokens of each.
+        new_tokens: tokens to write for each; an end-of-text token does not stop them.
+        exit_layer: layers that draft; None takes the layer with the best expected speed-up, from
+            acceptance and time measured for each.
+        draft_tokens: guesses before a check at most; None takes the best expected number.
+        confidence: a guess with less probability ends its draft.
+        rounds: how often every prompt is timed.
+        device: "auto", "cpu", "cuda", ...
+        dtype: of the weights.
+        overwrite: replace what OUT holds.
+
+    Raises:
+        ModelDirectoryError: no model there.
+        UnsupportedModelError: a model whose early exits are no exits.
+        DataError, InvalidInputError: the text or a number.
+        OutputExistsError: OUT holds other things.
+    """
+    for name, value, least in (
+        ("prompts", prompts, 1),
+        ("prompt_tokens", prompt_tokens, 2),
+        ("new_tokens", new_tokens, 2),
+        ("rounds", rounds, 1),
+        ("draft_tokens", 1 if draft_tokens is None else draft_tokens, 1),
+    ):
+        check_least(name, value, least)
+    check_range("confidence", confidence, 0, 1)
+    where = device_of(device)
+    density = Path(out) / "density.json"
+    beside = density.is_file()
+    check_output(out, overwrite or beside)
+    check_model_directory(model)
+    tokenizer = load_tokenizer(model)
+    documents = read_documents(data, suffixes, exclude)
+    if held_out_share:
+        documents = split_by_file(documents, held_out_share, salt)[1]
+        if not documents:
+            raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+    starts = evenly(pack(documents, tokenizer, prompt_tokens), prompts)
+    network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
+    check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
+    layers = check_early_exit(network)
+    if exit_layer is not None:
+        check_exit_layer(exit_layer, layers)
+    rows = [row[None].to(where) for row in starts]
+    written = [greedy(network, row, new_tokens, _NEVER).tokens for row in rows]
+    exits, gated = _exits(network, rows, written)
+    costs = _draft_costs(network, rows[0], layers)
+    acceptance = {layer: exits[layer - 1] for layer in range(1, layers)}
+    wanted = acceptance if exit_layer is None else {exit_layer: acceptance[exit_layer]}
+    layer, count, _ = best_exit(wanted, costs, _LONGEST_DRAFT)
+    count = count if draft_tokens is None else draft_tokens
+    found = {
+        "prompts": len(rows),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "exits": {
+            "layers": list(acceptance),
+            "agreement": list(acceptance.values()),
+            "draft_cost": [costs[each] for each in acceptance],
+            "expected_speedup": [best_exit({each: acceptance[each]}, costs)[2] for each in costs],
+        },
+        "exit_layer": layer,
+        "draft_tokens": count,
+        "confidence": confidence,
+        "expected_speedup": expected_speedup(acceptance[layer], costs[layer], count),
+        "loops": _race(network, rows, layer, count, confidence, new_tokens, rounds),
+        "gated": gated,
+        "model": model,
+        "data": data,
+        "dtype": dtype,
+        **provenance(where),
+    }
+    folder = prepare_output(out, overwrite or beside)
+    write_json(folder / "decoding.json", found)
+    if beside:
+        update_json(density, "decoding", found, same=("model", "path"), value=model)
+    print(decoding_table(found))
+    print(f"\nwritten to {folder}/: decoding.json{' and density.json' if beside else ''}")
+    return found
+
+
+@torch.no_grad()
+def _exits(
+    network: nn.Module, rows: Sequence[Tensor], written: Sequence[Tensor]
+) -> tuple[list[float], dict[str, Any]]:
+    """Agreement of every exit on what the model itself writes, and what gating would give."""
+    instrument = attach(network)
+    agreement, gates = [], []
+    for row, tokens in zip(rows, written, strict=True):
+        # The last token is nobody's context; its prediction was never asked for.
+        whole = torch.cat((row, tokens[None, :-1]), dim=1)
+        recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
+        explained = slice(row.shape[1] - 1, None)
+        agreement.append(exit_agreement(instrument, recording)[:, 0, explained].double().cpu())
+        gates.append(gated_exits(instrument, recording, explained))
+    confidences = list(gates[0])
+    return torch.cat(agreement, dim=1).mean(1).tolist(), {
+        "confidence": confidences,
+        "layers_used": [_mean([gate[each][0] for gate in gates]) for each in confidences],
+        "agreement": [_mean([gate[each][1] for gate in gates]) for each in confidences],
+    }
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    return float(torch.cat([value.flatten() for value in values]).double().mean())
+
+
+@torch.inference_mode()
+def _draft_costs(network: nn.Module, row: Tensor, layers: int) -> dict[int, float]:
+    """Time of one token through the first layers over that through all, medians, interleaved."""
+    cache = DynamicCache()
+    network(input_ids=row, past_key_values=cache, use_cache=True)
+    seconds: dict[int, list[float]] = {depth: [] for depth in range(1, layers + 1)}
+    for turn in range(_REPEATS):
+        for depth, spent in seconds.items():
+            with first_layers(network, depth):
+                began = _now(row)
+                network(input_ids=row[:, :1], past_key_values=cache, use_cache=True)
+                spent.append(_now(row) - began)
+            for layer in cache.layers[:depth]:
+                layer.crop(-1)  # type: ignore[union-attr]
+        if turn == 0:
+            for spent in seconds.values():
+                spent.clear()  # the first call of anything is slow
+    whole = statistics.median(seconds.pop(layers))
+    return {depth: statistics.median(spent) / whole for depth, spent in seconds.items()}
+
+
+def _now(like: Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+def _race(
+    network: nn.Module,
+    rows: Sequence[Tensor],
+    layer: int,
+    count: int,
+    confidence: float,
+    new_tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Each loop against plain decoding by the same loop, prompt by prompt in turns."""
+
+    def direct(row: Tensor) -> Generation:
+        return speculate(
+            network, row, exit_layer=layer, max_new_tokens=new_tokens, draft_tokens=count,
+            confidence=confidence, eos_token_id=_NEVER, proven=True,
+        )  # fmt: skip
+
+    loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
+        "direct": (lambda row: greedy(network, row, new_tokens, _NEVER), direct),
+        "transformers": (
+            lambda row: _stock(network, row, None, new_tokens, count, confidence),
+            lambda row: _stock(network, row, layer, new_tokens, count, confidence),
+        ),
+    }
+    results = {}
+    for name, pair in loops.items():
+        ratios: list[float] = []
+        speeds: tuple[list[float], list[float]] = ([], [])
+        same, found = 0, []
+        with tqdm(total=rounds * len(rows), desc=f"decoding, {name} loop", unit="prompt") as bar:
+            for turn in range(rounds + 1):  # the first one warms up
+                for row in rows if turn else rows[:1]:
+                    outputs, seconds = [], []
+                    for loop in pair:
+                        began = _now(row)
+                        outputs.append(loop(row))
+                        seconds.append(_now(row) - began)
+                    if not turn:
+                        continue
+                    ratios.append(seconds[0] / seconds[1])
+                    for speed, spent in zip(speeds, seconds, strict=True):
+                        speed.append(new_tokens / spent)
+                    same += torch.equal(outputs[0].tokens, outputs[1].tokens)
+                    found.append(outputs[1])
+                    bar.update()
+        results[name] = {
+            "plain_tokens_per_second": statistics.median(speeds[0]),
+            "tokens_per_second": statistics.median(speeds[1]),
+            "speedup": _quartiles(ratios),
+            "identical": same / len(ratios),
+        }
+        if name == "direct":
+            drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
+            results[name] |= {
+                "drafted": drafted,
+                "accepted": accepted,
+                "checks": sum(g.checks for g in found),
+                "acceptance": accepted / drafted if drafted else None,
+            }
+    return results
+
+
+def _stock(
+    network: Any, row: Tensor, layer: int | None, new_tokens: int, count: int, confidence: float
+) -> Generation:
+    """transformers' own loop; what it drafts it does not say."""
+    own = network.generation_config
+    kept = {
+        name: getattr(own, name)
+        for name in ("eos_token_id", "num_assistant_tokens", "assistant_confidence_threshold")
+    }
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        # The loop reads these from the model's own config alone.
+        own.num_assistant_tokens, own.assistant_confidence_threshold = count, confidence
+        own.eos_token_id = None
+        options = {"max_new_tokens": new_tokens, "do_sample": False}
+        if layer is None:
+            mask = torch.ones_like(row)
+            whole = network.generate(row, attention_mask=mask, **options)
+        else:
+            whole = generate(network, row, layer, proven=True, **options)
+    finally:
+        transformers_logging.set_verbosity(level)
+        for name, value in kept.items():
+            setattr(own, name, value)
+    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {"median": values[0], "q25": values[0], "q75": values[0]}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "q25": low, "q75": high}
+
+
+def decoding_table(found: dict[str, Any]) -> str:
+    """What was measured, for a terminal."""
+    exits = found["exits"]
+    lines = [
+        f"early exits on {found['prompts']} x {found['new_tokens']} tokens that the model wrote",
+        "  layers   agreement   cost of a guess   expected speed-up",
+    ]
+    lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
+    lines.append("")
+    lines.append(
+        f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
+        f"confidence {found['confidence']:g}"
+    )
+    for name, loop in found["loops"].items():
+        gain = loop["speedup"]
+        lines.append(
+            f"  {name} loop: {loop['plain_tokens_per_second']:.0f} tokens/s plain, "
+            f"{loop['tokens_per_second']:.0f} speculative: x{gain['median']:.2f} "
+            f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
+        )
+    direct = found["loops"]["direct"]
+    if direct["acceptance"] is not None:
+        lines.append(
+            f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
+            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a check"
+        )
+    lines += ["", "stopping where the exit is sure (not lossless)"]
+    lines.append("  confidence   layers used   agreement")
+    lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
+    return "\n".join(lines)
+
+
+def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:
+    return [form.format(*row) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,109 @@
+"""``softtrace decode-bench``: what it measures, where it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softtrace.data import pack, read_documents
+from softtrace.decoding import best_exit, expected_speedup, greedy
+from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
+from softtrace.evaluation.decode_bench import decode_bench
+from softtrace.evaluation.evaluate import evaluate
+from softtrace.load import load_model, load_tokenizer
+from tests.corpus import write_model, write_tree
+from tests.tiny import tiny_model
+
+SMALL: dict[str, Any] = {
+    "prompts": 3, "prompt_tokens": 8, "new_tokens": 6, "rounds": 1, "device": "cpu"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("sources")
+    return str(write_model(root / "model")), str(write_tree(root / "text"))
+
+
+def test_equals_what_is_computed_by_hand(
+    sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = decode_bench(*sources, str(tmp_path / "out"), **SMALL)
+    assert json.loads((tmp_path / "out" / "decoding.json").read_text()) == found
+    model = load_model(sources[0]).eval()
+    blocks = pack(read_documents(sources[1]), load_tokenizer(sources[0]), 8)
+    prompts = blocks[torch.linspace(0, len(blocks) - 1, 3).long()]
+    layers = model.config.num_hidden_layers
+    right = torch.zeros(layers - 1, dtype=torch.float64)
+    for prompt in prompts:
+        tokens = greedy(model, prompt[None], 6, -1).tokens
+        whole = torch.cat((prompt, tokens))[None]
+        with torch.no_grad():
+            hidden = model(input_ids=whole, output_hidden_states=True).hidden_states
+            for depth in range(1, layers):
+                said = model.lm_head(model.model.norm(hidden[depth])).argmax(-1)[0]
+                right[depth - 1] += (said[7:-1] == tokens).sum()
+    exits = found["exits"]
+    assert exits["layers"] == list(range(1, layers))
+    assert exits["agreement"] == pytest.approx((right / 18).tolist())
+    acceptance = dict(zip(exits["layers"], exits["agreement"], strict=True))
+    costs = dict(zip(exits["layers"], exits["draft_cost"], strict=True))
+    assert all(cost > 0 for cost in costs.values())
+    layer, count, gain = best_exit(acceptance, costs)
+    assert (found["exit_layer"], found["draft_tokens"]) == (layer, count)
+    assert found["expected_speedup"] == gain == max(exits["expected_speedup"])
+    for loop in found["loops"].values():
+        assert loop["identical"] == 1
+        assert 0 < loop["speedup"]["q25"] <= loop["speedup"]["median"] <= loop["speedup"]["q75"]
+    direct = found["loops"]["direct"]
+    assert 0 <= direct["accepted"] <= direct["drafted"]
+    assert direct["accepted"] + direct["checks"] == 3 * 5  # the first token comes with the prompt
+    said = capsys.readouterr().out
+    assert f"drafting with {layer} layers, {count} tokens at most, confidence 0.5" in said
+    assert "direct loop:" in said
+    assert "transformers loop:" in said
+    assert "stopping where the exit is sure (not lossless)" in said
+
+
+def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: Path) -> None:
+    found = decode_bench(*sources, str(tmp_path), exit_layer=1, draft_tokens=4, **SMALL)
+    assert (found["exit_layer"], found["draft_tokens"]) == (1, 4)
+    exits = found["exits"]
+    wanted = expected_speedup(exits["agreement"][0], exits["draft_cost"][0], 4)
+    assert found["expected_speedup"] == wanted
+
+
+def test_becomes_a_section_of_the_density_of_the_same_model(
+    sources: tuple[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluate(*sources, str(out), block_size=16, blocks=2, extra_blocks=0, device="cpu")
+    before = json.loads((out / "density.json").read_text())
+    found = decode_bench(*sources, str(out), **SMALL)
+    after = json.loads((out / "density.json").read_text())
+    assert after == {**before, "decoding": found}
+    other = write_model(tmp_path / "other")
+    decode_bench(str(other), sources[1], str(out), **SMALL)
+    assert json.loads((out / "density.json").read_text()) == after  # of another model: left alone
+
+
+def test_refuses_what_it_cannot_do(
+    sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError):
+        decode_bench(*sources, str(tmp_path), **SMALL)
+    for name, value in (("prompts", 0), ("new_tokens", 1), ("rounds", 0), ("draft_tokens", 0)):
+        with pytest.raises(InvalidInputError, match=f"{name}: found {value}"):
+            decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
+    with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
+        decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)
+    module = "softtrace.evaluation.decode_bench.load_model"
+    monkeypatch.setattr(module, lambda *_, **__: tiny_model("gpt2", vocab_size=300))
+    with pytest.raises(UnsupportedModelError, match="would be ignored"):
+        decode_bench(*sources, str(tmp_path / "new"), **SMALL)
+    assert not (tmp_path / "new").exists()
