@@ -34,11 +34,13 @@ HERE = Path(__file__).parent
 MODEL = HERE.parent / "models" / "pystdlib-4m"
 
 
-def blocks_of(data: str, block_size: int, explained: int) -> tuple[Tensor, Tensor, Tensor]:
+def blocks_of(
+    data: str, block_size: int, explained: int, density_block_size: int = 64, model: Path = MODEL
+) -> tuple[Tensor, Tensor, Tensor]:
     """Training blocks, held-out blocks for the loss, held-out blocks for the density."""
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(model)
     train, held_out = split_by_file(read_documents(data), 0.1, "effect")
-    density = pack(held_out, tokenizer, 64)
+    density = pack(held_out, tokenizer, density_block_size)
     chosen = torch.linspace(0, len(density) - 1, min(explained, len(density))).long()
     return (
         pack(train, tokenizer, block_size),

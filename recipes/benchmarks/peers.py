@@ -1,0 +1,337 @@
+"""Every peer loss against this project's, at equal held-out loss.
+
+    python recipes/benchmarks/peers.py                       # all methods and strengths, 3 seeds
+    python recipes/benchmarks/peers.py --methods layerskip softtrace --seeds 1
+    python recipes/benchmarks/peers.py --cost                # step time and peak memory alone
+
+All runs of a seed start from the same weights and see the same data in the same order, held-out
+files as in ``effect.py``. Each method is swept over its strength; a measure is then read where its
+curve over held-out loss meets +1 % of plain fine-tuning. Results are added to ``peers.json`` run by
+run, so that what was interrupted goes on; ``peers.png`` shows the fronts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from effect import HERE, MODEL, blocks_of, held_out_loss
+from peer_losses import METHODS, smoothed
+from torch import Tensor
+from tqdm import tqdm
+
+from softtrace.decoding import check_early_exit, speculate
+from softtrace.evaluation.files import write_json
+from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.provenance import provenance
+from softtrace.load import load_model
+
+BUDGET = 1.01
+#: measure, whether lower is better, and what a plot calls it
+MEASURES: dict[str, tuple[bool, str]] = {
+    "area_easy": (True, "area, easy tokens"),
+    "size_easy": (True, "median size at TV 0.2, easy"),
+    "exit_easy": (False, "exits at half depth that agree, easy"),
+    "size_hard": (True, "median size at TV 0.2, hard"),
+    "exit_all": (False, "exits at half depth that agree, all"),
+    "accepted": (False, "accepted tokens a draft of 4, half depth"),
+}
+DRAFT, PROMPTS, NEW = 4, 16, 48
+
+
+def train(blocks: Tensor, name: str, strength: float, seed: int, plain: list[float] | None, args):
+    """One fine-tuning; the model and its smoothed task losses."""
+    model = load_model(args.model).to(args.device).train()
+    method = METHODS[name](model, strength, seed, plain)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    order = torch.Generator().manual_seed(seed)
+    wanted = args.steps * args.batch_size
+    rows = torch.cat(
+        [
+            torch.randperm(len(blocks), generator=order)
+            for _ in range(math.ceil(wanted / len(blocks)))
+        ]
+    )
+    curve: list[float] = []
+    for step in tqdm(range(args.steps), desc=f"{name} {strength:g}, seed {seed}"):
+        scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * scale
+        ids = blocks[rows[step * args.batch_size : (step + 1) * args.batch_size]].to(args.device)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, task = method(ids, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        curve.append(smoothed(curve[-1], task.item()) if curve else task.item())
+    model.set_attn_implementation("sdpa")
+    return model.eval(), curve
+
+
+def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> dict[str, Any]:
+    """What one trained model is compared by."""
+    _, held_out, density = blocks
+    with tqdm(total=len(density), desc="measuring", unit="block") as bar:
+        found = summarise(
+            measure(
+                model,
+                density,
+                min_context=density.shape[1] // 2,
+                batch_size=16,
+                extra_blocks=0,
+                progress=bar.update,
+            )
+        )
+    agreement = found["early_exit"]["agreement"]
+    layers = check_early_exit(model)
+    half = layers // 2
+    texts = [
+        speculate(
+            model, row[None, : row.shape[0] // 2].to(device), exit_layer=half, max_new_tokens=NEW,
+            draft_tokens=DRAFT, confidence=0.0, eos_token_id=-1, proven=True,
+        )
+        for row in density[torch.linspace(0, len(density) - 1, PROMPTS).long()]
+    ]  # fmt: skip
+    return {
+        "loss": held_out_loss(model, held_out, device),
+        **{
+            f"{name}_{group}": found[key][group]
+            for name, key in (("area", "area"), ("size", "size_at_tv_0.2"))
+            for group in ("easy", "hard", "all")
+        },
+        "exit_easy": agreement["easy"][half - 1],
+        "exit_all": agreement["all"][half - 1],
+        "exits_easy": agreement["easy"],
+        "exits_all": agreement["all"],
+        "accepted": sum(t.accepted for t in texts) / sum(t.checks for t in texts),
+    }
+
+
+def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
+    """A method's points, plain fine-tuning first: means over seeds of paired ratios and values."""
+    plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
+    points = [{"strength": 0.0, "loss": 1.0, "seeds": float(len(plain)), **_means(plain.values())}]
+    for strength in sorted({run["strength"] for run in runs if run["method"] == name}):
+        rows = [r for r in runs if (r["method"], r["strength"]) == (name, strength)]
+        ratio = statistics.mean(row["loss"] / plain[row["seed"]]["loss"] for row in rows)
+        point = {"strength": strength, "loss": ratio, "seeds": float(len(rows)), **_means(rows)}
+        points.append(point)
+    return points
+
+
+def _means(rows: Any) -> dict[str, float]:
+    rows = list(rows)
+    return {key: statistics.mean(row[key] for row in rows) for key in MEASURES}
+
+
+def at_budget(points: list[dict[str, float]], key: str, budget: float = BUDGET) -> float:
+    """A measure where held-out loss is ``budget`` times plain fine-tuning's, at most.
+
+    The best that a method has within the budget: its own points, and where a line between two
+    points of neighbouring loss crosses the budget.
+    """
+    lower = MEASURES[key][0]
+    inside = [point[key] for point in points if point["loss"] <= budget]
+    ordered = sorted(points, key=lambda point: point["loss"])
+    for a, b in itertools.pairwise(ordered):
+        if a["loss"] <= budget < b["loss"]:
+            share = (budget - a["loss"]) / (b["loss"] - a["loss"])
+            inside.append(a[key] + share * (b[key] - a[key]))
+    return min(inside) if lower else max(inside)
+
+
+def costs(args: argparse.Namespace, blocks: Tensor) -> dict[str, Any]:
+    """Step time and peak memory of every method, interleaved, as ratios to a plain step."""
+    steps = {}
+    for name in METHODS:
+        model = load_model(args.model).to(args.device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+        strength = METHODS[name].strengths[1] if METHODS[name].strengths else 0.0
+        method = METHODS[name](model, strength, 0, [10.0] * (args.rounds + 3))
+
+        def step(number: int, model=model, optimizer=optimizer, method=method) -> None:
+            first = number * args.batch_size % (len(blocks) - args.batch_size)
+            ids = blocks[first : first + args.batch_size].to(args.device)
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
+                loss, _ = method(ids, number)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+
+        steps[name] = step
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(args.rounds + 2), desc="timing"):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step(number)
+            seconds[name].append(time.perf_counter() - began)
+    memory = {name: peak_memory(lambda step=step: step(2), args.device) for name, step in
+              steps.items()}  # fmt: skip
+    found = {}
+    for name, spent in seconds.items():
+        ratios = [a / b for a, b in zip(spent[2:], seconds["plain"][2:], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        found[name] = {
+            "time": {"median": middle, "q25": low, "q75": high},
+            "memory": memory[name] / memory["plain"],
+            "seconds": statistics.median(spent[2:]),
+        }
+    return found
+
+
+def peak_memory(step: Any, device: str) -> int:
+    """Bytes allocated at most during a step beyond what was there before."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def plot(runs: list[dict[str, Any]], out: Path) -> None:
+    """One page of fronts: every measure against held-out loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in METHODS if name != "plain" and any(r["method"] == name for r in runs)]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), sharex=True, layout="constrained")
+    for axis, (key, (lower, title)) in zip(axes.flat, MEASURES.items(), strict=True):
+        for index, name in enumerate(names):
+            points = front(runs, name)
+            own = name == "softtrace"
+            axis.plot(
+                [100 * (point["loss"] - 1) for point in points],
+                [point[key] for point in points],
+                marker="osv^Dx"[index % 6],
+                color="black" if own else f"C{index}",
+                linewidth=2.2 if own else 1.2,
+                label=name,
+            )
+        axis.axvline(100 * (BUDGET - 1), color="grey", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{title}\n({'lower' if lower else 'higher'} is better)", fontsize=10)
+        axis.grid(alpha=0.25)
+        if key.startswith("size"):
+            axis.set_yscale("log")
+    for axis in axes[-1]:
+        axis.set_xlabel("held-out loss over plain fine-tuning, %")
+        axis.set_xlim(-0.5, 4)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Each method's measures at the budget, and its cost."""
+    lines = [f"{'at +1 % held-out loss':24s}" + "".join(f"{key:>12s}" for key in MEASURES)]
+    for name, row in result["at_budget"].items():
+        cells = "".join(f"{row[key]:12.4g}" for key in MEASURES)
+        lines.append(f"{name:24s}{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", help="folder of source (default: installed lightning)")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--strengths", type=float, nargs="+", help="instead of each method's own")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--density-block-size", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=128, help="held-out blocks for the density")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="train under autocast")
+    parser.add_argument("--rounds", type=int, default=12, help="of timing")
+    parser.add_argument("--cost", action="store_true", help="time and memory alone")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "peers.json")
+    args = parser.parse_args()
+    began = time.monotonic()
+    if args.data is None:
+        import lightning
+
+        args.data = str(Path(lightning.__file__).parent)
+    blocks = blocks_of(args.data, args.block_size, args.blocks, args.density_block_size, args.model)
+    names = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
+    settings = {name: getattr(args, name) for name in names}
+    result: dict[str, Any] = {"runs": [], "cost": {}}
+    if args.out.exists():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+        if result["settings"] != settings:
+            sys.exit(f"{args.out} holds runs of other settings: {result['settings']}; move it away")
+    result |= {
+        "model": Path(args.model).name,
+        "data": Path(args.data).name,
+        "settings": settings,
+        "explained_positions": blocks[2].numel() // 2 - len(blocks[2]),
+    }
+
+    def save() -> None:
+        runs = result["runs"]
+        done = [name for name in METHODS if any(r["method"] == name for r in runs)]
+        if "plain" in done:
+            result["at_budget"] = {
+                name: {key: at_budget(front(runs, name), key) for key in MEASURES} for name in done
+            }
+            plot(runs, args.out)
+        write_json(args.out, {**result, **provenance(torch.device(args.device))})
+
+    if args.cost:
+        result["cost"] = costs(args, blocks[0])
+        save()
+        print(json.dumps(result["cost"], indent=1))
+        return
+    known = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
+    for seed in range(args.seeds):
+        for name in ["plain", *(name for name in args.methods if name != "plain")]:
+            for strength in (args.strengths if name != "plain" and args.strengths else None) or (
+                METHODS[name].strengths or (0.0,)
+            ):
+                if (name, strength, seed) in known:
+                    continue
+                if time.monotonic() - began > args.minutes * 60:
+                    sys.exit(f"{args.minutes:g} minutes are over; the same command goes on")
+                plain = known.get(("plain", 0.0, seed))
+                model, curve = train(
+                    blocks[0], name, strength, seed, plain and plain["curve"], args
+                )
+                row = {"method": name, "strength": strength, "seed": seed}
+                row |= measures(model, blocks, args.device)
+                if name == "plain":
+                    row["curve"] = curve
+                known[name, strength, seed] = row
+                result["runs"].append(row)
+                save()
+                shown = {key: f"{row[key]:.4g}" for key in ("loss", *MEASURES)}
+                print(name, strength, seed, shown, flush=True)
+    save()
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
