@@ -66,13 +66,13 @@ def exits(
     depths: Tensor,
     attention: Sequence[Tensor] | None,
 ) -> Tensor:
-    """[B, T, V]: a whole masked run, every row read after its own number of layers."""
+    """[B, T, V]: a whole masked run, every token read after its own number of layers."""
     valid = instrument.valid(ids, mask)
     run = MaskedRun(instrument.anatomy, valid, masks, attention, keep_hidden=True)
     instrument.forward(run, ids)
     assert run.hidden is not None
-    rows = [run.hidden[depth][row] for row, depth in enumerate(depths.tolist())]
-    return instrument.anatomy.readout.early(torch.stack(rows))
+    index = depths[None, :, :, None].expand(-1, -1, -1, run.hidden[0].shape[-1])
+    return instrument.anatomy.readout.early(torch.stack(run.hidden).gather(0, index)[0])
 
 
 def literal_term(
@@ -81,8 +81,9 @@ def literal_term(
     """Distortion, trace size and easy share with straight masks, by the oracle, token by token."""
     chosen = drawn(options, mask.bool(), (step, 0))
     entropies, distances, sizes = [], [], []
-    for row, tau, depth in zip(chosen.rows, chosen.thresholds, chosen.depths.tolist(), strict=True):
-        prompt = ids[row][mask[row].bool()]
+    for row, tau, depths in zip(chosen.rows, chosen.thresholds, chosen.depths, strict=True):
+        real = mask[row].bool()
+        prompt, levels = ids[row][real], depths[real].tolist()
         run = oracle.run_full(model, prompt)
         level = 0.0 if options.family == "shallow" else tau.double().item()
         kept = {edge for edge, score in run.importance.items() if score >= level}
@@ -90,7 +91,9 @@ def literal_term(
         graph = oracle.build_graph(run)
         for position in range(len(prompt)):
             p = run.logits[position].double().softmax(-1)
-            q = oracle.masked_distribution(model, prompt, kept, position, attention, depth)
+            q = oracle.masked_distribution(
+                model, prompt, kept, position, attention, levels[position]
+            )
             entropies.append(-(p * p.log()).sum().item())
             kl = (p * (p.log() - q.log())).sum().item()
             distances.append(oracle.total_variation(p, q) if options.distance == "tv" else kl)

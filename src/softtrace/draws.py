@@ -22,7 +22,7 @@ class Draw:
         rows: which sequence each window is cut from, ``[n]`` int64.
         starts: its first token, ``[n]`` int64.
         thresholds: τ of each window, ``[n]`` float32.
-        depths: E of each window, ``[n]`` int64, on the CPU.
+        depths: E of each token, ``[n, window]`` int64.
     """
 
     rows: Tensor
@@ -47,7 +47,7 @@ def draw(
     thresholds: tuple[float, float],
     depths: tuple[int, int],
 ) -> Draw | None:
-    """Choose windows of a batch and, stratified over them, a threshold and a depth for each.
+    """Choose windows of a batch; a threshold for each and a depth for each token, stratified.
 
     Every row is cut into as many windows as fit, all rows at one random offset; windows without a
     counted token are no candidates.
@@ -77,12 +77,12 @@ def draw(
     order = torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
-    layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count, generator)
+    layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
     return Draw(
         rows[order],
         offset + places[order] * window,
         levels.exp().to(rows.device),
-        layers.long().clamp(max=depths[1]),
+        layers.long().clamp(max=depths[1]).reshape(count, window).to(rows.device),
     )
 
 

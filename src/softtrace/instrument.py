@@ -230,20 +230,20 @@ class Instrument:
     ) -> Tensor:
         """Logits of an early-phase masked run: masks in the first E layers, residuals above.
 
-        Nothing but residual edges lies above E, so each row is read right there, as decoding with
+        Nothing but residual edges lies above E, so a position is read right there, as decoding with
         early exits reads it: constants of the layers above (biases of output projections) are not
         added. The run ends at the deepest exit, and only chosen positions reach the vocabulary.
 
         Args:
             input_ids, attention_mask, masks, attention, position_ids: see :meth:`masked_logits`.
-            depths: ``[B]`` integers, E of each row, 1 to L.
+            depths: ``[B, T]`` integers, E of each position, 1 to L.
             picked: ``[B, T]`` bool, the N positions that are read.
 
         Returns:
             ``[N, V]``, in the order of ``picked.nonzero()``.
         """
-        levels = depths.tolist()
-        deepest = max(levels)
+        levels = depths[picked]
+        deepest = int(levels.max())
         whole = deepest == len(self.anatomy.layers) or self._watched
         run = self._masked_run(
             input_ids,
@@ -257,9 +257,11 @@ class Instrument:
         with suppress(DeepEnough):
             self.forward(run, input_ids, **self._one_logit)
         hidden = run.hidden or []
-        rows = torch.stack([hidden[level][row] for row, level in enumerate(levels)])
+        read = hidden[deepest][picked]
+        for level in range(int(levels.min()), deepest):
+            read = torch.where((levels == level)[:, None], hidden[level][picked], read)
         with dropout_off(self.model), uncompiled(self.model):
-            logits: Tensor = self.anatomy.readout.early(rows[picked])
+            logits: Tensor = self.anatomy.readout.early(read)
         return logits
 
     @property

@@ -32,7 +32,7 @@ class DensityOptions:
         family: ``"both"`` (sparse in the first E layers, only residual edges above), ``"sparse"``
             (E = L) or ``"shallow"`` (every edge of the first E layers).
         thresholds: bounds of τ in (0, 1), drawn log-uniformly per window.
-        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per window.
+        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per token.
         attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
             it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
             also reach queries and keys).
