@@ -55,7 +55,7 @@ def literal_weights(scores: list[float], quantile: float, width: float) -> list[
     mean = sum(scores) / len(scores)
     spread = width * math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
     weights = [1 / (1 + math.exp(-(bound - score) / spread)) for score in scores]
-    return [weight if weight >= 1e-3 else 0.0 for weight in weights]
+    return [weight if weight >= 0.02 else 0.0 for weight in weights]
 
 
 def exits(

@@ -123,6 +123,9 @@ def check_positions(positions: Tensor, valid: Tensor, masked: bool) -> Tensor | 
 
 def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None:
     """Raise :class:`NonFiniteError` if ``tensor`` (at the valid ``[B, T]`` only) is not finite."""
+    # One pass: a sum is finite only if all of it is, but for an overflow, which the rest sorts out.
+    if bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))):
+        return
     finite = torch.isfinite(tensor)
     if valid is not None:
         finite = finite.flatten(2).all(-1) | ~valid if tensor.dim() > 2 else finite | ~valid

@@ -14,7 +14,7 @@ from torch import Tensor
 from softtrace.distortion import entropy, log_probabilities
 from softtrace.errors import InvalidInputError
 
-_NEGLIGIBLE = 1e-3
+_NEGLIGIBLE = 0.02
 
 Easiness = Callable[[Tensor, Tensor], Tensor]
 """``(logits [B, T, V], targets [B, T] with -100 where there is none) -> scores [B, T]``."""

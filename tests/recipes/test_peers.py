@@ -1,0 +1,192 @@
+"""The peers' losses against their papers' formulas, and reading fronts at equal loss."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import tiny_model, tiny_prompt
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def losses() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("peer_losses")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def peers(losses: Any) -> Any:
+    return importlib.import_module("peers")
+
+
+def exit_loss(model: Any, ids: torch.Tensor, depth: int) -> torch.Tensor:
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[depth]
+    logits = model.lm_head(model.model.norm(hidden))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_every_method_has_the_task_loss_in_it(losses: Any) -> None:
+    ids = tiny_prompt(8, batch=3)
+    for name, method in losses.METHODS.items():
+        model = tiny_model("llama", num_hidden_layers=4, attn_implementation="sdpa")
+        own = model(input_ids=ids, labels=ids).loss
+        if name == "layerskip":
+            method = type("Whole", (method,), {"p_max": 0.0})
+        found, task = method(model.train(), 0.5, 0, [10.0] * 3)(ids, 0)
+        torch.testing.assert_close(task, own, msg=name)
+        found.backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad.any(), name
+        if not name.startswith("attention"):  # transformers leaves hooks once it gave attention out
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), name
+        if name == "plain":
+            assert found == task
+        elif name != "layerskip":  # which takes a weighted mean
+            assert found > task, name
+
+
+def test_layerskip_weighs_exits_as_its_paper_does(losses: Any) -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(8, batch=3)
+    method = type("Whole", (losses.LayerSkip,), {"p_max": 0.0})(model, 0.5)
+    for step in range(6):
+        on = step % 3
+        early, last = 0.5 * sum(range(on + 1)), 3 + 0.5 * (0 + 1 + 2)
+        # hidden_states[-1] is normed already: the last layer's loss is the model's own
+        wanted = early * exit_loss(model, ids, on + 1) + last * model(ids, labels=ids).loss
+        torch.testing.assert_close(method(ids, step)[0], wanted / (early + last))
+
+
+def test_layerskip_drops_deep_layers_more_often(losses: Any) -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(6, batch=4)
+    method = type("Often", (losses.LayerSkip,), {"p_max": 0.9})(model, 0.0)
+    dropped, rows = [0] * 4, 0
+    for step in range(150):
+        with method.watching(True, method.layers) as read, torch.no_grad():
+            method(ids, step)
+        rows += len(ids)
+        for layer, (before, after) in enumerate(itertools.pairwise(read)):
+            dropped[layer] += int((before == after).flatten(1).all(1).sum())
+    assert dropped[0] == 0
+    for layer in (1, 2):
+        rate = 0.9 * (math.exp(layer * math.log(2) / 3) - 1)
+        assert dropped[layer] / rows == pytest.approx(rate, abs=4 * math.sqrt(rate / rows))
+
+
+def test_distillation_is_the_divergence_of_the_exit_that_is_on(losses: Any) -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(8, batch=2)
+    method = losses.ExitDistillation(model, 0.3)
+    for step in (0, 2, 4):
+        hidden = model(input_ids=ids, output_hidden_states=True)
+        p = hidden.logits.softmax(-1)
+        q = model.lm_head(model.model.norm(hidden.hidden_states[step % 3 + 1])).softmax(-1)
+        wanted = 0.3 * (p * (p.log() - q.log())).sum(-1).mean()
+        found, task = method(ids, step)
+        torch.testing.assert_close(found - task, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_penalties_by_hand(losses: Any) -> None:
+    attention = torch.rand(2, 3, 4, 4).tril()
+    attention = attention / attention.sum(-1, keepdim=True)
+    model = tiny_model("llama")
+    entropies = [
+        -sum(a * math.log(a) for a in row.tolist() if a > 0) for row in attention.flatten(0, 2)
+    ]
+    found = losses.AttentionEntropy(model, 1.0).penalty(attention)
+    assert found.item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+    shares = [
+        1 / (1 + (0.01 / attention[b, h, t, s].item()) ** 2)
+        for b in range(2) for h in range(3) for t in range(4) for s in range(t + 1)
+    ]  # fmt: skip
+    connected = losses.AttentionConnectivity(model, 0.1, 0, [1.0] * 60)
+    assert connected.penalty(attention).item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+    inside = [connected.weight(torch.tensor(1.05), step) for step in range(20)]
+    assert all(a < b for a, b in itertools.pairwise(inside))  # within 1 + 0.1: press on
+    outside = [connected.weight(torch.tensor(3.0), step) for step in range(20, 60)]
+    assert outside[-1] < outside[5] < max(outside)
+    with pytest.raises(ValueError, match="paired plain run"):
+        losses.AttentionConnectivity(model, 0.1)
+
+
+def point(loss: float, value: float) -> dict[str, float]:
+    return {"loss": loss, "area_easy": value, "exit_easy": value}
+
+
+def test_a_front_is_read_where_it_meets_the_budget(peers: Any) -> None:
+    falling = [point(1.0, 0.3), point(1.005, 0.25), point(1.02, 0.1)]
+    assert peers.at_budget(falling, "area_easy") == pytest.approx(0.25 - 0.15 / 3)
+    assert peers.at_budget(falling, "exit_easy") == 0.3  # worse than plain: plain is within budget
+    rising = [point(1.0, 0.6), point(1.003, 0.8), point(1.004, 0.7)]
+    assert peers.at_budget(rising, "exit_easy") == 0.8  # the best inside, not the last
+    better = [point(1.0, 0.6), point(0.99, 0.9)]
+    assert peers.at_budget(better, "exit_easy") == 0.9
+    too_dear = [point(1.0, 0.3), point(1.1, 0.1)]
+    assert peers.at_budget(too_dear, "area_easy") == pytest.approx(0.3 - 0.2 * 0.1)
+
+
+def test_points_are_means_of_paired_ratios(peers: Any) -> None:
+    def run(method: str, strength: float, seed: int, loss: float, value: float) -> dict[str, Any]:
+        measures = dict.fromkeys(peers.MEASURES, value)
+        return {"method": method, "strength": strength, "seed": seed, "loss": loss, **measures}
+
+    runs = [
+        run("plain", 0.0, 0, 1.0, 0.5), run("plain", 0.0, 1, 2.0, 0.7),
+        run("layerskip", 0.2, 0, 1.1, 0.2), run("layerskip", 0.2, 1, 2.0, 0.4),
+        run("layerskip", 0.1, 0, 1.0, 0.9),
+    ]  # fmt: skip
+    plain, weak, strong = peers.front(runs, "layerskip")
+    assert (plain["loss"], plain["area_easy"]) == (1.0, pytest.approx(0.6))
+    assert (weak["strength"], weak["loss"], weak["seeds"]) == (0.1, 1.0, 1)
+    assert strong["loss"] == pytest.approx(1.05)
+    assert strong["area_easy"] == pytest.approx(0.3)
+
+
+def test_peak_memory_is_that_of_what_is_alive_at_once(peers: Any) -> None:
+    def step() -> None:
+        first = torch.ones(1 << 20)
+        second = first * 2
+        del first
+        third = second * 2
+        del second, third
+
+    assert peers.peak_memory(step, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_stopped(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import jinja2
+
+    out = tmp_path / "peers.json"
+    words = (
+        f"peers.py --steps 2 --seeds 1 --batch-size 4 --blocks 4 --device cpu --out {out} "
+        f"--data {Path(jinja2.__file__).parent} --methods layerskip"
+    ).split()
+    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2"])
+    peers.main()
+    first = json.loads(out.read_text())
+    assert [run["method"] for run in first["runs"]] == ["plain", "layerskip"]
+    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2", "1.0"])
+    peers.main()
+    result = json.loads(out.read_text())
+    assert result["runs"][:2] == first["runs"]
+    assert [run["strength"] for run in result["runs"]] == [0.0, 0.2, 1.0]
+    assert set(result["at_budget"]) == {"plain", "layerskip"}
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "at +1 % held-out loss" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:]])
+    with pytest.raises(SystemExit, match="holds runs of other settings"):
+        peers.main()
