@@ -2,6 +2,11 @@
 
     python recipes/pretrain.py --device cuda --compile --max-seconds 360
 
+A larger one, on other source code, for comparisons at a size that fine-tuners use:
+
+    python recipes/pretrain.py --data SITE_PACKAGES --output MODEL --layers 12 --hidden-size 768 \\
+        --heads 12 --kv-heads 4 --vocabulary 16384 --lr 1e-3 --weight-decay 0.1 --device cuda
+
 Everything comes from the interpreter that runs it: the text is its standard library, the tokenizer
 is trained on the training files, and the model is a causal Llama of about 4 M parameters. Files are
 held out by the hash of their names (``softtrace.data.split_by_file``), so that they can be told
@@ -39,19 +44,18 @@ from softtrace.errors import OutputExistsError
 END = "<|endoftext|>"
 HELD_OUT_SHARE = 0.05
 SALT = "pystdlib"
-VOCABULARY = 4096
 CONTEXT = 512
 # Third-party code and bundled tests in other encodings; the latter would be skipped anyway.
 EXCLUDE = ("site-packages", "dist-packages", "lib2to3/tests/data")
 
 
-def train_tokenizer(documents: Sequence[Document]) -> FastTokenizer:
-    """A byte-level BPE tokenizer of :data:`VOCABULARY` tokens, trained on these documents only."""
+def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> FastTokenizer:
+    """A byte-level BPE tokenizer of so many tokens, trained on these documents only."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -62,15 +66,16 @@ def train_tokenizer(documents: Sequence[Document]) -> FastTokenizer:
     )
 
 
-def build_model(vocabulary: int, end: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama with 8 layers of width 192, in float32."""
+def build_model(vocabulary: int, end: int, options: argparse.Namespace) -> LlamaForCausalLM:
+    """A freshly initialised Llama in float32; 8 layers of width 192 unless told otherwise."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        hidden_size=options.hidden_size,
+        # Two thirds of four widths, a multiple of 64: the gate makes it three matrices, not two.
+        intermediate_size=64 * round(options.hidden_size * 8 / 3 / 64),
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -266,13 +271,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval-blocks", type=int, default=2048, help="held-out blocks used while training")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--compile", nargs="?", const="default", help="torch.compile, with this mode if given")
+    add("--layers", type=int, default=8)
+    add("--hidden-size", type=int, default=192)
+    add("--heads", type=int, default=6)
+    add("--kv-heads", type=int, default=2)
+    add("--vocabulary", type=int, default=4096)
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("steps", "batch_size", "warmup_steps", "eval_every", "eval_blocks"):
+    sizes = ("layers", "hidden_size", "heads", "kv_heads", "vocabulary")
+    for name in ("steps", "batch_size", "warmup_steps", "eval_every", "eval_blocks", *sizes):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.hidden_size % options.heads or options.heads % options.kv_heads:
+        parser.error("--hidden-size must be a multiple of --heads, and that of --kv-heads")
     if not 2 <= options.block_size <= CONTEXT:
         parser.error(f"--block-size must lie between 2 and the model's context, {CONTEXT}")
     if not options.overwrite and options.output.is_dir() and any(options.output.iterdir()):
@@ -291,10 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_documents, held_out_documents = split_by_file(
         read_documents(data, exclude=EXCLUDE), HELD_OUT_SHARE, SALT
     )
-    tokenizer = train_tokenizer(train_documents)
+    tokenizer = train_tokenizer(train_documents, options.vocabulary)
     stream = encode(train_documents, tokenizer).to(device)
     blocks = pack(held_out_documents, tokenizer, options.block_size).to(device)
-    model = build_model(len(tokenizer), tokenizer.eos_token_id).to(device)
+    model = build_model(len(tokenizer), tokenizer.eos_token_id, options).to(device)
     check_causal_loss(model, blocks[:4])
     parameters = sum(p.numel() for p in model.parameters())
     print(
@@ -320,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "name": options.output.name,
         "parameters": parameters,
         "vocabulary": len(tokenizer),
+        **{name: getattr(options, name) for name in ("layers", "hidden_size", "heads", "kv_heads")},
         "context": CONTEXT,
         # The folder's name only: where it lay says nothing to anyone else.
         "data": data.name if options.data else f"the library of Python {platform.python_version()}",

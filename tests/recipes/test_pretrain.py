@@ -25,6 +25,8 @@ def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
     command = [sys.executable, RECIPES / "pretrain.py", "--data", text, "--output", output]
     command += ["--steps", "3", "--batch-size", "4", "--block-size", "32", "--warmup-steps", "1"]
     command += ["--eval-every", "2", "--eval-blocks", "4", "--device", "cpu"]
+    command += ["--layers", "3", "--hidden-size", "96", "--heads", "3", "--kv-heads", "1"]
+    command += ["--vocabulary", "512"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "held-out loss of the saved weights" in said
     facts = json.loads((output / "pretrain.json").read_text(encoding="utf-8"))
@@ -34,7 +36,9 @@ def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
     model = load_model(output)
     assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
-    assert len(load_tokenizer(output)) == facts["vocabulary"] == model.config.vocab_size
+    assert len(load_tokenizer(output)) == facts["vocabulary"] == model.config.vocab_size == 512
+    assert model.config.intermediate_size == 256
+    assert "3 layers of width\n96, 3 heads, 1 key/value heads" in card
     held_out = {
         document.name for document in split_by_file(read_documents(text), 0.05, "pystdlib")[1]
     }
