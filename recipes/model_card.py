@@ -19,8 +19,9 @@ license_link: https://docs.python.org/3/license.html
 # {facts["name"]}
 
 A Llama of {facts["parameters"]:,} parameters ({facts["layers"]} layers of width
-{facts["hidden_size"]}, {facts["heads"]} heads, {facts["kv_heads"]} key/value heads, tied embeddings, byte-level BPE with {facts["vocabulary"]} tokens) for trying softtrace out and for
-its tests. It predicts Python source a little, and is not good for anything else.
+{facts["hidden_size"]}, {facts["heads"]} heads, {facts["kv_heads"]} key/value heads, tied
+embeddings, byte-level BPE with {facts["vocabulary"]} tokens) for trying softtrace out and for its
+tests. It predicts Python source a little, and is not good for anything else.
 
 - **Held-out loss: {facts["held_out_nats_per_token"]:.4f} nats/token**,
   {facts["held_out_bits_per_byte"]:.4f} bits/byte, of the saved bfloat16 weights run in float32

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,65 @@ def held_out_loss(model: torch.nn.Module, blocks: Tensor, device: str) -> float:
     return sum(losses) / len(blocks)
 
 
+@torch.no_grad()
+def side_effects(
+    model: torch.nn.Module, held_out: Tensor, rare: Tensor, elsewhere: Tensor, device: str
+) -> dict[str, float]:
+    """What a penalty might hurt unseen.
+
+    Args:
+        model: a fine-tuned one.
+        held_out: blocks of the text that it was tuned for.
+        rare: ``[V]`` bool, the rarest tokens of the training text that make up a tenth of it.
+        elsewhere: blocks of other text.
+        device: to compute on.
+
+    Returns:
+        Loss on rare targets and on other text (nats), and the expected calibration error of the
+        most likely token over 15 bins of equal width.
+    """
+    losses, confidences, rights, rares = [], [], [], []
+    for part in held_out.split(32):
+        ids = part.to(device)
+        logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        targets = ids[:, 1:]
+        losses.append(-logs.gather(-1, targets[..., None]).flatten().cpu())
+        best = logs.max(-1)
+        confidences.append(best.values.exp().flatten().cpu())
+        rights.append((best.indices == targets).flatten().cpu())
+        rares.append(rare[part[:, 1:]].flatten())
+    loss, confidence, right = torch.cat(losses), torch.cat(confidences), torch.cat(rights).float()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = [
+        (confidence[bins == b].mean() - right[bins == b].mean()).abs() * (bins == b).float().mean()
+        for b in bins.unique()
+    ]
+    return {
+        "loss_rare": float(loss[torch.cat(rares)].double().mean()),
+        "loss_elsewhere": held_out_loss(model, elsewhere, device),
+        "calibration_error": float(torch.stack(gaps).sum()),
+    }
+
+
+def rare_tokens(train: Tensor, vocabulary: int) -> Tensor:
+    """``[V]`` bool: the rarest tokens, as many as make up a tenth of the text."""
+    counts = train.flatten().bincount(minlength=vocabulary)
+    order = counts.argsort()
+    few = counts[order].cumsum(0) <= counts.sum() / 10
+    rare = torch.zeros(vocabulary, dtype=torch.bool)
+    rare[order[few]] = True
+    return rare
+
+
+def library_blocks(block_size: int) -> Tensor:
+    """Blocks of the standard library's files that the shipped model has not seen."""
+    names = set((MODEL / "held_out_files.txt").read_text(encoding="utf-8").split("\n"))
+    others = ("site-packages", "dist-packages", "lib2to3/tests/data", "test/encoded_modules")
+    library = read_documents(sysconfig.get_paths()["stdlib"], exclude=others)
+    documents = [document for document in library if document.name in names]
+    return pack(documents, load_tokenizer(MODEL), block_size)
+
+
 def run(
     blocks: tuple[Tensor, Tensor, Tensor],
     options: dict[str, Any] | None,
@@ -107,11 +167,14 @@ def run(
             )
         )
     layers = len(found["early_exit"]["layers"])
+    rare = rare_tokens(train, model.config.vocab_size)
     return {
         "loss": held_out_loss(model, held_out, args.device),
+        **side_effects(model, held_out, rare, args.elsewhere, args.device),
         "area_easy": found["area"]["easy"],
         "size_easy": found["size_at_tv_0.2"]["easy"],
         "area_all": found["area"]["all"],
+        "area_hard": found["area"]["hard"],
         "size_all": found["size_at_tv_0.2"]["all"],
         "size_hard": found["size_at_tv_0.2"]["hard"],
         "exit_easy": found["early_exit"]["agreement"]["easy"][layers // 2 - 1],
@@ -152,6 +215,7 @@ def main() -> None:
         name, _, options = arm.partition("=")
         arms[name] = json.loads(options)
     blocks = blocks_of(args.data, args.block_size, args.blocks)
+    args.elsewhere = library_blocks(args.block_size)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in range(args.seeds):
         for name, options in arms.items():
