@@ -1,7 +1,7 @@
-"""The README's figures, from the result files beside this script.
+"""The figures of README.md and recipes/README.md, from the result files beside this script.
 
 python recipes/benchmarks/figures.py            # print them
-python recipes/benchmarks/figures.py --write    # put them between the README's markers
+python recipes/benchmarks/figures.py --write    # put them between the pages' markers
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent.parent / "README.md"
+ROOT = HERE.parent.parent
 
 EFFECT_ROWS = (
     ("loss", "held-out loss, nats/token", "{:.3f}"),
@@ -24,6 +24,14 @@ EFFECT_ROWS = (
     ("area_all", "area, all tokens", "{:.3f}"),
     ("size_all", "median size at TV 0.2, all tokens", "{:.2%}"),
     ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
+)
+
+SIDE_ROWS = (
+    ("area_hard", "area, hard tokens", "{:.3f}"),
+    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
+    ("loss_rare", "loss on the rarest tenth of the tokens, nats", "{:.3f}"),
+    ("loss_elsewhere", "loss on the text of pretraining, nats/token", "{:.3f}"),
+    ("calibration_error", "expected calibration error", "{:.4f}"),
 )
 
 #: shown first as examples of a pattern
@@ -47,7 +55,7 @@ def quickstart() -> str:
     return f"```\n{lines}\n```"
 
 
-def effect() -> str:
+def paired(rows: tuple[tuple[str, str, str], ...]) -> list[str]:
     """Paired seeds: plain fine-tuning, the default penalty, and their ratio."""
     result = read("effect.json")
     plain, penalty = (result["arms"][name] for name in ("plain", "penalty"))
@@ -57,21 +65,52 @@ def effect() -> str:
         f"| mean of {seeds} paired seeds | plain | penalty | ratio (smallest to largest) |",
         "|---|---|---|---|",
     ]
-    for key, name, form in EFFECT_ROWS:
+    for key, name, form in rows:
         ratio = ratios[key]
         lines.append(
             f"| {name} | {form.format(plain[key]['mean'])} | {form.format(penalty[key]['mean'])} "
             f"| {ratio['mean']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) |"
         )
+    return lines
+
+
+def effect() -> str:
+    """What the penalty does to the measures."""
+    result = read("effect.json")
     settings = result["settings"]
-    lines.append(
+    lines = [
+        *paired(EFFECT_ROWS),
         f"\n{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} "
         f"tokens of {result['data']}'s source, on which no setting was tuned, at learning rate "
         f"{settings['lr']:g}; "
         f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
         f"context; {result['hardware']}, torch {result['versions']['torch']} "
         "([effect.py](recipes/benchmarks/effect.py), "
-        "[effect.json](recipes/benchmarks/effect.json))."
+        "[effect.json](recipes/benchmarks/effect.json)).",
+    ]
+    return "\n".join(lines)
+
+
+def side_effects() -> str:
+    """What the penalty might hurt unseen."""
+    return "\n".join([*paired(SIDE_ROWS), "\nSame runs ([effect.py](benchmarks/effect.py))."])
+
+
+def cost() -> str:
+    """Time and memory of a step with each method's loss."""
+    result = read("peers.json")
+    lines = ["| loss | step time / plain (quartiles) | peak memory / plain |", "|---|---|---|"]
+    for name, row in result["cost"].items():
+        time = row["time"]
+        lines.append(
+            f"| {name} | {time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f}) "
+            f"| {row['memory']:.2f} |"
+        )
+    settings = result["settings"]
+    lines.append(
+        f"\nInterleaved steps of {settings['batch_size']} x {settings['block_size']} tokens, "
+        f"{result['model']}, {result['hardware']} ([peers.py --cost](benchmarks/peers.py), "
+        "[peers.json](benchmarks/peers.json))."
     )
     return "\n".join(lines)
 
@@ -172,35 +211,73 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {
-    "families": families,
-    "sizes": sizes,
-    "quickstart": quickstart,
-    "effect": effect,
-    "tracing": tracing,
+def decoding() -> str:
+    """Exits and the speed of self-speculation, after plain fine-tuning and the penalty's."""
+    result = read("decoding.json")
+    plain, penalty = result["plain"], result["penalty"]
+    lines = ["| | plain | penalty |", "|---|---|---|"]
+    layers = plain["exits"]["layers"]
+    for layer in layers[len(layers) // 4 :: 2]:
+        cells = (f"{run['exits']['agreement'][layer - 1]:.1%}" for run in (plain, penalty))
+        lines.append(
+            f"| exit after {layer} of {len(layers) + 1} layers agrees, text of its own | "
+            + " | ".join(cells)
+            + " |"
+        )
+    for name, loop in (
+        ("direct", "`softtrace.decoding.speculate`"),
+        ("transformers", "`generate`"),
+    ):
+        cells = []
+        for run in (plain, penalty):
+            gain = run["loops"][name]["speedup"]
+            cells.append(f"{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})")
+        lines.append(f"| speed-up by {loop} over plain greedy decoding | {' | '.join(cells)} |")
+    shares = [
+        f"{run['loops']['direct']['acceptance']:.1%} of guesses by {run['exit_layer']} layers"
+        for run in (plain, penalty)
+    ]
+    lines.append(f"| accepted | {' | '.join(shares)} |")
+    same = min(loop["identical"] for run in (plain, penalty) for loop in run["loops"].values())
+    lines.append(
+        f"\nThe models of the quickstart, {plain['prompts']} prompts of {plain['prompt_tokens']} "
+        f"held-out tokens, {plain['new_tokens']} written for each; medians and quartiles; "
+        f"{same:.0%} of the texts are identical to plain decoding's; {result['hardware']} "
+        "([decoding.py](recipes/benchmarks/decoding.py), "
+        "[decoding.json](recipes/benchmarks/decoding.json))."
+    )
+    return "\n".join(lines)
+
+
+PAGES = {
+    "README.md": (quickstart, effect, tracing, decoding, families, sizes),
+    "recipes/README.md": (cost, side_effects),
 }
 
 
-def filled(text: str) -> str:
-    """``text`` with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
-    for name, make in BLOCKS.items():
+def filled(page: str) -> str:
+    """A page with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for make in PAGES[page]:
+        name = make.__name__
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         block = make()
         text, count = pattern.subn(lambda m, block=block: m[1] + block + m[2], text)
         if count != 1:
-            raise SystemExit(f"README.md: found {count} blocks named {name}, expected one")
+            raise SystemExit(f"{page}: found {count} blocks named {name}, expected one")
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="change README.md")
+    parser.add_argument("--write", action="store_true", help="change the pages")
     args = parser.parse_args()
-    if args.write:
-        README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for make in BLOCKS.values():
-        print(make(), end="\n\n")
+    for page, makers in PAGES.items():
+        if args.write:
+            (ROOT / page).write_text(filled(page), encoding="utf-8")
+            continue
+        for make in makers:
+            print(make(), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,15 @@ def figures() -> ModuleType:
     return module
 
 
-def test_readme_says_what_the_result_files_say() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert figures().filled(readme) == readme
+def test_pages_say_what_the_result_files_say() -> None:
+    made = figures()
+    for page in made.PAGES:
+        assert made.filled(page) == (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
-    for name in ("effect.json", "tracing.json", "families.json", "sizes.json"):
+    names = ("effect", "tracing", "families", "sizes", "decoding", "peers")
+    for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
         assert result["versions"]["torch"]

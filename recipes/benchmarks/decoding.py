@@ -1,0 +1,65 @@
+"""The payoff: self-speculation after plain fine-tuning and after the penalty's.
+
+    make quickstart && python recipes/benchmarks/decoding.py
+    python recipes/benchmarks/decoding.py --plain MODEL --penalty MODEL --data TEXT
+
+Every speed-up is over plain greedy decoding of the same model by the same loop, prompt by prompt in
+turns; the texts are compared token for token. Writes ``decoding.json`` next to this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from softtrace.evaluation.decode_bench import decode_bench
+from softtrace.evaluation.files import write_json
+from softtrace.evaluation.provenance import provenance
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent.parent / "runs" / "quickstart"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--plain", default=str(RUNS / "plain" / "model"))
+    parser.add_argument("--penalty", default=str(RUNS / "penalty" / "model"))
+    parser.add_argument("--data", default=str(Path(matplotlib.__file__).parent))
+    parser.add_argument("--held-out-share", type=float, default=0.1)
+    parser.add_argument("--salt", default="")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--exit-layer", type=int, help="default: the best expected one of each")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=HERE / "decoding.json")
+    args = parser.parse_args()
+    said_once = ("model", "data", *provenance(torch.device("cpu")))
+    found = {}
+    for name in ("plain", "penalty"):
+        with tempfile.TemporaryDirectory() as folder:
+            run = decode_bench(
+                getattr(args, name),
+                args.data,
+                folder,
+                held_out_share=args.held_out_share,
+                salt=args.salt,
+                prompts=args.prompts,
+                new_tokens=args.new_tokens,
+                rounds=args.rounds,
+                exit_layer=args.exit_layer,
+                dtype=args.dtype,
+                device=args.device,
+            )
+        found[name] = {key: value for key, value in run.items() if key not in said_once}
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    write_json(args.out, {"data": Path(args.data).name, **found, **provenance(device)})
+
+
+if __name__ == "__main__":
+    main()
