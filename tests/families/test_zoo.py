@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -81,6 +81,29 @@ def test_masked_runs_equal_a_literal_reference(case: str) -> None:
         torch.testing.assert_close(found[valid], expected[valid], atol=ROUNDING, rtol=1e-3)
         full = recording.logits[valid]
         assert (found[valid] - full).abs().max() > 1e-2 * full.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_exits_are_read_where_they_are(case: str) -> None:
+    """With every edge kept, exits of the full run; at full depth, the whole masked run."""
+    ids, mask = padded()
+    valid = mask.bool()
+    instrument = attach(model_of(case))
+    recording = instrument.record(ids, mask, keep_hidden=True)
+    layers, full = len(instrument.anatomy.layers), recording.attention
+    assert recording.hidden is not None
+    every = [layer.map(Tensor.float) for layer in recording.importance.existing()]
+    for depth in range(1, layers):
+        depths = torch.full_like(ids, depth)
+        found = instrument.exit_logits(ids, mask, every, depths, valid, full)
+        early = instrument.anatomy.readout.early(recording.hidden[depth])[valid]
+        torch.testing.assert_close(found, early, atol=ROUNDING, rtol=1e-3)
+    masks = coins(recording.importance, 2, residual_only=False)
+    depths = torch.full_like(ids, layers)
+    found = instrument.exit_logits(ids, mask, masks, depths, valid, full)
+    whole = instrument.masked_logits(ids, mask, masks, full)[valid]
+    torch.testing.assert_close(found, whole, atol=ROUNDING, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
