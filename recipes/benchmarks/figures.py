@@ -132,7 +132,8 @@ def tracing() -> str:
         (
             f"- **Cost**: a training step takes {ratio['median']:.2f} times a plain one "
             f"({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['n']} interleaved pairs, "
-            f"{cost['threads']} threads). The penalty looks at half of each batch.",
+            f"{cost['threads']} threads). The penalty looks at {cost['share']:.0%} of each batch, "
+            f"in windows of {cost['crop']} tokens.",
             f"- **Speed**: a density curve takes "
             f"{speed['seconds_per_position']['median'] * 1e3:.1f} ms per explained position on one "
             f"thread, {times['median']:,.0f} times less ({times['min']:,.0f} to "

@@ -192,6 +192,8 @@ def cost(rounds: int) -> dict[str, Any]:
     ]
     return {
         "batch": list(ids.shape),
+        "share": penalty.options.share,
+        "crop": penalty.options.crop,
         "threads": 2,
         "plain_seconds": spread([plain for plain, _ in pairs]),
         "penalty_seconds": spread([full for _, full in pairs]),

@@ -68,8 +68,8 @@ class DensityOptions:
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.5
     easy_width: float = 0.1
-    share: float = 0.5
-    crop: int | None = None
+    share: float = 0.15
+    crop: int | None = 64
     size_weight: float = 0.0
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
