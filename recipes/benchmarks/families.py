@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # tests/ is not installed
 
 import softtrace  # noqa: E402
+from softtrace.decoding import check_cache, check_early_exit  # noqa: E402
 from softtrace.errors import UnsupportedModelError  # noqa: E402
 from softtrace.evaluation.files import write_json  # noqa: E402
 from softtrace.evaluation.provenance import provenance  # noqa: E402
@@ -45,11 +46,22 @@ def verified(case: str) -> dict[str, Any]:
         "attention": instrument.anatomy.route,
         "proof": instrument.verification.largest,
         **literal_errors(case, model),
+        "early_exit": exits(model),
         **{
             str(dtype).removeprefix("torch."): half_difference(model, dtype)
             for dtype in (torch.bfloat16, torch.float16)
         },
     }
+
+
+def exits(model: Any) -> bool:
+    """Whether the model's early exits were proven, so that it can draft for itself."""
+    try:
+        check_early_exit(model)
+        check_cache(model)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -115,16 +127,22 @@ def page(result: dict[str, Any]) -> Iterator[str]:
         "with random edges masked from a literal reference that materialises every edge, on a "
         "padded batch. *attention*: through transformers' interface, or caught at the softmax of "
         "the model's own code (interception). *bf16*, *fp16*: the mean difference of an importance "
-        "from float32 with the same weights (mixtures of experts may send a token elsewhere)."
+        "from float32 with the same weights (mixtures of experts may send a token elsewhere). *exits*: "
+        "whether `softtrace.decoding` can draft with the first layers; elsewhere transformers ignores an "
+        "early exit, and it is refused."
     )
     yield ""
-    yield "| type | pattern | attention | verdict | proof | importance | masked | bf16 | fp16 |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| type | pattern | attention | verdict | proof | importance | masked | bf16 | fp16 "
+        "| exits |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in result["verified"]:
         yield (
             f"| {row['case']} | {row['pattern']} | {row['attention']} | verified "
             f"| {row['proof']:.0e} | {row['importance']:.0e} | {row['masked']:.0e} "
-            f"| {row['bfloat16']:.0e} | {row['float16']:.0e} |"
+            f"| {row['bfloat16']:.0e} | {row['float16']:.0e} "
+            f"| {'yes' if row['early_exit'] else 'no'} |"
         )
     yield ""
     yield "## Refused, with the reason that is given"

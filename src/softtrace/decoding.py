@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from softtrace.batch import check_least, check_range
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.proof import tolerance
+from softtrace.families.refusals import running
 from softtrace.families.sight import mismatch
 from softtrace.instrument import attach
 from softtrace.runs import dropout_off
@@ -123,6 +124,30 @@ def check_early_exit(model: nn.Module) -> int:
                 f"{allowed:.2g}); decode it plainly"
             )
     return layers
+
+
+@torch.no_grad()
+def check_cache(model: nn.Module) -> None:
+    """Prove that a model can go on from a cache that grows and is cut.
+
+    Raises:
+        UnsupportedModelError: it cannot, or its logits are others then.
+    """
+    instrument = attach(model)
+    ids = torch.arange(6, device=next(model.parameters()).device)[None]
+    ids = ids % instrument.anatomy.vocabulary
+    name, cache = type(model).__name__, DynamicCache()
+    with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
+        wanted = model(input_ids=ids, use_cache=False).logits[:, 3:]
+        model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+        _forget(cache.layers, 1)
+        found = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits
+    error, allowed = mismatch(found, wanted), tolerance(wanted.dtype)
+    if error > allowed:
+        raise UnsupportedModelError(
+            f"{name} says something else when it goes on from a cache (mismatch {error:.2g}, "
+            f"allowed {allowed:.2g}); decode it with model.generate"
+        )
 
 
 def exit_layer_of(model: nn.Module) -> int:
@@ -238,10 +263,10 @@ def speculate(
         draft_tokens: how many to guess at most before a check, >= 1.
         confidence: a guess with less probability than this is the last of its draft, in [0, 1].
         eos_token_id: ends the text; None takes the generation config's.
-        proven: :func:`check_early_exit` has accepted the model and its layers already.
+        proven: :func:`check_early_exit` and :func:`check_cache` have accepted the model already.
 
     Raises:
-        UnsupportedModelError: see :func:`check_early_exit`.
+        UnsupportedModelError: see :func:`check_early_exit` and :func:`check_cache`.
         InvalidInputError: a number outside its range, several sequences, or a model in train mode.
     """
     check_least("max_new_tokens", max_new_tokens, 1)
@@ -250,6 +275,8 @@ def speculate(
     if model.training:
         raise InvalidInputError("model: found one in train mode; call model.eval() first")
     depth = _checked(model, input_ids, exit_layer, proven)
+    if not proven:
+        check_cache(model)
     ends, cache = _ends(model, eos_token_id), DynamicCache()
     tokens = [_next(model, input_ids, cache)]
     drafted = accepted = checks = 0

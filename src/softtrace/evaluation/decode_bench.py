@@ -24,6 +24,7 @@ from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack, read_documen
 from softtrace.decoding import (
     Generation,
     best_exit,
+    check_cache,
     check_early_exit,
     check_exit_layer,
     expected_speedup,
@@ -121,6 +122,7 @@ def decode_bench(
     network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     layers = check_early_exit(network)
+    check_cache(network)
     if exit_layer is not None:
         check_exit_layer(exit_layer, layers)
     rows = [row[None].to(where) for row in starts]
