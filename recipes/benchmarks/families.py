@@ -127,9 +127,9 @@ def page(result: dict[str, Any]) -> Iterator[str]:
         "with random edges masked from a literal reference that materialises every edge, on a "
         "padded batch. *attention*: through transformers' interface, or caught at the softmax of "
         "the model's own code (interception). *bf16*, *fp16*: the mean difference of an importance "
-        "from float32 with the same weights (mixtures of experts may send a token elsewhere). *exits*: "
-        "whether `softtrace.decoding` can draft with the first layers; elsewhere transformers ignores an "
-        "early exit, and it is refused."
+        "from float32 with the same weights (mixtures of experts may send a token elsewhere). "
+        "*exits*: whether `softtrace.decoding` can draft with the first layers; the others ignore "
+        "an early exit, or need a cache of their own, and are refused."
     )
     yield ""
     yield (
