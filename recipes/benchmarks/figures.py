@@ -13,6 +13,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from softtrace import DensityOptions
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
@@ -94,6 +96,23 @@ def effect() -> str:
 def side_effects() -> str:
     """What the penalty might hurt unseen."""
     return "\n".join([*paired(SIDE_ROWS), "\nSame runs ([effect.py](benchmarks/effect.py))."])
+
+
+def dials() -> str:
+    """The options that matter, with the defaults that ship."""
+    rows = (
+        ("strength", "**the first dial**: density against held-out loss"),
+        ("share", "**the second dial**: of the batch's windows; time against noise in the gradient, "
+         "which costs held-out loss too"),
+        ("crop", "tokens of a window"),
+        ("thresholds", "which edges are masked: higher, sparser"),
+        ("depths", "where tokens are read, as shares of the layers: lower, earlier exits"),
+        ("easy_quantile", "share of the tokens that count, the surest first"),
+    )  # fmt: skip
+    options = DensityOptions()
+    lines = ["| option | default | what it does |", "|---|---|---|"]
+    lines += [f"| `{name}` | {getattr(options, name)} | {what} |" for name, what in rows]
+    return "\n".join(lines)
 
 
 def cost() -> str:
@@ -252,7 +271,7 @@ def decoding() -> str:
 
 PAGES = {
     "README.md": (quickstart, effect, tracing, decoding, families, sizes),
-    "recipes/README.md": (cost, side_effects),
+    "recipes/README.md": (cost, dials, side_effects),
 }
 
 
