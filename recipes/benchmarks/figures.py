@@ -102,8 +102,8 @@ def dials() -> str:
     """The options that matter, with the defaults that ship."""
     rows = (
         ("strength", "**the first dial**: density against held-out loss"),
-        ("share", "**the second dial**: of the batch's windows; time against noise in the gradient, "
-         "which costs held-out loss too"),
+        ("share", "**the second dial**: of the batch's windows; time against noise, which costs "
+         "held-out loss too"),
         ("crop", "tokens of a window"),
         ("thresholds", "which edges are masked: higher, sparser"),
         ("depths", "where tokens are read, as shares of the layers: lower, earlier exits"),
