@@ -13,18 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError, attach
-from softtrace.decoding import (
+from softtrace.decoding import generate, greedy, speculate
+from softtrace.errors import InvalidInputError
+from softtrace.exits import (
     EXIT_FIELD,
     best_exit,
     check_early_exit,
     exit_layer_of,
     expected_speedup,
     first_layers,
-    generate,
-    greedy,
-    speculate,
 )
-from softtrace.errors import InvalidInputError
 from tests.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -91,7 +89,7 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
         model, ids, exit_layer=1, max_new_tokens=21, draft_tokens=4, confidence=0.0, eos_token_id=-1
     )
     assert found.tokens.tolist() == no_cache(model, ids, 21, ())
-    assert (found.drafted, found.accepted, found.checks) == (16, 16, 4)
+    assert (found.drafted, found.accepted, found.checks, found.drafts) == (16, 16, 4, 4)
     assert found.acceptance == 1
     assert found.accepted_per_draft == 4
     assert math.isnan(greedy(model, ids, 3).acceptance)
@@ -117,6 +115,8 @@ def test_text_ends_where_plain_decoding_ends() -> None:
                 confidence=0, eos_token_id=end,
             )  # fmt: skip
             assert found.tokens.tolist() == wanted
+    several = speculate(model, ids, exit_layer=1, eos_token_id=plain[1:3])
+    assert several.tokens.tolist() == plain[:2]
     model.generation_config.eos_token_id = [plain[1], plain[2]]
     assert speculate(model, ids, exit_layer=1).tokens.tolist() == plain[:2]
 
@@ -182,16 +182,23 @@ def test_bad_input_is_named() -> None:
     for wrong in (0, 3, -1, True, 1.0):
         with pytest.raises(InvalidInputError, match=r"exit_layer: found .*, allowed 1 to 2"):
             speculate(model, ids, exit_layer=wrong)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="found 2 sequences, allowed is one"):
-        speculate(model, tiny_prompt(5, batch=2), exit_layer=1)
+    for proven in (True, False):
+        with pytest.raises(InvalidInputError, match=r"found \(2, 5\), allowed is \[1, T\]"):
+            speculate(model, tiny_prompt(5, batch=2), exit_layer=1, proven=proven)
+        with pytest.raises(InvalidInputError, match="exit_layer: found 7, allowed 1 to 2"):
+            speculate(model, ids, exit_layer=7, proven=proven)
     with pytest.raises(InvalidInputError, match="draft_tokens: found 0"):
         speculate(model, ids, exit_layer=1, draft_tokens=0)
     with pytest.raises(InvalidInputError, match=r"confidence: found 1\.5"):
         speculate(model, ids, exit_layer=1, confidence=1.5)
     with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
         speculate(model, ids, exit_layer=1, max_new_tokens=0)
-    with pytest.raises(InvalidInputError, match="found one in train mode"):
-        speculate(model.train(), ids, exit_layer=1)
+    with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
+        greedy(model, ids, 0)
+    model.train()
+    for write in (lambda: speculate(model, ids, exit_layer=1), lambda: greedy(model, ids, 3)):
+        with pytest.raises(InvalidInputError, match="found one in train mode"):
+            write()
     assert model.training
 
 
@@ -234,3 +241,58 @@ def test_the_best_exit_weighs_acceptance_against_cost() -> None:
     assert gain == max(expected_speedup(0.9, 0.25, k) for k in range(1, 13))
     assert gain == expected_speedup(0.9, 0.25, count)
     assert best_exit({1: 0.0}, {1: 1.0})[2] == 0.5  # no guess is ever right: still an answer
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_short_texts(new: int) -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    found = speculate(model, ids, exit_layer=1, max_new_tokens=new, confidence=0, eos_token_id=-1)
+    assert found.tokens.tolist() == no_cache(model, ids, new, ())
+    assert found.drafts == (new > 2)  # no room for a guess and the token after it
+    assert math.isnan(found.accepted_per_draft) == (found.drafts == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "prompt", "refused"),
+    [
+        ("dynamic", {"factor": 2.0}, 8, True),
+        ("dynamic", {"factor": 2.0}, 40, True),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}, 8, True),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}, 17, False),
+    ],
+)
+def test_rotations_that_change_with_the_length_are_refused(
+    kind: str, changes: dict[str, Any], prompt: int, refused: bool
+) -> None:
+    """A check over the boundary would rotate its first tokens otherwise than one-token steps do."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16, **changes}
+    model = tiny_model("llama", seed=2, rope_parameters=rope, max_position_embeddings=64)
+    ids, options = tiny_prompt(prompt), {"exit_layer": 1, "confidence": 0, "eos_token_id": -1}
+    assert len(speculate(model, tiny_prompt(4), max_new_tokens=12, **options).tokens) == 12
+    if not refused:
+        found = speculate(model, ids, max_new_tokens=NEW, **options)
+        assert torch.equal(found.tokens, greedy(model, ids, NEW, -1).tokens)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"rotary frequencies .{kind}. beyond 16"):
+        speculate(model, ids, max_new_tokens=NEW, **options)
+    with pytest.raises(UnsupportedModelError, match="decode plainly"):
+        generate(model, ids, 1, max_new_tokens=NEW)
+    with pytest.raises(UnsupportedModelError, match="decode plainly"):
+        generate(model, ids, 1, max_length=prompt + NEW)
+
+
+def test_an_interrupted_draft_leaves_the_model_whole() -> None:
+    """transformers cuts the model off for a draft and does not put it back after an exception."""
+    model, ids = tiny_model("llama", seed=4), tiny_prompt(6)
+
+    def stop(*_: Any) -> None:
+        if model.config.num_hidden_layers == 1 and stopping:
+            raise KeyboardInterrupt
+
+    stopping: list[bool] = []
+    model.lm_head.register_forward_hook(stop)
+    check_early_exit(model)
+    stopping.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, 1, max_new_tokens=12, proven=True)
+    assert model.config.num_hidden_layers == 3

@@ -58,12 +58,15 @@ def test_no_layer_above_the_deepest_exit_runs(monkeypatch: pytest.MonkeyPatch) -
     instrument, ids = attach(model), tiny_prompt(6, seed=2, batch=2)
     recording = instrument.record(ids, MASK)
     masks = straight_masks(recording.importance, 0.1)
+    model(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks that only look
+    assert any(module._forward_hooks for module in model.modules())
+    left = [len(module._forward_hooks) for module in model.modules()]
     ran = counting(model, monkeypatch)
     unread = DEPTHS.clone()
     unread[~PICKED] = 5  # where nobody looks, depth does not count
     instrument.exit_logits(ids, MASK, masks, unread, PICKED, recording.attention)
     assert ran == list(model.model.layers[:2])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == left
     model(input_ids=ids)
     assert len(ran) == 2 + 5  # the model itself is as it was
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softtrace.decoding import exit_layer_of
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -21,6 +20,7 @@ from softtrace.errors import (
     OutputExistsError,
     TrainerSetupError,
 )
+from softtrace.exits import exit_layer_of
 from softtrace.fit import FitCLI, fit
 from softtrace.lightning import DensityPenalty
 from tests.corpus import write_model, write_tree

@@ -274,6 +274,26 @@ def test_share_and_crop_choose_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert starts == {o + k * shape[1] for o in range(room + 1) for k in range(slots)}
 
 
+def test_tokens_of_no_finite_easiness_never_count() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(8, batch=2)
+
+    def odd(logits: Tensor, targets: Tensor) -> Tensor:  # integers, too
+        return torch.where(torch.arange(8) % 2 == 0, torch.arange(8), 99).expand(2, 8)
+
+    def never(logits: Tensor, targets: Tensor) -> Tensor:
+        return odd(logits, targets).float().masked_fill(torch.arange(8) % 2 == 1, math.inf)
+
+    both = [
+        DensityLoss(model, easiness=each, easy_quantile=quantile, share=1.0)(ids, step=0)
+        for each, quantile in ((odd, 0.5), (never, 1.0))
+    ]
+    assert both[1].loss > 0
+    assert both[0].skipped is both[1].skipped is None
+    term = DensityLoss(model, easiness=lambda p, t: never(p, t) * math.inf, share=1.0)(ids)
+    assert term.skipped == "no token of the windows has a finite easiness"
+    assert_nothing(term, DensityOptions().strength)
+
+
 def broken_model() -> tuple[nn.Module, DensityLoss, DensityLoss]:
     model = tiny_model("llama")
     stops, skips = DensityLoss(model), DensityLoss(model, on_nonfinite="skip")

@@ -17,6 +17,7 @@ import matplotlib
 import torch
 
 from softtrace.evaluation.decode_bench import decode_bench
+from softtrace.evaluation.evaluate import device_of
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
 
@@ -57,8 +58,9 @@ def main() -> None:
                 device=args.device,
             )
         found[name] = {key: value for key, value in run.items() if key not in said_once}
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
-    write_json(args.out, {"data": Path(args.data).name, **found, **provenance(device)})
+    write_json(
+        args.out, {"data": Path(args.data).name, **found, **provenance(device_of(args.device))}
+    )
 
 
 if __name__ == "__main__":

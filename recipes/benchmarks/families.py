@@ -25,10 +25,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # tests/ is not installed
 
 import softtrace  # noqa: E402
-from softtrace.decoding import check_cache, check_early_exit  # noqa: E402
 from softtrace.errors import UnsupportedModelError  # noqa: E402
 from softtrace.evaluation.files import write_json  # noqa: E402
 from softtrace.evaluation.provenance import provenance  # noqa: E402
+from softtrace.exits import check_cache, check_early_exit  # noqa: E402
 from tests.families.matrix import literal_errors, padded  # noqa: E402
 from tests.families.zoo import REFUSED, VERIFIED, tiny  # noqa: E402
 

@@ -128,7 +128,7 @@ def cost() -> str:
     settings = result["settings"]
     lines.append(
         f"\nInterleaved steps of {settings['batch_size']} x {settings['block_size']} tokens, "
-        f"{result['model']}, {result['hardware']} ([peers.py --cost](benchmarks/peers.py), "
+        f"{settings['model']}, {result['hardware']} ([peers.py --cost](benchmarks/peers.py), "
         "[peers.json](benchmarks/peers.json))."
     )
     return "\n".join(lines)

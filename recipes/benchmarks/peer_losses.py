@@ -1,7 +1,8 @@
-"""Other people's losses, each as its paper has it, behind one call: ``method(ids, step)``.
+"""Other people's losses behind one call, ``method(ids, step)``, close to their papers.
 
 Where a paper leaves something open, or a stock model cannot carry it, the docstring says what was
-done. All take a Llama-like model of transformers in train mode and return the whole training loss.
+done instead. All take a Llama-like model of transformers in train mode and return the whole
+training loss.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ class LayerSkip(Method):
     """Early-exit cross-entropy with rotating exits, and layer dropout that rises with depth.
 
     arXiv 2404.16710, section 4.1. Layer l of L is dropped per sequence with probability
-    p_max · (exp(l ln 2 / (L - 1)) - 1), p_max = 0.1 as in its continual training and fine-tuning on
-    code; constant over the steps, as there. Exit l weighs e_scale · Σ_{i≤l} i, the last layer
+    p_max · (exp(l ln 2 / (L - 1)) - 1), constant over the steps as where a pretrained model goes
+    on; p_max = 0.1 as there. Exit l weighs e_scale · Σ_{i≤l} i, the last layer
     L - 1 + e_scale · Σ_{i≤L-2} i, over the sum of those that are on; besides the last layer one
-    exit a step is on (rotational curriculum with R = L - 1, as the paper's fine-tuning of a
-    24-layer model with R = 23). The dial is e_scale, 0.2 or 1 in the paper.
+    exit a step is on (rotational curriculum with R = L - 1, one of the paper's settings). The dial
+    is e_scale; the paper's values lie between 0.1 and 1.
     """
 
     source = "LayerSkip, arXiv 2404.16710"
@@ -148,8 +149,9 @@ def layerskip_weights(layers: int, on: int, e_scale: float) -> tuple[float, floa
 class ExitDistillation(Method):
     """KL of a rotating early exit from the full prediction, which is held constant.
 
-    Self-distillation with the deepest classifier as teacher (Zhang et al., arXiv 1905.08094), one
-    exit a step as in LayerSkip's rotation.
+    The distillation term of Zhang et al. (arXiv 1905.08094), the deepest classifier as teacher.
+    There all exits are on at once, with a cross-entropy and a feature loss each; here one a step,
+    as in LayerSkip's rotation, and without the two: LayerSkip has the cross-entropy.
     """
 
     source = "self-distillation of exits, arXiv 1905.08094"
@@ -214,8 +216,8 @@ class AttentionEntropy(_OnAttention):
 class AttentionConnectivity(_OnAttention):
     """Expected share of attention edges that are on, as low as a loss budget allows.
 
-    arXiv 2512.05865: connectivity is minimised under a bound on the loss, with a multiplier that
-    follows the constraint (GECO). There gates of their own, read from queries and keys, switch
+    arXiv 2512.05865: connectivity is minimised under a bound on the loss, with a multiplier whose
+    logarithm follows the slack (GECO). There gates of their own, read from queries and keys, switch
     edges, and stay in the model; a stock model has none, so here an edge is on to the degree
     sigmoid(log(a / 0.01) / 0.5) of its attention probability a. The bound is (1 + dial) times what
     the paired plain run had at this step, both smoothed over 20 steps, since a fine-tuning loss
@@ -224,7 +226,7 @@ class AttentionConnectivity(_OnAttention):
 
     source = "attention connectivity under a loss constraint, arXiv 2512.05865"
     strengths = (0.003, 0.01, 0.03)
-    rate = 0.1
+    rate = 10.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -241,9 +243,9 @@ class AttentionConnectivity(_OnAttention):
         now = task.item()
         self.smooth = now if math.isnan(self.smooth) else smoothed(self.smooth, now)
         bound = (1 + self.strength) * (self.plain or [])[step]
-        # Relative, so that the pace does not depend on the loss's own size.
-        self.log_weight += self.rate * (1 if self.smooth < bound else -1)
-        self.log_weight = min(self.log_weight, math.log(100))
+        slack = (bound - self.smooth) / bound  # relative: the pace is the same at any loss
+        self.log_weight += max(-0.2, min(0.2, self.rate * slack))
+        self.log_weight = max(math.log(1e-4), min(self.log_weight, math.log(1e4)))
         return math.exp(self.log_weight)
 
 

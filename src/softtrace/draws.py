@@ -1,4 +1,6 @@
-"""Random choices of a step, a pure function of (seed, step, rank): resuming needs no state.
+"""Random choices of a step, a pure function of (seed, step, rank) and of which tokens count.
+
+Resuming needs no state.
 
 The global random state is neither read nor moved, so a run with strength 0 stays bitwise that of a
 run without the penalty.

@@ -19,10 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from softtrace.batch import check_least, check_length
 from softtrace.datamodule import PackedDataModule
-from softtrace.decoding import EXIT_FIELD, check_early_exit
 from softtrace.errors import InvalidInputError, SofttraceError
 from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.evaluation.files import check_output
+from softtrace.exits import EXIT_FIELD, check_early_exit
 from softtrace.families.discovery import learned_positions
 from softtrace.lightning import DensityPenalty
 from softtrace.load import load_tokenizer

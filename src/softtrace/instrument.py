@@ -268,12 +268,17 @@ class Instrument:
     def _watched(self) -> bool:
         """Whether something else hangs on the modules, which a forward without end would miss.
 
-        Sharding and offloading put weights away when a module has run.
+        Sharding and offloading put weights away when a module has run. transformers' own hooks, on
+        every model that was once asked for hidden states, only look.
         """
-        return any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        hooks = (
+            hook
             for module in self.model.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
+        return any(
+            not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
+        ) or any("forward" in vars(module) for module in self.model.modules())
 
     def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.

@@ -2,8 +2,9 @@
 
     strength · Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t
 
-p is the full prediction (held constant), q that of a masked run with a threshold τ and a depth E
-drawn per sequence. A separate pass on a sub-batch leaves the user's own forward untouched and makes
+p is the full prediction (held constant), q that of a masked run with a threshold τ drawn for every
+window of the batch that is looked at, read after a number of layers E drawn for every token. A
+separate pass on a sub-batch leaves the user's own forward untouched and makes
 the cost a dial.
 """
 
@@ -178,10 +179,14 @@ class DensityLoss:
             )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, chosen.of(targets, window))
+        score = score.detach().to(full.dtype if full.itemsize >= 4 else torch.float32)
+        counted = counted & torch.isfinite(score)  # of a callable: infinite where never easy
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
         picked = easy > 0
+        if not bool(picked.any()):
+            return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from softtrace.data import pack, read_documents
-from softtrace.decoding import best_exit, expected_speedup, greedy
+from softtrace.decoding import greedy
 from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
 from softtrace.evaluation.decode_bench import decode_bench
 from softtrace.evaluation.evaluate import evaluate
+from softtrace.exits import best_exit, expected_speedup
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 from tests.tiny import tiny_model
@@ -86,9 +87,16 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
     found = decode_bench(*sources, str(out), **SMALL)
     after = json.loads((out / "density.json").read_text())
     assert after == {**before, "decoding": found}
+    with pytest.raises(OutputExistsError, match=r"found a decoding\.json; pass overwrite=True"):
+        decode_bench(*sources, str(out), **SMALL)
     other = write_model(tmp_path / "other")
-    decode_bench(str(other), sources[1], str(out), **SMALL)
-    assert json.loads((out / "density.json").read_text()) == after  # of another model: left alone
+    with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
+        decode_bench(str(other), sources[1], str(out), **SMALL)
+    again = decode_bench(*sources, str(out), **SMALL, overwrite=True)
+    assert json.loads((out / "density.json").read_text())["decoding"] == again
+    decode_bench(str(other), sources[1], str(out), **SMALL, overwrite=True)
+    kept = json.loads((out / "density.json").read_text())
+    assert kept["decoding"] == again  # of another model: left alone
 
 
 def test_refuses_what_it_cannot_do(

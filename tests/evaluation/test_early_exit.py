@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.decoding import best_exit
 from softtrace.evaluation.early_exit import GATES, exit_agreement, gated_exits, recommended_exit
+from softtrace.exits import best_exit
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 

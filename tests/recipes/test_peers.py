@@ -115,7 +115,7 @@ def test_attention_penalties_by_hand(losses: Any) -> None:
     inside = [connected.weight(torch.tensor(1.05), step) for step in range(20)]
     assert all(a < b for a, b in itertools.pairwise(inside))  # within 1 + 0.1: press on
     outside = [connected.weight(torch.tensor(3.0), step) for step in range(20, 60)]
-    assert outside[-1] < outside[5] < max(outside)
+    assert outside[-1] < outside[10] < max(outside)
     with pytest.raises(ValueError, match="paired plain run"):
         losses.AttentionConnectivity(model, 0.1)
 
@@ -132,6 +132,8 @@ def test_a_front_is_read_where_it_meets_the_budget(peers: Any) -> None:
     assert peers.at_budget(rising, "exit_easy") == 0.8  # the best inside, not the last
     better = [point(1.0, 0.6), point(0.99, 0.9)]
     assert peers.at_budget(better, "exit_easy") == 0.9
+    bent = [point(1.0, 0.3), point(1.02, 0.1), point(1.0, 0.2)]  # a noisy front, by strength
+    assert peers.at_budget(bent, "area_easy") == pytest.approx(0.15)
     too_dear = [point(1.0, 0.3), point(1.1, 0.1)]
     assert peers.at_budget(too_dear, "area_easy") == pytest.approx(0.3 - 0.2 * 0.1)
 

@@ -6,6 +6,7 @@ Source of the method: LayerSkip (arXiv 2404.16710), section 4.3; confidence gati
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 import time
@@ -21,23 +22,20 @@ from transformers.utils import logging as transformers_logging
 
 from softtrace.batch import check_least, check_length, check_range
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack, read_documents, split_by_file
-from softtrace.decoding import (
-    Generation,
+from softtrace.decoding import Generation, generate, greedy, speculate
+from softtrace.errors import DataError, OutputExistsError
+from softtrace.evaluation.early_exit import exit_agreement, gated_exits
+from softtrace.evaluation.evaluate import device_of, evenly
+from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
+from softtrace.evaluation.provenance import provenance
+from softtrace.exits import (
     best_exit,
     check_cache,
     check_early_exit,
     check_exit_layer,
     expected_speedup,
     first_layers,
-    generate,
-    greedy,
-    speculate,
 )
-from softtrace.errors import DataError
-from softtrace.evaluation.early_exit import exit_agreement, gated_exits
-from softtrace.evaluation.evaluate import device_of, evenly
-from softtrace.evaluation.files import check_output, prepare_output, update_json, write_json
-from softtrace.evaluation.provenance import provenance
 from softtrace.families.discovery import learned_positions
 from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
@@ -109,7 +107,9 @@ def decode_bench(
     check_range("confidence", confidence, 0, 1)
     where = device_of(device)
     density = Path(out) / "density.json"
-    beside = density.is_file()
+    beside = density.is_file() and _is_of(density, model)
+    if beside and not overwrite and (Path(out) / "decoding.json").exists():
+        raise OutputExistsError(f"{out}: found a decoding.json; pass {OVERWRITE} to replace it")
     check_output(out, overwrite or beside)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
@@ -157,10 +157,20 @@ def decode_bench(
     folder = prepare_output(out, overwrite or beside)
     write_json(folder / "decoding.json", found)
     if beside:
-        update_json(density, "decoding", found, same=("model", "path"), value=model)
+        write_json(density, {**json.loads(density.read_text(encoding="utf-8")), "decoding": found})
     print(decoding_table(found))
     print(f"\nwritten to {folder}/: decoding.json{' and density.json' if beside else ''}")
     return found
+
+
+def _is_of(density: Path, model: str) -> bool:
+    """Whether a ``density.json`` is of this model, however its path was written."""
+    try:
+        measured = json.loads(density.read_text(encoding="utf-8"))["model"]["path"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    same: bool = measured == model or Path(measured).resolve() == Path(model).resolve()
+    return same
 
 
 @torch.no_grad()
@@ -273,6 +283,7 @@ def _race(
                 "drafted": drafted,
                 "accepted": accepted,
                 "checks": sum(g.checks for g in found),
+                "drafts": sum(g.drafts for g in found),
                 "acceptance": accepted / drafted if drafted else None,
             }
     return results
@@ -303,7 +314,7 @@ def _stock(
         transformers_logging.set_verbosity(level)
         for name, value in kept.items():
             setattr(own, name, value)
-    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
+    return Generation(whole[0, row.shape[1] :], 0, 0, 0, 0)
 
 
 def _quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -337,7 +348,7 @@ def decoding_table(found: dict[str, Any]) -> str:
     if direct["acceptance"] is not None:
         lines.append(
             f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
-            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a check"
+            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['drafts']:.2f} a draft"
         )
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softtrace.decoding import best_exit
+from softtrace.exits import best_exit
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, Recording, attach
 

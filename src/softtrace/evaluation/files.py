@@ -45,24 +45,6 @@ def write_json(path: Path | str, obj: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def update_json(
-    path: Path | str, section: str, obj: Any, *, same: tuple[str, str], value: Any
-) -> bool:
-    """Put a section into a JSON file whose entry ``same`` has this value; otherwise leave it.
-
-    Returns:
-        Whether the file was of the same thing and was written.
-    """
-    whole = json.loads(Path(path).read_text(encoding="utf-8"))
-    found = whole
-    for key in same:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if found != value:
-        return False
-    write_json(path, {**whole, section: obj})
-    return True
-
-
 OVERWRITE = "overwrite=True (--overwrite true)"
 
 
