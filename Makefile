@@ -51,6 +51,8 @@ bench: .venv/installed
 	$(BIN)/python recipes/benchmarks/tracing.py
 	$(BIN)/python recipes/benchmarks/effect.py
 	$(BIN)/python recipes/quickstart.py --keep recipes/benchmarks/quickstart
+	$(BIN)/python recipes/benchmarks/decoding.py
+	$(BIN)/python recipes/benchmarks/peers.py --cost
 	$(BIN)/python recipes/benchmarks/figures.py --write
 
 clean:
