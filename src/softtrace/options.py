@@ -55,18 +55,18 @@ class DensityOptions:
         InvalidInputError: a value outside its range, or an unknown name.
     """
 
-    strength: float = 0.7
+    strength: float = 0.45
     start_step: int = 0
     warmup_steps: int = 0
     masks: MaskKind = "straight"
     temperature: float = 0.5
     family: Family = "both"
-    thresholds: tuple[float, float] = (1e-2, 0.5)
+    thresholds: tuple[float, float] = (0.02, 0.5)
     depths: tuple[float, float] = (0.5, 1.0)
     attention: MaskedAttention = "recorded"
     distance: Distance = "tv"
     easiness: str | Callable[[Any, Any], Any] = "entropy"
-    easy_quantile: float = 0.5
+    easy_quantile: float = 0.35
     easy_width: float = 0.1
     share: float = 0.15
     crop: int | None = 64
