@@ -81,7 +81,7 @@ class SoftTrace(Method):
     """This project's term at its defaults but for the strength."""
 
     source = "softtrace"
-    strengths = (0.2, 0.45, 1.0)
+    strengths = (0.15, 0.35, 0.8)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -47,7 +47,7 @@ class DensityPenalty(Callback):
         UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
     """
 
-    def __init__(self, strength: float = 0.45, **options: Any) -> None:
+    def __init__(self, strength: float = 0.35, **options: Any) -> None:
         self.options = DensityOptions(strength=strength, **options)
         self._loss: DensityLoss | None = None
         self._module: LightningModule | None = None

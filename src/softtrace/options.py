@@ -55,7 +55,7 @@ class DensityOptions:
         InvalidInputError: a value outside its range, or an unknown name.
     """
 
-    strength: float = 0.45
+    strength: float = 0.35
     start_step: int = 0
     warmup_steps: int = 0
     masks: MaskKind = "straight"
