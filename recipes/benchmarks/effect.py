@@ -6,7 +6,8 @@
 Both arms of a seed start from the same weights and see the same data in the same order; text and
 held-out files are those of an installed package that the model has never seen. By default that is
 lightning: the penalty's defaults were searched for on matplotlib and networkx (``LOG.md``), so
-figures from there would flatter them. Writes ``effect.json`` next to this file.
+figures from there would flatter them; one seed on lightning lowered the strength. Writes
+``effect.json`` next to this file.
 """
 
 from __future__ import annotations
