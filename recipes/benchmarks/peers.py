@@ -4,6 +4,11 @@
     python recipes/benchmarks/peers.py --methods layerskip softtrace --seeds 1
     python recipes/benchmarks/peers.py --cost                # step time and peak memory alone
 
+At a larger size, with a model that ``pretrain.py`` trained:
+
+    python recipes/benchmarks/peers.py --model MODEL --data TEXT --bf16 --lr 3e-4 --batch-size 32 \\
+        --block-size 256 --keep runs/peers --out recipes/benchmarks/peers-large.json
+
 All runs of a seed start from the same weights and see the same data in the same order, held-out
 files as in ``effect.py``. Each method is swept over its strength; a measure is then read where its
 curve over held-out loss meets +1 % of plain fine-tuning. Results are added to ``peers.json`` run by
@@ -33,7 +38,7 @@ from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import check_early_exit
-from softtrace.load import load_model
+from softtrace.load import load_model, load_tokenizer
 
 BUDGET = 1.01
 #: measure, whether lower is better, and what a plot calls it
@@ -269,6 +274,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
     parser.add_argument("--rounds", type=int, default=12, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
+    parser.add_argument("--keep", type=Path, help="folder for the models of the first seed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE / "peers.json")
@@ -328,6 +334,10 @@ def main() -> None:
                 model, curve = train(
                     blocks[0], name, strength, seed, plain and plain["curve"], args
                 )
+                if args.keep and seed == 0:
+                    folder = args.keep / f"{name.replace(' ', '-')}-{strength:g}"
+                    model.save_pretrained(folder)
+                    load_tokenizer(args.model).save_pretrained(folder)
                 row = {"method": name, "strength": strength, "seed": seed}
                 row |= measures(model, blocks, args.device)
                 if name == "plain":

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from softtrace.load import load_model, load_tokenizer
 from tests.tiny import tiny_model, tiny_prompt
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -177,8 +178,14 @@ def test_a_comparison_goes_on_where_it_stopped(
         f"peers.py --steps 2 --seeds 1 --batch-size 4 --blocks 4 --device cpu --out {out} "
         f"--data {Path(jinja2.__file__).parent} --methods layerskip"
     ).split()
-    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2"])
+    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2", "--keep", str(tmp_path)])
     peers.main()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "plain-0",
+        "layerskip-0.2",
+    }
+    assert len(load_tokenizer(tmp_path / "plain-0")) == 4096
+    assert load_model(tmp_path / "layerskip-0.2").config.num_hidden_layers == 8
     first = json.loads(out.read_text())
     assert [run["method"] for run in first["runs"]] == ["plain", "layerskip"]
     monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2", "1.0"])
