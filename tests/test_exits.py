@@ -103,6 +103,9 @@ def test_expected_speedup_is_that_of_a_simulation_in_the_mean(
     )
     assert expected_speedup(share, cost, count) == pytest.approx(written / (1 + cost * count))
     assert expected_speedup(share, cost, 0) == 1
+    checks = (1.2, 1.3, 1.5)
+    paid = checks[min(count, 3) - 1] + cost * count
+    assert expected_speedup(share, cost, count, checks) == pytest.approx(written / paid)
 
 
 def test_the_best_exit_weighs_acceptance_against_cost() -> None:
@@ -110,4 +113,6 @@ def test_the_best_exit_weighs_acceptance_against_cost() -> None:
     assert layer == 2
     assert gain == max(expected_speedup(0.9, 0.25, k) for k in range(1, 13))
     assert gain == expected_speedup(0.9, 0.25, count)
+    dear = best_exit({2: 0.9}, {2: 0.25}, (1.0, 9.0))
+    assert dear == (2, 1, 1.9 / 1.25)  # a check of two guesses is more than they are worth
     assert best_exit({1: 0.0}, {1: 1.0})[2] == 0.5  # no guess is ever right: still an answer

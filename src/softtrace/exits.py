@@ -174,28 +174,37 @@ def forget(layers: Sequence[Any], tokens: int) -> None:
             layer.crop(-tokens)
 
 
-def expected_speedup(acceptance: float, draft_cost: float, draft_tokens: int) -> float:
+def expected_speedup(
+    acceptance: float, draft_cost: float, draft_tokens: int, check_cost: Sequence[float] = ()
+) -> float:
     """Tokens a second of self-speculation relative to plain decoding, if guesses are independent.
 
-    A draft of k tokens is followed by one check that costs what one plain token costs; it yields
-    (1 - a^(k+1)) / (1 - a) tokens (LayerSkip, section 4.3; Leviathan et al., arXiv 2211.17192).
+    A draft of k tokens and the check after it yield (1 - a^(k+1)) / (1 - a) tokens (LayerSkip,
+    section 4.3; Leviathan et al., arXiv 2211.17192).
 
     Args:
         acceptance: a, probability that a guess is right, in [0, 1].
         draft_cost: time of one guess relative to one plain token, > 0.
         draft_tokens: k, >= 0.
+        check_cost: time of a check of 1, 2, ... guesses relative to one plain token; a check of
+            more than are given costs what the last does, and one token if none is.
     """
     written = sum(acceptance**power for power in range(draft_tokens + 1))
-    return written / (1 + draft_cost * draft_tokens)
+    known = check_cost[:draft_tokens]
+    return written / ((known[-1] if known else 1) + draft_cost * draft_tokens)
 
 
 def best_exit(
-    acceptance: dict[int, float], draft_cost: dict[int, float], most: int = 12
+    acceptance: dict[int, float],
+    draft_cost: dict[int, float],
+    check_cost: Sequence[float] = (),
+    most: int = 12,
 ) -> tuple[int, int, float]:
     """The exit layer and draft length with the highest :func:`expected_speedup`.
 
     Args:
         acceptance, draft_cost: of each exit layer.
+        check_cost: see :func:`expected_speedup`.
         most: draft tokens to consider.
 
     Returns:
@@ -203,7 +212,7 @@ def best_exit(
     """
     return max(
         (
-            (layer, count, expected_speedup(share, draft_cost[layer], count))
+            (layer, count, expected_speedup(share, draft_cost[layer], count, check_cost))
             for layer, share in acceptance.items()
             for count in range(1, most + 1)
         ),

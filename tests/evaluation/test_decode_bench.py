@@ -54,7 +54,9 @@ def test_equals_what_is_computed_by_hand(
     acceptance = dict(zip(exits["layers"], exits["agreement"], strict=True))
     costs = dict(zip(exits["layers"], exits["draft_cost"], strict=True))
     assert all(cost > 0 for cost in costs.values())
-    layer, count, gain = best_exit(acceptance, costs)
+    assert len(found["check_cost"]) == 12
+    assert all(cost > 0 for cost in found["check_cost"])
+    layer, count, gain = best_exit(acceptance, costs, found["check_cost"])
     assert (found["exit_layer"], found["draft_tokens"]) == (layer, count)
     assert found["expected_speedup"] == gain == max(exits["expected_speedup"])
     for loop in found["loops"].values():
@@ -74,7 +76,7 @@ def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: 
     found = decode_bench(*sources, str(tmp_path), exit_layer=1, draft_tokens=4, **SMALL)
     assert (found["exit_layer"], found["draft_tokens"]) == (1, 4)
     exits = found["exits"]
-    wanted = expected_speedup(exits["agreement"][0], exits["draft_cost"][0], 4)
+    wanted = expected_speedup(exits["agreement"][0], exits["draft_cost"][0], 4, found["check_cost"])
     assert found["expected_speedup"] == wanted
 
 
@@ -93,7 +95,9 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
     with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
         decode_bench(str(other), sources[1], str(out), **SMALL)
     again = decode_bench(*sources, str(out), **SMALL, overwrite=True)
-    assert json.loads((out / "density.json").read_text())["decoding"] == again
+    assert json.loads((out / "density.json").read_text())["decoding"] == json.loads(
+        json.dumps(again)
+    )
     decode_bench(str(other), sources[1], str(out), **SMALL, overwrite=True)
     kept = json.loads((out / "density.json").read_text())
     assert kept["decoding"] == again  # of another model: left alone

@@ -35,6 +35,7 @@ from softtrace.exits import (
     check_exit_layer,
     expected_speedup,
     first_layers,
+    forget,
 )
 from softtrace.families.discovery import learned_positions
 from softtrace.instrument import attach
@@ -128,10 +129,10 @@ def decode_bench(
     rows = [row[None].to(where) for row in starts]
     written = [greedy(network, row, new_tokens, _NEVER).tokens for row in rows]
     exits, gated = _exits(network, rows, written)
-    costs = _draft_costs(network, rows[0], layers)
+    costs, checks = _costs(network, rows[0], layers)
     acceptance = {layer: exits[layer - 1] for layer in range(1, layers)}
     wanted = acceptance if exit_layer is None else {exit_layer: acceptance[exit_layer]}
-    layer, count, _ = best_exit(wanted, costs, _LONGEST_DRAFT)
+    layer, count, _ = best_exit(wanted, costs, checks, _LONGEST_DRAFT)
     count = count if draft_tokens is None else draft_tokens
     found = {
         "prompts": len(rows),
@@ -141,12 +142,16 @@ def decode_bench(
             "layers": list(acceptance),
             "agreement": list(acceptance.values()),
             "draft_cost": [costs[each] for each in acceptance],
-            "expected_speedup": [best_exit({each: acceptance[each]}, costs)[2] for each in costs],
+            "expected_speedup": [
+                best_exit({each: acceptance[each]}, costs, checks, _LONGEST_DRAFT)[2]
+                for each in acceptance
+            ],
         },
+        "check_cost": checks,
         "exit_layer": layer,
         "draft_tokens": count,
         "confidence": confidence,
-        "expected_speedup": expected_speedup(acceptance[layer], costs[layer], count),
+        "expected_speedup": expected_speedup(acceptance[layer], costs[layer], count, checks),
         "loops": _race(network, rows, layer, count, confidence, new_tokens, rounds),
         "gated": gated,
         "model": model,
@@ -200,24 +205,33 @@ def _mean(values: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def _draft_costs(network: nn.Module, row: Tensor, layers: int) -> dict[int, float]:
-    """Time of one token through the first layers over that through all, medians, interleaved."""
+def _costs(network: nn.Module, row: Tensor, layers: int) -> tuple[dict[int, float], list[float]]:
+    """Time of a guess by each number of layers, and of checks of 1, 2, ... guesses.
+
+    Both over the time of one token through all layers, medians, interleaved; with what the loop
+    does besides running the model: reading the choice, and taking tokens out of the cache again.
+    """
     cache = DynamicCache()
     network(input_ids=row, past_key_values=cache, use_cache=True)
-    seconds: dict[int, list[float]] = {depth: [] for depth in range(1, layers + 1)}
+    kinds = [(depth, 1) for depth in range(1, layers + 1)]
+    kinds += [(layers, 1 + guesses) for guesses in range(1, _LONGEST_DRAFT + 1)]
+    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
-        for depth, spent in seconds.items():
+        for (depth, count), spent in seconds.items():
+            read = row[:, :1].expand(1, count)
+            began = _now(row)
             with first_layers(network, depth):
-                began = _now(row)
-                network(input_ids=row[:, :1], past_key_values=cache, use_cache=True)
-                spent.append(_now(row) - began)
-            for layer in cache.layers[:depth]:
-                layer.crop(-1)  # type: ignore[union-attr]
-        if turn == 0:
-            for spent in seconds.values():
-                spent.clear()  # the first call of anything is slow
-    whole = statistics.median(seconds.pop(layers))
-    return {depth: statistics.median(spent) / whole for depth, spent in seconds.items()}
+                logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
+            logits[0].argmax(-1).tolist()
+            plain = (depth, count) == (layers, 1)
+            between = _now(row) - began  # plain decoding takes nothing out
+            forget(cache.layers[:depth], count)
+            if turn:  # the first call of anything is slow
+                spent.append(between if plain else _now(row) - began)
+    middle = {kind: statistics.median(spent) for kind, spent in seconds.items()}
+    whole = middle[layers, 1]
+    guesses = {depth: middle[depth, 1] / whole for depth in range(1, layers)}
+    return guesses, [middle[layers, 1 + n] / whole for n in range(1, _LONGEST_DRAFT + 1)]
 
 
 def _now(like: Tensor) -> float:
@@ -332,6 +346,8 @@ def decoding_table(found: dict[str, Any]) -> str:
         "  layers   agreement   cost of a guess   expected speed-up",
     ]
     lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
+    checks = found["check_cost"]
+    lines.append(f"  a check of 1 guess costs {checks[0]:.2f} tokens, of 4 {checks[3]:.2f}")
     lines.append("")
     lines.append(
         f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
