@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from softtrace.batch import check_least, check_length, check_range
-from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack, read_documents, split_by_file
+from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
-from softtrace.errors import DataError, OutputExistsError
+from softtrace.errors import OutputExistsError
 from softtrace.evaluation.early_exit import exit_agreement, gated_exits
-from softtrace.evaluation.evaluate import device_of, evenly
+from softtrace.evaluation.evaluate import device_of, documents_of_side, evenly
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import (
@@ -114,11 +114,7 @@ def decode_bench(
     check_output(out, overwrite or beside)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
-    documents = read_documents(data, suffixes, exclude)
-    if held_out_share:
-        documents = split_by_file(documents, held_out_share, salt)[1]
-        if not documents:
-            raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+    documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
     starts = evenly(pack(documents, tokenizer, prompt_tokens), prompts)
     network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")

@@ -15,6 +15,7 @@ from softtrace.batch import check_least
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
+    Document,
     pack,
     read_documents,
     split_by_file,
@@ -83,11 +84,7 @@ def evaluate(
     check_output(out, overwrite)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
-    documents = read_documents(data, suffixes, exclude)
-    if held_out_share:
-        documents = split_by_file(documents, held_out_share, salt)[1]
-        if not documents:
-            raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+    documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
     chosen = evenly(pack(documents, tokenizer, block_size), blocks)
     network = load_model(model, dtype=dtype)
     network.to(where).eval()  # type: ignore[arg-type]
@@ -132,6 +129,27 @@ def evaluate(
     print(density_table(density))
     print(f"\nwritten to {folder}/: density.json and plots")
     return density
+
+
+def documents_of_side(
+    data: str,
+    suffixes: tuple[str, ...],
+    exclude: tuple[str, ...],
+    held_out_share: float,
+    salt: str,
+) -> list[Document]:
+    """The documents that a split holds out, or all at a share of 0.
+
+    Raises:
+        DataError: text that cannot be read, or none is held out.
+    """
+    documents = read_documents(data, suffixes, exclude)
+    if not held_out_share:
+        return documents
+    held_out = split_by_file(documents, held_out_share, salt)[1]
+    if not held_out:
+        raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+    return held_out
 
 
 def device_of(name: str) -> torch.device:
