@@ -13,11 +13,13 @@ figures from there would flatter them; one seed on lightning lowered the strengt
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import softtrace
-from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data import evenly, pack, read_documents, split_by_file
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
@@ -42,20 +44,21 @@ def blocks_of(
     """Training blocks, held-out blocks for the loss, held-out blocks for the density."""
     tokenizer = load_tokenizer(model)
     train, held_out = split_by_file(read_documents(data), 0.1, "effect")
-    density = pack(held_out, tokenizer, density_block_size)
-    chosen = torch.linspace(0, len(density) - 1, min(explained, len(density))).long()
     return (
         pack(train, tokenizer, block_size),
         pack(held_out, tokenizer, block_size),
-        density[chosen],
+        evenly(pack(held_out, tokenizer, density_block_size), explained),
     )
 
 
-def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: argparse.Namespace):
-    """Train from the shipped weights; return the model and the seconds of its median step."""
-    model = load_model(MODEL).to(args.device).train()
+def training(
+    model: Any, blocks: Tensor, seed: int, args: argparse.Namespace, title: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Steps and their batches, in an order that the seed decides.
+
+    Whoever loops over it runs the backward pass; the optimiser's step is done here afterwards.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    penalty = softtrace.DensityLoss(model, seed=seed, **options) if options is not None else None
     order = torch.Generator().manual_seed(seed)
     rows = torch.cat(
         [
@@ -63,24 +66,34 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
             for _ in range(math.ceil(args.steps * args.batch_size / len(blocks)))
         ]
     )
-    seconds = []
-    for step in tqdm(range(args.steps), desc=f"seed {seed} {'penalty' if penalty else 'plain'}"):
-        began = time.perf_counter()
+    for step in tqdm(range(args.steps), desc=title):
         warm = min(1.0, (step + 1) / 20)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        ids = blocks[rows[step * args.batch_size : (step + 1) * args.batch_size]].to(args.device)
+        yield (
+            step,
+            blocks[rows[step * args.batch_size : (step + 1) * args.batch_size]].to(args.device),
+        )
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: argparse.Namespace):
+    """Train from the shipped weights; return the model and the seconds of its median step."""
+    model = load_model(MODEL).to(args.device).train()
+    penalty = softtrace.DensityLoss(model, seed=seed, **options) if options is not None else None
+    title = f"seed {seed} {'penalty' if penalty else 'plain'}"
+    times = []
+    for _, ids in training(model, blocks, seed, args, title):
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
         loss = model(input_ids=ids, labels=ids).loss
         if penalty is not None:
             loss = loss + penalty(ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return model.eval(), statistics.median(seconds)
+    return model.eval(), statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 @torch.no_grad()

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effect import HERE, MODEL, blocks_of, held_out_loss
+from effect import HERE, MODEL, blocks_of, held_out_loss, training
 from peer_losses import METHODS, smoothed
 from torch import Tensor
 from tqdm import tqdm
 
+from softtrace.data import evenly
 from softtrace.decoding import speculate
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
@@ -57,27 +58,11 @@ def train(blocks: Tensor, name: str, strength: float, seed: int, plain: list[flo
     """One fine-tuning; the model and its smoothed task losses."""
     model = load_model(args.model).to(args.device).train()
     method = METHODS[name](model, strength, seed, plain)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    order = torch.Generator().manual_seed(seed)
-    wanted = args.steps * args.batch_size
-    rows = torch.cat(
-        [
-            torch.randperm(len(blocks), generator=order)
-            for _ in range(math.ceil(wanted / len(blocks)))
-        ]
-    )
     curve: list[float] = []
-    for step in tqdm(range(args.steps), desc=f"{name} {strength:g}, seed {seed}"):
-        scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * scale
-        ids = blocks[rows[step * args.batch_size : (step + 1) * args.batch_size]].to(args.device)
+    for step, ids in training(model, blocks, seed, args, f"{name} {strength:g}, seed {seed}"):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
             loss, task = method(ids, step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         curve.append(smoothed(curve[-1], task.item()) if curve else task.item())
     model.set_attn_implementation("sdpa")
     return model.eval(), curve
@@ -105,7 +90,7 @@ def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> 
             model, row[None, : row.shape[0] // 2].to(device), exit_layer=half, max_new_tokens=NEW,
             draft_tokens=DRAFT, confidence=0.0, eos_token_id=-1, proven=True,
         )
-        for row in density[torch.linspace(0, len(density) - 1, PROMPTS).long()]
+        for row in evenly(density, PROMPTS)
     ]  # fmt: skip
     return {
         "loss": held_out_loss(model, held_out, device),

@@ -18,8 +18,9 @@ from softtrace.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, var
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, Recording, attach
+from softtrace.instrument import Instrument, attach
 from softtrace.masks import hard_masks
+from softtrace.recording import Recording
 from softtrace.trace import edge_counts, total_edges
 
 SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26))

@@ -340,3 +340,10 @@ def pack(
             f"{block_size}. Give more text, or a block_size of at most {len(tokens)}."
         )
     return tokens[: blocks * block_size].view(blocks, block_size)
+
+
+def evenly(blocks: Tensor, count: int) -> Tensor:
+    """``count`` blocks evenly spaced over all, or all if there are fewer."""
+    if len(blocks) <= count:
+        return blocks
+    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]

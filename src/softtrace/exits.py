@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.proof import tolerance
 from softtrace.families.refusals import running
 from softtrace.families.sight import mismatch
-from softtrace.instrument import attach
+from softtrace.instrument import Instrument, attach
 from softtrace.runs import dropout_off
 
 EXIT_FIELD = "softtrace_exit_layer"
@@ -68,16 +68,15 @@ def check_early_exit(model: nn.Module) -> int:
     name = type(model).__name__
     if layers < 2:
         raise UnsupportedModelError(f"{name} has {layers} layer; an early exit needs two at least")
-    ids = torch.arange(6, device=next(model.parameters()).device)[None]
-    ids = ids % instrument.anatomy.vocabulary
+    ids = _some_ids(instrument, model)
     recording = instrument.record(ids, keep_hidden=True, keep_attention=False)
     hidden = recording.hidden or ()
     allowed = tolerance(next(model.parameters()).dtype)
     for depth in {1, layers // 2, layers - 1}:
-        with dropout_off(model), first_layers(model, depth):
-            found = model(input_ids=ids, use_cache=False).logits
         with dropout_off(model):
             wanted = instrument.anatomy.readout.early(hidden[depth])
+            with first_layers(model, depth):
+                found = model(input_ids=ids, use_cache=False).logits
         if mismatch(found, wanted) > allowed:
             if mismatch(found, recording.logits) <= allowed:
                 raise UnsupportedModelError(
@@ -92,6 +91,12 @@ def check_early_exit(model: nn.Module) -> int:
     return layers
 
 
+def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
+    """Six tokens, ``[1, 6]``, to compare two ways of running a model on."""
+    ids = torch.arange(6, device=next(model.parameters()).device)[None]
+    return ids % instrument.anatomy.vocabulary
+
+
 @torch.no_grad()
 def check_cache(model: nn.Module) -> None:
     """Prove that a model can go on from a cache that grows and is cut.
@@ -99,9 +104,7 @@ def check_cache(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it cannot, or its logits are others then.
     """
-    instrument = attach(model)
-    ids = torch.arange(6, device=next(model.parameters()).device)[None]
-    ids = ids % instrument.anatomy.vocabulary
+    ids = _some_ids(attach(model), model)
     name, cache = type(model).__name__, DynamicCache()
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
         wanted = model(input_ids=ids, use_cache=False).logits[:, 3:]

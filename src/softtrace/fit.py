@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from softtrace.batch import check_least, check_length
+from softtrace.data import evenly
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import InvalidInputError, SofttraceError
 from softtrace.evaluation.early_exit import recommended_exit
@@ -183,10 +183,9 @@ class FitCLI(LightningCLI):
         blocks = self.datamodule.train_blocks if held_out is None else held_out
         if blocks is None:
             return
-        some = blocks[torch.linspace(0, len(blocks) - 1, min(_EXIT_BLOCKS, len(blocks))).long()]
         try:
             check_early_exit(model)
-            setattr(model.config, EXIT_FIELD, recommended_exit(model, some))
+            setattr(model.config, EXIT_FIELD, recommended_exit(model, evenly(blocks, _EXIT_BLOCKS)))
         except SofttraceError as reason:
             logger.info("no early exit is recommended: %s", reason)
 

@@ -26,6 +26,22 @@ def register(hooks: Iterable[Hook], handles: list[RemovableHandle]) -> None:
         handles.append(put(call, prepend=first, with_kwargs=True))
 
 
+def watched(model: nn.Module) -> bool:
+    """Whether somebody hangs on the modules of a model who would miss the end of a forward.
+
+    Sharding and offloading put weights away when a module has run. transformers' own hooks, on
+    every model that was once asked for hidden states, only look.
+    """
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
+    ) or any("forward" in vars(module) for module in model.modules())
+
+
 def first_tensor(*places: Any) -> Tensor | None:
     """The first floating tensor among arguments, outputs, and tuples and mappings of them."""
     for place in places:

@@ -12,7 +12,7 @@ import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import check_batch, check_finite, check_length, check_positions, is_packed
+from softtrace.batch import check_batch, check_finite, check_length, check_positions
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
@@ -29,40 +29,13 @@ from softtrace.families.proof import Verification, prove, tolerance
 from softtrace.families.refusals import refuse_early, running, uncompiled, unwrapped
 from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
-from softtrace.hooks import register
+from softtrace.hooks import register, watched
 from softtrace.interception import interception_active
+from softtrace.recording import Recording
 from softtrace.runs import DeepEnough, MaskedRun, RecordingRun, Run, dropout_off
 
 _TINY = 6  # tokens of the batch that a model is proven on
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What a recording run saw.
-
-    Attributes:
-        logits: ``[B, T, V]``, the full model's.
-        importance: of every edge.
-        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs; empty if not
-            kept.
-        hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
-            ``[B, T, d_model]``; None unless asked for.
-        positions: ``[B, T]`` position ids of packed rows, for masked runs; None otherwise.
-    """
-
-    logits: Tensor
-    importance: EdgeImportance
-    attention: tuple[Tensor, ...]
-    hidden: tuple[Tensor, ...] | None
-    positions: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor | None:
-        """Attention mask for masked runs of the same batch; None where documents are packed."""
-        valid = self.importance.valid
-        packed = self.positions is not None and is_packed(self.positions, valid)
-        return None if packed else valid.long()
 
 
 class Instrument:
@@ -244,7 +217,7 @@ class Instrument:
         """
         levels = depths[picked]
         deepest = int(levels.max())
-        whole = deepest == len(self.anatomy.layers) or self._watched
+        whole = deepest == len(self.anatomy.layers) or watched(self.model)
         run = self._masked_run(
             input_ids,
             attention_mask,
@@ -263,22 +236,6 @@ class Instrument:
         with dropout_off(self.model), uncompiled(self.model):
             logits: Tensor = self.anatomy.readout.early(read)
         return logits
-
-    @property
-    def _watched(self) -> bool:
-        """Whether something else hangs on the modules, which a forward without end would miss.
-
-        Sharding and offloading put weights away when a module has run. transformers' own hooks, on
-        every model that was once asked for hidden states, only look.
-        """
-        hooks = (
-            hook
-            for module in self.model.modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        )
-        return any(
-            not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
-        ) or any("forward" in vars(module) for module in self.model.modules())
 
     def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.

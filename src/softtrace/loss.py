@@ -30,6 +30,7 @@ from softtrace.draws import draw
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import NonFiniteError
 from softtrace.graph import EdgeImportance, LayerEdges
+from softtrace.importance import working_dtype
 from softtrace.instrument import attach
 from softtrace.masks import soft_masks, straight_masks
 from softtrace.options import DensityOptions
@@ -179,7 +180,7 @@ class DensityLoss:
             )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, chosen.of(targets, window))
-        score = score.detach().to(full.dtype if full.itemsize >= 4 else torch.float32)
+        score = score.detach().to(working_dtype(full.dtype))
         counted = counted & torch.isfinite(score)  # of a callable: infinite where never easy
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen.thresholds)

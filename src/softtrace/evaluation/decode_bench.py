@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from softtrace.batch import check_least, check_length, check_range
-from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, pack
+from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
 from softtrace.evaluation.early_exit import exit_agreement, gated_exits
-from softtrace.evaluation.evaluate import device_of, documents_of_side, evenly
+from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import (

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from softtrace.exits import best_exit
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, Recording, attach
+from softtrace.instrument import Instrument, attach
+from softtrace.recording import Recording
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.batch import check_least
@@ -16,6 +15,7 @@ from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
+    evenly,
     pack,
     read_documents,
     split_by_file,
@@ -168,10 +168,3 @@ def device_of(name: str) -> torch.device:
             f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
             "'auto', 'cpu' and the accelerators that torch finds"
         ) from error
-
-
-def evenly(blocks: Tensor, count: int) -> Tensor:
-    """``count`` blocks evenly spaced over all, or all if there are fewer."""
-    if len(blocks) <= count:
-        return blocks
-    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]

@@ -16,7 +16,8 @@ from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.easiness import loss_score
 from softtrace.evaluation.early_exit import exit_agreement
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import Recording, attach
+from softtrace.instrument import attach
+from softtrace.recording import Recording
 
 EASY_SHARE = 0.25
 _SCATTER = 2000
