@@ -258,6 +258,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, help="folder of Python source (default: this Python's library)")
+    add("--exclude", nargs="+", default=[], help="globs of files or folders to leave out")
     add("--output", type=Path, default=Path(__file__).parent / "models" / "pystdlib-4m")
     add("--overwrite", action="store_true", help="write into an output folder that holds files")
     add("--steps", type=int, default=8000)
@@ -302,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     data = options.data or Path(sysconfig.get_paths()["stdlib"])
     train_documents, held_out_documents = split_by_file(
-        read_documents(data, exclude=EXCLUDE), HELD_OUT_SHARE, SALT
+        read_documents(data, exclude=(*EXCLUDE, *options.exclude)), HELD_OUT_SHARE, SALT
     )
     tokenizer = train_tokenizer(train_documents, options.vocabulary)
     stream = encode(train_documents, tokenizer).to(device)
@@ -325,9 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bits = loss / math.log(2) * held_out["tokens"] / held_out["bytes"]
     on_gpu = device.type == "cuda"
     flags = " ".join(
-        f"--{name.replace('_', '-')} {getattr(value, 'name', value)}"  # of a path the last part
+        f"--{name.replace('_', '-')} "
+        + (" ".join(value) if isinstance(value, list) else str(getattr(value, "name", value)))
         for name, value in vars(options).items()
-        if name not in ("output", "overwrite", "started") and value not in (None, math.inf)
+        if name not in ("output", "overwrite", "started") and value not in (None, math.inf, [])
     )
     facts |= {
         "name": options.output.name,

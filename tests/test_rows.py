@@ -13,7 +13,7 @@ from softtrace import rows as rows_module
 from softtrace.graph import LayerEdges
 from softtrace.hooks import register
 from softtrace.masks import hard_masks
-from softtrace.rows import KeptRows, Unread
+from softtrace.rows import KeptRows, Unread, kept_rows
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 
@@ -39,7 +39,7 @@ def test_kept_rows_times_their_mask_are_those_of_the_whole(mask: list[list[float
     torch.manual_seed(0)
     module, kept = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4)), torch.tensor(mask)
     x = torch.randn(2, 3, 4, requires_grad=True)
-    found = kept[..., None] * run(module, KeptRows(module, kept), x)
+    found = kept[..., None] * run(module, KeptRows(module, kept_rows([kept])[0]), x)
     expected = kept[..., None] * module(x)
     torch.testing.assert_close(found, expected)
     places = [x, *module.parameters()]
@@ -53,8 +53,14 @@ def test_a_module_runs_on_the_kept_rows_alone() -> None:
     count = nn.Sequential(nn.Identity(), module)
     module.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
     for mask in ([[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1]]):
-        run(count, KeptRows(count, torch.tensor(mask).bool()), torch.ones(2, 3, 4))
+        (rows,) = kept_rows([torch.tensor(mask).bool()])
+        run(count, KeptRows(count, rows), torch.ones(2, 3, 4))
     assert sizes == [(1, 3, 4), (1, 1, 4), (2, 3, 4)]
+
+
+def test_rows_are_told_apart_by_layer() -> None:
+    masks = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.zeros(2, 2), torch.ones(2, 2)]
+    assert [rows.tolist() for rows in kept_rows(masks)] == [[1, 2], [0], [0, 1, 2, 3]]
 
 
 def test_what_nobody_reads_runs_on_one_row_and_keeps_its_shape() -> None:

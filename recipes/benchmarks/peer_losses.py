@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,13 @@ class SoftTrace(Method):
 
     source = "softtrace"
     strengths = (0.15, 0.35, 0.8)
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.density = softtrace.DensityLoss(self.model, strength=self.strength, seed=self.seed)
+        self.density = softtrace.DensityLoss(
+            self.model, strength=self.strength, seed=self.seed, **self.options
+        )
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         return self.density(ids, step=step).loss

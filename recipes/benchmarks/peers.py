@@ -3,6 +3,8 @@
     python recipes/benchmarks/peers.py                       # all methods and strengths, 3 seeds
     python recipes/benchmarks/peers.py --methods layerskip softtrace --seeds 1
     python recipes/benchmarks/peers.py --cost                # step time and peak memory alone
+    python recipes/benchmarks/peers.py --search              # variants of this project's own term
+    python recipes/benchmarks/peers.py --jobs 6 --devices cuda:0 cuda:1    # several at once
 
 At a larger size, with a model that ``pretrain.py`` trained:
 
@@ -28,18 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effect import HERE, MODEL, blocks_of, held_out_loss, training
-from peer_losses import METHODS, smoothed
+from effect import HERE, MODEL
+from paired_runs import Task, blocks_for, perform_all
+from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
+from variants import VARIANTS
 
-from softtrace.data import evenly
-from softtrace.decoding import speculate
 from softtrace.evaluation.files import write_json
-from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
-from softtrace.exits import check_early_exit
-from softtrace.load import load_model, load_tokenizer
+from softtrace.load import load_model
 
 BUDGET = 1.01
 #: measure, whether lower is better, and what a plot calls it
@@ -50,61 +50,8 @@ MEASURES: dict[str, tuple[bool, str]] = {
     "size_hard": (True, "median size at TV 0.2, hard"),
     "exit_all": (False, "exits at half depth that agree, all"),
     "accepted": (False, "accepted tokens a draft of 4, half depth"),
+    "accepted_quarter": (False, "accepted tokens a draft of 4, quarter depth"),
 }
-DRAFT, PROMPTS, NEW = 4, 16, 61  # the first token and twelve full drafts, if all are right
-
-
-def train(blocks: Tensor, name: str, strength: float, seed: int, plain: list[float] | None, args):
-    """One fine-tuning; the model and its smoothed task losses."""
-    model = load_model(args.model).to(args.device).train()
-    method = METHODS[name](model, strength, seed, plain)
-    curve: list[float] = []
-    for step, ids in training(model, blocks, seed, args, f"{name} {strength:g}, seed {seed}"):
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
-            loss, task = method(ids, step)
-        loss.backward()
-        curve.append(smoothed(curve[-1], task.item()) if curve else task.item())
-    model.set_attn_implementation("sdpa")
-    return model.eval(), curve
-
-
-def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> dict[str, Any]:
-    """What one trained model is compared by."""
-    _, held_out, density = blocks
-    with tqdm(total=len(density), desc="measuring", unit="block") as bar:
-        found = summarise(
-            measure(
-                model,
-                density,
-                min_context=density.shape[1] // 2,
-                batch_size=16,
-                extra_blocks=0,
-                progress=bar.update,
-            )
-        )
-    agreement = found["early_exit"]["agreement"]
-    layers = check_early_exit(model)
-    half = layers // 2
-    texts = [
-        speculate(
-            model, row[None, : row.shape[0] // 2].to(device), exit_layer=half, max_new_tokens=NEW,
-            draft_tokens=DRAFT, confidence=0.0, eos_token_id=-1, proven=True,
-        )
-        for row in evenly(density, PROMPTS)
-    ]  # fmt: skip
-    return {
-        "loss": held_out_loss(model, held_out, device),
-        **{
-            f"{name}_{group}": found[key][group]
-            for name, key in (("area", "area"), ("size", "size_at_tv_0.2"))
-            for group in ("easy", "hard", "all")
-        },
-        "exit_easy": agreement["easy"][half - 1],
-        "exit_all": agreement["all"][half - 1],
-        "exits_easy": agreement["easy"],
-        "exits_all": agreement["all"],
-        "accepted": sum(t.accepted for t in texts) / sum(t.drafts for t in texts),
-    }
 
 
 def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
@@ -206,9 +153,11 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in METHODS if name != "plain" and any(r["method"] == name for r in runs)]
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), sharex=True, layout="constrained")
-    for axis, (key, (lower, title)) in zip(axes.flat, MEASURES.items(), strict=True):
+    seen = {run["method"] for run in runs} - {"plain"}
+    names = [name for name in METHODS | VARIANTS if name in seen]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), sharex=True, layout="constrained")
+    *panels, last = axes.flat
+    for axis, (key, (lower, title)) in zip(panels, MEASURES.items(), strict=True):
         for index, name in enumerate(names):
             points = front(runs, name)
             own = name == "softtrace"
@@ -225,11 +174,12 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
         axis.grid(alpha=0.25)
         if key.startswith("size"):
             axis.set_yscale("log")
-    for axis in axes[-1]:
+    for axis in (*axes[1], axes[0, -1]):
         axis.set_xlabel("held-out loss over plain fine-tuning, %")
         axis.set_xlim(-0.5, 4)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    axes[0, -1].tick_params(labelbottom=True)
+    last.axis("off")
+    last.legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
     figure.savefig(out.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
@@ -248,7 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="folder of source (default: installed lightning)")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--search", action="store_true", help="variants.py instead of the peers")
+    parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--strengths", type=float, nargs="+", help="instead of each method's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -263,19 +214,27 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the models of the first seed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "peers.json")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--devices", nargs="+", help="that they are spread over")
+    parser.add_argument("--out", type=Path, help="results (default: beside this file)")
     args = parser.parse_args()
+    args.devices = args.devices or [args.device]
+    args.device = args.devices[0]
     began = time.monotonic()
     if args.data is None:
         import lightning
 
         args.data = str(Path(lightning.__file__).parent)
-    blocks = blocks_of(args.data, args.block_size, args.blocks, args.density_block_size, args.model)
-    names = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
+    methods = VARIANTS | {"plain": METHODS["plain"]} if args.search else METHODS
+    names = args.methods or list(methods)
+    if unknown := set(names) - set(methods):
+        parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(methods)}")
+    args.out = args.out or HERE / ("search.json" if args.search else "peers.json")
+    fields = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
     settings = {
         "model": Path(args.model).name,
         "data": Path(args.data).name,
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in fields},
     }
     result: dict[str, Any] = {"runs": [], "cost": {}}
     if args.out.exists():
@@ -284,12 +243,12 @@ def main() -> None:
             sys.exit(f"{args.out} holds runs of other settings: {result['settings']}; move it away")
     result |= {
         "settings": settings,
-        "explained_positions": blocks[2].numel() // 2 - len(blocks[2]),
+        "explained_positions": args.blocks * (args.density_block_size // 2 - 1),
     }
 
     def save() -> None:
         runs = result["runs"]
-        done = [name for name in METHODS if any(r["method"] == name for r in runs)]
+        done = [name for name in METHODS | VARIANTS if any(r["method"] == name for r in runs)]
         if "plain" in done:
             result["at_budget"] = {
                 name: {
@@ -298,41 +257,33 @@ def main() -> None:
                 }
                 for name in done
             }
-            plot(runs, args.out)
+            if not args.search:
+                plot(runs, args.out)
         write_json(args.out, {**result, **provenance(torch.device(args.device))})
 
     if args.cost:
-        result["cost"] = costs(args, blocks[0])
+        result["cost"] = costs(args, blocks_for(args)[0])
         save()
         print(json.dumps(result["cost"], indent=1))
         return
-    known = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
-    for seed in range(args.seeds):
-        for name in ["plain", *(name for name in args.methods if name != "plain")]:
-            for strength in (args.strengths if name != "plain" and args.strengths else None) or (
-                METHODS[name].strengths or (0.0,)
-            ):
-                if (name, strength, seed) in known:
-                    continue
-                if time.monotonic() - began > args.minutes * 60:
-                    sys.exit(f"{args.minutes:g} minutes are over; the same command goes on")
-                plain = known.get(("plain", 0.0, seed))
-                model, curve = train(
-                    blocks[0], name, strength, seed, plain and plain["curve"], args
-                )
-                if args.keep and seed == 0:
-                    folder = args.keep / f"{name.replace(' ', '-')}-{strength:g}"
-                    model.save_pretrained(folder)
-                    load_tokenizer(args.model).save_pretrained(folder)
-                row = {"method": name, "strength": strength, "seed": seed}
-                row |= measures(model, blocks, args.device)
-                if name == "plain":
-                    row["curve"] = curve
-                known[name, strength, seed] = row
-                result["runs"].append(row)
-                save()
-                shown = {key: f"{row[key]:.4g}" for key in ("loss", *MEASURES)}
-                print(name, strength, seed, shown, flush=True)
+    known = {(run["method"], run["strength"], run["seed"]) for run in result["runs"]}
+    tasks = [
+        Task(name, strength, seed)
+        for seed in range(args.seeds)
+        for name in ["plain", *(name for name in names if name != "plain")]
+        for strength in (args.strengths if name != "plain" else None)
+        or methods[name].strengths
+        or (0.0,)
+        if (name, strength, seed) not in known
+    ]
+    for row in perform_all(tasks, result["runs"], args, began + 60 * args.minutes):
+        result["runs"].append(row)
+        save()
+        shown = {key: f"{row[key]:.4g}" for key in ("loss", *MEASURES)}
+        print(row["method"], row["strength"], row["seed"], shown, flush=True)
+        known.add((row["method"], row["strength"], row["seed"]))
+    if any((task.method, task.strength, task.seed) not in known for task in tasks):
+        sys.exit(f"{args.minutes:g} minutes are over; the same command goes on")
     save()
     print(table(result))
 

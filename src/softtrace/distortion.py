@@ -53,6 +53,9 @@ def divergence(full: Tensor, masked: Tensor) -> Tensor:
     return (full_logs.exp() * (full_logs - log_probabilities(masked))).sum(-1)
 
 
+DISTANCES = {"kl": divergence, "tv": total_variation}
+
+
 def nucleus_recovered(
     full: Tensor, masked: Tensor, shares: tuple[float, ...] = NUCLEUS_SHARES
 ) -> Tensor:

@@ -25,7 +25,7 @@ from softtrace.batch import (
     documents_of,
     is_packed,
 )
-from softtrace.distortion import divergence, total_variation
+from softtrace.distortion import DISTANCES
 from softtrace.draws import draw
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import NonFiniteError
@@ -193,7 +193,8 @@ class DensityLoss:
         )
         check_finite(masked.detach(), "logits of the masked run")
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
-        distance = divergence if options.distance == "kl" else total_variation
+        chosen_distance = options.distance
+        distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
         distortion = (easy[picked] * distance(full[picked], masked)).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion

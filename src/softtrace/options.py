@@ -37,7 +37,8 @@ class DensityOptions:
             it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
             also reach queries and keys).
         distance: of the masked prediction from the full one, ``"tv"`` (the measure itself, in
-            [0, 1]; bounded, so that hopeless tokens do not take over) or ``"kl"`` (nats).
+            [0, 1]; bounded, so that hopeless tokens do not take over), ``"kl"`` (nats), or a
+            callable ``(full logits [N,V], masked logits [N,V]) -> distances [N]``.
         easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
         easy_quantile: share of the tokens that are easy, in (0, 1].
@@ -64,7 +65,7 @@ class DensityOptions:
     thresholds: tuple[float, float] = (0.02, 0.5)
     depths: tuple[float, float] = (0.5, 1.0)
     attention: MaskedAttention = "recorded"
-    distance: Distance = "tv"
+    distance: Distance | Callable[[Any, Any], Any] = "tv"
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.35
     easy_width: float = 0.1
@@ -79,7 +80,8 @@ class DensityOptions:
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
         _one_of("family", self.family, get_args(Family))
-        _one_of("distance", self.distance, get_args(Distance))
+        if not callable(self.distance):
+            _one_of("distance", self.distance, get_args(Distance))
         _one_of("attention", self.attention, get_args(MaskedAttention))
         _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         infinity = float("inf")

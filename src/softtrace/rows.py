@@ -7,6 +7,7 @@ Modules that run here were proven at attach to treat every token by itself (``pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,19 +62,25 @@ class _Narrowed:
         raise NotImplementedError
 
 
+def kept_rows(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Which tokens each layer's mask ``[B, T]`` keeps, as numbers of rows of ``[B·T, ...]``."""
+    kept = torch.stack([mask.detach() != 0 for mask in masks]).flatten(1)
+    # An empty batch is more than some modules (expert routing) can take: one row always runs.
+    kept[:, 0] |= ~kept.any(1)
+    layers, rows = kept.nonzero().T  # once for all layers: it waits for the device
+    return list(rows.split(layers.bincount(minlength=len(kept)).tolist()))
+
+
 class KeptRows(_Narrowed):
     """Runs a token-wise module where its edge is kept; elsewhere its output is zero."""
 
-    def __init__(self, module: nn.Module, mask: Tensor) -> None:
+    def __init__(self, module: nn.Module, rows: Tensor) -> None:
         super().__init__(module)
-        kept = (mask.detach() != 0).flatten()
-        # An empty batch is more than some modules (expert routing) can take: one row always runs.
-        self._rows = kept.nonzero()[:, 0] if bool(kept.any()) else kept[:1].long()
-        self._all = len(self._rows) == len(kept)
+        self._rows = rows
 
     @override
     def narrow(self, hidden: Tensor) -> Tensor | None:
-        if self._all:
+        if len(self._rows) == hidden.shape[:-1].numel():
             return None
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)[None]
 

@@ -35,7 +35,7 @@ from softtrace.importance import (
     share_of_node,
     working_dtype,
 )
-from softtrace.rows import KeptRows, Unread
+from softtrace.rows import KeptRows, Unread, kept_rows
 
 
 class DeepEnough(BaseException):
@@ -172,6 +172,7 @@ class RecordingRun(Run):
         self.layers: list[LayerEdges] = []
         self.attention: list[Tensor] = []
         self.visible: list[Tensor] = []
+        self._masks: list[tuple[Tensor, Tensor]] = []
         self._seen: tuple[Tensor, Tensor] | None = None
         self._attended = False
         self._scale: Tensor | None = None
@@ -182,13 +183,11 @@ class RecordingRun(Run):
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
         layer = self.layer_of(module)
-        visible = visible & self.valid[:, :, None] & self.valid[:, None, :]
-        if self._documents is not None:
-            self._require_apart(visible, self._documents)
+        visible = self._existing(visible)
         with torch.autocast(value.device.type, enabled=False):
             norms = head_value_norms(value, self.anatomy.carried_weight(layer))
             self._seen = (probabilities * visible[:, None].to(probabilities.dtype), norms)
-        self.visible.append(self._share_visible(visible))
+        self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)
         return probabilities
@@ -201,12 +200,20 @@ class RecordingRun(Run):
                 "lets a token look at the document before its own; give each document a row"
             )
 
-    def _share_visible(self, visible: Tensor) -> Tensor:
-        """Layers with the same window share one tensor: L bool maps of T² would add up."""
-        for earlier in self.visible:
-            if torch.equal(earlier, visible):
-                return earlier
-        return visible
+    def _existing(self, visible: Tensor) -> Tensor:
+        """Which edges exist. Layers with the same window share one tensor: L maps would add up."""
+        # Most models hand all layers one mask; comparing values would wait for the device.
+        memory = (visible.data_ptr(), visible.shape, visible.stride())
+        for given, existing in self._masks:
+            if (given.data_ptr(), given.shape, given.stride()) == memory:
+                return existing
+        existing = visible & self.valid[:, :, None] & self.valid[:, None, :]
+        if self._documents is not None:
+            self._require_apart(existing, self._documents)
+        existing = next((e for _, e in self._masks if torch.equal(e, existing)), existing)
+        # The last two stay alive, so that their addresses are not given away.
+        self._masks = [*self._masks[-1:], (visible, existing)]
+        return existing
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -295,9 +302,10 @@ class MaskedRun(Run):
     @override
     def hooks(self) -> list[Hook]:
         hooks = self.listeners()
-        for modules, masks in zip(self.anatomy.layers, self.masks, strict=True):
+        kept = kept_rows([masks.mlp for masks in self.masks])
+        for modules, rows in zip(self.anatomy.layers, kept, strict=True):
             for module in modules.token_wise:
-                hooks += KeptRows(module, masks.mlp).hooks()
+                hooks += KeptRows(module, rows).hooks()
             if self.recorded is not None:
                 for projection in modules.score_projections:
                     hooks += Unread(projection).hooks()

@@ -1,0 +1,179 @@
+"""Many paired fine-tunings, several at once: train one method, measure what came out.
+
+What ``peers.py`` compares. Every run of a seed starts from the same weights and sees the same data
+in the same order. A method that needs it gets the training losses of the seed's plain run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from effect import blocks_of, held_out_loss, training
+from peer_losses import METHODS, smoothed
+from torch import Tensor
+from tqdm import tqdm
+from variants import VARIANTS
+
+from softtrace.data import evenly
+from softtrace.decoding import speculate
+from softtrace.evaluation.measure import measure, summarise
+from softtrace.exits import check_early_exit
+from softtrace.load import load_model, load_tokenizer
+
+DRAFT, PROMPTS, NEW = 4, 16, 61  # the first token and twelve full drafts, if all are right
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fine-tuning: a method of ``peer_losses`` or ``variants``, and its dial."""
+
+    method: str
+    strength: float
+    seed: int
+    plain: tuple[float, ...] | None = None
+
+
+def train(task: Task, blocks: Tensor, args: argparse.Namespace) -> tuple[Any, list[float]]:
+    """One fine-tuning; the model and its smoothed task losses."""
+    model = load_model(args.model).to(args.device).train()
+    kind = (METHODS | VARIANTS)[task.method]
+    method = kind(model, task.strength, task.seed, task.plain and list(task.plain))
+    curve: list[float] = []
+    title = f"{task.method} {task.strength:g}, seed {task.seed}"
+    for step, ids in training(model, blocks, task.seed, args, title):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, found = method(ids, step)
+        loss.backward()
+        curve.append(smoothed(curve[-1], found.item()) if curve else found.item())
+    model.set_attn_implementation("sdpa")
+    return model.eval(), curve
+
+
+def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> dict[str, Any]:
+    """What one trained model is compared by."""
+    _, held_out, density = blocks
+    with tqdm(total=len(density), desc="measuring", unit="block") as bar:
+        found = summarise(
+            measure(
+                model,
+                density,
+                min_context=density.shape[1] // 2,
+                batch_size=16,
+                extra_blocks=0,
+                progress=bar.update,
+            )
+        )
+    agreement = found["early_exit"]["agreement"]
+    layers = check_early_exit(model)
+    depths = {"accepted": layers // 2, "accepted_quarter": max(1, layers // 4)}
+    texts = {
+        name: [
+            speculate(
+                model, row[None, : row.shape[0] // 2].to(device), exit_layer=depth,
+                max_new_tokens=NEW, draft_tokens=DRAFT, confidence=0.0, eos_token_id=-1,
+                proven=True,
+            )
+            for row in evenly(density, PROMPTS)
+        ]
+        for name, depth in depths.items()
+    }  # fmt: skip
+    return {
+        "loss": held_out_loss(model, held_out, device),
+        **{
+            f"{name}_{group}": found[key][group]
+            for name, key in (("area", "area"), ("size", "size_at_tv_0.2"))
+            for group in ("easy", "hard", "all")
+        },
+        "exit_easy": agreement["easy"][layers // 2 - 1],
+        "exit_all": agreement["all"][layers // 2 - 1],
+        "exits_easy": agreement["easy"],
+        "exits_all": agreement["all"],
+        **{
+            name: sum(t.accepted for t in of) / sum(t.drafts for t in of)
+            for name, of in texts.items()
+        },
+    }
+
+
+_BLOCKS: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # of a worker, tokenised once
+
+
+def blocks_for(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Training blocks, held-out blocks, blocks for the density; read once a process."""
+    if args.data not in _BLOCKS:
+        _BLOCKS[args.data] = blocks_of(
+            args.data, args.block_size, args.blocks, args.density_block_size, args.model
+        )
+    return _BLOCKS[args.data]
+
+
+def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, perhaps keep the model, measure: the row of a results file."""
+    if args.jobs > 1:  # spread over the GPUs, as the worker's number says; threads likewise
+        (number,) = multiprocessing.current_process()._identity  # type: ignore[attr-defined]
+        device = args.devices[(number - 1) % len(args.devices)]
+        args = argparse.Namespace(**{**vars(args), "device": device})
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    blocks = blocks_for(args)
+    model, curve = train(task, blocks[0], args)
+    if args.keep and task.seed == 0:
+        folder = args.keep / f"{task.method.replace(' ', '-')}-{task.strength:g}"
+        model.save_pretrained(folder)
+        load_tokenizer(args.model).save_pretrained(folder)
+    row = {"method": task.method, "strength": task.strength, "seed": task.seed}
+    row |= measures(model, blocks, args.device)
+    if task.method == "plain":
+        row["curve"] = curve
+    return row
+
+
+def perform_all(
+    tasks: list[Task], known: list[dict[str, Any]], args: argparse.Namespace, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Rows as they come, ``args.jobs`` at a time; none starts after the deadline.
+
+    Plain runs go first, since others need their losses. ``known`` holds rows of earlier calls.
+    """
+    curves = {row["seed"]: tuple(row["curve"]) for row in known if row["method"] == "plain"}
+    first = [task for task in tasks if task.method == "plain"]
+    rest = [task for task in tasks if task.method != "plain"]
+    if args.jobs == 1:
+        for task in itertools.chain(first, rest):
+            if time.monotonic() > deadline:
+                return
+            row = perform(replace(task, plain=curves.get(task.seed)), args)
+            if "curve" in row:
+                curves[task.seed] = tuple(row["curve"])
+            yield row
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        running: set[Future[dict[str, Any]]] = set()
+        while first or rest or running:
+            while len(running) < args.jobs and (first or rest) and time.monotonic() <= deadline:
+                ready = next((t for t in rest if t.seed in curves), None)
+                if first:
+                    task = first.pop(0)
+                elif ready is not None:
+                    rest.remove(ready)
+                    task = replace(ready, plain=curves[ready.seed])
+                else:
+                    break
+                running.add(pool.submit(perform, task, args))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                row = future.result()
+                if "curve" in row:
+                    curves[row["seed"]] = tuple(row["curve"])
+                yield row

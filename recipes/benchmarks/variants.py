@@ -1,0 +1,236 @@
+"""What was tried for this project's own term, each as a method like those of ``peer_losses.py``.
+
+``peers.py --search`` runs them; ``LOG.md`` says what was expected of each and what was found.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peer_losses import Method, SoftTrace, smoothed
+from torch import Tensor
+
+import softtrace
+import softtrace.loss
+from softtrace.distortion import divergence, total_variation
+from softtrace.masks import straight_masks
+
+
+def with_options(**options: Any) -> type[Method]:
+    """The term with other options."""
+    return type("WithOptions", (SoftTrace,), {"options": options, "strengths": (0.5,)})
+
+
+def reverse_divergence(full: Tensor, masked: Tensor) -> Tensor:
+    """KL(q ‖ p): what the masked run says and the full one does not."""
+    return divergence(masked, full)
+
+
+def jensen_shannon(full: Tensor, masked: Tensor) -> Tensor:
+    """Jensen-Shannon divergence over log 2: bounded as TV is, smooth where the two meet."""
+    p, q = full.float().softmax(-1), masked.float().softmax(-1)
+    middle = ((p + q) / 2).clamp_min(1e-12).log()
+    sides = F.kl_div(middle, p, reduction="none") + F.kl_div(middle, q, reduction="none")
+    return sides.sum(-1) / (2 * math.log(2))
+
+
+def hinged(full: Tensor, masked: Tensor) -> Tensor:
+    """TV beyond 0.1: who is within what the size asks for is left alone."""
+    return (total_variation(full, masked) - 0.1).relu()
+
+
+class HeadSpared(SoftTrace):
+    """The term's gradient does not reach the embedding, the final norm and the head."""
+
+    strengths = (0.5,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        parts = (self.model.model.embed_tokens, self.model.model.norm, self.model.lm_head)
+        spared = {id(p): p for part in parts for p in part.parameters()}.values()
+        for parameter in spared:
+            parameter.requires_grad_(False)
+        try:
+            return super().term(ids, step, task)
+        finally:
+            for parameter in spared:
+                parameter.requires_grad_(True)
+
+
+class TwoThresholds(SoftTrace):
+    """Half of the windows, two thresholds and two sets of depths each."""
+
+    strengths = (0.5,)
+    window = 64
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.share = self.density.options.share
+        self.density.options = replace(self.density.options, share=1.0)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 1))
+        windows = ids.unfold(1, self.window, self.window).reshape(-1, self.window)
+        count = max(1, round(self.share * len(windows) / 2))
+        chosen = torch.randperm(len(windows), generator=draws)[:count].to(ids.device)
+        return self.density(windows[chosen].repeat(2, 1), step=step).loss
+
+
+class AveragedTeacher(SoftTrace):
+    """The full prediction comes from an exponential average of the weights (decay 0.98)."""
+
+    strengths = (0.5,)
+    decay = 0.98
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        own = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.teacher.parameters()), own, 1 - self.decay)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        self._follow()
+        instrument = softtrace.attach(self.model)
+        record = instrument.record
+
+        def taught(window: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                logits = self.teacher(input_ids=window).logits
+            return replace(record(window, *args, **kwargs), logits=logits)
+
+        instrument.record = taught  # type: ignore[method-assign]
+        try:
+            return super().term(ids, step, task)
+        finally:
+            del instrument.record
+
+
+@contextmanager
+def masks_as(make: Any) -> Iterator[None]:
+    """Other masks than the straight ones inside the term."""
+    own = softtrace.loss.straight_masks
+    softtrace.loss.straight_masks = make
+    try:
+        yield
+    finally:
+        softtrace.loss.straight_masks = own
+
+
+class Tilted(SoftTrace):
+    """Thresholds rise with depth: half of τ in the first layer to twice τ in the last."""
+
+    strengths = (0.5,)
+    span = math.log(4)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        def tilted(importance: Any, thresholds: Any) -> Any:
+            last = len(importance.layers) - 1
+            factors = [math.exp(self.span * (i / last - 0.5)) for i in range(last + 1)]
+            return tuple(
+                straight_masks(importance, thresholds * factor)[index]
+                for index, factor in enumerate(factors)
+            )
+
+        with masks_as(tilted):
+            return super().term(ids, step, task)
+
+
+class Falling(SoftTrace):
+    """Twice the strength at first, falling to nothing over 400 steps."""
+
+    strengths = (0.5,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        return super().term(ids, step, task) * max(0.0, 2 * (1 - step / 400))
+
+
+class Rising(SoftTrace):
+    """From nothing to twice the strength over 400 steps."""
+
+    strengths = (0.5,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        return super().term(ids, step, task) * min(2.0, step / 200)
+
+
+class Controlled(SoftTrace):
+    """Strength follows the slack of the task loss under a budget over the plain run's."""
+
+    strengths = (0.003, 0.006)  # the budget on the training loss
+    rate = 5.0
+
+    def __init__(
+        self, model: Any, strength: float, seed: int, plain: list[float] | None = None
+    ) -> None:
+        if plain is None:
+            raise ValueError("needs the training losses of the paired plain run")
+        super().__init__(model, 1.0, seed)
+        self.budget, self.curve = strength, plain
+        self.log_weight, self.smooth = math.log(0.35), math.nan
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        now = task.item()
+        self.smooth = now if math.isnan(self.smooth) else smoothed(self.smooth, now)
+        bound = (1 + self.budget) * self.curve[step]
+        change = self.rate * (bound - self.smooth) / bound
+        self.log_weight += max(-0.1, min(0.1, change))
+        self.log_weight = max(math.log(0.01), min(self.log_weight, math.log(5.0)))
+        return super().term(ids, step, task) * math.exp(self.log_weight)
+
+
+class Projected(SoftTrace):
+    """Of the term's gradient what points against the task's is taken out, tensor by tensor."""
+
+    strengths = (0.5,)
+
+    def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        task = self.model(input_ids=ids, labels=ids).loss
+        parameters = list(self.model.parameters())
+        term = self.term(ids, step, task)
+        if not term.requires_grad:
+            return task, task
+        found = torch.autograd.grad(term, parameters, allow_unused=True)
+        own = torch.autograd.grad(task, parameters, retain_graph=True)
+        surrogate = task
+        for parameter, added, wanted in zip(parameters, found, own, strict=True):
+            if added is None:
+                continue
+            against = (added * wanted).sum().clamp(max=0.0)
+            added = added - against / wanted.square().sum().clamp_min(1e-20) * wanted
+            surrogate = surrogate + (parameter * added).sum()  # its gradient is ``added``
+        return surrogate, task.detach()
+
+
+VARIANTS: dict[str, type[Method]] = {
+    "as shipped": with_options(),
+    "share 1": with_options(share=1.0),
+    "soft masks": with_options(masks="soft"),
+    "attention recomputed": with_options(attention="recomputed"),
+    "size term": with_options(size_weight=2.0),
+    "easy by loss": with_options(easiness="loss"),
+    "easy by margin": with_options(easiness="margin"),
+    "depths .25..1": with_options(depths=(0.25, 1.0)),
+    "depths .25..1, most tokens": with_options(depths=(0.25, 1.0), easy_quantile=0.7),
+    "thresholds .05..0.7": with_options(thresholds=(0.05, 0.7)),
+    "windows of 32": with_options(crop=32),
+    "reverse KL": with_options(distance=reverse_divergence),
+    "Jensen-Shannon": with_options(distance=jensen_shannon),
+    "TV beyond 0.1": with_options(distance=hinged),
+    "two thresholds a window": TwoThresholds,
+    "thresholds rise with depth": Tilted,
+    "averaged teacher": AveragedTeacher,
+    "head spared": HeadSpared,
+    "strength falls": Falling,
+    "strength rises": Rising,
+    "strength by a loss budget": Controlled,
+    "gradient projected": Projected,
+}
