@@ -129,6 +129,10 @@ def test_counts_stay_exact_beyond_float32() -> None:
         assert below * (layers - 1) + own > 1 << 24
         assert (below * (layers - 1) + own) % 2  # an odd number: rounding would show
         assert (counts.sum((2, 3)).long() == below * (layers - 1) + own).all()
+        shares = torch.zeros(1).expand(1, heads, length, length)
+        edges = LayerEdges(shares, *(torch.zeros(1).expand(1, length),) * 3)
+        everything = EdgeImportance((edges,) * layers, (all_seen[:, 0],) * layers, nodes)
+        assert (total_edges(everything) == below * (layers - 1) + own).all()
 
 
 def test_counts_stay_exact_under_autocast() -> None:

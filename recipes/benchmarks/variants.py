@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +210,41 @@ class Projected(SoftTrace):
         return surrogate, task.detach()
 
 
+class ExitsToo(SoftTrace):
+    """Two thirds of the windows as shipped, and half as many without masks.
+
+    The latter are read after a random number of layers at every token, easy or not; KL of the full
+    prediction, as in the distillation of exits.
+    """
+
+    strengths = (0.5,)
+    options: ClassVar[dict[str, Any]] = {"share": 0.1}
+    window, share, weight, lowest = 64, 0.075, 0.2, 0.25
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 2))
+        windows = ids.unfold(1, self.window, self.window).reshape(-1, self.window)
+        count = max(1, round(self.share * len(windows)))
+        chosen = windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
+        layers = len(self.layers)
+        depths = torch.randint(
+            max(1, round(self.lowest * layers)), layers, chosen.shape, generator=draws
+        ).to(ids.device)
+        with self.watching(True, self.layers[1:]) as seen:
+            full = self.model(input_ids=chosen).logits.detach()
+        read = torch.stack(seen).gather(
+            0, (depths - 1)[None, ..., None].expand(1, *depths.shape, seen[0].shape[-1])
+        )[0]
+        distance = divergence(full, self.exit_logits(read)).mean()
+        return super().term(ids, step, task) + self.weight * distance
+
+
+class ExitsTooStrong(ExitsToo):
+    """The same, with half a unit of the exits' term."""
+
+    weight = 0.5
+
+
 VARIANTS: dict[str, type[Method]] = {
     "as shipped": with_options(),
     "share 1": with_options(share=1.0),
@@ -233,4 +268,6 @@ VARIANTS: dict[str, type[Method]] = {
     "strength rises": Rising,
     "strength by a loss budget": Controlled,
     "gradient projected": Projected,
+    "exits of all tokens, 0.2": ExitsToo,
+    "exits of all tokens, 0.5": ExitsTooStrong,
 }

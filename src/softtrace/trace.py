@@ -90,7 +90,8 @@ def total_edges(importance: EdgeImportance) -> Tensor:
     exact = _products_exact(heads * length**2, device)
     wide = torch.float32 if exact else torch.float64
     reach = torch.eye(length, device=device).expand(batch, -1, -1)
-    count = torch.zeros(batch, length, dtype=wide, device=device)
+    summed = torch.float32 if device.type == "mps" else torch.float64
+    count = torch.zeros(batch, length, dtype=summed, device=device)
     degrees: dict[int, tuple[Tensor, Tensor]] = {}  # layers of the same window share one
     with torch.autocast(device.type, enabled=False):
         for layer, seen in zip(
