@@ -18,11 +18,14 @@ from softtrace.schedule import StrengthSchedule
         (StrengthSchedule(2.0, start_step=2), [0, 0, 2, 2, 2]),
         (StrengthSchedule(1.0, warmup_steps=3), [0.25, 0.5, 0.75, 1, 1]),
         (StrengthSchedule(3.0, start_step=1, warmup_steps=2), [0, 1, 2, 3, 3]),
+        (StrengthSchedule(0.5, every=3), [1.5, 0, 0, 1.5, 0, 0, 1.5]),
+        (StrengthSchedule(1.0, start_step=1, warmup_steps=3, every=2), [0, 0.5, 0, 1.5, 0, 2, 0]),
     ],
 )
 def test_table(schedule: StrengthSchedule, expected: list[float]) -> None:
     assert [schedule(step) for step in range(len(expected))] == pytest.approx(expected)
-    assert schedule(10**9) == schedule.strength
+    late = [schedule(step) for step in range(10**9, 10**9 + schedule.every)]
+    assert sorted(late) == [*[0] * (schedule.every - 1), schedule.every * schedule.strength]
     backwards = [schedule(step) for step in reversed(range(len(expected)))]  # it keeps no state
     assert backwards == pytest.approx(expected[::-1])
 
@@ -38,6 +41,7 @@ def test_table(schedule: StrengthSchedule, expected: list[float]) -> None:
         ({"strength": 1.0, "start_step": 1.5}, "start_step: found 1.5"),
         ({"strength": 1.0, "warmup_steps": -3}, "warmup_steps: found -3"),
         ({"strength": 1.0, "warmup_steps": True}, "warmup_steps: found True"),
+        ({"strength": 1.0, "every": 0}, "every: found 0, allowed are integers from 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:

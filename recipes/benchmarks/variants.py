@@ -213,13 +213,14 @@ class Projected(SoftTrace):
 class ExitsToo(SoftTrace):
     """Two thirds of the windows as shipped, and half as many without masks.
 
-    The latter are read after a random number of layers at every token, easy or not; KL of the full
-    prediction, as in the distillation of exits.
+    The latter are read after a random number of layers at every token, easy or not, and compared
+    with the full prediction, which is held constant.
     """
 
-    strengths = (0.5,)
+    strengths = (0.35,)
     options: ClassVar[dict[str, Any]] = {"share": 0.1}
     window, share, weight, lowest = 64, 0.075, 0.2, 0.25
+    distance = staticmethod(divergence)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 2))
@@ -227,26 +228,33 @@ class ExitsToo(SoftTrace):
         count = max(1, round(self.share * len(windows)))
         chosen = windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
         layers = len(self.layers)
-        depths = torch.randint(
-            max(1, round(self.lowest * layers)), layers, chosen.shape, generator=draws
-        ).to(ids.device)
+        lowest = max(1, round(self.lowest * layers))
+        depths = torch.randint(lowest, layers, chosen.shape, generator=draws).to(ids.device)
         with self.watching(True, self.layers[1:]) as seen:
             full = self.model(input_ids=chosen).logits.detach()
         read = torch.stack(seen).gather(
             0, (depths - 1)[None, ..., None].expand(1, *depths.shape, seen[0].shape[-1])
         )[0]
-        distance = divergence(full, self.exit_logits(read)).mean()
+        distance = self.distance(full, self.exit_logits(read)).mean()
         return super().term(ids, step, task) + self.weight * distance
 
 
-class ExitsTooStrong(ExitsToo):
-    """The same, with half a unit of the exits' term."""
-
-    weight = 0.5
+def exits_too(distance: Any, weight: float, lowest: float, **options: Any) -> type[Method]:
+    """That with other numbers."""
+    own = {
+        "distance": staticmethod(distance),
+        "weight": weight,
+        "lowest": lowest,
+        "options": {"share": 0.1, **options},
+    }
+    return type("Exits", (ExitsToo,), own)
 
 
 VARIANTS: dict[str, type[Method]] = {
     "as shipped": with_options(),
+    "every 4th step, share 0.3": with_options(every=4, share=0.3),
+    "every 4th step, share 0.6": with_options(every=4, share=0.6),
+    "every 4th step": with_options(every=4),
     "share 1": with_options(share=1.0),
     "soft masks": with_options(masks="soft"),
     "attention recomputed": with_options(attention="recomputed"),
@@ -269,5 +277,13 @@ VARIANTS: dict[str, type[Method]] = {
     "strength by a loss budget": Controlled,
     "gradient projected": Projected,
     "exits of all tokens, 0.2": ExitsToo,
-    "exits of all tokens, 0.5": ExitsTooStrong,
+    "exits of all tokens, 0.5": exits_too(divergence, 0.5, 0.25),
+    "whole windows 0.4": with_options(exit_share=0.4),
+    "whole windows 0.5": with_options(exit_share=0.5),
+    "exits by TV, 0.35": exits_too(total_variation, 0.35, 0.5),
+    "exits by TV from a quarter, 0.35": exits_too(total_variation, 0.35, 0.25),
+    "exits by TV, 0.35, else sparse": exits_too(total_variation, 0.35, 0.5, family="sparse"),
+    "exits by TV, 0.7, else sparse": exits_too(total_variation, 0.7, 0.5, family="sparse"),
+    "exits by TV, 0.7": exits_too(total_variation, 0.7, 0.5),
+    "exits by KL from half, 0.05": exits_too(divergence, 0.05, 0.5),
 }

@@ -139,9 +139,9 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
 
 
 def check_least(name: str, value: int, least: int) -> None:
-    """Raise :class:`InvalidInputError` if an integer is below ``least``."""
-    if value < least:
-        raise InvalidInputError(f"{name}: found {value}, allowed are integers from {least}")
+    """Raise :class:`InvalidInputError` for what is no integer or below ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidInputError(f"{name}: found {value!r}, allowed are integers from {least}")
 
 
 def check_range(

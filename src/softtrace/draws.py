@@ -25,12 +25,14 @@ class Draw:
         starts: its first token, ``[n]`` int64.
         thresholds: τ of each window, ``[n]`` float32.
         depths: E of each token, ``[n, window]`` int64.
+        whole: which windows are run without masks, ``[n]`` bool; their threshold is 0.
     """
 
     rows: Tensor
     starts: Tensor
     thresholds: Tensor
     depths: Tensor
+    whole: Tensor
 
     def of(self, values: Tensor, window: int) -> Tensor:
         """The chosen windows ``[n, window]`` of ``[B, T]``."""
@@ -48,6 +50,7 @@ def draw(
     window: int,
     thresholds: tuple[float, float],
     depths: tuple[int, int],
+    whole: float,
 ) -> Draw | None:
     """Choose windows of a batch; a threshold for each and a depth for each token, stratified.
 
@@ -63,6 +66,7 @@ def draw(
         window: tokens of each, 1 to T.
         thresholds: bounds of the log-uniform τ.
         depths: bounds of the uniform E, both included.
+        whole: share of the windows that are run without masks, in [0, 1].
 
     Returns:
         None if there is no candidate.
@@ -80,11 +84,13 @@ def draw(
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
+    unmasked = _stratified(count, generator) < whole
     return Draw(
         rows[order],
         offset + places[order] * window,
-        levels.exp().to(rows.device),
+        levels.exp().masked_fill(unmasked, 0.0).to(rows.device),
         layers.long().clamp(max=depths[1]).reshape(count, window).to(rows.device),
+        unmasked.to(rows.device),
     )
 
 

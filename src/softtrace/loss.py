@@ -1,11 +1,11 @@
 """The density loss: on a sub-batch, the distortion of easy tokens under a sparse, early mask.
 
-    strength · Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t
+    strength · (Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t + exit_weight · mean_u TV(p_u, q_u))
 
 p is the full prediction (held constant), q that of a masked run with a threshold τ drawn for every
-window of the batch that is looked at, read after a number of layers E drawn for every token. A
-separate pass on a sub-batch leaves the user's own forward untouched and makes
-the cost a dial.
+window of the batch that is looked at, read after a number of layers E drawn for every token. Some
+windows are run whole: there every token u counts, and q is an early exit. A separate pass on a
+sub-batch leaves the user's own forward untouched and makes the cost a dial.
 """
 
 from __future__ import annotations
@@ -45,17 +45,20 @@ class DensityTerm:
 
     Attributes:
         loss: scalar to add to the task loss (in units of the distance, times strength). Without a
-            graph, and 0, if nothing was run; the three shares below are then NaN.
-        distortion: Σ easy·distance / Σ easy (nats for KL), detached.
+            graph, and 0, if nothing was run; the values below are then NaN.
+        distortion: Σ easy·distance / Σ easy over masked windows (nats for KL), detached.
+        exit_distance: mean distance over the tokens of windows that are run whole, detached; NaN if
+            there were none.
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
-        easy_share: Σ easy / number of counted tokens, detached.
+        easy_share: Σ easy / number of counted tokens of the masked windows, detached.
         strength: weight at this step.
         skipped: why nothing was run although the strength is positive; None otherwise.
     """
 
     loss: Tensor
     distortion: Tensor
+    exit_distance: Tensor
     soft_size: Tensor
     easy_share: Tensor
     strength: float
@@ -167,6 +170,7 @@ class DensityLoss:
             window=window,
             thresholds=options.thresholds,
             depths=options.depth_bounds(len(instrument.anatomy.layers)),
+            whole=options.whole,
         )
         if chosen is None:
             return _nothing(input_ids, strength, "no token of the windows has a target")
@@ -182,27 +186,35 @@ class DensityLoss:
         score = easiness(options.easiness)(full, chosen.of(targets, window))
         score = score.detach().to(working_dtype(full.dtype))
         counted = counted & torch.isfinite(score)  # of a callable: infinite where never easy
+        masked_window = ~chosen.whole[:, None]
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
+        easy, early = easy * masked_window, counted & ~masked_window
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
-        picked = easy > 0
+        picked = (easy > 0) | early
         if not bool(picked.any()):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )
         check_finite(masked.detach(), "logits of the masked run")
-        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         chosen_distance = options.distance
         distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
-        distortion = (easy[picked] * distance(full[picked], masked)).sum() / total
+        distances = distance(full[picked], masked)
+        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
+        distortion = (easy[picked] * distances).sum() / total
         size = self._size(recording.importance, traces, easy / total)
-        term = distortion + options.size_weight * size if options.size_weight else distortion
+        exits = (early[picked] * distances).sum() / early.sum().clamp_min(1)
+        term = distortion + options.exit_weight * exits
+        if options.size_weight:
+            term = term + options.size_weight * size
+        any_masked, any_whole = easy.any(), early.any()
         return DensityTerm(
             loss=strength * term,
-            distortion=distortion.detach(),
-            soft_size=size.detach(),
-            easy_share=(total / counted.sum()).detach(),
+            distortion=distortion.detach().where(any_masked, torch.nan),
+            exit_distance=exits.detach().where(any_whole, torch.nan),
+            soft_size=size.detach().where(any_masked, torch.nan),
+            easy_share=(easy.sum() / (counted & masked_window).sum()).detach(),
             strength=strength,
         )
 
@@ -270,7 +282,7 @@ def _next_tokens(
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
     zero = torch.zeros((), device=input_ids.device)
     unknown = torch.full_like(zero, torch.nan)
-    return DensityTerm(zero, unknown, unknown, unknown, strength, why)
+    return DensityTerm(zero, unknown, unknown, unknown, unknown, strength, why)
 
 
 def _rank() -> int:

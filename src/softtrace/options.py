@@ -26,6 +26,8 @@ class DensityOptions:
         strength: weight of the term, >= 0; 0 runs nothing and changes nothing.
         start_step: first global step with the term.
         warmup_steps: steps over which the strength rises linearly.
+        every: the term comes at every k-th step only, with k times the strength: on a GPU, where
+            the number of kernels it launches is what it costs, this is the dial of the time.
         masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
             importances; the recording run then needs gradients).
         temperature: of soft masks, nats of importance, > 0.
@@ -47,6 +49,9 @@ class DensityOptions:
             the dial of the cost.
         crop: tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
+        exit_share: of the windows that are looked at, so many are run whole, without masks, and
+            every token of theirs counts, easy or not: early exits are trained there. In [0, 1].
+        exit_weight: of these windows' mean distance beside that of the masked ones, >= 0.
         size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
             the importances. Never without the distortion: alone it is gamed by rescaling.
         on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
@@ -59,6 +64,7 @@ class DensityOptions:
     strength: float = 0.35
     start_step: int = 0
     warmup_steps: int = 0
+    every: int = 1
     masks: MaskKind = "straight"
     temperature: float = 0.5
     family: Family = "both"
@@ -71,6 +77,8 @@ class DensityOptions:
     easy_width: float = 0.1
     share: float = 0.15
     crop: int | None = 64
+    exit_share: float = 0.0
+    exit_weight: float = 1.0
     size_weight: float = 0.0
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
@@ -89,6 +97,8 @@ class DensityOptions:
         check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
         check_range("easy_width", self.easy_width, 0, infinity, open_high=True)
         check_range("share", self.share, 0, 1, open_low=True)
+        check_range("exit_share", self.exit_share, 0, 1)
+        check_range("exit_weight", self.exit_weight, 0, infinity, open_high=True)
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
         _pair("thresholds", self.thresholds, open_high=True)
         _pair("depths", self.depths, open_high=False)
@@ -106,12 +116,17 @@ class DensityOptions:
     @property
     def schedule(self) -> StrengthSchedule:
         """Strength as a function of the global step."""
-        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps)
+        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, self.every)
 
     @property
     def through_importances(self) -> bool:
         """Whether gradients flow through the importances, so that the recording run needs them."""
         return (self.masks == "soft" and self.family != "shallow") or self.size_weight > 0
+
+    @property
+    def whole(self) -> float:
+        """Share of the windows that are run whole; none where nothing is read early."""
+        return 0.0 if self.family == "sparse" or self.exit_weight == 0 else self.exit_share
 
     def depth_bounds(self, layers: int) -> tuple[int, int]:
         """Smallest and largest E for a model of this many layers."""

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from softtrace.batch import check_range
-from softtrace.errors import InvalidInputError
+from softtrace.batch import check_least, check_range
 
 
 @dataclass(frozen=True)
 class StrengthSchedule:
     """0 before ``start_step``, a linear rise over ``warmup_steps``, ``strength`` after.
 
+    With ``every`` k all but each k-th step have 0, and that one k times the strength, so that the
+    mean over k steps stays.
+
     Attributes:
         strength: final weight of the term, >= 0.
         start_step: first global step with the term.
         warmup_steps: steps of the linear rise.
+        every: steps from one with the term to the next, >= 1.
 
     Raises:
-        InvalidInputError: a negative number.
+        InvalidInputError: a number outside its range.
     """
 
     strength: float
     start_step: int = 0
     warmup_steps: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         check_range("strength", self.strength, 0.0, float("inf"), open_high=True)
-        for name in ("start_step", "warmup_steps"):
-            steps = getattr(self, name)
-            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-                raise InvalidInputError(f"{name}: found {steps!r}, allowed are integers from 0")
+        for name, least in (("start_step", 0), ("warmup_steps", 0), ("every", 1)):
+            check_least(name, getattr(self, name), least)
 
     def __call__(self, step: int) -> float:
         """Strength at a global step (optimiser steps done so far)."""
-        if step < self.start_step:
+        done = step - self.start_step
+        if done < 0 or done % self.every:
             return 0.0
-        done = step - self.start_step + 1
-        return self.strength * min(1.0, done / (self.warmup_steps + 1))
+        return self.every * self.strength * min(1.0, (done + 1) / (self.warmup_steps + 1))
