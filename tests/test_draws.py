@@ -36,7 +36,7 @@ def counted(rows: Iterable[int] = ROWS, places: Sequence[int] = range(LENGTH)) -
 def one(**changes: Any) -> Draw:
     arguments: dict[str, Any] = {
         "seed": 0, "step": (0, 0), "rank": 0, "counted": counted(), "share": 1.0, "window": 5,
-        "thresholds": (0.01, 0.5), "depths": (2, 5), "whole": 0.0,
+        "thresholds": (0.01, 0.5), "depths": (2, 5),
     }  # fmt: skip
     found = draw(**{**arguments, **changes})
     assert found is not None
@@ -44,7 +44,7 @@ def one(**changes: Any) -> Draw:
 
 
 def key(found: Draw) -> tuple[Any, ...]:
-    parts = (found.rows, found.starts, found.thresholds, found.depths, found.whole)
+    parts = (found.rows, found.starts, found.thresholds, found.depths)
     return tuple(tuple(part.flatten().tolist()) for part in parts)
 
 
@@ -73,27 +73,6 @@ def test_draws_do_not_change_between_versions() -> None:
     assert found.starts.tolist() == PINNED[1]
     assert found.thresholds.tolist() == pytest.approx(PINNED[2], rel=1e-5)
     assert found.depths[:, 0].tolist() == PINNED[3]
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(), share=st.floats(0.05, 1.0), whole=st.floats(0.0, 1.0))
-def test_so_many_windows_are_whole_and_nothing_else_changes(
-    seed: int, share: float, whole: float
-) -> None:
-    found, without = (one(seed=seed, share=share, whole=each) for each in (whole, 0.0))
-    count = int(found.whole.sum())
-    assert abs(count - whole * len(found.rows)) < 1  # stratified
-    assert not without.whole.any()
-    assert found.thresholds[found.whole].tolist() == [0.0] * count
-    assert torch.equal(found.thresholds[~found.whole], without.thresholds[~found.whole])
-    for name in ("rows", "starts", "depths"):
-        assert torch.equal(getattr(found, name), getattr(without, name))
-
-
-def test_a_single_window_is_whole_now_and_then() -> None:
-    single = [one(share=0.01, step=(step, 0), whole=0.4).whole.tolist() for step in range(400)]
-    assert {len(each) for each in single} == {1}
-    assert 110 < sum(each[0] for each in single) < 210
 
 
 @settings(max_examples=50, deadline=None)
@@ -132,7 +111,7 @@ def test_windows_are_apart_and_none_is_without_counted_tokens(
     tokens = counted(places=places)
     found = draw(
         seed=seed, step=(0, 0), rank=0, counted=tokens, share=1.0, window=window,
-        thresholds=(0.1, 0.2), depths=(1, 2), whole=0.0,
+        thresholds=(0.1, 0.2), depths=(1, 2),
     )  # fmt: skip
     slots = LENGTH // window
     if found is None:  # all counted tokens are in the remainder

@@ -44,7 +44,6 @@ def drawn(options: DensityOptions, counted: Tensor, step: tuple[int, int]) -> Dr
         window=length if options.crop is None else min(length, options.crop),
         thresholds=options.thresholds,
         depths=options.depth_bounds(LAYERS),
-        whole=options.whole,
     )
     assert found is not None
     return found
@@ -78,21 +77,15 @@ def exits(
 
 def literal_term(
     model: nn.Module, options: DensityOptions, ids: Tensor, mask: Tensor, step: int
-) -> tuple[float, float, float, float]:
-    """Distortion, trace size and easy share with straight masks, and the distance of exits.
-
-    By the oracle, token by token. Of a model's whole windows all tokens count, of the others easy
-    ones; who is easy is decided among all of them.
-    """
+) -> tuple[float, float, float]:
+    """Distortion, trace size and easy share with straight masks, by the oracle, token by token."""
     chosen = drawn(options, mask.bool(), (step, 0))
-    entropies, distances, sizes, early = [], [], [], list[bool]()
-    for row, tau, depths, whole in zip(
-        chosen.rows, chosen.thresholds, chosen.depths, chosen.whole.tolist(), strict=True
-    ):
+    entropies, distances, sizes = [], [], []
+    for row, tau, depths in zip(chosen.rows, chosen.thresholds, chosen.depths, strict=True):
         real = mask[row].bool()
         prompt, levels = ids[row][real], depths[real].tolist()
         run = oracle.run_full(model, prompt)
-        level = 0.0 if options.family == "shallow" or whole else tau.double().item()
+        level = 0.0 if options.family == "shallow" else tau.double().item()
         kept = {edge for edge, score in run.importance.items() if score >= level}
         attention = run.attention if options.attention == "recorded" else None
         graph = oracle.build_graph(run)
@@ -105,46 +98,36 @@ def literal_term(
             kl = (p * (p.log() - q.log())).sum().item()
             distances.append(oracle.total_variation(p, q) if options.distance == "tv" else kl)
             ordered = oracle.best_first(graph, position)
-            early.append(whole)
             sizes.append(len(oracle.trace_at_threshold(ordered, level)) / len(ordered))
-    weights = literal_weights(entropies, options.easy_quantile, options.easy_width)
-    easy = [0.0 if whole else weight for weight, whole in zip(weights, early, strict=True)]
+    easy = literal_weights(entropies, options.easy_quantile, options.easy_width)
     total = sum(easy)
-    exits = [distance for distance, whole in zip(distances, early, strict=True) if whole]
     weighed = [
-        sum(w * x for w, x in zip(easy, each, strict=True)) / total if total else math.nan
-        for each in (distances, sizes)
+        sum(w * x for w, x in zip(easy, each, strict=True)) / total for each in (distances, sizes)
     ]
-    mean = sum(exits) / len(exits) if exits else math.nan
-    return weighed[0], weighed[1], total / (len(easy) - len(exits)), mean
+    return weighed[0], weighed[1], total / len(easy)
 
 
 @pytest.mark.parametrize("distance", ["tv", "kl"])
 @pytest.mark.parametrize("attention", ["recorded", "recomputed"])
 @pytest.mark.parametrize(
-    ("subgraphs", "family", "whole"),
-    [("both", "llama", 0.5), ("sparse", "gpt2", 0.5), ("shallow", "mistral", 0.5),
-     ("both", "gpt2", 0.5), ("sparse", "qwen3", 0.0), ("both", "smollm3", 0.0)]
+    ("subgraphs", "family"), [("both", "llama"), ("sparse", "gpt2"), ("shallow", "mistral"),
+                              ("both", "gpt2"), ("sparse", "qwen3"), ("both", "smollm3")]
 )  # fmt: skip
 def test_straight_terms_equal_a_literal_recomputation(
-    family: str, subgraphs: Any, attention: Any, distance: Any, whole: float
+    family: str, subgraphs: Any, attention: Any, distance: Any
 ) -> None:
     model = tiny_model(family, seed=6, dtype=torch.float64)
     ids, mask = batch()
     options = DensityOptions(
-        strength=0.7, family=subgraphs, attention=attention, distance=distance, share=0.7, seed=3,
-        exit_share=whole, exit_weight=1.6,
-    )  # fmt: skip
+        strength=0.7, family=subgraphs, attention=attention, distance=distance, share=0.7, seed=3
+    )
     penalty = DensityLoss(model, options)
     for step in (0, 5):
         term = penalty(ids, mask, step=step)
-        distortion, size, share, exits = literal_term(model, options, ids, mask, step)
-        assert math.isnan(exits) == (whole == 0 or subgraphs == "sparse")
-        term_value = sum(x for x in (distortion, 1.6 * exits) if not math.isnan(x))
-        assert term.distortion.item() == pytest.approx(distortion, abs=2e-6, rel=1e-5, nan_ok=True)
-        assert term.exit_distance.item() == pytest.approx(exits, abs=2e-6, rel=1e-5, nan_ok=True)
-        assert term.loss.item() == pytest.approx(0.7 * term_value, abs=2e-6, rel=1e-5)
-        assert term.soft_size.item() == pytest.approx(size, abs=1e-6, nan_ok=True)
+        distortion, size, share = literal_term(model, options, ids, mask, step)
+        assert term.distortion.item() == pytest.approx(distortion, abs=2e-6, rel=1e-5)
+        assert term.loss.item() == pytest.approx(0.7 * distortion, abs=2e-6, rel=1e-5)
+        assert term.soft_size.item() == pytest.approx(size, abs=1e-6)
         assert term.easy_share.item() == pytest.approx(share, abs=1e-5)
         assert term.strength == 0.7
         assert term.skipped is None
@@ -225,9 +208,9 @@ def test_rows_of_padding_alone_are_left_out() -> None:
     model, (ids, mask) = tiny_model("gpt2"), batch()
     for options in ({"share": 1.0}, {"share": 0.3}, {"share": 1.0, "masks": "soft"}):
         penalty = DensityLoss(model, **options)
-        all_rows = vars(penalty(ids, mask, step=0))
-        without = vars(penalty(ids[:3], mask[:3], step=0))
-        torch.testing.assert_close(all_rows, without, rtol=0, atol=0, equal_nan=True)
+        whole = penalty(ids, mask, step=0)
+        without = penalty(ids[:3], mask[:3], step=0)
+        assert whole == without
 
 
 def test_labels_decide_which_positions_count() -> None:

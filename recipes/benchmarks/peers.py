@@ -229,14 +229,20 @@ def main() -> None:
     names = args.methods or list(methods)
     if unknown := set(names) - set(methods):
         parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(methods)}")
-    args.out = args.out or HERE / ("search.json" if args.search else "peers.json")
+    stem = "search" if args.search else "peers-cost" if args.cost else "peers"
+    args.out = args.out or HERE / f"{stem}.json"
     fields = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
     settings = {
         "model": Path(args.model).name,
         "data": Path(args.data).name,
         **{name: getattr(args, name) for name in fields},
     }
-    result: dict[str, Any] = {"runs": [], "cost": {}}
+    result: dict[str, Any] = {"runs": []}
+    if args.cost:
+        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0])}
+        write_json(args.out, {**result, **provenance(torch.device(args.device))})
+        print(json.dumps(result["cost"], indent=1))
+        return
     if args.out.exists():
         result = json.loads(args.out.read_text(encoding="utf-8"))
         if result["settings"] != settings:
@@ -261,11 +267,6 @@ def main() -> None:
                 plot(runs, args.out)
         write_json(args.out, {**result, **provenance(torch.device(args.device))})
 
-    if args.cost:
-        result["cost"] = costs(args, blocks_for(args)[0])
-        save()
-        print(json.dumps(result["cost"], indent=1))
-        return
     known = {(run["method"], run["strength"], run["seed"]) for run in result["runs"]}
     tasks = [
         Task(name, strength, seed)

@@ -25,14 +25,12 @@ class Draw:
         starts: its first token, ``[n]`` int64.
         thresholds: τ of each window, ``[n]`` float32.
         depths: E of each token, ``[n, window]`` int64.
-        whole: which windows are run without masks, ``[n]`` bool; their threshold is 0.
     """
 
     rows: Tensor
     starts: Tensor
     thresholds: Tensor
     depths: Tensor
-    whole: Tensor
 
     def of(self, values: Tensor, window: int) -> Tensor:
         """The chosen windows ``[n, window]`` of ``[B, T]``."""
@@ -50,7 +48,6 @@ def draw(
     window: int,
     thresholds: tuple[float, float],
     depths: tuple[int, int],
-    whole: float,
 ) -> Draw | None:
     """Choose windows of a batch; a threshold for each and a depth for each token, stratified.
 
@@ -66,7 +63,6 @@ def draw(
         window: tokens of each, 1 to T.
         thresholds: bounds of the log-uniform τ.
         depths: bounds of the uniform E, both included.
-        whole: share of the windows that are run without masks, in [0, 1].
 
     Returns:
         None if there is no candidate.
@@ -84,14 +80,34 @@ def draw(
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
-    unmasked = _stratified(count, generator) < whole
     return Draw(
         rows[order],
         offset + places[order] * window,
-        levels.exp().masked_fill(unmasked, 0.0).to(rows.device),
+        levels.exp().to(rows.device),
         layers.long().clamp(max=depths[1]).reshape(count, window).to(rows.device),
-        unmasked.to(rows.device),
     )
+
+
+def draw_exits(
+    *, seed: int, step: tuple[int, int], rank: int, counted: int, share: float, layers: int
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens of a batch for early exits, and after how many layers each is read.
+
+    Args:
+        seed, step, rank: see :func:`draw`.
+        counted: how many tokens take part, >= 1.
+        share: of them that are chosen, in (0, 1]; at least one.
+        layers: L of the model, >= 2.
+
+    Returns:
+        ``[n]`` int64 numbers below ``counted`` and ``[n]`` int64 depths, stratified over 1 to
+        L - 1; both on the CPU.
+    """
+    generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank, 1))
+    count = max(1, round(share * counted))
+    chosen = torch.randperm(counted, generator=generator, device="cpu")[:count]
+    depths = 1 + ((layers - 1) * _stratified(count, generator)).long().clamp(max=layers - 2)
+    return chosen, depths
 
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:

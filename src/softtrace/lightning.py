@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -101,7 +102,8 @@ class DensityPenalty(Callback):
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
+            with nullcontext() if density is None else density.watching(pl_module):
+                output = step(*args, **kwargs)
             task = output.get("loss") if isinstance(output, Mapping) else output
             # None skips the batch, and the term with it; what Lightning refuses is left to it. A
             # wrapper that another one puts back after the end of this fit does nothing any more.

@@ -1,17 +1,19 @@
 """The density loss: on a sub-batch, the distortion of easy tokens under a sparse, early mask.
 
-    strength · (Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t + exit_weight · mean_u TV(p_u, q_u))
+    strength · (Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t + exits · mean_u KL(p_u ‖ exit_u))
 
 p is the full prediction (held constant), q that of a masked run with a threshold τ drawn for every
-window of the batch that is looked at, read after a number of layers E drawn for every token. Some
-windows are run whole: there every token u counts, and q is an early exit. A separate pass on a
-sub-batch leaves the user's own forward untouched and makes the cost a dial.
+window of the batch that is looked at, read after a number of layers E drawn for every token. A
+separate pass on a sub-batch leaves the user's own forward untouched and makes the cost a dial. What
+exits of all tokens can learn needs more tokens than such a pass affords; they are read in the
+user's forward, which is looked at and not changed (:mod:`softtrace.forward_exits`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +28,11 @@ from softtrace.batch import (
     is_packed,
 )
 from softtrace.distortion import DISTANCES
-from softtrace.draws import draw
+from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import NonFiniteError
+from softtrace.families.refusals import is_compiled, unwrapped
+from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.importance import working_dtype
 from softtrace.instrument import attach
@@ -46,21 +50,21 @@ class DensityTerm:
     Attributes:
         loss: scalar to add to the task loss (in units of the distance, times strength). Without a
             graph, and 0, if nothing was run; the values below are then NaN.
-        distortion: Σ easy·distance / Σ easy over masked windows (nats for KL), detached.
-        exit_distance: mean distance over the tokens of windows that are run whole, detached; NaN if
-            there were none.
+        distortion: Σ easy·distance / Σ easy (nats for KL), detached.
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
-        easy_share: Σ easy / number of counted tokens of the masked windows, detached.
+        easy_share: Σ easy / number of counted tokens, detached.
+        exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; NaN if no
+            forward was watched.
         strength: weight at this step.
         skipped: why nothing was run although the strength is positive; None otherwise.
     """
 
     loss: Tensor
     distortion: Tensor
-    exit_distance: Tensor
     soft_size: Tensor
     easy_share: Tensor
+    exit_distance: Tensor
     strength: float
     skipped: str | None = None
 
@@ -89,8 +93,33 @@ class DensityLoss:
         self.model = model
         self.step = 0
         self.skipped_steps = 0
+        self._seen: list[Seen] = []
+        self._said: set[str] = set()
         if self.options.strength > 0:
             attach(model)
+
+    @contextmanager
+    def watching(self, host: nn.Module | None = None) -> Iterator[None]:
+        """Look at the training forward inside, for the exits of the next call.
+
+        Nothing about the forward changes; residual streams and logits are held until that call.
+        Does nothing without ``options.exits``, and where something is compiled: hooks would compile
+        it anew.
+
+        Args:
+            host: the module whose forward is run, where that is not the model itself.
+        """
+        self._seen.clear()
+        model = unwrapped(self.model)
+        if not self.options.strength or not self.options.exits:
+            yield
+            return
+        if is_compiled(self.model) or is_compiled(host or model):
+            self._say_once("exits: the model is compiled, so its forward is not watched")
+            yield
+            return
+        with watching(model, attach(model).anatomy, self._seen):
+            yield
 
     def __call__(
         self,
@@ -120,11 +149,12 @@ class DensityLoss:
         if step is None:
             step, self.step = self.step, self.step + 1
         strength = self.options.schedule(step)
+        seen, self._seen = self._seen, []
         if strength == 0:
             return _nothing(input_ids, 0.0, None)
         try:
             return self._term(
-                input_ids, attention_mask, labels, position_ids, (step, micro_step), strength
+                input_ids, attention_mask, labels, position_ids, (step, micro_step), strength, seen
             )
         except NonFiniteError as error:
             named = f"step {step}: {error}"
@@ -132,6 +162,11 @@ class DensityLoss:
                 raise NonFiniteError(named) from error
             self._warn_of_skip(named)
             return _nothing(input_ids, strength, named)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(what)
 
     def _warn_of_skip(self, why: str) -> None:
         """At the 1st, 2nd, 4th, 8th, ... skipped step: seen from the start, never a flood."""
@@ -149,6 +184,7 @@ class DensityLoss:
         position_ids: Tensor | None,
         step: tuple[int, int],
         strength: float,
+        seen: list[Seen],
     ) -> DensityTerm:
         options, instrument = self.options, attach(self.model)
         valid = instrument.valid(input_ids, attention_mask)
@@ -159,6 +195,7 @@ class DensityLoss:
         targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the batch has a target")
+        exits = self._exits(seen, counted, step)
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
         chosen = draw(
@@ -170,7 +207,6 @@ class DensityLoss:
             window=window,
             thresholds=options.thresholds,
             depths=options.depth_bounds(len(instrument.anatomy.layers)),
-            whole=options.whole,
         )
         if chosen is None:
             return _nothing(input_ids, strength, "no token of the windows has a target")
@@ -186,37 +222,61 @@ class DensityLoss:
         score = easiness(options.easiness)(full, chosen.of(targets, window))
         score = score.detach().to(working_dtype(full.dtype))
         counted = counted & torch.isfinite(score)  # of a callable: infinite where never easy
-        masked_window = ~chosen.whole[:, None]
         easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
-        easy, early = easy * masked_window, counted & ~masked_window
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
-        picked = (easy > 0) | early
+        picked = easy > 0
         if not bool(picked.any()):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )
         check_finite(masked.detach(), "logits of the masked run")
+        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         chosen_distance = options.distance
         distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
-        distances = distance(full[picked], masked)
-        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
-        distortion = (easy[picked] * distances).sum() / total
+        distortion = (easy[picked] * distance(full[picked], masked)).sum() / total
         size = self._size(recording.importance, traces, easy / total)
-        exits = (early[picked] * distances).sum() / early.sum().clamp_min(1)
-        term = distortion + options.exit_weight * exits
-        if options.size_weight:
-            term = term + options.size_weight * size
-        any_masked, any_whole = easy.any(), early.any()
+        term = distortion + options.size_weight * size if options.size_weight else distortion
+        if exits is not None:
+            term = term + options.exits * exits
         return DensityTerm(
             loss=strength * term,
-            distortion=distortion.detach().where(any_masked, torch.nan),
-            exit_distance=exits.detach().where(any_whole, torch.nan),
-            soft_size=size.detach().where(any_masked, torch.nan),
-            easy_share=(easy.sum() / (counted & masked_window).sum()).detach(),
+            distortion=distortion.detach(),
+            soft_size=size.detach(),
+            easy_share=(total / counted.sum()).detach(),
+            exit_distance=torch.full_like(total, torch.nan) if exits is None else exits.detach(),
             strength=strength,
         )
+
+    def _exits(self, seen: list[Seen], counted: Tensor, step: tuple[int, int]) -> Tensor | None:
+        """Mean distance of exits in the last watched forward of this batch; None without one."""
+        layers = len(attach(self.model).anatomy.layers)
+        fitting = [
+            each for each in seen
+            if each.logits is not None
+            and each.logits.shape[:2] == counted.shape
+            and len(each.streams) == layers
+        ]  # fmt: skip
+        if not self.options.exits or layers < 2:
+            return None
+        if not fitting:
+            self._say_once(
+                "exits: no forward of this batch was watched, so none is read early; run it inside "
+                "'with density_loss.watching():', with gradients"
+            )
+            return None
+        places = counted.flatten().nonzero()[:, 0].cpu()
+        chosen, depths = draw_exits(
+            seed=self.options.seed,
+            step=step,
+            rank=_rank(),
+            counted=len(places),
+            share=self.options.exit_tokens,
+            layers=layers,
+        )
+        readout = attach(self.model).anatomy.readout
+        return exit_distance(fitting[-1], readout, places[chosen], depths).mean()
 
     def _masks(
         self, importance: EdgeImportance, thresholds: Tensor

@@ -49,9 +49,10 @@ class DensityOptions:
             the dial of the cost.
         crop: tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
-        exit_share: of the windows that are looked at, so many are run whole, without masks, and
-            every token of theirs counts, easy or not: early exits are trained there. In [0, 1].
-        exit_weight: of these windows' mean distance beside that of the masked ones, >= 0.
+        exits: >= 0, adds ``exits · KL(full ‖ early exit)`` (nats) inside the term: some tokens of
+            the training forward itself are read early, easy or not. That forward has to be watched,
+            see :meth:`softtrace.DensityLoss.watching`; Lightning's callback does.
+        exit_tokens: share of the batch's tokens that are read so, in (0, 1].
         size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
             the importances. Never without the distortion: alone it is gamed by rescaling.
         on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
@@ -77,8 +78,8 @@ class DensityOptions:
     easy_width: float = 0.1
     share: float = 0.15
     crop: int | None = 64
-    exit_share: float = 0.0
-    exit_weight: float = 1.0
+    exits: float = 0.0
+    exit_tokens: float = 0.125
     size_weight: float = 0.0
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
@@ -97,8 +98,8 @@ class DensityOptions:
         check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
         check_range("easy_width", self.easy_width, 0, infinity, open_high=True)
         check_range("share", self.share, 0, 1, open_low=True)
-        check_range("exit_share", self.exit_share, 0, 1)
-        check_range("exit_weight", self.exit_weight, 0, infinity, open_high=True)
+        check_range("exits", self.exits, 0, infinity, open_high=True)
+        check_range("exit_tokens", self.exit_tokens, 0, 1, open_low=True)
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
         _pair("thresholds", self.thresholds, open_high=True)
         _pair("depths", self.depths, open_high=False)
@@ -122,11 +123,6 @@ class DensityOptions:
     def through_importances(self) -> bool:
         """Whether gradients flow through the importances, so that the recording run needs them."""
         return (self.masks == "soft" and self.family != "shallow") or self.size_weight > 0
-
-    @property
-    def whole(self) -> float:
-        """Share of the windows that are run whole; none where nothing is read early."""
-        return 0.0 if self.family == "sparse" or self.exit_weight == 0 else self.exit_share
 
     def depth_bounds(self, layers: int) -> tuple[int, int]:
         """Smallest and largest E for a model of this many layers."""

@@ -65,19 +65,23 @@ def running(what: str) -> Iterator[None]:
         ) from error
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of it was compiled, in place or by a wrapper inside."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run what was compiled in place (``model.compile()``) as it was written.
 
     Compiled code has no softmax to be seen, and hooks of ours would compile it anew.
     """
-    compiled = any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or "_orig_mod" in module._modules
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
-    if not compiled:  # importing the compiler takes seconds
+    if not is_compiled(model):  # importing the compiler takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):

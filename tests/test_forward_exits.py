@@ -1,0 +1,214 @@
+"""Exits read in the training forward: literal values, an unchanged forward, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from softtrace import DensityLoss
+from softtrace.draws import draw_exits
+from tests.tiny import tiny_model, tiny_prompt
+
+OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Three rows: whole, left-padded, right-padded."""
+    ids, mask = tiny_prompt(7, seed=5, batch=3), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :2], mask[2, 4:] = 0, 0
+    return ids, mask
+
+
+def final_norm(model: Any) -> nn.Module:
+    return model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
+
+
+def literal(model: Any, ids: Tensor, mask: Tensor, counted: Tensor, step: int, share: float):
+    """Mean KL over the chosen tokens, from the hidden states that transformers returns."""
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    places = counted.flatten().nonzero()[:, 0].tolist()
+    layers = len(output.hidden_states) - 1
+    chosen, depths = draw_exits(
+        seed=2, step=(step, 0), rank=0, counted=len(places), share=share, layers=layers
+    )
+    total = 0.0
+    for number, depth in zip(chosen.tolist(), depths.tolist(), strict=True):
+        row, position = divmod(places[number], ids.shape[1])
+        p = output.logits[row, position].detach().double().softmax(-1)
+        read = model.lm_head(final_norm(model)(output.hidden_states[depth][row, position]))
+        total = total + (p * (p.log() - read.double().log_softmax(-1))).sum()
+    return total / len(chosen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_exits_equal_a_literal_recomputation(family: str) -> None:
+    model = tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4)  # no dropout
+    ids, mask = batch()
+    density = DensityLoss(model, **OPTIONS)
+    without = DensityLoss(model, **{**OPTIONS, "exits": 0.0})
+    for step in (0, 3):
+        with density.watching():
+            model(input_ids=ids, attention_mask=mask)
+        term = density(ids, mask, step=step)
+        wanted = literal(model, ids, mask, mask.bool(), step, 0.5)
+        torch.testing.assert_close(term.exit_distance, wanted.detach().to(term.loss.dtype))
+        own = without(ids, mask, step=step)
+        torch.testing.assert_close(term.loss - own.loss, 0.7 * 0.4 * wanted.detach())
+        assert own.exit_distance.isnan()
+
+
+def test_gradients_equal_those_of_the_literal_term() -> None:
+    model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
+    ids, mask = batch()
+    density, without = DensityLoss(model, **OPTIONS), DensityLoss(model, strength=0.7, seed=2)
+    with density.watching():
+        model(input_ids=ids, attention_mask=mask)
+    places = list(model.parameters())
+    found, own, wanted = (
+        torch.autograd.grad(value, places, materialize_grads=True)
+        for value in (
+            density(ids, mask, step=1).loss,
+            without(ids, mask, step=1).loss,
+            literal(model, ids, mask, mask.bool(), 1, 0.5),
+        )
+    )
+    for ours, base, added in zip(found, own, wanted, strict=True):
+        torch.testing.assert_close(ours, base + 0.7 * 0.4 * added, atol=1e-7, rtol=1e-5)
+
+
+def test_tokens_without_a_target_are_not_read() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    labels = torch.full_like(ids, -100)
+    labels[0, 3], labels[2, 1] = 7, 8  # positions 2 of row 0 and 0 of row 2 predict them
+    density = DensityLoss(model, **{**OPTIONS, "exit_tokens": 1.0})
+    with density.watching():
+        model(input_ids=ids, attention_mask=mask)
+    counted = torch.zeros_like(mask, dtype=torch.bool)
+    counted[0, 2] = counted[2, 0] = True
+    found = density(ids, mask, labels, step=0).exit_distance
+    wanted = literal(model, ids, mask, counted, 0, 1.0)
+    torch.testing.assert_close(found, wanted.detach().float())
+
+
+def test_a_watched_forward_is_bitwise_itself_and_keeps_no_hook() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    own = model(input_ids=ids, attention_mask=mask).logits
+    density = DensityLoss(model, **OPTIONS)
+    with density.watching():
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, own)
+    with pytest.raises(KeyboardInterrupt), density.watching():
+        raise KeyboardInterrupt
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_nothing_that_was_seen_outlives_the_call() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS, start_step=1)
+    for step in (0, 1):  # also where the term is off
+        with density.watching():
+            output = model(input_ids=ids, attention_mask=mask)
+        kept = weakref.ref(output.logits)
+        term = density(ids, mask, step=step)
+        assert term.exit_distance.isnan() == (step == 0)
+        del output, term
+        gc.collect()
+        assert kept() is None
+
+
+def test_the_last_forward_of_the_batch_counts() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+
+    def distance(*forwards: tuple[Tensor, Tensor]) -> float:
+        with density.watching():
+            for tokens, real in forwards:
+                model(input_ids=tokens, attention_mask=real)
+            with torch.no_grad():
+                model(input_ids=ids[:1])
+        return density(ids, mask, step=0).exit_distance.item()
+
+    alone = distance((ids, mask))
+    assert distance((ids.flip(0), mask.flip(0)), (ids, mask)) == alone
+    assert distance((ids, mask), (ids[:, :5], mask[:, :5])) == alone
+    assert not math.isnan(alone)
+
+
+def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert density(ids, mask).exit_distance.isnan()
+            with density.watching(), torch.no_grad():
+                model(input_ids=ids, attention_mask=mask)
+            assert density(ids, mask).exit_distance.isnan()
+    assert [record.message for record in caplog.records] == [
+        "exits: no forward of this batch was watched, so none is read early; run it inside "
+        "'with density_loss.watching():', with gradients"
+    ]
+    model.compile(backend="eager")
+    with caplog.at_level(logging.WARNING), density.watching():
+        assert not model._forward_hooks
+    assert "is compiled" in caplog.records[-1].message
+    caplog.clear()
+    silent = DensityLoss(model, strength=0.7)
+    silent(ids, mask)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_checkpointing_changes_nothing(watched: bool) -> None:
+    ids, mask = batch()
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()  # not reentrant unless told otherwise
+        density = DensityLoss(model, **{**OPTIONS, "exits": 0.4 if watched else 0.0})
+        with density.watching():
+            task = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+        (task + density(ids, mask, step=0).loss).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=1e-10)
+
+
+def test_a_model_of_one_layer_has_no_exit() -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=1).train(), tiny_prompt(6, batch=2)
+    density = DensityLoss(model, **OPTIONS)
+    with density.watching():
+        model(input_ids=ids)
+    assert density(ids).exit_distance.isnan()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(),
+    step=st.integers(0, 10**6),
+    counted=st.integers(1, 300),
+    share=st.floats(0.01, 1.0),
+    layers=st.integers(2, 9),
+)
+def test_draws_of_exits_are_pure_apart_and_stratified(
+    seed: int, step: int, counted: int, share: float, layers: int
+) -> None:
+    arguments: dict[str, Any] = {"seed": seed, "rank": 1, "counted": counted, "layers": layers}
+    chosen, depths = draw_exits(**arguments, step=(step, 0), share=share)
+    again = draw_exits(**arguments, step=(step, 0), share=share)
+    assert torch.equal(chosen, again[0])
+    assert torch.equal(depths, again[1])
+    assert len(chosen) == len(depths) == max(1, round(share * counted))
+    assert len(chosen.unique()) == len(chosen)
+    assert 0 <= chosen.min() <= chosen.max() < counted
+    assert 1 <= depths.min() <= depths.max() <= layers - 1
+    each = depths.bincount(minlength=layers)[1:]
+    assert each.max() - each.min() <= 2
