@@ -24,6 +24,7 @@ LOGGED = {
     "density/soft_size",
     "density/distortion",
     "density/easy_share",
+    "density/exit_distance",
 }
 
 
@@ -289,7 +290,7 @@ def test_start_step_delays_the_term_and_warm_up_raises_it() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_logged_values_are_those_of_the_term(accumulate: int) -> None:
-    options = {"strength": 0.6, "size_weight": 0.5, "family": "sparse"}
+    options = {"strength": 0.6, "size_weight": 0.5, "family": "sparse", "exits": 0.3}
     expected: list[dict[str, float]] = []
     backpropagated: list[float] = []
     logged: list[dict[str, float]] = []
@@ -297,16 +298,19 @@ def test_logged_values_are_those_of_the_term(accumulate: int) -> None:
     def compute(trainer: Any, module: Any, batch: Batch, number: int) -> None:
         model = copy.deepcopy(module.model)
         step = {"step": trainer.global_step, "micro_step": number % accumulate}
-        with torch.no_grad():
-            task = model(**batch).loss
-            term = DensityLoss(model, **options)(**batch, **step)
+        density = DensityLoss(model, **options)
+        with torch.enable_grad():
+            with density.watching():
+                task = model(**batch).loss.detach()
+            term = density(**batch, **step)
         expected.append(
             {
                 "loss/task": float(task),
-                "loss/density": float(term.loss),
+                "loss/density": float(term.loss.detach()),
                 "density/soft_size": float(term.soft_size),
                 "density/distortion": float(term.distortion),
                 "density/easy_share": float(term.easy_share),
+                "density/exit_distance": float(term.exit_distance),
             }
         )
 
@@ -323,6 +327,7 @@ def test_logged_values_are_those_of_the_term(accumulate: int) -> None:
         assert found == pytest.approx(wanted, rel=1e-6)
         assert found["loss/task"] + found["loss/density"] == pytest.approx(loss * accumulate)
         mix = found["density/distortion"] + 0.5 * found["density/soft_size"]
+        mix += 0.3 * found["density/exit_distance"]
         assert found["loss/density"] == pytest.approx(0.6 * mix)
         assert 0 < found["density/soft_size"] < 1
 

@@ -65,7 +65,7 @@ def fit_corpus(
 
     torch.manual_seed(0)
     module = ByteTuner()
-    options = {"start_step": 1, "warmup_steps": 6, "crop": 12, "seed": 3, **changes}
+    options = {"start_step": 1, "warmup_steps": 6, "crop": 12, "seed": 3, "exits": 0.3, **changes}
     fitting = trainer(
         DensityPenalty(0.5, **options),
         Calls(on_train_batch_end=save),

@@ -20,6 +20,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
         if ids.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
-        loss = model(input_ids=ids, labels=ids).loss
+        with nullcontext() if penalty is None else penalty.watching():
+            loss = model(input_ids=ids, labels=ids).loss
         if penalty is not None:
             loss = loss + penalty(ids).loss
         loss.backward()

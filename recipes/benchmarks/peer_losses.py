@@ -90,6 +90,11 @@ class SoftTrace(Method):
             self.model, strength=self.strength, seed=self.seed, **self.options
         )
 
+    def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        with self.density.watching():
+            task = self.model(input_ids=ids, labels=ids).loss
+        return task + self.term(ids, step, task), task
+
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         return self.density(ids, step=step).loss
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def cost(rounds: int) -> dict[str, Any]:
     ids = text_blocks(128, 16)
 
     def step(with_penalty: bool) -> None:
-        loss = model(input_ids=ids, labels=ids).loss
+        with penalty.watching() if with_penalty else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
         if with_penalty:
             loss = loss + penalty(ids).loss
         loss.backward()

@@ -250,36 +250,6 @@ def exits_too(distance: Any, weight: float, lowest: float, **options: Any) -> ty
     return type("Exits", (ExitsToo,), own)
 
 
-class OwnExits(SoftTrace):
-    """As shipped, and exits distilled in the training forward itself.
-
-    Some tokens of the whole batch are read after a random number of layers each; KL of the full
-    prediction, which is held constant.
-    """
-
-    strengths = (0.35,)
-    tokens, weight = 0.125, 0.1
-
-    def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        with self.watching(True, self.layers[1:]) as seen:
-            output = self.model(input_ids=ids, labels=ids)
-        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 3))
-        count = round(self.tokens * ids.numel())
-        places = torch.randperm(ids.numel(), generator=draws)[:count].to(ids.device)
-        depths = torch.arange(count).remainder(len(seen)).to(ids.device)
-        read = torch.stack([hidden.flatten(0, 1)[places] for hidden in seen])
-        read = read[depths, torch.arange(count, device=ids.device)]
-        full = output.logits.detach().flatten(0, 1)[places]
-        distance = divergence(full, self.exit_logits(read)).mean()
-        term = self.term(ids, step, output.loss)
-        return output.loss + term + self.weight * distance, output.loss
-
-
-def own_exits(tokens: float, weight: float, **options: Any) -> type[Method]:
-    """That with other numbers."""
-    return type("Exits", (OwnExits,), {"tokens": tokens, "weight": weight, "options": options})
-
-
 VARIANTS: dict[str, type[Method]] = {
     "as shipped": with_options(),
     "every 4th step, share 0.3": with_options(every=4, share=0.3),
@@ -313,8 +283,10 @@ VARIANTS: dict[str, type[Method]] = {
     "exits by TV, 0.35, else sparse": exits_too(total_variation, 0.35, 0.5, family="sparse"),
     "exits by TV, 0.7, else sparse": exits_too(total_variation, 0.7, 0.5, family="sparse"),
     "exits by TV, 0.7": exits_too(total_variation, 0.7, 0.5),
-    "own exits, 1/8 of tokens, 0.1": OwnExits,
-    "own exits, 1/8 of tokens, 0.3": own_exits(0.125, 0.3),
-    "own exits, 1/4 of tokens, 0.2": own_exits(0.25, 0.2),
+    "own exits, 1/8 of tokens, 0.4": with_options(exits=0.4),
+    "own exits, 1/8 of tokens, 1.2": with_options(exits=1.2),
+    "own exits, 1/4 of tokens, 0.8": with_options(exits=0.8, exit_tokens=0.25),
+    "own exits, 1/4, 0.5, share 0.1": with_options(exits=0.5, exit_tokens=0.25, share=0.1),
+    "own exits, 1/2, 0.8, share 0.1": with_options(exits=0.8, exit_tokens=0.5, share=0.1),
     "exits by KL from half, 0.05": exits_too(divergence, 0.05, 0.5),
 }

@@ -29,7 +29,8 @@ def test_pages_say_what_the_result_files_say() -> None:
 
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
-    names = ("effect", "tracing", "families", "sizes", "decoding", "peers")
+    names = ("effect", "tracing", "families", "sizes", "decoding", "peers", "peers-cost")
+    names += ("peers-large", "peers-large-cost", "search", "search-large")
     for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
@@ -48,10 +49,21 @@ def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
 
 
 def test_the_default_penalty_stays_within_its_budget_in_the_recorded_result() -> None:
-    result = json.loads((BENCHMARKS / "peers.json").read_text(encoding="utf-8"))
+    result = json.loads((BENCHMARKS / "peers-cost.json").read_text(encoding="utf-8"))
     cost = result["cost"]["softtrace"]
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
+
+
+def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> None:
+    for name, seeds in (("peers", 3), ("peers-large", 1)):
+        result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+        own = result["at_budget"].pop("softtrace")
+        for method, peer in result["at_budget"].items():
+            assert own["area_easy"] < 0.75 * peer["area_easy"], method
+            assert own["size_easy"] < 0.5 * peer["size_easy"], method
+            runs = [run for run in result["runs"] if run["method"] == method]
+            assert len({run["seed"] for run in runs}) >= seeds
 
 
 def test_the_table_of_families_is_that_of_the_zoo() -> None:
