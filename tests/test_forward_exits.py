@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import weakref
 from typing import Any
 
@@ -63,7 +62,7 @@ def test_exits_equal_a_literal_recomputation(family: str) -> None:
         torch.testing.assert_close(term.exit_distance, wanted.detach().to(term.loss.dtype))
         own = without(ids, mask, step=step)
         torch.testing.assert_close(term.loss - own.loss, 0.7 * 0.4 * wanted.detach())
-        assert own.exit_distance.isnan()
+        assert own.exit_distance is None
 
 
 def test_gradients_equal_those_of_the_literal_term() -> None:
@@ -118,7 +117,7 @@ def test_nothing_that_was_seen_outlives_the_call() -> None:
             output = model(input_ids=ids, attention_mask=mask)
         kept = weakref.ref(output.logits)
         term = density(ids, mask, step=step)
-        assert term.exit_distance.isnan() == (step == 0)
+        assert (term.exit_distance is None) == (step == 0)
         del output, term
         gc.collect()
         assert kept() is None
@@ -134,12 +133,13 @@ def test_the_last_forward_of_the_batch_counts() -> None:
                 model(input_ids=tokens, attention_mask=real)
             with torch.no_grad():
                 model(input_ids=ids[:1])
-        return density(ids, mask, step=0).exit_distance.item()
+        found = density(ids, mask, step=0).exit_distance
+        assert found is not None
+        return found.item()
 
     alone = distance((ids, mask))
     assert distance((ids.flip(0), mask.flip(0)), (ids, mask)) == alone
     assert distance((ids, mask), (ids[:, :5], mask[:, :5])) == alone
-    assert not math.isnan(alone)
 
 
 def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,10 +147,10 @@ def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> N
     density = DensityLoss(model, **OPTIONS)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert density(ids, mask).exit_distance.isnan()
+            assert density(ids, mask).exit_distance is None
             with density.watching(), torch.no_grad():
                 model(input_ids=ids, attention_mask=mask)
-            assert density(ids, mask).exit_distance.isnan()
+            assert density(ids, mask).exit_distance is None
     assert [record.message for record in caplog.records] == [
         "exits: no forward of this batch was watched, so none is read early; run it inside "
         "'with density_loss.watching():', with gradients"
@@ -187,7 +187,7 @@ def test_a_model_of_one_layer_has_no_exit() -> None:
     density = DensityLoss(model, **OPTIONS)
     with density.watching():
         model(input_ids=ids)
-    assert density(ids).exit_distance.isnan()
+    assert density(ids).exit_distance is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -211,4 +211,4 @@ def test_draws_of_exits_are_pure_apart_and_stratified(
     assert 0 <= chosen.min() <= chosen.max() < counted
     assert 1 <= depths.min() <= depths.max() <= layers - 1
     each = depths.bincount(minlength=layers)[1:]
-    assert each.max() - each.min() <= 2
+    assert (each - len(chosen) / (layers - 1)).abs().max() < 2

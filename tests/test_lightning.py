@@ -24,7 +24,6 @@ LOGGED = {
     "density/soft_size",
     "density/distortion",
     "density/easy_share",
-    "density/exit_distance",
 }
 
 

@@ -33,10 +33,10 @@ class DensityPenalty(Callback):
     ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
 
     Logs every step ``loss/task`` and ``loss/density``, ``density/soft_size`` (share of edges),
-    ``density/distortion`` and ``density/exit_distance`` (in units of the chosen distance) and
-    ``density/easy_share``; those of ``density`` are NaN at steps that ran nothing (before
-    ``start_step``, between two of ``every``, or skipped). Strength 0 is inert: the training step is
-    not even wrapped.
+    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; the last
+    three are NaN at steps that ran nothing (before ``start_step``, between two of ``every``, or
+    skipped). With ``exits`` also ``density/exit_distance`` (nats), where exits were read. Strength 0
+    is inert: the training step is not even wrapped.
 
     Args:
         strength: weight of the term, >= 0.
@@ -156,9 +156,10 @@ class DensityPenalty(Callback):
             "loss/density": term.loss.detach(),
             "density/soft_size": term.soft_size,
             "density/distortion": term.distortion,
-            "density/exit_distance": term.exit_distance,
             "density/easy_share": term.easy_share,
         }
+        if term.exit_distance is not None:
+            values["density/exit_distance"] = term.exit_distance
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def _expect_use(self, loss: Tensor) -> None:

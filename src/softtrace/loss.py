@@ -54,19 +54,19 @@ class DensityTerm:
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
         easy_share: Σ easy / number of counted tokens, detached.
-        exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; NaN if no
-            forward was watched.
         strength: weight at this step.
         skipped: why nothing was run although the strength is positive; None otherwise.
+        exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; None if
+            none was: without ``exits``, or where no forward was watched.
     """
 
     loss: Tensor
     distortion: Tensor
     soft_size: Tensor
     easy_share: Tensor
-    exit_distance: Tensor
     strength: float
     skipped: str | None = None
+    exit_distance: Tensor | None = None
 
 
 class DensityLoss:
@@ -245,8 +245,8 @@ class DensityLoss:
             distortion=distortion.detach(),
             soft_size=size.detach(),
             easy_share=(total / counted.sum()).detach(),
-            exit_distance=torch.full_like(total, torch.nan) if exits is None else exits.detach(),
             strength=strength,
+            exit_distance=None if exits is None else exits.detach(),
         )
 
     def _exits(self, seen: list[Seen], counted: Tensor, step: tuple[int, int]) -> Tensor | None:
@@ -342,7 +342,7 @@ def _next_tokens(
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
     zero = torch.zeros((), device=input_ids.device)
     unknown = torch.full_like(zero, torch.nan)
-    return DensityTerm(zero, unknown, unknown, unknown, unknown, strength, why)
+    return DensityTerm(zero, unknown, unknown, unknown, strength, why)
 
 
 def _rank() -> int:
