@@ -35,7 +35,7 @@ class DensityPenalty(Callback):
     Logs every step ``loss/task`` and ``loss/density``, ``density/soft_size`` (share of edges),
     ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; the last
     three are NaN at steps that ran nothing (before ``start_step``, between two of ``every``, or
-    skipped). With ``exits`` also ``density/exit_distance`` (nats), where exits were read. Strength 0
+    skipped). With ``exits`` also ``density/exit_distance`` (nats), where any were read. Strength 0
     is inert: the training step is not even wrapped.
 
     Args:
