@@ -10,6 +10,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -136,6 +137,13 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def _end_with_parent() -> None:
+    """A worker of a parent that was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def perform_all(
     tasks: list[Task], known: list[dict[str, Any]], args: argparse.Namespace, deadline: float
 ) -> Iterator[dict[str, Any]]:
@@ -156,7 +164,7 @@ def perform_all(
             yield row
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=_end_with_parent) as pool:
         running: set[Future[dict[str, Any]]] = set()
         while first or rest or running:
             while len(running) < args.jobs and (first or rest) and time.monotonic() <= deadline:

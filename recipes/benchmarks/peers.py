@@ -87,14 +87,14 @@ def at_budget(points: list[dict[str, float]], key: str, budget: float = BUDGET) 
     return min(inside) if lower else max(inside)
 
 
-def costs(args: argparse.Namespace, blocks: Tensor) -> dict[str, Any]:
+def costs(args: argparse.Namespace, blocks: Tensor, kinds: dict[str, Any]) -> dict[str, Any]:
     """Step time and peak memory of every method, interleaved, as ratios to a plain step."""
     steps = {}
-    for name in METHODS:
+    for name, kind in kinds.items():
         model = load_model(args.model).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-        strength = METHODS[name].strengths[1] if METHODS[name].strengths else 0.0
-        method = METHODS[name](model, strength, 0, [10.0] * (args.rounds + 3))
+        strength = kind.strengths[len(kind.strengths) // 2] if kind.strengths else 0.0
+        method = kind(model, strength, 0, [10.0] * (args.rounds + 3))
 
         def step(number: int, model=model, optimizer=optimizer, method=method) -> None:
             first = number * args.batch_size % (len(blocks) - args.batch_size)
@@ -226,7 +226,9 @@ def main() -> None:
 
         args.data = str(Path(lightning.__file__).parent)
     methods = VARIANTS | {"plain": METHODS["plain"]} if args.search else METHODS
-    names = args.methods or list(methods)
+    if args.cost:
+        methods = METHODS | VARIANTS
+    names = args.methods or list(METHODS if args.cost else methods)
     if unknown := set(names) - set(methods):
         parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(methods)}")
     stem = "search" if args.search else "peers-cost" if args.cost else "peers"
@@ -239,7 +241,8 @@ def main() -> None:
     }
     result: dict[str, Any] = {"runs": []}
     if args.cost:
-        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0])}
+        kinds = {name: methods[name] for name in dict.fromkeys(("plain", *names))}
+        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0], kinds)}
         write_json(args.out, {**result, **provenance(torch.device(args.device))})
         print(json.dumps(result["cost"], indent=1))
         return

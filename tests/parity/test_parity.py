@@ -26,6 +26,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"share": 0.5, "crop": 6},
     {"share": 1.0, "masks": "soft", "size_weight": 0.3, "attention": "recomputed"},
 )
+IN_PARALLEL = (*OPTIONS, {"share": 0.5, "exits": 0.6, "exit_tokens": 0.5})
 RANKS = 2
 PATIENCE = 120  # seconds for two processes to start, meet and take their gradients
 
@@ -46,6 +47,15 @@ def task_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     options = {"attention_mask": mask, "position_ids": positions, "labels": labels}
     loss: Tensor = model(input_ids=ids, **options).loss
     return loss
+
+
+def both(
+    model: nn.Module, penalty: DensityLoss, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Task loss of a watched forward, and the term of step 5."""
+    with penalty.watching():
+        task = task_loss(model, ids, mask)
+    return task, penalty(ids, mask, step=5).loss
 
 
 def collected(model: nn.Module) -> Tensor:
@@ -96,12 +106,12 @@ def one_rank(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=PATIENCE / 2),
     )
     found = []
-    for options in OPTIONS:
+    for options in IN_PARALLEL:
         model = tiny_model("llama", seed=1, dtype=torch.float64)
         wrapped = DistributedDataParallel(model)
         penalty = DensityLoss(model, **options)
         ids, mask = micro_batches(RANKS)[rank]
-        loss = task_loss(wrapped, ids, mask) + penalty(ids, mask, step=5).loss
+        loss = sum(both(wrapped, penalty, ids, mask))
         found.append(gradient_of(model, loss))
     torch.save(torch.stack(found), Path(folder, f"{rank}.pt"))
     torch.distributed.barrier()
@@ -128,19 +138,19 @@ def test_two_processes_average_what_each_computes_alone(monkeypatch: pytest.Monk
         run_ranks(folder)
         parallel = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(RANKS)]
     assert torch.equal(*parallel)
-    for index, options in enumerate(OPTIONS):
+    for index, options in enumerate(IN_PARALLEL):
         model = tiny_model("llama", seed=1, dtype=torch.float64)
         penalty, serial, losses = DensityLoss(model, **options), [], []
         for rank, (ids, mask) in enumerate(micro_batches(RANKS)):
             monkeypatch.setattr(loss_module, "_rank", lambda rank=rank: rank)
-            term = penalty(ids, mask, step=5).loss
+            task, term = both(model, penalty, ids, mask)
             losses.append(term.item())
-            serial.append(gradient_of(model, task_loss(model, ids, mask) + term))
+            serial.append(gradient_of(model, task + term))
         average = (serial[0] + serial[1]) / 2
         torch.testing.assert_close(parallel[0][index], average, atol=1e-9, rtol=1e-7)
         monkeypatch.setattr(loss_module, "_rank", lambda: 0)
         ids, mask = micro_batches(RANKS)[1]
-        assert penalty(ids, mask, step=5).loss.item() != losses[1]  # the rank enters the draws
+        assert both(model, penalty, ids, mask)[1].item() != losses[1]  # the rank enters the draws
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
