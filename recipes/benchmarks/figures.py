@@ -125,7 +125,10 @@ def cost() -> str:
     ]
     for name in small["cost"]:
         cells = []
-        for row in (small["cost"][name], large["cost"][name]):
+        for row in (small["cost"][name], large["cost"].get(name)):
+            if row is None:
+                cells += ["not measured", ""]
+                continue
             time = row["time"]
             cells.append(f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})")
             cells.append(f"{row['memory']:.2f}")
