@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softtrace import DensityLoss
 from softtrace.draws import draw_exits
+from softtrace.errors import NonFiniteError
 from tests.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2}
@@ -163,6 +164,52 @@ def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> N
     silent = DensityLoss(model, strength=0.7)
     silent(ids, mask)
     assert not caplog.records
+
+
+def test_one_block_may_span_several_batches() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+    apart, together, kept = [], [], []
+    for step in range(3):
+        with density.watching():
+            model(input_ids=ids, attention_mask=mask)
+        apart.append(density(ids, mask, step=step))
+    with density.watching():
+        for step in range(3):
+            output = model(input_ids=ids, attention_mask=mask)
+            kept.append(weakref.ref(output.logits))
+            together.append(density(ids, mask, step=step))
+            del output
+        values = [(term.loss.detach(), term.exit_distance) for term in together]
+        together.clear()
+        gc.collect()
+        assert not any(each() is not None for each in kept)
+    wanted = [(term.loss.detach(), term.exit_distance) for term in apart]
+    torch.testing.assert_close(values, wanted)
+
+
+def test_steps_without_the_term_are_not_watched() -> None:
+    model = tiny_model("llama", num_hidden_layers=3).train()
+    density = DensityLoss(model, **OPTIONS, every=3)
+    for step in range(6):
+        with density.watching(step=step):
+            assert bool(model._forward_hooks) == (step % 3 == 0)
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_exits_that_are_not_finite_follow_the_option(mode: Any) -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **{**OPTIONS, "exit_tokens": 1.0}, on_nonfinite=mode)
+    with density.watching():
+        model(input_ids=ids, attention_mask=mask)
+    density._seen[-1].streams[1] = density._seen[-1].streams[1] * torch.inf
+    if mode == "raise":
+        with pytest.raises(NonFiniteError, match=r"step 0: .*distances of early exits"):
+            density(ids, mask)
+    else:
+        term = density(ids, mask)
+        assert term.loss.item() == 0
+        assert term.skipped is not None
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -133,6 +133,16 @@ def test_straight_terms_equal_a_literal_recomputation(
         assert term.skipped is None
 
 
+def test_a_distance_of_ones_own_gives_one_number_a_token() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6, batch=4)
+    options = {"share": 1.0, "distance": lambda p, q: 2 * total_variation(p, q)}
+    twice, once = (DensityLoss(model, **each)(ids) for each in (options, {"share": 1.0}))
+    assert twice.distortion.item() == pytest.approx(2 * once.distortion.item())
+    for wrong in (lambda p, q: total_variation(p, q)[:, None], lambda p, q: (p - q).mean()):
+        with pytest.raises(InvalidInputError, match=r"distance: found shape .*one number a token"):
+            DensityLoss(model, share=1.0, distance=wrong)(ids)
+
+
 def assert_nothing(term: DensityTerm, strength: float) -> None:
     assert term.loss.item() == 0
     for value in (term.distortion, term.soft_size, term.easy_share):

@@ -102,7 +102,8 @@ class DensityPenalty(Callback):
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if density is None else density.watching(pl_module):
+            live = density if density is self._loss else None
+            with live.watching(pl_module, trainer.global_step) if live else nullcontext():
                 output = step(*args, **kwargs)
             task = output.get("loss") if isinstance(output, Mapping) else output
             # None skips the batch, and the term with it; what Lightning refuses is left to it. A

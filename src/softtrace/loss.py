@@ -30,7 +30,7 @@ from softtrace.batch import (
 from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
-from softtrace.errors import NonFiniteError
+from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.families.refusals import is_compiled, unwrapped
 from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
@@ -99,7 +99,7 @@ class DensityLoss:
             attach(model)
 
     @contextmanager
-    def watching(self, host: nn.Module | None = None) -> Iterator[None]:
+    def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[None]:
         """Look at the training forward inside, for the exits of the next call.
 
         Nothing about the forward changes; residual streams and logits are held until that call.
@@ -108,10 +108,12 @@ class DensityLoss:
 
         Args:
             host: the module whose forward is run, where that is not the model itself.
+            step: as in the call, if given there; at a step without the term nothing is watched.
         """
         self._seen.clear()
         model = unwrapped(self.model)
-        if not self.options.strength or not self.options.exits:
+        due = (self.options.strength if step is None else self.options.schedule(step)) > 0
+        if not due or not self.options.exits:
             yield
             return
         if is_compiled(self.model) or is_compiled(host or model):
@@ -149,7 +151,8 @@ class DensityLoss:
         if step is None:
             step, self.step = self.step, self.step + 1
         strength = self.options.schedule(step)
-        seen, self._seen = self._seen, []
+        seen = list(self._seen)
+        self._seen.clear()  # the same list: hooks of an open block append to it
         if strength == 0:
             return _nothing(input_ids, 0.0, None)
         try:
@@ -162,6 +165,8 @@ class DensityLoss:
                 raise NonFiniteError(named) from error
             self._warn_of_skip(named)
             return _nothing(input_ids, strength, named)
+        finally:
+            self._seen.clear()  # runs of our own inside an open block
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
@@ -195,7 +200,7 @@ class DensityLoss:
         targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the batch has a target")
-        exits = self._exits(seen, counted, step)
+        everywhere = counted
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
         chosen = draw(
@@ -228,6 +233,7 @@ class DensityLoss:
         picked = easy > 0
         if not bool(picked.any()):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
+        exits = self._exits(seen, everywhere, step)
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )
@@ -235,7 +241,13 @@ class DensityLoss:
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         chosen_distance = options.distance
         distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
-        distortion = (easy[picked] * distance(full[picked], masked)).sum() / total
+        distances = distance(full[picked], masked)
+        if distances.shape != masked.shape[:1]:
+            raise InvalidInputError(
+                f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
+                f"allowed is [{len(masked)}], one number a token"
+            )
+        distortion = (easy[picked] * distances).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
         if exits is not None:
@@ -276,7 +288,9 @@ class DensityLoss:
             layers=layers,
         )
         readout = attach(self.model).anatomy.readout
-        return exit_distance(fitting[-1], readout, places[chosen], depths).mean()
+        found = exit_distance(fitting[-1], readout, places[chosen], depths)
+        check_finite(found.detach(), "distances of early exits")
+        return found.mean()
 
     def _masks(
         self, importance: EdgeImportance, thresholds: Tensor
