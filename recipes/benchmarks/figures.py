@@ -118,7 +118,7 @@ def dials() -> str:
 def cost() -> str:
     """Time and memory of a step with each method's loss, at both sizes."""
     small, large = read("peers-cost.json"), read("peers-large-cost.json")
-    head = [f"{result['settings']['model']}" for result in (small, large)]
+    head = [result["settings"]["model"] for result in (small, large)]
     lines = [
         f"| loss | {head[0]}: step time / plain (quartiles) | memory | {head[1]}: time | memory |",
         "|---|---|---|---|---|",

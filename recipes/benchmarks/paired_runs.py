@@ -7,22 +7,21 @@ in the same order. A method that needs it gets the training losses of the seed's
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from effect import blocks_of, held_out_loss, training
-from peer_losses import METHODS, smoothed
+from peer_losses import smoothed
 from torch import Tensor
 from tqdm import tqdm
-from variants import VARIANTS
+from variants import EVERY
 
 from softtrace.data import evenly
 from softtrace.decoding import speculate
@@ -46,8 +45,7 @@ class Task:
 def train(task: Task, blocks: Tensor, args: argparse.Namespace) -> tuple[Any, list[float]]:
     """One fine-tuning; the model and its smoothed task losses."""
     model = load_model(args.model).to(args.device).train()
-    kind = (METHODS | VARIANTS)[task.method]
-    method = kind(model, task.strength, task.seed, task.plain and list(task.plain))
+    method = EVERY[task.method](model, task.strength, task.seed, task.plain and list(task.plain))
     curve: list[float] = []
     title = f"{task.method} {task.strength:g}, seed {task.seed}"
     for step, ids in training(model, blocks, task.seed, args, title):
@@ -152,36 +150,36 @@ def perform_all(
     Plain runs go first, since others need their losses. ``known`` holds rows of earlier calls.
     """
     curves = {row["seed"]: tuple(row["curve"]) for row in known if row["method"] == "plain"}
-    first = [task for task in tasks if task.method == "plain"]
-    rest = [task for task in tasks if task.method != "plain"]
+    waiting = sorted(tasks, key=lambda task: task.method != "plain")
+
+    def started(run: Callable[[Task], Any]) -> Any:
+        """What ``run`` gives for the next task that can start; None if there is none."""
+        ready = (task for task in waiting if task.method == "plain" or task.seed in curves)
+        task = next(ready, None)
+        if task is None or time.monotonic() > deadline:
+            return None
+        waiting.remove(task)
+        return run(replace(task, plain=curves.get(task.seed)))
+
+    def noted(row: dict[str, Any]) -> dict[str, Any]:
+        if "curve" in row:
+            curves[row["seed"]] = tuple(row["curve"])
+        return row
+
     if args.jobs == 1:
-        for task in itertools.chain(first, rest):
-            if time.monotonic() > deadline:
-                return
-            row = perform(replace(task, plain=curves.get(task.seed)), args)
-            if "curve" in row:
-                curves[task.seed] = tuple(row["curve"])
-            yield row
+        while row := started(lambda task: perform(task, args)):
+            yield noted(row)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=_end_with_parent) as pool:
         running: set[Future[dict[str, Any]]] = set()
-        while first or rest or running:
-            while len(running) < args.jobs and (first or rest) and time.monotonic() <= deadline:
-                ready = next((t for t in rest if t.seed in curves), None)
-                if first:
-                    task = first.pop(0)
-                elif ready is not None:
-                    rest.remove(ready)
-                    task = replace(ready, plain=curves[ready.seed])
-                else:
-                    break
-                running.add(pool.submit(perform, task, args))
+        while True:
+            while len(running) < args.jobs and (
+                future := started(lambda task: pool.submit(perform, task, args))
+            ):
+                running.add(future)
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                row = future.result()
-                if "curve" in row:
-                    curves[row["seed"]] = tuple(row["curve"])
-                yield row
+            for each in done:
+                yield noted(each.result())

@@ -35,7 +35,7 @@ from paired_runs import Task, blocks_for, perform_all
 from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
-from variants import VARIANTS
+from variants import EVERY, VARIANTS
 
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
@@ -87,10 +87,11 @@ def at_budget(points: list[dict[str, float]], key: str, budget: float = BUDGET) 
     return min(inside) if lower else max(inside)
 
 
-def costs(args: argparse.Namespace, blocks: Tensor, kinds: dict[str, Any]) -> dict[str, Any]:
+def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[str, Any]:
     """Step time and peak memory of every method, interleaved, as ratios to a plain step."""
     steps = {}
-    for name, kind in kinds.items():
+    for name in names:
+        kind = EVERY[name]
         model = load_model(args.model).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
         strength = kind.strengths[len(kind.strengths) // 2] if kind.strengths else 0.0
@@ -154,7 +155,7 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     seen = {run["method"] for run in runs} - {"plain"}
-    names = [name for name in METHODS | VARIANTS if name in seen]
+    names = [name for name in EVERY if name in seen]
     figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), sharex=True, layout="constrained")
     *panels, last = axes.flat
     for axis, (key, (lower, title)) in zip(panels, MEASURES.items(), strict=True):
@@ -225,12 +226,11 @@ def main() -> None:
         import lightning
 
         args.data = str(Path(lightning.__file__).parent)
-    methods = VARIANTS | {"plain": METHODS["plain"]} if args.search else METHODS
-    if args.cost:
-        methods = METHODS | VARIANTS
-    names = args.methods or list(METHODS if args.cost else methods)
-    if unknown := set(names) - set(methods):
-        parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(methods)}")
+    usual = VARIANTS if args.search else METHODS
+    allowed = set(EVERY if args.cost else ("plain", *usual))
+    names = list(dict.fromkeys(("plain", *(args.methods or usual))))
+    if unknown := set(names) - allowed:
+        parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(allowed)}")
     stem = "search" if args.search else "peers-cost" if args.cost else "peers"
     args.out = args.out or HERE / f"{stem}.json"
     fields = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
@@ -241,8 +241,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {"runs": []}
     if args.cost:
-        kinds = {name: methods[name] for name in dict.fromkeys(("plain", *names))}
-        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0], kinds)}
+        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0], names)}
         write_json(args.out, {**result, **provenance(torch.device(args.device))})
         print(json.dumps(result["cost"], indent=1))
         return
@@ -257,14 +256,15 @@ def main() -> None:
 
     def save() -> None:
         runs = result["runs"]
-        done = [name for name in METHODS | VARIANTS if any(r["method"] == name for r in runs)]
+        done = [name for name in EVERY if any(run["method"] == name for run in runs)]
         if "plain" in done:
+            fronts = {name: front(runs, name) for name in done}
             result["at_budget"] = {
                 name: {
-                    **{key: at_budget(front(runs, name), key) for key in MEASURES},
-                    "largest_loss": max(point["loss"] for point in front(runs, name)),
+                    **{key: at_budget(points, key) for key in MEASURES},
+                    "largest_loss": max(point["loss"] for point in points),
                 }
-                for name in done
+                for name, points in fronts.items()
             }
             if not args.search:
                 plot(runs, args.out)
@@ -274,9 +274,9 @@ def main() -> None:
     tasks = [
         Task(name, strength, seed)
         for seed in range(args.seeds)
-        for name in ["plain", *(name for name in names if name != "plain")]
-        for strength in (args.strengths if name != "plain" else None)
-        or methods[name].strengths
+        for name in names
+        for strength in (EVERY[name].strengths and args.strengths)
+        or EVERY[name].strengths
         or (0.0,)
         if (name, strength, seed) not in known
     ]

@@ -14,13 +14,21 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peer_losses import Method, SoftTrace, smoothed
+from peer_losses import METHODS, Method, SoftTrace, smoothed
 from torch import Tensor
 
 import softtrace
 import softtrace.loss
 from softtrace.distortion import divergence, total_variation
+from softtrace.draws import hashed_seed
 from softtrace.masks import straight_masks
+
+
+def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator) -> Tensor:
+    """``[n, window]``: so many of a batch's windows, at least one."""
+    windows = ids.unfold(1, window, window).reshape(-1, window)
+    count = max(1, round(share * len(windows)))
+    return windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
 
 
 def with_options(**options: Any) -> type[Method]:
@@ -75,11 +83,9 @@ class TwoThresholds(SoftTrace):
         self.density.options = replace(self.density.options, share=1.0)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 1))
-        windows = ids.unfold(1, self.window, self.window).reshape(-1, self.window)
-        count = max(1, round(self.share * len(windows) / 2))
-        chosen = torch.randperm(len(windows), generator=draws)[:count].to(ids.device)
-        return self.density(windows[chosen].repeat(2, 1), step=step).loss
+        draws = torch.Generator().manual_seed(hashed_seed(self.seed, step, 1))
+        chosen = some_windows(ids, self.window, self.share / 2, draws)
+        return self.density(chosen.repeat(2, 1), step=step).loss
 
 
 class AveragedTeacher(SoftTrace):
@@ -223,10 +229,8 @@ class ExitsToo(SoftTrace):
     distance = staticmethod(divergence)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step, 2))
-        windows = ids.unfold(1, self.window, self.window).reshape(-1, self.window)
-        count = max(1, round(self.share * len(windows)))
-        chosen = windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
+        draws = torch.Generator().manual_seed(hashed_seed(self.seed, step, 2))
+        chosen = some_windows(ids, self.window, self.share, draws)
         layers = len(self.layers)
         lowest = max(1, round(self.lowest * layers))
         depths = torch.randint(lowest, layers, chosen.shape, generator=draws).to(ids.device)
@@ -290,3 +294,5 @@ VARIANTS: dict[str, type[Method]] = {
     "own exits, 1/2, 0.8, share 0.1": with_options(exits=0.8, exit_tokens=0.5, share=0.1),
     "exits by KL from half, 0.05": exits_too(divergence, 0.05, 0.5),
 }
+
+EVERY = METHODS | VARIANTS

@@ -31,6 +31,7 @@ from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.families.anatomy import Anatomy
 from softtrace.families.refusals import is_compiled, unwrapped
 from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
@@ -151,11 +152,10 @@ class DensityLoss:
         if step is None:
             step, self.step = self.step, self.step + 1
         strength = self.options.schedule(step)
-        seen = list(self._seen)
-        self._seen.clear()  # the same list: hooks of an open block append to it
-        if strength == 0:
-            return _nothing(input_ids, 0.0, None)
+        seen = list(self._seen)  # a copy: runs of ours inside an open block are seen too
         try:
+            if strength == 0:
+                return _nothing(input_ids, 0.0, None)
             return self._term(
                 input_ids, attention_mask, labels, position_ids, (step, micro_step), strength, seen
             )
@@ -166,7 +166,7 @@ class DensityLoss:
             self._warn_of_skip(named)
             return _nothing(input_ids, strength, named)
         finally:
-            self._seen.clear()  # runs of our own inside an open block
+            self._seen.clear()
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
@@ -200,7 +200,6 @@ class DensityLoss:
         targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
         if not bool(counted.any()):
             return _nothing(input_ids, strength, "no token of the batch has a target")
-        everywhere = counted
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
         chosen = draw(
@@ -215,7 +214,7 @@ class DensityLoss:
         )
         if chosen is None:
             return _nothing(input_ids, strength, "no token of the windows has a target")
-        ids, mask, counted = (chosen.of(each, window) for each in (input_ids, valid, counted))
+        ids, mask, inside = (chosen.of(each, window) for each in (input_ids, valid, counted))
         mask = mask.long()
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
             recording = instrument.record(
@@ -226,14 +225,14 @@ class DensityLoss:
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, chosen.of(targets, window))
         score = score.detach().to(working_dtype(full.dtype))
-        counted = counted & torch.isfinite(score)  # of a callable: infinite where never easy
-        easy = easy_weights(score, counted, options.easy_quantile, options.easy_width)
+        inside = inside & torch.isfinite(score)  # of a callable: infinite where never easy
+        easy = easy_weights(score, inside, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
         picked = easy > 0
         if not bool(picked.any()):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
-        exits = self._exits(seen, everywhere, step)
+        exits = self._exits(seen, counted, step, instrument.anatomy)
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )
@@ -256,22 +255,24 @@ class DensityLoss:
             loss=strength * term,
             distortion=distortion.detach(),
             soft_size=size.detach(),
-            easy_share=(total / counted.sum()).detach(),
+            easy_share=(total / inside.sum()).detach(),
             strength=strength,
             exit_distance=None if exits is None else exits.detach(),
         )
 
-    def _exits(self, seen: list[Seen], counted: Tensor, step: tuple[int, int]) -> Tensor | None:
+    def _exits(
+        self, seen: list[Seen], counted: Tensor, step: tuple[int, int], anatomy: Anatomy
+    ) -> Tensor | None:
         """Mean distance of exits in the last watched forward of this batch; None without one."""
-        layers = len(attach(self.model).anatomy.layers)
+        layers = len(anatomy.layers)
+        if not self.options.exits or layers < 2:
+            return None
         fitting = [
             each for each in seen
             if each.logits is not None
             and each.logits.shape[:2] == counted.shape
             and len(each.streams) == layers
         ]  # fmt: skip
-        if not self.options.exits or layers < 2:
-            return None
         if not fitting:
             self._say_once(
                 "exits: no forward of this batch was watched, so none is read early; run it inside "
@@ -287,8 +288,7 @@ class DensityLoss:
             share=self.options.exit_tokens,
             layers=layers,
         )
-        readout = attach(self.model).anatomy.readout
-        found = exit_distance(fitting[-1], readout, places[chosen], depths)
+        found = exit_distance(fitting[-1], anatomy.readout, places[chosen], depths)
         check_finite(found.detach(), "distances of early exits")
         return found.mean()
 

@@ -59,6 +59,23 @@ def test_every_method_has_the_task_loss_in_it(losses: Any) -> None:
             assert found > task, name
 
 
+def test_every_variant_takes_a_step(losses: Any) -> None:
+    variants = importlib.import_module("variants").VARIANTS
+    ids = tiny_prompt(64, batch=4)
+    for name, variant in variants.items():
+        model = tiny_model("llama", num_hidden_layers=4, attn_implementation="sdpa").train()
+        own = model(input_ids=ids, labels=ids).loss
+        found, task = variant(model, 0.5, 0, [10.0] * 2)(ids, 0)
+        torch.testing.assert_close(task, own, msg=name)
+        assert found.isfinite(), name
+        # From nothing; and a value that stands for its gradient alone.
+        assert found > task or name in ("strength rises", "gradient projected"), name
+        found.backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad.isfinite().all(), name
+        assert all(parameter.requires_grad for parameter in model.parameters()), name
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), name
+
+
 def test_layerskip_weighs_exits_as_its_paper_does(losses: Any) -> None:
     model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(8, batch=3)
     method = type("Whole", (losses.LayerSkip,), {"p_max": 0.0})(model, 0.5)
