@@ -55,8 +55,12 @@ MEASURES: dict[str, tuple[bool, str]] = {
 
 
 def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
-    """A method's points, plain fine-tuning first: means over seeds of paired ratios and values."""
-    plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
+    """A method's points, plain fine-tuning first: means over seeds of paired ratios and values.
+
+    Of plain fine-tuning those seeds count that the method has.
+    """
+    seeds = {run["seed"] for run in runs if run["method"] == name}
+    plain = {r["seed"]: r for r in runs if r["method"] == "plain" and r["seed"] in seeds}
     points = [{"strength": 0.0, "loss": 1.0, "seeds": float(len(plain)), **_means(plain.values())}]
     for strength in sorted({run["strength"] for run in runs if run["method"] == name}):
         rows = [r for r in runs if (r["method"], r["strength"]) == (name, strength)]

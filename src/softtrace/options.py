@@ -26,8 +26,8 @@ class DensityOptions:
         strength: weight of the term, >= 0; 0 runs nothing and changes nothing.
         start_step: first global step with the term.
         warmup_steps: steps over which the strength rises linearly.
-        every: the term comes at every k-th step only, with k times the strength: on a GPU, where
-            the number of kernels it launches is what it costs, this is the dial of the time.
+        every: the term comes at every k-th step only, with k times the strength, for less time a
+            step on average.
         masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
             importances; the recording run then needs gradients).
         temperature: of soft masks, nats of importance, > 0.

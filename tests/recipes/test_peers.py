@@ -169,6 +169,8 @@ def test_points_are_means_of_paired_ratios(peers: Any) -> None:
     plain, weak, strong = peers.front(runs, "layerskip")
     assert (plain["loss"], plain["area_easy"]) == (1.0, pytest.approx(0.6))
     assert (weak["strength"], weak["loss"], weak["seeds"]) == (0.1, 1.0, 1)
+    alone = peers.front([run for run in runs if run["strength"] != 0.2], "layerskip")
+    assert (alone[0]["area_easy"], alone[0]["seeds"]) == (0.5, 1)  # plain's other seed has no pair
     assert strong["loss"] == pytest.approx(1.05)
     assert strong["area_easy"] == pytest.approx(0.3)
 
