@@ -38,7 +38,7 @@ def literal(model: Any, ids: Tensor, mask: Tensor, counted: Tensor, step: int, s
     places = counted.flatten().nonzero()[:, 0].tolist()
     layers = len(output.hidden_states) - 1
     chosen, depths = draw_exits(
-        seed=2, step=(step, 0), rank=0, counted=len(places), share=share, layers=layers
+        seed=2, step=(step, 0), rank=0, counted=len(places), share=share, bounds=(1, layers - 1)
     )
     total = 0.0
     for number, depth in zip(chosen.tolist(), depths.tolist(), strict=True):
@@ -188,12 +188,38 @@ def test_one_block_may_span_several_batches() -> None:
     torch.testing.assert_close(values, wanted)
 
 
-def test_steps_without_the_term_are_not_watched() -> None:
+def test_steps_without_exits_are_not_watched() -> None:
     model = tiny_model("llama", num_hidden_layers=3).train()
-    density = DensityLoss(model, **OPTIONS, every=3)
-    for step in range(6):
+    density = DensityLoss(model, **OPTIONS, start_step=2)
+    for step in range(4):
         with density.watching(step=step):
-            assert bool(model._forward_hooks) == (step % 3 == 0)
+            assert bool(model._forward_hooks) == (step >= 2)
+
+
+def test_exits_are_read_also_between_masked_runs() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    options = {**OPTIONS, "warmup_steps": 7}
+    often, seldom = DensityLoss(model, **options), DensityLoss(model, **options, every=4)
+    runs = []
+    seldom_density = seldom._density
+    seldom._density = lambda *a: runs.append(a[1][0]) or seldom_density(*a)  # type: ignore[method-assign,func-returns-value]
+    for step in range(9):
+        terms = []
+        for density in (often, seldom):
+            with density.watching(step=step):
+                model(input_ids=ids, attention_mask=mask)
+            terms.append(density(ids, mask, step=step))
+        each, few = terms
+        assert torch.equal(each.exit_distance, few.exit_distance)
+        weight = 0.7 * 0.4 * min(1, (step + 1) / 8)
+        masked = each.loss - weight * each.exit_distance
+        wanted = weight * few.exit_distance + (4 * masked if step % 4 == 0 else 0)
+        torch.testing.assert_close(few.loss, wanted)
+        assert few.loss.requires_grad
+        assert few.strength == (4 * each.strength if step % 4 == 0 else 0)
+        assert few.distortion.isnan() == (step % 4 != 0)
+        assert few.skipped is None
+    assert runs == [0, 4, 8]
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
@@ -243,12 +269,14 @@ def test_a_model_of_one_layer_has_no_exit() -> None:
     step=st.integers(0, 10**6),
     counted=st.integers(1, 300),
     share=st.floats(0.01, 1.0),
-    layers=st.integers(2, 9),
+    low=st.integers(1, 4),
+    more=st.integers(0, 7),
 )
 def test_draws_of_exits_are_pure_apart_and_stratified(
-    seed: int, step: int, counted: int, share: float, layers: int
+    seed: int, step: int, counted: int, share: float, low: int, more: int
 ) -> None:
-    arguments: dict[str, Any] = {"seed": seed, "rank": 1, "counted": counted, "layers": layers}
+    bounds = low, low + more
+    arguments: dict[str, Any] = {"seed": seed, "rank": 1, "counted": counted, "bounds": bounds}
     chosen, depths = draw_exits(**arguments, step=(step, 0), share=share)
     again = draw_exits(**arguments, step=(step, 0), share=share)
     assert torch.equal(chosen, again[0])
@@ -256,6 +284,7 @@ def test_draws_of_exits_are_pure_apart_and_stratified(
     assert len(chosen) == len(depths) == max(1, round(share * counted))
     assert len(chosen.unique()) == len(chosen)
     assert 0 <= chosen.min() <= chosen.max() < counted
-    assert 1 <= depths.min() <= depths.max() <= layers - 1
-    each = depths.bincount(minlength=layers)[1:]
-    assert (each - len(chosen) / (layers - 1)).abs().max() < 2
+    assert low <= depths[0] <= depths[-1] <= low + more
+    assert torch.equal(depths, depths.sort().values)
+    each = depths.bincount(minlength=low + more + 1)[low:]
+    assert (each - len(chosen) / (more + 1)).abs().max() < 2

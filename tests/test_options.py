@@ -22,6 +22,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),
     ({"exits": -1.0}, r"exits: found -1.0, allowed \[0, inf\)"),
     ({"exit_tokens": 0.0}, r"exit_tokens: found 0.0, allowed \(0, 1\]"),
+    ({"exit_depths": (-0.1, 1.0)}, r"exit_depths: found -0.1, allowed \[0, 1\]"),
+    ({"exit_depths": (0.6, 0.5)}, r"exit_depths: found \(0.6, 0.5\), expected \(low, high\)"),
     ({"every": 0}, "every: found 0, allowed are integers from 1"),
     ({"masks": "hard"}, "masks: found 'hard', allowed are 'straight', 'soft'"),
     ({"temperature": 0.0}, r"temperature: found 0.0, allowed \(0, inf\)"),

@@ -31,9 +31,10 @@ def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator)
     return windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
 
 
-def with_options(**options: Any) -> type[Method]:
+def with_options(*strengths: float, **options: Any) -> type[Method]:
     """The term with other options."""
-    return type("WithOptions", (SoftTrace,), {"options": options, "strengths": (0.5,)})
+    own = {"options": options, "strengths": strengths or (0.5,)}
+    return type("WithOptions", (SoftTrace,), own)
 
 
 def reverse_divergence(full: Tensor, masked: Tensor) -> Tensor:
@@ -294,5 +295,41 @@ VARIANTS: dict[str, type[Method]] = {
     "own exits, 1/2, 0.8, share 0.1": with_options(exits=0.8, exit_tokens=0.5, share=0.1),
     "exits by KL from half, 0.05": exits_too(divergence, 0.05, 0.5),
 }
+
+
+def with_exits(*strengths: float, **options: Any) -> type[Method]:
+    """The term on two thirds of the windows, and exits in the training forward."""
+    usual = {"share": 0.1, "exits": 0.5, "exit_tokens": 0.25}
+    return with_options(*strengths, **{**usual, **options})
+
+
+#: how often the term comes, and which exits: equal time on a CPU but for the first and the last
+EXITS: dict[str, type[Method]] = {
+    "no exits, share 0.15": with_options(0.35, share=0.15, exits=0.0),
+    "no exits, every 4th, share 0.4": with_options(0.35, every=4, share=0.4, exits=0.0),
+    "exits 0.5": with_exits(0.25, 0.35),
+    "exits 1": with_exits(0.25, 0.35, exits=1.0),
+    "exits 0.5, share 0.15": with_exits(0.3, share=0.15),
+    "exits 0.5, half the tokens": with_exits(0.3, exit_tokens=0.5),
+    "exits 0.5 from a quarter": with_exits(0.3, exit_depths=(0.25, 1.0)),
+    "exits 1 from a quarter": with_exits(0.3, exits=1.0, exit_depths=(0.25, 1.0)),
+    "exits 0.5, a quarter to half": with_exits(0.3, exit_depths=(0.25, 0.5)),
+    "exits 0.5, every 4th": with_exits(0.3, every=4, share=0.4),
+    "exits 0.5, every 8th": with_exits(0.3, every=8, share=0.8),
+    "exits 0.5 from a quarter, every 4th": with_exits(
+        0.35, every=4, share=0.3, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.5 from a quarter, every 8th": with_exits(
+        0.35, every=8, share=0.6, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.5 from a quarter, every 8th, fewer": with_exits(
+        0.35, every=8, share=0.4, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.7 from a quarter, every 8th": with_exits(
+        0.35, exits=0.7, every=8, share=0.6, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.5, whole batch": with_exits(0.3, share=1.0, exit_tokens=1.0),
+}
+VARIANTS |= EXITS
 
 EVERY = METHODS | VARIANTS

@@ -89,7 +89,13 @@ def draw(
 
 
 def draw_exits(
-    *, seed: int, step: tuple[int, int], rank: int, counted: int, share: float, layers: int
+    *,
+    seed: int,
+    step: tuple[int, int],
+    rank: int,
+    counted: int,
+    share: float,
+    bounds: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Choose tokens of a batch for early exits, and after how many layers each is read.
 
@@ -97,17 +103,19 @@ def draw_exits(
         seed, step, rank: see :func:`draw`.
         counted: how many tokens take part, >= 1.
         share: of them that are chosen, in (0, 1]; at least one.
-        layers: L of the model, >= 2.
+        bounds: smallest and largest number of layers, both included.
 
     Returns:
-        ``[n]`` int64 numbers below ``counted`` and ``[n]`` int64 depths, stratified over 1 to
-        L - 1; both on the CPU.
+        ``[n]`` int64 numbers below ``counted`` and ``[n]`` int64 depths, stratified over the
+        bounds and in ascending order; both on the CPU.
     """
     generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank, 1))
     count = max(1, round(share * counted))
     chosen = torch.randperm(counted, generator=generator, device="cpu")[:count]
-    depths = 1 + ((layers - 1) * _stratified(count, generator)).long().clamp(max=layers - 2)
-    return chosen, depths
+    low, high = bounds
+    depths = low + ((high - low + 1) * _stratified(count, generator)).long()
+    depths, order = depths.clamp(max=high).sort(stable=True)
+    return chosen[order], depths
 
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:

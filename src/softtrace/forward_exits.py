@@ -75,17 +75,19 @@ def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) 
         seen: a forward that ended.
         readout: the model's final norm and head.
         places: ``[n]`` int64, tokens as numbers into ``[B·T]``, on the CPU.
-        depths: ``[n]`` int64, layers after which each is read, 1 to L - 1, on the CPU.
+        depths: ``[n]`` int64, layers after which each is read, 1 to L - 1, ascending, on the CPU.
 
     Returns:
-        ``[n]``, in order of depth.
+        ``[n]``.
     """
     if seen.logits is None:
         raise ValueError("a forward that has not ended")
-    read, order = [], []
-    for depth in sorted(set(depths.tolist())):
-        chosen = places[depths == depth].to(seen.logits.device)
-        read.append(seen.streams[depth].flatten(0, 1)[chosen])
-        order.append(chosen)
-    full = seen.logits.detach().flatten(0, 1)[torch.cat(order)]
+    places = places.to(seen.logits.device)  # once: every transfer waits for the device
+    by_depth = torch.split(places, depths.bincount().tolist())
+    read = [
+        seen.streams[depth].flatten(0, 1)[chosen]
+        for depth, chosen in enumerate(by_depth)
+        if len(chosen)
+    ]
+    full = seen.logits.detach().flatten(0, 1)[places]
     return divergence(full, readout.early(torch.cat(read)))

@@ -9,10 +9,12 @@ exception; ``functools.wraps`` keeps its signature readable for Lightning, which
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -32,11 +34,11 @@ class DensityPenalty(Callback):
     The batch has to be a mapping with ``input_ids`` ``[B, T]`` and, where there are any,
     ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
 
-    Logs every step ``loss/task`` and ``loss/density``, ``density/soft_size`` (share of edges),
-    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; the last
-    three are NaN at steps that ran nothing (before ``start_step``, between two of ``every``, or
-    skipped). With ``exits`` also ``density/exit_distance`` (nats), where any were read. Strength 0
-    is inert: the training step is not even wrapped.
+    Logs every step ``loss/task`` and ``loss/density`` (mean of what the last ``every`` batches had
+    added), and of the last masked run ``density/soft_size`` (share of edges),
+    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; NaN before
+    the first and where it was skipped. With ``exits`` also ``density/exit_distance`` (nats), where
+    any were read. Strength 0 is inert: the training step is not even wrapped.
 
     Args:
         strength: weight of the term, >= 0.
@@ -56,6 +58,8 @@ class DensityPenalty(Callback):
         self._own_step: Any = None
         self._had_own_step = False
         self._waiting: list[int] = []
+        self._added: deque[Tensor] = deque(maxlen=self.options.every)
+        self._measured: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what can be seen without the model."""
@@ -92,6 +96,8 @@ class DensityPenalty(Callback):
             return
         model = find_causal_lm(pl_module)
         self._loss = DensityLoss(model, self.options)
+        self._added.clear()
+        self._measured = {}
         self._module = pl_module
         self._had_own_step = "training_step" in vars(pl_module)
         self._own_step = vars(pl_module).get("training_step")
@@ -152,12 +158,18 @@ class DensityPenalty(Callback):
         }
 
     def _log(self, pl_module: LightningModule, task: Tensor, term: DensityTerm) -> None:
+        # Loggers look at every 50th step or so, where the masked runs of ``every`` seldom are.
+        self._added.append(term.loss.detach())
+        if term.strength > 0 or not self._measured:
+            self._measured = {
+                "density/soft_size": term.soft_size,
+                "density/distortion": term.distortion,
+                "density/easy_share": term.easy_share,
+            }
         values = {
             "loss/task": task.detach(),
-            "loss/density": term.loss.detach(),
-            "density/soft_size": term.soft_size,
-            "density/distortion": term.distortion,
-            "density/easy_share": term.easy_share,
+            "loss/density": torch.stack(list(self._added)).mean(),
+            **self._measured,
         }
         if term.exit_distance is not None:
             values["density/exit_distance"] = term.exit_distance

@@ -31,7 +31,6 @@ from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.families.anatomy import Anatomy
 from softtrace.families.refusals import is_compiled, unwrapped
 from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
@@ -45,17 +44,31 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """A checked batch, ``[B, T]`` each: token ids, which are real, what each has to predict (-100:
+    nothing), which count; position ids if given, and whether documents are packed."""
+
+    input_ids: Tensor
+    valid: Tensor
+    targets: Tensor
+    counted: Tensor
+    positions: Tensor | None
+    packed: bool
+
+
+@dataclass(frozen=True)
 class DensityTerm:
     """The added term of one step, and what it was made of.
 
     Attributes:
         loss: scalar to add to the task loss (in units of the distance, times strength). Without a
-            graph, and 0, if nothing was run; the values below are then NaN.
-        distortion: Σ easy·distance / Σ easy (nats for KL), detached.
+            graph, and 0, if nothing was run or read.
+        distortion: Σ easy·distance / Σ easy (nats for KL), detached. This and the next two are NaN
+            if nothing was run, as between the steps that ``every`` leaves.
         soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
         easy_share: Σ easy / number of counted tokens, detached.
-        strength: weight at this step.
+        strength: weight of the distortion at this step.
         skipped: why nothing was run although the strength is positive; None otherwise.
         exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; None if
             none was: without ``exits``, or where no forward was watched.
@@ -109,12 +122,12 @@ class DensityLoss:
 
         Args:
             host: the module whose forward is run, where that is not the model itself.
-            step: as in the call, if given there; at a step without the term nothing is watched.
+            step: as in the call, if given there; at a step without exits nothing is watched.
         """
         self._seen.clear()
         model = unwrapped(self.model)
-        due = (self.options.strength if step is None else self.options.schedule(step)) > 0
-        if not due or not self.options.exits:
+        schedule = self.options.exit_schedule
+        if not (schedule.strength if step is None else schedule(step)):
             yield
             return
         if is_compiled(self.model) or is_compiled(host or model):
@@ -151,14 +164,25 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        strength = self.options.schedule(step)
+        strength, weight = self.options.schedule(step), self.options.exit_schedule(step)
         seen = list(self._seen)  # a copy: runs of ours inside an open block are seen too
         try:
-            if strength == 0:
+            if strength == weight == 0:
                 return _nothing(input_ids, 0.0, None)
-            return self._term(
-                input_ids, attention_mask, labels, position_ids, (step, micro_step), strength, seen
+            batch = self._batch(input_ids, attention_mask, labels, position_ids)
+            if not bool(batch.counted.any()):
+                return _nothing(input_ids, strength, "no token of the batch has a target")
+            drawn_by = (step, micro_step)
+            distance = self._exits(seen, batch.counted, drawn_by) if weight else None
+            term = (
+                self._density(batch, drawn_by, strength)
+                if strength
+                else _nothing(input_ids, 0.0, None)
             )
+            if distance is None:
+                return term
+            loss = term.loss + weight * distance
+            return replace(term, loss=loss, exit_distance=distance.detach())
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
@@ -181,32 +205,32 @@ class DensityLoss:
                 "%s The density term was left out; so far %d times.", why, self.skipped_steps
             )
 
-    def _term(
+    def _batch(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
         position_ids: Tensor | None,
-        step: tuple[int, int],
-        strength: float,
-        seen: list[Seen],
-    ) -> DensityTerm:
-        options, instrument = self.options, attach(self.model)
-        valid = instrument.valid(input_ids, attention_mask)
+    ) -> _Batch:
+        valid = attach(self.model).valid(input_ids, attention_mask)
         positions = None
         if position_ids is not None:
             positions = check_positions(position_ids, valid, attention_mask is not None)
         packed = positions is not None and is_packed(positions, valid)
         targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
-        if not bool(counted.any()):
-            return _nothing(input_ids, strength, "no token of the batch has a target")
+        return _Batch(input_ids, valid, targets, counted, positions, packed)
+
+    def _density(self, batch: _Batch, step: tuple[int, int], strength: float) -> DensityTerm:
+        """The term without exits."""
+        options, instrument = self.options, attach(self.model)
+        input_ids, positions = batch.input_ids, batch.positions
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
         chosen = draw(
             seed=options.seed,
             step=step,
             rank=_rank(),
-            counted=counted,
+            counted=batch.counted,
             share=options.share,
             window=window,
             thresholds=options.thresholds,
@@ -214,16 +238,18 @@ class DensityLoss:
         )
         if chosen is None:
             return _nothing(input_ids, strength, "no token of the windows has a target")
-        ids, mask, inside = (chosen.of(each, window) for each in (input_ids, valid, counted))
-        mask = mask.long()
+        ids, mask, inside, targets = (
+            chosen.of(each, window)
+            for each in (input_ids, batch.valid.long(), batch.counted, batch.targets)
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
             recording = instrument.record(
                 ids,
-                None if packed else mask,
+                None if batch.packed else mask,
                 position_ids=None if positions is None else chosen.of(positions, window),
             )
         full = recording.logits.detach()
-        score = easiness(options.easiness)(full, chosen.of(targets, window))
+        score = easiness(options.easiness)(full, targets)
         score = score.detach().to(working_dtype(full.dtype))
         inside = inside & torch.isfinite(score)  # of a callable: infinite where never easy
         easy = easy_weights(score, inside, options.easy_quantile, options.easy_width)
@@ -232,7 +258,6 @@ class DensityLoss:
         picked = easy > 0
         if not bool(picked.any()):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
-        exits = self._exits(seen, counted, step, instrument.anatomy)
         masked = instrument.exit_logits(
             ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
         )
@@ -249,23 +274,19 @@ class DensityLoss:
         distortion = (easy[picked] * distances).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
-        if exits is not None:
-            term = term + options.exits * exits
         return DensityTerm(
             loss=strength * term,
             distortion=distortion.detach(),
             soft_size=size.detach(),
             easy_share=(total / inside.sum()).detach(),
             strength=strength,
-            exit_distance=None if exits is None else exits.detach(),
         )
 
-    def _exits(
-        self, seen: list[Seen], counted: Tensor, step: tuple[int, int], anatomy: Anatomy
-    ) -> Tensor | None:
+    def _exits(self, seen: list[Seen], counted: Tensor, step: tuple[int, int]) -> Tensor | None:
         """Mean distance of exits in the last watched forward of this batch; None without one."""
+        anatomy = attach(self.model).anatomy
         layers = len(anatomy.layers)
-        if not self.options.exits or layers < 2:
+        if layers < 2:
             return None
         fitting = [
             each for each in seen
@@ -286,7 +307,7 @@ class DensityLoss:
             rank=_rank(),
             counted=len(places),
             share=self.options.exit_tokens,
-            layers=layers,
+            bounds=self.options.exit_bounds(layers),
         )
         found = exit_distance(fitting[-1], anatomy.readout, places[chosen], depths)
         check_finite(found.detach(), "distances of early exits")

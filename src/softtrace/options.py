@@ -26,8 +26,8 @@ class DensityOptions:
         strength: weight of the term, >= 0; 0 runs nothing and changes nothing.
         start_step: first global step with the term.
         warmup_steps: steps over which the strength rises linearly.
-        every: the term comes at every k-th step only, with k times the strength, for less time a
-            step on average.
+        every: masked runs come at every k-th step only, with k times the strength: fewer and larger
+            ones, which is what a GPU is fast at. Exits are read at every step.
         masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
             importances; the recording run then needs gradients).
         temperature: of soft masks, nats of importance, > 0.
@@ -53,6 +53,8 @@ class DensityOptions:
             the training forward itself are read early, easy or not. That forward has to be watched,
             see :meth:`softtrace.DensityLoss.watching`; Lightning's callback does.
         exit_tokens: share of the batch's tokens that are read so, in (0, 1].
+        exit_depths: bounds of the layers after which they are read, as shares of all in [0, 1],
+            from the first layer to the last but one; narrow them around the exit that shall draft.
         size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
             the importances. Never without the distortion: alone it is gamed by rescaling.
         on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
@@ -80,6 +82,7 @@ class DensityOptions:
     crop: int | None = 64
     exits: float = 0.0
     exit_tokens: float = 0.125
+    exit_depths: tuple[float, float] = (0.0, 1.0)
     size_weight: float = 0.0
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
@@ -102,7 +105,8 @@ class DensityOptions:
         check_range("exit_tokens", self.exit_tokens, 0, 1, open_low=True)
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
         _pair("thresholds", self.thresholds, open_high=True)
-        _pair("depths", self.depths, open_high=False)
+        _pair("depths", self.depths)
+        _pair("exit_depths", self.exit_depths, open_low=False)
         integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
         if self.crop is not None and not (integer and self.crop >= 1):
             raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
@@ -116,8 +120,13 @@ class DensityOptions:
 
     @property
     def schedule(self) -> StrengthSchedule:
-        """Strength as a function of the global step."""
+        """Strength of the masked runs as a function of the global step."""
         return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, self.every)
+
+    @property
+    def exit_schedule(self) -> StrengthSchedule:
+        """Strength times ``exits``, the weight of early exits, likewise."""
+        return StrengthSchedule(self.strength * self.exits, self.start_step, self.warmup_steps)
 
     @property
     def through_importances(self) -> bool:
@@ -131,6 +140,11 @@ class DensityOptions:
         low, high = (min(layers, max(1, round(share * layers))) for share in self.depths)
         return low, high
 
+    def exit_bounds(self, layers: int) -> tuple[int, int]:
+        """Smallest and largest number of layers before an exit, for a model of 2 or more."""
+        low, high = (min(layers - 1, max(1, round(share * layers))) for share in self.exit_depths)
+        return low, high
+
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
@@ -139,8 +153,10 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         )
 
 
-def _pair(name: str, value: tuple[float, float], *, open_high: bool) -> None:
+def _pair(
+    name: str, value: tuple[float, float], *, open_low: bool = True, open_high: bool = False
+) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2 or value[0] > value[1]:
         raise InvalidInputError(f"{name}: found {value!r}, expected (low, high) with low <= high")
     for bound in value:
-        check_range(name, bound, 0, 1, open_low=True, open_high=open_high)
+        check_range(name, bound, 0, 1, open_low=open_low, open_high=open_high)
