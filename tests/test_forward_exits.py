@@ -69,7 +69,10 @@ def test_exits_equal_a_literal_recomputation(family: str) -> None:
 def test_gradients_equal_those_of_the_literal_term() -> None:
     model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
     ids, mask = batch()
-    density, without = DensityLoss(model, **OPTIONS), DensityLoss(model, strength=0.7, seed=2)
+    density, without = (
+        DensityLoss(model, **OPTIONS),
+        DensityLoss(model, strength=0.7, seed=2, exits=0.0),
+    )
     with density.watching():
         model(input_ids=ids, attention_mask=mask)
     places = list(model.parameters())
@@ -154,14 +157,14 @@ def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> N
             assert density(ids, mask).exit_distance is None
     assert [record.message for record in caplog.records] == [
         "exits: no forward of this batch was watched, so none is read early; run it inside "
-        "'with density_loss.watching():', with gradients"
+        "'with density_loss.watching():', with gradients, or set exits=0"
     ]
     model.compile(backend="eager")
     with caplog.at_level(logging.WARNING), density.watching():
         assert not model._forward_hooks
     assert "is compiled" in caplog.records[-1].message
     caplog.clear()
-    silent = DensityLoss(model, strength=0.7)
+    silent = DensityLoss(model, strength=0.7, exits=0.0)
     silent(ids, mask)
     assert not caplog.records
 

@@ -24,6 +24,7 @@ LOGGED = {
     "density/soft_size",
     "density/distortion",
     "density/easy_share",
+    "density/exit_distance",
 }
 
 
@@ -89,7 +90,8 @@ def by_hand(
     for _ in range(epochs):
         for number, batch in enumerate(data):
             micro_step = number % accumulate
-            task = module.model(**batch).loss  # before the term, as a training step does
+            with density.watching():  # before the term, as a training step does
+                task = module.model(**batch).loss
             if micro_step == 0:
                 optimizer.zero_grad()
             if number not in skip:
@@ -275,7 +277,7 @@ def test_start_step_delays_the_term_and_warm_up_raises_it() -> None:
         terms.append(0.0 if math.isnan(distortion) else term / distortion)
 
     ratio = Calls(on_train_batch_end=divide)
-    late = DensityPenalty(strength=0.8, start_step=3, warmup_steps=1)
+    late = DensityPenalty(strength=0.8, start_step=3, warmup_steps=1, exits=0.0)
     fit(Tuner(), late, note(weights_at), ratio, max_epochs=2)
     fit(Tuner(), note(plain_at), max_epochs=2)
     assert terms == pytest.approx([0, 0, 0, 0.4, 0.8, 0.8, 0.8, 0.8])
@@ -338,6 +340,32 @@ def test_loggers_get_every_step(tmp_path: Path) -> None:
     assert set(header.split(",")) == LOGGED | {"epoch", "step"}
     assert len(rows) == 4
     assert all(value for row in rows for value in row.split(","))
+
+
+def test_between_masked_runs_the_last_one_is_logged() -> None:
+    added: list[float] = []
+    seen: list[dict[str, float]] = []
+
+    class Noting(DensityPenalty):
+        def _log(self, pl_module: Any, task: Tensor, term: DensityTerm) -> None:
+            added.append(term.loss.item())
+            super()._log(pl_module, task, term)
+
+    look = Calls(
+        on_train_batch_end=lambda trainer, *_: seen.append(
+            {name: float(value) for name, value in trainer.callback_metrics.items()}
+        )
+    )
+    fit(Tuner(), Noting(every=3, share=1.0), look, max_epochs=2)
+    assert len(added) == len(seen) == 8
+    for step, values in enumerate(seen):
+        assert values["density/soft_size"] == seen[step - step % 3]["density/soft_size"] > 0
+        assert values["density/distortion"] == seen[step - step % 3]["density/distortion"] > 0
+        few = added[max(0, step - 2) : step + 1]
+        assert values["loss/density"] == pytest.approx(sum(few) / len(few))
+        assert added[step] > 0  # exits, where nothing runs masked
+    assert seen[3]["density/distortion"] != seen[0]["density/distortion"]
+    assert all(added[due] > 3 * added[due + 1] for due in (0, 3, 6))
 
 
 def test_nothing_of_a_step_outlives_it() -> None:

@@ -13,7 +13,6 @@ figures from there would flatter them; one seed on lightning lowered the strengt
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -81,7 +80,7 @@ def training(
 
 
 def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: argparse.Namespace):
-    """Train from the shipped weights; return the model and the seconds of its median step."""
+    """Train from the shipped weights; return the model and the seconds of a step, median."""
     model = load_model(MODEL).to(args.device).train()
     penalty = softtrace.DensityLoss(model, seed=seed, **options) if options is not None else None
     title = f"seed {seed} {'penalty' if penalty else 'plain'}"
@@ -95,7 +94,9 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
         if penalty is not None:
             loss = loss + penalty(ids).loss
         loss.backward()
-    return model.eval(), statistics.median(b - a for a, b in itertools.pairwise(times))
+    every = 1 if penalty is None else penalty.options.every
+    return model.eval(), statistics.median((b - a) / every for a, b in
+                                           zip(times, times[every:], strict=False))  # fmt: skip
 
 
 @torch.no_grad()

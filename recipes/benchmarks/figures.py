@@ -7,15 +7,13 @@ python recipes/benchmarks/figures.py --write    # put them between the pages' ma
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-from pathlib import Path
-from typing import Any
+
+from comparison_figures import HERE, cost, peers, peers_large, read, search, search_exits
 
 from softtrace import DensityOptions
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 EFFECT_ROWS = (
@@ -42,12 +40,6 @@ KNOWN = (
     *("olmo2", "exaone4", "gpt_neox", "falcon", "gptj", "cohere", "phi", "bloom", "mpt", "opt"),
     *("granite", "minicpm3"),
 )
-
-
-def read(name: str) -> dict[str, Any]:
-    """A result file."""
-    found: dict[str, Any] = json.loads((HERE / name).read_text(encoding="utf-8"))
-    return found
 
 
 def quickstart() -> str:
@@ -112,115 +104,6 @@ def dials() -> str:
     options = DensityOptions()
     lines = ["| option | default | what it does |", "|---|---|---|"]
     lines += [f"| `{name}` | {getattr(options, name)} | {what} |" for name, what in rows]
-    return "\n".join(lines)
-
-
-def cost() -> str:
-    """Time and memory of a step with each method's loss, at both sizes."""
-    small, large = read("peers-cost.json"), read("peers-large-cost.json")
-    head = [result["settings"]["model"] for result in (small, large)]
-    lines = [
-        f"| loss | {head[0]}: step time / plain (quartiles) | memory | {head[1]}: time | memory |",
-        "|---|---|---|---|---|",
-    ]
-    for name in small["cost"]:
-        cells = []
-        for row in (small["cost"][name], large["cost"].get(name)):
-            if row is None:
-                cells += ["not measured", ""]
-                continue
-            time = row["time"]
-            cells.append(f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})")
-            cells.append(f"{row['memory']:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    sizes = [
-        f"{settings['batch_size']} x {settings['block_size']} tokens on {result['hardware']}"
-        for result in (small, large)
-        for settings in [result["settings"]]
-    ]
-    lines.append(
-        f"\nInterleaved steps of {sizes[0]}, and {sizes[1]} in bfloat16; peak memory / plain "
-        "([peers.py --cost](benchmarks/peers.py), [peers-cost.json](benchmarks/peers-cost.json), "
-        "[peers-large-cost.json](benchmarks/peers-large-cost.json))."
-    )
-    return "\n".join(lines)
-
-
-PEER_COLUMNS = (
-    ("area_easy", "area, easy", "{:.3f}"),
-    ("size_easy", "size, easy", "{:.3%}"),
-    ("size_hard", "size, hard", "{:.2%}"),
-    ("exit_easy", "exits agree, easy", "{:.1%}"),
-    ("exit_all", "exits agree, all", "{:.1%}"),
-    ("accepted", "accepted of 4", "{:.2f}"),
-)
-
-
-def _peers(name: str) -> str:
-    """Every method where its front meets +1 % of plain fine-tuning's held-out loss."""
-    result = read(f"{name}.json")
-    lines = [
-        "| at +1 % held-out loss | " + " | ".join(title for _, title, _ in PEER_COLUMNS) + " |",
-        "|---" * (len(PEER_COLUMNS) + 1) + "|",
-    ]
-    for method, row in result["at_budget"].items():
-        cells = (form.format(row[key]) for key, _, form in PEER_COLUMNS)
-        bold = "**" if method == "softtrace" else ""
-        lines.append(f"| {bold}{method}{bold} | {' | '.join(cells)} |")
-    settings, runs = result["settings"], result["runs"]
-    seeds = {m: len({r["seed"] for r in runs if r["method"] == m}) for m in result["at_budget"]}
-    counts = ", ".join(f"{m} {n}" for m, n in seeds.items())
-    shown = str(next(iter(seeds.values()))) if len(set(seeds.values())) == 1 else counts
-    lines.append(
-        f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
-        f"{settings['batch_size']} x {settings['block_size']} tokens, {len(runs)} runs, paired "
-        f"seeds: {shown}; {result['hardware']} ([peers.py](benchmarks/peers.py), "
-        f"[{name}.json](benchmarks/{name}.json))."
-    )
-    return "\n".join(lines)
-
-
-def peers() -> str:
-    """The comparison at the shipped model's size."""
-    return _peers("peers")
-
-
-def peers_large() -> str:
-    """The comparison at a larger one."""
-    return _peers("peers-large")
-
-
-def search() -> str:
-    """Variants of the term, paired with plain fine-tuning."""
-    result = read("search.json")
-    runs = result["runs"]
-    plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
-    lines = [
-        "| variant | strength | loss | area | size | size, hard | exit | exit, all | accepted |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    points = {(run["method"], run["strength"]): [] for run in runs}  # type: ignore[var-annotated]
-    for run in runs:
-        points[run["method"], run["strength"]].append(run)
-    for (name, strength), rows in points.items():
-        keys = ("loss", "area_easy", "size_easy", "size_hard")
-        loss, area, size, hard = (
-            statistics.mean(row[key] / plain[row["seed"]][key] for row in rows) for key in keys
-        )
-        exits, everywhere, accepted = (
-            statistics.mean(row[key] for row in rows)
-            for key in ("exit_easy", "exit_all", "accepted")
-        )
-        lines.append(
-            f"| {name} | {strength:g} | {loss - 1:+.2%} | {area:.3f} | {size:.3f} | {hard:.2f} "
-            f"| {exits:.3f} | {everywhere:.3f} | {accepted:.2f} |"
-        )
-    settings = result["settings"]
-    lines.append(
-        f"\nOne seed; loss, area and sizes over plain fine-tuning's; {settings['model']} on "
-        f"{settings['data']}, {settings['steps']} steps of {settings['batch_size']} x "
-        f"{settings['block_size']} tokens, {result['hardware']} ([search.json](search.json))."
-    )
     return "\n".join(lines)
 
 
@@ -362,7 +245,7 @@ def decoding() -> str:
 PAGES = {
     "README.md": (quickstart, effect, tracing, decoding, families, sizes),
     "recipes/README.md": (cost, dials, side_effects, peers, peers_large),
-    "recipes/benchmarks/LOG.md": (search,),
+    "recipes/benchmarks/LOG.md": (search, search_exits),
 }
 
 

@@ -42,6 +42,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model
 
 BUDGET = 1.01
+PERIOD = 8  # steps timed together: masked runs come at one of so many
 #: measure, whether lower is better, and what a plot calls it
 MEASURES: dict[str, tuple[bool, str]] = {
     "area_easy": (True, "area, easy tokens"),
@@ -92,14 +93,18 @@ def at_budget(points: list[dict[str, float]], key: str, budget: float = BUDGET) 
 
 
 def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[str, Any]:
-    """Step time and peak memory of every method, interleaved, as ratios to a plain step."""
+    """Step time and peak memory of every method, interleaved, as ratios to a plain step.
+
+    Time is the mean of a period of steps, memory the larger peak of a step with masked runs and
+    one without.
+    """
     steps = {}
     for name in names:
         kind = EVERY[name]
         model = load_model(args.model).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
         strength = kind.strengths[len(kind.strengths) // 2] if kind.strengths else 0.0
-        method = kind(model, strength, 0, [10.0] * (args.rounds + 3))
+        method = kind(model, strength, 0, [10.0] * PERIOD * (args.rounds + 1))
 
         def step(number: int, model=model, optimizer=optimizer, method=method) -> None:
             first = number * args.batch_size % (len(blocks) - args.batch_size)
@@ -114,22 +119,25 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
 
         steps[name] = step
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in tqdm(range(args.rounds + 2), desc="timing"):
+    for turn in tqdm(range(args.rounds + 1), desc="timing"):
         for name, step in steps.items():
-            step(number)  # in training a step follows one of the same model, not six others
+            step(1)  # in training a step follows one of the same model, not six others
             began = time.perf_counter()
-            step(number)
-            seconds[name].append(time.perf_counter() - began)
-    memory = {name: peak_memory(lambda step=step: step(2), args.device) for name, step in
-              steps.items()}  # fmt: skip
+            for number in range(PERIOD * turn, PERIOD * (turn + 1)):
+                step(number)
+            seconds[name].append((time.perf_counter() - began) / PERIOD)
+    memory = {
+        name: max(peak_memory(lambda n=n, step=step: step(n), args.device) for n in (0, 1))
+        for name, step in steps.items()
+    }
     found = {}
     for name, spent in seconds.items():
-        ratios = [a / b for a, b in zip(spent[2:], seconds["plain"][2:], strict=True)]
+        ratios = [a / b for a, b in zip(spent[1:], seconds["plain"][1:], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
             "time": {"median": middle, "q25": low, "q75": high},
             "memory": memory[name] / memory["plain"],
-            "seconds": statistics.median(spent[2:]),
+            "seconds": statistics.median(spent[1:]),
         }
     return found
 
@@ -214,7 +222,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=128, help="held-out blocks for the density")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
-    parser.add_argument("--rounds", type=int, default=12, help="of timing")
+    parser.add_argument("--rounds", type=int, default=8, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
     parser.add_argument("--keep", type=Path, help="folder for the models of the first seed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")

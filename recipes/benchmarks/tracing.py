@@ -187,15 +187,18 @@ def cost(rounds: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step(True)
-    pairs = [
-        (seconds(lambda: step(False)), seconds(lambda: step(True)))
-        for _ in tqdm(range(rounds), desc="cost")
-    ]
+    def period(with_penalty: bool) -> float:
+        """Seconds of a step, over as many as lie between two masked runs."""
+        steps = penalty.options.every
+        return seconds(lambda: [step(with_penalty) for _ in range(steps)]) / steps
+
+    period(True)
+    pairs = [(period(False), period(True)) for _ in tqdm(range(rounds), desc="cost")]
     return {
         "batch": list(ids.shape),
         "share": penalty.options.share,
         "crop": penalty.options.crop,
+        "every": penalty.options.every,
         "threads": 2,
         "plain_seconds": spread([plain for plain, _ in pairs]),
         "penalty_seconds": spread([full for _, full in pairs]),

@@ -31,9 +31,26 @@ def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator)
     return windows[torch.randperm(len(windows), generator=draws)[:count].to(ids.device)]
 
 
+#: defaults of the time of the search, where later ones differ
+THEN: dict[str, Any] = {
+    "every": 1,
+    "share": 0.15,
+    "exits": 0.0,
+    "exit_depths": (0.0, 1.0),
+    "exit_tokens": 0.125,
+}
+
+
+class Searched(SoftTrace):
+    """The term as it shipped at the time of the search."""
+
+    options: ClassVar[dict[str, Any]] = THEN
+    strengths = (0.5,)
+
+
 def with_options(*strengths: float, **options: Any) -> type[Method]:
-    """The term with other options."""
-    own = {"options": options, "strengths": strengths or (0.5,)}
+    """That with other options."""
+    own = {"options": {**THEN, **options}, "strengths": strengths or (0.5,)}
     return type("WithOptions", (SoftTrace,), own)
 
 
@@ -55,7 +72,7 @@ def hinged(full: Tensor, masked: Tensor) -> Tensor:
     return (total_variation(full, masked) - 0.1).relu()
 
 
-class HeadSpared(SoftTrace):
+class HeadSpared(Searched):
     """The term's gradient does not reach the embedding, the final norm and the head."""
 
     strengths = (0.5,)
@@ -72,7 +89,7 @@ class HeadSpared(SoftTrace):
                 parameter.requires_grad_(True)
 
 
-class TwoThresholds(SoftTrace):
+class TwoThresholds(Searched):
     """Half of the windows, two thresholds and two sets of depths each."""
 
     strengths = (0.5,)
@@ -89,7 +106,7 @@ class TwoThresholds(SoftTrace):
         return self.density(chosen.repeat(2, 1), step=step).loss
 
 
-class AveragedTeacher(SoftTrace):
+class AveragedTeacher(Searched):
     """The full prediction comes from an exponential average of the weights (decay 0.98)."""
 
     strengths = (0.5,)
@@ -132,7 +149,7 @@ def masks_as(make: Any) -> Iterator[None]:
         softtrace.loss.straight_masks = own
 
 
-class Tilted(SoftTrace):
+class Tilted(Searched):
     """Thresholds rise with depth: half of τ in the first layer to twice τ in the last."""
 
     strengths = (0.5,)
@@ -151,7 +168,7 @@ class Tilted(SoftTrace):
             return super().term(ids, step, task)
 
 
-class Falling(SoftTrace):
+class Falling(Searched):
     """Twice the strength at first, falling to nothing over 400 steps."""
 
     strengths = (0.5,)
@@ -160,7 +177,7 @@ class Falling(SoftTrace):
         return super().term(ids, step, task) * max(0.0, 2 * (1 - step / 400))
 
 
-class Rising(SoftTrace):
+class Rising(Searched):
     """From nothing to twice the strength over 400 steps."""
 
     strengths = (0.5,)
@@ -169,7 +186,7 @@ class Rising(SoftTrace):
         return super().term(ids, step, task) * min(2.0, step / 200)
 
 
-class Controlled(SoftTrace):
+class Controlled(Searched):
     """Strength follows the slack of the task loss under a budget over the plain run's."""
 
     strengths = (0.003, 0.006)  # the budget on the training loss
@@ -194,7 +211,7 @@ class Controlled(SoftTrace):
         return super().term(ids, step, task) * math.exp(self.log_weight)
 
 
-class Projected(SoftTrace):
+class Projected(Searched):
     """Of the term's gradient what points against the task's is taken out, tensor by tensor."""
 
     strengths = (0.5,)
@@ -217,7 +234,7 @@ class Projected(SoftTrace):
         return surrogate, task.detach()
 
 
-class ExitsToo(SoftTrace):
+class ExitsToo(Searched):
     """Two thirds of the windows as shipped, and half as many without masks.
 
     The latter are read after a random number of layers at every token, easy or not, and compared
@@ -225,7 +242,7 @@ class ExitsToo(SoftTrace):
     """
 
     strengths = (0.35,)
-    options: ClassVar[dict[str, Any]] = {"share": 0.1}
+    options: ClassVar[dict[str, Any]] = {**THEN, "share": 0.1}
     window, share, weight, lowest = 64, 0.075, 0.2, 0.25
     distance = staticmethod(divergence)
 
@@ -250,7 +267,7 @@ def exits_too(distance: Any, weight: float, lowest: float, **options: Any) -> ty
         "distance": staticmethod(distance),
         "weight": weight,
         "lowest": lowest,
-        "options": {"share": 0.1, **options},
+        "options": {**THEN, "share": 0.1, **options},
     }
     return type("Exits", (ExitsToo,), own)
 
@@ -328,8 +345,36 @@ EXITS: dict[str, type[Method]] = {
     "exits 0.7 from a quarter, every 8th": with_exits(
         0.35, exits=0.7, every=8, share=0.6, exit_depths=(0.25, 1.0)
     ),
+    "exits 0.2 from a quarter, every 8th": with_exits(
+        0.35, 0.5, exits=0.2, every=8, share=0.6, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.2 from a quarter, every 4th": with_exits(
+        0.35, exits=0.2, every=4, share=0.3, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.2 from a quarter, share 0.15": with_exits(
+        0.35, exits=0.2, share=0.15, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.3 from a quarter, every 8th, more": with_exits(
+        0.35, exits=0.3, every=8, share=0.8, exit_depths=(0.25, 1.0)
+    ),
+    "exits 0.3 from a quarter, every 2nd": with_exits(
+        0.35, exits=0.3, every=2, share=0.25, exit_depths=(0.25, 1.0)
+    ),
     "exits 0.5, whole batch": with_exits(0.3, share=1.0, exit_tokens=1.0),
 }
-VARIANTS |= EXITS
+
+
+def for_drafting(exits: float) -> type[Method]:
+    """More weight on exits, and only on such as can draft."""
+    return with_exits(
+        0.35, exits=exits, exit_tokens=0.5, exit_depths=(0.1, 0.5), every=8, share=0.6
+    )
+
+
+DRAFTING: dict[str, type[Method]] = {
+    "drafting exits 1": for_drafting(1.0),
+    "drafting exits 3": for_drafting(3.0),
+}
+VARIANTS |= EXITS | DRAFTING
 
 EVERY = METHODS | VARIANTS

@@ -37,8 +37,8 @@ class DensityPenalty(Callback):
     Logs every step ``loss/task`` and ``loss/density`` (mean of what the last ``every`` batches had
     added), and of the last masked run ``density/soft_size`` (share of edges),
     ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; NaN before
-    the first and where it was skipped. With ``exits`` also ``density/exit_distance`` (nats), where
-    any were read. Strength 0 is inert: the training step is not even wrapped.
+    the first and where it was skipped. With ``exits`` also ``density/exit_distance`` (nats), NaN
+    where none was read. Strength 0 is inert: the training step is not even wrapped.
 
     Args:
         strength: weight of the term, >= 0.
@@ -171,8 +171,10 @@ class DensityPenalty(Callback):
             "loss/density": torch.stack(list(self._added)).mean(),
             **self._measured,
         }
-        if term.exit_distance is not None:
-            values["density/exit_distance"] = term.exit_distance
+        if self.options.exits:
+            unread = torch.full_like(task.detach(), torch.nan)
+            read = term.exit_distance
+            values["density/exit_distance"] = unread if read is None else read
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def _expect_use(self, loss: Tensor) -> None:

@@ -86,8 +86,9 @@ class DensityTerm:
 class DensityLoss:
     """Computes the density term for batches of one model: the plain-loop door.
 
-    Add ``density_loss(input_ids, attention_mask, labels).loss`` to the task loss before the
-    backward pass. With several processes the draws differ by rank; average gradients as usual.
+    Run your forward inside ``with density_loss.watching():``, where early exits are read, and add
+    ``density_loss(input_ids, attention_mask, labels).loss`` to the task loss before the backward
+    pass. With several processes the draws differ by rank; average gradients as usual.
 
     Args:
         model: a causal language model of transformers; attached (and proven) here unless the
@@ -297,7 +298,7 @@ class DensityLoss:
         if not fitting:
             self._say_once(
                 "exits: no forward of this batch was watched, so none is read early; run it inside "
-                "'with density_loss.watching():', with gradients"
+                "'with density_loss.watching():', with gradients, or set exits=0"
             )
             return None
         places = counted.flatten().nonzero()[:, 0].cpu()

@@ -78,11 +78,11 @@ class DensityOptions:
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.35
     easy_width: float = 0.1
-    share: float = 0.15
+    share: float = 0.125
     crop: int | None = 64
-    exits: float = 0.0
+    exits: float = 0.2
     exit_tokens: float = 0.125
-    exit_depths: tuple[float, float] = (0.0, 1.0)
+    exit_depths: tuple[float, float] = (0.25, 1.0)
     size_weight: float = 0.0
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0

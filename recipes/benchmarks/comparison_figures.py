@@ -1,0 +1,135 @@
+"""What ``figures.py`` says of methods side by side: cost, the peers, the search."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    found: dict[str, Any] = json.loads((HERE / name).read_text(encoding="utf-8"))
+    return found
+
+
+def cost() -> str:
+    """Time and memory of a step with each method's loss, by size of the model."""
+    names = ("peers-cost", "peers-large-cost", "peers-107m-cost")
+    results = [read(f"{name}.json") for name in names]
+    head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
+    lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
+    for method in dict.fromkeys(method for each in results for method in each["cost"]):
+        cells = []
+        for row in (each["cost"].get(method) for each in results):
+            if row is None:
+                cells += ["", ""]
+                continue
+            time = row["time"]
+            cells.append(f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})")
+            cells.append(f"{row['memory']:.2f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    sizes = "; ".join(
+        f"{settings['batch_size']} x {settings['block_size']} tokens on {each['hardware']}"
+        + (", bfloat16" if settings["bf16"] else "")
+        for each in results
+        for settings in [each["settings"]]
+    )
+    files = ", ".join(f"[{name}.json](benchmarks/{name}.json)" for name in names)
+    lines.append(
+        f"\nInterleaved steps, over plain ones (quartiles): {sizes}; peak memory over plain "
+        f"([peers.py --cost](benchmarks/peers.py), {files})."
+    )
+    return "\n".join(lines)
+
+
+PEER_COLUMNS = (
+    ("area_easy", "area, easy", "{:.3f}"),
+    ("size_easy", "size, easy", "{:.3%}"),
+    ("size_hard", "size, hard", "{:.2%}"),
+    ("exit_easy", "exits agree, easy", "{:.1%}"),
+    ("exit_all", "exits agree, all", "{:.1%}"),
+    ("accepted", "accepted of 4, half", "{:.2f}"),
+    ("accepted_quarter", "quarter", "{:.2f}"),
+)
+
+
+def _peers(name: str) -> str:
+    """Every method where its front meets +1 % of plain fine-tuning's held-out loss."""
+    result = read(f"{name}.json")
+    lines = [
+        "| at +1 % held-out loss | " + " | ".join(title for _, title, _ in PEER_COLUMNS) + " |",
+        "|---" * (len(PEER_COLUMNS) + 1) + "|",
+    ]
+    for method, row in result["at_budget"].items():
+        cells = (form.format(row[key]) for key, _, form in PEER_COLUMNS)
+        bold = "**" if method == "softtrace" else ""
+        lines.append(f"| {bold}{method}{bold} | {' | '.join(cells)} |")
+    settings, runs = result["settings"], result["runs"]
+    seeds = {m: len({r["seed"] for r in runs if r["method"] == m}) for m in result["at_budget"]}
+    counts = ", ".join(f"{m} {n}" for m, n in seeds.items())
+    shown = str(next(iter(seeds.values()))) if len(set(seeds.values())) == 1 else counts
+    lines.append(
+        f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
+        f"{settings['batch_size']} x {settings['block_size']} tokens, {len(runs)} runs, paired "
+        f"seeds: {shown}; {result['hardware']} ([peers.py](benchmarks/peers.py), "
+        f"[{name}.json](benchmarks/{name}.json))."
+    )
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """The comparison at the shipped model's size."""
+    return _peers("peers")
+
+
+def peers_large() -> str:
+    """The comparison at a larger one."""
+    return _peers("peers-large")
+
+
+def search() -> str:
+    """Variants of the term, paired with plain fine-tuning."""
+    return _search("search")
+
+
+def search_exits() -> str:
+    """How often the term comes, and which exits."""
+    return _search("search-exits")
+
+
+def _search(name: str) -> str:
+    result = read(f"{name}.json")
+    runs = result["runs"]
+    plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
+    lines = [
+        "| variant | strength | loss | area | size | size, hard | exit | exit, all | accepted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    points = {(run["method"], run["strength"]): [] for run in runs}  # type: ignore[var-annotated]
+    for run in runs:
+        points[run["method"], run["strength"]].append(run)
+    for (variant, strength), rows in points.items():
+        keys = ("loss", "area_easy", "size_easy", "size_hard")
+        loss, area, size, hard = (
+            statistics.mean(row[key] / plain[row["seed"]][key] for row in rows) for key in keys
+        )
+        exits, everywhere, accepted = (
+            statistics.mean(row[key] for row in rows)
+            for key in ("exit_easy", "exit_all", "accepted")
+        )
+        lines.append(
+            f"| {variant} | {strength:g} | {loss - 1:+.2%} | {area:.3f} | {size:.3f} | {hard:.2f} "
+            f"| {exits:.3f} | {everywhere:.3f} | {accepted:.2f} |"
+        )
+    settings = result["settings"]
+    lines.append(
+        f"\nPaired seeds: {len(plain)}; loss, area and sizes over plain fine-tuning's; "
+        f"{settings['model']} on {settings['data']}, {settings['steps']} steps of "
+        f"{settings['batch_size']} x {settings['block_size']} tokens, {result['hardware']} "
+        f"([{name}.json]({name}.json))."
+    )
+    return "\n".join(lines)
