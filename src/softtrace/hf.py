@@ -1,0 +1,210 @@
+"""The door for transformers' ``Trainer`` and its subclasses: ``with_density(Trainer)``.
+
+A Trainer divides its loss by what all accumulated batches of all processes hold together, where the
+model takes ``num_items_in_batch``, and by the number of accumulated batches where not; only in the
+first case is what ``compute_loss`` returns not divided again. The term is a mean over its own
+windows, so it is divided by the number of accumulated batches in both (transformers #48690), and
+the processes' gradients are averaged as those of the task are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.host import find_causal_lm
+from softtrace.loss import DensityLoss, DensityTerm
+from softtrace.options import DensityOptions
+
+STATE_VERSION = 1
+_READ = ("input_ids", "attention_mask", "labels", "position_ids")
+
+
+class DensityMixin:
+    """Adds the density term to the loss of a Trainer; to be named before it among the bases.
+
+    ``class MyTrainer(DensityMixin, SFTTrainer)``, or :func:`with_density`. What is logged has the
+    names of :class:`softtrace.lightning.DensityPenalty`, as means since the last log: ``loss/task``
+    and ``loss/density`` add up to the Trainer's own ``loss``.
+
+    Args:
+        *args: of the Trainer.
+        density: the term's options, or a mapping of some of them; None for the defaults.
+        **kwargs: of the Trainer.
+
+    Raises:
+        InvalidInputError: an option outside its range.
+        TrainerSetupError: at the first step: no or several causal language models, several GPUs in
+            one process (``DataParallel``), a checkpoint of another seed.
+        UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
+    """
+
+    def __init__(
+        self, *args: Any, density: DensityOptions | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        given = {} if density is None else density
+        self.density_options = (
+            given if isinstance(given, DensityOptions) else DensityOptions(**given)
+        )
+        self._density: DensityLoss | None = None
+        self._begun = True
+        self._place = (-1, 0)  # global step, and which of its accumulated batches comes next
+        self._logged = 0
+        self._terms: list[dict[str, Tensor]] = []
+        self._measured: dict[str, Tensor] = {}
+        super().__init__(*args, **kwargs)
+        self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's training; the term begins with its first step."""
+        self._begun = False
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._begun, self._density = True, None
+            self._terms.clear()
+            self._measured.clear()
+
+    def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss reads of a batch; override for batches of other shapes.
+
+        Raises:
+            InvalidInputError: no ``input_ids`` among the inputs.
+        """
+        if "input_ids" not in inputs:
+            raise InvalidInputError(
+                f"inputs: found {sorted(inputs)}, expected 'input_ids' (and 'attention_mask', "
+                "'labels' where there are any). Override inputs_of for other batches"
+            )
+        return {name: inputs.get(name) for name in _READ}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, and in training the term."""
+
+        def own() -> Any:
+            return super(DensityMixin, self).compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            )
+
+        trainer: Any = self
+        if not model.training:
+            return own()
+        if not self._begun:
+            self._begin()
+        if self._density is None:
+            return own()
+        step = trainer.state.global_step
+        micro_step = self._place[1] if self._place[0] == step else 0
+        self._place = (step, micro_step + 1)
+        read = self.inputs_of(inputs)  # before the Trainer takes the labels out
+        with self._density.watching(model, step):
+            found = own()
+        term = self._density(**read, step=step, micro_step=micro_step)
+        batches = trainer.current_gradient_accumulation_steps
+        self._note(term, batches)
+        added = term.loss / (batches if self._is_scaled(num_items_in_batch) else 1)
+        if return_outputs:
+            loss, outputs = found
+            return loss + added.to(loss.device), outputs
+        return found + added.to(found.device)
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer leaves the loss undivided: its own question, asked once more."""
+        trainer: Any = self
+        if trainer.loss_is_scaled_for_ga is not None:
+            return bool(trainer.loss_is_scaled_for_ga)
+        counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(counted or trainer.compute_loss_func is not None)
+
+    def _note(self, term: DensityTerm, batches: int) -> None:
+        if term.strength > 0 or not self._measured:  # between masked runs, what the last one gave
+            self._measured = {
+                "density/soft_size": term.soft_size,
+                "density/distortion": term.distortion,
+                "density/easy_share": term.easy_share,
+            }
+        values = {"loss/density": term.loss.detach() / batches, **self._measured}
+        if self.density_options.exits:
+            unread = torch.full_like(term.soft_size, torch.nan)
+            values["density/exit_distance"] = unread if (e := term.exit_distance) is None else e
+        self._terms.append(values)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log, and what the term was since the last one, over all processes."""
+        trainer: Any = self
+        if "loss" in logs and self._terms:
+            steps = trainer.state.global_step - self._logged
+            self._logged = trainer.state.global_step
+            names = list(self._terms[0])
+            seen = torch.stack([torch.stack([t[name] for name in names]) for t in self._terms])
+            self._terms.clear()
+            rows = trainer.accelerator.gather(
+                torch.cat((seen[:, :1].sum(0) / max(1, steps), seen[:, 1:].nanmean(0)))[None]
+            )
+            means = dict(zip(names, rows.nanmean(0).tolist(), strict=True))
+            logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _begin(self) -> None:
+        """Attach to the model that is trained, before anything of it is compiled."""
+        trainer: Any = self
+        self._begun, self._place, self._logged = True, (-1, 0), trainer.state.global_step
+        options = self.density_options
+        # Of a checkpoint that was made without the term there is none, and saving would miss it.
+        kept = trainer.state.stateful_callbacks.setdefault(
+            DensityState.__name__, DensityState(options.seed).state()
+        )["attributes"]
+        for name, own in (("version", STATE_VERSION), ("seed", options.seed)):
+            if kept.get(name) != own:
+                raise TrainerSetupError(
+                    f"checkpoint: found a density {name} of {kept.get(name)!r}, this run has "
+                    f"{own!r}; a run resumes only with what it was started with"
+                )
+        if options.strength == 0:
+            return
+        if trainer.args.n_gpu > 1:
+            raise TrainerSetupError(
+                f"found {trainer.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
+                "start one process a GPU with torchrun or accelerate launch"
+            )
+        self._density = DensityLoss(find_causal_lm(trainer.model), options)
+
+
+class DensityState(TrainerCallback, ExportableState):
+    """Keeps the term's seed in ``trainer_state.json``; all else is a function of the step.
+
+    Args:
+        seed: of the term.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.version = seed, STATE_VERSION
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the term."""
+        return {"args": {}, "attributes": {"version": self.version, "seed": self.seed}}
+
+
+def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:
+    """A Trainer class with the density term.
+
+    Args:
+        trainer: ``Trainer`` or a class made of it (``SFTTrainer``).
+
+    Returns:
+        The class; its constructor takes ``density`` besides what it took, see
+        :class:`DensityMixin`.
+    """
+    return type(f"Density{trainer.__name__}", (DensityMixin, trainer), {})
