@@ -66,6 +66,26 @@ def test_exits_equal_a_literal_recomputation(family: str) -> None:
         assert own.exit_distance is None
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_forward_without_logits_gives_the_same(family: str) -> None:
+    model = tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ids, mask = batch()
+    density, found = DensityLoss(model, **OPTIONS), []
+    fused = model.register_forward_hook(lambda m, args, output: {"loss": output.logits.mean()})
+    for _ in range(2):
+        with density.watching():
+            model(input_ids=ids, attention_mask=mask)
+        fused.remove()
+        term = density(ids, mask, step=1)
+        places = list(model.parameters())
+        gradients = torch.autograd.grad(term.loss, places, materialize_grads=True)
+        found.append([term.exit_distance, *gradients])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_gradients_equal_those_of_the_literal_term() -> None:
     model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
     ids, mask = batch()

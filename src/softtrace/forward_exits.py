@@ -3,14 +3,15 @@
 The distillation of exits (Zhang et al., arXiv 1905.08094, the deepest classifier as teacher), on
 some tokens, each read after a random number of layers: KL(full ‖ exit), the full prediction held
 constant. It costs the vocabulary of those tokens and nothing else, so it can look at tokens of the
-whole batch, easy or not, which a second pass cannot afford.
+whole batch, easy or not, which a second pass cannot afford. A forward with a fused loss (Liger,
+TRL) gives no logits; there the full prediction of those tokens is read from the last stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ class Seen:
 
     Attributes:
         streams: residual streams ``[B, T, d_model]`` that entered each layer.
-        logits: ``[B, T, V]``; None until the forward ended.
+        last: the one that the final norm read, ``[B, T, d_model]``.
+        logits: ``[B, T, V]``; None where the forward gave none.
+        ended: whether the forward did.
     """
 
     streams: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
     logits: Tensor | None = None
+    ended: bool = False
 
 
 @contextmanager
@@ -47,17 +52,24 @@ def watching(model: nn.Module, anatomy: Anatomy, seen: list[Seen]) -> Iterator[N
         seen.append(Seen())
 
     def enter(hidden: Tensor) -> None:
-        if seen and seen[-1].logits is None:  # not a layer that somebody calls on its own
+        if seen and not seen[-1].ended:  # not a layer that somebody calls on its own
             seen[-1].streams.append(hidden)
 
+    def leave(hidden: Tensor) -> None:
+        if seen and not seen[-1].ended:
+            seen[-1].last = hidden
+
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not seen:
+            return
         logits = getattr(output, "logits", None)
-        if seen and isinstance(logits, Tensor) and logits.requires_grad:
-            seen[-1].logits = logits
-        elif seen:
-            seen.pop()
+        found = replace(seen.pop(), logits=logits if isinstance(logits, Tensor) else None)
+        result = found.last if found.logits is None else found.logits
+        if result is not None and result.requires_grad:
+            seen.append(replace(found, ended=True))
 
     hooks = [Hook(model, begin, before=True), Hook(model, end, before=False)]
+    hooks.append(Hook(anatomy.readout.norm.module, on_input(leave), before=True))
     hooks += [Hook(modules.layer, on_input(enter), before=True) for modules in anatomy.layers]
     handles: list[RemovableHandle] = []
     try:
@@ -80,14 +92,19 @@ def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) 
     Returns:
         ``[n]``.
     """
-    if seen.logits is None:
+    if seen.last is None:
         raise ValueError("a forward that has not ended")
-    places = places.to(seen.logits.device)  # once: every transfer waits for the device
+    places = places.to(seen.last.device)  # once: every transfer waits for the device
     by_depth = torch.split(places, depths.bincount().tolist())
     read = [
         seen.streams[depth].flatten(0, 1)[chosen]
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
-    full = seen.logits.detach().flatten(0, 1)[places]
-    return divergence(full, readout.early(torch.cat(read)))
+    with torch.no_grad():
+        full = (
+            readout.early(seen.last.flatten(0, 1)[places])
+            if seen.logits is None
+            else seen.logits.flatten(0, 1)[places]
+        )
+    return divergence(full.detach(), readout.early(torch.cat(read)))

@@ -291,9 +291,9 @@ class DensityLoss:
             return None
         fitting = [
             each for each in seen
-            if each.logits is not None
-            and each.logits.shape[:2] == counted.shape
+            if each.ended
             and len(each.streams) == layers
+            and each.streams[0].shape[:2] == counted.shape
         ]  # fmt: skip
         if not fitting:
             self._say_once(
