@@ -2,6 +2,7 @@
 
 from softtrace.curve import DensityCurve, density_curve
 from softtrace.errors import (
+    CheckpointError,
     DataError,
     InvalidInputError,
     ModelDirectoryError,
@@ -18,6 +19,7 @@ from softtrace.options import DensityOptions
 from softtrace.trace import Trace, extract_trace
 
 __all__ = [
+    "CheckpointError",
     "DataError",
     "DensityCurve",
     "DensityLoss",

@@ -37,3 +37,7 @@ class OutputExistsError(SofttraceError, FileExistsError):
 
 class TrainerSetupError(SofttraceError, RuntimeError):
     """The callback was put into a Trainer or LightningModule it cannot work with."""
+
+
+class CheckpointError(SofttraceError, RuntimeError):
+    """A checkpoint cannot be read: cut short, changed, or no checkpoint at all."""

@@ -14,9 +14,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedModel
 
 from softtrace.batch import check_least, check_length
+from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.data import evenly
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import InvalidInputError, SofttraceError
@@ -24,8 +27,10 @@ from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.evaluation.files import check_output
 from softtrace.exits import EXIT_FIELD, check_early_exit
 from softtrace.families.discovery import learned_positions
+from softtrace.families.refusals import unwrapped
 from softtrace.lightning import DensityPenalty
 from softtrace.load import load_tokenizer
+from softtrace.lora import merged
 from softtrace.module import CausalLM
 from softtrace.seeding import StepSeed
 
@@ -134,19 +139,23 @@ class FitCLI(LightningCLI):
         else:
             kwargs["enable_checkpointing"] = False
         kwargs["callbacks"] = callbacks
+        plugins = _as_list(options.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self) -> Path:
         """Train, save model and tokenizer to OUT, and return OUT."""
-        check_length(
-            self.datamodule.block_size, learned_positions(self.model.model), "data.block_size"
-        )
+        positions = learned_positions(unwrapped(self.model.model))
+        check_length(self.datamodule.block_size, positions, "data.block_size")
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = self.model.path
         # Text that cannot be read shows before anything is written to the folder.
         self.datamodule.setup("fit")
         checkpoint = None
         if self.config["resume"]:
+            for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
+                half.unlink()  # of a process that was killed while it wrote
             if self.last_checkpoint.is_file():
                 checkpoint = str(self.last_checkpoint)
             else:
@@ -160,13 +169,17 @@ class FitCLI(LightningCLI):
         return self.out
 
     def _save(self) -> None:
-        """Model and tokenizer as safetensors and JSON; the weights appear last, all at once."""
+        """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
+
+        Adapters are added into the weights, so that what OUT holds is a model like any other.
+        """
         if self.trainer.interrupted:
             raise KeyboardInterrupt
         fresh = self.out / f".model-{os.getpid()}"
-        self._recommend_exit()
+        model = merged(self.model.model)
+        self._recommend_exit(model)
         try:
-            self.model.model.save_pretrained(fresh)
+            model.save_pretrained(fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
             readable = (
                 (fresh / "config.json").stat().st_mode
@@ -177,9 +190,9 @@ class FitCLI(LightningCLI):
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
-    def _recommend_exit(self) -> None:
+    def _recommend_exit(self, model: PreTrainedModel) -> None:
         """Write into the model's config which early exit should decode it fastest."""
-        model, held_out = self.model.model, self.datamodule.held_out_blocks
+        held_out = self.datamodule.held_out_blocks
         blocks = self.datamodule.train_blocks if held_out is None else held_out
         if blocks is None:
             return

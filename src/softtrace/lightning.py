@@ -23,6 +23,7 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.host import find_causal_lm
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
+from softtrace.support import check_strategy
 
 STATE_KEY = "softtrace.DensityPenalty"
 STATE_VERSION = 1
@@ -42,17 +43,23 @@ class DensityPenalty(Callback):
 
     Args:
         strength: weight of the term, >= 0.
+        allow_untested: run under a strategy that :mod:`softtrace.support` does not list as
+            supported.
         **options: see :class:`softtrace.options.DensityOptions`.
 
     Raises:
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
-            language models, manual optimisation, a ``dataloader_iter`` training step.
+            language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
+            that is not supported.
         UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
     """
 
-    def __init__(self, strength: float = 0.35, **options: Any) -> None:
+    def __init__(
+        self, strength: float = 0.35, allow_untested: bool = False, **options: Any
+    ) -> None:
         self.options = DensityOptions(strength=strength, **options)
+        self.allow_untested = allow_untested
         self._loss: DensityLoss | None = None
         self._module: LightningModule | None = None
         self._own_step: Any = None
@@ -73,6 +80,7 @@ class DensityPenalty(Callback):
             )
         if self.options.strength == 0:
             return
+        check_strategy(type(trainer.strategy).__name__, self.allow_untested)
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
                 f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "

@@ -31,7 +31,7 @@ from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.families.refusals import is_compiled, unwrapped
+from softtrace.families.refusals import is_compiled, is_reentrant, unwrapped
 from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.importance import working_dtype
@@ -124,6 +124,10 @@ class DensityLoss:
         Args:
             host: the module whose forward is run, where that is not the model itself.
             step: as in the call, if given there; at a step without exits nothing is watched.
+
+        Raises:
+            InvalidInputError: layers are checkpointed in the reentrant way, which runs them without
+                a graph.
         """
         self._seen.clear()
         model = unwrapped(self.model)
@@ -135,6 +139,12 @@ class DensityLoss:
             self._say_once("exits: the model is compiled, so its forward is not watched")
             yield
             return
+        if model.training and is_reentrant(model):
+            raise InvalidInputError(
+                "exits: found activation checkpointing with use_reentrant=True, under which layers "
+                "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(the default of transformers), or set exits=0"
+            )
         with watching(model, attach(model).anatomy, self._seen):
             yield
 

@@ -16,6 +16,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 from softtrace.batch import check_least, check_range
 from softtrace.load import load_model
+from softtrace.lora import LoRA
 
 
 class CausalLM(LightningModule):
@@ -35,6 +36,7 @@ class CausalLM(LightningModule):
         dtype: of the weights: "float32", "bfloat16", "float16" or "auto" (as stored).
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers
             choose.
+        lora: train adapters of low rank alone; None trains all weights.
 
     Raises:
         InvalidInputError: a number outside its range.
@@ -50,6 +52,7 @@ class CausalLM(LightningModule):
         warmup_steps: int = 20,
         dtype: str = "float32",
         attn_implementation: str | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         infinity = float("inf")
@@ -67,7 +70,8 @@ class CausalLM(LightningModule):
             {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         )
         # from_pretrained returns it in eval mode; what is fine-tuned is in train mode.
-        self.model = load_model(path, dtype=dtype, **options).train()
+        model = load_model(path, dtype=dtype, **options)
+        self.model = (model if lora is None else lora.wrap(model)).train()
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the batch, nats per token."""

@@ -75,6 +75,17 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether transformers checkpoints any layer of it in the reentrant way."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
+            "use_reentrant", True
+        )
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run what was compiled in place (``model.compile()``) as it was written.

@@ -1,0 +1,91 @@
+"""What the Lightning door works with: a table that the tests walk, row by row.
+
+A strategy that is not in it, or that could not be tested on the machines that run the tests, is
+refused by name; ``DensityPenalty(allow_untested=True)`` goes past that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from softtrace.errors import TrainerSetupError
+
+Kind = Literal["strategy", "precision", "trainer", "callback", "module"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """One row.
+
+    Attributes:
+        kind: of the thing.
+        name: as Lightning calls it.
+        refused: why it is; None where it is supported.
+    """
+
+    kind: Kind
+    name: str
+    refused: str | None = None
+
+
+_SHARDED = "it shards weights, which the importance of an edge reads whole"
+
+LIGHTNING: tuple[Support, ...] = (
+    Support("strategy", "SingleDeviceStrategy"),
+    Support("strategy", "DDPStrategy"),
+    Support("strategy", "FSDPStrategy", _SHARDED),
+    Support("strategy", "ModelParallelStrategy", _SHARDED),
+    Support("strategy", "DeepSpeedStrategy", _SHARDED),
+    Support("precision", "32-true"),
+    Support("precision", "64-true"),
+    Support("precision", "bf16-true"),
+    Support("precision", "bf16-mixed"),
+    Support("precision", "16-mixed"),  # with its GradScaler
+    Support("trainer", "accumulate_grad_batches"),
+    Support("trainer", "gradient_clip_val"),
+    Support("trainer", "gradient_clip_algorithm"),
+    Support("trainer", "validation"),
+    Support("trainer", "fast_dev_run"),
+    Support("trainer", "fit twice"),
+    Support("callback", "StochasticWeightAveraging"),
+    Support("callback", "EMAWeightAveraging"),
+    Support("callback", "LearningRateFinder"),
+    Support("callback", "BatchSizeFinder"),
+    Support("callback", "GradientAccumulationScheduler"),
+    Support("module", "activation checkpointing, not reentrant"),
+    Support("module", "torch.compile in place"),
+    Support("module", "configure_model"),
+    Support("module", "closures that run repeatedly (LBFGS)"),
+    Support("module", "training_step returns a dict"),
+    Support("module", "training_step returns None"),
+    Support("module", "training_step(batch)"),
+    Support("module", "training_step(dataloader_iter)", "the batch never passes the callback"),
+    Support(
+        "module",
+        "manual optimisation",
+        "its training_step calls backward itself; several optimisers need it",
+    ),
+    Support("module", "activation checkpointing, reentrant", "its layers run without a graph"),
+)
+
+
+def check_strategy(name: str, allow_untested: bool = False) -> None:
+    """Refuse a strategy that is not supported.
+
+    Args:
+        name: of its class.
+        allow_untested: let it pass.
+
+    Raises:
+        TrainerSetupError: which it is, which are supported, and the way past.
+    """
+    rows = {row.name: row for row in LIGHTNING if row.kind == "strategy"}
+    row = rows.get(name, Support("strategy", name, "it was never tested"))
+    if row.refused is None or allow_untested:
+        return
+    allowed = ", ".join(each.name for each in rows.values() if each.refused is None)
+    raise TrainerSetupError(
+        f"strategy: found {name} ({row.refused}), supported are {allowed}. "
+        "DensityPenalty(allow_untested=True) runs it all the same"
+    )

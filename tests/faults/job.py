@@ -1,0 +1,109 @@
+"""A real ``softtrace fit`` in a process of its own, with one thing going wrong.
+
+    python -m tests.faults.job FAULT AT RANK [options of softtrace fit]
+
+FAULT happens at the optimiser step AT, on the process RANK.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from softtrace import cli
+from softtrace.evaluation import files
+from softtrace.fit import FitCLI
+
+
+class Planned(RuntimeError):
+    pass
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_save(trainer: Trainer, module: Any) -> None:
+    """At the next rename of a file that was written: everything is there but its name."""
+    files.os = type("Os", (), {**vars(os), "replace": staticmethod(kill)})  # type: ignore[attr-defined]
+
+
+def kill_in_write(trainer: Trainer, module: Any) -> None:
+    """While the next checkpoint is being written: the temporary file is cut short."""
+
+    def cut(path: Any, flags: int) -> None:
+        os.truncate(path, os.stat(path).st_size // 2)
+        kill()
+
+    files._sync = cut  # type: ignore[assignment]
+
+
+def terminate(trainer: Trainer, module: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def disk_full(trainer: Trainer, module: Any) -> None:
+    """No file may grow beyond a few kilobytes from here on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def spoil(trainer: Trainer, module: Any) -> None:
+    with torch.no_grad():
+        next(module.model.parameters())[5, 0] = math.nan
+
+
+def fail(trainer: Trainer, module: Any) -> None:
+    raise Planned(f"planned failure of rank {trainer.global_rank}")
+
+
+def dawdle(trainer: Trainer, module: Any) -> None:
+    time.sleep(3)
+
+
+FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
+    "none": lambda *_: None,
+    "kill": kill,
+    "kill in save": kill_in_save,
+    "kill in write": kill_in_write,
+    "terminate": terminate,
+    "disk full": disk_full,
+    "nan": spoil,
+    "raise": fail,
+    "slow": dawdle,
+}
+
+
+class Inject(Callback):
+    def __init__(self, fault: str, at: int, rank: int) -> None:
+        self.fault, self.at, self.rank = FAULTS[fault], at, rank
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.at and trainer.global_rank == self.rank:
+            self.fault(trainer, module)
+
+
+def main() -> int:
+    fault, at, rank, *words = sys.argv[1:]
+    start = FitCLI.instantiate_trainer
+
+    def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:
+        trainer = start(self, **kwargs)
+        trainer.callbacks.append(Inject(fault, int(at), int(rank)))  # type: ignore[attr-defined]
+        return trainer
+
+    FitCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
+    return cli.main(["fit", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

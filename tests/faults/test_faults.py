@@ -1,0 +1,203 @@
+"""What happens to real training processes when something goes wrong: an end, a reason, no loss."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softtrace.checkpoints import AtomicCheckpointIO
+from softtrace.errors import CheckpointError
+from tests.corpus import write_model, write_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+LIMIT = 120  # seconds in which everything has to end, imports included
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class End:
+    """How a process ended."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+class Jobs:
+    """Runs of ``softtrace fit`` on one tiny model and text.
+
+    Args:
+        root: where both are written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model, self.text = write_model(root / "model", "gpt2"), write_tree(root / "text")
+
+    def command(self, out: Path, fault: str, at: int, rank: int, *more: object) -> list[str]:
+        words = [
+            *("-m", "tests.faults.job", fault, at, rank, "--model.path", self.model),
+            *("--data.path", self.text, "--out", out, "--data.block_size", 16),
+            *("--data.batch_size", 4, "--trainer.accelerator", "cpu"),
+            *("--trainer.max_steps", STEPS, "--model.learning_rate", 0.01),
+            *("--checkpoint_every", 1, "--trainer.limit_val_batches", 0),
+            *("--trainer.enable_progress_bar", "false", "--penalty.warmup_steps", 3),
+            *("--penalty.every", 2, *more),
+        ]
+        return [sys.executable, *map(str, words)]
+
+    def start(
+        self, out: Path, fault: str = "none", at: int = 0, rank: int = 0, *more: object
+    ) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        return subprocess.Popen(
+            self.command(out, fault, at, rank, *more), cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *args: object, **kwargs: object) -> End:
+        return ended(self.start(*args, **kwargs))  # type: ignore[arg-type]
+
+
+def ended(process: subprocess.Popen[str]) -> End:
+    """Wait for the end, within the limit; nothing of its session is left."""
+    began = time.monotonic()
+    try:
+        said, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        pytest.fail(f"no end after {LIMIT} s; it said {said[-3000:]}")
+    return End(process.returncode, said, time.monotonic() - began)
+
+
+def saved(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) == 0.0
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def straight(jobs: Jobs) -> dict[str, Tensor]:
+    """The weights of a run that nothing happened to."""
+    out = jobs.root / "straight"
+    end = jobs.run(out)
+    assert end.code == 0, end.said[-3000:]
+    return saved(out)
+
+
+def resume(jobs: Jobs, out: Path) -> dict[str, Tensor]:
+    end = jobs.run(out, "none", 0, 0, "--resume", "true")
+    assert end.code == 0, end.said[-3000:]
+    assert not [path for path in (out / "checkpoints").iterdir() if path.name != "last.ckpt"]
+    return saved(out)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("kill", -signal.SIGKILL, ""),
+        ("kill in save", -signal.SIGKILL, ""),
+        ("kill in write", -signal.SIGKILL, ""),
+        ("terminate", 1, "SIGTERM"),
+        ("disk full", 1, "File too large"),
+    ],
+)
+def test_a_run_that_was_cut_resumes_to_the_same_weights(
+    jobs: Jobs, straight: dict[str, Tensor], tmp_path: Path, fault: str, code: int, said: str
+) -> None:
+    out = tmp_path / "out"
+    end = jobs.run(out, fault, 5)
+    assert end.code != 0
+    if code < 0:
+        assert end.code == code
+    assert said in end.said
+    assert not (out / "model.safetensors").exists()
+    torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)  # whole, whatever happened
+    assert_same(resume(jobs, out), straight)
+
+
+def test_killed_at_random_moments_it_always_resumes(
+    jobs: Jobs, straight: dict[str, Tensor], tmp_path: Path
+) -> None:
+    draws, out, kills = random.Random(0), tmp_path / "out", 0
+    for _ in range(4):
+        process = jobs.start(out, "slow", 7, 0, *(("--resume", "true") if out.exists() else ()))
+        while process.poll() is None and not (out / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.02)  # the imports are not what is of interest
+        time.sleep(draws.uniform(0, 1.5))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 2
+    assert_same(resume(jobs, out), straight)
+
+
+def test_weights_that_are_not_finite_stop_the_run_by_name(jobs: Jobs, tmp_path: Path) -> None:
+    end = jobs.run(tmp_path / "out", "nan", 4)
+    assert end.code != 0
+    assert "step 4: " in end.said
+    assert "NaN or inf" in end.said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_the_others(jobs: Jobs, tmp_path: Path, rank: int) -> None:
+    two = ("--trainer.strategy", "ddp", "--trainer.devices", 2)
+    end = jobs.run(tmp_path / "out", "raise", 3, rank, *two)
+    assert end.code != 0
+    assert f"planned failure of rank {rank}" in end.said
+
+
+def test_a_slow_rank_is_waited_for(jobs: Jobs, tmp_path: Path) -> None:
+    two = ("--trainer.strategy", "ddp", "--trainer.devices", 2)
+    found = []
+    for fault in ("none", "slow"):
+        end = jobs.run(tmp_path / fault, fault, 2, 1, *two)
+        assert end.code == 0, end.said[-3000:]
+        found.append(saved(tmp_path / fault))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one byte", "other things", "empty"])
+def test_a_damaged_checkpoint_is_refused_by_name(jobs: Jobs, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    assert jobs.run(out, "kill", 4).code == -signal.SIGKILL
+    last = out / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if damage == "other things":
+        torch.save({"state_dict": Path("/")}, last)  # an object that only its code can make
+    elif damage == "one byte":
+        broken = bytearray(whole)
+        broken[:64] = bytes(64)
+        last.write_bytes(broken)
+    else:
+        last.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
+    end = jobs.run(out, "none", 0, 0, "--resume", "true")
+    assert end.code == 1
+    assert "last.ckpt: cannot be read" in end.said
+    assert "Traceback" not in end.said
+    assert last.exists()  # nothing was taken away
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(last, weights_only=True)
