@@ -155,7 +155,7 @@ class FitCLI(LightningCLI):
         checkpoint = None
         if self.config["resume"]:
             for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
-                half.unlink()  # of a process that was killed while it wrote
+                half.unlink(missing_ok=True)  # of a process that was killed while it wrote
             if self.last_checkpoint.is_file():
                 checkpoint = str(self.last_checkpoint)
             else:

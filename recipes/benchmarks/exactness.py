@@ -1,0 +1,210 @@
+"""How exact the penalty is under trainers and interruptions: the figures, not only green or red.
+
+    python recipes/benchmarks/exactness.py                  # all parts, about 20 minutes on 2 cores
+    python recipes/benchmarks/exactness.py --parts kills --kills 30
+
+Uses the cases of ``tests/`` (which is not installed) and measures what those assert. Writes
+``exactness.json`` next to this file; parts that are not named keep what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))  # tests/ is not installed
+
+from softtrace import DensityLoss  # noqa: E402
+from softtrace.evaluation.files import write_json  # noqa: E402
+from softtrace.evaluation.provenance import provenance  # noqa: E402
+from softtrace.lightning import DensityPenalty  # noqa: E402
+from tests import test_hf as hf  # noqa: E402
+from tests.faults.test_faults import Jobs, saved  # noqa: E402
+from tests.fitting import weights  # noqa: E402
+from tests.parity import test_parity as parity  # noqa: E402
+from tests.test_support import OPTIONS, WAYS  # noqa: E402
+from tests.tiny import tiny_model  # noqa: E402
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest absolute difference."""
+    return float((one - other).abs().max())
+
+
+def inert(args: argparse.Namespace) -> dict[str, Any]:
+    """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
+    found = {}
+    for name, way in tqdm(WAYS.items(), desc="strength 0"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain, fitted = way.fit()
+            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS))
+            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS))
+        found[name] = {
+            "steps": fitted.global_step,
+            "strength 0": difference(weights(silent), weights(plain)),
+            "strength 0.6": difference(weights(loud), weights(plain)),
+        }
+    return found
+
+
+def resumed(args: argparse.Namespace) -> dict[str, Any]:
+    """transformers' Trainer, resumed at every step, against a straight run: max |Δw|."""
+    options = {**hf.OPTIONS, "warmup_steps": 5, "every": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = hf.train(Path(folder), options, "gpt2", save_strategy="steps", save_steps=1)
+        last = weights(whole.model)
+        steps = range(1, whole.state.global_step)
+        runs = {step: weights(hf.resumed(Path(folder), step, options).model) for step in steps}
+        other = hf.resumed(Path(folder), 1, {**options, "seed": 3, "strength": 0.5})
+    return {
+        "steps": len(runs),
+        "largest": max(difference(found, last) for found in runs.values()),
+        "control, another strength": difference(weights(other.model), last),
+    }
+
+
+def kills(args: argparse.Namespace) -> dict[str, Any]:
+    """``softtrace fit`` killed at random moments until it has been killed often enough."""
+    draws, codes = random.Random(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = Jobs(Path(folder))
+        if jobs.run(Path(folder) / "straight").code:
+            raise SystemExit("the straight run failed")
+        straight = saved(Path(folder) / "straight")
+        worst, runs, number = 0.0, 0, 0
+        bar = tqdm(total=args.kills, desc="kills")
+        while len(codes) < args.kills:
+            out, number = Path(folder) / f"cut{number}", number + 1
+            for _ in range(5):
+                again = ("--resume", "true") if out.exists() else ()
+                process = jobs.start(out, "none", 0, 0, *again)
+                began, last = time.monotonic(), out / "checkpoints" / "last.ckpt"
+                while process.poll() is None and not last.exists():
+                    time.sleep(0.005)
+                time.sleep(draws.uniform(0, 1.0 if not again else time.monotonic() - began + 6))
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                if process.returncode == -signal.SIGKILL:
+                    codes.append(process.returncode)
+                    bar.update()
+                else:
+                    break
+            end = jobs.run(out, "none", 0, 0, "--resume", "true")
+            if end.code:
+                raise SystemExit(f"did not resume: {end.said[-2000:]}")
+            final = saved(out)
+            worst = max(worst, *(difference(final[name], straight[name]) for name in final))
+            runs += 1
+    return {"kills": len(codes), "runs": runs, "resumed": runs, "largest": worst}
+
+
+def parallel(args: argparse.Namespace) -> dict[str, Any]:
+    """Two processes against one, accumulation, kernels: largest relative differences, float64."""
+    rows: dict[str, float] = {}
+
+    def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+        return difference(one, other) / float(other.abs().max())
+
+    with tempfile.TemporaryDirectory() as folder:
+        parity.run_ranks(folder)
+        ranks = [torch.load(Path(folder, f"{r}.pt"), weights_only=True) for r in range(2)]
+    worst = 0.0
+    for index, options in enumerate(parity.IN_PARALLEL):
+        model = tiny_model("llama", seed=1, dtype=torch.float64)
+        penalty, serial = DensityLoss(model, **options), []
+        for rank, (ids, mask) in enumerate(parity.micro_batches(2)):
+            parity.loss_module._rank = lambda rank=rank: rank  # type: ignore[assignment]
+            task, term = parity.both(model, penalty, ids, mask)
+            serial.append(parity.gradient_of(model, task + term))
+        worst = max(worst, relative(ranks[0][index], (serial[0] + serial[1]) / 2))
+    rows["two processes, gradients"] = worst
+    rows["between the two processes"] = difference(ranks[0], ranks[1])
+    for kernel in ("sdpa", "eager"):
+        model = tiny_model("llama", seed=2, dtype=torch.float64)
+        model.set_attn_implementation(kernel)
+        ids, mask = parity.micro_batches(1)[0]
+        loss = DensityLoss(model, **parity.OPTIONS[0])(ids, mask, step=1).loss
+        rows[kernel] = float(loss.detach())
+    rows["sdpa against eager, term"] = abs(rows.pop("sdpa") / rows.pop("eager") - 1)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {**hf.OPTIONS, "exits": 0.4}
+        for accumulate in (1, 2, 3):
+            model = tiny_model("llama", dtype=torch.float64).train()
+            settings = hf.arguments(Path(folder), gradient_accumulation_steps=accumulate)
+            kind: Any = hf.DensityTrainer
+            kind(model=model, args=settings, train_dataset=hf.rows(), density=options).train()
+            wanted = hf.by_hand(accumulate, True, options)
+            rows[f"Trainer, {accumulate} accumulated, against a loop by hand"] = relative(
+                weights(model), weights(wanted)
+            )
+    return rows
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of all tensors that are alive after so many steps of a plain loop."""
+    model = tiny_model("gpt2").train()
+    density = DensityLoss(model, share=0.5, exits=0.3, every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    alive = {}
+    for step in range(200):
+        ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(step))
+        with density.watching():
+            loss = model(input_ids=ids, labels=ids).loss
+        (loss + density(ids).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in (20, 200):
+            del loss
+            gc.collect()
+            held = {
+                each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+                for each in gc.get_objects()
+                if isinstance(each, torch.Tensor) and each.layout == torch.strided
+            }
+            alive[f"after {step + 1} steps"] = sum(held.values())
+    return {"bytes": alive}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "inert": inert,
+    "resumed": resumed,
+    "kills": kills,
+    "parallel": parallel,
+    "memory": memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=HERE / "exactness.json")
+    args = parser.parse_args()
+    result: dict[str, Any] = {}
+    if args.out.exists():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+    for name in args.parts:
+        result[name] = PARTS[name](args)
+        print(name, json.dumps(result[name], indent=1), flush=True)
+        write_json(args.out, {**result, **provenance(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    main()
