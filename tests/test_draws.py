@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from softtrace import DensityLoss
 from softtrace.draws import Draw, draw
+from tests.tiny import tiny_model, tiny_prompt
 
 ROWS = [0, 2, 3, 5, 7, 8, 11, 12]
 LENGTH = 12
@@ -156,3 +158,18 @@ def test_degenerate_bounds() -> None:
     assert found.starts.tolist() == [0] * 8
     assert found.rows.dtype == found.starts.dtype == found.depths.dtype == torch.int64
     assert found.thresholds.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    """Lightning's 64-true and bf16-true set one for the whole step."""
+    model, ids = tiny_model("llama").train(), tiny_prompt(12, batch=4)
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            found.append(DensityLoss(model, share=0.5, crop=6, exits=0.0)(ids, step=3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0].loss, found[1].loss)
+    assert torch.equal(found[0].soft_size, found[1].soft_size)

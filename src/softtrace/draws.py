@@ -120,7 +120,7 @@ def draw_exits(
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:
     """One uniform number out of each of ``count`` equal strata of [0, 1), in random order."""
-    inside = torch.rand(count, generator=generator, device="cpu")
+    inside = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
     return (torch.randperm(count, generator=generator, device="cpu") + inside) / count
 
 

@@ -386,7 +386,7 @@ def _next_tokens(
 
 
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
-    zero = torch.zeros((), device=input_ids.device)
+    zero = torch.zeros((), dtype=torch.float32, device=input_ids.device)
     unknown = torch.full_like(zero, torch.nan)
     return DensityTerm(zero, unknown, unknown, unknown, strength, why)
 

@@ -89,7 +89,7 @@ def total_edges(importance: EdgeImportance) -> Tensor:
     device = importance.valid.device
     exact = _products_exact(heads * length**2, device)
     wide = torch.float32 if exact else torch.float64
-    reach = torch.eye(length, device=device).expand(batch, -1, -1)
+    reach = torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
     summed = torch.float32 if device.type == "mps" else torch.float64
     count = torch.zeros(batch, length, dtype=summed, device=device)
     degrees: dict[int, tuple[Tensor, Tensor]] = {}  # layers of the same window share one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,24 +181,32 @@ def test_a_slow_rank_is_waited_for(jobs: Jobs, tmp_path: Path) -> None:
     assert_same(*found)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "one byte", "other things", "empty"])
-def test_a_damaged_checkpoint_is_refused_by_name(jobs: Jobs, tmp_path: Path, damage: str) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def cut(jobs: Jobs) -> Path:
+    """The folder of a run that was killed."""
+    out = jobs.root / "cut"
     assert jobs.run(out, "kill", 4).code == -signal.SIGKILL
-    last = out / "checkpoints" / "last.ckpt"
+    return out
+
+
+@pytest.mark.parametrize("damage", ["cut short", "first bytes", "other things", "empty"])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    jobs: Jobs, cut: Path, tmp_path: Path, damage: str
+) -> None:
+    shutil.copytree(cut, tmp_path / "out")
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
     whole = last.read_bytes()
+    assert AtomicCheckpointIO().load_checkpoint(last, weights_only=True)["global_step"] == 4
     if damage == "other things":
         torch.save({"state_dict": Path("/")}, last)  # an object that only its code can make
-    elif damage == "one byte":
-        broken = bytearray(whole)
-        broken[:64] = bytes(64)
-        last.write_bytes(broken)
     else:
-        last.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
-    end = jobs.run(out, "none", 0, 0, "--resume", "true")
-    assert end.code == 1
-    assert "last.ckpt: cannot be read" in end.said
-    assert "Traceback" not in end.said
-    assert last.exists()  # nothing was taken away
-    with pytest.raises(CheckpointError, match="cannot be read"):
+        kept = {"cut short": whole[: len(whole) // 2], "empty": b""}
+        last.write_bytes(kept.get(damage, bytes(64) + whole[64:]))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: cannot be read"):
         AtomicCheckpointIO().load_checkpoint(last, weights_only=True)
+    if damage == "cut short":  # from the command line: one line, and nothing is taken away
+        end = jobs.run(tmp_path / "out", "none", 0, 0, "--resume", "true")
+        assert end.code == 1
+        assert "last.ckpt: cannot be read" in end.said
+        assert "Traceback" not in end.said
+        assert last.exists()
