@@ -51,7 +51,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=20,
             bf16=args.bf16,
-            logging_steps=10,
+            logging_steps=5,
             save_steps=max(1, args.steps // 2),
             report_to=[],
         ),
