@@ -16,7 +16,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
-from softtrace import DensityOptions
+import softtrace
+from softtrace import DensityLoss, DensityOptions
+from softtrace import loss as loss_module
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning import STATE_KEY, DensityPenalty
@@ -254,19 +256,19 @@ def test_help_shows_every_option_with_its_meaning_type_and_default(
 
 # --- two processes
 
-TWO_PROCESSES = """
+PROCESSES = """
 import sys
 import torch
 from softtrace.lightning import STATE_KEY, DensityPenalty
 from tests.fitting import Batches, Calls, Tuner, batches, trainer, weights
 
-strength, output = float(sys.argv[1]), sys.argv[2]
+strength, output, world = float(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 noted = []
 
 
 class Ranked(Tuner):
     def train_dataloader(self):
-        mine = batches(8).batches[self.global_rank :: 2]
+        mine = batches(4 * world).batches[self.global_rank :: world]
         if self.global_rank == 1:  # the term has nothing to look at in one rank's second batch
             mine[1]["labels"].fill_(-100)
         return Batches(*mine)
@@ -282,7 +284,7 @@ note = Calls(
     )
 )
 fitting = trainer(
-    DensityPenalty(strength), note, devices=2, strategy="ddp", max_epochs=2,
+    DensityPenalty(strength), note, devices=world, strategy="ddp", max_epochs=2,
     accumulate_grad_batches=2,
 )
 fitting.fit(module)
@@ -294,29 +296,60 @@ torch.distributed.destroy_process_group()
 """
 
 
-def fit_in_two_processes(folder: Path, strength: float) -> list[dict[str, Any]]:
-    script, output = folder / "two_processes.py", folder / f"strength{strength}"
-    script.write_text(TWO_PROCESSES, encoding="utf-8")
-    root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "src")])
+def fit_in_processes(folder: Path, strength: float, world: int) -> list[dict[str, Any]]:
+    script, output = folder / "processes.py", folder / f"strength{strength}"
+    script.write_text(PROCESSES, encoding="utf-8")
+    paths = os.pathsep.join(
+        [str(Path(__file__).parents[1]), str(Path(softtrace.__file__).parents[1])]
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(strength), str(output)],
+        [sys.executable, str(script), str(strength), str(output), str(world)],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2)]
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]
+
+
+def fit_by_hand(strength: float, world: int) -> Tensor:
+    """Every process's batches one after the other, gradients averaged; no Lightning, no DDP."""
+    model = tiny_model("llama").train()
+    density = DensityLoss(model, strength=strength)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    every = batches(4 * world).batches
+    every[world + 1]["labels"].fill_(-100)
+    for step in range(4):
+        first = step % 2 * 2 * world
+        for number, batch in enumerate(every[first : first + 2 * world]):
+            loss_module._rank = lambda number=number: number % world  # type: ignore[assignment]
+            with density.watching():
+                task = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+            term = density(**batch, step=step, micro_step=number // world).loss
+            ((task + term) / (2 * world)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
-    plain = fit_in_two_processes(tmp_path, 0.0)
-    penalised = fit_in_two_processes(tmp_path, 0.75)
-    for ranks in (plain, penalised):
-        assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
-        assert ranks[0]["clean"]
-        assert ranks[1]["clean"]
-    assert not torch.equal(plain[0]["weights"], penalised[0]["weights"])
-    terms = [[noted["loss/density"] for noted in rank["noted"]] for rank in penalised]
-    assert [value > 0 for value in terms[0]] == [True] * 8
-    assert [value > 0 for value in terms[1]] == [True, False, True, True] * 2
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_the_loop_by_hand(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "_rank", loss_module._rank)  # put back afterwards
+    ranks = fit_in_processes(tmp_path, 0.75, world)
+    assert all(torch.equal(rank["weights"], ranks[0]["weights"]) for rank in ranks)
+    assert all(rank["clean"] for rank in ranks)
+    wanted, plain = (fit_by_hand(strength, world) for strength in (0.75, 0.0))
+    torch.testing.assert_close(ranks[0]["weights"], wanted, atol=1e-4, rtol=0)
+    assert (wanted - plain).abs().max() > 0.01
+    for number, rank in enumerate(ranks):
+        found = [noted["loss/density"] > 0 for noted in rank["noted"]]
+        assert found == [True, number != 1, True, True] * 2
+
+
+@pytest.mark.slow
+def test_strength_0_is_inert_in_two_processes(tmp_path: Path) -> None:
+    first, second = fit_in_processes(tmp_path, 0.0, 2)
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], fit_by_hand(0.0, 2), atol=1e-4, rtol=0)

@@ -34,6 +34,9 @@ from softtrace.evaluation.files import write_json  # noqa: E402
 from softtrace.evaluation.provenance import provenance  # noqa: E402
 from softtrace.lightning import DensityPenalty  # noqa: E402
 from tests import test_hf as hf  # noqa: E402
+from tests import test_lightning_runs as lightning_runs  # noqa: E402
+from tests.corpus import byte_tokenizer, write_tree  # noqa: E402
+from tests.faults.mutations import MUTATIONS, run_tests  # noqa: E402
 from tests.faults.test_faults import Jobs, saved  # noqa: E402
 from tests.fitting import weights  # noqa: E402
 from tests.parity import test_parity as parity  # noqa: E402
@@ -64,7 +67,26 @@ def inert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resumed(args: argparse.Namespace) -> dict[str, Any]:
-    """transformers' Trainer, resumed at every step, against a straight run: max |Δw|."""
+    """Straight runs against runs that were resumed at every step: max |Δw|."""
+    return {"Lightning": resumed_by_lightning(), "Trainer": resumed_by_trainer()}
+
+
+def resumed_by_lightning() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        byte_tokenizer().save_pretrained(Path(folder, "tokenizer"))
+        corpus = write_tree(Path(folder, "tree"))
+        straight = lightning_runs.fit_corpus(corpus)
+        steps = len(list(Path(folder).glob("step=*.ckpt")))
+        worst = 0.0
+        for step in tqdm(range(1, steps), desc="resumed, Lightning"):
+            found = lightning_runs.fit_corpus(corpus, Path(folder, f"step={step}.ckpt"))
+            worst = max(worst, difference(found, straight))
+        other = lightning_runs.fit_corpus(corpus, Path(folder, "step=4.ckpt"), warmup_steps=7)
+    return {"steps": steps - 1, "largest": worst, "control": difference(other, straight)}
+
+
+def resumed_by_trainer() -> dict[str, Any]:
     options = {**hf.OPTIONS, "warmup_steps": 5, "every": 2}
     with tempfile.TemporaryDirectory() as folder:
         whole = hf.train(Path(folder), options, "gpt2", save_strategy="steps", save_steps=1)
@@ -75,7 +97,7 @@ def resumed(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": len(runs),
         "largest": max(difference(found, last) for found in runs.values()),
-        "control, another strength": difference(weights(other.model), last),
+        "control": difference(weights(other.model), last),
     }
 
 
@@ -136,13 +158,25 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
         worst = max(worst, relative(ranks[0][index], (serial[0] + serial[1]) / 2))
     rows["two processes, gradients"] = worst
     rows["between the two processes"] = difference(ranks[0], ranks[1])
+    for parts in (2, 4):
+        (terms, gradients), (term, gradient) = parity.accumulated_and_whole(parts)
+        rows[f"{parts} accumulated batches against one, term"] = relative(terms, term)
+        rows[f"{parts} accumulated batches against one, gradients"] = relative(gradients, gradient)
+    for options in parity.IN_PARALLEL:
+        (term, gradient), (again, recomputed) = parity.with_and_without_checkpointing(options)
+        for name, pair in (("term", (again, term)), ("gradients", (recomputed, gradient))):
+            key = f"checkpointing on against off, {name}"
+            rows[key] = max(rows.get(key, 0.0), relative(*pair))
+    kernels = []
     for kernel in ("sdpa", "eager"):
         model = tiny_model("llama", seed=2, dtype=torch.float64)
         model.set_attn_implementation(kernel)
-        ids, mask = parity.micro_batches(1)[0]
-        loss = DensityLoss(model, **parity.OPTIONS[0])(ids, mask, step=1).loss
-        rows[kernel] = float(loss.detach())
-    rows["sdpa against eager, term"] = abs(rows.pop("sdpa") / rows.pop("eager") - 1)
+        task, term = parity.both(
+            model, DensityLoss(model, **parity.IN_PARALLEL[2]), *parity.micro_batches(1)[0]
+        )
+        kernels.append((term.detach(), parity.gradient_of(model, task + term)))
+    rows["sdpa against eager, term"] = relative(kernels[0][0], kernels[1][0])
+    rows["sdpa against eager, gradients"] = relative(kernels[0][1], kernels[1][1])
     with tempfile.TemporaryDirectory() as folder:
         options = {**hf.OPTIONS, "exits": 0.4}
         for accumulate in (1, 2, 3):
@@ -182,12 +216,30 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return {"bytes": alive}
 
 
+def mutations(args: argparse.Namespace) -> dict[str, Any]:
+    """Every guard taken out: does its test turn red? Its test is green with all guards in place."""
+    whole = {}
+    for test in tqdm(sorted({each.test for each in MUTATIONS}), desc="guards in place"):
+        code, said = run_tests(None, test)
+        if code:
+            raise SystemExit(f"{test} fails with all guards in place:\n{said[-3000:]}")
+        whole[test] = code
+    found = {}
+    for each in tqdm(MUTATIONS, desc="mutations"):
+        code, said = run_tests(each, each.test)
+        if code not in (0, 1):  # 1: tests failed; all else is no answer
+            raise SystemExit(f"{each.name}: pytest ended with {code}\n{said[-3000:]}")
+        found[each.name] = {"test": each.test, "red": code == 1}
+    return found
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "inert": inert,
     "resumed": resumed,
     "kills": kills,
     "parallel": parallel,
     "memory": memory,
+    "mutations": mutations,
 }
 
 

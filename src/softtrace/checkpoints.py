@@ -22,9 +22,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint; what was at the path stays until the new one is whole."""
-        with atomic_path(path) as temporary:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
+        """Write a checkpoint; what was at the path stays until the new one is whole.
+
+        Raises:
+            CheckpointError: it could not be written, as on a full disk.
+        """
+        try:
+            with atomic_path(path) as temporary:
+                super().save_checkpoint(checkpoint, temporary, storage_options)
+        except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
+            raise CheckpointError(
+                f"checkpoint {path}: could not be written ({_reason(error)}). What was there "
+                "before is untouched; make room, then go on from it"
+            ) from error
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -39,7 +49,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         except Exception as error:  # torch raises whatever its reader of archives does
             raise CheckpointError(
-                f"checkpoint {path}: cannot be read ({type(error).__name__}: "
-                f"{str(error).strip().partition(chr(10))[0][:200]}). It was cut short or changed; "
-                "go on from another copy, or delete it and start anew"
+                f"checkpoint {path}: cannot be read ({_reason(error)}). It was cut short or "
+                "changed; go on from another copy, or delete it and start anew"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

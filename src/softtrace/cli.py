@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, 1 for bad input (named on stderr), 2 for arguments that do not parse, 130 if interrupted.
+
+    Raises:
+        SystemExit: 2 with a command's own arguments, 143 if a fit was terminated (SIGTERM).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):

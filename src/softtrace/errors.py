@@ -40,4 +40,4 @@ class TrainerSetupError(SofttraceError, RuntimeError):
 
 
 class CheckpointError(SofttraceError, RuntimeError):
-    """A checkpoint cannot be read: cut short, changed, or no checkpoint at all."""
+    """A checkpoint cannot be read (cut short, changed, not one at all), or could not be written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import PreTrainedModel
 
 from softtrace.batch import check_least, check_length
@@ -163,18 +165,28 @@ class FitCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, self.out / "fit.yaml", overwrite=True)
-        self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        self._train(checkpoint)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
             self._save()
         return self.out
+
+    def _train(self, checkpoint: str | None) -> None:
+        """Fit; a run that was stopped from outside ends as its signal says, not as a success."""
+        try:
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except SIGTERMException:  # a SystemExit of Lightning's, with status 0
+            logger.warning("terminated; --resume true goes on from the last checkpoint")
+            raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit:
+            if self.trainer.interrupted:  # Lightning made it from a KeyboardInterrupt
+                raise KeyboardInterrupt from None
+            raise
 
     def _save(self) -> None:
         """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
 
         Adapters are added into the weights, so that what OUT holds is a model like any other.
         """
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
         fresh = self.out / f".model-{os.getpid()}"
         model = merged(self.model.model)
         self._recommend_exit(model)

@@ -51,6 +51,10 @@ def terminate(trainer: Trainer, module: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def interrupt(trainer: Trainer, module: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def disk_full(trainer: Trainer, module: Any) -> None:
     """No file may grow beyond a few kilobytes from here on."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -76,6 +80,7 @@ FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "kill in save": kill_in_save,
     "kill in write": kill_in_write,
     "terminate": terminate,
+    "interrupt": interrupt,
     "disk full": disk_full,
     "nan": spoil,
     "raise": fail,

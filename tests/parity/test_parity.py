@@ -93,6 +93,61 @@ def test_accumulated_micro_batches_equal_their_sum_by_hand(options: dict[str, An
     assert (gradient_of(model, alone) - accumulated).norm() > 1e-3 * accumulated.norm()
 
 
+#: nothing is left to draws or to the make-up of a batch: every token, one threshold, fixed depths
+FIXED: dict[str, Any] = {
+    "share": 1.0, "crop": None, "thresholds": (0.05, 0.05), "depths": (0.5, 0.5),
+    "easy_quantile": 1.0, "easy_width": 0.0, "exits": 0.5, "exit_tokens": 1.0,
+    "exit_depths": (0.5, 0.5),
+}  # fmt: skip
+
+
+def accumulated_and_whole(parts: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Terms and gradients of micro-batches, and of the batch that they make up."""
+    model = tiny_model("llama", seed=1, dtype=torch.float64)
+    penalty = DensityLoss(model, **FIXED)
+    ids = torch.cat([tiny_prompt(8, seed=60 + number, batch=2) for number in range(parts)])
+    found = []
+    for pieces in (ids.chunk(parts), (ids,)):
+        model.zero_grad()
+        terms = torch.zeros((), dtype=torch.float64)
+        for number, piece in enumerate(pieces):
+            with penalty.watching():
+                task = model(input_ids=piece, labels=piece).loss
+            term = penalty(piece, step=3, micro_step=number).loss
+            terms += term.detach() / len(pieces)
+            ((task + term) / len(pieces)).backward()
+        found.append((terms, collected(model)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_micro_batches_equal_one_batch(parts: int) -> None:
+    (terms, gradients), (term, gradient) = accumulated_and_whole(parts)
+    assert term > 0.1
+    torch.testing.assert_close(terms, term, atol=0, rtol=1e-12)
+    torch.testing.assert_close(gradients, gradient, atol=1e-12, rtol=1e-9)
+
+
+def with_and_without_checkpointing(options: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Term and gradients of both losses, layers recomputed in backward or not."""
+    found = []
+    for recomputed in (False, True):
+        model = tiny_model("llama", seed=1, dtype=torch.float64).train()
+        if recomputed:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        task, term = both(model, DensityLoss(model, **options), *micro_batches(1)[0])
+        found.append((term.detach(), gradient_of(model, task + term)))
+    return found
+
+
+@pytest.mark.parametrize("options", IN_PARALLEL, ids=str)
+def test_checkpointing_changes_nothing(options: dict[str, Any]) -> None:
+    (term, gradient), (again, recomputed) = with_and_without_checkpointing(options)
+    torch.testing.assert_close(again, term, atol=0, rtol=1e-12)
+    torch.testing.assert_close(recomputed, gradient, atol=1e-12, rtol=1e-9)
+
+
 def one_rank(rank: int, folder: str) -> None:
     """A process of the run: gradients of every set of options, averaged by DDP."""
     faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)  # a hang says where it hung

@@ -1,0 +1,139 @@
+"""Guards taken out of the source one at a time, and the tests that have to notice.
+
+``recipes/benchmarks/exactness.py --parts mutations`` runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One guard.
+
+    Attributes:
+        name: what is done to it.
+        file: below ``src/softtrace``.
+        changes: texts, each there exactly once, and what replaces them.
+        test: that has to turn red, as pytest names it.
+    """
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    test: str
+
+
+_ACROSS = "tests/test_lightning_runs.py::test_processes_equal_the_loop_by_hand"
+_HF_ACROSS = "tests/test_hf_processes.py::test_two_processes_equal_the_loop_by_hand"
+_RESUMED = "tests/test_lightning_runs.py::test_resumed_fit_ends_as_the_straight_one_bit_by_bit"
+_CUT = "tests/faults/test_faults.py::test_a_run_that_was_cut_resumes_to_the_same_weights"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "functools.wraps dropped", "lightning.py",
+        (
+            ("        @functools.wraps(step)\n", ""),
+            ('        training_step.__wrapped__ = getattr(step, "__wrapped__", step)\n', ""),
+        ),
+        "tests/test_lightning.py::test_batch_idx_arrives",
+    ),
+    Mutation(
+        "the term detached (Lightning)", "lightning.py",
+        (("loss = task + term.loss\n", "loss = task + term.loss.detach()\n"),),
+        "tests/test_lightning.py::test_equals_the_plain_loop_bit_by_bit",
+    ),
+    Mutation(
+        "the term detached (Trainer)", "hf.py",
+        (("added = term.loss / (", "added = term.loss.detach() / ("),),
+        "tests/test_hf.py::test_equals_the_loop_by_hand",
+    ),
+    Mutation(
+        "the mask left unregistered", "attention.py",
+        (("AttentionMaskInterface.register(IMPLEMENTATION, _visible_mask)\n", ""),),
+        "tests/test_instrument.py",
+    ),
+    Mutation(
+        "scaled by the world size (Lightning)", "lightning.py",
+        (("loss = task + term.loss\n", "loss = task + term.loss * trainer.world_size\n"),),
+        _ACROSS,
+    ),
+    Mutation(
+        "scaled by the world size (Trainer)", "hf.py",
+        (("added = term.loss / (", "added = trainer.args.world_size * term.loss / ("),),
+        _HF_ACROSS,
+    ),
+    Mutation(
+        "not divided by the accumulated batches (Trainer)", "hf.py",
+        (("(batches if self._is_scaled(num_items_in_batch) else 1)", "1"),),
+        "tests/test_hf.py::test_equals_the_loop_by_hand",
+    ),
+    Mutation(
+        "every process with the draws of the first", "loss.py",
+        (("distributed.get_rank() if distributed", "0 if distributed"),),
+        _ACROSS,
+    ),
+    Mutation(
+        "draws by calls instead of steps", "lightning.py",
+        (("step=trainer.global_step,\n                micro_step", "micro_step"),),
+        _RESUMED,
+    ),
+    Mutation(
+        "what is logged keeps its graph", "lightning.py",
+        (("self._added.append(term.loss.detach())", "self._added.append(term.loss)"),),
+        "tests/test_lightning.py::test_nothing_of_a_step_outlives_it",
+    ),
+    Mutation(
+        "the training step is not put back", "lightning.py",
+        (('vars(self._module).pop("training_step", None)', "pass"),),
+        "tests/test_lightning_faults.py::test_nothing_is_left_behind",
+    ),
+    Mutation(
+        "checkpoints written in place", "checkpoints.py",
+        (("with atomic_path(path) as temporary:", "for temporary in (path,):"),),
+        _CUT,
+    ),
+    Mutation(
+        "reentrant checkpointing let through", "loss.py",
+        (("if model.training and is_reentrant(model):", "if False:"),),
+        "tests/test_support.py::test_refused_modules_say_why",
+    ),
+)  # fmt: skip
+
+
+def mutated(source: str, mutation: Mutation) -> str:
+    """A file's text without the guard.
+
+    Raises:
+        ValueError: the text to be changed is not there exactly once.
+    """
+    for old, new in mutation.changes:
+        if source.count(old) != 1:
+            raise ValueError(f"{mutation.name}: found {source.count(old)} times {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def run_tests(mutation: Mutation | None, test: str, seconds: float = 400) -> tuple[int, str]:
+    """Exit status and output of a test against the mutated source; None leaves the source whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "src")
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg*"))
+        if mutation is not None:
+            file = copy / "softtrace" / mutation.file
+            file.write_text(mutated(file.read_text("utf-8"), mutation), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-p", "no:cacheprovider", test],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
+            timeout=seconds,
+        )  # fmt: skip
+    return done.returncode, done.stdout
