@@ -1,6 +1,8 @@
 # Two commands do all the set-up: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two tests at a time, one thread each: waiting threads of two would be in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all check format families bench clean
@@ -23,10 +25,10 @@ quickstart: .venv/installed
 	$(BIN)/python recipes/quickstart.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed .venv/quantised
-	$(BIN)/python -m pytest -m 'not quantised'
+	$(PYTEST) -m 'not quantised'
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/families/test_quantised.py
 
 # Beside the environment, not in it: importing transformers imports both, slowly and loudly.

@@ -71,11 +71,17 @@ def _peers(name: str) -> str:
     settings, runs = result["settings"], result["runs"]
     seeds = {m: len({r["seed"] for r in runs if r["method"] == m}) for m in result["at_budget"]}
     counts = ", ".join(f"{m} {n}" for m, n in seeds.items())
+    where = [run.get("hardware", result["hardware"]).partition(",")[0] for run in runs]
+    machines = dict.fromkeys(where)
+    places = [
+        machine + ("" if len(machines) == 1 else f" ({where.count(machine)} runs)")
+        for machine in machines
+    ]
     shown = str(next(iter(seeds.values()))) if len(set(seeds.values())) == 1 else counts
     lines.append(
         f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
         f"{settings['batch_size']} x {settings['block_size']} tokens, {len(runs)} runs, paired "
-        f"seeds: {shown}; {result['hardware']} ([peers.py](benchmarks/peers.py), "
+        f"seeds: {shown}; {', '.join(places)} ([peers.py](benchmarks/peers.py), "
         f"[{name}.json](benchmarks/{name}.json))."
     )
     return "\n".join(lines)

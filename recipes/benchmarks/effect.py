@@ -173,10 +173,13 @@ def run(
     options: dict[str, Any] | None,
     seed: int,
     args: argparse.Namespace,
+    name: str,
 ) -> dict[str, float]:
     """One fine-tuning and its measures."""
     train, held_out, density = blocks
     model, seconds = fine_tune(train, options, seed, args)
+    if args.keep:
+        model.save_pretrained(args.keep / f"{name}-{seed}")
     with tqdm(total=len(density), desc="measuring", unit="block") as bar:
         found = summarise(
             measure(
@@ -220,6 +223,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--arm", action="append", default=[], help="name={JSON options}")
     parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--keep", type=Path, help="folder for the models, ARM-SEED")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE / "effect.json")
     args = parser.parse_args()
@@ -236,7 +240,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in range(args.seeds):
         for name, options in arms.items():
-            runs[name].append(run(blocks, options, seed, args))
+            runs[name].append(run(blocks, options, seed, args, name))
             print(name, seed, {key: f"{v:.4g}" for key, v in runs[name][-1].items()}, flush=True)
     result = {
         **provenance(torch.device(args.device)),

@@ -23,9 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 from variants import EVERY
 
+from softtrace import DensityOptions
 from softtrace.data import evenly
 from softtrace.decoding import speculate
 from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.provenance import provenance
 from softtrace.exits import check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
@@ -123,13 +125,18 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         args = argparse.Namespace(**{**vars(args), "device": device})
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     blocks = blocks_for(args)
-    model, curve = train(task, blocks[0], args)
+    done = args.trained and args.trained / f"penalty-{task.seed}"
+    if done and (task.method, task.strength) == ("softtrace", DensityOptions().strength):
+        model, curve = load_model(done).to(args.device).eval(), []
+    else:
+        model, curve = train(task, blocks[0], args)
     if args.keep and task.seed == 0:
         folder = args.keep / f"{task.method.replace(' ', '-')}-{task.strength:g}"
         model.save_pretrained(folder)
         load_tokenizer(args.model).save_pretrained(folder)
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}
     row |= measures(model, blocks, args.device)
+    row["hardware"] = provenance(torch.device(args.device))["hardware"]
     if task.method == "plain":
         row["curve"] = curve
     return row

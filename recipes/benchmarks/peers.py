@@ -225,6 +225,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
     parser.add_argument("--keep", type=Path, help="folder for the models of the first seed")
+    parser.add_argument(
+        "--trained", type=Path, help="models of effect.py --keep, for its rows at the defaults"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")

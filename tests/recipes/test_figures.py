@@ -51,8 +51,13 @@ def test_the_default_penalty_stays_within_its_budget_in_the_recorded_result() ->
 def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> None:
     for name, seeds in (("peers", 3), ("peers-large", 1)):
         result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
-        own = result["at_budget"].pop("softtrace")
+        ways = {method for method in result["at_budget"] if method.startswith("softtrace")}
+        # at the larger size the default was measured before exits were a part of it
+        own = result["at_budget"]["softtrace" if name == "peers" else "softtrace, no exits"]
+        assert len(result["at_budget"]) > len(ways) + 2
         for method, peer in result["at_budget"].items():
+            if method in ways:
+                continue
             assert own["area_easy"] < 0.75 * peer["area_easy"], method
             assert own["size_easy"] < 0.5 * peer["size_easy"], method
             runs = [run for run in result["runs"] if run["method"] == method]
