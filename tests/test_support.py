@@ -169,7 +169,7 @@ WAYS: dict[str, Way] = {
     "bf16-true": Way(precision="bf16-true"),
     "bf16-mixed": Way(precision="bf16-mixed"),
     "16-mixed": Way(plugins=half_mixed),
-    "accumulate_grad_batches": Way(accumulate_grad_batches=3, max_steps=STEPS // 3),
+    "accumulate_grad_batches": Way(accumulate_grad_batches=3),
     "gradient_clip_val": Way(gradient_clip_val=0.1),
     "gradient_clip_algorithm": Way(gradient_clip_val=0.1, gradient_clip_algorithm="value"),
     "validation": Way(Validated, limit_val_batches=1, val_check_interval=2),
@@ -177,7 +177,7 @@ WAYS: dict[str, Way] = {
     "fit twice": Way(twice=True, max_steps=STEPS // 2),
     "StochasticWeightAveraging": Way(
         callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
-        max_epochs=4, max_steps=-1,
+        max_epochs=13, max_steps=-1,
     ),
     "EMAWeightAveraging": Way(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
     "LearningRateFinder": Way(
@@ -187,7 +187,8 @@ WAYS: dict[str, Way] = {
         WithRate, lambda: [BatchSizeFinder(steps_per_trial=1, max_trials=2)], own_data=True
     ),
     "GradientAccumulationScheduler": Way(
-        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 2})], max_epochs=4, max_steps=-1
+        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 12: 2})],
+        max_epochs=13, max_steps=-1,
     ),
     "activation checkpointing, not reentrant": Way(Checkpointed),
     "torch.compile in place": Way(Compiled),

@@ -242,9 +242,48 @@ def decoding() -> str:
     return "\n".join(lines)
 
 
+def exactness() -> str:
+    """What was measured of trainers, processes and interruptions."""
+    result = read("exactness.json")
+    ways, across = result["inert"], result["parallel"]
+    killed, held = result["kills"], result["memory"]["bytes"]
+    silent = max(way["strength 0"] for way in ways.values())
+    guards = result["mutations"]
+    red = sum(each["red"] for each in guards.values())
+    lines = [
+        "| | found |",
+        "|---|---|",
+        f"| strength 0 against no callback, {len(ways)} ways to fit with Lightning "
+        f"([the table](../src/softtrace/support.py)): largest difference of a weight | {silent:g} "
+        f"(at strength 0.6 at least {min(way['strength 0.6'] for way in ways.values()):.0e}) |",
+    ]
+    for name, door in (("Lightning", "Lightning"), ("Trainer", "transformers' Trainer")):
+        row = result["resumed"][name]
+        lines.append(
+            f"| {door}, resumed at each of {row['steps']} steps, against a straight run | "
+            f"{row['largest']:g} (another strength from there: {row['control']:.0e}) |"
+        )
+    lines += [
+        f"| `softtrace fit` killed {killed['kills']} times at random moments: runs that resumed and "
+        f"ended, their largest difference from a straight one | {killed['resumed']} of "
+        f"{killed['runs']}, {killed['largest']:g} |",
+        *(
+            f"| {name[0].upper()}{name[1:]}: largest relative difference | {value:.0e} |"
+            for name, value in across.items()
+        ),
+        f"| bytes of all tensors alive after 20 and 200 steps | {held['after 20 steps']:,} and "
+        f"{held['after 200 steps']:,} |",
+        f"| guards taken out of the source one at a time: tests that turned red | {red} of "
+        f"{len(guards)} ([mutations.py](../tests/faults/mutations.py)) |",
+        "\nTiny models on one thread of a CPU, float64 where nothing else is said "
+        "([exactness.py](benchmarks/exactness.py), [exactness.json](benchmarks/exactness.json)).",
+    ]
+    return "\n".join(lines)
+
+
 PAGES = {
     "README.md": (quickstart, effect, tracing, decoding, families, sizes),
-    "recipes/README.md": (cost, dials, side_effects, peers, peers_large),
+    "recipes/README.md": (cost, dials, side_effects, exactness, peers, peers_large),
     "recipes/benchmarks/LOG.md": (search, search_exits),
 }
 

@@ -99,6 +99,8 @@ class Inject(Callback):
 
 def main() -> int:
     fault, at, rank, *words = sys.argv[1:]
+    # a shell without job control starts what runs in its background deaf to SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start = FitCLI.instantiate_trainer
 
     def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from softtrace.support import LIGHTNING
 from tests.families.zoo import REFUSED, VERIFIED
+from tests.faults.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
@@ -23,7 +25,8 @@ def test_pages_say_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
     names = ("effect", "tracing", "families", "sizes", "decoding", "peers", "peers-cost")
-    names += ("peers-large", "peers-large-cost", "search", "search-large")
+    names += ("peers-large", "peers-large-cost", "peers-107m-cost")
+    names += ("search", "search-large", "search-exits", "exactness")
     for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
@@ -62,6 +65,25 @@ def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> No
             assert own["size_easy"] < 0.5 * peer["size_easy"], method
             runs = [run for run in result["runs"] if run["method"] == method]
             assert len({run["seed"] for run in runs}) >= seeds
+
+
+def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
+    result = json.loads((BENCHMARKS / "exactness.json").read_text(encoding="utf-8"))
+    ways = {row.name for row in LIGHTNING if row.refused is None} - {"DDPStrategy"}
+    assert set(result["inert"]) == ways
+    assert all(way["strength 0"] == 0.0 < way["strength 0.6"] for way in result["inert"].values())
+    for door in result["resumed"].values():
+        assert door["steps"] >= 7
+        assert door["largest"] == 0.0 < door["control"]
+    kills = result["kills"]
+    assert kills["kills"] >= 30
+    assert kills["resumed"] == kills["runs"]
+    assert kills["largest"] == 0.0
+    for name, value in result["parallel"].items():
+        assert value < (1e-3 if "float32" in name else 1e-9), name
+    assert len(set(result["memory"]["bytes"].values())) == 1
+    assert set(result["mutations"]) == {mutation.name for mutation in MUTATIONS}
+    assert all(each["red"] for each in result["mutations"].values())
 
 
 def test_the_table_of_families_is_that_of_the_zoo() -> None:
