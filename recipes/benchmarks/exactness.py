@@ -51,19 +51,34 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def inert(args: argparse.Namespace) -> dict[str, Any]:
     """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
-    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = 25  # of two optimiser steps
+        plain, silent, loud = (
+            lightning_runs.fit_in_processes(Path(folder), strength, 2, epochs)[0]["weights"]
+            for strength in (None, 0.0, 0.6)
+        )
+        found = {"DDPStrategy": inert_row(2 * epochs, plain, silent, loud)}
+        plain, silent, loud = (
+            weights(hf.train(Path(folder), density, "gpt2", max_steps=50).model)
+            for density in (None, {"strength": 0.0}, hf.OPTIONS)
+        )
+        found["Trainer of transformers"] = inert_row(50, plain, silent, loud)
     for name, way in tqdm(WAYS.items(), desc="strength 0"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain, fitted = way.fit()
             silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS))
             loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS))
-        found[name] = {
-            "steps": fitted.global_step,
-            "strength 0": difference(weights(silent), weights(plain)),
-            "strength 0.6": difference(weights(loud), weights(plain)),
-        }
+        found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
     return found
+
+
+def inert_row(
+    steps: int, plain: torch.Tensor, silent: torch.Tensor, loud: torch.Tensor
+) -> dict[str, Any]:
+    """Weights without the penalty, at strength 0, at 0.6."""
+    found = {"strength 0": difference(silent, plain), "strength 0.6": difference(loud, plain)}
+    return {"steps": steps, **found}
 
 
 def resumed(args: argparse.Namespace) -> dict[str, Any]:

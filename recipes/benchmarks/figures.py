@@ -253,8 +253,9 @@ def exactness() -> str:
     lines = [
         "| | found |",
         "|---|---|",
-        f"| strength 0 against no callback, {len(ways)} ways to fit with Lightning "
-        f"([the table](../src/softtrace/support.py)): largest difference of a weight | {silent:g} "
+        f"| strength 0 against none, {len(ways)} ways to fit ([Lightning's]"
+        f"(../src/softtrace/support.py), transformers' Trainer), {ways['32-true']['steps']} steps: "
+        f"largest difference of a weight | {silent:g} "
         f"(at strength 0.6 at least {min(way['strength 0.6'] for way in ways.values()):.0e}) |",
     ]
     for name, door in (("Lightning", "Lightning"), ("Trainer", "transformers' Trainer")):
@@ -264,8 +265,8 @@ def exactness() -> str:
             f"{row['largest']:g} (another strength from there: {row['control']:.0e}) |"
         )
     lines += [
-        f"| `softtrace fit` killed {killed['kills']} times at random moments: runs that resumed and "
-        f"ended, their largest difference from a straight one | {killed['resumed']} of "
+        f"| `softtrace fit` killed {killed['kills']} times at random moments: runs that resumed "
+        f"and ended, their largest difference from a straight one | {killed['resumed']} of "
         f"{killed['runs']}, {killed['largest']:g} |",
         *(
             f"| {name[0].upper()}{name[1:]}: largest relative difference | {value:.0e} |"

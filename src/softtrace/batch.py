@@ -163,3 +163,32 @@ def check_range(
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise InvalidInputError(f"{name}: found {value!r}, allowed {left}{low:g}, {high:g}{right}")
     return value
+
+
+def next_tokens(
+    input_ids: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The token each position has to predict, and which positions count.
+
+    Args:
+        input_ids: ``[B, T]``.
+        valid: ``[B, T]`` bool, no padding.
+        labels: ``[B, T]``, -100 where the task loss looks away; None for all tokens.
+        positions: ``[B, T]`` of packed rows; None for one document a row.
+
+    Returns:
+        ``[B, T]`` targets, -100 for none, and ``[B, T]`` bool.
+
+    Raises:
+        InvalidInputError: labels of another shape.
+    """
+    if labels is not None:
+        check_same_shape("labels", labels, input_ids)
+    target = torch.full_like(input_ids, -100)
+    target[:, :-1] = (input_ids.masked_fill(~valid, -100) if labels is None else labels)[:, 1:]
+    if labels is None and positions is not None:  # the next token is another document's first
+        last = documents_of(positions).diff(dim=-1) != 0
+        target[:, :-1] = target[:, :-1].masked_fill(last, -100)
+    target = target.masked_fill(~valid, -100)
+    # Without labels the last token's prediction is as good as any, though its target is unknown.
+    return target, valid if labels is None else target >= 0

@@ -1,22 +1,30 @@
 """Lightning's checkpoints, whole or not there: also where a process is killed while it writes one.
 
-Lightning writes to a temporary file and moves it, which is a copy where the two are on different
-disks. Here the temporary file lies in the same folder, reaches the disk, and is renamed.
+Lightning writes to a temporary file in the system's folder for those and moves it, which is a copy
+where the two are on different disks, and leaves it there if the process is killed. Here the
+temporary file lies in the same folder, reaches the disk, and is renamed. Nor does torch look at the
+checksums that it writes: a changed byte inside a tensor would be read as a number.
 """
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from softtrace.errors import CheckpointError
 from softtrace.evaluation.files import atomic_path
 
+_EXPECTED = ("state_dict", "global_step")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """``Trainer(plugins=[AtomicCheckpointIO()])``; what ``softtrace fit`` uses."""
+    """``Trainer(plugins=[AtomicCheckpointIO()])``, as ``softtrace fit`` does; local files only."""
 
     @override
     def save_checkpoint(
@@ -28,8 +36,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: it could not be written, as on a full disk.
         """
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                super().save_checkpoint(checkpoint, temporary, storage_options)
+                # Lightning's format; it is read back with weights_only=True
+                torch.save(checkpoint, temporary)  # noqa: TID251
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
             raise CheckpointError(
                 f"checkpoint {path}: could not be written ({_reason(error)}). What was there "
@@ -41,10 +51,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            CheckpointError: it cannot be read, or holds other things than tensors and numbers.
+            CheckpointError: it cannot be read, its checksums are not those of its bytes, or it
+                holds other things than tensors and numbers.
         """
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            with zipfile.ZipFile(path) as archive:
+                if (changed := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {changed} is another")
+            found = super().load_checkpoint(path, *args, **kwargs)
+            if not isinstance(found, Mapping) or not all(name in found for name in _EXPECTED):
+                raise ValueError(f"it lacks {' and '.join(_EXPECTED)}")
         except FileNotFoundError:
             raise
         except Exception as error:  # torch raises whatever its reader of archives does
@@ -52,6 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path}: cannot be read ({_reason(error)}). It was cut short or "
                 "changed; go on from another copy, or delete it and start anew"
             ) from error
+        return found
 
 
 def _reason(error: Exception) -> str:

@@ -6,8 +6,11 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,16 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from softtrace.batch import check_least, check_length
 from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.data import evenly
 from softtrace.datamodule import PackedDataModule
-from softtrace.errors import InvalidInputError, SofttraceError
+from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.early_exit import recommended_exit
-from softtrace.evaluation.files import check_output
+from softtrace.evaluation.files import atomic_path, check_output, sync
 from softtrace.exits import EXIT_FIELD, check_early_exit
 from softtrace.families.discovery import learned_positions
 from softtrace.families.refusals import unwrapped
@@ -39,6 +43,7 @@ from softtrace.seeding import StepSeed
 logger = logging.getLogger(__name__)
 
 _EXIT_BLOCKS = 32  # enough for a choice between layers
+_GRACE = 15.0  # seconds in which other processes may end by themselves
 
 # One paragraph: argparse joins the lines of a description.
 _DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
@@ -156,19 +161,28 @@ class FitCLI(LightningCLI):
         self.datamodule.setup("fit")
         checkpoint = None
         if self.config["resume"]:
-            for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
-                half.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            self._sweep()
             if self.last_checkpoint.is_file():
                 checkpoint = str(self.last_checkpoint)
             else:
                 logger.warning("%s holds no checkpoint yet; starting anew", self.out)
         if self.trainer.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, self.out / "fit.yaml", overwrite=True)
+            with atomic_path(self.out / "fit.yaml") as temporary:
+                self.parser.save(self.config, temporary, overwrite=True)
         self._train(checkpoint)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
             self._save()
         return self.out
+
+    def _sweep(self) -> None:
+        """Remove what processes left behind that were killed while they wrote."""
+        if getattr(rank_zero_only, "rank", 0):
+            return
+        for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
+            half.unlink(missing_ok=True)
+        for half in self.out.glob(".model-*"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def _train(self, checkpoint: str | None) -> None:
         """Fit; a run that was stopped from outside ends as its signal says, not as a success."""
@@ -177,15 +191,31 @@ class FitCLI(LightningCLI):
         except SIGTERMException:  # a SystemExit of Lightning's, with status 0
             logger.warning("terminated; --resume true goes on from the last checkpoint")
             raise SystemExit(128 + signal.SIGTERM) from None
-        except SystemExit:
-            if self.trainer.interrupted:  # Lightning made it from a KeyboardInterrupt
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of one
                 raise KeyboardInterrupt from None
             raise
+        except BaseException:
+            self._end_others()
+            raise
+
+    def _end_others(self) -> None:
+        """Processes that this one started wait for it in a collective: not for ever."""
+        launcher = self.trainer.strategy.launcher
+        deadline = time.monotonic() + _GRACE  # most end by themselves, and say why
+        for process in getattr(launcher, "procs", []):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
 
     def _save(self) -> None:
         """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
 
         Adapters are added into the weights, so that what OUT holds is a model like any other.
+
+        Raises:
+            CheckpointError: they could not be written, as on a full disk.
         """
         fresh = self.out / f".model-{os.getpid()}"
         model = merged(self.model.model)
@@ -198,7 +228,13 @@ class FitCLI(LightningCLI):
             )  # safetensors writes for the owner only
             for file in sorted(fresh.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 file.chmod(readable)
+                sync(file)
                 os.replace(file, self.out / file.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.out}: the model could not be written ({type(error).__name__}: {error}). "
+                "Make room; --resume true goes on from the last checkpoint"
+            ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -211,7 +247,10 @@ class FitCLI(LightningCLI):
         try:
             check_early_exit(model)
             setattr(model.config, EXIT_FIELD, recommended_exit(model, evenly(blocks, _EXIT_BLOCKS)))
-        except SofttraceError as reason:
+        except (
+            SofttraceError,
+            RuntimeError,
+        ) as reason:  # out of memory is no reason to lose weights
             logger.info("no early exit is recommended: %s", reason)
 
 

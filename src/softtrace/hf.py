@@ -21,6 +21,8 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.host import find_causal_lm
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
+from softtrace.resuming import newest_checkpoint
+from softtrace.support import sharding
 
 STATE_VERSION = 1
 _READ = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -36,40 +38,65 @@ class DensityMixin:
     Args:
         *args: of the Trainer.
         density: the term's options, or a mapping of some of them; None for the defaults.
+        allow_untested: run also where weights or sequences are sharded (FSDP, DeepSpeed, tensor,
+            context or sequence parallelism), which was never tested.
         **kwargs: of the Trainer.
 
     Raises:
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the first step: no or several causal language models, several GPUs in
-            one process (``DataParallel``), a checkpoint of another seed.
+            one process (``DataParallel``), sharding, a checkpoint of another seed.
         UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
     """
 
     def __init__(
-        self, *args: Any, density: DensityOptions | Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        density: DensityOptions | Mapping[str, Any] | None = None,
+        allow_untested: bool = False,
+        **kwargs: Any,
     ) -> None:
         given = {} if density is None else density
         self.density_options = (
             given if isinstance(given, DensityOptions) else DensityOptions(**given)
         )
+        self.allow_untested = allow_untested
         self._density: DensityLoss | None = None
         self._begun = True
         self._place = (-1, 0)  # global step, and which of its accumulated batches comes next
         self._logged = 0
-        self._terms: list[dict[str, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}  # of each name two numbers: a sum, and of how many
         self._measured: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training; the term begins with its first step."""
-        self._begun = False
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's training; the term begins with its first step.
+
+        ``True`` goes on from the newest checkpoint that is whole: the Trainer writes into a
+        checkpoint's folder file by file, ``trainer_state.json`` last, and takes the newest folder.
+        """
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir)
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
-            self._begun, self._density = True, None
-            self._terms.clear()
-            self._measured.clear()
+            self._forget()
+            self._begun = True
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Once a try: with auto_find_batch_size one train() runs several.
+        self._forget()
+        self._begun = False
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _forget(self) -> None:
+        self._density = None
+        self._sums.clear()
+        self._measured.clear()
 
     def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss reads of a batch; override for batches of other shapes.
@@ -111,7 +138,8 @@ class DensityMixin:
         read = self.inputs_of(inputs)  # before the Trainer takes the labels out
         with self._density.watching(model, step):
             found = own()
-        term = self._density(**read, step=step, micro_step=micro_step)
+        with trainer.accelerator.autocast():  # the model's forward has it inside, heads of ours not
+            term = self._density(**read, step=step, micro_step=micro_step)
         batches = trainer.current_gradient_accumulation_steps
         self._note(term, batches)
         added = term.loss / (batches if self._is_scaled(num_items_in_batch) else 1)
@@ -139,21 +167,26 @@ class DensityMixin:
         if self.density_options.exits:
             unread = torch.full_like(term.soft_size, torch.nan)
             values["density/exit_distance"] = unread if (e := term.exit_distance) is None else e
-        self._terms.append(values)
+        for name, value in values.items():
+            known = torch.isfinite(value).float()
+            added = torch.stack((value.float().nan_to_num(), torch.ones_like(known)))
+            self._sums[name] = self._sums.get(name, 0) + added * known
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's log, and what the term was since the last one, over all processes."""
         trainer: Any = self
-        if "loss" in logs and self._terms:
+        if "loss" in logs and self._sums:
             steps = trainer.state.global_step - self._logged
             self._logged = trainer.state.global_step
-            names = list(self._terms[0])
-            seen = torch.stack([torch.stack([t[name] for name in names]) for t in self._terms])
-            self._terms.clear()
-            rows = trainer.accelerator.gather(
-                torch.cat((seen[:, :1].sum(0) / max(1, steps), seen[:, 1:].nanmean(0)))[None]
+            names = list(self._sums)
+            own = torch.stack([self._sums[name] for name in names])[None]
+            self._sums.clear()
+            # Means of each process, and their mean, as the Trainer takes it of its own loss.
+            total, count = trainer.accelerator.gather(own).unbind(-1)
+            means = dict(zip(names, (total / count).nanmean(0).tolist(), strict=True))
+            means["loss/density"] = float(total[:, names.index("loss/density")].mean()) / max(
+                1, steps
             )
-            means = dict(zip(names, rows.nanmean(0).tolist(), strict=True))
             logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -178,6 +211,12 @@ class DensityMixin:
             raise TrainerSetupError(
                 f"found {trainer.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
                 "start one process a GPU with torchrun or accelerate launch"
+            )
+        if (found := sharding(trainer)) and not self.allow_untested:
+            raise TrainerSetupError(
+                f"found {found}, under which weights or sequences are not whole where an edge's "
+                "importance reads them; supported are one process and data parallelism (DDP). "
+                "allow_untested=True runs it all the same"
             )
         self._density = DensityLoss(find_causal_lm(trainer.model), options)
 

@@ -26,7 +26,7 @@ from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
 from softtrace.families.proof import Verification, prove, tolerance
-from softtrace.families.refusals import refuse_early, running, uncompiled, unwrapped
+from softtrace.families.refusals import own_forward, refuse_early, running, uncompiled, unwrapped
 from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register, watched
@@ -303,7 +303,7 @@ def attach(model: nn.Module) -> Instrument:
     device = next(model.parameters()).device.type
     # Autocast rounds every product, which is no mismatch of the model's layout.
     exact = torch.autocast(device, enabled=False)
-    with torch.no_grad(), exact, uncompiled(model), dropout_off(model):
+    with torch.no_grad(), exact, own_forward(model), uncompiled(model), dropout_off(model):
         instrument = _proven(model)
     _ATTACHED[model] = instrument
     return instrument

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from softtrace.batch import (
     check_finite,
     check_positions,
-    check_same_shape,
-    documents_of,
     is_packed,
+    next_tokens,
 )
 from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
@@ -132,6 +131,12 @@ class DensityLoss:
         self._seen.clear()
         model = unwrapped(self.model)
         schedule = self.options.exit_schedule
+        if schedule.strength and model.training and is_reentrant(model):
+            raise InvalidInputError(
+                "exits: found activation checkpointing with use_reentrant=True, under which layers "
+                "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(the default of transformers), or set exits=0"
+            )
         if not (schedule.strength if step is None else schedule(step)):
             yield
             return
@@ -139,14 +144,12 @@ class DensityLoss:
             self._say_once("exits: the model is compiled, so its forward is not watched")
             yield
             return
-        if model.training and is_reentrant(model):
-            raise InvalidInputError(
-                "exits: found activation checkpointing with use_reentrant=True, under which layers "
-                "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
-                "(the default of transformers), or set exits=0"
-            )
-        with watching(model, attach(model).anatomy, self._seen):
-            yield
+        try:
+            with watching(model, attach(model).anatomy, self._seen):
+                yield
+        except BaseException:
+            self._seen.clear()  # out of memory, say: nobody will ask for them
+            raise
 
     def __call__(
         self,
@@ -228,7 +231,7 @@ class DensityLoss:
         if position_ids is not None:
             positions = check_positions(position_ids, valid, attention_mask is not None)
         packed = positions is not None and is_packed(positions, valid)
-        targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
+        targets, counted = next_tokens(input_ids, valid, labels, positions if packed else None)
         return _Batch(input_ids, valid, targets, counted, positions, packed)
 
     def _density(self, batch: _Batch, step: tuple[int, int], strength: float) -> DensityTerm:
@@ -367,22 +370,6 @@ def soft_size(
         counts = edge_counts(masks).sum((2, 3))
         size = counts / total_edges(importance).clamp_min(1) * importance.valid
         return size if weights is None else (size * weights).sum()
-
-
-def _next_tokens(
-    input_ids: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``[B, T]``: the token each position has to predict, -100 for none; and which count."""
-    if labels is not None:
-        check_same_shape("labels", labels, input_ids)
-    target = torch.full_like(input_ids, -100)
-    target[:, :-1] = (input_ids.masked_fill(~valid, -100) if labels is None else labels)[:, 1:]
-    if labels is None and positions is not None:  # the next token is another document's first
-        last = documents_of(positions).diff(dim=-1) != 0
-        target[:, :-1] = target[:, :-1].masked_fill(last, -100)
-    target = target.masked_fill(~valid, -100)
-    # Without labels the last token's prediction is as good as any, though its target is unknown.
-    return target, valid if labels is None else target >= 0
 
 
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:

@@ -1,4 +1,4 @@
-"""What the Lightning door works with: a table that the tests walk, row by row.
+"""What the doors work with; for Lightning a table that the tests walk, row by row.
 
 A strategy that is not in it, or that could not be tested on the machines that run the tests, is
 refused by name; ``DensityPenalty(allow_untested=True)`` goes past that.
@@ -7,7 +7,7 @@ refused by name; ``DensityPenalty(allow_untested=True)`` goes past that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from softtrace.errors import TrainerSetupError
 
@@ -22,14 +22,18 @@ class Support:
         kind: of the thing.
         name: as Lightning calls it.
         refused: why it is; None where it is supported.
+        note: what is different there.
     """
 
     kind: Kind
     name: str
     refused: str | None = None
+    note: str | None = None
 
 
 _SHARDED = "it shards weights, which the importance of an edge reads whole"
+
+_TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
 
 LIGHTNING: tuple[Support, ...] = (
     Support("strategy", "SingleDeviceStrategy"),
@@ -50,11 +54,13 @@ LIGHTNING: tuple[Support, ...] = (
     Support("trainer", "fit twice"),
     Support("callback", "StochasticWeightAveraging"),
     Support("callback", "EMAWeightAveraging"),
-    Support("callback", "LearningRateFinder"),
-    Support("callback", "BatchSizeFinder"),
+    Support("callback", "LearningRateFinder", note=_TRIALS),
+    Support("callback", "BatchSizeFinder", note=_TRIALS),
     Support("callback", "GradientAccumulationScheduler"),
     Support("module", "activation checkpointing, not reentrant"),
-    Support("module", "torch.compile in place"),
+    Support(
+        "module", "torch.compile in place", note="exits are not read: hooks would recompile it"
+    ),
     Support("module", "configure_model"),
     Support("module", "closures that run repeatedly (LBFGS)"),
     Support("module", "training_step returns a dict"),
@@ -89,3 +95,23 @@ def check_strategy(name: str, allow_untested: bool = False) -> None:
         f"strategy: found {name} ({row.refused}), supported are {allowed}. "
         "DensityPenalty(allow_untested=True) runs it all the same"
     )
+
+
+def sharding(trainer: Any) -> str:
+    """What shards the weights or the sequences of a training by transformers' Trainer.
+
+    Args:
+        trainer: of transformers.
+
+    Returns:
+        Its name; empty if nothing does.
+    """
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if layout is not None and getattr(layout, f"{name}_size", 1) > 1:
+            return f"{name.upper()} (parallelism_config.{name}_size > 1)"
+    return ""

@@ -123,7 +123,7 @@ def resume(jobs: Jobs, out: Path) -> dict[str, Tensor]:
         ("kill in write", -signal.SIGKILL, ""),
         ("terminate", 143, "terminated; --resume true"),
         ("interrupt", 130, "interrupted"),
-        ("disk full", 1, "last.ckpt: could not be written (OSError: [Errno 27] File too large"),
+        ("disk full", 1, "last.ckpt: could not be written"),
     ],
 )
 def test_a_run_that_was_cut_resumes_to_the_same_weights(
@@ -188,7 +188,9 @@ def cut(jobs: Jobs) -> Path:
     return out
 
 
-@pytest.mark.parametrize("damage", ["cut short", "first bytes", "other things", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "first bytes", "other things", "empty", "one byte"]
+)
 def test_a_damaged_checkpoint_is_refused_by_name(
     jobs: Jobs, cut: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -199,7 +201,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     if damage == "other things":
         torch.save({"state_dict": Path("/")}, last)  # an object that only its code can make
     else:
-        kept = {"cut short": whole[: len(whole) // 2], "empty": b""}
+        middle = len(whole) // 2
+        changed = bytes([whole[middle] ^ 1])
+        kept = {"cut short": whole[:middle], "empty": b""}
+        kept["one byte"] = whole[:middle] + changed + whole[middle + 1 :]
         last.write_bytes(kept.get(damage, bytes(64) + whole[64:]))
     with pytest.raises(CheckpointError, match=r"last\.ckpt: cannot be read"):
         AtomicCheckpointIO().load_checkpoint(last, weights_only=True)

@@ -69,8 +69,12 @@ def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> No
 
 def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
     result = json.loads((BENCHMARKS / "exactness.json").read_text(encoding="utf-8"))
-    ways = {row.name for row in LIGHTNING if row.refused is None} - {"DDPStrategy"}
-    assert set(result["inert"]) == ways
+    ways = {row.name for row in LIGHTNING if row.refused is None}
+    assert set(result["inert"]) == ways | {"Trainer of transformers"}
+    assert {name for name, way in result["inert"].items() if way["steps"] < 50} <= {
+        "fast_dev_run",
+        "fit twice",  # 3 and 2 x 25
+    }
     assert all(way["strength 0"] == 0.0 < way["strength 0.6"] for way in result["inert"].values())
     for door in result["resumed"].values():
         assert door["steps"] >= 7

@@ -29,12 +29,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        _sync(temporary, os.O_RDWR)
+        sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     with suppress(OSError):  # some systems cannot open or sync a folder; the file itself is safe
-        _sync(path.parent, os.O_RDONLY)
+        sync(path.parent, os.O_RDONLY)
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -84,7 +84,8 @@ def prepare_output(folder: Path | str, overwrite: bool) -> Path:
     return folder
 
 
-def _sync(path: Path, flags: int) -> None:
+def sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Wait until what was written to a file, or a folder opened read-only, is on the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
 from softtrace.curve import SIZES, DensityCurve, curve_of, default_thresholds
@@ -17,9 +16,17 @@ from softtrace.easiness import loss_score
 from softtrace.evaluation.early_exit import exit_agreement
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import attach
+from softtrace.metrics.functional import (
+    computation_density,
+    density_uncertainty_correlation,
+    early_exit_agreement,
+    entropy_bounds,
+    entropy_groups,
+    nucleus_recovery,
+    trace_composition,
+)
 from softtrace.recording import Recording
 
-EASY_SHARE = 0.25
 _SCATTER = 2000
 
 Progress = Callable[[int], Any]
@@ -147,16 +154,11 @@ def summarise(found: Measurements) -> dict[str, Any]:
     entropy, loss = torch.cat(found.entropy).double(), torch.cat(found.loss).double()
     area, size = torch.cat(found.area).double(), torch.cat(found.size).double()
     variation = torch.cat(found.variation, dim=1).double()
-    agreement = torch.cat(found.agreement, dim=1).double()
-    bounds = (entropy.quantile(EASY_SHARE), entropy.quantile(1 - EASY_SHARE))
-    groups = {
-        "all": torch.ones_like(entropy, dtype=torch.bool),
-        "easy": entropy <= bounds[0],
-        "hard": entropy >= bounds[1],
-    }
-
-    def of_groups(values: Tensor, statistic: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        return {name: statistic(values[..., rows]).tolist() for name, rows in groups.items()}
+    agreement = torch.cat(found.agreement, dim=1)
+    bounds = entropy_bounds(entropy)
+    groups = entropy_groups(entropy)
+    density = computation_density(entropy, area, size)
+    correlation = density_uncertainty_correlation(entropy, area, size)
 
     chosen = torch.linspace(0, len(entropy) - 1, min(_SCATTER, len(entropy))).long()
     return {
@@ -169,12 +171,12 @@ def summarise(found: Measurements) -> dict[str, Any]:
             "rule": "highest quarter by entropy of the full prediction",
             "entropy_bound": float(bounds[1]),
         },
-        "loss_nats": of_groups(loss, torch.mean),
-        "area": of_groups(area, torch.mean),
-        "size_at_tv_0.2": of_groups(size, torch.median),
+        "loss_nats": {name: float(loss[rows].mean()) for name, rows in groups.items()},
+        "area": {name: float(density[f"area_{name}"]) for name in groups},
+        "size_at_tv_0.2": {name: float(density[f"size_{name}"]) for name in groups},
         "entropy_spearman": {
-            "area": float(spearman_corrcoef(area, entropy)),
-            "size_at_tv_0.2": float(spearman_corrcoef(size, entropy)),
+            "area": float(correlation["area"]),
+            "size_at_tv_0.2": float(correlation["size"]),
         },
         "curve": {
             "sizes": list(SIZES),
@@ -185,7 +187,10 @@ def summarise(found: Measurements) -> dict[str, Any]:
         "nucleus_recovery": _recovery(found),
         "early_exit": {
             "layers": list(range(1, len(agreement) + 1)),
-            "agreement": of_groups(agreement, lambda values: values.mean(-1)),
+            "agreement": {
+                name: shares.tolist()
+                for name, shares in early_exit_agreement(entropy, agreement.T).items()
+            },
         },
         "scatter": {
             "entropy": entropy[chosen].tolist(),
@@ -221,8 +226,7 @@ def _baselines(found: Measurements) -> dict[str, Any]:
 def _topology(found: Measurements) -> dict[str, Any] | None:
     if found.composition is None:
         return None
-    edges = found.composition.double()
-    shares = edges / edges.sum((1, 2), keepdim=True).clamp_min(torch.finfo(edges.dtype).tiny)
+    shares = trace_composition(found.composition.double())
     return {"sizes": list(SIZES), "kinds": list(EDGE_KINDS), "shares": shares.tolist()}
 
 
@@ -230,9 +234,10 @@ def _recovery(found: Measurements) -> dict[str, Any] | None:
     if not found.nucleus:
         return None
     recovered = torch.cat(found.nucleus, dim=1).double()
+    tokens = torch.tensor(recovered.shape[1])
     return {
         "p": list(NUCLEUS_SHARES),
         "sizes": list(SIZES),
-        "recovered": recovered.mean(1).tolist(),
-        "tokens": recovered.shape[1],
+        "recovered": nucleus_recovery(recovered.sum(1), tokens).tolist(),
+        "tokens": int(tokens),
     }

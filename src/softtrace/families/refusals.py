@@ -65,6 +65,24 @@ def running(what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """The model's forward without the autocast that Accelerate puts around it, for a proof.
+
+    Accelerate replaces ``forward`` where it prepares a model for mixed precision, and keeps the
+    model's own; autocast that is switched off outside is switched on again by the replacement.
+    """
+    own, around = (vars(model).get(name) for name in ("_original_forward", "forward"))
+    if own is None or around is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = around
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of it was compiled, in place or by a wrapper inside."""
     return any(

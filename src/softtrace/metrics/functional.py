@@ -1,0 +1,141 @@
+"""What the metrics compute, as pure functions of readings: one number, bool or row a token.
+
+Easy and hard tokens are the shares with the lowest and the highest entropy of the full model's
+prediction, over all tokens that are given: never of a batch. Source: arXiv 2605.27033, sections 4
+and 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
+
+from softtrace.batch import check_range
+
+EASY_SHARE = 0.25
+GROUPS = ("all", "easy", "hard")
+
+
+def entropy_bounds(entropy: Tensor, easy_share: float = EASY_SHARE) -> tuple[Tensor, Tensor]:
+    """The quantiles of the entropies that easy tokens are under and hard ones over.
+
+    Linear between the two nearest, as ``torch.quantile``, which refuses more than 2^24 values.
+
+    Args:
+        entropy: ``[n]`` nats, n >= 1.
+        easy_share: of the tokens, in (0, 1].
+    """
+    check_range("easy_share", easy_share, 0.0, 1.0, open_low=True)
+    ordered = entropy.double().sort().values
+    last = len(ordered) - 1
+
+    def at(share: float) -> Tensor:
+        low = min(last, int(share * last))
+        high = min(last, low + 1)
+        return ordered[low].lerp(ordered[high], share * last - low)
+
+    return at(easy_share), at(1 - easy_share)
+
+
+def entropy_groups(entropy: Tensor, easy_share: float = EASY_SHARE) -> dict[str, Tensor]:
+    """``[n]`` bool for "all", "easy" and "hard"; see :func:`entropy_bounds`.
+
+    Args:
+        entropy: ``[n]`` nats, n >= 1.
+        easy_share: of the tokens, in (0, 1].
+    """
+    low, high = entropy_bounds(entropy, easy_share)
+    values = entropy.double()
+    return {"all": torch.ones_like(values, dtype=torch.bool), "easy": values <= low,
+            "hard": values >= high}  # fmt: skip
+
+
+def computation_density(
+    entropy: Tensor, area: Tensor, size: Tensor, easy_share: float = EASY_SHARE
+) -> dict[str, Tensor]:
+    """Mean area and median size of all, easy and hard tokens.
+
+    Args:
+        entropy: ``[n]`` nats.
+        area: ``[n]`` mean TV over log10 of the size.
+        size: ``[n]`` shares of all edges, at one bound of TV.
+        easy_share: of the tokens, in (0, 1].
+
+    Returns:
+        ``area_all``, ``area_easy``, ``area_hard``, ``size_all``, ...: float64 scalars, NaN without
+        a token.
+    """
+    if not len(entropy):
+        nothing = torch.full((), torch.nan, dtype=torch.float64, device=entropy.device)
+        return {f"{name}_{group}": nothing for name in ("area", "size") for group in GROUPS}
+    groups = entropy_groups(entropy, easy_share)
+    return {
+        **{f"area_{name}": area.double()[rows].mean() for name, rows in groups.items()},
+        **{f"size_{name}": size.double()[rows].median() for name, rows in groups.items()},
+    }
+
+
+def early_exit_agreement(
+    entropy: Tensor, agreed: Tensor, easy_share: float = EASY_SHARE
+) -> dict[str, Tensor]:
+    """Share of the tokens whose exit after each layer says what the full model says.
+
+    Args:
+        entropy: ``[n]`` nats.
+        agreed: ``[n, L]`` bool; the last layer is the full model.
+        easy_share: of the tokens, in (0, 1].
+
+    Returns:
+        ``all``, ``easy``, ``hard``: ``[L]`` float64, NaN without a token.
+    """
+    shares = agreed.double()
+    if not len(entropy):
+        return dict.fromkeys(GROUPS, shares.mean(0))
+    groups = entropy_groups(entropy, easy_share)
+    return {name: shares[rows].mean(0) for name, rows in groups.items()}
+
+
+def density_uncertainty_correlation(
+    entropy: Tensor, area: Tensor, size: Tensor
+) -> dict[str, Tensor]:
+    """Spearman's rank correlation of area and of size with the entropy, over all tokens at once.
+
+    Args:
+        entropy, area, size: ``[n]``, as in :func:`computation_density`.
+
+    Returns:
+        ``area`` and ``size``: float64 scalars; NaN for fewer than two tokens.
+    """
+    found = {}
+    for name, values in (("area", area), ("size", size)):
+        enough = len(entropy) > 1
+        found[name] = (
+            spearman_corrcoef(values.double(), entropy.double())
+            if enough
+            else torch.full((), torch.nan, dtype=torch.float64, device=entropy.device)
+        )
+    return found
+
+
+def nucleus_recovery(recovered: Tensor, tokens: Tensor) -> Tensor:
+    """Share of the tokens whose ordered top-p list is recovered, for each size and p.
+
+    Args:
+        recovered: ``[S, P]`` float64, summed over the tokens.
+        tokens: how many, int64 scalar.
+    """
+    return recovered / tokens
+
+
+def trace_composition(edges: Tensor) -> Tensor:
+    """Shares of the edges of traces by depth quartile and kind, for each size.
+
+    Args:
+        edges: ``[S, Q, 4]`` float64 numbers of edges, summed over the tokens.
+
+    Returns:
+        ``[S, Q, 4]``, adding up to 1 for each size; kinds in the order of
+        :data:`softtrace.graph.EDGE_KINDS`.
+    """
+    return edges / edges.sum((1, 2), keepdim=True).clamp_min(torch.finfo(edges.dtype).tiny)

@@ -1,0 +1,162 @@
+"""Metrics that are sums over tokens at each size: float64 sums, int64 counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from softtrace.curve import DEPTH_QUARTILES, SIZES, DensityCurve
+from softtrace.distortion import NUCLEUS_SHARES
+from softtrace.errors import InvalidInputError
+from softtrace.graph import EDGE_KINDS
+from softtrace.metrics.functional import nucleus_recovery, trace_composition
+from softtrace.metrics.readings import counted
+
+
+class NucleusRecovery(Metric):
+    """Share of the tokens whose ordered top-p list a trace of each size recovers.
+
+    Source: arXiv 2605.27033, section 4. Functional twin:
+    :func:`softtrace.metrics.functional.nucleus_recovery`.
+
+    Args:
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch
+        >>> from softtrace import DensityCurve
+        >>> from softtrace.metrics import NucleusRecovery
+        >>> nucleus = torch.zeros(2, 1, 1, 8, dtype=torch.bool)
+        >>> nucleus[0, ..., :2] = True  # the first two lists by the trace of 1 % already
+        >>> nucleus[1] = True  # all by the full graph
+        >>> curve = DensityCurve(
+        ...     thresholds=torch.tensor([0.3]),
+        ...     size=torch.tensor([[[0.01]]]),
+        ...     total_variation=torch.tensor([[[0.1]]]),
+        ...     edges=torch.tensor([[10_000]]),
+        ...     entropy=torch.tensor([[0.1]]),
+        ...     nucleus=nucleus,
+        ... )
+        >>> recovery = NucleusRecovery()
+        >>> recovery.update(curve)
+        >>> recovery.compute()[0].tolist()
+        [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    recovered: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shape = (len(SIZES), len(NUCLEUS_SHARES))
+        self.add_state("recovered", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
+        """Take the positions of a batch.
+
+        Args:
+            curve: of the batch, made with ``nucleus=True``.
+            positions: ``[B, T]`` bool, those that count; None for all but padding.
+
+        Raises:
+            InvalidInputError: a curve without nuclei.
+        """
+        if curve.nucleus is None:
+            raise InvalidInputError("curve: found no nuclei, make it with nucleus=True")
+        rows = counted(curve, positions)
+        self.recovered += curve.at_sizes(values=curve.nucleus)[:, rows].double().sum(1)
+        self.tokens += rows.sum()
+
+    @override
+    def compute(self) -> Tensor:
+        """``[26, 8]`` for :data:`softtrace.curve.SIZES` and the p of the paper; NaN if no token."""
+        return nucleus_recovery(self.recovered, self.tokens)
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Recovery over size, a line for each p; needs matplotlib."""
+        from softtrace.metrics.lines import draw_lines
+
+        found = self.compute() if val is None else val
+        lines = {f"p = {p:g}": found[:, at] for at, p in enumerate(NUCLEUS_SHARES)}
+        return draw_lines(SIZES, lines, "share of all edges", "top-p lists recovered", ax)
+
+
+class TraceComposition(Metric):
+    """What traces of each size are made of: shares of edges by depth quartile and kind.
+
+    Source: arXiv 2605.27033, section 4. Functional twin:
+    :func:`softtrace.metrics.functional.trace_composition`.
+
+    Args:
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch
+        >>> from softtrace import DensityCurve
+        >>> from softtrace.metrics import TraceComposition
+        >>> edges = torch.zeros(2, 1, 1, 4, 4, dtype=torch.int64)
+        >>> edges[:, ..., 0, 0] = 3  # attention of the first quarter of the layers
+        >>> edges[:, ..., 3, 2] = 1  # MLPs of the last one
+        >>> curve = DensityCurve(
+        ...     thresholds=torch.tensor([0.3]),
+        ...     size=torch.tensor([[[0.01]]]),
+        ...     total_variation=torch.tensor([[[0.1]]]),
+        ...     edges=torch.tensor([[400]]),
+        ...     entropy=torch.tensor([[0.1]]),
+        ...     composition=edges,
+        ... )
+        >>> composition = TraceComposition()
+        >>> composition.update(curve)
+        >>> composition.compute()[0].sum(1).tolist()
+        [0.75, 0.0, 0.0, 0.25]
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    edges: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shape = (len(SIZES), DEPTH_QUARTILES, len(EDGE_KINDS))
+        self.add_state("edges", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
+        """Take the positions of a batch.
+
+        Args:
+            curve: of the batch, made with ``composition=True``.
+            positions: ``[B, T]`` bool, those that count; None for all but padding.
+
+        Raises:
+            InvalidInputError: a curve without composition.
+        """
+        if curve.composition is None:
+            raise InvalidInputError("curve: found no composition, make it with composition=True")
+        rows = counted(curve, positions)
+        self.edges += curve.at_sizes(values=curve.composition)[:, rows].double().sum(1)
+
+    @override
+    def compute(self) -> Tensor:
+        """``[26, 4, 4]`` shares: sizes, depth quartiles, kinds in the order of ``EDGE_KINDS``."""
+        return trace_composition(self.edges)
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Shares of the kinds over size, all depths together; needs matplotlib."""
+        from softtrace.metrics.lines import draw_lines
+
+        found = (self.compute() if val is None else val).sum(1)
+        lines = {kind.replace("_", " "): found[:, at] for at, kind in enumerate(EDGE_KINDS)}
+        return draw_lines(SIZES, lines, "share of all edges", "share of the trace", ax)

@@ -1,0 +1,85 @@
+"""What all metrics read of a batch, from one recording and one sweep of masked runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.curve import DensityCurve, curve_of, default_thresholds
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation.early_exit import exit_agreement
+from softtrace.instrument import attach
+
+
+@torch.no_grad()
+def readings(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    min_context: int = 0,
+    thresholds: Sequence[float] | None = None,
+    composition: bool = True,
+    nucleus: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for ``update`` of every metric, and of a ``MetricCollection`` of them.
+
+    Args:
+        model: a causal language model; attached on the fly.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+        min_context: real tokens that have to stand before a position that counts: the number of
+            edges grows with the length, so sizes compare at similar length only.
+        thresholds: see :func:`softtrace.density_curve`.
+        composition: count edges by depth and kind, for ``TraceComposition``.
+        nucleus: compare top-p lists, for ``NucleusRecovery`` (slow).
+
+    Returns:
+        ``curve`` (:class:`softtrace.DensityCurve`), ``exits`` ``[L, B, T]`` bool and ``positions``
+        ``[B, T]`` bool.
+
+    Raises:
+        UnsupportedModelError, InvalidInputError, NonFiniteError: see
+            :func:`softtrace.density_curve`.
+    """
+    if min_context < 0:
+        raise InvalidInputError(f"min_context: found {min_context}, allowed are integers from 0")
+    instrument = attach(model)
+    recording = instrument.record(input_ids, attention_mask, keep_hidden=True)
+    valid = recording.importance.valid
+    curve = curve_of(
+        instrument,
+        input_ids,
+        recording,
+        recording.importance,
+        default_thresholds() if thresholds is None else thresholds,
+        composition=composition,
+        nucleus=nucleus,
+    )
+    return {
+        "curve": curve,
+        "exits": exit_agreement(instrument, recording),
+        "positions": valid & (valid.cumsum(-1) > min_context),
+    }
+
+
+def counted(curve: DensityCurve, positions: Tensor | None) -> Tensor:
+    """``[B, T]`` bool: which positions of a batch a metric takes.
+
+    Raises:
+        InvalidInputError: positions of another shape, or padding among them.
+    """
+    real = curve.edges > 0
+    if positions is None:
+        return real
+    if positions.shape != real.shape or positions.dtype != torch.bool:
+        raise InvalidInputError(
+            f"positions: found {positions.dtype} of shape {tuple(positions.shape)}, allowed is "
+            f"bool of the curve's {tuple(real.shape)}"
+        )
+    if bool((positions & ~real).any()):
+        raise InvalidInputError("positions: found padding among them; leave it out")
+    return positions
