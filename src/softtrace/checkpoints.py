@@ -37,12 +37,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
+            # Into a file of Python's: what is wrong with the disk is not heard of otherwise.
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
                 # Lightning's format; it is read back with weights_only=True
-                torch.save(checkpoint, temporary)  # noqa: TID251
+                torch.save(checkpoint, file)  # noqa: TID251
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
+            disk = error.__context__ if isinstance(error.__context__, OSError) else error
             raise CheckpointError(
-                f"checkpoint {path}: could not be written ({_reason(error)}). What was there "
+                f"checkpoint {path}: could not be written ({_reason(disk)}). What was there "
                 "before is untouched; make room, then go on from it"
             ) from error
 

@@ -39,6 +39,7 @@ from softtrace.load import load_tokenizer
 from softtrace.lora import merged
 from softtrace.module import CausalLM
 from softtrace.seeding import StepSeed
+from softtrace.signals import EndTogether
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class FitCLI(LightningCLI):
         # By now True has become the number that was chosen; False asks for no seeding at all.
         if (seed := self.config["seed_everything"]) is not False:
             callbacks.append(StepSeed(seed))
+        callbacks.append(EndTogether())
         every = self.config["checkpoint_every"]
         wanted = every and options.get("enable_checkpointing") is not False
         if wanted and not options.get("fast_dev_run"):

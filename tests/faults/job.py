@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,10 +42,11 @@ def kill_in_write(trainer: Trainer, module: Any) -> None:
     """While the next checkpoint is being written: half of it gets to wherever it is written."""
     save = torch.save
 
-    def half(checkpoint: Any, path: Any) -> None:
+    def half(checkpoint: Any, file: Any) -> None:
         whole = io.BytesIO()
         save(checkpoint, whole)
-        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
         kill()
 
     torch.save = half

@@ -102,7 +102,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "checkpoints written in place", "checkpoints.py",
-        (("with atomic_path(path) as temporary:", "for temporary in (path,):"),),
+        (
+            (
+                'with atomic_path(path) as temporary, temporary.open("wb") as file:',
+                'with Path(path).open("wb") as file:',
+            ),
+        ),
         _CUT,
     ),
     Mutation(

@@ -123,7 +123,7 @@ def resume(jobs: Jobs, out: Path) -> dict[str, Tensor]:
         ("kill in write", -signal.SIGKILL, ""),
         ("terminate", 143, "terminated; --resume true"),
         ("interrupt", 130, "interrupted"),
-        ("disk full", 1, "last.ckpt: could not be written"),
+        ("disk full", 1, "last.ckpt: could not be written (OSError"),
     ],
 )
 def test_a_run_that_was_cut_resumes_to_the_same_weights(
@@ -160,6 +160,24 @@ def test_weights_that_are_not_finite_stop_the_run_by_name(jobs: Jobs, tmp_path: 
     assert end.code != 0
     assert "step 4: " in end.said
     assert "NaN or inf" in end.said
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "code", "said"),
+    [
+        ("terminate", 0, 143, "terminated; --resume true"),
+        ("terminate", 1, 143, "terminated; --resume true"),
+        ("disk full", 0, 1, "last.ckpt: could not be written (OSError"),
+    ],
+)
+def test_what_happens_to_one_process_ends_both(
+    jobs: Jobs, tmp_path: Path, fault: str, rank: int, code: int, said: str
+) -> None:
+    two = ("--trainer.strategy", "ddp", "--trainer.devices", 2)
+    end = jobs.run(tmp_path / "out", fault, 3, rank, *two)
+    assert end.code == code, end.said[-3000:]
+    assert said in end.said
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
