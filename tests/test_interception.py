@@ -19,11 +19,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import softtrace
+from softtrace.attention import IMPLEMENTATION
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.instrument import attach
 from tests.families.zoo import VERIFIED, redraw, tiny
 from tests.test_instrument import state
-from tests.tiny import tiny_model, tiny_prompt
+from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 WAYS = ("sdpa", "causal sdpa", "softmax", "folded")
 
@@ -155,6 +156,13 @@ def test_code_from_elsewhere_is_taken_apart_or_refused(way: str) -> None:
             torch.testing.assert_close(part, wanted, atol=1e-5, rtol=1e-3)
     curves = [softtrace.density_curve(each, ids, mask, thresholds=[0.1]) for each in (model, usual)]
     torch.testing.assert_close(*(curve.size for curve in curves), equal_nan=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_transformers_interface_are_reached_through_it(family: str) -> None:
+    """Without a mask function of the same name they would fall back to the softmax."""
+    assert IMPLEMENTATION in AttentionMaskInterface._global_mapping
+    assert softtrace.attach(tiny_model(family)).anatomy.route == "interface"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -48,7 +48,8 @@ MUTATIONS: tuple[Mutation, ...] = (
             ("        @functools.wraps(step)\n", ""),
             ('        training_step.__wrapped__ = getattr(step, "__wrapped__", step)\n', ""),
         ),
-        "tests/test_lightning.py::test_batch_idx_arrives",
+        "tests/test_lightning.py::"
+        "test_training_step_may_be_declared_in_every_way_that_lightning_takes",
     ),
     Mutation(
         "the term detached (Lightning)", "lightning.py",
@@ -63,7 +64,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the mask left unregistered", "attention.py",
         (("AttentionMaskInterface.register(IMPLEMENTATION, _visible_mask)\n", ""),),
-        "tests/test_instrument.py",
+        "tests/test_interception.py::test_models_of_transformers_interface_are_reached_through_it",
     ),
     Mutation(
         "scaled by the world size (Lightning)", "lightning.py",
