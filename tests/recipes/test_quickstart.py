@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quickstart_writes_what_it_says(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "recipes" / "quickstart.py", "--out", tmp_path / "out"]
     command += ["--steps", "2", "--blocks", "2", "--keep", tmp_path / "kept"]
