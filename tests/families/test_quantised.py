@@ -37,7 +37,10 @@ def test_int8_weights_of_torchao() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_through_the_module(bits: int, tmp_path: Path) -> None:
-    """Within the rounding of bfloat16; in float32 it computes too coarsely, and is refused."""
+    """Within the rounding of bfloat16; in float32 it is refused where it computes more coarsely.
+
+    In 4 bits that is a matter of the processor: with bfloat16 instructions, bitsandbytes uses them.
+    """
     original: Any = tiny("llama", hidden_size=64, head_dim=16, intermediate_size=128)
     original.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
@@ -57,5 +60,17 @@ def test_bitsandbytes_through_the_module(bits: int, tmp_path: Path) -> None:
     original = original.model.layers[0].self_attn.o_proj.weight.T
     assert (found - original).norm() < (0.15 if bits == 4 else 0.02) * original.norm()
     assert importance_of(model).layers[0].attention.isfinite().all()
-    with pytest.raises(UnsupportedModelError, match="o_proj is not affine"):
-        softtrace.attach(load(torch.float32))
+    exact = load(torch.float32)
+    projection = exact.model.layers[0].self_attn.o_proj
+    try:
+        softtrace.attach(exact)
+        refusal = ""
+    except UnsupportedModelError as error:
+        refusal = str(error)
+    if refusal:
+        assert "o_proj is not affine" in refusal
+        return
+    assert bits == 4
+    applied = projection(probe.float())
+    found = softtrace.attach(exact).anatomy.output_weight(0).flatten(0, 1)
+    assert (probe.float() @ found - applied).norm() < 1e-5 * applied.norm()
