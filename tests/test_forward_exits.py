@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss
 from softtrace.draws import draw_exits
 from softtrace.errors import NonFiniteError
-from tests.tiny import tiny_model, tiny_prompt
+from tests.tiny import checkpointed, tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2}
 
@@ -268,8 +268,7 @@ def test_checkpointing_changes_nothing(watched: bool) -> None:
     for checkpointing in (False, True):
         model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
         if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)()  # not reentrant unless told otherwise
+            checkpointed(model)
         density = DensityLoss(model, **{**OPTIONS, "exits": 0.4 if watched else 0.0})
         with density.watching():
             task = model(input_ids=ids, attention_mask=mask, labels=ids).loss

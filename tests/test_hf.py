@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from softtrace import DensityLoss, InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
 from tests.fitting import batches, weights
+from tests.processes import as_rank
 from tests.tiny import tiny_model
 
 ROWS, MICRO = 16, 2
@@ -80,14 +81,21 @@ def train(folder: Path, density: Any = OPTIONS, family: str = "llama", **changes
     return trainer
 
 
-def by_hand(accumulate: int, counted: bool, options: dict[str, Any]) -> nn.Module:
-    """The Trainer's loop written out; ``counted``: the task loss is a mean over all targets."""
+def by_hand(accumulate: int, counted: bool, options: dict[str, Any], ranks: int = 1) -> nn.Module:
+    """The Trainer's loop written out, the batches of all processes one after the other.
+
+    Args:
+        accumulate: batches of a process in a step.
+        counted: the task loss is a mean over all targets.
+        options: of the term.
+        ranks: processes; each draws by its rank.
+    """
     model = tiny_model("llama", dtype=torch.float64).train()
     density = DensityLoss(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
     micro = [stacked(rows()[i : i + MICRO]) for i in range(0, ROWS, MICRO)]
-    for step, first in enumerate(range(0, len(micro), accumulate)):
-        group = micro[first : first + accumulate]
+    for step, first in enumerate(range(0, len(micro), accumulate * ranks)):
+        group = micro[first : first + accumulate * ranks]
         targets = sum(int((each["labels"][:, 1:] != -100).sum()) for each in group)
         for number, each in enumerate(group):
             with density.watching():
@@ -95,7 +103,8 @@ def by_hand(accumulate: int, counted: bool, options: dict[str, Any]) -> nn.Modul
             losses = F.cross_entropy(logits, each["labels"][:, 1:].flatten(), reduction="sum")
             own = int((each["labels"][:, 1:] != -100).sum())
             task = losses / targets if counted else losses / own / len(group)
-            term = density(**each, step=step, micro_step=number).loss / len(group)
+            with as_rank(number % ranks):
+                term = density(**each, step=step, micro_step=number // ranks).loss / len(group)
             (task + term).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()

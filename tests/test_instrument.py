@@ -18,7 +18,7 @@ from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph import EDGE_KINDS, Edge, LayerEdges
 from softtrace.instrument import attach
 from tests import oracle
-from tests.tiny import FAMILIES, tiny_model, tiny_prompt
+from tests.tiny import FAMILIES, checkpointed, tiny_model, tiny_prompt
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if "hooks" in name]
 
@@ -362,9 +362,7 @@ def test_learned_positions_bound_the_real_tokens() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_mode_and_checkpointing_change_no_importance(family: str) -> None:
     model, ids = mixed_flags(family), tiny_prompt(6)
-    # the name since transformers 5.23, else the older one
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
+    checkpointed(model)
     twin = tiny_model(family, seed=2)
     noisy = softtrace.edge_importance(model, ids)
     with torch.no_grad():

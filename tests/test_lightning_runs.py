@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,14 +15,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
-import softtrace
 from softtrace import DensityLoss, DensityOptions
-from softtrace import loss as loss_module
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning import STATE_KEY, DensityPenalty
 from tests.corpus import byte_tokenizer, write_tree
 from tests.fitting import Batch, Calls, Tuner, batches, fit, trainer, weights
+from tests.processes import as_rank, script_environment
 from tests.tiny import tiny_model
 
 # --- resuming
@@ -303,13 +301,9 @@ def fit_in_processes(
     """What each process ended with; a strength of None is no callback at all."""
     script, output = folder / "processes.py", folder / f"strength{strength}"
     script.write_text(PROCESSES, encoding="utf-8")
-    paths = os.pathsep.join(
-        [str(Path(__file__).parents[1]), str(Path(softtrace.__file__).parents[1])]
-    )
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, (script, strength, output, world, epochs))],
-        env=environment, capture_output=True, text=True, timeout=200,
+        env=script_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]
@@ -325,10 +319,10 @@ def fit_by_hand(strength: float, world: int) -> Tensor:
     for step in range(4):
         first = step % 2 * 2 * world
         for number, batch in enumerate(every[first : first + 2 * world]):
-            loss_module._rank = lambda number=number: number % world  # type: ignore[assignment]
             with density.watching():
                 task = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
-            term = density(**batch, step=step, micro_step=number // world).loss
+            with as_rank(number % world):
+                term = density(**batch, step=step, micro_step=number // world).loss
             ((task + term) / (2 * world)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -337,10 +331,7 @@ def fit_by_hand(strength: float, world: int) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_equal_the_loop_by_hand(
-    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss_module, "_rank", loss_module._rank)  # put back afterwards
+def test_processes_equal_the_loop_by_hand(tmp_path: Path, world: int) -> None:
     ranks = fit_in_processes(tmp_path, 0.75, world)
     assert all(torch.equal(rank["weights"], ranks[0]["weights"]) for rank in ranks)
     assert all(rank["clean"] for rank in ranks)

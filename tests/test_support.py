@@ -28,7 +28,7 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityPenalty
 from softtrace.support import LIGHTNING, check_strategy
 from tests.fitting import Batch, Batches, Tuner, batches, fit, forget_warnings, weights
-from tests.tiny import tiny_model
+from tests.tiny import checkpointed, tiny_model
 
 STEPS = 50
 OPTIONS: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
@@ -44,7 +44,7 @@ class Checkpointed(Tuner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
+        checkpointed(self.model, use_reentrant=self.reentrant)
 
 
 class Reentrant(Checkpointed):

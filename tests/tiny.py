@@ -86,3 +86,11 @@ def tiny_prompt(length: int, seed: int = 0, batch: int = 1) -> Tensor:
     """``[batch, length]`` random ids without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(SPECIAL, VOCABULARY, (batch, length), generator=generator)
+
+
+def checkpointed(model: Any, **kwargs: Any) -> Any:
+    """The model with activation checkpointing, not reentrant unless told otherwise."""
+    # the name since transformers 5.23, else the older one
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(kwargs or None)
+    return model

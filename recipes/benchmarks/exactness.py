@@ -40,6 +40,7 @@ from tests.faults.mutations import MUTATIONS, run_tests  # noqa: E402
 from tests.faults.test_faults import Jobs, saved  # noqa: E402
 from tests.fitting import weights  # noqa: E402
 from tests.parity import test_parity as parity  # noqa: E402
+from tests.processes import as_rank  # noqa: E402
 from tests.test_support import OPTIONS, WAYS  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -167,8 +168,8 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
         model = tiny_model("llama", seed=1, dtype=torch.float64)
         penalty, serial = DensityLoss(model, **options), []
         for rank, (ids, mask) in enumerate(parity.micro_batches(2)):
-            parity.loss_module._rank = lambda rank=rank: rank  # type: ignore[assignment]
-            task, term = parity.both(model, penalty, ids, mask)
+            with as_rank(rank):
+                task, term = parity.both(model, penalty, ids, mask)
             serial.append(parity.gradient_of(model, task + term))
         worst = max(worst, relative(ranks[0][index], (serial[0] + serial[1]) / 2))
     rows["two processes, gradients"] = worst

@@ -269,7 +269,7 @@ def exactness() -> str:
         f"and ended, their largest difference from a straight one | {killed['resumed']} of "
         f"{killed['runs']}, {killed['largest']:g} |",
         *(
-            f"| {name[0].upper()}{name[1:]}: largest relative difference | {value:.0e} |"
+            f"| {name}: largest relative difference | {f'{value:.0e}' if value else 0} |"
             for name, value in across.items()
         ),
         f"| bytes of all tensors alive after 20 and 200 steps | {held['after 20 steps']:,} and "

@@ -27,7 +27,7 @@ from softtrace import DensityOptions
 from softtrace.data import evenly
 from softtrace.decoding import speculate
 from softtrace.evaluation.measure import measure, summarise
-from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.provenance import hardware
 from softtrace.exits import check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
@@ -136,7 +136,7 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         load_tokenizer(args.model).save_pretrained(folder)
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}
     row |= measures(model, blocks, args.device)
-    row["hardware"] = provenance(torch.device(args.device))["hardware"]
+    row["hardware"] = hardware(torch.device(args.device))
     if task.method == "plain":
         row["curve"] = curve
     return row

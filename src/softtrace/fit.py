@@ -179,7 +179,7 @@ class FitCLI(LightningCLI):
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""
-        if getattr(rank_zero_only, "rank", 0):
+        if not self.trainer.is_global_zero:
             return
         for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
             half.unlink(missing_ok=True)
@@ -249,10 +249,7 @@ class FitCLI(LightningCLI):
         try:
             check_early_exit(model)
             setattr(model.config, EXIT_FIELD, recommended_exit(model, evenly(blocks, _EXIT_BLOCKS)))
-        except (
-            SofttraceError,
-            RuntimeError,
-        ) as reason:  # out of memory is no reason to lose weights
+        except (SofttraceError, RuntimeError) as reason:  # out of memory: no reason to lose weights
             logger.info("no early exit is recommended: %s", reason)
 
 

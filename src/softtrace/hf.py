@@ -22,7 +22,7 @@ from softtrace.host import find_causal_lm
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
 from softtrace.resuming import newest_checkpoint
-from softtrace.support import sharding
+from softtrace.support import check_sharding
 
 STATE_VERSION = 1
 _READ = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -212,12 +212,7 @@ class DensityMixin:
                 f"found {trainer.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
                 "start one process a GPU with torchrun or accelerate launch"
             )
-        if (found := sharding(trainer)) and not self.allow_untested:
-            raise TrainerSetupError(
-                f"found {found}, under which weights or sequences are not whole where an edge's "
-                "importance reads them; supported are one process and data parallelism (DDP). "
-                "allow_untested=True runs it all the same"
-            )
+        check_sharding(trainer, self.allow_untested)
         self._density = DensityLoss(find_causal_lm(trainer.model), options)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,6 +207,13 @@ def cut(jobs: Jobs) -> Path:
     return out
 
 
+def inside_a_tensor(checkpoint: Path) -> bytes:
+    """The bytes of its largest tensor: elsewhere there may be padding that nobody reads."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        return archive.read(largest)
+
+
 @pytest.mark.parametrize(
     "damage", ["cut short", "first bytes", "other things", "empty", "one byte"]
 )
@@ -220,6 +228,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(
         torch.save({"state_dict": Path("/")}, last)  # an object that only its code can make
     else:
         kept = {"cut short": whole[: len(whole) // 2], "empty": b""}
+        at = whole.index(inside_a_tensor(last)) + 8
+        kept["one byte"] = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
         last.write_bytes(kept.get(damage, bytes(64) + whole[64:]))
     with pytest.raises(CheckpointError, match=r"last\.ckpt: cannot be read"):
         AtomicCheckpointIO().load_checkpoint(last, weights_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-import softtrace
 from softtrace import DensityCurve, InvalidInputError
 from softtrace.graph import EDGE_KINDS
 from softtrace.metrics import (
@@ -29,9 +27,8 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import entropy_bounds
+from tests.processes import script_environment
 from tests.tiny import tiny_model, tiny_prompt
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def collection() -> MetricCollection:
@@ -288,16 +285,10 @@ def over_processes(folder: Path, world: int) -> list[Tensor]:
     """What every process of a group computes: unequal shares, in three one has nothing."""
     script = folder / "metrics.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    source = Path(softtrace.__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(source)]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
     running = [
         subprocess.Popen(
             [sys.executable, *map(str, (script, rank, world, folder))],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=script_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(world)
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from softtrace import DensityLoss, DensityOptions
 from softtrace import loss as loss_module
 from tests.test_loss_gradients import replay
-from tests.tiny import FAMILIES, tiny_model, tiny_prompt
+from tests.tiny import FAMILIES, checkpointed, tiny_model, tiny_prompt
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"share": 0.5, "crop": 6},
@@ -134,8 +134,7 @@ def with_and_without_checkpointing(options: dict[str, Any]) -> list[tuple[Tensor
     for recomputed in (False, True):
         model = tiny_model("llama", seed=1, dtype=torch.float64).train()
         if recomputed:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpointed(model, use_reentrant=False)
         task, term = both(model, DensityLoss(model, **options), *micro_batches(1)[0])
         found.append((term.detach(), gradient_of(model, task + term)))
     return found

@@ -17,11 +17,6 @@ import torch
 def provenance(device: torch.device) -> dict[str, Any]:
     """When, with what and on what a result was made."""
     packages = ("softtrace", "torch", "transformers", "lightning")
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
-    )
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(),
@@ -29,8 +24,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in packages},
         },
-        "hardware": hardware,
+        "hardware": hardware(device),
     }
+
+
+def hardware(device: torch.device) -> str:
+    """The name of an accelerator, or the processor and its threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
 def _command() -> str:

@@ -67,8 +67,8 @@ def computation_density(
         a token.
     """
     if not len(entropy):
-        nothing = torch.full((), torch.nan, dtype=torch.float64, device=entropy.device)
-        return {f"{name}_{group}": nothing for name in ("area", "size") for group in GROUPS}
+        unknown = _unknown(entropy)
+        return {f"{name}_{group}": unknown for name in ("area", "size") for group in GROUPS}
     groups = entropy_groups(entropy, easy_share)
     return {
         **{f"area_{name}": area.double()[rows].mean() for name, rows in groups.items()},
@@ -107,15 +107,17 @@ def density_uncertainty_correlation(
     Returns:
         ``area`` and ``size``: float64 scalars; NaN for fewer than two tokens.
     """
-    found = {}
-    for name, values in (("area", area), ("size", size)):
-        enough = len(entropy) > 1
-        found[name] = (
-            spearman_corrcoef(values.double(), entropy.double())
-            if enough
-            else torch.full((), torch.nan, dtype=torch.float64, device=entropy.device)
-        )
-    return found
+    if len(entropy) < 2:
+        return dict.fromkeys(("area", "size"), _unknown(entropy))
+    return {
+        name: spearman_corrcoef(values.double(), entropy.double())
+        for name, values in (("area", area), ("size", size))
+    }
+
+
+def _unknown(like: Tensor) -> Tensor:
+    """What nothing is known of: a float64 scalar."""
+    return torch.full((), torch.nan, dtype=torch.float64, device=like.device)
 
 
 def nucleus_recovery(recovered: Tensor, tokens: Tensor) -> Tensor:

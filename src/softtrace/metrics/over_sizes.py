@@ -14,10 +14,34 @@ from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EDGE_KINDS
 from softtrace.metrics.functional import nucleus_recovery, trace_composition
+from softtrace.metrics.lines import draw_lines
 from softtrace.metrics.readings import counted
 
 
-class NucleusRecovery(Metric):
+class _OverSizes(Metric):
+    """Sums what curves hold of every threshold, read at :data:`softtrace.curve.SIZES`.
+
+    Args:
+        name: of the state that holds the sums.
+        shape: of what is summed at each size.
+        **kwargs: of ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, name: str, shape: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        zeros = torch.zeros((len(SIZES), *shape), dtype=torch.float64)
+        self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    @staticmethod
+    def _summed(curve: DensityCurve, values: Tensor, rows: Tensor) -> Tensor:
+        """``[26, ...]`` float64, over the chosen tokens."""
+        return curve.at_sizes(values=values)[:, rows].double().sum(1)
+
+
+class NucleusRecovery(_OverSizes):
     """Share of the tokens whose ordered top-p list a trace of each size recovers.
 
     Source: arXiv 2605.27033, section 4. Functional twin:
@@ -47,16 +71,12 @@ class NucleusRecovery(Metric):
         [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     recovered: Tensor
     tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        shape = (len(SIZES), len(NUCLEUS_SHARES))
-        self.add_state("recovered", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__("recovered", (len(NUCLEUS_SHARES),), **kwargs)
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @override
@@ -73,7 +93,7 @@ class NucleusRecovery(Metric):
         if curve.nucleus is None:
             raise InvalidInputError("curve: found no nuclei, make it with nucleus=True")
         rows = counted(curve, positions)
-        self.recovered += curve.at_sizes(values=curve.nucleus)[:, rows].double().sum(1)
+        self.recovered += self._summed(curve, curve.nucleus, rows)
         self.tokens += rows.sum()
 
     @override
@@ -84,14 +104,12 @@ class NucleusRecovery(Metric):
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Recovery over size, a line for each p; needs matplotlib."""
-        from softtrace.metrics.lines import draw_lines
-
         found = self.compute() if val is None else val
         lines = {f"p = {p:g}": found[:, at] for at, p in enumerate(NUCLEUS_SHARES)}
         return draw_lines(SIZES, lines, "share of all edges", "top-p lists recovered", ax)
 
 
-class TraceComposition(Metric):
+class TraceComposition(_OverSizes):
     """What traces of each size are made of: shares of edges by depth quartile and kind.
 
     Source: arXiv 2605.27033, section 4. Functional twin:
@@ -121,15 +139,11 @@ class TraceComposition(Metric):
         [0.75, 0.0, 0.0, 0.25]
     """
 
-    is_differentiable = False
     higher_is_better = None
-    full_state_update = False
     edges: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        shape = (len(SIZES), DEPTH_QUARTILES, len(EDGE_KINDS))
-        self.add_state("edges", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__("edges", (DEPTH_QUARTILES, len(EDGE_KINDS)), **kwargs)
 
     @override
     def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
@@ -144,8 +158,7 @@ class TraceComposition(Metric):
         """
         if curve.composition is None:
             raise InvalidInputError("curve: found no composition, make it with composition=True")
-        rows = counted(curve, positions)
-        self.edges += curve.at_sizes(values=curve.composition)[:, rows].double().sum(1)
+        self.edges += self._summed(curve, curve.composition, counted(curve, positions))
 
     @override
     def compute(self) -> Tensor:
@@ -155,8 +168,6 @@ class TraceComposition(Metric):
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Shares of the kinds over size, all depths together; needs matplotlib."""
-        from softtrace.metrics.lines import draw_lines
-
         found = (self.compute() if val is None else val).sum(1)
         lines = {kind.replace("_", " "): found[:, at] for at, kind in enumerate(EDGE_KINDS)}
         return draw_lines(SIZES, lines, "share of all edges", "share of the trace", ax)

@@ -23,6 +23,7 @@ from softtrace.metrics.functional import (
     density_uncertainty_correlation,
     early_exit_agreement,
 )
+from softtrace.metrics.lines import draw_lines
 from softtrace.metrics.readings import counted
 
 
@@ -68,7 +69,42 @@ class PerToken(Metric):
         return self._plot(val, ax)
 
 
-class ComputationDensity(PerToken):
+class _AreaAndSize(PerToken):
+    """Keeps the entropy, the area and the size at a bound of TV of every token.
+
+    Args:
+        total_variation: bound of the size, in (0, 1).
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        InvalidInputError: a bound outside its range.
+    """
+
+    readings = ("entropy", "area", "size")
+
+    def __init__(self, total_variation: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.total_variation = check_range(
+            "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True
+        )
+
+    @override
+    def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
+        """Take the positions of a batch.
+
+        Args:
+            curve: of the batch.
+            positions: ``[B, T]`` bool, those that count; None for all but padding.
+        """
+        rows = counted(curve, positions)
+        self._keep(
+            entropy=curve.entropy[rows],
+            area=curve.area()[rows],
+            size=curve.size_at(self.total_variation)[rows],
+        )
+
+
+class ComputationDensity(_AreaAndSize):
     """Mean area and median size at a bound of TV, of all, easy and hard tokens.
 
     Source: arXiv 2605.27033, section 4. Functional twin:
@@ -101,31 +137,12 @@ class ComputationDensity(PerToken):
     """
 
     higher_is_better = False
-    readings = ("entropy", "area", "size")
 
     def __init__(
         self, total_variation: float = 0.2, easy_share: float = EASY_SHARE, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        self.total_variation = check_range(
-            "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True
-        )
+        super().__init__(total_variation, **kwargs)
         self.easy_share = check_range("easy_share", easy_share, 0.0, 1.0, open_low=True)
-
-    @override
-    def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
-        """Take the positions of a batch.
-
-        Args:
-            curve: of the batch.
-            positions: ``[B, T]`` bool, those that count; None for all but padding.
-        """
-        rows = counted(curve, positions)
-        self._keep(
-            entropy=curve.entropy[rows],
-            area=curve.area()[rows],
-            size=curve.size_at(self.total_variation)[rows],
-        )
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -134,7 +151,7 @@ class ComputationDensity(PerToken):
         return computation_density(entropy, area, size, self.easy_share)
 
 
-class DensityUncertaintyCorrelation(PerToken):
+class DensityUncertaintyCorrelation(_AreaAndSize):
     """Spearman's correlation of area and of size with the entropy of the full prediction.
 
     Exact over processes, since ranks are taken of all tokens at once. Source: arXiv 2605.27033,
@@ -163,23 +180,6 @@ class DensityUncertaintyCorrelation(PerToken):
     """
 
     higher_is_better = None
-    readings = ("entropy", "area", "size")
-
-    def __init__(self, total_variation: float = 0.2, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.total_variation = check_range(
-            "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True
-        )
-
-    @override
-    def update(self, curve: DensityCurve, positions: Tensor | None = None) -> None:
-        """Take the positions of a batch; see :meth:`ComputationDensity.update`."""
-        rows = counted(curve, positions)
-        self._keep(
-            entropy=curve.entropy[rows],
-            area=curve.area()[rows],
-            size=curve.size_at(self.total_variation)[rows],
-        )
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -256,8 +256,6 @@ class EarlyExitAgreement(PerToken):
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Agreement over layers, a line a group; needs matplotlib."""
-        from softtrace.metrics.lines import draw_lines
-
         found = self.compute() if val is None else val
         layers = range(1, len(found["all"]) + 1)
         return draw_lines(layers, found, "exit after layer", "share that agrees", ax)
