@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.instrument import Instrument, attach
-from softtrace.masks import straight_masks
+from softtrace.masks import hard_masks
 from tests import oracle
 from tests.test_loss import exits
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 DEPTHS = torch.tensor([[1, 2, 1, 2, 2, 1], [2, 2, 2, 1, 1, 1]])
 PICKED = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 1]]).bool()
+PLACES = PICKED.flatten().nonzero()[:, 0]
 MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 
 
@@ -23,9 +24,9 @@ def run(instrument: Instrument, depths: Tensor, recorded: bool = True) -> tuple[
     """Exit logits, and those of a whole masked run."""
     ids = tiny_prompt(6, seed=2, batch=2)
     recording = instrument.record(ids, MASK)
-    masks = straight_masks(recording.importance, 0.1)
+    masks = hard_masks(recording.importance, 0.1)
     attention = recording.attention if recorded else None
-    found = instrument.exit_logits(ids, MASK, masks, depths, PICKED, attention)
+    found = instrument.exit_logits(ids, MASK, masks, depths, PLACES, attention)
     return found, exits(instrument, ids, MASK, masks, depths, attention)[PICKED]
 
 
@@ -57,14 +58,14 @@ def test_no_layer_above_the_deepest_exit_runs(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_model("llama", num_hidden_layers=5)
     instrument, ids = attach(model), tiny_prompt(6, seed=2, batch=2)
     recording = instrument.record(ids, MASK)
-    masks = straight_masks(recording.importance, 0.1)
+    masks = hard_masks(recording.importance, 0.1)
     model(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks that only look
     assert any(module._forward_hooks for module in model.modules())
     left = [len(module._forward_hooks) for module in model.modules()]
     ran = counting(model, monkeypatch)
     unread = DEPTHS.clone()
     unread[~PICKED] = 5  # where nobody looks, depth does not count
-    instrument.exit_logits(ids, MASK, masks, unread, PICKED, recording.attention)
+    instrument.exit_logits(ids, MASK, masks, unread, PLACES, recording.attention)
     assert ran == list(model.model.layers[:2])
     assert [len(module._forward_hooks) for module in model.modules()] == left
     model(input_ids=ids)
@@ -96,8 +97,8 @@ def test_gradients_reach_the_layers_below_the_exit_alone() -> None:
     with torch.no_grad():
         ids = tiny_prompt(6, seed=2, batch=2)
         recording = attach(model).record(ids, MASK)
-        masks = straight_masks(recording.importance, 0.1)
-    logits = attach(model).exit_logits(ids, MASK, masks, DEPTHS, PICKED, recording.attention)
+        masks = hard_masks(recording.importance, 0.1)
+    logits = attach(model).exit_logits(ids, MASK, masks, DEPTHS, PLACES, recording.attention)
     logits.square().sum().backward()
     for index, block in enumerate(oracle.blocks(model)):
         touched = [p.grad is not None and bool(p.grad.any()) for p in block.mlp.parameters()]

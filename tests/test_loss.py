@@ -18,7 +18,7 @@ from softtrace.draws import Draw, draw
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph import LayerEdges
 from softtrace.instrument import Instrument, attach
-from softtrace.masks import straight_masks
+from softtrace.masks import hard_masks
 from softtrace.runs import MaskedRun
 from tests import oracle
 from tests.tiny import tiny_model, tiny_prompt
@@ -236,7 +236,7 @@ def test_labels_decide_which_positions_count() -> None:
         attach(model),
         ids,
         None,
-        straight_masks(recording.importance, chosen.thresholds),
+        hard_masks(recording.importance, chosen.thresholds),
         chosen.depths,
         recording.attention,
     )

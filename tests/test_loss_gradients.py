@@ -13,7 +13,7 @@ from softtrace import DensityLoss, DensityOptions
 from softtrace.distortion import divergence, total_variation
 from softtrace.instrument import attach
 from softtrace.loss import soft_size
-from softtrace.masks import soft_masks, straight_masks
+from softtrace.masks import hard_masks, soft_masks
 from tests.test_loss import batch, drawn, exits, literal_weights
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
@@ -42,14 +42,14 @@ def replay(
         dtype=easy.dtype,
     )
     easy = easy / easy.sum()
-    fixed = straight_masks(still.importance, chosen.thresholds)
+    fixed = hard_masks(still.importance, chosen.thresholds)
 
     def term() -> Tensor:
         live = instrument.record(ids, mask) if options.through_importances else still
         soft = soft_masks(live.importance, chosen.thresholds, options.temperature)
         kept = soft if options.masks == "soft" else fixed
         if options.family == "shallow":
-            kept = straight_masks(live.importance, 0.0)
+            kept = hard_masks(live.importance, 0.0)
         recorded = live.attention if options.attention == "recorded" else None
         q = exits(instrument, ids, mask, kept, chosen.depths, recorded)
         distance = total_variation if options.distance == "tv" else divergence

@@ -14,7 +14,7 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.loss import soft_size
-from softtrace.masks import hard_masks, soft_masks, straight_masks
+from softtrace.masks import hard_masks, soft_masks
 from softtrace.trace import edge_counts
 from tests.literal import edges_of, every_edge, made_up_importance, value_of
 
@@ -29,7 +29,6 @@ def importance_with_padding(seed: int = 0) -> EdgeImportance:
 def test_every_kind_of_mask_edge_by_edge(threshold: float | Tensor) -> None:
     importance, temperature = importance_with_padding(), 0.7
     hard = hard_masks(importance, threshold)
-    straight = straight_masks(importance, threshold)
     soft = soft_masks(importance, threshold, temperature)
     kept = 0
     layers, batch, heads, length = importance.shape
@@ -39,7 +38,7 @@ def test_every_kind_of_mask_edge_by_edge(threshold: float | Tensor) -> None:
         for edge in every_edge(layers, heads, length):
             score = existing.get(edge)
             wanted = score is not None and score >= tau
-            assert value_of(hard, row, edge) == value_of(straight, row, edge) == wanted
+            assert value_of(hard, row, edge) == wanted
             kept += wanted
             if score is None:
                 assert value_of(soft, row, edge) == 0
@@ -48,7 +47,7 @@ def test_every_kind_of_mask_edge_by_edge(threshold: float | Tensor) -> None:
                 assert value_of(soft, row, edge) == pytest.approx(expected, rel=1e-6)
     assert kept > 20
     assert hard[0].mlp.dtype == torch.bool
-    assert straight[0].mlp.dtype == soft[0].mlp.dtype == torch.float64
+    assert soft[0].mlp.dtype == torch.float64
 
 
 def test_an_existing_edge_of_importance_zero_is_kept_at_threshold_zero_only() -> None:
@@ -89,12 +88,12 @@ def test_masks_and_sizes_shrink_as_the_threshold_rises(seed: int, taus: list[flo
         assert (edge_counts(bigger).sum((2, 3)) >= edge_counts(smaller).sum((2, 3))).all()
 
 
-def test_straight_masks_let_no_gradient_through_and_soft_masks_do() -> None:
+def test_hard_masks_let_no_gradient_through_and_soft_masks_do() -> None:
     importance = importance_with_padding()
     for layer in importance.layers:
         for part in layer:
             part.requires_grad_()
-    assert not any(p.requires_grad for layer in straight_masks(importance, 0.1) for p in layer)
+    assert not any(p.requires_grad for layer in hard_masks(importance, 0.1) for p in layer)
     soft = soft_masks(importance, 0.1, 0.5)
     sum((part.sum() for layer in soft for part in layer), torch.zeros(())).backward()
     for layer, exists in zip(importance.layers, importance.existing(), strict=True):
@@ -144,7 +143,7 @@ def test_gradcheck_of_soft_size() -> None:
 
 def test_soft_size_of_hard_masks_is_the_size_of_the_trace() -> None:
     importance = importance_with_padding(4)
-    masks = straight_masks(importance, 0.2)
+    masks = hard_masks(importance, 0.2)
     counts = edge_counts(hard_masks(importance, 0.2)).sum((2, 3)).double()
     everything = edge_counts(importance.existing()).sum((2, 3)).double()
     size = soft_size(importance, masks)

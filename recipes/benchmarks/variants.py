@@ -21,7 +21,7 @@ import softtrace
 import softtrace.loss
 from softtrace.distortion import divergence, total_variation
 from softtrace.draws import hashed_seed
-from softtrace.masks import straight_masks
+from softtrace.masks import hard_masks
 
 
 def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator) -> Tensor:
@@ -141,12 +141,12 @@ class AveragedTeacher(Searched):
 @contextmanager
 def masks_as(make: Any) -> Iterator[None]:
     """Other masks than the straight ones inside the term."""
-    own = softtrace.loss.straight_masks
-    softtrace.loss.straight_masks = make
+    own = softtrace.loss.hard_masks
+    softtrace.loss.hard_masks = make
     try:
         yield
     finally:
-        softtrace.loss.straight_masks = own
+        softtrace.loss.hard_masks = own
 
 
 class Tilted(Searched):
@@ -160,7 +160,7 @@ class Tilted(Searched):
             last = len(importance.layers) - 1
             factors = [math.exp(self.span * (i / last - 0.5)) for i in range(last + 1)]
             return tuple(
-                straight_masks(importance, thresholds * factor)[index]
+                hard_masks(importance, thresholds * factor)[index]
                 for index, factor in enumerate(factors)
             )
 
@@ -371,10 +371,34 @@ def for_drafting(exits: float) -> type[Method]:
     )
 
 
+def seldom(*strengths: float, **options: Any) -> type[Method]:
+    """Masked runs at every 8th step on so much of the batch as a GPU has memory for."""
+    usual = {"every": 8, "share": 0.3, "exits": 0.2, "exit_depths": (0.25, 1.0)}
+    return with_options(*(strengths or (0.35,)), **{**usual, **options})
+
+
+#: within the budget of a GPU, and a weight of exits that does not rise with the strength
+SELDOM: dict[str, type[Method]] = {
+    "every step": seldom(0.35, every=1, share=0.125),
+    "every step, same exits at 0.8": seldom(0.8, every=1, share=0.125, exits=0.0875),
+    "every step, same exits at 1.6": seldom(1.6, every=1, share=0.125, exits=0.04375),
+    "every step, exits 0.5 of 1/4": seldom(0.35, every=1, share=0.125, exits=0.5, exit_tokens=0.25),
+    "whole batch": seldom(0.35, every=1, share=1.0),
+    "8th": seldom(0.35, 0.5),
+    "8th, exits of 1/4": seldom(exit_tokens=0.25),
+    "8th, share 0.4": seldom(share=0.4),
+    "8th, same exits at 0.8": seldom(0.8, exits=0.0875),
+    "8th, exits 0.5 of 1/4": seldom(exits=0.5, exit_tokens=0.25),
+    "8th, exits 0.5 of 1/4, to half": seldom(exits=0.5, exit_tokens=0.25, exit_depths=(0.25, 0.5)),
+    "8th, exits 1 of 1/4": seldom(0.25, 0.35, exits=1.0, exit_tokens=0.25),
+    "8th, exits 1 of 1/2, to half": seldom(exits=1.0, exit_tokens=0.5, exit_depths=(0.25, 0.5)),
+    "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
+}
+
 DRAFTING: dict[str, type[Method]] = {
     "drafting exits 1": for_drafting(1.0),
     "drafting exits 3": for_drafting(3.0),
 }
-VARIANTS |= EXITS | DRAFTING
+VARIANTS |= EXITS | SELDOM | DRAFTING
 
 EVERY = METHODS | VARIANTS

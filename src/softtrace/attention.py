@@ -78,13 +78,13 @@ def attention_probabilities(
         scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
-    hidden = ~visible[:, None]
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    seen = visible[:, None]
+    scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
         scores = torch.cat((scores, column), dim=-1)
     # A row that sees nothing (left padding) is uniform after the softmax; it has no edges.
-    return scores.softmax(-1)[..., :sources].masked_fill(hidden, 0.0)
+    return torch.where(seen, scores.softmax(-1)[..., :sources], 0.0)
 
 
 def _attention(

@@ -97,14 +97,15 @@ def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) 
     places = places.to(seen.last.device)  # once: every transfer waits for the device
     by_depth = torch.split(places, depths.bincount().tolist())
     read = [
-        seen.streams[depth].flatten(0, 1)[chosen]
+        # index_select: the backward pass of indexing with a tensor sorts, this one adds
+        seen.streams[depth].flatten(0, 1).index_select(0, chosen)
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
     with torch.no_grad():
         full = (
-            readout.early(seen.last.flatten(0, 1)[places])
+            readout.early(seen.last.flatten(0, 1).index_select(0, places))
             if seen.logits is None
-            else seen.logits.flatten(0, 1)[places]
+            else seen.logits.flatten(0, 1).index_select(0, places)
         )
     return divergence(full.detach(), readout.early(torch.cat(read)))

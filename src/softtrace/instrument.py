@@ -197,7 +197,7 @@ class Instrument:
         attention_mask: Tensor | None,
         masks: Sequence[LayerEdges],
         depths: Tensor,
-        picked: Tensor,
+        places: Tensor,
         attention: Sequence[Tensor] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
@@ -210,13 +210,14 @@ class Instrument:
         Args:
             input_ids, attention_mask, masks, attention, position_ids: see :meth:`masked_logits`.
             depths: ``[B, T]`` integers, E of each position, 1 to L.
-            picked: ``[B, T]`` bool, the N positions that are read.
+            places: ``[N]`` int64, the positions that are read, as numbers into ``[B·T]``.
 
         Returns:
-            ``[N, V]``, in the order of ``picked.nonzero()``.
+            ``[N, V]``.
         """
-        levels = depths[picked]
-        deepest = int(levels.max())
+        levels, order = depths.flatten().index_select(0, places).sort(stable=True)
+        counts = levels.bincount().tolist()  # once: it waits for the device
+        deepest = len(counts) - 1
         whole = deepest == len(self.anatomy.layers) or watched(self.model)
         run = self._masked_run(
             input_ids,
@@ -230,12 +231,14 @@ class Instrument:
         with suppress(DeepEnough):
             self.forward(run, input_ids, **self._one_logit)
         hidden = run.hidden or []
-        read = hidden[deepest][picked]
-        for level in range(int(levels.min()), deepest):
-            read = torch.where((levels == level)[:, None], hidden[level][picked], read)
+        read = [
+            hidden[level].flatten(0, 1).index_select(0, chosen)
+            for level, chosen in enumerate(torch.split(places.index_select(0, order), counts))
+            if len(chosen)
+        ]
         with dropout_off(self.model), uncompiled(self.model):
-            logits: Tensor = self.anatomy.readout.early(read)
-        return logits
+            logits: Tensor = self.anatomy.readout.early(torch.cat(read))
+        return logits.index_select(0, order.argsort())
 
     def forward(self, run: Run, input_ids: Tensor, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.

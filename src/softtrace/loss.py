@@ -35,7 +35,7 @@ from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.importance import working_dtype
 from softtrace.instrument import attach
-from softtrace.masks import soft_masks, straight_masks
+from softtrace.masks import hard_masks, soft_masks
 from softtrace.options import DensityOptions
 from softtrace.trace import edge_counts, total_edges
 
@@ -269,23 +269,23 @@ class DensityLoss:
         easy = easy_weights(score, inside, options.easy_quantile, options.easy_width)
         traces, masks = self._masks(recording.importance, chosen.thresholds)
         recorded = recording.attention if options.attention == "recorded" else None
-        picked = easy > 0
-        if not bool(picked.any()):
+        places = (easy > 0).flatten().nonzero()[:, 0]
+        if not len(places):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
         masked = instrument.exit_logits(
-            ids, recording.mask, masks, chosen.depths, picked, recorded, recording.positions
+            ids, recording.mask, masks, chosen.depths, places, recorded, recording.positions
         )
         check_finite(masked.detach(), "logits of the masked run")
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         chosen_distance = options.distance
         distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
-        distances = distance(full[picked], masked)
+        distances = distance(full.flatten(0, 1).index_select(0, places), masked)
         if distances.shape != masked.shape[:1]:
             raise InvalidInputError(
                 f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
                 f"allowed is [{len(masked)}], one number a token"
             )
-        distortion = (easy[picked] * distances).sum() / total
+        distortion = (easy.flatten().index_select(0, places) * distances).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
         return DensityTerm(
@@ -333,11 +333,11 @@ class DensityLoss:
         """Traces at the drawn thresholds as the size term sees them, and as the run is masked."""
         options = self.options
         if options.family == "shallow":
-            every = straight_masks(importance, 0.0)
+            every = hard_masks(importance, 0.0)
             return every, every
         hard = options.masks == "straight"
         masks = (
-            straight_masks(importance, thresholds)
+            hard_masks(importance, thresholds)
             if hard
             else soft_masks(importance, thresholds, options.temperature)
         )
@@ -350,7 +350,7 @@ class DensityLoss:
     ) -> Tensor:
         """Weighted mean size of the traces; with gradients only if a size term wants them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
-            return soft_size(importance, traces, weights)
+            return soft_size(importance, traces, weights).to(weights.dtype)
 
 
 def soft_size(

@@ -1,4 +1,4 @@
-"""Masks over edges: hard, straight and soft.
+"""Masks over edges: hard and soft.
 
 A mask is a tuple of :class:`LayerEdges` with values in [0, 1]. Absent edges are 0. An early-phase
 subgraph needs no mask of its own: a run under these masks is read before it ends, see
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from softtrace.batch import check_range
 from softtrace.graph import EdgeImportance, LayerEdges
-from softtrace.importance import working_dtype
 
 
 def per_sequence(threshold: Tensor, values: Tensor) -> Tensor:
@@ -28,20 +27,26 @@ def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[L
         threshold: one number for all or ``[B]``, one a sequence.
 
     Returns:
-        bool masks.
+        bool masks: constants, through which no gradient reaches the importances.
     """
-    return tuple(
-        _zip(layer, exists, lambda scores, there, cut: (scores >= cut) & there, threshold)
-        for layer, exists in zip(importance.layers, importance.existing(), strict=True)
+    layers, existing = importance.layers, importance.existing()
+    # The three edges a token of all layers at once: on a GPU each comparison is a launch.
+    nodes, there = (
+        torch.stack([part for layer in each for part in tuple(layer)[1:]])
+        for each in (layers, existing)
     )
-
-
-def straight_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[LayerEdges, ...]:
-    """Hard masks as numbers, held constant: no gradient flows through the importances."""
-    dtype = working_dtype(importance.layers[0].mlp.dtype)
-    with torch.no_grad():
-        masks = hard_masks(importance, threshold)
-        return tuple(layer.map(lambda mask: mask.to(dtype)) for layer in masks)
+    cut = threshold if isinstance(threshold, Tensor) else nodes.new_tensor(threshold)
+    kept = iter(((nodes >= cut[..., None]) & there).unbind())
+    return tuple(
+        LayerEdges(
+            (layer.attention >= per_sequence(cut, layer.attention)) & exists.attention,
+            next(kept),
+            next(kept),
+            next(kept),
+            layer.parallel,
+        )
+        for layer, exists in zip(layers, existing, strict=True)
+    )
 
 
 def soft_masks(

@@ -186,7 +186,7 @@ class RecordingRun(Run):
         visible = self._existing(visible)
         with torch.autocast(value.device.type, enabled=False):
             norms = head_value_norms(value, self.anatomy.carried_weight(layer))
-            self._seen = (probabilities * visible[:, None].to(probabilities.dtype), norms)
+            self._seen = (torch.where(visible[:, None], probabilities, 0.0), norms)
         self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)

@@ -92,16 +92,17 @@ def test_exits_are_read_where_they_are(case: str) -> None:
     instrument = attach(model_of(case))
     recording = instrument.record(ids, mask, keep_hidden=True)
     layers, full = len(instrument.anatomy.layers), recording.attention
+    places = valid.flatten().nonzero()[:, 0]
     assert recording.hidden is not None
     every = [layer.map(Tensor.float) for layer in recording.importance.existing()]
     for depth in range(1, layers):
         depths = torch.full_like(ids, depth)
-        found = instrument.exit_logits(ids, mask, every, depths, valid, full)
+        found = instrument.exit_logits(ids, mask, every, depths, places, full)
         early = instrument.anatomy.readout.early(recording.hidden[depth])[valid]
         torch.testing.assert_close(found, early, atol=ROUNDING, rtol=1e-3)
     masks = coins(recording.importance, 2, residual_only=False)
     depths = torch.full_like(ids, layers)
-    found = instrument.exit_logits(ids, mask, masks, depths, valid, full)
+    found = instrument.exit_logits(ids, mask, masks, depths, places, full)
     whole = instrument.masked_logits(ids, mask, masks, full)[valid]
     torch.testing.assert_close(found, whole, atol=ROUNDING, rtol=1e-3)
 
