@@ -35,18 +35,21 @@ def final_norm(model: Any) -> nn.Module:
 def literal(model: Any, ids: Tensor, mask: Tensor, counted: Tensor, step: int, share: float):
     """Mean KL over the chosen tokens, from the hidden states that transformers returns."""
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    places = counted.flatten().nonzero()[:, 0].tolist()
     layers = len(output.hidden_states) - 1
-    chosen, depths = draw_exits(
-        seed=2, step=(step, 0), rank=0, counted=len(places), share=share, bounds=(1, layers - 1)
+    drawn = draw_exits(
+        seed=2, step=(step, 0), rank=0, counted=counted, share=share, bounds=(1, layers - 1)
     )
-    total = 0.0
-    for number, depth in zip(chosen.tolist(), depths.tolist(), strict=True):
-        row, position = divmod(places[number], ids.shape[1])
-        p = output.logits[row, position].detach().double().softmax(-1)
-        read = model.lm_head(final_norm(model)(output.hidden_states[depth][row, position]))
-        total = total + (p * (p.log() - read.double().log_softmax(-1))).sum()
-    return total / len(chosen)
+    total, number = 0.0, 0
+    for place, depth, used in zip(
+        drawn.places.tolist(), drawn.depths.tolist(), drawn.used.tolist(), strict=True
+    ):
+        if used:
+            row, position = divmod(place, ids.shape[1])
+            p = output.logits[row, position].detach().double().softmax(-1)
+            read = model.lm_head(final_norm(model)(output.hidden_states[depth][row, position]))
+            total = total + (p * (p.log() - read.double().log_softmax(-1))).sum()
+            number += 1
+    return total / number
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
@@ -289,24 +292,52 @@ def test_a_model_of_one_layer_has_no_exit() -> None:
 @given(
     seed=st.integers(),
     step=st.integers(0, 10**6),
-    counted=st.integers(1, 300),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 50)),
+    density=st.floats(0.0, 1.0),
     share=st.floats(0.01, 1.0),
     low=st.integers(1, 4),
     more=st.integers(0, 7),
 )
 def test_draws_of_exits_are_pure_apart_and_stratified(
-    seed: int, step: int, counted: int, share: float, low: int, more: int
+    seed: int,
+    step: int,
+    shape: tuple[int, int],
+    density: float,
+    share: float,
+    low: int,
+    more: int,
 ) -> None:
-    bounds = low, low + more
-    arguments: dict[str, Any] = {"seed": seed, "rank": 1, "counted": counted, "bounds": bounds}
-    chosen, depths = draw_exits(**arguments, step=(step, 0), share=share)
-    again = draw_exits(**arguments, step=(step, 0), share=share)
-    assert torch.equal(chosen, again[0])
-    assert torch.equal(depths, again[1])
-    assert len(chosen) == len(depths) == max(1, round(share * counted))
-    assert len(chosen.unique()) == len(chosen)
-    assert 0 <= chosen.min() <= chosen.max() < counted
+    counted = torch.rand(shape, generator=torch.Generator().manual_seed(step)) < density
+    total, real = counted.numel(), int(counted.sum())
+    arguments: dict[str, Any] = {
+        "seed": seed, "rank": 1, "counted": counted, "bounds": (low, low + more), "share": share,
+    }  # fmt: skip
+    drawn, again = (draw_exits(**arguments, step=(step, 0)) for _ in range(2))
+    for ours, other in zip(vars(drawn).values(), vars(again).values(), strict=True):
+        assert torch.equal(ours, other)
+    places, depths, used = drawn.places, drawn.depths, drawn.used
+    assert len(places) == len(depths) == len(used) == max(1, round(share * total))
+    assert len(places.unique()) == len(places)
+    assert 0 <= places.min() <= places.max() < total
+    assert counted.flatten()[places[used]].all()
+    assert abs(int(used.sum()) - min(real, max(1, share * real))) <= 0.5 + 1e-3
     assert low <= depths[0] <= depths[-1] <= low + more
     assert torch.equal(depths, depths.sort().values)
     each = depths.bincount(minlength=low + more + 1)[low:]
-    assert (each - len(chosen) / (more + 1)).abs().max() < 2
+    assert (each - len(places) / (more + 1)).abs().max() < 2
+
+
+def test_tokens_of_a_padded_batch_are_read_at_all_depths_and_all_get_their_turn() -> None:
+    counted = torch.zeros(4, 50, dtype=torch.bool)
+    counted[:2] = True
+    seen, depths = torch.zeros(200), torch.zeros(9)
+    for step in range(200):
+        drawn = draw_exits(
+            seed=0, step=(step, 0), rank=0, counted=counted, share=0.25, bounds=(1, 8)
+        )
+        assert drawn.used.sum() == 25
+        seen[drawn.places[drawn.used]] += 1
+        depths += drawn.depths[drawn.used].bincount(minlength=9)
+    assert (seen.view(4, 50)[2:] == 0).all()
+    assert seen[:100].min() > 20  # 50 on average
+    assert (depths[1:] / 5000 - 1 / 8).abs().max() < 0.02

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,7 +121,20 @@ def test_who_needs_gradients_through_the_importances() -> None:
 
 
 def test_options_are_constants_with_a_schedule() -> None:
-    options = DensityOptions(strength=2.0, start_step=1, warmup_steps=1)
+    options = DensityOptions(strength=2.0, start_step=1, warmup_steps=1, every=1)
     assert [options.schedule(step) for step in range(4)] == [0, 1, 2, 2]
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.strength = 1.0  # type: ignore[misc]
+
+
+def test_what_a_device_decides_is_decided_for_it_and_nothing_else() -> None:
+    options = DensityOptions(strength=2.0)
+    cpu, cuda, mps = (options.on(torch.device(name)) for name in ("cpu", "cuda:1", "mps"))
+    assert (cpu.every, cpu.share, cuda.every, cuda.share) == (1, 0.125, 8, 0.3)
+    assert mps == cuda
+    assert dataclasses.replace(cuda, every=None, share=None) == options
+    assert [cuda.schedule(step) for step in (0, 1, 7, 8)] == [16, 0, 0, 16]
+    with pytest.raises(ValueError, match="every is None"):
+        _ = options.schedule
+    chosen = DensityOptions(every=3, share=0.5)
+    assert chosen.on(torch.device("cuda")) == chosen.on(torch.device("cpu")) == chosen

@@ -94,7 +94,7 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
         if penalty is not None:
             loss = loss + penalty(ids).loss
         loss.backward()
-    every = 1 if penalty is None else penalty.options.every
+    every = penalty.options.on(model.device).every if penalty else 1
     return model.eval(), statistics.median((b - a) / every for a, b in
                                            zip(times, times[every:], strict=False))  # fmt: skip
 

@@ -10,6 +10,7 @@ import argparse
 import re
 import statistics
 
+import torch
 from comparison_figures import HERE, cost, peers, peers_large, read, search, search_exits
 
 from softtrace import DensityOptions
@@ -96,14 +97,17 @@ def dials() -> str:
         ("strength", "**the first dial**: density against held-out loss"),
         ("share", "**the second dial**: of the batch's windows; time against noise, which costs "
          "held-out loss too"),
+        ("every", "masked runs at every k-th step, k times as strong"),
         ("crop", "tokens of a window"),
         ("thresholds", "which edges are masked: higher, sparser"),
         ("depths", "where tokens are read, as shares of the layers: lower, earlier exits"),
         ("easy_quantile", "share of the tokens that count, the surest first"),
     )  # fmt: skip
-    options = DensityOptions()
+    cpu, gpu = (vars(DensityOptions().on(torch.device(name))) for name in ("cpu", "cuda"))
     lines = ["| option | default | what it does |", "|---|---|---|"]
-    lines += [f"| `{name}` | {getattr(options, name)} | {what} |" for name, what in rows]
+    for name, what in rows:
+        value = f"{cpu[name]}" + (f", on a GPU {gpu[name]}" if gpu[name] != cpu[name] else "")
+        lines.append(f"| `{name}` | {value} | {what} |")
     return "\n".join(lines)
 
 

@@ -105,6 +105,20 @@ class WithoutExits(SoftTrace):
     options: ClassVar[dict[str, Any]] = {"exits": 0.0, "share": 0.15}
 
 
+class MoreExits(SoftTrace):
+    """Five times the weight on exits, and twice the tokens for them."""
+
+    strengths = (0.15, 0.35)
+    options: ClassVar[dict[str, Any]] = {"exits": 1.0, "exit_tokens": 0.25}
+
+
+class WholeBatch(SoftTrace):
+    """Masked runs of the whole batch at every step: what the defaults are a cheap part of."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"every": 1, "share": 1.0}
+
+
 class Seldom(SoftTrace):
     """Masked runs at every 8th step, large ones, and more weight on exits."""
 
@@ -281,6 +295,8 @@ METHODS: dict[str, type[Method]] = {
     "softtrace": SoftTrace,
     "softtrace, no exits": WithoutExits,
     "softtrace, every 8th": Seldom,
+    "softtrace, more exits": MoreExits,
+    "softtrace, whole batch": WholeBatch,
     "layerskip": LayerSkip,
     "exit distillation": ExitDistillation,
     "activation L1": ActivationL1,

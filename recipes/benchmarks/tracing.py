@@ -178,6 +178,8 @@ def cost(rounds: int) -> dict[str, Any]:
     penalty = softtrace.DensityLoss(model)
     ids = text_blocks(128, 16)
 
+    options = penalty.options.on(model.device)
+
     def step(with_penalty: bool) -> None:
         with penalty.watching() if with_penalty else nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
@@ -189,16 +191,16 @@ def cost(rounds: int) -> dict[str, Any]:
 
     def period(with_penalty: bool) -> float:
         """Seconds of a step, over as many as lie between two masked runs."""
-        steps = penalty.options.every
+        steps = options.every
         return seconds(lambda: [step(with_penalty) for _ in range(steps)]) / steps
 
     period(True)
     pairs = [(period(False), period(True)) for _ in tqdm(range(rounds), desc="cost")]
     return {
         "batch": list(ids.shape),
-        "share": penalty.options.share,
-        "crop": penalty.options.crop,
-        "every": penalty.options.every,
+        "share": options.share,
+        "crop": options.crop,
+        "every": options.every,
         "threads": 2,
         "plain_seconds": spread([plain for plain, _ in pairs]),
         "penalty_seconds": spread([full for _, full in pairs]),

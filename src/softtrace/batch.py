@@ -10,6 +10,27 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError, NonFiniteError
 
 
+def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return ``[B, T]`` bool, True at real tokens; nothing is read from the device.
+
+    Raises:
+        InvalidInputError: wrong rank, dtype or shape.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        found = (
+            tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
+    if input_ids.numel() == 0:
+        raise InvalidInputError(f"input_ids: found shape {tuple(input_ids.shape)}, no token in it")
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    check_same_shape("attention_mask", attention_mask, input_ids)
+    return attention_mask.to(torch.bool)
+
+
 def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
     """Return ``[B, T]`` bool, True at real tokens.
 
@@ -21,26 +42,16 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
     Raises:
         InvalidInputError: wrong rank, dtype, shape or values, or no token at all.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        found = (
-            tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        )
-        raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
-    if input_ids.numel() == 0:
-        raise InvalidInputError(f"input_ids: found shape {tuple(input_ids.shape)}, no token in it")
-    low, high = int(input_ids.min()), int(input_ids.max())
+    valid = real_tokens(input_ids, attention_mask)
+    low, high = torch.stack(torch.aminmax(input_ids)).tolist()
     if low < 0 or high >= vocabulary:
         raise InvalidInputError(
             f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
             "(the model's vocabulary); is the tokenizer the model's own?"
         )
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    check_same_shape("attention_mask", attention_mask, input_ids)
-    valid = attention_mask.to(torch.bool)
-    if not torch.equal(valid.to(attention_mask.dtype), attention_mask):
+    if attention_mask is not None and not torch.equal(
+        valid.to(attention_mask.dtype), attention_mask
+    ):
         raise InvalidInputError("attention_mask: found values other than 0 and 1")
     return valid
 

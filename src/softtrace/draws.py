@@ -88,34 +88,62 @@ def draw(
     )
 
 
+@dataclass(frozen=True)
+class ExitDraw:
+    """Which tokens of a batch are read early.
+
+    Attributes:
+        places: ``[n]`` int64 numbers into ``[B·T]``, each at most once.
+        depths: ``[n]`` int64, after how many layers, ascending, **on the CPU**.
+        used: ``[n]`` bool, which of them take part.
+    """
+
+    places: Tensor
+    depths: Tensor
+    used: Tensor
+
+
 def draw_exits(
     *,
     seed: int,
     step: tuple[int, int],
     rank: int,
-    counted: int,
+    counted: Tensor,
     share: float,
     bounds: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
+) -> ExitDraw:
     """Choose tokens of a batch for early exits, and after how many layers each is read.
+
+    Nothing is read from the device, which would have to wait for all that was given to it before:
+    ``n`` follows from the shape alone, and where fewer tokens count the rest is not used.
 
     Args:
         seed, step, rank: see :func:`draw`.
-        counted: how many tokens take part, >= 1.
-        share: of them that are chosen, in (0, 1]; at least one.
-        bounds: smallest and largest number of layers, both included.
-
-    Returns:
-        ``[n]`` int64 numbers below ``counted`` and ``[n]`` int64 depths, stratified over the
-        bounds and in ascending order; both on the CPU.
+        counted: ``[B, T]`` bool, tokens that take part.
+        share: of them that are chosen, in (0, 1]; at least one, if any counts.
+        bounds: smallest and largest number of layers, both included; depths are stratified.
     """
     generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank, 1))
-    count = max(1, round(share * counted))
-    chosen = torch.randperm(counted, generator=generator, device="cpu")[:count]
+    total, device = counted.numel(), counted.device
+    count = max(1, round(share * total))
+    order = _sent(torch.randperm(total, generator=generator, device="cpu"), device)
     low, high = bounds
-    depths = low + ((high - low + 1) * _stratified(count, generator)).long()
-    depths, order = depths.clamp(max=high).sort(stable=True)
-    return chosen[order], depths
+    drawn = low + ((high - low + 1) * _stratified(count, generator)).long()
+    depths, ascending = drawn.clamp(max=high).sort(stable=True)
+    there = counted.flatten().index_select(0, order)
+    first = (~there).byte().sort(stable=True).indices[:count]  # who counts, in random order
+    wanted = (share * there.sum()).round().clamp(min=1)
+    used = there.index_select(0, first) & (torch.arange(count, device=device) < wanted)
+    ascending = _sent(ascending, device)
+    chosen = order.index_select(0, first).index_select(0, ascending)
+    return ExitDraw(chosen, depths, used.index_select(0, ascending))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; pinned memory spares waiting for it."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:

@@ -86,7 +86,7 @@ def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) 
     Args:
         seen: a forward that ended.
         readout: the model's final norm and head.
-        places: ``[n]`` int64, tokens as numbers into ``[B·T]``, on the CPU.
+        places: ``[n]`` int64, tokens as numbers into ``[B·T]``.
         depths: ``[n]`` int64, layers after which each is read, 1 to L - 1, ascending, on the CPU.
 
     Returns:
@@ -94,7 +94,6 @@ def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) 
     """
     if seen.last is None:
         raise ValueError("a forward that has not ended")
-    places = places.to(seen.last.device)  # once: every transfer waits for the device
     by_depth = torch.split(places, depths.bincount().tolist())
     read = [
         # index_select: the backward pass of indexing with a tensor sorts, this one adds

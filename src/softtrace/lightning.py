@@ -65,7 +65,7 @@ class DensityPenalty(Callback):
         self._own_step: Any = None
         self._had_own_step = False
         self._waiting: list[int] = []
-        self._added: deque[Tensor] = deque(maxlen=self.options.every)
+        self._added: deque[Tensor] = deque()
         self._measured: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,7 +104,7 @@ class DensityPenalty(Callback):
             return
         model = find_causal_lm(pl_module)
         self._loss = DensityLoss(model, self.options)
-        self._added.clear()
+        self._added = deque(maxlen=self.options.on(pl_module.device).every)
         self._measured = {}
         self._module = pl_module
         self._had_own_step = "training_step" in vars(pl_module)

@@ -15,17 +15,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import (
-    check_finite,
-    check_positions,
-    is_packed,
-    next_tokens,
-)
+from softtrace.batch import check_finite, check_positions, is_packed, next_tokens, real_tokens
 from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
@@ -178,18 +173,22 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        strength, weight = self.options.schedule(step), self.options.exit_schedule(step)
+        options = self.options.on(input_ids.device)
+        strength, weight = options.schedule(step), options.exit_schedule(step)
         seen = list(self._seen)  # a copy: runs of ours inside an open block are seen too
         try:
             if strength == weight == 0:
                 return _nothing(input_ids, 0.0, None)
             batch = self._batch(input_ids, attention_mask, labels, position_ids)
+            drawn_by = (step, micro_step)
+            # First what reads nothing from the device, which may still be busy with the forward.
+            exits = self._exits(seen, batch.counted, drawn_by) if weight else None
+            attach(self.model).valid(input_ids, attention_mask)
             if not bool(batch.counted.any()):
                 return _nothing(input_ids, strength, "no token of the batch has a target")
-            drawn_by = (step, micro_step)
-            distance = self._exits(seen, batch.counted, drawn_by) if weight else None
+            distance = None if exits is None else _mean_distance(*exits)
             term = (
-                self._density(batch, drawn_by, strength)
+                self._density(batch, drawn_by, options, strength)
                 if strength
                 else _nothing(input_ids, 0.0, None)
             )
@@ -226,7 +225,7 @@ class DensityLoss:
         labels: Tensor | None,
         position_ids: Tensor | None,
     ) -> _Batch:
-        valid = attach(self.model).valid(input_ids, attention_mask)
+        valid = real_tokens(input_ids, attention_mask)
         positions = None
         if position_ids is not None:
             positions = check_positions(position_ids, valid, attention_mask is not None)
@@ -234,9 +233,11 @@ class DensityLoss:
         targets, counted = next_tokens(input_ids, valid, labels, positions if packed else None)
         return _Batch(input_ids, valid, targets, counted, positions, packed)
 
-    def _density(self, batch: _Batch, step: tuple[int, int], strength: float) -> DensityTerm:
+    def _density(
+        self, batch: _Batch, step: tuple[int, int], options: DensityOptions, strength: float
+    ) -> DensityTerm:
         """The term without exits."""
-        options, instrument = self.options, attach(self.model)
+        instrument = attach(self.model)
         input_ids, positions = batch.input_ids, batch.positions
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
@@ -245,7 +246,7 @@ class DensityLoss:
             step=step,
             rank=_rank(),
             counted=batch.counted,
-            share=options.share,
+            share=cast(float, options.share),  # on(device) has put a number there
             window=window,
             thresholds=options.thresholds,
             depths=options.depth_bounds(len(instrument.anatomy.layers)),
@@ -296,8 +297,13 @@ class DensityLoss:
             strength=strength,
         )
 
-    def _exits(self, seen: list[Seen], counted: Tensor, step: tuple[int, int]) -> Tensor | None:
-        """Mean distance of exits in the last watched forward of this batch; None without one."""
+    def _exits(
+        self, seen: list[Seen], counted: Tensor, step: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """``[n]`` distances of exits in the last watched forward of this batch, and which count.
+
+        None without a forward.
+        """
         anatomy = attach(self.model).anatomy
         layers = len(anatomy.layers)
         if layers < 2:
@@ -314,18 +320,16 @@ class DensityLoss:
                 "'with density_loss.watching():', with gradients, or set exits=0"
             )
             return None
-        places = counted.flatten().nonzero()[:, 0].cpu()
-        chosen, depths = draw_exits(
+        drawn = draw_exits(
             seed=self.options.seed,
             step=step,
             rank=_rank(),
-            counted=len(places),
+            counted=counted,
             share=self.options.exit_tokens,
             bounds=self.options.exit_bounds(layers),
         )
-        found = exit_distance(fitting[-1], anatomy.readout, places[chosen], depths)
-        check_finite(found.detach(), "distances of early exits")
-        return found.mean()
+        found = exit_distance(fitting[-1], anatomy.readout, drawn.places, drawn.depths)
+        return found, drawn.used
 
     def _masks(
         self, importance: EdgeImportance, thresholds: Tensor
@@ -376,6 +380,11 @@ def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm
     zero = torch.zeros((), dtype=torch.float32, device=input_ids.device)
     unknown = torch.full_like(zero, torch.nan)
     return DensityTerm(zero, unknown, unknown, unknown, strength, why)
+
+
+def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:
+    check_finite(distances.detach(), "distances of early exits", used)
+    return torch.where(used, distances, 0.0).sum() / used.sum()
 
 
 def _rank() -> int:

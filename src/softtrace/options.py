@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+import torch
 
 from softtrace.batch import check_range
 from softtrace.easiness import easiness
@@ -27,7 +29,8 @@ class DensityOptions:
         start_step: first global step with the term.
         warmup_steps: steps over which the strength rises linearly.
         every: masked runs come at every k-th step only, with k times the strength: fewer and larger
-            ones, which is what a GPU is fast at. Exits are read at every step.
+            ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 8
+            on an accelerator.
         masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
             importances; the recording run then needs gradients).
         temperature: of soft masks, nats of importance, > 0.
@@ -46,7 +49,7 @@ class DensityOptions:
         easy_quantile: share of the tokens that are easy, in (0, 1].
         easy_width: smoothness of the step at the quantile, standard deviations of the score, >= 0.
         share: of the batch's windows that the term looks at, in (0, 1]; at least one. This is
-            the dial of the cost.
+            the dial of the cost. None: 0.125 on a CPU, 0.3 on an accelerator.
         crop: tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
         exits: >= 0, adds ``exits · KL(full ‖ early exit)`` (nats) inside the term: some tokens of
@@ -67,7 +70,7 @@ class DensityOptions:
     strength: float = 0.35
     start_step: int = 0
     warmup_steps: int = 0
-    every: int = 1
+    every: int | None = None
     masks: MaskKind = "straight"
     temperature: float = 0.5
     family: Family = "both"
@@ -78,7 +81,7 @@ class DensityOptions:
     easiness: str | Callable[[Any, Any], Any] = "entropy"
     easy_quantile: float = 0.35
     easy_width: float = 0.1
-    share: float = 0.125
+    share: float | None = None
     crop: int | None = 64
     exits: float = 0.2
     exit_tokens: float = 0.125
@@ -88,7 +91,7 @@ class DensityOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self.schedule
+        self._schedule(1 if self.every is None else self.every)
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
         _one_of("family", self.family, get_args(Family))
@@ -100,7 +103,8 @@ class DensityOptions:
         check_range("temperature", self.temperature, 0, infinity, open_low=True, open_high=True)
         check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
         check_range("easy_width", self.easy_width, 0, infinity, open_high=True)
-        check_range("share", self.share, 0, 1, open_low=True)
+        if self.share is not None:
+            check_range("share", self.share, 0, 1, open_low=True)
         check_range("exits", self.exits, 0, infinity, open_high=True)
         check_range("exit_tokens", self.exit_tokens, 0, 1, open_low=True)
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
@@ -118,10 +122,32 @@ class DensityOptions:
                 "use family 'both' or 'sparse'"
             )
 
+    def on(self, device: torch.device) -> DensityOptions:
+        """The same options with ``every`` and ``share`` as they are on this device.
+
+        A masked run is many small operations: on an accelerator their number is what it costs, on a
+        CPU their size.
+        """
+        every, share = (1, 0.125) if device.type == "cpu" else (8, 0.3)
+        return replace(
+            self,
+            every=every if self.every is None else self.every,
+            share=share if self.share is None else self.share,
+        )
+
     @property
     def schedule(self) -> StrengthSchedule:
-        """Strength of the masked runs as a function of the global step."""
-        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, self.every)
+        """Strength of the masked runs as a function of the global step.
+
+        Raises:
+            ValueError: ``every`` depends on the device; ask what :meth:`on` gives.
+        """
+        if self.every is None:
+            raise ValueError("every is None: take options.on(device).schedule")
+        return self._schedule(self.every)
+
+    def _schedule(self, every: int) -> StrengthSchedule:
+        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, every)
 
     @property
     def exit_schedule(self) -> StrengthSchedule:

@@ -41,26 +41,28 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
     batch, heads, length, _ = first.shape
     dtype = first.dtype if soft else torch.float32
     wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
-    eye = torch.eye(length, dtype=dtype, device=first.device)
-    reach = eye.expand(batch, -1, -1)
-    counts = []
+    reach = torch.eye(length, dtype=dtype, device=first.device).expand(batch, -1, -1)
+    into_mlp, into_attention = [], []
     with torch.autocast(first.device.type, enabled=False):
-        for layer in reversed(masks):
-            attention, attention_residual, mlp, mlp_residual = layer.map(
-                lambda mask: mask.to(dtype)
-            )
-            at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
-            into_mlp = reach.to(wide) @ at_mlp.to(wide)
+        # The edges of single tokens of all layers at once: on a GPU each operation is a launch.
+        nodes = torch.stack([part for layer in masks for part in tuple(layer)[1:]]).to(dtype)
+        residual, mlp, mlp_residual = nodes.view(-1, 3, *nodes.shape[1:]).unbind(1)
+        at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
+        through_mlp = at_mlp.sum(-1).clamp(max=1)[:, :, None]
+        at_mlp, along = at_mlp.to(wide), residual + mlp
+        for index in reversed(range(len(masks))):
+            layer = masks[index]
+            into_mlp.append(reach.to(wide) @ at_mlp[index])
             if not layer.parallel:
-                reach = reach * at_mlp.sum(-1).clamp(max=1)[:, None, :]
-            over_heads = attention.sum(1)
-            degrees = torch.stack((over_heads.sum(-1), attention_residual), dim=-1)
-            into_attention = reach.to(wide) @ degrees.to(wide)
-            counts.append(torch.cat((into_attention, into_mlp), dim=-1))
-            along = attention_residual + mlp if layer.parallel else attention_residual
-            step = over_heads.clamp(max=1) + torch.diag_embed(along)
+                reach = reach * through_mlp[index]
+            over_heads = layer.attention.sum(1, dtype=dtype)
+            degrees = torch.stack((over_heads.sum(-1), residual[index]), dim=-1)
+            into_attention.append(reach.to(wide) @ degrees.to(wide))
+            beside = along if layer.parallel else residual
+            step = over_heads.clamp(max=1) + torch.diag_embed(beside[index])
             reach = (reach @ step.clamp(max=1)).clamp(max=1)
-    stacked = torch.stack(counts[::-1], dim=2)
+    kinds = (torch.stack(into_attention[::-1], dim=2), torch.stack(into_mlp[::-1], dim=2))
+    stacked = torch.cat(kinds, dim=-1)
     return stacked if soft or first.device.type == "mps" else stacked.double()
 
 
