@@ -107,6 +107,11 @@ def search_exits() -> str:
     return _search("search-exits")
 
 
+def search_seldom() -> str:
+    """Masked runs at every 8th step, and exits that do not get heavier with the strength."""
+    return _search("search-seldom")
+
+
 def _search(name: str) -> str:
     result = read(f"{name}.json")
     runs = result["runs"]

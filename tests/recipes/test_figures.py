@@ -26,7 +26,8 @@ def test_pages_say_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) ->
 def test_results_say_when_and_with_what_they_were_made() -> None:
     names = ("effect", "tracing", "families", "sizes", "decoding", "peers", "peers-cost")
     names += ("peers-large", "peers-large-cost", "peers-107m-cost")
-    names += ("search", "search-large", "search-exits", "exactness")
+    names += ("search", "search-large", "search-exits", "search-seldom", "exactness")
+    names += ("metric_parity",)
     for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
@@ -88,6 +89,16 @@ def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
     assert len(set(result["memory"]["bytes"].values())) == 1
     assert set(result["mutations"]) == {mutation.name for mutation in MUTATIONS}
     assert all(each["red"] for each in result["mutations"].values())
+
+
+def test_metrics_do_not_depend_on_how_their_data_come_in_the_recorded_result() -> None:
+    result = json.loads((BENCHMARKS / "metric_parity.json").read_text(encoding="utf-8"))
+    for dtype, allowed in (("float32", 1e-6), ("float64", 1e-12)):
+        ways = result["largest_difference"][dtype]
+        assert {"2 processes", "3 processes", "padding on the left"} < set(ways)
+        for way, gaps in ways.items():
+            assert len(gaps) == 5
+            assert max(gaps.values()) < allowed, (dtype, way)
 
 
 def test_the_table_of_families_is_that_of_the_zoo() -> None:
