@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softtrace import DensityLoss
 from softtrace.draws import draw_exits
@@ -341,3 +342,36 @@ def test_tokens_of_a_padded_batch_are_read_at_all_depths_and_all_get_their_turn(
     assert (seen.view(4, 50)[2:] == 0).all()
     assert seen[:100].min() > 20  # 50 on average
     assert (depths[1:] / 5000 - 1 / 8).abs().max() < 0.02
+
+
+class Ops(TorchDispatchMode):
+    """Names of all operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_exits_are_on_their_way_before_anything_waits_for_the_device() -> None:
+    """On a GPU a number that is asked for comes only when the forward has ended."""
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS, every=8)
+    labels = ids.masked_fill(mask == 0, -100)
+    for step in (0, 1):
+        with density.watching(step=step):
+            model(input_ids=ids, attention_mask=mask)
+        with Ops() as ops:
+            term = density(ids, mask, labels, step=step)
+        assert term.exit_distance is not None
+        waits = [
+            index
+            for index, name in enumerate(ops.names)
+            if name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal"))
+        ]
+        read = [i for i, name in enumerate(ops.names) if "log_softmax" in name]
+        assert waits
+        assert read[1] < waits[0]  # of the full prediction and of the exits

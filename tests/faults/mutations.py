@@ -126,6 +126,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         (("if schedule.strength and model.training and is_reentrant(model):", "if False:"),),
         "tests/test_support.py::test_refused_modules_say_why",
     ),
+    Mutation(
+        "exits wait for the device", "loss.py",
+        (
+            (
+                "exits = self._exits(seen, batch.counted, drawn_by) if weight else None\n",
+                "exits = self._exits(seen, batch.counted, drawn_by) if bool(weight * "
+                "batch.counted.any()) else None\n",
+            ),
+        ),
+        "tests/test_forward_exits.py::"
+        "test_exits_are_on_their_way_before_anything_waits_for_the_device",
+    ),
 )  # fmt: skip
 
 
