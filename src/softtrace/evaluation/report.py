@@ -38,9 +38,9 @@ NOTHING = "–"
 _PAGE = "page"
 _SCRIPTS = ("draw.js", "charts.js", "maps.js", "text.js")
 _HEADLINES = {
-    "size_at_tv_0.2_easy": ("Edges an easy token needs", "median size at TV 0.2, of all edges"),
+    "size_at_tv_0.2_easy": ("Edges needed", "median size at TV 0.2, easy tokens"),
     "area_easy": ("Cost of dropping edges", "area under distortion, easy tokens"),
-    "early_exit_half_easy": ("Early exits that agree", "after {half} of {layers} layers, easy"),
+    "early_exit_half_easy": ("Early exits that agree", "after {half} of {layers} layers, easy tokens"),
     "loss_all": ("{Held_out}", "nats per token, all tokens"),
 }
 _BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -127,8 +127,10 @@ def _data(runs: Runs) -> dict[str, Any]:
 
 
 def _title(runs: Runs) -> str:
-    labels = [label for label, _ in runs]
-    return labels[0] if len(labels) == 1 else f"{', '.join(labels[1:])} against {labels[0]}"
+    first, *others = [label for label, _ in runs]
+    if not others:
+        return first
+    return f"{' and '.join(others) if len(others) < 3 else f'{len(others)} runs'} against {first}"
 
 
 def _all_held_out(runs: Runs) -> bool:
@@ -136,17 +138,19 @@ def _all_held_out(runs: Runs) -> bool:
 
 
 def _lead(runs: Runs) -> str:
-    """The first number as a sentence; with several runs the last against the first."""
+    """The first number as a sentence; with several runs the sparsest against the first."""
     measure = _BY_KEY["size_at_tv_0.2_easy"]
-    base, last = (measure.read(density) for density in (runs[0][1], runs[-1][1]))
-    if last is None:
+    sizes = [(size, label) for label, d in runs if (size := measure.read(d)) is not None]
+    if not sizes:
         return "How many edges an easy token needs could not be measured on this text."
-    lead = f"Half of the easy tokens need no more than {measure.format(last)} of the edges"
+    least, label = min(sizes, key=lambda found: found[0])
+    lead = f"Half of the easy tokens need no more than {measure.format(least)} of the edges"
     if len(runs) == 1:
         return f"{lead} to come close to the full prediction."
-    if base is None:
-        return f"{lead} in {runs[-1][0]}."
-    return f"{lead} in {runs[-1][0]}; in {runs[0][0]} it was {measure.format(base)}."
+    base = measure.read(runs[0][1])
+    if label == runs[0][0] or base is None:
+        return f"{lead} in {label}, which needs the fewest."
+    return f"{lead} in {label}; in {runs[0][0]} it was {measure.format(base)}."
 
 
 def _headline(key: str, runs: Runs) -> dict[str, Any]:

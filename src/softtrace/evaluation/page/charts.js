@@ -10,6 +10,15 @@ function look(run, group) {
   return { class: group, style: { stroke } };
 }
 
+/* Easy lines have filled marks; those of all tokens hollow ones, where there are several to tell apart. */
+function marks(run, group, points, every) {
+  if (group === "all" && SINGLE) return [];
+  const from = group === "all" ? run + 2 : run;
+  return points
+    .filter((point, step) => step % every === from % every && point[1] !== null)
+    .map((point) => (group === "all" ? mark(run, ...point, 3.4, "hollow") : mark(run, ...point)));
+}
+
 const BASELINES = [
   ["random_connected", "residual_kept", "random connected edges, residual kept", "base-a long"],
   ["random_connected", "residual_not_kept", "random connected edges, residual not kept", "base-a short"],
@@ -67,9 +76,7 @@ function drawCurves(place) {
       }
       for (const group of ["all", "easy"]) {
         const points = curve[group].mean.map((value, step) => [x(curve.sizes[step]), y(value)]);
-        box.root.append(line(points, look(run, group)));
-        if (group === "all") continue;
-        points.forEach((point, step) => step % 5 === run % 5 && point[1] !== null && box.root.append(mark(run, ...point)));
+        box.root.append(line(points, look(run, group)), ...marks(run, group, points, 5));
       }
     });
     guide(box, sizes.length,
@@ -167,8 +174,7 @@ function drawExits(place) {
     RUNS.forEach((_, run) => {
       for (const group of ["all", "easy"]) {
         const points = RUNS[run].density.early_exit.layers.map((layer) => [x(layer), y(at(run, group, layer))]);
-        box.root.append(line(points, look(run, group)));
-        if (group === "easy") box.root.append(...points.filter((point) => point[1] !== null).map((point) => mark(run, ...point)));
+        box.root.append(line(points, look(run, group)), ...marks(run, group, points, 1));
       }
     });
     guide(box, deepest,

@@ -69,12 +69,12 @@ const MARKS = [
   `${STAR}Z`,
 ];
 
-function mark(run, x, y, radius = 4.5) {
+function mark(run, x, y, radius = 4.5, kind = "filled") {
   return svg("path", {
     d: MARKS[run],
     transform: `translate(${x} ${y}) scale(${radius})`,
-    style: { fill: colour(run) },
-    class: "marker",
+    style: kind === "filled" ? { fill: colour(run) } : { stroke: colour(run) },
+    class: `marker ${kind}`,
   });
 }
 
@@ -122,7 +122,7 @@ function linearScale(low, high, from, to) {
 
 /* An empty drawing as wide as its place, with the box that axes leave. */
 function board(width, height, label, margin = {}) {
-  const { left = 52, right = 14, top = 22, bottom = 42 } = margin;
+  const { left = 52, right = 24, top = 22, bottom = 42 } = margin;
   const root = svg("svg", {
     viewBox: `0 0 ${width} ${height}`,
     class: "chart",

@@ -57,7 +57,7 @@ function heatMap({ sizes, kinds, shares }, width, prefix, readout) {
     QUARTERS.map((quarter, depth) => ({ kind, name, quarter, depth, y: 8 + (group * 4 + depth) * row + group * gap })),
   );
   const height = rows.at(-1).y + row + 42;
-  const box = board(width, height, `${prefix}share of the trace's edges by component and depth, over size`, { left: 96, top: 8 });
+  const box = board(width, height, `${prefix}share of the trace's edges by component and depth, over size`, { left: 112, top: 8, right: 14 });
   const x = logScale(sizes[0], sizes.at(-1), box.x0, box.x1 - (box.x1 - box.x0) / sizes.length);
   const across = (box.x1 - box.x0) / sizes.length;
   box.across = sizes.length;

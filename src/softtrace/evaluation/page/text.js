@@ -27,9 +27,9 @@ function visible(piece) {
 /* The texts that all runs with text have, so that the same token stands in each. */
 function commonTexts(readable) {
   const same = (a, b) => a.block === b.block && a.tokens.length === b.tokens.length;
-  return readable[0].density.samples.texts.filter((text) =>
-    readable.every(({ density }) => density.samples.texts.some((other) => same(text, other))),
-  ).map((text) => text.block);
+  return readable[0].density.samples.texts
+    .filter((text) => readable.every(({ density }) => density.samples.texts.some((other) => same(text, other))))
+    .map((text) => text.block);
 }
 
 function drawReader(place) {
@@ -42,119 +42,120 @@ function drawReader(place) {
     place.append(html("p", { class: "missing" }, why));
     return;
   }
-  const lacking = RUNS.length - readable.length;
+  for (const run of readable) {
+    run.texts = blocks.map((block) => run.density.samples.texts.find((text) => text.block === block));
+    run.tokens = run.texts.flatMap((text) => text.tokens);
+    run.piece = (index) => run.density.samples.vocabulary[index] ?? NOTHING;
+  }
   const state = {
-    block: blocks[0],
-    token: 0,
-    step: readable[0].density.samples.sizes.findIndex((size) => size > 9e-4),
+    token: firstShown(readable[0]),
+    step: Math.max(0, readable[0].density.samples.sizes.findIndex((size) => size > 9e-4)),
     mode: "size",
     panes: readable.length > 1 ? [readable[0], readable.at(-1)] : [readable[0]],
   };
-  const textOf = ({ density }) => density.samples.texts.find((text) => text.block === state.block);
+  const several = state.panes.length > 1;
   const passages = html("div", { class: "passages" });
-  const details = html("aside", { class: "details", "aria-label": "The chosen token" });
   const keys = html("div", { class: "keys" });
-  const slider = makeSlider(readable[0].density.samples.sizes, state, () => showDetails(state.token));
-  const body = html("div", { class: "token-body", "aria-live": "polite" });
-  details.append(body);
+  const body = html("div", { class: "token-body" });
+  const spoken = html("p", { class: "spoken", "aria-live": "polite" });
+  const slider = makeSlider(readable[0].density.samples.sizes, state, () => show(state.token));
 
-  function showDetails(token) {
-    const tokens = state.panes.map((pane) => textOf(pane).tokens[token]);
-    body.replaceChildren(...detailsOf(state, tokens, slider));
+  function show(token) {
+    body.replaceChildren(...detailsOf(state, token));
   }
 
-  function choose(token, focus) {
-    const count = textOf(state.panes[0]).tokens.length;
-    state.token = Math.max(0, Math.min(count - 1, token));
-    for (const list of passages.querySelectorAll("[role=listbox]")) {
-      for (const option of list.children) {
-        const chosen = Number(option.dataset.token) === state.token;
-        option.setAttribute("aria-selected", chosen);
-        option.tabIndex = chosen ? 0 : -1;
-        if (chosen && focus === list) option.focus();
-      }
+  function choose(token, pane) {
+    state.token = Math.max(0, Math.min(state.panes[0].tokens.length - 1, token));
+    for (const option of passages.querySelectorAll("[role=option]")) {
+      const chosen = Number(option.dataset.token) === state.token;
+      option.setAttribute("aria-selected", chosen);
+      option.tabIndex = chosen ? 0 : -1;
+      if (chosen && option.dataset.pane === pane) option.focus();
     }
-    showDetails(state.token);
+    show(state.token);
+    spoken.textContent = spokenOf(state);
   }
 
-  function passage(pane) {
-    const { vocabulary } = pane.density.samples;
-    const text = textOf(pane);
+  function passage(pane, number, text, offset) {
     const layers = pane.density.early_exit.layers.length;
-    const piece = (index) => vocabulary[index] ?? NOTHING;
-    const options = text.tokens.map((token, number) => {
+    const options = text.tokens.map((token, at) => {
       const step = MODES[state.mode].step(token, layers);
+      const words = visible(pane.piece(token.token));
       return html("span", {
         role: "option",
         class: step === null ? "token" : `token shade-${step}`,
-        "data-token": number,
-        "aria-label": `${visible(piece(token.token))}, ${state.mode === "size" ? percent(token.size) : `exit layer ${token.exit_layer}`}`,
-      }, piece(token.token).replaceAll("\n", "⏎\n"));
+        "data-token": offset + at,
+        "data-pane": number,
+        "aria-label": `${words}, ${state.mode === "size" ? percent(token.size) : `exit layer ${token.exit_layer}`}`,
+      }, pane.piece(token.token).replaceAll("\n", "⏎\n"));
     });
-    const list = html("span", {
-      role: "listbox",
-      "aria-label": `Tokens of ${pane.label}`,
-      onpointerover: (event) => {
-        const option = event.target.closest(".token");
-        if (option) showDetails(Number(option.dataset.token));
-      },
-      onpointerleave: () => showDetails(state.token),
-      onclick: (event) => {
-        const option = event.target.closest(".token");
-        if (option) choose(Number(option.dataset.token), list);
-      },
-      onfocusin: (event) => {
-        const token = Number(event.target.dataset.token);
-        if (token !== state.token) choose(token);
-      },
-      onkeydown: (event) => {
-        const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity }[event.key];
-        if (by === undefined) return;
-        event.preventDefault();
-        choose(state.token + by, list);
-      },
-    }, options);
-    const context = text.context.map(piece).join("");
-    return html("p", { class: "passage", translate: "no" }, html("span", { class: "context" }, context), list);
+    const name = `Tokens of block ${text.block + 1}${several ? `, ${pane.label}` : ""}`;
+    const context = text.context.map(pane.piece).join("").split("\n").slice(-6).join("\n").trimStart();
+    return html("p", { class: "passage", translate: "no" },
+      html("span", { class: "context" }, context),
+      html("span", { role: "listbox", "aria-label": name }, options));
   }
 
   function draw() {
-    passages.replaceChildren(
-      ...state.panes.map((pane, number) => html("div", { class: "pane" }, paneTitle(state, pane, number, readable, draw), passage(pane))),
-    );
+    let offset = 0;
+    const rows = state.panes[0].texts.map((text, at) => {
+      const cells = state.panes.map((pane, number) => passage(pane, number, pane.texts[at], offset));
+      offset += text.tokens.length;
+      return cells;
+    });
+    passages.replaceChildren(...state.panes.map((pane, number) => paneTitle(state, pane, number, readable, draw)).filter(Boolean), ...rows.flat());
     const layers = Math.max(...state.panes.map(({ density }) => density.early_exit.layers.length));
     const names = MODES[state.mode].keys(layers);
     keys.replaceChildren(
-      legend(...names.map((name, step) => (name ? html("li", {}, html("span", { class: `token shade-${step}` }, "abc"), name) : null)).filter(Boolean)),
+      legend(...names.flatMap((name, step) => (name ? [html("li", {}, html("span", { class: `token shade-${step}` }, "abc"), name)] : []))),
     );
     choose(state.token);
   }
 
+  const tokenAt = (event) => event.target.closest?.("[role=option]");
+  fill(passages, {
+    onpointerover: (event) => tokenAt(event) && show(Number(tokenAt(event).dataset.token)),
+    onpointerleave: () => show(state.token),
+    onclick: (event) => tokenAt(event) && choose(Number(tokenAt(event).dataset.token), tokenAt(event).dataset.pane),
+    onfocusin: (event) => {
+      const option = tokenAt(event);
+      if (option && Number(option.dataset.token) !== state.token) choose(Number(option.dataset.token));
+    },
+    onkeydown: (event) => {
+      const option = tokenAt(event);
+      const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity }[event.key];
+      if (!option || by === undefined) return;
+      event.preventDefault();
+      choose(state.token + by, option.dataset.pane);
+    },
+  }, []);
+
   const { data, tokens } = RUNS[0].density;
-  const shown = blocks.reduce((sum, block) => sum + readable[0].density.samples.texts.find((text) => text.block === block).tokens.length, 0);
+  const lacking = RUNS.length - readable.length;
   const many = (number) => number.toLocaleString("en-US");
   place.append(
     html("p", { class: "why" },
-      `${state.panes.length > 1 ? "Both columns show the same tokens. " : ""}Colour and bar say how much of the model it took to predict a token. Point at one, or use Tab and the arrow keys, and move the slider to see what a smaller trace would have said. Grey text is context.`),
-    html("div", { class: "controls" }, passageSelect(blocks, state, draw), modeChoice(state, draw), keys),
-    html("div", { class: state.panes.length > 1 ? "reader two" : "reader" }, passages, details),
+      `${several ? "Both columns show the same tokens. " : ""}Colour and bar say how much of the model it took to predict a token. Point at one, or use Tab and the arrow keys, and move the slider to see what a smaller trace would have said. Grey text is context.`),
+    html("div", { class: "controls" }, modeChoice(state, draw), keys),
+    html("div", { class: several ? "reader two" : "reader" }, passages,
+      html("aside", { class: "details", "aria-label": "The chosen token" }, slider, body, spoken)),
     html("p", { class: "cap" },
-      `Text of ${blocks.length} of ${many(data.blocks)} blocks (${many(shown)} of ${many(tokens)} measured tokens), to keep this page small; all numbers are of all tokens.`,
+      `Text of ${blocks.length} of ${many(data.blocks)} blocks (${many(state.panes[0].tokens.length)} of ${many(tokens)} measured tokens), to keep this page small; all numbers are of all tokens.`,
       lacking ? ` ${lacking === 1 ? "One run has" : `${lacking} runs have`} no text in density.json.` : ""),
   );
   draw();
 }
 
-function passageSelect(blocks, state, draw) {
-  const select = html("select", {
-    id: "passage",
-    onchange: () => {
-      state.block = blocks[Number(select.value)];
-      state.token = 0;
-      draw();
-    },
-  }, blocks.map((block, number) => html("option", { value: number }, `${number + 1} of ${blocks.length} (block ${block + 1})`)));
-  return html("label", { for: "passage" }, "Passage ", select);
+/* The first easy word that the model has right: what a page should open with. */
+function firstShown({ tokens, piece, density }) {
+  const easy = (token) => token.entropy <= density.easy.entropy_bound && token.full[0][0] === token.token;
+  const found = tokens.findIndex((token) => easy(token) && /\p{L}{2}/u.test(piece(token.token)));
+  return Math.max(0, found);
+}
+
+function spokenOf({ token, panes, mode }) {
+  const values = panes.map(({ label, tokens }) => `${panes.length > 1 ? `${label}: ` : ""}${mode === "size" ? percent(tokens[token].size) : `exit layer ${tokens[token].exit_layer}`}`);
+  return `${visible(panes[0].piece(panes[0].tokens[token].token))}, ${values.join("; ")}`;
 }
 
 function modeChoice(state, draw) {
@@ -196,16 +197,16 @@ function makeSlider(sizes, state, changed) {
     },
   });
   const tell = () => {
-    output.textContent = `about ${percent(sizes[state.step])}`;
+    output.textContent = percent(sizes[state.step]);
     input.setAttribute("aria-valuetext", `traces of about ${percent(sizes[state.step])} of the edges`);
   };
   tell();
-  return html("div", { class: "slider" }, html("label", { for: "size-slider" }, "Keep only this share of the edges: ", output), input);
+  return html("div", { class: "slider" }, html("label", { for: "size-slider" }, "Keep about this share of the edges: ", output), input);
 }
 
-function detailsOf(state, tokens, slider) {
-  const { density } = state.panes[0];
-  const { vocabulary } = density.samples;
+function detailsOf(state, number) {
+  const { panes } = state;
+  const tokens = panes.map((pane) => pane.tokens[number]);
   const rows = [
     ["entropy", (token, { easy, hard }) => `${fixed(token.entropy, 2)} nats${token.entropy === null ? "" : token.entropy <= easy.entropy_bound ? ", easy" : token.entropy >= hard.entropy_bound ? ", hard" : ""}`],
     ["loss", (token) => `${fixed(token.loss, 2)} nats`],
@@ -213,40 +214,40 @@ function detailsOf(state, tokens, slider) {
     ["area", (token) => fixed(token.area)],
     ["exit layer", (token, { early_exit }) => `${token.exit_layer} of ${early_exit.layers.length}`],
   ];
-  const several = state.panes.length > 1;
-  const head = several ? html("thead", {}, html("tr", {}, html("td"), state.panes.map(({ label }) => html("th", { scope: "col" }, shorten(label, 18))))) : null;
+  const several = panes.length > 1;
+  const head = several ? html("thead", {}, html("tr", {}, html("td"), panes.map(({ label }) => html("th", { scope: "col" }, shorten(label, 18))))) : null;
   const cells = rows.map(([name, format]) =>
-    html("tr", {}, html("th", { scope: "row" }, name), tokens.map((token, pane) => html("td", { "data-detail": name }, format(token, state.panes[pane].density)))),
+    html("tr", {}, html("th", { scope: "row" }, name), tokens.map((token, pane) => html("td", { "data-detail": name }, format(token, panes[pane].density)))),
   );
   return [
-    html("h3", { class: "chosen" }, "Predicting ", html("code", {}, visible(vocabulary[tokens[0].token] ?? NOTHING))),
+    html("h3", { class: "chosen" }, "Predicting ", html("code", {}, visible(panes[0].piece(tokens[0].token)))),
     html("table", { class: "facts-table" }, head, html("tbody", {}, cells)),
-    slider,
-    ...tokens.map((token, pane) => predictions(state, token, state.panes[pane], several)),
+    ...panes.map((pane) => predictions(state, pane.tokens[number], pane, several)),
   ];
 }
 
-function predictions(state, token, { label, density }, several) {
-  const { vocabulary } = density.samples;
+function predictions(state, token, { label, piece }, several) {
   const trace = token.traces[state.step];
   const kept = Math.round(trace.size * token.edges);
   const said = (title, note, top, name) =>
-    html("div", { class: "said", "data-said": name }, html("h4", {}, title), html("p", { class: "note" }, note),
-      html("ol", {}, top.map(([index, chance]) =>
-        html("li", { class: index === token.token ? "right" : null, style: { "--chance": `${100 * chance}%` } },
-          html("code", {}, visible(vocabulary[index] ?? NOTHING)), html("span", {}, `${(100 * chance).toFixed(1)} %`),
-          index === token.token ? html("b", { title: "the token that came" }, "✓") : null))));
+    html("div", { class: "said", "data-said": name }, html("h4", {}, title), html("p", { class: "note" }, note[0], html("br"), note[1]),
+      html("ol", {}, top.map(([index, chance]) => {
+        const right = index === token.token;
+        return html("li", { class: right ? "right" : null, style: { "--chance": `${100 * chance}%` } },
+          html("code", {}, visible(piece(index))), html("span", {}, `${(100 * chance).toFixed(1)} %`),
+          html("b", right ? { title: "the token that came", role: "img", "aria-label": "the token that came" } : {}, right ? "✓" : ""));
+      })));
   return html("section", { class: "predictions", "aria-label": label },
     several ? html("h3", { class: "panel-title" }, label) : null,
     html("div", { class: "pair" },
-      said("Trace", `${percent(trace.size)}: ${kept.toLocaleString("en-US")} of ${token.edges.toLocaleString("en-US")} edges; TV ${fixed(trace.tv, 2)}`, trace.top, "trace"),
-      said("Full model", `all edges${state.panes.length > 1 ? "" : "; ✓ is the token that came"}`, token.full, "full")),
+      said(`Trace of ${percent(trace.size)}`, [`${kept.toLocaleString("en-US")} of ${token.edges.toLocaleString("en-US")} edges`, `TV ${fixed(trace.tv, 2)}`], trace.top, "trace"),
+      said("Full model", ["all edges", "✓: what came"], token.full, "full")),
     tokenCurve(token, state.step));
 }
 
 /* TV of this token's own traces, the chosen one marked. */
 function tokenCurve(token, step) {
-  const box = board(300, 92, "TV of this token's traces over their size", { left: 30, top: 14, bottom: 20, right: 8 });
+  const box = board(300, 104, "TV of this token's traces over their size", { left: 30, top: 26, bottom: 20, right: 8 });
   const x = logScale(5e-5, 1, box.x0, box.x1);
   const y = linearScale(0, 1, box.y0, box.y1);
   const at = ({ size, tv }) => [x(Math.max(size, 5e-5)), y(tv)];
