@@ -137,7 +137,9 @@ def evaluate(
         },
         **text,
         **summarise(found),
-        "samples": text_samples(network, tokenizer, chosen, min_context=min_context),
+        "samples": text_samples(
+            network, tokenizer, chosen, min_context=min_context, batch_size=batch_size
+        ),
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
     }

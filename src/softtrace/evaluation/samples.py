@@ -38,7 +38,7 @@ _THRESHOLDS = tuple(0.6 * 600 ** (-step / 23) for step in range(24))  # 0.6 down
 
 @torch.no_grad()
 def text_samples(
-    model: nn.Module, tokenizer: Any, blocks: Tensor, *, min_context: int
+    model: nn.Module, tokenizer: Any, blocks: Tensor, *, min_context: int, batch_size: int
 ) -> dict[str, Any]:
     """The ``samples`` of ``density.json``: text, measures and predictions of a few blocks.
 
@@ -47,6 +47,7 @@ def text_samples(
         tokenizer: its tokenizer.
         blocks: ``[N, T]`` ids of all measured blocks, without padding.
         min_context: positions before this one are context only.
+        batch_size: sequences a forward.
 
     Returns:
         ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (the text of each token
@@ -60,48 +61,45 @@ def text_samples(
     """
     instrument = attach(model)
     device = next(model.parameters()).device
-    rows = evenly(torch.arange(len(blocks)), MOST_BLOCKS).tolist()
+    rows = evenly(torch.arange(len(blocks)), MOST_BLOCKS)
     explained = slice(min_context, min(blocks.shape[1] - 1, min_context + MOST_TOKENS // len(rows)))
+    known = slice(max(0, min_context + 1 - _CONTEXT), min_context + 1)
     pieces = _Pieces(tokenizer)
     texts = []
-    for row in rows:
-        ids = blocks[row : row + 1].to(device)
+    for part in torch.split(rows, batch_size):
+        ids = blocks[part].to(device)
         recording = instrument.record(ids, keep_hidden=True)
-        known = ids[0, max(0, min_context + 1 - _CONTEXT) : min_context + 1].tolist()
         measured = _measures(instrument, ids, recording, explained)
         predicted = _predictions(instrument, ids, recording, explained, pieces)
-        targets = ids[0, explained.start + 1 : explained.stop + 1].tolist()
-        texts.append(
-            {
-                "block": row,
-                "context": [pieces.index(token) for token in known],
-                "tokens": [
-                    {"token": pieces.index(token), **measures, **predictions}
-                    for token, measures, predictions in zip(
-                        targets, measured, predicted, strict=True
-                    )
-                ],
-            }
-        )
+        targets = ids[:, explained.start + 1 : explained.stop + 1].flatten().tolist()
+        tokens = [
+            {"token": pieces.index(token), **measures, **predictions}
+            for token, measures, predictions in zip(targets, measured, predicted, strict=True)
+        ]
+        length = explained.stop - explained.start
+        for number, block in enumerate(part.tolist()):
+            context = [pieces.index(token) for token in ids[number, known].tolist()]
+            own = tokens[number * length : (number + 1) * length]
+            texts.append({"block": block, "context": context, "tokens": own})
     return {"sizes": list(SAMPLE_SIZES), "vocabulary": pieces.texts, "texts": texts}
 
 
 def _measures(
     instrument: Instrument, ids: Tensor, recording: Recording, explained: slice
 ) -> list[dict[str, Any]]:
-    """What is measured of all tokens, of these ones."""
+    """Of each of these tokens, what is measured of all; one sequence after another."""
     curve = curve_of(instrument, ids, recording, recording.importance, default_thresholds())
     targets = torch.full_like(ids, -100)
     targets[:, :-1] = ids[:, 1:]
     columns = {
-        "entropy": curve.entropy[0],
-        "loss": loss_score(recording.logits, targets)[0],
-        "area": curve.area()[0],
-        "size": curve.size_at(0.2)[0],
-        "exit_layer": exit_layers(exit_agreement(instrument, recording))[0],
-        "edges": curve.edges[0],
+        "entropy": curve.entropy,
+        "loss": loss_score(recording.logits, targets),
+        "area": curve.area(),
+        "size": curve.size_at(0.2),
+        "exit_layer": exit_layers(exit_agreement(instrument, recording)),
+        "edges": curve.edges,
     }
-    values = [column[explained].tolist() for column in columns.values()]
+    values = [column[:, explained].flatten().tolist() for column in columns.values()]
     return [
         {name: _rounded(value) for name, value in zip(columns, row, strict=True)}
         for row in zip(*values, strict=True)
@@ -111,39 +109,41 @@ def _measures(
 def _predictions(
     instrument: Instrument, ids: Tensor, recording: Recording, explained: slice, pieces: _Pieces
 ) -> list[dict[str, Any]]:
-    """The most likely tokens of the full model and of the traces nearest to every size."""
-    logits = recording.logits[0, explained]
+    """Of each of these tokens, what the full model and its traces nearest to each size predict."""
+    logits = recording.logits[:, explained].flatten(0, 1)
     full = logits.to(working_dtype(logits.dtype)).softmax(-1)
-    total = total_edges(recording.importance)[0, explained].double()
+    total = total_edges(recording.importance)[:, explained].flatten().double()
+    count = min(_TOP, full.shape[-1])
     sizes, variations, tops, chances = [], [], [], []
     for tau in _THRESHOLDS:
         masks = hard_masks(recording.importance, tau)
         read = instrument.masked_hidden(
             ids, recording.mask, masks, recording.attention, recording.positions
         )
-        masked = instrument.anatomy.readout.logits(read[0, explained])
-        best = masked.to(full.dtype).softmax(-1).topk(min(_TOP, masked.shape[-1]))
-        sizes.append(edge_counts(masks)[0, explained].double().sum((1, 2)) / total)
+        masked = instrument.anatomy.readout.logits(read[:, explained].flatten(0, 1))
+        best = masked.to(full.dtype).softmax(-1).topk(count)
+        kept = edge_counts(masks)[:, explained].flatten(0, 1).double().sum((1, 2))
+        sizes.append(kept / total)
         variations.append(variation_from(full, masked))
         tops.append(best.indices)
         chances.append(best.values)
-    size = torch.stack(sizes)
-    chosen = nearest(size, total)
-    best = full.topk(min(_TOP, full.shape[-1]))
-    columns = [part.tolist() for part in map(torch.stack, (sizes, variations, tops, chances))]
-    found = []
-    for token, runs in enumerate(chosen.T.tolist()):
-        traces = [
-            {
-                "size": _rounded(columns[0][run][token]),
-                "tv": _rounded(columns[1][run][token]),
-                "top": pieces.likely(columns[2][run][token], columns[3][run][token]),
-            }
-            for run in runs
-        ]
-        likely = pieces.likely(best.indices[token].tolist(), best.values[token].tolist())
-        found.append({"full": likely, "traces": traces})
-    return found
+    chosen = nearest(torch.stack(sizes), total)
+    likely = full.topk(count)
+    size, tv, top, chance = (torch.stack(x).tolist() for x in (sizes, variations, tops, chances))
+    return [
+        {
+            "full": pieces.likely(likely.indices[token].tolist(), likely.values[token].tolist()),
+            "traces": [
+                {
+                    "size": _rounded(size[run][token]),
+                    "tv": _rounded(tv[run][token]),
+                    "top": pieces.likely(top[run][token], chance[run][token]),
+                }
+                for run in runs
+            ],
+        }
+        for token, runs in enumerate(chosen.T.tolist())
+    ]
 
 
 def nearest(size: Tensor, total: Tensor) -> Tensor:
