@@ -82,9 +82,7 @@ def test_measures_are_those_that_evaluate_averages(
             position = CONTEXT + at
             assert token["entropy"] == pytest.approx(float(curve.entropy[row, position]), rel=1e-4)
             assert token["area"] == pytest.approx(float(curve.area()[row, position]), rel=1e-4)
-            assert token["size"] == pytest.approx(
-                float(curve.size_at(0.2)[row, position]), rel=1e-3
-            )
+            assert token["size"] == pytest.approx(float(sizes[row, position]), rel=1e-3)
             target = blocks[text["block"], position + 1]
             assert token["loss"] == pytest.approx(-float(logs[row, position, target]), rel=1e-4)
             later = agreed[token["exit_layer"] - 1 :, row, position]

@@ -28,7 +28,7 @@ SAMPLE_SIZES = SIZES[::3]
 """The 9 sizes of the slider, of the 26."""
 
 MOST_BLOCKS = 6
-MOST_TOKENS = 240
+MOST_TOKENS = 192
 """Explained tokens of all texts together: the page stays under 3 MB with 8 runs on it."""
 
 _CONTEXT = 160  # tokens shown before the first explained one

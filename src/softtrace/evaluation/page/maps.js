@@ -14,6 +14,11 @@ function shade(share) {
   return SHADE_BOUNDS.filter((bound) => share >= bound).length;
 }
 
+/* Every fifth size: a table of all would be too wide. */
+function listed({ sizes }) {
+  return sizes.map((_, step) => step).filter((step) => step % 5 === 0);
+}
+
 function drawHeat(place) {
   const counted = RUNS.map((run, index) => ({ ...run, index })).filter(({ density }) => density.topology);
   if (!counted.length) {
@@ -27,16 +32,12 @@ function drawHeat(place) {
     grid,
     readout,
     legend(...names.map((name, step) => key(svg("rect", { x: 1, y: 1, width: 32, height: 12, class: `shade shade-${step}` }), name))),
-    numbersTable(["component, quarter of the layers", ...counted.flatMap(({ label }) => LOG_TICKS.map((size) => (SINGLE ? tick(size) : `${label}, ${tick(size)}`)))], () =>
+    numbersTable(["component, quarter of the layers", ...counted.flatMap(({ label, density: { topology } }) => listed(topology).map((step) => `${SINGLE ? "" : `${label}, `}${percent(topology.sizes[step])}`))], () =>
       COMPONENTS.flatMap(([kind, name]) =>
         QUARTERS.map((quarter, depth) => [
           `${name}, ${quarter}`,
           ...counted.flatMap(({ density: { topology } }) =>
-            LOG_TICKS.map((size) => {
-              const step = topology.sizes.findIndex((other) => Math.abs(Math.log10(other / size)) < 0.081);
-              return percent(topology.shares[step]?.[depth][topology.kinds.indexOf(kind)]);
-            }),
-          ),
+            listed(topology).map((step) => percent(topology.shares[step][depth][topology.kinds.indexOf(kind)]))),
         ]),
       ),
     ),
