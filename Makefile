@@ -5,12 +5,13 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all check format families bench clean
+.PHONY: help quickstart test test-all test-browser check format families bench clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
 	@echo "make test        the default tests (a few minutes)"
 	@echo "make test-all    the slow ones too"
+	@echo "make test-browser  the report in headless Chromium"
 	@echo "make check       ruff and mypy"
 	@echo "make families    which model types are verified: recipes/benchmarks/families.md (~20 s)"
 
@@ -28,8 +29,12 @@ test: .venv/installed
 	$(PYTEST)
 
 test-all: .venv/installed .venv/quantised
-	$(PYTEST) -m 'not quantised'
+	$(PYTEST) -m 'not quantised and not browser'
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/families/test_quantised.py
+
+# Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
+test-browser: .venv/installed
+	$(PYTEST) -m browser tests/evaluation/test_report_browser.py
 
 # Beside the environment, not in it: importing transformers imports both, slowly and loudly.
 .venv/quantised: .venv/installed

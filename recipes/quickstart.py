@@ -77,7 +77,7 @@ def main() -> None:
         for name in KEPT:
             shutil.copy(ROOT / args.out / "compare" / name, args.keep / name)
     minutes = (time.perf_counter() - began) / 60
-    print(f"\nDone in {minutes:.1f} minutes. Look at {args.out}/compare/*.png")
+    print(f"\nDone in {minutes:.1f} minutes. Open {args.out}/compare/report.html")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
   fit           fine-tune a model directory on text, with the density penalty
-  evaluate      measure how much of its graph a model needs: density.json, a table, plots
+  evaluate      measure how much of its graph a model needs: density.json, plots, report.html
   compare       put several density.json of the same text side by side
   decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
   inspect       show how a model is taken apart, and what was verified
@@ -109,7 +109,7 @@ def _compare(args: list[str]) -> None:
     parser.add_argument("--overwrite", type=bool, default=False, help="replace what OUT holds")
     options = parser.parse_args(args)
     print(compare(options.paths, options.out, options.overwrite))
-    print(f"\nwritten to {options.out}/: compare.json, compare.txt and plots")
+    print(f"\nwritten to {options.out}/: compare.json, compare.txt, plots and report.html")
 
 
 def _inspect(args: list[str]) -> None:

@@ -82,6 +82,47 @@ def synthetic_density(name: str = "plain", factor: float = 1.0, points: int = 60
     }
 
 
+PIECES = ["</script>", "<b>", "&amp;", "\u2028", " 'x'", '"', "\n", " caf\u00e9", "${1}", "a"]
+
+
+def synthetic_samples(texts: int = 2, tokens: int = 5) -> dict[str, Any]:
+    """Made-up text of tokens that HTML or JavaScript could trip over.
+
+    Args:
+        texts: how many passages, of blocks 0, 2, 4, ...
+        tokens: explained ones in each.
+    """
+
+    def likely(first: int) -> list[list[float]]:
+        return [[(first + rank) % len(PIECES), 0.5 / (1 + rank)] for rank in range(5)]
+
+    def token(number: int) -> dict[str, Any]:
+        traces = [
+            {"size": 1.01 * size, "tv": 1 - step / 9, "top": likely(number + 1 + step)}
+            for step, size in enumerate(SIZES[::3])
+        ]
+        return {
+            "token": number % len(PIECES),
+            "entropy": 1.0 + number,
+            "loss": 0.5 + number,
+            "area": 0.25,
+            "size": 0.0015 * (1 + number),
+            "exit_layer": 1 + number % LAYERS,
+            "edges": 12345,
+            "full": likely(number),
+            "traces": traces,
+        }
+
+    return {
+        "sizes": SIZES[::3],
+        "vocabulary": PIECES,
+        "texts": [
+            {"block": 2 * text, "context": [9, 0], "tokens": [token(at) for at in range(tokens)]}
+            for text in range(texts)
+        ],
+    }
+
+
 def write_run(folder: Path, density: dict[str, Any]) -> Path:
     """Write ``density`` as ``folder/density.json`` and return the file."""
     folder.mkdir(parents=True, exist_ok=True)

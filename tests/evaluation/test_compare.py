@@ -122,6 +122,7 @@ def test_compare_writes_values_and_ratios_to_the_first_run(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "compare.json",
         "compare.txt",
+        "report.html",
         "tv_over_size.png",
         "size_against_entropy.png",
         "edges_over_size.png",

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.evaluation.early_exit import GATES, exit_agreement, gated_exits, recommended_exit
+from softtrace.evaluation.early_exit import (
+    GATES,
+    exit_agreement,
+    exit_layers,
+    gated_exits,
+    recommended_exit,
+)
 from softtrace.exits import best_exit
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -74,3 +80,11 @@ def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> Non
         shares = agreed[:, :, 4:].double().mean((1, 2)).tolist()
         wanted = best_exit(dict(enumerate(shares[:4], 1)), {k: k / 5 for k in range(1, 5)})[0]
         assert recommended_exit(model, blocks, batch_size=3) == wanted
+
+
+def test_an_exit_counts_from_where_all_later_ones_agree() -> None:
+    agreed = torch.tensor(
+        [[True, True, False, False], [True, False, False, False], [True, True, True, False],
+         [True, True, True, True]]
+    )  # fmt: skip
+    assert exit_layers(agreed).tolist() == [1, 3, 3, 4]

@@ -12,6 +12,7 @@ from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.drawing import MAX_RUNS
 from softtrace.evaluation.files import atomic_path, prepare_output, write_json
 from softtrace.evaluation.plots import write_plots
+from softtrace.evaluation.report import write_report
 from softtrace.evaluation.table import MEASURES, Density, comparison_table, ratio
 
 DENSITY_VERSION = 1
@@ -43,6 +44,20 @@ _EXPECTED: dict[str, Any] = {
     "scatter": {"entropy": _NUMBERS, "size_at_tv_0.2": _NUMBERS},
 }
 """What tables and plots read: keys of objects, types, [type] for non-empty lists, (None, this)."""
+
+_LIKELY = [[(int, float)]]
+_TOKEN = {
+    **dict.fromkeys(("token", "exit_layer", "edges"), int),
+    **dict.fromkeys(("entropy", "loss", "area", "size"), _NUMBER),
+    "full": _LIKELY,
+    "traces": [{"size": _NUMBER, "tv": _NUMBER, "top": _LIKELY}],
+}
+_SAMPLES = {
+    "sizes": [(int, float)],
+    "vocabulary": [str],
+    "texts": [{"block": int, "context": [int], "tokens": [_TOKEN]}],
+}
+"""The text of the report, which older files lack."""
 
 _MUST_AGREE = (
     (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
@@ -85,14 +100,15 @@ def load_density(path: Path | str) -> dict[str, Any]:
             f"{path}: found version {density['version']!r}, this softtrace reads version "
             f"{DENSITY_VERSION}; evaluate the model again"
         )
-    if problem := _problem(density, _EXPECTED, ""):
+    problem = _problem(density, _EXPECTED, "")
+    if problem := problem or _problem(density.get("samples"), (None, _SAMPLES), "samples"):
         raise DataError(f"{path}: {problem}; evaluate the model again")
     return density
 
 
 def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = False) -> str:
-    """Compare runs that were measured on the same tokens; write numbers, table and plots to
-    OUT.
+    """Compare runs that were measured on the same tokens; write numbers, table, plots and
+    report.html to OUT.
 
     Args:
         paths: 2 to 8 density.json files, or their folders. The others are compared to the first.
@@ -110,8 +126,8 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     if not 2 <= len(paths) <= MAX_RUNS:
         raise InvalidInputError(f"runs: found {len(paths)}, allowed are 2 to {MAX_RUNS}")
     densities = [load_density(path) for path in paths]
-    _check_comparable([str(path) for path in paths], densities)
-    labels = _labels([Path(path) for path in paths], densities)
+    check_comparable([str(path) for path in paths], densities)
+    labels = run_labels([Path(path) for path in paths], densities)
     runs = list(zip(labels, densities, strict=True))
     folder = prepare_output(out, overwrite)
     table = comparison_table(runs)
@@ -119,6 +135,7 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     with atomic_path(folder / "compare.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     write_plots(runs, folder)
+    write_report(runs, folder)
     return table
 
 
@@ -155,7 +172,16 @@ def _comparison(runs: Sequence[tuple[str, Density]], paths: Sequence[Path | str]
     }
 
 
-def _check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None:
+def check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None:
+    """Refuse runs that were not measured on the same tokens at the same length.
+
+    Args:
+        names: what the error calls each run.
+        densities: their content; what says which tokens were measured is enough.
+
+    Raises:
+        InvalidInputError: naming the two runs, what differs and what to do.
+    """
     for keys, what, remedy in _MUST_AGREE:
         values = []
         for density in densities:
@@ -175,7 +201,7 @@ def _brief(value: object) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
 
 
-def _labels(paths: Sequence[Path], densities: Sequence[Density]) -> list[str]:
+def run_labels(paths: Sequence[Path], densities: Sequence[Density]) -> list[str]:
     """The models' names; where two share one, their folders' names; numbered as a last resort."""
     models = [Path(density["model"]["path"]).name for density in densities]
     labels = models

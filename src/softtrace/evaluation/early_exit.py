@@ -100,3 +100,16 @@ def gated_exits(
                 torch.where(sure >= gate, token == wanted, right),
             )
     return found
+
+
+def exit_layers(agreed: Tensor) -> Tensor:
+    """The first layer from which on every exit agrees: later ones do not change their mind.
+
+    Args:
+        agreed: ``[L, ...]`` bool, see :func:`exit_agreement`; the last layer always agrees.
+
+    Returns:
+        ``[...]`` int64, 1 to L.
+    """
+    from_here_on = agreed.flip(0).int().cummin(0).values
+    return len(agreed) + 1 - from_here_on.sum(0)

@@ -1,4 +1,4 @@
-"""``softtrace evaluate``: one model on one body of text, to ``density.json`` and plots."""
+"""``softtrace evaluate``: one model on one body of text, to ``density.json``, plots and a page."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ from softtrace.data import (
     split_by_file,
 )
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation.compare import DENSITY_VERSION
+from softtrace.evaluation.compare import (
+    DENSITY_VERSION,
+    check_comparable,
+    load_density,
+    run_labels,
+)
 from softtrace.evaluation.files import check_output, prepare_output, write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.report import write_report
+from softtrace.evaluation.samples import text_samples
 from softtrace.evaluation.table import density_table
 from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
@@ -46,8 +53,9 @@ def evaluate(
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """Measure how much of its graph a model needs, and write density.json and plots to OUT.
+    """Measure how much of its graph a model needs, and write density.json and report.html to OUT.
 
     Args:
         model: model directory (safetensors) or hub name.
@@ -66,10 +74,12 @@ def evaluate(
         device: "auto", "cpu", "cuda", ...
         dtype: of the weights.
         overwrite: replace what OUT holds.
+        base: density.json (or its folder) of the model before training, measured on the same text:
+            the report then shows what changed.
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: the model.
-        DataError, InvalidInputError: the text or a number.
+        DataError, InvalidInputError: the text, a number, or a base measured on other tokens.
         OutputExistsError: OUT is not empty.
     """
     began = time.perf_counter()
@@ -82,13 +92,29 @@ def evaluate(
         check_least(name, value, least)
     where = device_of(device)
     check_output(out, overwrite)
+    before = load_density(base) if base else None
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
     documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
     chosen = evenly(pack(documents, tokenizer, block_size), blocks)
+    min_context = block_size // 2
+    text = {
+        "data": {
+            "path": data,
+            "documents": len(documents),
+            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
+            "salt": salt,
+            "block_size": block_size,
+            "blocks": len(chosen),
+        },
+        "min_context": min_context,
+        "tokens": len(chosen) * (block_size - 1 - min_context),
+    }
+    if base and before:
+        check_comparable([base, "this run"], [before, text])
     network = load_model(model, dtype=dtype)
     network.to(where).eval()  # type: ignore[arg-type]
-    min_context = block_size // 2
     with tqdm(total=len(chosen), desc=f"measuring {Path(model).name}", unit="block") as bar:
         found = measure(
             network,
@@ -109,25 +135,23 @@ def evaluate(
             "heads": anatomy.heads,
             "pattern": anatomy.pattern,
         },
-        "data": {
-            "path": data,
-            "documents": len(documents),
-            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
-            "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
-            "salt": salt,
-            "block_size": block_size,
-            "blocks": len(chosen),
-        },
-        "min_context": min_context,
+        **text,
         **summarise(found),
+        "samples": text_samples(
+            network, tokenizer, chosen, min_context=min_context, batch_size=batch_size
+        ),
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
     }
     folder = prepare_output(out, overwrite)
     write_json(folder / "density.json", density)
     write_plots([(Path(model).name, density)], folder)
+    runs = [(Path(base), before)] if base and before else []
+    runs.append((folder, load_density(folder)))  # the very numbers that the file holds
+    paths, found_here = zip(*runs, strict=True)
+    write_report(list(zip(run_labels(paths, found_here), found_here, strict=True)), folder)
     print(density_table(density))
-    print(f"\nwritten to {folder}/: density.json and plots")
+    print(f"\nwritten to {folder}/: density.json, plots and report.html")
     return density
 
 

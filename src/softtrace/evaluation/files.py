@@ -40,7 +40,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, obj: Any) -> None:
     """Write ``obj`` as JSON (UTF-8) atomically; NaN and infinity, which JSON lacks, become null."""
     # Serialise first: an object that is not JSON must not get as far as a file.
-    text = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -93,11 +93,12 @@ def sync(path: Path, flags: int = os.O_RDWR) -> None:
         os.close(descriptor)
 
 
-def _finite(obj: Any) -> Any:
+def finite(obj: Any) -> Any:
+    """``obj`` as JSON has it: NaN and infinity are None, also inside of lists and objects."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
-        return {key: _finite(value) for key, value in obj.items()}
+        return {key: finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
-        return [_finite(value) for value in obj]
+        return [finite(value) for value in obj]
     return obj

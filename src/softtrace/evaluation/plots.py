@@ -124,15 +124,9 @@ def _size_against_entropy(runs: Runs) -> Figure:
         handles.append(Line2D([], [], color=GREY, linestyle="--", label=label))
     figure, grid = drawing.panels([label for label, _ in runs], [[part] for part in handles], 16)
     drawing.set_title(figure, "How many edges a token needs, by how uncertain the model is")
-    points = [
-        (drawing.array(d["scatter"]["entropy"]), drawing.array(d["scatter"]["size_at_tv_0.2"]))
-        for _, d in runs
-    ]
-    # An empty trace can be enough; a log axis has no 0, so it stands at the smallest other size.
-    positive = np.concatenate([sizes[sizes > 0] for _, sizes in points])
-    floor = float(positive.min()) if len(positive) else 1e-4
-    points = [(entropy, np.maximum(sizes, floor)) for entropy, sizes in points]
-    first = _binned_medians(*points[0])
+    points, floor = scatter_points(runs)
+    highest = max(float(np.nanmax(sizes, initial=floor)) for _, sizes in points)
+    first = binned_medians(*points[0])
     for index, (axes, (_, density)) in enumerate(zip(grid, runs, strict=True)):
         colour = COLOURS[index]
         for bound, text, align in (
@@ -145,7 +139,7 @@ def _size_against_entropy(runs: Runs) -> Figure:
         axes.scatter(*points[index], s=6, color=drawing.lighter(colour), linewidths=0)
         if index:
             axes.plot(*first, color=GREY, linewidth=1.6, linestyle="--")
-        medians = _binned_medians(*points[index])
+        medians = binned_medians(*points[index])
         axes.plot(*medians, color=colour, marker=MARKERS[index], linewidth=2.2)
         correlation = density["entropy_spearman"]["size_at_tv_0.2"]
         note = "n/a" if correlation is None else f"{correlation:+.2f}"
@@ -158,7 +152,7 @@ def _size_against_entropy(runs: Runs) -> Figure:
             bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2},
         )
     grid[0].set_yscale("log")  # shared by all
-    if len(positive) and positive.max() < 30 * floor:  # too few powers of ten for labels
+    if floor < highest < 30 * floor:  # too few powers of ten for labels
         grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     grid[0].yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
     grid[0].yaxis.set_minor_formatter(NullFormatter())
@@ -238,7 +232,21 @@ _PLOTS: dict[str, Callable[[Runs], Figure | None]] = {
 }
 
 
-def _binned_medians(x: Array, y: Array, bins: int = 12) -> tuple[Array, Array]:
+def scatter_points(runs: Runs) -> tuple[list[tuple[Array, Array]], float]:
+    """Entropy and size of each run's tokens, and the smallest size that a log axis shows.
+
+    An empty trace can be enough; a log axis has no 0, so it stands at the smallest other size.
+    """
+    points = [
+        (drawing.array(d["scatter"]["entropy"]), drawing.array(d["scatter"]["size_at_tv_0.2"]))
+        for _, d in runs
+    ]
+    positive = np.concatenate([sizes[sizes > 0] for _, sizes in points])
+    floor = float(positive.min()) if len(positive) else 1e-4
+    return [(entropy, np.maximum(sizes, floor)) for entropy, sizes in points], floor
+
+
+def binned_medians(x: Array, y: Array, bins: int = 12) -> tuple[Array, Array]:
     """Medians of ``x`` and ``y`` in bins of equally many points, by rising ``x``."""
     parts = np.array_split(np.argsort(x, kind="stable"), min(bins, len(x)))
     x_median, y_median = (np.array([np.median(v[part]) for part in parts]) for v in (x, y))

@@ -126,7 +126,7 @@ def density_table(density: Density) -> str:
     for name, unit, values in numbers:
         rows.append([name, *(_format(values[group], unit) for group in GROUPS)])
     header = (
-        f"{model['path']} ({model['type']}, {_count(model['parameters'])} parameters, "
+        f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
         f"{data['block_size']}; at least {density['min_context']} tokens of context"
@@ -161,7 +161,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
             row = [name or measure.name, measure.better or "", measure.format(base)]
             for _, density in part:
                 value = measure.read(density)
-                row += [measure.format(value), _change(measure, value, base)]
+                row += [measure.format(value), change(measure, value, base)]
             rows.append(row)
         tables.append(_aligned(rows))
     legend = (
@@ -190,13 +190,14 @@ def _format(value: float | None, unit: Unit) -> str:
     return f"{value:+.2f}" if unit == "correlation" else f"{value:.3f}"
 
 
-def _change(measure: Measure, value: float | None, base: float | None) -> str:
+def change(measure: Measure, value: float | None, base: float | None) -> str:
+    """How much ``value`` differs from ``base``, in per cent of it, with a sign."""
     if measure.unit == "correlation":  # a ratio of correlations says nothing
         return ""
-    change = ratio(value, base)
-    if change is None:
+    found = ratio(value, base)
+    if found is None:
         return "n/a"
-    return f"{round(100 * (change - 1), 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
+    return f"{round(100 * (found - 1), 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -213,7 +214,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """A large number in short: 3.5 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

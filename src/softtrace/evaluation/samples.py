@@ -1,0 +1,204 @@
+"""Text for the report: what a few blocks need, token by token, and what small traces would say.
+
+Every edge of importance >= τ is kept for many τ, once for all tokens (identity 3). Each token then
+takes, for each size of the slider, the run whose trace of *its own* is nearest to that size, and
+says how large it really is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.curve import SIZES, curve_of, default_thresholds
+from softtrace.data import evenly
+from softtrace.distortion import variation_from
+from softtrace.easiness import loss_score
+from softtrace.evaluation.early_exit import exit_agreement, exit_layers
+from softtrace.importance import working_dtype
+from softtrace.instrument import Instrument, attach
+from softtrace.masks import hard_masks
+from softtrace.recording import Recording
+from softtrace.trace import edge_counts, total_edges
+
+SAMPLE_SIZES = SIZES[::3]
+"""The 9 sizes of the slider, of the 26."""
+
+MOST_BLOCKS = 6
+MOST_TOKENS = 192
+"""Explained tokens of all texts together: the page stays under 3 MB with 8 runs on it."""
+
+_CONTEXT = 160  # tokens shown before the first explained one
+_TOP = 5
+_THRESHOLDS = tuple(0.6 * 600 ** (-step / 23) for step in range(24))  # 0.6 down to 0.001
+
+
+@torch.no_grad()
+def text_samples(
+    model: nn.Module, tokenizer: Any, blocks: Tensor, *, min_context: int, batch_size: int
+) -> dict[str, Any]:
+    """The ``samples`` of ``density.json``: text, measures and predictions of a few blocks.
+
+    Args:
+        model: a causal language model, in eval mode.
+        tokenizer: its tokenizer.
+        blocks: ``[N, T]`` ids of all measured blocks, without padding.
+        min_context: positions before this one are context only.
+        batch_size: sequences a forward.
+
+    Returns:
+        ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (the text of each token
+        that occurs; all tokens below are indices into it) and ``texts``, each with ``block`` (row
+        of ``blocks``), ``context`` (the tokens before, the nearest 160) and ``tokens``. A token is
+        the one that was to be predicted: ``entropy`` and ``loss`` in nats, ``area``, ``size`` (at
+        TV 0.2, share of all edges), ``exit_layer`` (see
+        :func:`~softtrace.evaluation.early_exit.exit_layers`), ``edges`` (|E|), ``full`` and, one
+        for each of ``sizes``, ``traces``: the real ``size`` of the trace, its ``tv`` and ``top``.
+        ``full`` and ``top`` are the 5 most likely tokens, each with its probability.
+    """
+    instrument = attach(model)
+    device = next(model.parameters()).device
+    rows = evenly(torch.arange(len(blocks)), MOST_BLOCKS)
+    explained = slice(min_context, min(blocks.shape[1] - 1, min_context + MOST_TOKENS // len(rows)))
+    known = slice(max(0, min_context + 1 - _CONTEXT), min_context + 1)
+    pieces = _Pieces(tokenizer)
+    texts = []
+    for part in torch.split(rows, batch_size):
+        ids = blocks[part].to(device)
+        recording = instrument.record(ids, keep_hidden=True)
+        measured = _measures(instrument, ids, recording, explained)
+        predicted = _predictions(instrument, ids, recording, explained, pieces)
+        targets = ids[:, explained.start + 1 : explained.stop + 1].flatten().tolist()
+        tokens = [
+            {"token": pieces.index(token), **measures, **predictions}
+            for token, measures, predictions in zip(targets, measured, predicted, strict=True)
+        ]
+        length = explained.stop - explained.start
+        for number, block in enumerate(part.tolist()):
+            context = [pieces.index(token) for token in ids[number, known].tolist()]
+            own = tokens[number * length : (number + 1) * length]
+            texts.append({"block": block, "context": context, "tokens": own})
+    return {"sizes": list(SAMPLE_SIZES), "vocabulary": pieces.texts, "texts": texts}
+
+
+def _measures(
+    instrument: Instrument, ids: Tensor, recording: Recording, explained: slice
+) -> list[dict[str, Any]]:
+    """Of each of these tokens, what is measured of all; one sequence after another."""
+    curve = curve_of(instrument, ids, recording, recording.importance, default_thresholds())
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    columns = {
+        "entropy": curve.entropy,
+        "loss": loss_score(recording.logits, targets),
+        "area": curve.area(),
+        "size": curve.size_at(0.2),
+        "exit_layer": exit_layers(exit_agreement(instrument, recording)),
+        "edges": curve.edges,
+    }
+    values = [column[:, explained].flatten().tolist() for column in columns.values()]
+    return [
+        {name: _rounded(value) for name, value in zip(columns, row, strict=True)}
+        for row in zip(*values, strict=True)
+    ]
+
+
+def _predictions(
+    instrument: Instrument, ids: Tensor, recording: Recording, explained: slice, pieces: _Pieces
+) -> list[dict[str, Any]]:
+    """Of each of these tokens, what the full model and its traces nearest to each size predict."""
+    logits = recording.logits[:, explained].flatten(0, 1)
+    full = logits.to(working_dtype(logits.dtype)).softmax(-1)
+    total = total_edges(recording.importance)[:, explained].flatten().double()
+    count = min(_TOP, full.shape[-1])
+    sizes, variations, tops, chances = [], [], [], []
+    for tau in _THRESHOLDS:
+        masks = hard_masks(recording.importance, tau)
+        read = instrument.masked_hidden(
+            ids, recording.mask, masks, recording.attention, recording.positions
+        )
+        masked = instrument.anatomy.readout.logits(read[:, explained].flatten(0, 1))
+        best = masked.to(full.dtype).softmax(-1).topk(count)
+        kept = edge_counts(masks)[:, explained].flatten(0, 1).double().sum((1, 2))
+        sizes.append(kept / total)
+        variations.append(variation_from(full, masked))
+        tops.append(best.indices)
+        chances.append(best.values)
+    chosen = nearest(torch.stack(sizes), total)
+    likely = full.topk(count)
+    size, tv, top, chance = (torch.stack(x).tolist() for x in (sizes, variations, tops, chances))
+    return [
+        {
+            "full": pieces.likely(likely.indices[token].tolist(), likely.values[token].tolist()),
+            "traces": [
+                {
+                    "size": _rounded(size[run][token]),
+                    "tv": _rounded(tv[run][token]),
+                    "top": pieces.likely(top[run][token], chance[run][token]),
+                }
+                for run in runs
+            ],
+        }
+        for token, runs in enumerate(chosen.T.tolist())
+    ]
+
+
+def nearest(size: Tensor, total: Tensor) -> Tensor:
+    """Which run's trace is nearest to each of :data:`SAMPLE_SIZES`, by log size.
+
+    Args:
+        size: ``[K, n]`` shares of |E|, rising with K.
+        total: ``[n]``, |E|; an empty trace stands at half an edge.
+
+    Returns:
+        ``[9, n]`` int64; of runs with equal traces the first.
+    """
+    held = torch.maximum(size, 0.5 / total).log()
+    wanted = torch.tensor(SAMPLE_SIZES, dtype=held.dtype, device=held.device).log()
+    return (held[None] - wanted[:, None, None]).abs().argmin(1)
+
+
+def _rounded(value: float | int) -> float | int:
+    """6 significant digits: 8 runs have to fit into a page."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+class _Pieces:
+    """The text of each token that was met, in the order of their indices."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._index: dict[int, int] = {}
+        self.texts: list[str] = []
+        anchor = tokenizer.encode("a", add_special_tokens=False)
+        self._anchor = anchor[-1:]
+
+    def index(self, token: int) -> int:
+        """Where the text of a token stands in ``texts``."""
+        if token not in self._index:
+            self._index[token] = len(self.texts)
+            self.texts.append(self._text(token))
+        return self._index[token]
+
+    def likely(self, tokens: Sequence[int], chances: Sequence[float]) -> list[list[float | int]]:
+        """``[index, probability]`` of each, to 4 decimals."""
+        return [
+            [self.index(token), round(chance, 4)]
+            for token, chance in zip(tokens, chances, strict=True)
+        ]
+
+    def _text(self, token: int) -> str:
+        # Alone, many tokenizers drop the space that a token begins with; after another they do not.
+        before, both = self._decode(self._anchor), self._decode([*self._anchor, token])
+        text = both.removeprefix(before) if both.startswith(before) else self._decode([token])
+        if text and "\ufffd" not in text:
+            return text
+        # A part of a character, or no text at all: by its name.
+        return str(self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text

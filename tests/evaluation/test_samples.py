@@ -1,0 +1,139 @@
+"""The text of the report: real traces of each token, and text that reads as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import softtrace
+from softtrace.evaluation import samples as module
+from softtrace.evaluation.early_exit import exit_agreement
+from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
+from tests import oracle
+from tests.corpus import END, byte_tokenizer
+from tests.tiny import tiny_model
+
+LENGTH, CONTEXT = 10, 4
+
+
+@pytest.fixture(scope="module")
+def blocks() -> torch.Tensor:
+    text = "def f(x):\n    return 'é' + x  # </script>\n" * 8
+    ids = torch.tensor(byte_tokenizer().encode(text))
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama", seed=3, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def found(model: Any, blocks: torch.Tensor) -> dict[str, Any]:
+    return text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4)
+
+
+def test_predictions_are_those_of_the_tokens_own_trace_of_that_size(
+    model: Any, blocks: torch.Tensor, found: dict[str, Any]
+) -> None:
+    """Against the literal oracle: best-first search up to that many edges, then a masked run."""
+    pieces = byte_tokenizer().convert_ids_to_tokens(list(range(257)))
+    looked_at = 0
+    for text in found["texts"][:2]:
+        ids = blocks[text["block"]][None]
+        run = oracle.run_full(model, ids)
+        graph = oracle.build_graph(run)
+        for at in (0, 3, 4):
+            token, position = text["tokens"][at], CONTEXT + at
+            ordered = oracle.best_first(graph, position)
+            assert token["edges"] == len(ordered)
+            for trace in token["traces"][::2]:
+                kept = round(trace["size"] * len(ordered))
+                assert trace["size"] == pytest.approx(kept / len(ordered), rel=1e-5)
+                own = {edge for edge, _ in ordered[:kept]}
+                expected = oracle.masked_distribution(model, ids, own, position, run.attention)
+                full = run.logits[position].double().softmax(-1)
+                tv = oracle.total_variation(full, expected)
+                assert trace["tv"] == pytest.approx(tv, abs=1e-4)
+                best = expected.topk(5)
+                assert [p for _, p in trace["top"]] == pytest.approx(best.values.tolist(), abs=2e-4)
+                word = found["vocabulary"][trace["top"][0][0]]
+                assert word in (pieces[best.indices[0]], byte_tokenizer().decode(best.indices[:1]))
+                looked_at += 1
+    assert looked_at == 2 * 3 * 5
+
+
+def test_measures_are_those_that_evaluate_averages(
+    model: Any, blocks: torch.Tensor, found: dict[str, Any]
+) -> None:
+    rows = [text["block"] for text in found["texts"]]
+    assert rows == torch.linspace(0, len(blocks) - 1, MOST_BLOCKS).long().tolist()
+    curve = softtrace.density_curve(model, blocks[rows])
+    instrument = softtrace.attach(model)
+    agreed = exit_agreement(instrument, instrument.record(blocks[rows], keep_hidden=True))
+    with torch.no_grad():
+        logs = model(input_ids=blocks[rows]).logits.log_softmax(-1)
+    sizes = curve.size_at(0.2)
+    for row, text in enumerate(found["texts"]):
+        assert len(text["tokens"]) == LENGTH - 1 - CONTEXT
+        for at, token in enumerate(text["tokens"]):
+            position = CONTEXT + at
+            assert token["entropy"] == pytest.approx(float(curve.entropy[row, position]), rel=1e-4)
+            assert token["area"] == pytest.approx(float(curve.area()[row, position]), rel=1e-4)
+            assert token["size"] == pytest.approx(float(sizes[row, position]), rel=1e-3)
+            target = blocks[text["block"], position + 1]
+            assert token["loss"] == pytest.approx(-float(logs[row, position, target]), rel=1e-4)
+            later = agreed[token["exit_layer"] - 1 :, row, position]
+            assert later.all()
+            assert token["exit_layer"] == 1 or not agreed[token["exit_layer"] - 2, row, position]
+
+
+def test_text_is_put_together_again(blocks: torch.Tensor, found: dict[str, Any]) -> None:
+    vocabulary = found["vocabulary"]
+    assert len(set(vocabulary)) == len(vocabulary)
+    for text in found["texts"]:
+        indices = [*text["context"], *(token["token"] for token in text["tokens"])]
+        whole = "".join(vocabulary[index] for index in indices)
+        expected = byte_tokenizer().decode(blocks[text["block"]]).replace("é", "Ã©")
+        assert whole == expected or "\ufffd" in expected  # a cut character, by its bytes' names
+
+
+def test_parts_of_characters_and_special_tokens_have_names() -> None:
+    pieces = module._Pieces(byte_tokenizer())
+    first_byte = byte_tokenizer().encode("é")[0]
+    assert pieces.texts[pieces.index(first_byte)] == "Ã"
+    assert pieces.texts[pieces.index(256)] == END
+    assert pieces.index(first_byte) == 0  # known already
+
+
+def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
+    other = text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3)
+    for mine, same in zip(other["texts"], found["texts"], strict=True):
+        for a, b in zip(mine["tokens"], same["tokens"], strict=True):
+            assert other["vocabulary"][a["token"]] == found["vocabulary"][b["token"]]
+            assert [t["size"] for t in a["traces"]] == [t["size"] for t in b["traces"]]
+            assert [t["tv"] for t in a["traces"]] == pytest.approx(
+                [t["tv"] for t in b["traces"]], abs=1e-5
+            )
+
+
+def test_a_page_has_room_for_so_many_tokens(
+    model: Any, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_TOKENS", 3 * MOST_BLOCKS)
+    found = text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=16)
+    assert [len(text["tokens"]) for text in found["texts"]] == [3] * MOST_BLOCKS
+    alone = text_samples(model, byte_tokenizer(), blocks[:1, :6], min_context=CONTEXT, batch_size=1)
+    assert [len(text["tokens"]) for text in alone["texts"]] == [1]
+
+
+def test_the_nearest_run_by_log_size() -> None:
+    total = torch.tensor([1000.0, 1000.0])
+    size = torch.tensor([[0.0, 0.001], [0.01, 0.001], [1.0, 0.5]])
+    chosen = nearest(size, total)
+    assert chosen.shape == (len(SAMPLE_SIZES), 2)
+    # An empty trace stands at half an edge, 0.0005, and 0.0028 is nearer to 0.01.
+    assert chosen[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert chosen[:, 1].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2]  # equal traces: the first
