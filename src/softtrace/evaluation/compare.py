@@ -110,7 +110,7 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     if not 2 <= len(paths) <= MAX_RUNS:
         raise InvalidInputError(f"runs: found {len(paths)}, allowed are 2 to {MAX_RUNS}")
     densities = [load_density(path) for path in paths]
-    _check_comparable([str(path) for path in paths], densities)
+    check_comparable([str(path) for path in paths], densities)
     labels = _labels([Path(path) for path in paths], densities)
     runs = list(zip(labels, densities, strict=True))
     folder = prepare_output(out, overwrite)
@@ -155,7 +155,12 @@ def _comparison(runs: Sequence[tuple[str, Density]], paths: Sequence[Path | str]
     }
 
 
-def _check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None:
+def check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None:
+    """Refuse runs that were measured on other tokens than the first.
+
+    Raises:
+        InvalidInputError: what differs, and between which.
+    """
     for keys, what, remedy in _MUST_AGREE:
         values = []
         for density in densities:
