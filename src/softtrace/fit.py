@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_BLOCKS = 32  # enough for a choice between layers
 _MONITOR_BLOCKS = 16
+_MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 
 # One paragraph: argparse joins the lines of a description.
@@ -110,16 +111,16 @@ class FitCLI(LightningCLI):
             "--monitor_every",
             type=int,
             default=0,
-            help="Optimiser steps between measurements of density on 16 held-out blocks, which go "
-            "to the logger; 0 for none. Also how often it validates, unless "
-            "trainer.val_check_interval is given.",
+            help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
+            "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
+            "unless trainer.val_check_interval is given.",
         )
         parser.add_argument(
             "--card_blocks",
             type=int,
             default=16,
-            help="Held-out blocks that the model card's densities, before and after, are measured "
-            "on; 0 for a card without them.",
+            help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
+            "before and after, are measured on; 0 for a card without them.",
         )
 
     @property
@@ -202,7 +203,7 @@ class FitCLI(LightningCLI):
                     "monitor_every: found no held-out blocks to measure (data.held_out_share is "
                     "0); hold some out, or leave monitor_every out"
                 )
-            self.monitor.blocks = evenly(held_out, _MONITOR_BLOCKS)
+            self.monitor.blocks = evenly(held_out, _MONITOR_BLOCKS)[:, :_MEASURED]
         checkpoint = None
         if self.config["resume"]:
             self._sweep()
@@ -291,10 +292,8 @@ class FitCLI(LightningCLI):
             held_out, wanted = self.datamodule.held_out_blocks, self.config["card_blocks"]
             if held_out is None or not wanted:
                 return
-            blocks, split = (
-                evenly(held_out, wanted),
-                f"held out, share {self.datamodule.held_out_share:g}",
-            )
+            blocks = evenly(held_out, wanted)[:, :_MEASURED]
+            split = f"held out, share {self.datamodule.held_out_share:g}"
             device = self.trainer.strategy.root_device
             own = measured(model.to(device), blocks, split)  # type: ignore[arg-type]
             model.to("cpu")  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ class DensityMonitor(Callback):
         every: optimiser steps that lie between two measurements at least; 1 measures at every
             validation.
         max_rows: of validation batches to keep, over all processes; given blocks are all measured.
-        batch_size: rows a forward.
+        batch_size: rows a forward; memory grows with it and with the square of their length.
         min_context: real tokens that stand before a position that counts; None for half of each
             row's.
         allow_untested: run under a strategy that :mod:`softtrace.support` does not list as

@@ -140,7 +140,10 @@ def test_the_interval_covers_the_mean_of_its_source() -> None:
     assert interval(draws[0], seed=1) != interval(draws[0])
 
 
-def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(tmp_path: Path) -> None:
+def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softtrace.fit._MEASURED", 10)
     sources = write_model(tmp_path / "base"), write_tree(tmp_path / "text")
     out = fit(arguments(sources, tmp_path / "out"))
     page = (out / "README.md").read_text(encoding="utf-8")
@@ -149,6 +152,7 @@ def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(tmp_path: Path) -
     assert "From `base`, with the density penalty (strength 0.35)" in page
     assert "assistant_early_exit=" in page
     assert str(tmp_path) not in page
+    assert re.search(r"\(held out, share 0.05\) in \d+ blocks of 10; in brackets", page)
     row = re.search(r"\| loss \(nats/token\) \| lower \| (\S+) \(.* to .*\) \| (\S+) \(", page)
     assert row is not None
     assert float(row[2]) < float(row[1])  # it has learnt

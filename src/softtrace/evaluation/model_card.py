@@ -109,13 +109,16 @@ def write_settings(folder: Path | str, options: Mapping[str, Any]) -> None:
     local = Path(base).exists()
     name = f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})"
     versions = provenance(torch.device("cpu"))["versions"]
-    plain = penalty["strength"] == 0
+    how = (
+        f"with the density penalty (strength {penalty['strength']:g}): the predictions of easy "
+        "tokens\nare kept in a sparse, early part of the computation graph"
+        if penalty["strength"]
+        else "without the density penalty (strength 0)"
+    )
     body = "\n".join((
         "## Fine-tuned with softtrace",
         "",
-        f"From {name}, {'without the density penalty' if plain else 'with the density penalty'} "
-        f"(strength {penalty['strength']:g}), which keeps the predictions of easy tokens in a",
-        "sparse, early part of the computation graph.",
+        f"From {name}, {how}.",
         "",
         *_exit_advice(Path(folder)),
         "Settings:",
