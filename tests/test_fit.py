@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -212,6 +213,8 @@ def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) 
         ("--model.learning_rate", 0, "learning_rate: found 0.0, allowed"),
         ("--model.warmup_steps", -1, "warmup_steps: found -1, allowed"),
         ("--checkpoint_every", -1, "checkpoint_every: found -1, allowed"),
+        ("--monitor_every", -1, "monitor_every: found -1, allowed"),
+        ("--card_blocks", -1, "card_blocks: found -1, allowed"),
         ("--data.batch_size", 0, "batch_size is 0"),
     ],
 )
@@ -246,3 +249,28 @@ def test_any_option_can_come_from_yaml(sources: tuple[Path, Path], tmp_path: Pat
     [penalty] = [c for c in cli.trainer.callbacks if isinstance(c, DensityPenalty)]
     assert penalty.options.depths == (0.25, 0.75)
     assert penalty.options.family == "shallow"
+
+
+def test_the_monitor_logs_densities_and_changes_no_weight(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    validated = ("--trainer.limit_val_batches", "1.0", "--trainer.num_sanity_val_steps", 0)
+    every = ("--trainer.log_every_n_steps", 1, *validated)
+    plain = fit(arguments(sources, tmp_path / "plain", *every))
+    out = fit(arguments(sources, tmp_path / "out", *every, "--monitor_every", 2))
+    for name, weight in trained(plain).items():
+        assert torch.equal(weight, trained(out)[name]), name
+    with (out / "logs" / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("density/area_easy")]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5]
+    assert len({row["density/area_easy"] for row in rows}) == 3
+    assert "density/area_easy" not in (plain / "logs" / "version_0" / "metrics.csv").read_text()
+
+
+def test_a_monitor_without_held_out_text_is_refused(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ("--monitor_every", 2, "--data.held_out_share", 0)
+    with pytest.raises(InvalidInputError, match="monitor_every: found no held-out blocks"):
+        fit(arguments(sources, tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()

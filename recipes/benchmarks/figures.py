@@ -7,7 +7,6 @@ python recipes/benchmarks/figures.py --write    # put them between the pages' ma
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 
 import torch
@@ -23,6 +22,7 @@ from comparison_figures import (
 )
 
 from softtrace import DensityOptions
+from softtrace.evaluation.sections import with_section
 
 ROOT = HERE.parent.parent
 
@@ -323,12 +323,7 @@ def filled(page: str) -> str:
     """A page with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for make in PAGES[page]:
-        name = make.__name__
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        block = make()
-        text, count = pattern.subn(lambda m, block=block: m[1] + block + m[2], text)
-        if count != 1:
-            raise SystemExit(f"{page}: found {count} blocks named {name}, expected one")
+        text = with_section(text, make.__name__, make(), add=False)
     return text
 
 

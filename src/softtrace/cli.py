@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 
-_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench,inspect} ...
+_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench,card,inspect} ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
@@ -19,6 +19,7 @@ Fine-tune language models so that easy inputs need a sparse, early part of the g
   evaluate      measure how much of its graph a model needs: density.json, plots, report.html
   compare       put several density.json of the same text side by side
   decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
+  card          put density.json into a model's README.md
   inspect       show how a model is taken apart, and what was verified
 
 softtrace COMMAND --help shows the options of each."""
@@ -87,6 +88,13 @@ def _decode_bench(args: list[str]) -> None:
     _call(decode_bench, "decode-bench", description, args)
 
 
+def _card(args: list[str]) -> None:
+    from softtrace.evaluation.model_card import card
+
+    description = "Put what evaluate measured into a section of a model's README.md."
+    _call(card, "card", description, args)
+
+
 def _call(function: Callable[..., Any], name: str, description: str, args: list[str]) -> None:
     """Run a function whose parameters are the command's options."""
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
@@ -135,6 +143,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "decode-bench": _decode_bench,
+    "card": _card,
     "inspect": _inspect,
 }
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,11 +32,12 @@ from softtrace.datamodule import PackedDataModule
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.evaluation.files import atomic_path, check_output, sync
+from softtrace.evaluation.model_card import measured, write_density, write_settings
 from softtrace.exits import EXIT_FIELD, check_early_exit
 from softtrace.families.discovery import learned_positions
 from softtrace.families.refusals import unwrapped
-from softtrace.lightning import DensityPenalty
-from softtrace.load import load_tokenizer
+from softtrace.lightning import DensityMonitor, DensityPenalty
+from softtrace.load import load_model, load_tokenizer
 from softtrace.lora import merged
 from softtrace.module import CausalLM
 from softtrace.seeding import StepSeed
@@ -44,20 +46,23 @@ from softtrace.signals import EndTogether
 logger = logging.getLogger(__name__)
 
 _EXIT_BLOCKS = 32  # enough for a choice between layers
+_MONITOR_BLOCKS = 16
+_MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 
 # One paragraph: argparse joins the lines of a description.
 _DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
---model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model and its tokenizer (what
-`softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config), logs/ with
-metrics.csv, and checkpoints/. --penalty.strength 0 is plain fine-tuning. Without max_steps,
-max_epochs or max_time it goes over the text once."""
+--model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
+card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
+logs/ with metrics.csv, and checkpoints/. --penalty.strength 0 is plain fine-tuning. Without
+max_steps, max_epochs or max_time it goes over the text once."""
 
 
 class FitCLI(LightningCLI):
     """LightningCLI with an output folder, the penalty, and a way to go on after an interruption."""
 
     config_init: Any
+    monitor: DensityMonitor | None = None
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
@@ -70,7 +75,11 @@ class FitCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "enable_model_summary": False,
             },
-            parser_kwargs={"prog": "softtrace fit", "description": _DESCRIPTION},
+            parser_kwargs={
+                "prog": "softtrace fit",
+                "usage": "softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]",
+                "description": _DESCRIPTION,
+            },
             args=None if args is None else list(args),
             run=False,
             auto_configure_optimizers=False,
@@ -78,6 +87,9 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; without Lightning's warning that arguments were passed by a program."""
+        # What this command is about comes first in its help, the Trainer's many options last.
+        groups: Any = parser._action_groups
+        groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -95,6 +107,21 @@ class FitCLI(LightningCLI):
             default=100,
             help="Optimiser steps between checkpoints; 0 for none.",
         )
+        parser.add_argument(
+            "--monitor_every",
+            type=int,
+            default=0,
+            help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
+            "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
+            "unless trainer.val_check_interval is given.",
+        )
+        parser.add_argument(
+            "--card_blocks",
+            type=int,
+            default=16,
+            help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
+            "before and after, are measured on; 0 for a card without them.",
+        )
 
     @property
     def out(self) -> Path:
@@ -108,7 +135,8 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what is wrong with options and output folder before a model is loaded."""
-        check_least("checkpoint_every", self.config["checkpoint_every"], 0)
+        for name in ("checkpoint_every", "monitor_every", "card_blocks"):
+            check_least(name, self.config[name], 0)
         DensityPenalty(**self.config["penalty"].as_dict())
         PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.
@@ -135,6 +163,13 @@ class FitCLI(LightningCLI):
         if (seed := self.config["seed_everything"]) is not False:
             callbacks.append(StepSeed(seed))
         callbacks.append(EndTogether())
+        if every := self.config["monitor_every"]:
+            self.monitor = DensityMonitor(every=every)
+            callbacks.append(self.monitor)
+            if options.get("val_check_interval") is None:
+                # counted in batches, across epochs
+                kwargs["val_check_interval"] = every * options.get("accumulate_grad_batches", 1)
+                kwargs["check_val_every_n_epoch"] = None
         every = self.config["checkpoint_every"]
         wanted = every and options.get("enable_checkpointing") is not False
         if wanted and not options.get("fast_dev_run"):
@@ -161,6 +196,14 @@ class FitCLI(LightningCLI):
             self.datamodule.tokenizer = self.model.path
         # Text that cannot be read shows before anything is written to the folder.
         self.datamodule.setup("fit")
+        if self.monitor is not None:
+            held_out = self.datamodule.held_out_blocks
+            if held_out is None:
+                raise InvalidInputError(
+                    "monitor_every: found no held-out blocks to measure (data.held_out_share is "
+                    "0); hold some out, or leave monitor_every out"
+                )
+            self.monitor.blocks = evenly(held_out, _MONITOR_BLOCKS)[:, :_MEASURED]
         checkpoint = None
         if self.config["resume"]:
             self._sweep()
@@ -239,6 +282,26 @@ class FitCLI(LightningCLI):
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+        self._write_card(model)
+
+    def _write_card(self, model: PreTrainedModel) -> None:
+        """Say in README.md how the model was made, and how dense it was and is."""
+        try:
+            options = yaml.safe_load((self.out / "fit.yaml").read_text(encoding="utf-8"))
+            write_settings(self.out, options)
+            held_out, wanted = self.datamodule.held_out_blocks, self.config["card_blocks"]
+            if held_out is None or not wanted:
+                return
+            blocks = evenly(held_out, wanted)[:, :_MEASURED]
+            split = f"held out, share {self.datamodule.held_out_share:g}"
+            device = self.trainer.strategy.root_device
+            own = measured(model.to(device), blocks, split)  # type: ignore[arg-type]
+            model.to("cpu")  # type: ignore[arg-type]
+            base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
+            base.to(device)  # type: ignore[arg-type]
+            write_density(self.out, own, measured(base, blocks, split))
+        except (SofttraceError, RuntimeError, OSError) as reason:  # the weights are safe already
+            logger.warning("the model card lacks what could not be measured: %s", reason)
 
     def _recommend_exit(self, model: PreTrainedModel) -> None:
         """Write into the model's config which early exit should decode it fastest."""

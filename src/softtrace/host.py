@@ -1,16 +1,28 @@
-"""Finds the causal language model inside a module that trains it."""
+"""What callbacks need of the module that trains: its causal language model, and its batches."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from softtrace.errors import TrainerSetupError
+from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.families.refusals import unwrapped
 
 
-def find_causal_lm(module: nn.Module) -> PreTrainedModel:
+def find_causal_lm(
+    module: nn.Module,
+    who: str = "DensityPenalty",
+    instead: str = "For others call softtrace.DensityLoss(model, ...) in training_step",
+) -> PreTrainedModel:
     """The one transformers model with a language-model head inside ``module``.
+
+    Args:
+        module: what is trained.
+        who: needs it, for the error.
+        instead: what to do with other modules, for the error.
 
     Raises:
         TrainerSetupError: there is none, or more than one.
@@ -28,8 +40,32 @@ def find_causal_lm(module: nn.Module) -> PreTrainedModel:
         names = ", ".join(f"{name or 'itself'} ({type(m).__name__})" for name, m in found.items())
         raise TrainerSetupError(
             f"{type(module).__name__} holds {len(found)} causal language models"
-            f"{f': {names}' if names else ''}; DensityPenalty needs exactly one "
+            f"{f': {names}' if names else ''}; {who} needs exactly one "
             "(an attribute such as self.model = AutoModelForCausalLM.from_pretrained(...)). "
-            "For others call softtrace.DensityLoss(model, ...) in training_step"
+            f"{instead}"
         )
     return next(iter(found.values()))
+
+
+def batch_inputs(batch: Any, who: str = "DensityPenalty") -> dict[str, Any]:
+    """``input_ids`` of a batch, and where there are any its mask, labels and position ids.
+
+    Args:
+        batch: what a training or validation step is given.
+        who: reads it, for the error.
+
+    Raises:
+        InvalidInputError: no mapping, or no ``input_ids`` in it.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        found = (
+            f"a mapping with keys {sorted(map(str, batch))}"
+            if isinstance(batch, Mapping)
+            else f"a {type(batch).__name__}"
+        )
+        raise InvalidInputError(
+            f"batch: found {found}, expected a mapping with 'input_ids' (and 'attention_mask', "
+            f"'labels' where there are any). Override {who}.inputs_of for other batches"
+        )
+    others = ("attention_mask", "labels", "position_ids")
+    return {"input_ids": batch["input_ids"], **{name: batch.get(name) for name in others}}

@@ -1,4 +1,4 @@
-"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])`` and nothing else.
+"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])``; ``DensityMonitor`` only measures.
 
 A Lightning callback has no official way to add to the loss. The bound ``training_step`` is wrapped
 as an instance attribute from ``on_train_start`` on and put back at the end, also after an
@@ -19,11 +19,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from softtrace.errors import InvalidInputError, TrainerSetupError
-from softtrace.host import find_causal_lm
+from softtrace.errors import TrainerSetupError
+from softtrace.host import batch_inputs, find_causal_lm
 from softtrace.loss import DensityLoss, DensityTerm
+from softtrace.monitor import DensityMonitor
 from softtrace.options import DensityOptions
 from softtrace.support import check_strategy
+
+__all__ = ["DensityMonitor", "DensityPenalty"]
 
 STATE_KEY = "softtrace.DensityPenalty"
 STATE_VERSION = 1
@@ -148,22 +151,7 @@ class DensityPenalty(Callback):
         Raises:
             InvalidInputError: no mapping, or no ``input_ids`` in it.
         """
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            found = (
-                f"a mapping with keys {sorted(map(str, batch))}"
-                if isinstance(batch, Mapping)
-                else f"a {type(batch).__name__}"
-            )
-            raise InvalidInputError(
-                f"batch: found {found}, expected a mapping with 'input_ids' (and 'attention_mask', "
-                "'labels' where there are any). Override DensityPenalty.inputs_of for other batches"
-            )
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch.get("attention_mask"),
-            "labels": batch.get("labels"),
-            "position_ids": batch.get("position_ids"),
-        }
+        return batch_inputs(batch)
 
     def _log(self, pl_module: LightningModule, task: Tensor, term: DensityTerm) -> None:
         # Loggers look at every 50th step or so, where the masked runs of ``every`` seldom are.

@@ -76,12 +76,13 @@ LIGHTNING: tuple[Support, ...] = (
 )
 
 
-def check_strategy(name: str, allow_untested: bool = False) -> None:
+def check_strategy(name: str, allow_untested: bool = False, who: str = "DensityPenalty") -> None:
     """Refuse a strategy that is not supported.
 
     Args:
         name: of its class.
         allow_untested: let it pass.
+        who: asks, for the error.
 
     Raises:
         TrainerSetupError: which it is, which are supported, and the way past.
@@ -93,7 +94,7 @@ def check_strategy(name: str, allow_untested: bool = False) -> None:
     allowed = ", ".join(each.name for each in rows.values() if each.refused is None)
     raise TrainerSetupError(
         f"strategy: found {name} ({row.refused}), supported are {allowed}. "
-        "DensityPenalty(allow_untested=True) runs it all the same"
+        f"{who}(allow_untested=True) runs it all the same"
     )
 
 

@@ -20,6 +20,7 @@ def readings(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
+    position_ids: Tensor | None = None,
     min_context: int = 0,
     thresholds: Sequence[float] | None = None,
     composition: bool = True,
@@ -31,8 +32,9 @@ def readings(
         model: a causal language model; attached on the fly.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
-        min_context: real tokens that have to stand before a position that counts: the number of
-            edges grows with the length, so sizes compare at similar length only.
+        position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`.
+        min_context: real tokens of its document that have to stand before a position that counts:
+            the number of edges grows with the length, so sizes compare at similar length only.
         thresholds: see :func:`softtrace.density_curve`.
         composition: count edges by depth and kind, for ``TraceComposition``.
         nucleus: compare top-p lists, for ``NucleusRecovery`` (slow).
@@ -48,8 +50,11 @@ def readings(
     if min_context < 0:
         raise InvalidInputError(f"min_context: found {min_context}, allowed are integers from 0")
     instrument = attach(model)
-    recording = instrument.record(input_ids, attention_mask, keep_hidden=True)
+    recording = instrument.record(
+        input_ids, attention_mask, keep_hidden=True, position_ids=position_ids
+    )
     valid = recording.importance.valid
+    before = valid.cumsum(-1) - 1 if recording.positions is None else recording.positions
     curve = curve_of(
         instrument,
         input_ids,
@@ -62,7 +67,7 @@ def readings(
     return {
         "curve": curve,
         "exits": exit_agreement(instrument, recording),
-        "positions": valid & (valid.cumsum(-1) > min_context),
+        "positions": valid & (before >= min_context),
     }
 
 

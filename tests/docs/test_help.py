@@ -1,0 +1,69 @@
+"""The command's help as a newcomer meets it."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from softtrace.cli import _COMMANDS, _USAGE, main
+from tests.docs.pages import parsed
+
+#: what each command has to be given, so that it parses
+NEEDED = {
+    "fit": ["--model.path", "m", "--data.path", "t", "--out", "o"],
+    "evaluate": ["--model", "m", "--data", "t", "--out", "o"],
+    "compare": ["a", "b", "--out", "o"],
+    "decode-bench": ["--model", "m", "--data", "t", "--out", "o"],
+    "card": ["--model", "m", "--density", "d"],
+    "inspect": ["m"],
+}
+
+
+def test_the_overview_names_every_command_and_what_it_is_for() -> None:
+    assert set(NEEDED) == set(_COMMANDS)
+    for command in _COMMANDS:
+        [line] = [line for line in _USAGE.splitlines() if line.split()[:1] == [command]]
+        assert len(line.split()) > 5
+    assert "{" + ",".join(_COMMANDS) + "}" in _USAGE
+    assert max(map(len, _USAGE.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_every_option_says_what_it_is(command: str) -> None:
+    parser = parsed([command, *NEEDED[command]]).parser
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    assert len(shown) > 3
+    for action in shown:
+        assert action.help, action.option_strings or action.dest
+        assert action.help.strip() != "", action.option_strings
+    assert parser.description
+
+
+@pytest.mark.parametrize("command", NEEDED)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8
+    # what cannot be broken may stand out: titles, and names of options and of Lightning's classes
+    long = [line for line in lines if len(line) > columns and len(line.split()) > 2]
+    assert [line for line in long if not (line[0] != " " and line.endswith(":"))] == []
+    assert max(map(len, long), default=0) <= 100
+
+
+def test_help_of_fit_begins_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    first = text.partition("\n\n")[0]
+    assert first == "usage: softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]"
+    names = ("--out", "--model.path", "--data.path", "--penalty.strength", "--trainer.devices")
+    places = [text.index(f"\n  {name} ") for name in names]
+    assert places == sorted(places)
+    assert "Optimiser steps between measurements of density" in text
