@@ -11,12 +11,13 @@ from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 
-_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench,inspect} ...
+_USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
   fit           fine-tune a model directory on text, with the density penalty
   evaluate      measure how much of its graph a model needs: density.json, a table, plots
+  study         answer the paper's questions of one model, or of two: study.json, a table, plots
   compare       put several density.json of the same text side by side
   decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
   inspect       show how a model is taken apart, and what was verified
@@ -97,6 +98,19 @@ def _call(function: Callable[..., Any], name: str, description: str, args: list[
     function(**options)
 
 
+def _study(args: list[str]) -> None:
+    from softtrace.evaluation.study import study
+
+    parser = ArgumentParser(
+        prog="softtrace study",
+        description="Ask the paper's questions of a model: two phases, uncertainty, shallow "
+        "statistics, length. With intervals; of two models also what changed.",
+    )
+    parser.add_argument("models", nargs="+", type=str, help="1, or 2: before and after training")
+    parser.add_function_arguments(study, skip={"models"}, as_positional=False)
+    study(**parser.parse_args(args).as_dict())
+
+
 def _compare(args: list[str]) -> None:
     from softtrace.evaluation.compare import compare
 
@@ -133,6 +147,7 @@ def _inspect(args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
+    "study": _study,
     "compare": _compare,
     "decode-bench": _decode_bench,
     "inspect": _inspect,
