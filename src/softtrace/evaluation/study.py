@@ -177,6 +177,7 @@ def study(
             "seen": int((unigrams.counts > 0).sum()),
             "smoothing": f"{smoothing:g} added to every count",
             "entropy_nats": unigrams.entropy,
+            "uniform_kl_nats": unigrams.uniform_divergence,
         },
         "settings": {
             "min_context": first,

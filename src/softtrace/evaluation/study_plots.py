@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from softtrace.evaluation import drawing
 from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, Array
@@ -51,7 +50,7 @@ def write_study_plot(study: Study, folder: Path | str) -> Path:
 
 
 def draw_study(study: Study) -> Figure:
-    """The page, ten panels; to be called within :func:`softtrace.evaluation.drawing.style`."""
+    """The page, twelve panels; to be called within :func:`softtrace.evaluation.drawing.style`."""
     models = study["models"]
     handles: list[Any] = [
         Line2D([], [], color=_colour(at, models), marker=MARKERS[at], linestyle=_LINES[at],
@@ -60,8 +59,8 @@ def draw_study(study: Study) -> Figure:
     ]  # fmt: skip
     confidence = f"{100 * study['settings']['confidence']:g} % interval"
     handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
-    figure = drawing.new_figure(18.0, [[handle] for handle in handles])
-    grid = figure.subplots(5, 2).ravel()
+    figure = drawing.new_figure(21.0, [[handle] for handle in handles])
+    grid = figure.subplots(6, 2).ravel()
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     for axes, panel in zip(grid, _PANELS, strict=True):
         axes.set_title(panel[0], fontsize=11, pad=20 if panel[1] is _variation else 6)
@@ -123,14 +122,28 @@ def _spearman(axes: Axes, study: Study) -> None:
 def _divergence(axes: Axes, study: Study) -> None:
     for at, ends in _each(study, "shallow/unigram_kl"):
         _band(axes, study, at, ends, _colour(at, study["models"]))
-    axes.set_ylabel("KL from the unigrams (nats)")
-    axes.set_ylim(bottom=0)
+    uniform = study["unigrams"]["uniform_kl_nats"]
+    axes.axhline(uniform, color=GREY, linewidth=1, linestyle=":")
+    where = axes.get_yaxis_transform()
+    label = "all tokens equally likely"
+    axes.text(0.99, uniform, label, transform=where, ha="right", va="bottom", fontsize=9)
+    axes.set(ylabel="KL from the unigrams (nats)", ylim=(0, None))
 
 
 def _length_size(axes: Axes, study: Study) -> None:
     _over_lengths(axes, study, "size")
     axes.set_ylabel("edges needed (share of all, median)")
     axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+
+
+def _length_edges(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "edges")
+    axes.set_ylabel("edges needed (number, median)")
+
+
+def _length_area(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "area")
+    axes.set_ylabel("area under distortion")
 
 
 def _length_attention(axes: Axes, study: Study) -> None:
@@ -141,23 +154,25 @@ def _length_attention(axes: Axes, study: Study) -> None:
 
 def _position(axes: Axes, study: Study) -> None:
     contexts, positions = study["axes"]["contexts"], study["axes"]["positions"]
-    step = (positions[-1] - positions[0]) / max(1, len(positions) - 1) or 1
+    beside = 0.012 * max(1, positions[-1] - positions[0])
     handles = []
     for line, context in enumerate((contexts[-2], contexts[-1])):
         at_context = len(contexts) - 2 + line
-        colour = COLOURS[4] if line else COLOURS[2]
+        colour, marker = ((COLOURS[2], "^"), (COLOURS[4], "D"))[line]
         for at, ends in _each(study, "position/size"):
-            x = [p + 0.06 * step * (2 * line + at - 1) for p in positions]
+            x = [place + beside * (2 * line + at - 1) for place in positions]
             y, low, high = (ends[name][:, at_context] for name in ("value", "low", "high"))
-            _whiskers(axes, study, at, y, {"low": low, "high": high}, x, colour=colour)
+            _whiskers(
+                axes, study, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker
+            )
         label = f"window of {context}" if line == 0 else "all tokens before it"
-        handles.append(Line2D([], [], color=colour, linewidth=2, label=label))
+        handles.append(Line2D([], [], color=colour, marker=marker, label=label))
     axes.legend(handles=handles, fontsize=9)
     axes.set(xlabel="position in the sequence", ylabel="edges needed (share of all, median)")
     axes.set_xticks(positions)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
-    axes.yaxis.set_minor_formatter(FuncFormatter(drawing.percent_tick))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 _PANELS = (
@@ -168,7 +183,9 @@ _PANELS = (
     ("Computation against uncertainty", _uncertainty),
     ("Shallow statistics: ranks of tokens", _spearman),
     ("Shallow statistics: distance", _divergence),
-    ("The same tokens in windows: edges needed", _length_size),
+    ("The same tokens in windows: share of edges", _length_size),
+    ("The same tokens in windows: number of edges", _length_edges),
+    ("The same tokens in windows: area", _length_area),
     ("The same tokens in windows: attention", _length_attention),
     ("By position, at matched length and not", _position),
 )
@@ -230,14 +247,16 @@ def _whiskers(
     x: Sequence[float],
     *,
     colour: str | None = None,
+    marker: str = "",
     flat: bool = False,
 ) -> None:
     """Markers with their intervals as whiskers; ``flat``: values along x, ``x`` along y."""
     middle, reach = (ends["high"] + ends["low"]) / 2, (ends["high"] - ends["low"]) / 2
     colour = colour or _colour(at, study["models"])
-    across = {"xerr": np.atleast_1d(reach)} if flat else {"yerr": np.atleast_1d(reach)}
-    places = (middle, x) if flat else (x, middle)
-    axes.errorbar(*places, fmt="none", ecolor=colour, capsize=4, elinewidth=1.8, **across)
+    if flat:
+        axes.errorbar(middle, x, xerr=reach, fmt="none", ecolor=colour, capsize=4)
+    else:
+        axes.errorbar(x, middle, yerr=reach, fmt="none", ecolor=colour, capsize=4)
     line = "" if flat else _LINES[at]
     points = (values, x) if flat else (x, values)
-    axes.plot(*points, color=colour, marker=MARKERS[at], linewidth=1.8, linestyle=line)
+    axes.plot(*points, color=colour, marker=marker or MARKERS[at], linewidth=1.8, linestyle=line)

@@ -21,7 +21,7 @@ _LEGEND = (
     "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
     "Unigrams: how frequent tokens are in the {unigram_tokens:,} tokens of the training side, "
     "{smoothing};\ntheir rank correlation is over the {seen:,} tokens that occur there. Their "
-    "entropy is {entropy:.2f} nats.\n"
+    "entropy is {entropy:.2f} nats; all tokens equally likely: KL {uniform_kl:.2f}.\n"
     "Window of n: the same {targets} tokens of every sequence, each seen with just n tokens (its "
     "own included).\n"
     "Position: its place in the sequence; with all before it, its context grows with it."
@@ -74,6 +74,7 @@ def study_table(study: Study) -> str:
         smoothing=unigrams["smoothing"],
         seen=unigrams["seen"],
         entropy=unigrams["entropy_nats"],
+        uniform_kl=unigrams["uniform_kl_nats"],
         targets=settings["targets"],
     )
     return "\n".join([header, "", *text, legend])

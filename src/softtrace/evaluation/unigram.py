@@ -5,6 +5,7 @@ The shallow statistic that a small trace may be all about: arXiv 2605.27033, sec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,6 +50,11 @@ class Unigrams:
         """Of the smoothed distribution, nats."""
         shares = self.probabilities
         return float(-(shares * shares.log()).sum())
+
+    @property
+    def uniform_divergence(self) -> float:
+        """KL(uniform ‖ smoothed unigrams), nats: what a prediction of nothing at all has."""
+        return float(-self.probabilities.log().mean() - math.log(len(self.counts)))
 
     def read(self, logits: Tensor) -> Tensor:
         """Compare predictions with the corpus.
