@@ -85,8 +85,8 @@ class DensityCurve:
         at half an edge. Below the smallest measured trace the value is held.
 
         Args:
-            sizes: ``N`` shares in (0, 1], or a tensor ``[N, B, T]`` that gives each position its
-                own.
+            sizes: ``N`` shares in (0, 1], or a tensor ``[N, B, T]`` of shares in [0, 1] that gives
+                each position its own.
             values: ``[K + 1, B, T, ...]``, the full graph last; None for TV.
 
         Returns:
@@ -94,8 +94,8 @@ class DensityCurve:
         """
         log_size = self._log_size()
         if isinstance(sizes, Tensor) and sizes.dim() == 3:
-            check_range("smallest size", float(sizes.nan_to_num(1.0).min()), 0.0, 1.0)
-            check_range("largest size", float(sizes.nan_to_num(1.0).max()), 0.0, 1.0)
+            for bound in sizes.nan_to_num(1.0).aminmax():  # NaN stands at padding
+                check_range("size", float(bound), 0.0, 1.0)
             query = sizes.to(log_size).log()
         else:
             wanted = [float(size) for size in sizes]
@@ -218,6 +218,7 @@ def curve_of(
     composition: bool = False,
     nucleus: bool = False,
     reader: Callable[[Tensor], Tensor] | None = None,
+    explained: Tensor | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
@@ -230,6 +231,8 @@ def curve_of(
         composition, nucleus: see :func:`density_curve`.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
+        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
+            are wanted, which sort the vocabulary; they are 0 elsewhere. None for everywhere.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -238,6 +241,7 @@ def curve_of(
     total = total_edges(scores)
     full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
     padding = ~valid
+    explained = torch.ones_like(valid) if explained is None else explained
     sizes, variations, compositions, nuclei, readings = [], [], [], [], []
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
@@ -248,7 +252,7 @@ def curve_of(
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
         variation, recovered, others = _distortion(
-            instrument, read, full, recording.logits, nucleus, reader
+            instrument, read, full, recording.logits, explained, nucleus, reader
         )
         variations.append(variation.masked_fill(padding, torch.nan))
         nuclei += recovered
@@ -260,8 +264,8 @@ def curve_of(
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
     if reader is not None:
-        parts = torch.split(recording.logits.flatten(0, 1), _portion(full))
-        readings.append(torch.cat([reader(part) for part in parts]).reshape(readings[-1].shape))
+        parts = torch.split(recording.logits[explained], _portion(full))
+        readings.append(_placed([reader(part) for part in parts], explained))
     return DensityCurve(
         thresholds=grid,
         size=torch.stack(sizes),
@@ -279,6 +283,7 @@ def _distortion(
     read: Tensor,
     full: Tensor,
     logits: Tensor,
+    explained: Tensor,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -291,24 +296,33 @@ def _distortion(
         read: ``[B, T, d_model]``, what the final norm gives in a masked run.
         full, logits: ``[B, T, V]``, the full model's probabilities and logits.
         nucleus: whether nucleus recovery is wanted.
-        reader: see :func:`curve_of`.
+        explained, reader: see :func:`curve_of`.
     """
     shape, rows = full.shape[:-1], _portion(full)
     variations, recovered, others = [], [], []
-    for part, p, own in zip(
-        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits)), strict=True
+    for part, p, own, chosen in zip(
+        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits, explained)),
+        strict=True,
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
-        if nucleus:
-            recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))
-        if reader is not None:
-            others.append(reader(masked))
+        if nucleus and bool(chosen.any()):
+            recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
+        if reader is not None and bool(chosen.any()):
+            others.append(reader(masked[chosen]))
     variation = torch.cat(variations).reshape(shape)
     nuclei, readings = (
-        [torch.cat(parts).reshape(*shape, -1)] if parts else [] for parts in (recovered, others)
+        [_placed(parts, explained)] if parts else [] for parts in (recovered, others)
     )
     return variation, nuclei, readings
+
+
+def _placed(parts: list[Tensor], explained: Tensor) -> Tensor:
+    """Rows of the explained positions ``[n, X]`` at their places, ``[B, T, X]``; 0 elsewhere."""
+    rows = torch.cat(parts)
+    placed = rows.new_zeros(*explained.shape, rows.shape[-1])
+    placed[explained] = rows
+    return placed
 
 
 def _portion(logits: Tensor) -> int:

@@ -148,7 +148,9 @@ def read_model(
     tokens: list[Computation] = []
     sums: list[tuple[Tensor, ...]] = []
     for batch in torch.split(blocks, batch_size):
-        curve, surprisal = _curve(instrument, batch.to(device), unigrams)
+        chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
+        chosen[:, explained] = True
+        curve, surprisal = _curve(instrument, batch.to(device), unigrams, chosen)
         tokens.append(_computation(curve, surprisal, explained))
         over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
         sums.append(
@@ -181,7 +183,7 @@ def _windows(
     last = slice(length - 1, length)
     found = []
     for batch, target in _together(rows, targets, batch_size):
-        curve, surprisal = _curve(instrument, batch.to(device), None, target.to(device))
+        curve, surprisal = _curve(instrument, batch.to(device), target=target.to(device))
         found.append(_computation(curve, surprisal, last))
         progress(len(batch))
     joined = vars(_joined(found))
@@ -193,7 +195,11 @@ def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[
 
 
 def _curve(
-    instrument: Instrument, ids: Tensor, unigrams: Unigrams | None, target: Tensor | None = None
+    instrument: Instrument,
+    ids: Tensor,
+    unigrams: Unigrams | None = None,
+    explained: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> tuple[DensityCurve, Tensor]:
     """The curves of a batch, and the surprisal ``[B, T]`` of the token after each.
 
@@ -201,6 +207,7 @@ def _curve(
         instrument: of the model.
         ids: ``[B, T]``.
         unigrams: what predictions are compared with; None also leaves out nucleus recovery.
+        explained: ``[B, T]`` bool, where they are compared.
         target: ``[B]``, the token after the last; None where it is not known.
     """
     recording = instrument.record(ids)
@@ -213,6 +220,7 @@ def _curve(
         composition=True,
         nucleus=unigrams is not None,
         reader=None if unigrams is None else unigrams.read,
+        explained=explained,
     )
     targets = torch.full_like(ids, -100)
     targets[:, :-1] = ids[:, 1:]

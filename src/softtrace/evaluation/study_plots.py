@@ -201,14 +201,20 @@ def _colour(at: int, models: Sequence[Any]) -> str:
 
 
 def _band(
-    axes: Axes, study: Study, at: int, ends: dict[str, Array], colour: str, marker: str = ""
+    axes: Axes,
+    study: Study,
+    at: int,
+    ends: dict[str, Array],
+    colour: str,
+    marker: str = "",
+    offset: int = 0,
 ) -> None:
-    """A line over sizes with its interval as a band."""
+    """A line over sizes with its interval as a band; ``offset`` keeps markers from hiding others."""
     sizes = study["axes"]["sizes"]
     axes.fill_between(sizes, ends["low"], ends["high"], color=colour, alpha=0.25, linewidth=0)
     look: dict[str, Any] = {"color": colour, "linestyle": _LINES[at]}
-    look |= {"marker": marker or MARKERS[at], "markevery": (2 * at, 4), "markersize": 5}
-    axes.plot(sizes, ends["value"], linewidth=1.8, **look)
+    look |= {"marker": marker or MARKERS[at], "markevery": ((2 * at + offset) % 4, 4)}
+    axes.plot(sizes, ends["value"], linewidth=1.8, markersize=5, **look)
     drawing.size_axis(axes)
     axes.set_xlabel(_SIZE)
 
@@ -222,7 +228,7 @@ def _several(
         colour, marker = COLOURS[index], MARKERS[index]
         for at, ends in _each(study, key):
             part = {end: 100 * values[:, place] for end, values in ends.items()}
-            _band(axes, study, at, part, colour, marker)
+            _band(axes, study, at, part, colour, marker, offset=index)
         handles.append(Line2D([], [], color=colour, marker=marker, label=name))
     axes.legend(handles=handles, fontsize=9)
     axes.set_ylim(0, 102)
