@@ -1,4 +1,4 @@
-"""The ``softtrace`` command: fit, evaluate, compare, inspect."""
+"""The ``softtrace`` command: fit, evaluate, study, compare, decode-bench, inspect."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def _band(
     marker: str = "",
     offset: int = 0,
 ) -> None:
-    """A line over sizes with its interval as a band; ``offset`` keeps markers from hiding others."""
+    """A line over sizes, its interval as a band; ``offset``: so that no marker hides another."""
     sizes = study["axes"]["sizes"]
     axes.fill_between(sizes, ends["low"], ends["high"], color=colour, alpha=0.25, linewidth=0)
     look: dict[str, Any] = {"color": colour, "linestyle": _LINES[at]}
