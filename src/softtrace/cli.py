@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -88,11 +88,19 @@ def _decode_bench(args: list[str]) -> None:
     _call(decode_bench, "decode-bench", description, args)
 
 
-def _call(function: Callable[..., Any], name: str, description: str, args: list[str]) -> None:
-    """Run a function whose parameters are the command's options."""
+def _call(
+    function: Callable[..., Any],
+    name: str,
+    description: str,
+    args: list[str],
+    several: Mapping[str, str] | None = None,
+) -> None:
+    """Run a function whose parameters are the command's options; ``several`` name no option."""
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
     parser.add_argument("-c", "--config", action="config", help="options in a YAML file")
-    parser.add_function_arguments(function, as_positional=False)
+    for field, meaning in (several or {}).items():
+        parser.add_argument(field, nargs="+", type=str, help=meaning)
+    parser.add_function_arguments(function, skip=set(several or ()), as_positional=False)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     function(**options)
@@ -101,14 +109,10 @@ def _call(function: Callable[..., Any], name: str, description: str, args: list[
 def _study(args: list[str]) -> None:
     from softtrace.evaluation.study import study
 
-    parser = ArgumentParser(
-        prog="softtrace study",
-        description="Ask the paper's questions of a model: two phases, uncertainty, shallow "
-        "statistics, length. With intervals; of two models also what changed.",
+    description = (
+        "Ask the paper's questions of a model: two phases, uncertainty, shallow statistics, length."
     )
-    parser.add_argument("models", nargs="+", type=str, help="1, or 2: before and after training")
-    parser.add_function_arguments(study, skip={"models"}, as_positional=False)
-    study(**parser.parse_args(args).as_dict())
+    _call(study, "study", description, args, {"models": "1, or 2: before and after training"})
 
 
 def _compare(args: list[str]) -> None:

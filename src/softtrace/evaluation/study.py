@@ -127,22 +127,17 @@ def study(
         )
     for model in models[1:]:
         _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
-    labels = _labels(models)
     described: list[dict[str, Any]] = []
     found: list[Readings] = []
     unigrams: Unigrams | None = None
-    for label, model in zip(labels, models, strict=True):
+    for label, model in zip(_labels(models), models, strict=True):
         network = load_model(model, dtype=dtype)
         network.to(where).eval()  # type: ignore[arg-type]
         described.append({"label": label, "path": model, **_described(network)})
         vocabulary = described[-1]["vocabulary"]
         if unigrams is None:
             unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
-        elif vocabulary != len(unigrams.counts):
-            raise InvalidInputError(
-                f"models: {models[0]} predicts {len(unigrams.counts)} tokens and {model} "
-                f"{vocabulary}; expected the same vocabulary, to compare predictions token by token"
-            )
+        _check_vocabulary(described)
         total = len(chosen) * (1 + len(ends) * len(lengths))
         with tqdm(total=total, desc=f"measuring {label}", unit="sequence") as bar:
             found.append(
@@ -157,7 +152,7 @@ def study(
                     progress=bar.update,
                 )
             )
-        del network  # one model at a time
+        del network  # the next one is loaded into the room that it had
     assert unigrams is not None
     result = {
         "version": STUDY_VERSION,
@@ -171,14 +166,7 @@ def study(
             "block_size": block_size,
             "blocks": len(chosen),
         },
-        "unigrams": {
-            "documents": len(training),
-            "tokens": int(unigrams.counts.sum()),
-            "seen": int((unigrams.counts > 0).sum()),
-            "smoothing": f"{smoothing:g} added to every count",
-            "entropy_nats": unigrams.entropy,
-            "uniform_kl_nats": unigrams.uniform_divergence,
-        },
+        "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
             "min_context": first,
             "total_variation": BOUND,
@@ -212,6 +200,16 @@ def study(
     print(table)
     print(f"\nwritten to {folder}/: study.json, study.txt and study.png")
     return result
+
+
+def _summary(unigrams: Unigrams) -> dict[str, Any]:
+    return {
+        "tokens": int(unigrams.counts.sum()),
+        "seen": int((unigrams.counts > 0).sum()),
+        "smoothing": f"{unigrams.smoothing:g} added to every count",
+        "entropy_nats": unigrams.entropy,
+        "uniform_kl_nats": unigrams.uniform_divergence,
+    }
 
 
 def _results(found: Sequence[Readings], resamples: int, seed: int) -> dict[str, Any]:
@@ -290,6 +288,16 @@ def _check_same_tokens(
         raise InvalidInputError(
             f"models: the tokenizers of {first} and {other} {what}; differences are paired on the "
             "same tokens, so expected one model before and after training. Study them one by one"
+        )
+
+
+def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
+    first, last = described[0], described[-1]
+    if first["vocabulary"] != last["vocabulary"]:
+        raise InvalidInputError(
+            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
+            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
+            "token"
         )
 
 
