@@ -154,7 +154,7 @@ def _length_attention(axes: Axes, study: Study) -> None:
 
 def _position(axes: Axes, study: Study) -> None:
     contexts, positions = study["axes"]["contexts"], study["axes"]["positions"]
-    beside = 0.012 * max(1, positions[-1] - positions[0])
+    beside = 0.022 * max(1, positions[-1] - positions[0])
     handles = []
     for line, context in enumerate((contexts[-2], contexts[-1])):
         at_context = len(contexts) - 2 + line
