@@ -15,11 +15,11 @@ from tests.evaluation.densities import synthetic_density, write_run
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     output = capsys.readouterr().out
-    assert all(f"\n  {command} " in output for command in ("fit", "evaluate", "compare"))
+    assert all(f"\n  {command} " in output for command in ("fit", "evaluate", "study", "compare"))
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["fit", "evaluate", "compare"])
+@pytest.mark.parametrize("command", ["fit", "evaluate", "study", "compare"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -39,7 +39,10 @@ def test_help_of_the_penalty_shows_types_and_defaults(capsys: pytest.CaptureFixt
 
 def test_unknown_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "found command 'train', allowed are fit, evaluate, compare" in capsys.readouterr().err
+    assert (
+        "found command 'train', allowed are fit, evaluate, study, compare"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as stop:
         main(["compare", "a", "b", "--out", "c", "--nonsense", "1"])
     assert stop.value.code == 2

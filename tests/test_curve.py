@@ -264,3 +264,55 @@ def test_the_default_grids() -> None:
 def test_numbers_out_of_range_are_refused(call: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         call(tiny_model("llama"), tiny_prompt(4))
+
+
+def test_reader_sees_every_masked_prediction_and_the_full_one() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(9, batch=2)
+    instrument = softtrace.attach(model)
+    explained = torch.zeros(2, 9, dtype=torch.bool)
+    explained[0, 4:], explained[1, 2] = True, True
+    with torch.no_grad():
+        recording = instrument.record(ids)
+
+        def sweep(**options: Any) -> DensityCurve:
+            grid = (0.3, 0.05)
+            return curve_module.curve_of(
+                instrument, ids, recording, recording.importance, grid, **options
+            )
+
+        everywhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True)
+        somewhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True, explained=explained)
+        for level, tau in enumerate((0.3, 0.05)):
+            masks = hard_masks(recording.importance, tau)
+            masked = instrument.masked_logits(ids, None, masks, recording.attention)[..., :5]
+            assert everywhere.readings is not None
+            torch.testing.assert_close(everywhere.readings[level], masked, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(everywhere.readings[-1], recording.logits[..., :5])
+    for whole, part in (
+        (everywhere.readings, somewhere.readings),
+        (everywhere.nucleus, somewhere.nucleus),
+    ):
+        assert whole is not None
+        assert part is not None
+        torch.testing.assert_close(part[:, explained], whole[:, explained])
+        assert not bool(part[:-1, ~explained].any())
+    torch.testing.assert_close(somewhere.total_variation, everywhere.total_variation)
+    assert sweep().readings is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 100_000))
+def test_positions_may_be_read_at_sizes_of_their_own(seed: int) -> None:
+    curve = made_up_curve(seed)
+    wanted = torch.tensor(10 ** np.random.default_rng(seed).uniform(-4, 0, (2, 2, 3)))
+    found = curve.at_sizes(wanted)
+    for index in np.ndindex(2, 2, 3):
+        one = curve.at_sizes([float(wanted[index])])[(0, *index[1:])]
+        assert float(found[index]) == pytest.approx(float(one), abs=1e-9)
+    # the size at a bound is where the curve crosses it
+    crossing = curve.size_at(0.3)
+    inside = (curve.total_variation[0] > 0.3) & (curve.size.diff(dim=0) > 0).all(0)
+    read = curve.at_sizes(crossing[None])[0]
+    torch.testing.assert_close(read[inside], torch.full_like(read[inside], 0.3))
+    with pytest.raises(InvalidInputError, match="size: found 2"):
+        curve.at_sizes(torch.full((1, 2, 3), 2.0))

@@ -1,22 +1,23 @@
-"""The ``softtrace`` command: fit, evaluate, compare, inspect."""
+"""The ``softtrace`` command: fit, evaluate, study, compare, decode-bench, inspect."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 
-_USAGE = """usage: softtrace [-h] [--version] {fit,evaluate,compare,decode-bench,card,inspect} ...
+_USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
 
   fit           fine-tune a model directory on text, with the density penalty
   evaluate      measure how much of its graph a model needs: density.json, plots, report.html
+  study         answer the paper's questions of one model, or of two: study.json, a table, plots
   compare       put several density.json of the same text side by side
   decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
   card          put density.json into a model's README.md
@@ -95,14 +96,31 @@ def _card(args: list[str]) -> None:
     _call(card, "card", description, args)
 
 
-def _call(function: Callable[..., Any], name: str, description: str, args: list[str]) -> None:
-    """Run a function whose parameters are the command's options."""
+def _call(
+    function: Callable[..., Any],
+    name: str,
+    description: str,
+    args: list[str],
+    several: Mapping[str, str] | None = None,
+) -> None:
+    """Run a function whose parameters are the command's options; ``several`` name no option."""
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
     parser.add_argument("-c", "--config", action="config", help="options in a YAML file")
-    parser.add_function_arguments(function, as_positional=False)
+    for field, meaning in (several or {}).items():
+        parser.add_argument(field, nargs="+", type=str, help=meaning)
+    parser.add_function_arguments(function, skip=set(several or ()), as_positional=False)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     function(**options)
+
+
+def _study(args: list[str]) -> None:
+    from softtrace.evaluation.study import study
+
+    description = (
+        "Ask the paper's questions of a model: two phases, uncertainty, shallow statistics, length."
+    )
+    _call(study, "study", description, args, {"models": "1, or 2: before and after training"})
 
 
 def _compare(args: list[str]) -> None:
@@ -141,6 +159,7 @@ def _inspect(args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
+    "study": _study,
     "compare": _compare,
     "decode-bench": _decode_bench,
     "card": _card,

@@ -7,7 +7,7 @@ runs use the attention probabilities of the full run (see :mod:`softtrace.runs`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,8 @@ class DensityCurve:
             (``EDGE_KINDS``), the full graph last; None unless asked for.
         nucleus: ``[K + 1, B, T, P]`` bool, ordered top-p list recovered, the full graph (always
             True) last; None unless asked for.
+        readings: ``[K + 1, B, T, X]`` what a caller's function read of the masked predictions, of
+            the full one last; None unless asked for.
     """
 
     thresholds: Tensor
@@ -72,28 +74,37 @@ class DensityCurve:
     entropy: Tensor
     composition: Tensor | None = None
     nucleus: Tensor | None = None
+    readings: Tensor | None = None
 
-    def at_sizes(self, sizes: Iterable[float] = SIZES, values: Tensor | None = None) -> Tensor:
+    def at_sizes(
+        self, sizes: Iterable[float] | Tensor = SIZES, values: Tensor | None = None
+    ) -> Tensor:
         """Read TV (or other per-threshold values) at given sizes, linear in log s.
 
         The full graph (size 1) has TV 0 by definition and closes the curve; an empty trace stands
         at half an edge. Below the smallest measured trace the value is held.
 
         Args:
-            sizes: ``N`` shares in (0, 1].
+            sizes: ``N`` shares in (0, 1], or a tensor ``[N, B, T]`` of shares in [0, 1] that gives
+                each position its own.
             values: ``[K + 1, B, T, ...]``, the full graph last; None for TV.
 
         Returns:
             ``[N, B, T, ...]``.
         """
-        wanted = list(sizes)
-        for size in wanted:
-            check_range("size", size, 0.0, 1.0, open_low=True)
         log_size = self._log_size()
+        if isinstance(sizes, Tensor) and sizes.dim() == 3:
+            for bound in sizes.nan_to_num(1.0).aminmax():  # NaN stands at padding
+                check_range("size", float(bound), 0.0, 1.0)
+            query = sizes.to(log_size).log()
+        else:
+            wanted = [float(size) for size in sizes]
+            for size in wanted:
+                check_range("size", size, 0.0, 1.0, open_low=True)
+            query = torch.tensor(wanted, dtype=log_size.dtype, device=log_size.device).log()
+            query = query.reshape(-1, 1, 1).expand(-1, *log_size.shape[1:])
         if values is None:
             values = self._closed_variation()
-        query = torch.tensor(wanted, dtype=log_size.dtype, device=log_size.device).log()
-        query = query.reshape(-1, 1, 1).expand(-1, *log_size.shape[1:])
         # searchsorted works along the last dimension.
         ordered = log_size.movedim(0, -1).contiguous()
         right = torch.searchsorted(ordered, query.movedim(0, -1).contiguous()).movedim(-1, 0)
@@ -206,6 +217,8 @@ def curve_of(
     *,
     composition: bool = False,
     nucleus: bool = False,
+    reader: Callable[[Tensor], Tensor] | None = None,
+    explained: Tensor | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
@@ -216,6 +229,10 @@ def curve_of(
         scores: what the search goes by (importances, or a baseline's scores).
         thresholds: edges of score >= threshold are kept.
         composition, nucleus: see :func:`density_curve`.
+        reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
+            of every masked prediction, so that logits of all thresholds need not be kept.
+        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
+            are wanted, which sort the vocabulary; they are 0 elsewhere. None for everywhere.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -224,7 +241,8 @@ def curve_of(
     total = total_edges(scores)
     full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
     padding = ~valid
-    sizes, variations, compositions, nuclei = [], [], [], []
+    explained = torch.ones_like(valid) if explained is None else explained
+    sizes, variations, compositions, nuclei, readings = [], [], [], [], []
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
@@ -233,15 +251,21 @@ def curve_of(
         )
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
-        variation, recovered = _distortion(instrument, read, full, recording.logits, nucleus)
+        variation, recovered, others = _distortion(
+            instrument, read, full, recording.logits, explained, nucleus, reader
+        )
         variations.append(variation.masked_fill(padding, torch.nan))
         nuclei += recovered
+        readings += others
         if composition:
             compositions.append(_by_quartile(counts))
     if composition:
         compositions.append(_by_quartile(edge_counts(scores.existing())))
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
+    if reader is not None:
+        parts = torch.split(recording.logits[explained], _portion(full))
+        readings.append(_placed([reader(part) for part in parts], explained))
     return DensityCurve(
         thresholds=grid,
         size=torch.stack(sizes),
@@ -250,32 +274,60 @@ def curve_of(
         entropy=entropy(recording.logits).masked_fill(padding, torch.nan),
         composition=torch.stack(compositions) if composition else None,
         nucleus=torch.stack(nuclei) if nucleus else None,
+        readings=torch.stack(readings) if reader is not None else None,
     )
 
 
 def _distortion(
-    instrument: Instrument, read: Tensor, full: Tensor, logits: Tensor, nucleus: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """TV ``[B, T]`` and nucleus recovery ``[B, T, P]`` or nothing, in portions of positions.
+    instrument: Instrument,
+    read: Tensor,
+    full: Tensor,
+    logits: Tensor,
+    explained: Tensor,
+    nucleus: bool,
+    reader: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """TV ``[B, T]``, nucleus recovery ``[B, T, P]`` or nothing, what ``reader`` reads or nothing.
+
+    In portions of positions.
 
     Args:
         instrument: of the model.
         read: ``[B, T, d_model]``, what the final norm gives in a masked run.
         full, logits: ``[B, T, V]``, the full model's probabilities and logits.
         nucleus: whether nucleus recovery is wanted.
+        explained, reader: see :func:`curve_of`.
     """
-    shape, vocabulary = full.shape[:-1], full.shape[-1]
-    rows = max(1, (_CACHED if read.device.type == "cpu" else _PORTION) // vocabulary)
-    variations, recovered = [], []
-    for part, p, own in zip(
-        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits)), strict=True
+    shape, rows = full.shape[:-1], _portion(full)
+    variations, recovered, others = [], [], []
+    for part, p, own, chosen in zip(
+        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits, explained)),
+        strict=True,
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
-        if nucleus:
-            recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))
-    found = [torch.cat(recovered).reshape(*shape, -1)] if nucleus else []
-    return torch.cat(variations).reshape(shape), found
+        if nucleus and bool(chosen.any()):
+            recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
+        if reader is not None and bool(chosen.any()):
+            others.append(reader(masked[chosen]))
+    variation = torch.cat(variations).reshape(shape)
+    nuclei, readings = (
+        [_placed(parts, explained)] if parts else [] for parts in (recovered, others)
+    )
+    return variation, nuclei, readings
+
+
+def _placed(parts: list[Tensor], explained: Tensor) -> Tensor:
+    """Rows of the explained positions ``[n, X]`` at their places, ``[B, T, X]``; 0 elsewhere."""
+    rows = torch.cat(parts)
+    placed = rows.new_zeros(*explained.shape, rows.shape[-1])
+    placed[explained] = rows
+    return placed
+
+
+def _portion(logits: Tensor) -> int:
+    """How many positions' logits are looked at together."""
+    return max(1, (_CACHED if logits.device.type == "cpu" else _PORTION) // logits.shape[-1])
 
 
 def _by_quartile(counts: Tensor) -> Tensor:

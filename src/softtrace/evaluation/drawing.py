@@ -54,6 +54,7 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _ALL_ALONE = "#F0B84A"  # the light partner of the first colour, where no colour stands for a run
 GREY = "#555555"
+_PHASES = (("construction", 1e-4, 1e-2, "#E9E9E9"), ("refinement", 1e-2, 1.0, "#F7F7F7"))
 SIZE_LABEL = "size of the trace (share of all edges, log scale)"
 
 
@@ -134,6 +135,14 @@ def size_axis(axes: Axes, narrow: bool = False) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def shade_phases(axes: Axes) -> None:
+    """Tint the paper's two phases behind a plot over sizes, and name them above it."""
+    for name, low, high, tint in _PHASES:
+        axes.axvspan(low, high, color=tint, linewidth=0, zorder=0)
+        where = axes.get_xaxis_transform()
+        axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")
 
 
 def percent_tick(share: float, _: int | None = None) -> str:

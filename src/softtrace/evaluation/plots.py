@@ -18,7 +18,6 @@ from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, MAX_RUNS, SIZE_
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.table import shorten
 
-_PHASES = (("construction", 1e-4, 1e-2, "#E9E9E9"), ("refinement", 1e-2, 1.0, "#F7F7F7"))
 _BASELINES = {
     "random_connected": ("random connected edges", "#808080"),
     "inverse": ("least important first", "#222222"),
@@ -82,10 +81,7 @@ def _tv_over_size(runs: Runs) -> Figure:
         columns = [drawing.run_handles(runs, 40), groups + references]
     figure = drawing.new_figure(5.0, columns)
     axes = figure.add_subplot()
-    for name, low, high, tint in _PHASES:
-        axes.axvspan(low, high, color=tint, linewidth=0, zorder=0)
-        where = axes.get_xaxis_transform()
-        axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")
+    drawing.shade_phases(axes)
     for curve in drawn:
         for kind, (_, colour) in _BASELINES.items():
             for residual, (_, dashes) in _RESIDUAL.items():

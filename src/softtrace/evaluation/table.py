@@ -136,7 +136,7 @@ def density_table(density: Density) -> str:
         f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
         f"{_nats(density['hard']['entropy_bound'])}) entropy.\n" + _MEANINGS
     )
-    return f"{header}\n\n{_aligned(rows)}\n\n{legend}"
+    return f"{header}\n\n{aligned(rows)}\n\n{legend}"
 
 
 def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
@@ -163,7 +163,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
                 value = measure.read(density)
                 row += [measure.format(value), change(measure, value, base)]
             rows.append(row)
-        tables.append(_aligned(rows))
+        tables.append(aligned(rows))
     legend = (
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
         "and highest entropy of\neach model's own prediction, so the tokens can differ between "
@@ -200,7 +200,7 @@ def change(measure: Measure, value: float | None, base: float | None) -> str:
     return f"{round(100 * (found - 1), 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first flush left, numbers flush right, a rule under the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

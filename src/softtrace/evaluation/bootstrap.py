@@ -1,0 +1,230 @@
+"""Confidence intervals by bootstrap over sequences.
+
+Tokens of one sequence share their context and are no independent observations, so whole sequences
+are drawn with replacement. A resample is a row of counts, how often each sequence was drawn; every
+statistic here is computed from counts for many resamples at once, and equals what it would give on
+the tokens written out that often. Source: Efron and Tibshirani, An Introduction to the Bootstrap
+(1993), chapters 8 (units that are drawn) and 13 (percentile intervals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softtrace.batch import check_least
+from softtrace.errors import InvalidInputError
+
+CONFIDENCE = 0.95
+"""Share of the resamples between the two ends of an interval."""
+
+_PORTION = 1 << 22  # numbers that a statistic may hold at a time: 32 MB
+
+
+class Statistic(Protocol):
+    """Something computed from sequences that were each drawn so many times."""
+
+    sequences: int
+    """How many there are to draw from, N."""
+
+    width: int
+    """Numbers held for one resample while it is computed."""
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R, N]`` float64 counts to ``[R, ...]`` float64; NaN where it is not defined."""
+
+
+class Ratio:
+    """Σ numerators / Σ denominators over the sequences drawn: means, shares.
+
+    Args:
+        numerators: ``[N, ...]`` sums over each sequence's tokens.
+        denominators: ``[N, ...]``, broadcast against them: numbers of tokens, or of edges.
+    """
+
+    def __init__(self, numerators: Tensor, denominators: Tensor) -> None:
+        self._parts = numerators.double(), denominators.double()
+        self.sequences, self.width = len(numerators), max(1, numerators[0].numel())
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R, ...]``; NaN where the denominators add up to 0."""
+        above, below = (torch.einsum("rn,n...->r...", counts, part) for part in self._parts)
+        return above / below
+
+
+def mean(values: Tensor) -> Ratio:
+    """The mean over all tokens of ``[N, M]`` or ``[N, M, ...]``, sequence by token."""
+    tokens = torch.full((len(values), *(1 for _ in values.shape[2:])), values.shape[1])
+    return Ratio(values.double().sum(1), tokens)
+
+
+class Median:
+    """The lower median over all tokens, as ``torch.median`` takes it.
+
+    Args:
+        values: ``[N, M]``, sequence by token.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.sequences, self.width = len(values), values.numel()
+        self._ordered, order = values.double().flatten().sort(stable=True)
+        self._owner = order // values.shape[1]
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R]``."""
+        below = counts[:, self._owner].cumsum(-1)
+        half = ((below[:, -1:] + 1) / 2).floor()
+        return self._ordered[torch.searchsorted(below, half)[:, 0]]
+
+
+class RankCorrelation:
+    """Spearman's rank correlation over all tokens, ties at the mean of their ranks.
+
+    Args:
+        x, y: ``[N, M]``, sequence by token.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.sequences, self.width = len(x), x.numel()
+        self._owner = torch.arange(len(x)).repeat_interleave(x.shape[1])
+        self._levels = [_levels(values.flatten()) for values in (x, y)]
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R]``; NaN where all values of a resample are the same."""
+        weight = counts[:, self._owner]
+        total = weight.sum(-1, keepdim=True)
+        first, second = (self._ranks(level, weight) - (total + 1) / 2 for level in self._levels)
+        product = (weight * first * second).sum(-1)
+        spread = (weight * first**2).sum(-1) * (weight * second**2).sum(-1)
+        # No rank differs: 0 / 0 is not a correlation of 0.
+        return torch.where(spread > 0, product / spread.sqrt(), torch.nan)
+
+    @staticmethod
+    def _ranks(level: Tensor, weight: Tensor) -> Tensor:
+        """``[R, n]`` ranks that the tokens would have, each written out ``weight`` times."""
+        held = weight.new_zeros(len(weight), int(level.max()) + 1).index_add_(1, level, weight)
+        return (held.cumsum(-1) - (held - 1) / 2)[:, level]
+
+
+def _levels(values: Tensor) -> Tensor:
+    """``[n]`` int64: how many of the values are smaller."""
+    return torch.searchsorted(values.sort().values, values)
+
+
+class Difference:
+    """One statistic less another, on the same sequences: their difference is paired.
+
+    Args:
+        after, before: statistics of as many sequences.
+
+    Raises:
+        InvalidInputError: of different numbers of sequences, which cannot be paired.
+    """
+
+    def __init__(self, after: Statistic, before: Statistic) -> None:
+        if after.sequences != before.sequences:
+            raise InvalidInputError(
+                f"paired difference: found {before.sequences} and {after.sequences} sequences, "
+                "expected the same sequences measured twice"
+            )
+        self._after, self._before = after, before
+        self.sequences, self.width = after.sequences, after.width + before.width
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R, ...]``."""
+        return self._after(counts) - self._before(counts)
+
+
+class Stack:
+    """Several statistics of the same sequences as one, along a new last dimension.
+
+    Args:
+        parts: of results of one shape.
+    """
+
+    def __init__(self, parts: Sequence[Statistic]) -> None:
+        self._parts = tuple(parts)
+        self.sequences = parts[0].sequences
+        self.width = sum(part.width for part in parts)
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """``[R, ..., number of parts]``."""
+        return torch.stack([part(counts) for part in self._parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number, or an array of them, with the ends of its percentile interval.
+
+    Attributes:
+        value: what the sequences themselves give, ``[...]`` float64.
+        low, high: the 2.5th and the 97.5th percentile of the resamples, ``[...]``; NaN where no
+            resample defines the statistic. Those that do not are left out.
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+
+    def as_json(self) -> dict[str, object]:
+        """``value``, ``low`` and ``high`` as numbers or nested lists."""
+        return {name: getattr(self, name).tolist() for name in ("value", "low", "high")}
+
+
+def intervals(
+    statistics: Mapping[str, Statistic], resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Percentile intervals of several statistics of the same sequences, from the same resamples.
+
+    Args:
+        statistics: by name, all of the same number of sequences.
+        resamples: how often as many sequences as there are get drawn, with replacement.
+        seed: of the draws; equal ones give equal intervals.
+
+    Raises:
+        InvalidInputError: fewer than 2 sequences, statistics of different sequences, or no
+            resample.
+    """
+    check_least("resamples", resamples, 1)
+    numbers = {statistic.sequences for statistic in statistics.values()}
+    if len(numbers) != 1:
+        raise InvalidInputError(
+            f"statistics: found {sorted(numbers)} sequences, expected the same number in all"
+        )
+    counts = draw_counts(numbers.pop(), resamples, seed)
+    return {name: _interval(statistic, counts) for name, statistic in statistics.items()}
+
+
+def draw_counts(sequences: int, resamples: int, seed: int) -> Tensor:
+    """``[R, N]`` float64: how often each sequence is in each resample; rows add up to N.
+
+    Raises:
+        InvalidInputError: fewer than 2 sequences, of which nothing can be resampled.
+    """
+    if sequences < 2:
+        raise InvalidInputError(
+            f"sequences: found {sequences}, a bootstrap over sequences needs at least 2; measure "
+            "more blocks, or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(sequences, (resamples, sequences), generator=generator)
+    counts = torch.zeros(resamples, sequences, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+
+def _interval(statistic: Statistic, counts: Tensor) -> Interval:
+    rows = max(1, _PORTION // statistic.width)
+    drawn = torch.cat([statistic(part) for part in torch.split(counts, rows)])
+    value = statistic(torch.ones(1, statistic.sequences, dtype=torch.float64))[0]
+    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    flat = drawn.reshape(len(drawn), -1).numpy()
+    found = np.full((2, flat.shape[1]), np.nan)
+    known = ~np.isnan(flat).all(0)  # numpy warns of a column of nothing else
+    found[:, known] = np.nanquantile(flat[:, known], ends, axis=0)
+    low, high = (torch.from_numpy(end).reshape(value.shape) for end in found)
+    return Interval(value, low, high)

@@ -1,0 +1,324 @@
+"""``softtrace study``: the paper's questions of one model, or of one before and after training."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softtrace.batch import check_least, check_range
+from softtrace.data import (
+    DEFAULT_EXCLUDE,
+    DEFAULT_SUFFIXES,
+    Document,
+    evenly,
+    pack,
+    read_documents,
+    split_by_file,
+)
+from softtrace.distortion import NUCLEUS_SHARES
+from softtrace.errors import DataError, InvalidInputError
+from softtrace.evaluation.bootstrap import (
+    CONFIDENCE,
+    Difference,
+    Interval,
+    Statistic,
+    intervals,
+)
+from softtrace.evaluation.evaluate import device_of
+from softtrace.evaluation.files import atomic_path, check_output, prepare_output, write_json
+from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.study_measure import (
+    BOUND,
+    STUDY_SIZES,
+    Readings,
+    read_model,
+    window_ends,
+)
+from softtrace.evaluation.study_plots import write_study_plot
+from softtrace.evaluation.study_statistics import ANSWERS
+from softtrace.evaluation.study_table import study_table
+from softtrace.evaluation.unigram import Unigrams, count_unigrams
+from softtrace.graph import EDGE_KINDS
+from softtrace.instrument import attach
+from softtrace.load import check_model_directory, load_model, load_tokenizer
+
+STUDY_VERSION = 1
+
+
+def study(
+    models: Sequence[str],
+    data: str,
+    out: str,
+    held_out_share: float = 0.05,
+    salt: str = "",
+    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
+    block_size: int = 128,
+    blocks: int = 64,
+    batch_size: int = 8,
+    lengths: tuple[int, ...] = (16, 32, 64),
+    targets: int = 4,
+    resamples: int = 2000,
+    smoothing: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Answer the paper's questions of one or two models, with intervals; write them to OUT.
+
+    Args:
+        models: one model directory (safetensors) or hub name, or two: before and after training.
+        data: text file, .jsonl file or folder.
+        out: folder to write to; must be new or empty. Gets study.json, study.txt and study.png.
+        held_out_share: of the files; these are measured, unigrams are counted on the others.
+        salt: of the split; has to be that of the training run.
+        suffixes: files of a folder to read.
+        exclude: globs of files or folders to leave out.
+        block_size: tokens per sequence. The first half of each is context, the second explained.
+        blocks: sequences to measure, evenly spaced over the held-out text.
+        batch_size: sequences at a time.
+        lengths: tokens of the windows in which the same tokens are explained again.
+        targets: how many tokens of each sequence windows explain.
+        resamples: of the bootstrap.
+        smoothing: added to the count of every token of the vocabulary.
+        seed: of the bootstrap.
+        device: "auto", "cpu", "cuda", ...
+        dtype: of the weights.
+        overwrite: replace what OUT holds.
+
+    Raises:
+        ModelDirectoryError, UnsupportedModelError: a model.
+        DataError, InvalidInputError: the text, a number, fewer than 2 sequences, no training side,
+            or two models that do not read the text alike.
+        OutputExistsError: OUT is not empty.
+    """
+    began = time.perf_counter()
+    lengths = _check(models, lengths, held_out_share, smoothing)
+    for name, value, least in (
+        ("block_size", block_size, 4),
+        ("blocks", blocks, 2),
+        ("batch_size", batch_size, 1),
+        ("targets", targets, 1),
+        ("resamples", resamples, 1),
+    ):
+        check_least(name, value, least)
+    first = block_size // 2
+    ends = window_ends(block_size, first, lengths[-1], targets)
+    where = device_of(device)
+    check_output(out, overwrite)
+    for model in models:
+        check_model_directory(model)
+    training, held_out = _sides(data, suffixes, exclude, held_out_share, salt)
+    tokenizer = load_tokenizer(models[0])
+    chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
+    if len(chosen) < 2:
+        raise DataError(
+            f"{data}: found {len(chosen)} block of {block_size} tokens on the held-out side, a "
+            "bootstrap over sequences needs at least 2; give more text, a smaller block_size or a "
+            "larger held_out_share"
+        )
+    for model in models[1:]:
+        _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
+    described: list[dict[str, Any]] = []
+    found: list[Readings] = []
+    unigrams: Unigrams | None = None
+    for label, model in zip(_labels(models), models, strict=True):
+        network = load_model(model, dtype=dtype)
+        network.to(where).eval()  # type: ignore[arg-type]
+        described.append({"label": label, "path": model, **_described(network)})
+        vocabulary = described[-1]["vocabulary"]
+        if unigrams is None:
+            unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
+        _check_vocabulary(described)
+        total = len(chosen) * (1 + len(ends) * len(lengths))
+        with tqdm(total=total, desc=f"measuring {label}", unit="sequence") as bar:
+            found.append(
+                read_model(
+                    network,
+                    chosen,
+                    unigrams,
+                    first=first,
+                    ends=ends,
+                    lengths=lengths,
+                    batch_size=batch_size,
+                    progress=bar.update,
+                )
+            )
+        del network  # the next one is loaded into the room that it had
+    assert unigrams is not None
+    result = {
+        "version": STUDY_VERSION,
+        "models": described,
+        "data": {
+            "path": data,
+            "documents": len(held_out),
+            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "split": f"held out, share {held_out_share:g}",
+            "salt": salt,
+            "block_size": block_size,
+            "blocks": len(chosen),
+        },
+        "unigrams": {"documents": len(training), **_summary(unigrams)},
+        "settings": {
+            "min_context": first,
+            "total_variation": BOUND,
+            "targets": len(ends),
+            "resamples": resamples,
+            "seed": seed,
+            "confidence": CONFIDENCE,
+            "interval": "percentile bootstrap over sequences",
+            "dtype": dtype,
+        },
+        "tokens": found[0].whole.size.numel(),
+        "axes": {
+            "sizes": list(STUDY_SIZES),
+            "depth_quartiles": [1, 2, 3, 4],
+            "kinds": list(EDGE_KINDS),
+            "nucleus_p": list(NUCLEUS_SHARES),
+            "lengths": list(lengths),
+            "positions": ends.tolist(),
+            "contexts": [*lengths, "all before"],
+        },
+        "results": _results(found, resamples, seed),
+        **provenance(where),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    folder = prepare_output(out, overwrite)
+    table = study_table(result)
+    write_json(folder / "study.json", result)
+    with atomic_path(folder / "study.txt") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    write_study_plot(result, folder)
+    print(table)
+    print(f"\nwritten to {folder}/: study.json, study.txt and study.png")
+    return result
+
+
+def _summary(unigrams: Unigrams) -> dict[str, Any]:
+    return {
+        "tokens": int(unigrams.counts.sum()),
+        "seen": int((unigrams.counts > 0).sum()),
+        "smoothing": f"{unigrams.smoothing:g} added to every count",
+        "entropy_nats": unigrams.entropy,
+        "uniform_kl_nats": unigrams.uniform_divergence,
+    }
+
+
+def _results(found: Sequence[Readings], resamples: int, seed: int) -> dict[str, Any]:
+    """Every answer for every model, and for two the second less the first."""
+    statistics: list[dict[str, Statistic]] = [
+        {answer.key: answer.of(readings) for answer in ANSWERS} for readings in found
+    ]
+    of_models = [intervals(each, resamples, seed) for each in statistics]
+    changes: Mapping[str, Interval] = {}
+    if len(found) == 2:
+        before, after = statistics
+        paired = {key: Difference(after[key], before[key]) for key in before}
+        changes = intervals(paired, resamples, seed)
+    return {
+        answer.key: {
+            "name": answer.name,
+            "unit": answer.unit,
+            "axes": list(answer.axes),
+            "models": [each[answer.key].as_json() for each in of_models],
+            "difference": changes[answer.key].as_json() if changes else None,
+        }
+        for answer in ANSWERS
+    }
+
+
+def _check(
+    models: Sequence[str], lengths: Sequence[int], held_out_share: float, smoothing: float
+) -> tuple[int, ...]:
+    """The lengths, rising, once the numbers are in range."""
+    if not 1 <= len(models) <= 2:
+        raise InvalidInputError(
+            f"models: found {len(models)}, allowed are 1, or 2: before and after training"
+        )
+    check_range("held_out_share", held_out_share, 0.0, 1.0, open_low=True, open_high=True)
+    check_range("smoothing", smoothing, 0.0, float("inf"), open_low=True, open_high=True)
+    for length in lengths:
+        check_least("lengths", length, 2)
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise InvalidInputError(
+            f"lengths: found {list(lengths)}, expected at least one, each of them once"
+        )
+    return tuple(sorted(lengths))
+
+
+def _sides(
+    data: str, suffixes: tuple[str, ...], exclude: tuple[str, ...], share: float, salt: str
+) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents.
+
+    Raises:
+        DataError: text that cannot be read, or nothing on one of the sides.
+    """
+    documents = read_documents(data, suffixes, exclude)
+    sides = split_by_file(documents, share, salt)
+    for side, what in zip(sides, ("the training", "the held-out"), strict=True):
+        if not side:
+            raise DataError(
+                f"{data}: found no file on {what} side at a held_out_share of {share:g}; held-out "
+                "text is measured and the unigrams are those of the training side. Give more "
+                "files, another share or another salt"
+            )
+    return sides
+
+
+def _check_same_tokens(
+    first: str, tokenizer: Any, other: str, held_out: list[Document], size: int, chosen: Tensor
+) -> None:
+    own = load_tokenizer(other)
+    same = own.get_vocab() == tokenizer.get_vocab()
+    if same:
+        same = torch.equal(evenly(pack(held_out, own, size), len(chosen)), chosen)
+        what = "turn the text into other tokens"
+    else:
+        what = f"have other vocabularies ({len(tokenizer)} and {len(own)} tokens)"
+    if not same:
+        raise InvalidInputError(
+            f"models: the tokenizers of {first} and {other} {what}; differences are paired on the "
+            "same tokens, so expected one model before and after training. Study them one by one"
+        )
+
+
+def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
+    first, last = described[0], described[-1]
+    if first["vocabulary"] != last["vocabulary"]:
+        raise InvalidInputError(
+            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
+            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
+            "token"
+        )
+
+
+def _described(network: Any) -> dict[str, Any]:
+    config, anatomy = network.config, attach(network).anatomy
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        logits = network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits
+    return {
+        "type": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "layers": len(anatomy.layers),
+        "heads": anatomy.heads,
+        "pattern": anatomy.pattern,
+        "vocabulary": logits.shape[-1],
+    }
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The models' names; where both have one, which was before and which after."""
+    names = [Path(model).resolve().name for model in models]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({when})" for name, when in zip(names, ("before", "after"), strict=True)]
