@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
+from accelerate.utils.modeling import get_max_memory
 
 from softtrace.errors import InvalidInputError
 
@@ -59,8 +59,8 @@ def device_map_options(
     allowed = {computing, "cpu"}
     if max_memory is not None and (wrong := set(max_memory) - allowed):
         raise InvalidInputError(
-            f"max_memory: found {', '.join(sorted(wrong))}, allowed are {', '.join(sorted(allowed))}"
-            ": one device computes all layers, the others cannot hold any"
+            f"max_memory: found {', '.join(sorted(wrong))}, allowed are "
+            f"{', '.join(sorted(allowed))}: one device computes all layers, others hold none"
         )
     free = get_max_memory() if max_memory is None else max_memory
     limits = {

@@ -63,9 +63,10 @@ def evaluate(
 
     What is measured goes to files in OUT/evaluate-parts batch by batch, which are deleted in the
     end: a run that was killed goes on from them (resume), and several processes (accelerate launch,
-    torchrun) divide them. Neither changes a bit of the numbers; another batch_size changes them by
-    rounding. Memory holds the model, what one batch needs, four million characters of text or its
-    longest document, the chosen blocks, and a few numbers for each explained token.
+    torchrun) divide them. Neither changes the numbers, since batches stay the same (MKL alone
+    rounds by where memory lies, unless MKL_CBWR=COMPATIBLE); another batch_size does by rounding.
+    Memory holds the model, what one batch needs, four million characters of text or its longest
+    document, the chosen blocks, and a few numbers for each explained token.
 
     Args:
         model: model directory (safetensors) or hub name.
@@ -135,7 +136,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as offload_folder:
         options = device_map_options(device_map, max_memory, processes.device, offload_folder)
         network = load_model(model, dtype=dtype, **options)
-        network.eval()
+        network.eval()  # type: ignore[no-untyped-call]
         if device_map is None:
             network.to(processes.device)  # type: ignore[arg-type]
         size = parts.batch_size(finished) if finished else batch_size

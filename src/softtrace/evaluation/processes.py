@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils.operations import broadcast_object_list
 
 from softtrace.errors import InvalidInputError
 
@@ -38,26 +39,27 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
-        self._state: PartialState | None = None
+        self._state: Any = None
         launched = int(os.environ.get("WORLD_SIZE", "1"))  # Accelerate's own state would stay
         if launched < 2:
-            self.count, self.index, self.device = 1, 0, device_of(device)
+            self.count, self.index = 1, 0
+            self.device = device_of(device)
             return
         # Left alone without an accelerator, Accelerate lets every process think it is the only one.
         cpu = device == "cpu" or not torch.accelerator.is_available()
         self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
+        self.device = self._state.device
+        atexit.register(_leave)
         if self.count != launched:
             raise InvalidInputError(
-                f"WORLD_SIZE: found {launched} in the environment, but Accelerate sees {self.count} "
-                "processes; start them with accelerate launch or torchrun, or unset it"
+                f"WORLD_SIZE: found {launched} in the environment, but Accelerate sees "
+                f"{self.count} processes; start them with accelerate launch or torchrun"
             )
-        own: torch.device = self._state.device
-        self.device = own
-        if device not in ("auto", own.type):
+        if device not in ("auto", self.device.type):
             raise InvalidInputError(
                 f"device: found {device!r} for {self.count} processes, allowed are 'auto' and "
-                f"{own.type!r}: each takes the one that it was launched for"
+                f"{self.device.type!r}: each takes the one that it was launched for"
             )
 
     @property
@@ -76,6 +78,12 @@ class Processes:
         if self._state is not None:
             broadcast_object_list(made)
         return cast("T", made[0])
+
+
+def _leave() -> None:
+    """Or the process group complains when the process ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def device_of(name: str) -> torch.device:
