@@ -8,6 +8,7 @@ Hooks of ours stand outside of that forward, so what reads a weight there has to
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -50,6 +51,16 @@ def offloads(model: nn.Module) -> Iterator[tuple[str, AlignDevicesHook]]:
                 yield name, each
 
 
+def unplaced(model: nn.Module) -> list[str]:
+    """Names of modules with weights on the meta device that nothing brings when they run."""
+    placed = {name for name, hook in offloads(model) if hook.offload}
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if name not in placed and any(each.is_meta for each in module.parameters(recurse=False))
+    ]
+
+
 def execution_devices(model: nn.Module) -> set[torch.device]:
     """Where the modules of a model compute: one device, unless it is spread over several."""
     devices = {
@@ -62,12 +73,12 @@ def execution_devices(model: nn.Module) -> set[torch.device]:
     return devices | stored
 
 
-def device_of_model(model: nn.Module) -> torch.device:
-    """The device that a batch for the model has to be on."""
-    first = next(model.parameters()).device
+def device_of_module(module: nn.Module) -> torch.device:
+    """The device that inputs of a model, or of a module of it, have to be on."""
+    first = next(itertools.chain(module.parameters(), module.buffers())).device
     if first.type != "meta":
         return first
-    return next((device for device in execution_devices(model)), first)
+    return next(iter(execution_devices(module)), first)
 
 
 def _device(name: torch.device | int | str) -> torch.device:

@@ -59,7 +59,7 @@ def whole() -> Measurements:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_batches_change_nothing(whole: Measurements, batch_size: int) -> None:
-    # the largest difference that was seen: 3e-14
+    # the largest difference that was seen: 1.2e-13
     assert difference(measured(batch_size), whole) < 1e-11
 
 
@@ -68,7 +68,7 @@ def test_padding_changes_nothing(whole: Measurements, left: bool) -> None:
     pad, real = torch.zeros(BLOCKS, 3, dtype=torch.int64), torch.ones_like(TEXT)
     order = (lambda a, b: (a, b)) if left else (lambda a, b: (b, a))
     ids, mask = torch.cat(order(pad, TEXT), 1), torch.cat(order(pad, real), 1)
-    # the largest difference that was seen: 3e-14
+    # the largest difference that was seen: 1.2e-13
     assert difference(measured(2, ids, mask), whole) < 1e-11
 
 

@@ -30,7 +30,7 @@ from softtrace.metrics.functional import (
     quantiles,
     trace_composition,
 )
-from softtrace.placement import device_of_model
+from softtrace.placement import device_of_module
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def measure(
             :func:`softtrace.batch.check_batch` refuses.
     """
     instrument = attach(model)
-    device = device_of_model(model)
+    device = device_of_module(model)
     found = Measurements(batch_size=batch_size)
     for low, high in _ranges(len(blocks), extra_blocks):
         start = low
