@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from softtrace.errors import CheckpointError, OutputExistsError
 from softtrace.evaluation import evaluate as evaluation
@@ -169,6 +170,24 @@ def test_a_plan_covers_every_block_once(blocks: int, batch_size: int) -> None:
     assert [block for part in parts for block in range(*part)] == list(range(blocks))
     assert len(parts) <= 1000
     assert all(part.first % batch_size == 0 for part in parts)
+
+
+def test_another_file_by_the_name_of_a_part(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, {})
+    parts.folder.mkdir()
+    save_file({"x": torch.ones(1)}, parts.folder / Part(0, 2).name)
+    with pytest.raises(CheckpointError, match="is no part of an evaluation"):
+        parts.finished([Part(0, 2)])
+
+
+def test_parts_are_mapped_not_read(interrupted: Path) -> None:
+    folder = interrupted / FOLDER
+    planned = [Part(0, 2), Part(2, 4)]
+    parts = Parts(interrupted, {})
+    held = [parts.read_part(part) for part in planned]
+    mapped = Path("/proc/self/maps").read_text()
+    assert all(str(folder / part.name) in mapped for part in planned)
+    assert len(held) == 2
 
 
 def test_parts_that_are_elsewhere_are_missed(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from softtrace.evaluation.compare import DENSITY_VERSION
 from softtrace.evaluation.provenance import versions
+from softtrace.load import load_config
 
 
 def model_identity(model: str) -> str:
@@ -22,8 +22,7 @@ def model_identity(model: str) -> str:
     """
     folder = Path(model)
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        return f"{model}@{getattr(config, '_commit_hash', None)}"
+        return f"{model}@{getattr(load_config(model), '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())

@@ -235,7 +235,7 @@ def summarise(found: Measurements) -> dict[str, Any]:
     """
     entropy, loss = torch.cat(found.entropy).double(), torch.cat(found.loss).double()
     area, size = torch.cat(found.area).double(), torch.cat(found.size).double()
-    agreement = torch.cat(found.agreement, dim=1)
+    layers = len(found.agreement[0])
     bounds = entropy_bounds(entropy)
     groups = entropy_groups(entropy)
     density = computation_density(entropy, area, size)
@@ -267,11 +267,8 @@ def summarise(found: Measurements) -> dict[str, Any]:
         "topology": _topology(found),
         "nucleus_recovery": _recovery(found),
         "early_exit": {
-            "layers": list(range(1, len(agreement) + 1)),
-            "agreement": {
-                name: shares.tolist()
-                for name, shares in early_exit_agreement(entropy, agreement.T).items()
-            },
+            "layers": list(range(1, layers + 1)),
+            "agreement": _agreement(entropy, found.agreement, layers),
         },
         "scatter": {
             "entropy": entropy[chosen].tolist(),
@@ -293,6 +290,16 @@ def _spreads(parts: list[Tensor], groups: dict[str, Tensor]) -> dict[str, dict[s
             for key, value in (("mean", chosen.mean()), ("q25", low), ("q75", high)):
                 spreads[name][key].append(float(value))
     return spreads
+
+
+def _agreement(entropy: Tensor, parts: list[Tensor], layers: int) -> dict[str, list[float]]:
+    """Shares of the exits that agree, ``layers`` of them for each group."""
+    shares: dict[str, list[float]] = {}
+    for at in range(layers):  # one layer at a time, as sizes above
+        row = torch.cat([part[at] for part in parts])
+        for name, share in early_exit_agreement(entropy, row[:, None]).items():
+            shares.setdefault(name, []).append(float(share))
+    return shares
 
 
 def _baselines(found: Measurements) -> dict[str, Any]:

@@ -143,8 +143,12 @@ class Parts:
 
 def _metadata(path: Path) -> Mapping[str, str]:
     with _named(path), safe_open(path, framework="pt") as file:
-        found: dict[str, str] = file.metadata()
-        return found
+        found: dict[str, str] | None = file.metadata()
+    if found is None or not {"settings", "batch_size"} <= set(found):
+        raise CheckpointError(
+            f"{path}: is no part of an evaluation, it says nothing of its settings; delete it"
+        )
+    return found
 
 
 @contextmanager
