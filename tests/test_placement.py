@@ -101,15 +101,6 @@ def test_weights_that_nothing_brings_are_refused() -> None:
         softtrace.attach(model)
 
 
-def test_layers_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from softtrace.families import refusals
-
-    two = {torch.device("cuda:0"), torch.device("cuda:1")}
-    monkeypatch.setattr(refusals, "execution_devices", lambda model: two)
-    with pytest.raises(UnsupportedModelError, match=r"on 2 devices \(cuda:0, cuda:1\); edges are"):
-        softtrace.attach(tiny_model("llama"))
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
