@@ -56,6 +56,7 @@ families: .venv/installed
 # About an hour on 2 cores: the figures of the README, and the README itself from them.
 bench: .venv/installed
 	$(BIN)/python recipes/benchmarks/tracing.py
+	$(BIN)/python recipes/benchmarks/evaluating.py
 	$(BIN)/python recipes/benchmarks/effect.py
 	$(BIN)/python recipes/quickstart.py --keep recipes/benchmarks/quickstart
 	$(BIN)/python recipes/benchmarks/decoding.py

@@ -12,6 +12,7 @@ instead: every threshold then leaves a subgraph that connects the output to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -25,7 +26,11 @@ Baseline = Literal["random_connected", "inverse"]
 
 
 def baseline_scores(
-    importance: EdgeImportance, kind: Baseline, *, keep_residual: bool, seed: int = 0
+    importance: EdgeImportance,
+    kind: Baseline,
+    *,
+    keep_residual: bool,
+    seed: int | Sequence[int] = 0,
 ) -> EdgeImportance:
     """Scores in place of importances, so that the same sweeps give the baseline's curves.
 
@@ -37,21 +42,18 @@ def baseline_scores(
         kind: ``"random_connected"`` or ``"inverse"``.
         keep_residual: residual edges get a score above every threshold; otherwise the best edge
             into each node does, so that the subgraph stays connected at every threshold.
-        seed: of the random scores.
+        seed: of the random scores; one for each sequence makes them independent of the batch that
+            a sequence is in.
 
     Raises:
-        InvalidInputError: unknown kind.
+        InvalidInputError: unknown kind, or not as many seeds as sequences.
     """
     if kind not in get_args(Baseline):
         raise InvalidInputError(f"baseline: found {kind!r}, allowed are {get_args(Baseline)}")
     existing = importance.existing()
     shapes = [[part.shape for part in layer] for layer in importance.layers]
     there = _flatten(existing)
-    if kind == "random_connected":
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(there.shape, generator=generator, device="cpu").to(there.device)
-    else:
-        order = -_flatten(importance.layers)
+    order = _random(there, seed) if kind == "random_connected" else -_flatten(importance.layers)
     # Absent edges go last, so that ranks of existing ones are dense from the top.
     order = order.masked_fill(~there, -torch.inf)
     rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -74,6 +76,24 @@ def baseline_scores(
             connect(layer, exists) for layer, exists in zip(layers, existing, strict=True)
         ),
     )
+
+
+def _random(there: Tensor, seed: int | Sequence[int]) -> Tensor:
+    """Numbers in [0, 1) of the shape ``[B, all edges]``."""
+    if isinstance(seed, int):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(there.shape, generator=generator, device="cpu").to(there.device)
+    if len(seed) != len(there):
+        raise InvalidInputError(
+            f"seed: found {len(seed)} seeds for {len(there)} sequences, allowed is one for "
+            "each, or a single integer"
+        )
+    rows = torch.empty(there.shape, device="cpu")
+    for row, number, exists in zip(rows, seed, there, strict=True):
+        generator = torch.Generator().manual_seed(number)
+        # Drawn for the edges that exist, in their order: padding moves no other edge's number.
+        row[exists.cpu()] = torch.rand(int(exists.sum()), generator=generator, device="cpu")
+    return rows.to(there.device)
 
 
 def _keep_residual(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:

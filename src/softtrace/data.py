@@ -8,12 +8,10 @@ of the sequence, so densities are only comparable between sequences of equal len
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import DataError, InvalidInputError
+from softtrace.reading import ALLOWED, texts_of, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SUFFIXES = (".py",)
 DEFAULT_EXCLUDE = ("site-packages", "dist-packages")
-_ALLOWED = "a UTF-8 text file, a .jsonl file (one object with a string 'text' a line) or a folder"
 # Characters handed to the tokenizer at once: enough for its threads, and little enough that the
 # Python lists of ids (some 36 bytes a token) stay small next to the resulting tensor.
 _CHARACTERS_PER_CALL = 4_000_000
@@ -68,16 +66,32 @@ def read_documents(
         DataError: nothing there, nothing readable, binary, not UTF-8, or a malformed JSONL line.
         InvalidInputError: suffixes or globs of the wrong form.
     """
+    return list(stream_documents(path, suffixes, exclude))
+
+
+def stream_documents(
+    path: str | os.PathLike[str],
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> Iterator[Document]:
+    """:func:`read_documents` one at a time: memory holds one file, or one line of a JSONL file.
+
+    What is wrong is raised where reading meets it; JSONL files are read once before, to be known as
+    text.
+    """
     _check_patterns(suffixes, exclude)
     root = Path(path)
     if root.is_dir():
-        return _read_tree(root, suffixes, exclude)
+        yield from _read_tree(root, suffixes, exclude)
+        return
     if not root.exists():
-        raise DataError(f"no such file or folder: {root}. Give the path of {_ALLOWED}.")
-    documents = _parse(root.name, _read_text(root), where=str(root))
-    if not documents:
-        raise DataError(f"{root} holds no text. Give the path of {_ALLOWED} that is not empty.")
-    return documents
+        raise DataError(f"no such file or folder: {root}. Give the path of {ALLOWED}.")
+    found = False
+    for document in texts_of(root.name, root):
+        found = True
+        yield Document(*document)
+    if not found:
+        raise DataError(f"{root} holds no text. Give the path of {ALLOWED} that is not empty.")
 
 
 def _check_patterns(suffixes: Sequence[str], exclude: Sequence[str]) -> None:
@@ -93,104 +107,31 @@ def _check_patterns(suffixes: Sequence[str], exclude: Sequence[str]) -> None:
         )
 
 
-def _read_tree(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> list[Document]:
-    documents: list[Document] = []
+def _read_tree(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[Document]:
+    found = False
     skipped: list[str] = []
-    names = sorted(_walk(root, suffixes, exclude))
+    names = sorted(walk(root, suffixes, exclude))
     for name in names:
         try:
-            text = _read_text(root / name)
+            documents = texts_of(name, root / name)
         except DataError as error:
             skipped.append(str(error))
             continue
-        documents += _parse(name, text, where=str(root / name))
+        for document in documents:
+            found = True
+            yield Document(*document)
     if skipped:
         logger.warning(
             "skipped %d of %d files under %s that are not readable UTF-8 text; the first: %s",
             len(skipped), len(names), root, skipped[0],
         )  # fmt: skip
-    if not documents:
-        found = f"{len(names)} such files, {len(skipped)} of them unreadable, the rest empty"
+    if not found:
+        seen = f"{len(names)} such files, {len(skipped)} of them unreadable, the rest empty"
         raise DataError(
-            f"the folder {root} gives no text: {found if names else 'no file'} with a suffix in "
+            f"the folder {root} gives no text: {seen if names else 'no file'} with a suffix in "
             f"{list(suffixes)} outside of hidden folders and {list(exclude)}. "
             "Check the path, or give other suffixes or exclude globs."
         )
-    return documents
-
-
-def _walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
-    """Relative POSIX paths of the wanted files, in no particular order."""
-
-    def unwanted(relative: str, name: str) -> bool:
-        if name.startswith(".") or name == "__pycache__":
-            return True
-        return any(fnmatchcase(relative, glob) or fnmatchcase(name, glob) for glob in exclude)
-
-    for folder, folders, files in os.walk(root):
-        prefix = Path(folder).relative_to(root)
-        # os.walk descends into what is left in this list.
-        folders[:] = [name for name in folders if not unwanted((prefix / name).as_posix(), name)]
-        for name in files:
-            relative = (prefix / name).as_posix()
-            if name.endswith(tuple(suffixes)) and not unwanted(relative, name):
-                yield relative
-
-
-def _read_text(path: Path) -> str:
-    """The text of one file, a byte-order mark removed and line ends as they are."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device could block forever
-            raise DataError(f"{path} is neither a regular file nor a folder. Give {_ALLOWED}.")
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
-    zero = content.find(b"\0")
-    if zero >= 0:
-        raise DataError(
-            f"{path} is binary (or UTF-16): it has a NUL byte at offset {zero}. "
-            f"Give {_ALLOWED}; convert other formats first."
-        )
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
-            f"({error.reason}). Only UTF-8 is read; convert it, for example with "
-            "'iconv -f latin1 -t utf-8'."
-        ) from error
-
-
-def _parse(name: str, text: str, where: str) -> list[Document]:
-    if not name.endswith(".jsonl"):
-        return [Document(name, text)] if text.strip() else []
-    documents = []
-    # Not splitlines(): a JSON string may hold U+2028 and other characters that it breaks at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            content = _jsonl_text(line, f"{where}, line {number}")
-            if content.strip():
-                documents.append(Document(f"{name}:{number}", content))
-    return documents
-
-
-def _jsonl_text(line: str, where: str) -> str:
-    fix = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}). {fix}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds a JSON {type(value).__name__}. {fix}")
-    text = value.get("text")
-    if not isinstance(text, str):
-        found = f"of type {type(text).__name__}" if "text" in value else "missing"
-        raise DataError(f"{where}: 'text' is {found}; the keys are {list(value)[:8]}. {fix}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: 'text' has half a surrogate pair ({error}). {fix}") from error
-    return text
 
 
 def held_out(name: str, share: float, salt: str) -> bool:
@@ -226,11 +167,7 @@ def split_by_file(
         InvalidInputError: the share is not in [0, 1).
         DataError: a single document of a single line, with a share above 0.
     """
-    if not 0 <= held_out_share < 1:
-        raise InvalidInputError(
-            f"held_out_share is {held_out_share}, but must be in [0, 1): 0.05 holds out 5 %, and 0 "
-            "nothing."
-        )
+    _check_share(held_out_share)
     if held_out_share == 0:
         return list(documents), []
     if len(documents) == 1:
@@ -239,6 +176,29 @@ def split_by_file(
     for document in documents:
         sides[held_out(document.name, held_out_share, salt)].append(document)
     return sides
+
+
+def _check_share(held_out_share: float) -> None:
+    if not 0 <= held_out_share < 1:
+        raise InvalidInputError(
+            f"held_out_share is {held_out_share}, but must be in [0, 1): 0.05 holds out 5 %, and 0 "
+            "nothing."
+        )
+
+
+def stream_held_out(
+    documents: Iterable[Document], held_out_share: float, salt: str = ""
+) -> Iterator[Document]:
+    """The held-out side of :func:`split_by_file`, one document at a time."""
+    _check_share(held_out_share)
+    rest = iter(documents)
+    begin = list(islice(rest, 2))
+    if len(begin) < 2:
+        yield from split_by_file(begin, held_out_share, salt)[1]
+        return
+    for document in chain(begin, rest):
+        if held_out(document.name, held_out_share, salt):
+            yield document
 
 
 def _split_tail(document: Document, share: float) -> tuple[list[Document], list[Document]]:
@@ -276,17 +236,25 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         DataError: no documents, or the tokenizer has no end-of-sequence token.
     """
-    if not documents:
-        raise DataError("there are no documents to encode. Check the path and the held-out share.")
+    return torch.cat(list(stream_tokens(documents, tokenizer)))
+
+
+def stream_tokens(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Tensor]:
+    """:func:`encode` in pieces: memory holds some four million characters, or one document.
+
+    Yields:
+        ``[tokens]`` int64 on the CPU.
+    """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError(
             "the tokenizer has no end-of-sequence token to put between documents. Set one, such as "
             "tokenizer.eos_token = '<|endoftext|>', and save the tokenizer."
         )
-    pieces: list[Tensor] = []
-    separator = torch.tensor([end])
-    for texts in _portions([document.text for document in documents]):
+    separator = None
+    for texts in _portions(document.text for document in documents):
         encoded = tokenizer(
             texts,
             add_special_tokens=False,
@@ -296,11 +264,15 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
             verbose=False,  # or it warns of every document that is longer than the model's context
         )
         for ids in encoded["input_ids"]:
-            pieces += [torch.tensor(ids, dtype=torch.int64), separator]
-    return torch.cat(pieces[:-1])
+            if separator is not None:
+                yield separator
+            separator = torch.tensor([end])
+            yield torch.tensor(ids, dtype=torch.int64)
+    if separator is None:
+        raise DataError("there are no documents to encode. Check the path and the held-out share.")
 
 
-def _portions(texts: list[str]) -> Iterator[list[str]]:
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
     portion: list[str] = []
     size = 0
     for text in texts:
@@ -330,20 +302,37 @@ def pack(
         DataError: not one full block, or what :func:`encode` refuses.
         InvalidInputError: the block size is below 2.
     """
+    check_block_size(block_size)
+    tokens = encode(documents, tokenizer)
+    blocks = full_blocks(len(documents), len(tokens), block_size)
+    return tokens[: blocks * block_size].view(blocks, block_size)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise :class:`InvalidInputError` where a block has nothing to be predicted."""
     if block_size < 2:
         raise InvalidInputError(f"block_size is {block_size}, but must be at least 2 tokens.")
-    tokens = encode(documents, tokenizer)
-    blocks = len(tokens) // block_size
-    if blocks == 0:
+
+
+def full_blocks(documents: int, tokens: int, block_size: int) -> int:
+    """How many full blocks a row of tokens gives.
+
+    Raises:
+        DataError: not one.
+    """
+    if tokens < block_size:
         raise DataError(
-            f"{len(documents)} documents give {len(tokens)} tokens, less than one block of "
-            f"{block_size}. Give more text, or a block_size of at most {len(tokens)}."
+            f"{documents} documents give {tokens} tokens, less than one block of "
+            f"{block_size}. Give more text, or a block_size of at most {tokens}."
         )
-    return tokens[: blocks * block_size].view(blocks, block_size)
+    return tokens // block_size
 
 
 def evenly(blocks: Tensor, count: int) -> Tensor:
     """``count`` blocks evenly spaced over all, or all if there are fewer."""
-    if len(blocks) <= count:
-        return blocks
-    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+    return blocks if len(blocks) <= count else blocks[even_places(len(blocks), count)]
+
+
+def even_places(total: int, count: int) -> Tensor:
+    """``[count]`` int64, which of ``total`` blocks :func:`evenly` takes; all if there are fewer."""
+    return torch.arange(total) if total <= count else torch.linspace(0, total - 1, count).long()

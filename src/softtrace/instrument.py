@@ -31,6 +31,7 @@ from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register, watched
 from softtrace.interception import interception_active
+from softtrace.placement import device_of_module
 from softtrace.recording import Recording
 from softtrace.runs import DeepEnough, MaskedRun, RecordingRun, Run, dropout_off
 
@@ -303,7 +304,7 @@ def attach(model: nn.Module) -> Instrument:
     if known is not None and known.fits(model):
         return known
     refuse_early(model)
-    device = next(model.parameters()).device.type
+    device = device_of_module(model).type
     # Autocast rounds every product, which is no mismatch of the model's layout.
     exact = torch.autocast(device, enabled=False)
     with torch.no_grad(), exact, own_forward(model), uncompiled(model), dropout_off(model):

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from softtrace.errors import ModelDirectoryError
 
@@ -41,6 +47,17 @@ def load_model(
             str(name_or_path), dtype=wanted, use_safetensors=True, **{**_NO_CODE, **options}
         )
     return model
+
+
+def load_config(name_or_path: str | Path) -> PretrainedConfig:
+    """``AutoConfig.from_pretrained``.
+
+    Raises:
+        ModelDirectoryError: there is none, or it needs code of its own.
+    """
+    with _named(name_or_path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path), **_NO_CODE)
+    return config
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

@@ -190,3 +190,25 @@ def test_refusals() -> None:
         Difference(mean(torch.ones(3, 3)), one)
     with pytest.raises(InvalidInputError, match=r"found \[1, 3\] sequences"):
         intervals({"a": one, "b": mean(torch.ones(3, 3))}, 10, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
+def test_tokens_that_do_not_take_part_are_not_there(seed: int, share: float) -> None:
+    x, _ = drawn(5, 4, seed)
+    there = torch.rand(5, 4, generator=torch.Generator().manual_seed(seed)) < share
+    counts = draw_counts(5, 30, seed)
+    statistics = Median(x.masked_fill(~there, torch.nan)), mean(x, there)
+    medians, means = (statistic(counts).numpy() for statistic in statistics)
+    for count, median, average in zip(counts.long().tolist(), medians, means, strict=True):
+        tokens = [
+            value
+            for row, times in enumerate(count)
+            for value in x[row][there[row]].tolist() * times
+        ]
+        if tokens:
+            assert median == sorted(tokens)[(len(tokens) - 1) // 2]
+            assert average == pytest.approx(np.mean(tokens))
+        else:
+            assert np.isnan(median)
+            assert np.isnan(average)

@@ -325,12 +325,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "odd final norm": (
         changed(other_norm), "the final norm: NormSquared is not a scale a token times weight"
     ),
-    "on meta": (on_meta, "LlamaForCausalLM: some weights are on the meta device"),
+    "on meta": (on_meta, r"weights of model\.embed_tokens and \d+ other modules are on the meta"),
     "one layer twice": (changed(layer_twice), "runs the same layer twice"),
     "one MLP in two layers": (changed(mlp_twice), "module that is tied into two places"),
     "two devices": (
         changed(lambda model: setattr(model, "__class__", Scattered)),
-        r"Scattered: its weights are on 2 devices \(cpu, cuda:1\)",
+        r"Scattered: its layers are computed on 2 devices \(cpu, cuda:1\)",
     ),
     "no head": (built("Llama", "Model"), "LlamaModel|no language-model head"),
     "classifier": (built("Llama", "ForSequenceClassification"), "no language-model head"),

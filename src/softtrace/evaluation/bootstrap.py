@@ -57,8 +57,15 @@ class Ratio:
         return above / below
 
 
-def mean(values: Tensor) -> Ratio:
-    """The mean over all tokens of ``[N, M]`` or ``[N, M, ...]``, sequence by token."""
+def mean(values: Tensor, there: Tensor | None = None) -> Ratio:
+    """The mean over all tokens of ``[N, M]`` or ``[N, M, ...]``, sequence by token.
+
+    Args:
+        values: numbers.
+        there: ``[N, M]`` bool, which tokens take part (of ``[N, M]`` values); None for all.
+    """
+    if there is not None:
+        return Ratio((values.double() * there).sum(1), there.sum(1))
     tokens = torch.full((len(values), *(1 for _ in values.shape[2:])), values.shape[1])
     return Ratio(values.double().sum(1), tokens)
 
@@ -67,19 +74,25 @@ class Median:
     """The lower median over all tokens, as ``torch.median`` takes it.
 
     Args:
-        values: ``[N, M]``, sequence by token.
+        values: ``[N, M]``, sequence by token; NaN where a token does not take part.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.sequences, self.width = len(values), values.numel()
-        self._ordered, order = values.double().flatten().sort(stable=True)
-        self._owner = order // values.shape[1]
+        owner = torch.arange(len(values)).repeat_interleave(values.shape[1])
+        flat = values.double().flatten()
+        known = ~flat.isnan()
+        self._ordered, order = flat[known].sort(stable=True)
+        self._owner = owner[known][order]
 
     def __call__(self, counts: Tensor) -> Tensor:
-        """``[R]``."""
+        """``[R]``; NaN where no token was drawn."""
+        if not len(self._ordered):
+            return torch.full_like(counts[:, 0], torch.nan)
         below = counts[:, self._owner].cumsum(-1)
         half = ((below[:, -1:] + 1) / 2).floor()
-        return self._ordered[torch.searchsorted(below, half)[:, 0]]
+        found = self._ordered[torch.searchsorted(below, half)[:, 0].clamp(max=len(below[0]) - 1)]
+        return torch.where(below[:, -1] > 0, found, torch.nan)
 
 
 class RankCorrelation:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from softtrace.exits import best_exit
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
+from softtrace.placement import device_of_module
 from softtrace.recording import Recording
 
 
@@ -49,7 +50,7 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
         batch_size: blocks a forward.
     """
     instrument, found = attach(model), []
-    device = next(model.parameters()).device
+    device = device_of_module(model)
     for ids in torch.split(blocks, batch_size):
         recording = instrument.record(ids.to(device), keep_hidden=True, keep_attention=False)
         agreed = exit_agreement(instrument, recording)[..., blocks.shape[1] // 2 :]

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from softtrace.batch import check_least
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
-    evenly,
-    pack,
-    read_documents,
-    split_by_file,
+    stream_documents,
+    stream_held_out,
 )
-from softtrace.errors import DataError, InvalidInputError
+from softtrace.errors import DataError
 from softtrace.evaluation.compare import (
     DENSITY_VERSION,
     check_comparable,
     load_density,
     run_labels,
 )
-from softtrace.evaluation.files import check_output, prepare_output, write_json
+from softtrace.evaluation.files import prepare_output, write_json
+from softtrace.evaluation.identity import blocks_identity, settings_of
 from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.parts import Part, Parts, check_parts_output, plan
+from softtrace.evaluation.per_token import write_tokens
 from softtrace.evaluation.plots import write_plots
+from softtrace.evaluation.processes import Processes, device_of
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.samples import text_samples
 from softtrace.evaluation.table import density_table
 from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
+from softtrace.offloading import check_device_map, device_map_options
+from softtrace.streaming import stream_evenly
+
+__all__ = ["device_of", "documents_of_side", "evaluate"]
 
 
 def evaluate(
@@ -53,9 +61,20 @@ def evaluate(
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    resume: bool = False,
+    per_token: bool = False,
     base: str | None = None,
+    device_map: str | None = None,
+    max_memory: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure how much of its graph a model needs, and write density.json and report.html to OUT.
+
+    What is measured goes to files in OUT/evaluate-parts batch by batch, which are deleted in the
+    end: a run that was killed goes on from them (resume), and several processes (accelerate launch,
+    torchrun) divide them. Neither changes the numbers, since batches stay the same (MKL alone
+    rounds by where memory lies, unless MKL_CBWR=COMPATIBLE); another batch_size does by rounding.
+    Memory holds the model, what one batch needs, four million characters of text or its longest
+    document, the chosen blocks, and a few numbers for each explained token.
 
     Args:
         model: model directory (safetensors) or hub name.
@@ -69,18 +88,31 @@ def evaluate(
         block_size: tokens per sequence. Sizes depend on it: compare at equal block_size only.
             The first half of each block is context, the second half is explained.
         blocks: sequences to measure, evenly spaced over the text.
-        batch_size: sequences at a time.
+        batch_size: sequences at a time; halved where memory runs out. Processes divide batches:
+            more of them than batches have nothing to do.
         extra_blocks: of them, how many also get baselines and nucleus recovery (slow).
         device: "auto", "cpu", "cuda", ...
         dtype: of the weights.
         overwrite: replace what OUT holds.
+        resume: go on with the parts that a run with the same settings left in OUT.
+        per_token: also write tokens.jsonl, a line for every explained token: entropy, loss, size at
+            TV 0.2, area, exit layer.
         base: density.json (or its folder) of the model before training, measured on the same text:
             the report then shows what changed.
+        device_map: "auto" for models larger than one device: weights that do not fit stay in main
+            memory or on disk until they are used. One process; slower.
+        max_memory: with device_map, how much a device may hold, such as {"0": "10GiB", "cpu":
+            "60GiB"}; the rest goes to disk.
+
+    Returns:
+        What density.json holds, on every process.
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: the model.
-        DataError, InvalidInputError: the text, a number, or a base measured on other tokens.
+        DataError, InvalidInputError: the text, a number, or a base measured on other tokens; memory
+            that not even one block fits.
         OutputExistsError: OUT is not empty.
+        CheckpointError: parts of other settings, of another model or text, or damaged ones.
     """
     began = time.perf_counter()
     for name, value, least in (
@@ -90,69 +122,159 @@ def evaluate(
         ("extra_blocks", extra_blocks, 0),
     ):
         check_least(name, value, least)
-    where = device_of(device)
-    check_output(out, overwrite)
-    before = load_density(base) if base else None
-    check_model_directory(model)
-    tokenizer = load_tokenizer(model)
-    documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
-    chosen = evenly(pack(documents, tokenizer, block_size), blocks)
+    processes = Processes(device)
+    check_device_map(device_map, max_memory, processes.count)
     min_context = block_size // 2
-    text = {
-        "data": {
-            "path": data,
-            "documents": len(documents),
-            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
-            "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
-            "salt": salt,
-            "block_size": block_size,
-            "blocks": len(chosen),
-        },
-        "min_context": min_context,
-        "tokens": len(chosen) * (block_size - 1 - min_context),
-    }
-    if base and before:
-        check_comparable([base, "this run"], [before, text])
-    network = load_model(model, dtype=dtype)
-    network.to(where).eval()  # type: ignore[arg-type]
-    with tqdm(total=len(chosen), desc=f"measuring {Path(model).name}", unit="block") as bar:
-        found = measure(
-            network,
-            chosen,
-            min_context=min_context,
-            batch_size=batch_size,
-            extra_blocks=extra_blocks,
-            progress=bar.update,
-        )
+    check_model_directory(model)
+
+    def prepare() -> tuple[Tensor, dict[str, Any], Parts, list[Part]]:
+        check_parts_output(out, overwrite, resume)
+        documents = stream_of_side(data, suffixes, exclude, held_out_share, salt)
+        chosen, count = stream_evenly(documents, load_tokenizer(model), block_size, blocks)
+        text = {
+            "data": {
+                "path": data,
+                "documents": count,
+                "sha256": blocks_identity(chosen),
+                "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
+                "salt": salt,
+                "block_size": block_size,
+                "blocks": len(chosen),
+            },
+            "min_context": min_context,
+            "tokens": len(chosen) * (block_size - 1 - min_context),
+        }
+        if base:
+            check_comparable([base, "this run"], [load_density(base), text])
+        settings = settings_of(
+            model, chosen, processes.device, dtype=dtype, batch_size=batch_size,
+            extra_blocks=extra_blocks, min_context=min_context, device_map=device_map,
+            max_memory=max_memory,
+        )  # fmt: skip
+        parts = Parts(out, settings)
+        if not resume:
+            parts.remove()
+        return chosen, text, parts, parts.finished(plan(len(chosen), batch_size))
+
+    chosen, text, parts, finished = processes.from_main(prepare)
+    planned = plan(len(chosen), batch_size)
+    missing = [part for part in planned if part not in finished]
+    name = Path(model).name
+    with tempfile.TemporaryDirectory() as offload_folder:
+        options = device_map_options(device_map, max_memory, processes.device, offload_folder)
+        network = load_model(model, dtype=dtype, **options)
+        network.eval()  # type: ignore[no-untyped-call]
+        if device_map is None:
+            network.to(processes.device)  # type: ignore[arg-type]
+        size = parts.batch_size(finished) if finished else batch_size
+        own = missing[processes.index :: processes.count]
+        size = _measure_parts(network, chosen, parts, own, size, min_context, extra_blocks, name,
+                              quiet=not processes.main)  # fmt: skip
+        described = {
+            "model": _describe(network, model),
+            "samples": text_samples(
+                network, load_tokenizer(model), chosen, min_context=min_context, batch_size=size
+            )
+            if processes.main
+            else None,
+        }
+    processes.wait()
+
+    def finish() -> dict[str, Any]:
+        found = parts.read(planned)
+        density = {
+            "version": DENSITY_VERSION,
+            "model": described["model"],
+            **text,
+            "batch_size": found.batch_size,
+            "processes": processes.count,
+            **summarise(found),
+            "samples": described["samples"],
+            **provenance(processes.device),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        folder = prepare_output(out, overwrite=True)  # it was checked before the parts came
+        if per_token:
+            write_tokens(folder, parts, planned, chosen, min_context, load_tokenizer(model))
+        write_json(folder / "density.json", density)
+        write_plots([(name, density)], folder)
+        _write_report(folder, base)
+        parts.remove()
+        print(density_table(density))
+        print(f"\nwritten to {folder}/: density.json, plots and report.html")
+        return density
+
+    return processes.from_main(finish)
+
+
+def _write_report(folder: Path, base: str | None) -> None:
+    """The page of the very numbers that the file holds, beside those of the base."""
+    paths = [*([Path(base)] if base else []), folder]
+    found = [load_density(path) for path in paths]
+    write_report(list(zip(run_labels(paths, found), found, strict=True)), folder)
+
+
+def _measure_parts(
+    network: PreTrainedModel,
+    blocks: Tensor,
+    parts: Parts,
+    own: list[Part],
+    batch_size: int,
+    min_context: int,
+    extra_blocks: int,
+    name: str,
+    *,
+    quiet: bool,
+) -> int:
+    """Measure a process's share of the parts, write each when it is done; the last batch size."""
+    total = sum(part.end - part.first for part in own)
+    with tqdm(total=total, desc=f"measuring {name}", unit="block", disable=quiet) as bar:
+        for part in own:
+            found = measure(
+                network,
+                blocks[part.first : part.end],
+                min_context=min_context,
+                batch_size=batch_size,
+                extra_blocks=max(0, extra_blocks - part.first),
+                progress=bar.update,
+                first=part.first,
+            )
+            batch_size = found.batch_size
+            parts.write(part, found)
+    return batch_size
+
+
+def _describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
+    """The "model" of density.json."""
     config, anatomy = network.config, attach(network).anatomy
-    density = {
-        "version": DENSITY_VERSION,
-        "model": {
-            "path": model,
-            "type": config.model_type,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "layers": len(anatomy.layers),
-            "heads": anatomy.heads,
-            "pattern": anatomy.pattern,
-        },
-        **text,
-        **summarise(found),
-        "samples": text_samples(
-            network, tokenizer, chosen, min_context=min_context, batch_size=batch_size
-        ),
-        **provenance(where),
-        "seconds": round(time.perf_counter() - began, 1),
+    return {
+        "path": path,
+        "type": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "layers": len(anatomy.layers),
+        "heads": anatomy.heads,
+        "pattern": anatomy.pattern,
     }
-    folder = prepare_output(out, overwrite)
-    write_json(folder / "density.json", density)
-    write_plots([(Path(model).name, density)], folder)
-    runs = [(Path(base), before)] if base and before else []
-    runs.append((folder, load_density(folder)))  # the very numbers that the file holds
-    paths, found_here = zip(*runs, strict=True)
-    write_report(list(zip(run_labels(paths, found_here), found_here, strict=True)), folder)
-    print(density_table(density))
-    print(f"\nwritten to {folder}/: density.json, plots and report.html")
-    return density
+
+
+def stream_of_side(
+    data: str,
+    suffixes: tuple[str, ...],
+    exclude: tuple[str, ...],
+    held_out_share: float,
+    salt: str,
+) -> Iterator[Document]:
+    """:func:`documents_of_side` one at a time, see :func:`softtrace.data.stream_documents`."""
+    documents = stream_documents(data, suffixes, exclude)
+    if not held_out_share:
+        yield from documents
+        return
+    found = False
+    for document in stream_held_out(documents, held_out_share, salt):
+        found = True
+        yield document
+    if not found:
+        raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
 
 
 def documents_of_side(
@@ -167,28 +289,4 @@ def documents_of_side(
     Raises:
         DataError: text that cannot be read, or none is held out.
     """
-    documents = read_documents(data, suffixes, exclude)
-    if not held_out_share:
-        return documents
-    held_out = split_by_file(documents, held_out_share, salt)[1]
-    if not held_out:
-        raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
-    return held_out
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name, or the best one for "auto".
-
-    Raises:
-        InvalidInputError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device  # a device that can be named may not be there
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidInputError(
-            f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
-            "'auto', 'cpu' and the accelerators that torch finds"
-        ) from error
+    return list(stream_of_side(data, suffixes, exclude, held_out_share, salt))

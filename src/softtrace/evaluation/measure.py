@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
-from softtrace.curve import SIZES, DensityCurve, curve_of, default_thresholds
+from softtrace.batch import next_tokens
+from softtrace.curve import SIZES, curve_of, default_thresholds
 from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.easiness import loss_score
+from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import exit_agreement
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import attach
+from softtrace.instrument import Instrument, attach
 from softtrace.metrics.functional import (
     computation_density,
     density_uncertainty_correlation,
@@ -23,9 +27,12 @@ from softtrace.metrics.functional import (
     entropy_bounds,
     entropy_groups,
     nucleus_recovery,
+    quantiles,
     trace_composition,
 )
-from softtrace.recording import Recording
+from softtrace.placement import device_of_module
+
+logger = logging.getLogger(__name__)
 
 _SCATTER = 2000
 
@@ -41,9 +48,10 @@ class Measurements:
         area, size: ``[n]``; size is that at TV 0.2.
         variation: ``[26, n]`` TV at :data:`SIZES`.
         agreement: ``[L, n]`` bool, early exits.
-        composition: ``[26, 4, 4]`` edges of all traces by depth quartile and kind, summed.
+        composition: ``[26, 4, 4]`` float64, edges of all traces by depth quartile and kind, summed.
         nucleus: ``[26, m, 8]`` recovered shares, on the first blocks.
         baselines: name to ``[26, m]`` TV, on the first blocks.
+        batch_size: sequences a forward in the end: less than asked for where memory ran out.
     """
 
     entropy: list[Tensor] = field(default_factory=list)
@@ -55,6 +63,18 @@ class Measurements:
     composition: Tensor | None = None
     nucleus: list[Tensor] = field(default_factory=list)
     baselines: dict[tuple[Baseline, bool], list[Tensor]] = field(default_factory=dict)
+    batch_size: int = 0
+
+    def extend(self, other: Measurements) -> None:
+        """Put the measurements of later positions behind these; nothing is copied."""
+        for name in ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus"):
+            getattr(self, name).extend(getattr(other, name))
+        for key, parts in other.baselines.items():
+            self.baselines.setdefault(key, []).extend(parts)
+        if self.composition is None or other.composition is None:
+            self.composition = other.composition if self.composition is None else self.composition
+        else:
+            self.composition = self.composition + other.composition
 
 
 @torch.no_grad()
@@ -66,95 +86,156 @@ def measure(
     batch_size: int,
     extra_blocks: int,
     progress: Progress,
+    attention_mask: Tensor | None = None,
+    first: int = 0,
 ) -> Measurements:
-    """Measure blocks of one length, without padding.
+    """Measure blocks of one length.
+
+    Where memory runs out, the batch is halved and measured again, and later batches stay at that
+    size. Batches and padding change numbers by rounding only: what is random is drawn for every
+    block by its own number.
 
     Args:
         model: a causal language model.
         blocks: ``[N, T]`` ids.
-        min_context: positions before this one are context only: the number of edges grows with
+        min_context: real tokens before this one are context only: the number of edges grows with
             the length, so sizes are compared between positions of similar length.
-        batch_size: sequences a forward.
+        batch_size: sequences a forward, to begin with.
         extra_blocks: how many of the first blocks also get baselines and nucleus recovery.
         progress: called with the number of blocks that were finished.
+        attention_mask: ``[N, T]`` of 0 and 1, padding on either side; None for no padding.
+        first: number of the first block, where these blocks are a part of more.
+
+    Raises:
+        InvalidInputError: not even one block fits into memory; or a batch that
+            :func:`softtrace.batch.check_batch` refuses.
     """
     instrument = attach(model)
-    device = next(model.parameters()).device
-    found = Measurements()
-    explained = slice(min_context, blocks.shape[1] - 1)  # the last token's target is not known
-    for start, batch in _batches(blocks, batch_size, extra_blocks):
-        ids = batch.to(device)
-        recording = instrument.record(ids, keep_hidden=True)
-        extra = start < extra_blocks
-        curve = curve_of(
-            instrument,
-            ids,
-            recording,
-            recording.importance,
-            default_thresholds(),
-            composition=True,
-            nucleus=extra,
-        )
-        _collect(found, curve, recording, ids, explained)
-        found.agreement.append(_flat(exit_agreement(instrument, recording), explained))
-        if extra:
-            nucleus = curve.at_sizes(values=_nucleus(curve))[:, :, explained]
-            found.nucleus.append(nucleus.flatten(1, 2).cpu())
-            for kind in get_args(Baseline):
-                for keep in (True, False):
-                    scores = baseline_scores(
-                        recording.importance, kind, keep_residual=keep, seed=start
-                    )
-                    other = curve_of(instrument, ids, recording, scores, baseline_thresholds())
-                    read = _flat(other.at_sizes(), explained)
-                    found.baselines.setdefault((kind, keep), []).append(read)
-        progress(len(batch))
+    device = device_of_module(model)
+    found = Measurements(batch_size=batch_size)
+    for low, high in _ranges(len(blocks), extra_blocks):
+        start = low
+        while start < high:
+            end = min(start + found.batch_size, high)
+            mask = None if attention_mask is None else attention_mask[start:end].to(device)
+            batch = _attempt(
+                instrument, blocks[start:end].to(device), mask, min_context, start < extra_blocks,
+                first + start,
+            )  # fmt: skip
+            if batch is None:
+                found.batch_size = _halved(end - start, blocks.shape[1])
+                continue
+            found.extend(batch)
+            progress(end - start)
+            start = end
     return found
 
 
-def _batches(blocks: Tensor, batch_size: int, extra_blocks: int) -> Iterator[tuple[int, Tensor]]:
-    """Batches and where they start; none holds both first ``extra_blocks`` blocks and others."""
-    for low, high in ((0, min(extra_blocks, len(blocks))), (extra_blocks, len(blocks))):
-        for start in range(low, high, batch_size):
-            yield start, blocks[start : min(start + batch_size, high)]
+def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
+    """The first ``extra_blocks`` blocks, then the others: no batch holds both."""
+    extra = min(extra_blocks, blocks)
+    yield 0, extra
+    yield extra, blocks
 
 
-def _flat(values: Tensor, explained: slice) -> Tensor:
-    """``[..., B, T]`` to ``[..., B·T']`` on the CPU."""
-    return values[..., explained].flatten(-2).cpu()
+def _halved(batch_size: int, length: int) -> int:
+    """Half of a batch size that did not fit into memory, which was emptied."""
+    clear_device_cache(garbage_collection=True)
+    if batch_size == 1:
+        raise InvalidInputError(
+            f"batch_size: memory ran out at 1 block of {length} tokens; allowed is what fits. Take "
+            "shorter blocks (--block_size), a smaller --dtype, or --device_map auto"
+        )
+    smaller = batch_size // 2
+    logger.warning("memory ran out at %d blocks a batch; going on with %d", batch_size, smaller)
+    return smaller
 
 
-def _nucleus(curve: DensityCurve) -> Tensor:
-    if curve.nucleus is None:
-        raise ValueError("the curve was made without nucleus recovery")
-    return curve.nucleus
+def _attempt(
+    instrument: Instrument,
+    ids: Tensor,
+    mask: Tensor | None,
+    min_context: int,
+    extra: bool,
+    number: int,
+) -> Measurements | None:
+    """One batch's measurements; None where memory ran out, with nothing of it left."""
+    try:
+        return _measured(instrument, ids, mask, min_context, extra, number)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return None  # the traceback, which holds the batch's tensors, ends here
 
 
-def _collect(
-    found: Measurements, curve: DensityCurve, recording: Recording, ids: Tensor, explained: slice
-) -> None:
-    targets = torch.full_like(ids, -100)
-    targets[:, :-1] = ids[:, 1:]
-    found.entropy.append(_flat(curve.entropy, explained))
-    found.loss.append(_flat(loss_score(recording.logits, targets), explained))
-    found.area.append(_flat(curve.area(), explained))
-    found.size.append(_flat(curve.size_at(0.2), explained))
-    found.variation.append(_flat(curve.at_sizes(), explained))
-    if curve.composition is not None:
-        edges = curve.at_sizes(values=curve.composition)[:, :, explained].sum((1, 2)).cpu()
-        found.composition = edges if found.composition is None else found.composition + edges
+def _measured(
+    instrument: Instrument,
+    ids: Tensor,
+    mask: Tensor | None,
+    min_context: int,
+    extra: bool,
+    number: int,
+) -> Measurements:
+    recording = instrument.record(ids, mask, keep_hidden=True)
+    curve = curve_of(
+        instrument,
+        ids,
+        recording,
+        recording.importance,
+        default_thresholds(),
+        composition=True,
+        nucleus=extra,
+    )
+    explained, targets = _explained(ids, recording.importance.valid, min_context)
+    edges = curve.at_sizes(values=_there(curve.composition)).double()
+    found = Measurements(
+        entropy=[_flat(curve.entropy, explained)],
+        loss=[_flat(loss_score(recording.logits, targets), explained)],
+        area=[_flat(curve.area(), explained)],
+        size=[_flat(curve.size_at(0.2), explained)],
+        variation=[_flat(curve.at_sizes(), explained)],
+        agreement=[_flat(exit_agreement(instrument, recording), explained)],
+        composition=edges[:, explained].sum(1).cpu(),
+    )
+    if extra:
+        nucleus = curve.at_sizes(values=_there(curve.nucleus))
+        found.nucleus.append(nucleus[:, explained].cpu())
+        seeds = range(number, number + len(ids))
+        for kind in get_args(Baseline):
+            for keep in (True, False):
+                scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
+                other = curve_of(instrument, ids, recording, scores, baseline_thresholds())
+                found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
+    return found
+
+
+def _explained(ids: Tensor, valid: Tensor, min_context: int) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` bool and the next tokens: positions with context before and a token after them."""
+    targets, _ = next_tokens(ids, valid, None, None)
+    return valid & (valid.cumsum(-1) > min_context) & (targets >= 0), targets
+
+
+def _flat(values: Tensor, explained: Tensor) -> Tensor:
+    """``[..., B, T]`` at ``[B, T]`` bool to ``[..., n]`` on the CPU."""
+    return values[..., explained].cpu()
+
+
+def _there(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError("the curve was made without it")
+    return values
 
 
 def summarise(found: Measurements) -> dict[str, Any]:
     """The measured part of ``density.json``.
 
     Easy and hard are the lowest and the highest quarter by entropy. Losses, areas and TV are means,
-    sizes are medians.
+    sizes are medians. Needs memory for a few rows of n numbers in float64 beside what it is given;
+    parts that are mapped from files (:mod:`softtrace.evaluation.parts`) stay there.
     """
     entropy, loss = torch.cat(found.entropy).double(), torch.cat(found.loss).double()
     area, size = torch.cat(found.area).double(), torch.cat(found.size).double()
-    variation = torch.cat(found.variation, dim=1).double()
-    agreement = torch.cat(found.agreement, dim=1)
+    layers = len(found.agreement[0])
     bounds = entropy_bounds(entropy)
     groups = entropy_groups(entropy)
     density = computation_density(entropy, area, size)
@@ -180,17 +261,14 @@ def summarise(found: Measurements) -> dict[str, Any]:
         },
         "curve": {
             "sizes": list(SIZES),
-            **{name: _spread(variation[:, rows]) for name, rows in groups.items()},
+            **_spreads(found.variation, groups),
             **_baselines(found),
         },
         "topology": _topology(found),
         "nucleus_recovery": _recovery(found),
         "early_exit": {
-            "layers": list(range(1, len(agreement) + 1)),
-            "agreement": {
-                name: shares.tolist()
-                for name, shares in early_exit_agreement(entropy, agreement.T).items()
-            },
+            "layers": list(range(1, layers + 1)),
+            "agreement": _agreement(entropy, found.agreement, layers),
         },
         "scatter": {
             "entropy": entropy[chosen].tolist(),
@@ -199,12 +277,29 @@ def summarise(found: Measurements) -> dict[str, Any]:
     }
 
 
-def _spread(values: Tensor) -> dict[str, list[float]]:
-    return {
-        "mean": values.mean(-1).tolist(),
-        "q25": values.quantile(0.25, dim=-1).tolist(),
-        "q75": values.quantile(0.75, dim=-1).tolist(),
+def _spreads(parts: list[Tensor], groups: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+    """Mean and quartiles of each size, over the tokens of each group."""
+    spreads: dict[str, dict[str, list[float]]] = {
+        name: {"mean": [], "q25": [], "q75": []} for name in groups
     }
+    for at in range(len(SIZES)):  # one size at a time: all of them could be too many
+        row = torch.cat([part[at] for part in parts]).double()
+        for name, rows in groups.items():
+            chosen = row[rows]
+            low, high = quantiles(chosen, (0.25, 0.75))
+            for key, value in (("mean", chosen.mean()), ("q25", low), ("q75", high)):
+                spreads[name][key].append(float(value))
+    return spreads
+
+
+def _agreement(entropy: Tensor, parts: list[Tensor], layers: int) -> dict[str, list[float]]:
+    """Shares of the exits that agree, ``layers`` of them for each group."""
+    shares: dict[str, list[float]] = {}
+    for at in range(layers):  # one layer at a time, as sizes above
+        row = torch.cat([part[at] for part in parts])
+        for name, share in early_exit_agreement(entropy, row[:, None]).items():
+            shares.setdefault(name, []).append(float(share))
+    return shares
 
 
 def _baselines(found: Measurements) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Uploading is left to the user (``model.push_to_hub``).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace.errors import DataError, ModelDirectoryError
+from softtrace.evaluation.bootstrap import Median, Statistic, intervals, mean
 from softtrace.evaluation.compare import check_comparable, load_density
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.measure import Measurements, measure, summarise
@@ -30,6 +31,7 @@ from softtrace.metrics.functional import entropy_groups
 
 _HOME = "https://arxiv.org/abs/2605.27033"
 _SHOWN = tuple(m for m in MEASURES if m.unit != "correlation" and not m.key.endswith("_hard"))
+_RESAMPLED, _RESAMPLES = 2, 1000  # sequences that can be resampled at least, and how often they are
 _LEAST = 4  # tokens in a block: half is context, and the last one's target is not known
 
 #: of a fit's options, what says how the model was made; paths stay private
@@ -180,51 +182,29 @@ def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int
 
 
 def _intervals(found: Measurements, blocks: int) -> dict[str, tuple[float, float]]:
-    """Bounds of what the card shows, by key."""
+    """Bounds of what the card shows, by key; none from a single block."""
+    if blocks < _RESAMPLED:
+        return {}
     agreement = torch.cat(found.agreement, dim=1)
     half = agreement[max(1, len(agreement) // 2) - 1]
-    groups = entropy_groups(torch.cat(found.entropy))
-    values: tuple[tuple[str, Tensor, Callable[..., Tensor]], ...] = (
-        ("loss", torch.cat(found.loss), torch.nanmean),
-        ("size_at_tv_0.2", torch.cat(found.size), _nanmedian),
-        ("area", torch.cat(found.area), torch.nanmean),
-        ("early_exit_half", half, torch.nanmean),
-    )
-    return {
-        f"{name}_{group}": interval(
-            each.double().masked_fill(~rows, torch.nan).reshape(blocks, -1), statistic=statistic
-        )
-        for name, each, statistic in values
-        for group, rows in groups.items()
+    values = {
+        "loss": torch.cat(found.loss),
+        "size_at_tv_0.2": torch.cat(found.size),
+        "area": torch.cat(found.area),
+        "early_exit_half": half,
     }
-
-
-def _nanmedian(values: Tensor, dim: int) -> Tensor:
-    return values.nanmedian(dim).values
-
-
-def interval(
-    values: Tensor,
-    seed: int = 0,
-    resamples: int = 1000,
-    statistic: Callable[..., Tensor] = torch.nanmean,
-) -> tuple[float, float]:
-    """95 % percentile interval by a bootstrap over sequences.
-
-    Tokens of one text are not independent: whole sequences are drawn, with replacement.
-
-    Args:
-        values: ``[N]`` a value a sequence, or ``[N, T]`` a value a token, NaN where none counts.
-        seed: of the draws.
-        resamples: how many.
-        statistic: of all values that were drawn; takes ``dim``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = values.reshape(len(values), -1)
-    drawn = torch.randint(len(rows), (resamples, len(rows)), generator=generator)
-    found = statistic(rows[drawn].flatten(1), dim=1)
-    bounds = found.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
-    return float(bounds[0]), float(bounds[1])
+    statistics: dict[str, Statistic] = {}
+    for group, rows in entropy_groups(torch.cat(found.entropy)).items():
+        there = rows.reshape(blocks, -1)
+        for name, flat in values.items():
+            each = flat.double().reshape(blocks, -1)
+            statistics[f"{name}_{group}"] = (
+                Median(each.masked_fill(~there, torch.nan))
+                if name == "size_at_tv_0.2"
+                else mean(each, there)
+            )
+    bounds = intervals(statistics, _RESAMPLES, seed=0)
+    return {key: (float(bound.low), float(bound.high)) for key, bound in bounds.items()}
 
 
 def card(model: str, density: str, base: str | None = None) -> None:

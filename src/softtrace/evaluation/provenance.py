@@ -16,15 +16,20 @@ import torch
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """When, with what and on what a result was made."""
-    packages = ("softtrace", "torch", "transformers", "lightning")
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
-        },
+        "versions": versions(),
         "hardware": hardware(device),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that numbers come from."""
+    packages = ("softtrace", "torch", "transformers", "lightning")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from softtrace.families.norms import LinearNorm
 from softtrace.families.readout import Readout
+from softtrace.placement import device_of_module, whole
 
 Route = Literal["interface", "interception"]
 """How attention is reached: transformers' interface, or the softmax of the model's own code."""
@@ -123,18 +123,19 @@ def effective_projection(
         width: of what it reads.
         dtype: of what it reads, where its weight is packed and does not tell.
     """
-    bias = getattr(projection, "bias", None)
-    weight = getattr(projection, "weight", None)
+    with whole(projection):
+        bias = getattr(projection, "bias", None)
+        weight = getattr(projection, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D)
     if isinstance(weight, Tensor) and plain:
         matrix = weight if type(projection) is Conv1D else weight.T
         return matrix, bias if isinstance(bias, Tensor) else None
     if isinstance(weight, Tensor) and weight.is_floating_point():
         dtype = weight.dtype
-    stored = next(itertools.chain(projection.parameters(), projection.buffers()))
+    device = device_of_module(projection)
     # A bias beside small weights would round them away; a power of two costs nothing.
     times = 64.0 if isinstance(bias, Tensor) else 1.0
-    probe = _probe(width, dtype, stored.device, times)
+    probe = _probe(width, dtype, device, times)
     # forward, not __call__: hooks of ours and of others listen to the model's own calls alone.
     rows = projection.forward(probe)
     return (rows[1:] - rows[0]) / times, rows[0]

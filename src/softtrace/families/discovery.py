@@ -19,6 +19,7 @@ from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
 from softtrace.families.sight import Watch, decoder_of, mismatch, typical_mismatch
 from softtrace.interception import Interception, interception_active
+from softtrace.placement import device_of_module
 
 _TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
@@ -176,7 +177,7 @@ def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dic
     ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :2] = False
-    device = next(model.parameters()).device
+    device = device_of_module(model)
     return forward_inputs(ids.to(device), valid.to(device), None, parameters)
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.refusals import NOT_MADE_FOR_IT
 from softtrace.importance import working_dtype
+from softtrace.placement import unhooked, whole
 
 #: what is added to the stored weight before it multiplies; None: the norm has no weight
 OFFSETS: tuple[float | None, ...] = (0.0, 1.0, None)
@@ -41,14 +42,16 @@ class LinearNorm:
 
     def linear(self, part: Tensor) -> Tensor:
         """The norm without scale and bias, of a part of its input ``[..., d_model]``."""
-        weight = None if self.weight is None else getattr(self.module, self.weight)
+        with whole(self.module):
+            weight = None if self.weight is None else getattr(self.module, self.weight)
         return _linear(part, weight, self.centred, self.offset)
 
     def scale(self, full: Tensor, normed: Tensor) -> Tensor:
         """The scale of every token, ``[..., 1]``, from the norm's full input and output."""
         dtype = working_dtype(full.dtype)
         direction = self.linear(full.to(dtype))
-        bias = getattr(self.module, "bias", None)
+        with whole(self.module):
+            bias = getattr(self.module, "bias", None)
         normed = normed.to(dtype)
         if isinstance(bias, Tensor):
             normed = normed - bias.to(dtype)
@@ -93,11 +96,15 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
     weights = [name for name in vectors if name != "bias"]
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: (torch.rand(width, generator=generator, device="cpu") + 0.5).to(parameter)
+        name: (torch.rand(width, generator=generator, device="cpu") + 0.5).to(
+            sample.device, parameter.dtype
+        )
         for name, parameter in vectors.items()
     }
     try:
-        normed = functional_call(module, drawn, (sample[None],))  # some insist on [B, T, d]
+        normed = functional_call(
+            unhooked(module), drawn, (sample[None],)
+        )  # some insist on [B, T, d]
     except NOT_MADE_FOR_IT as error:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not run on single vectors, so it is no norm: {error}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.placement import execution_devices, unplaced
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -130,16 +131,21 @@ def refuse_early(model: nn.Module) -> None:
             f"{name} is not a transformers causal language model; pass the model that "
             "AutoModelForCausalLM returns"
         )
-    if any(parameter.is_meta for parameter in parameters):
+    lost = unplaced(model)
+    if lost:
         raise UnsupportedModelError(
-            f"{name}: some weights are on the meta device; load them (from_pretrained without "
-            "device_map='meta' or offload) before attaching"
+            f"{name}: weights of {lost[0]} and {len(lost) - 1} other modules are on the meta "
+            "device, and Accelerate does not bring them when that module runs by itself; load them "
+            "(from_pretrained without device_map='meta'), or offload every module by itself "
+            "(without preload_module_classes)"
         )
-    devices = sorted({str(parameter.device) for parameter in parameters})
+    devices = sorted(map(str, execution_devices(model)))
     if len(devices) > 1:
         raise UnsupportedModelError(
-            f"{name}: its weights are on {len(devices)} devices ({', '.join(devices)}); one is "
-            "allowed. Load it with device_map={'': device}, or a smaller dtype"
+            f"{name}: its layers are computed on {len(devices)} devices ({', '.join(devices)}); "
+            "edges are compared across layers, so one is allowed. Load it with device_map={'': "
+            "device}, or let main memory hold what does not fit: device_map='auto', "
+            "max_memory={device: ..., 'cpu': ...}"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

@@ -7,6 +7,8 @@ and 5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
@@ -17,17 +19,19 @@ EASY_SHARE = 0.25
 GROUPS = ("all", "easy", "hard")
 
 
-def entropy_bounds(entropy: Tensor, easy_share: float = EASY_SHARE) -> tuple[Tensor, Tensor]:
-    """The quantiles of the entropies that easy tokens are under and hard ones over.
+def quantiles(values: Tensor, shares: Sequence[float]) -> tuple[Tensor, ...]:
+    """Quantiles, linear between the two nearest, as ``torch.quantile``.
 
-    Linear between the two nearest, as ``torch.quantile``, which refuses more than 2^24 values.
+    That one refuses more than 2^24 values.
 
     Args:
-        entropy: ``[n]`` nats, n >= 1.
-        easy_share: of the tokens, in (0, 1].
+        values: ``[n]``, n >= 1.
+        shares: in [0, 1].
+
+    Returns:
+        A float64 scalar for each share.
     """
-    check_range("easy_share", easy_share, 0.0, 1.0, open_low=True)
-    ordered = entropy.double().sort().values
+    ordered = values.double().sort().values
     last = len(ordered) - 1
 
     def at(share: float) -> Tensor:
@@ -35,7 +39,19 @@ def entropy_bounds(entropy: Tensor, easy_share: float = EASY_SHARE) -> tuple[Ten
         high = min(last, low + 1)
         return ordered[low].lerp(ordered[high], share * last - low)
 
-    return at(easy_share), at(1 - easy_share)
+    return tuple(at(share) for share in shares)
+
+
+def entropy_bounds(entropy: Tensor, easy_share: float = EASY_SHARE) -> tuple[Tensor, Tensor]:
+    """The quantiles of the entropies that easy tokens are under and hard ones over.
+
+    Args:
+        entropy: ``[n]`` nats, n >= 1.
+        easy_share: of the tokens, in (0, 1].
+    """
+    check_range("easy_share", easy_share, 0.0, 1.0, open_low=True)
+    low, high = quantiles(entropy, (easy_share, 1 - easy_share))
+    return low, high
 
 
 def entropy_groups(entropy: Tensor, easy_share: float = EASY_SHARE) -> dict[str, Tensor]:

@@ -1,0 +1,79 @@
+"""``tokens.jsonl``: what was measured at every explained token, one JSON object a line."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrace.evaluation.early_exit import exit_layers
+from softtrace.evaluation.files import atomic_path
+from softtrace.evaluation.parts import Part, Parts
+
+NAME = "tokens.jsonl"
+
+
+def write_tokens(
+    folder: Path,
+    parts: Parts,
+    planned: list[Part],
+    blocks: Tensor,
+    min_context: int,
+    tokenizer: Any,
+) -> Path:
+    """Write ``tokens.jsonl``, in the order of blocks and positions; one part is read at a time.
+
+    Each line has ``sequence`` (number of the block), ``position`` in it, ``token_id`` and ``token``
+    (what stands there), ``next_id`` and ``next`` (what has to be predicted there), ``entropy`` and
+    ``loss`` in nats, ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and
+    ``exit_layer`` (:func:`softtrace.evaluation.early_exit.exit_layers`).
+
+    Args:
+        folder: to write to.
+        parts, planned: what was measured.
+        blocks: ``[N, T]`` ids, without padding.
+        min_context: the first explained position.
+        tokenizer: of the ids.
+    """
+    path = folder / NAME
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in _lines(parts, planned, blocks, min_context, tokenizer):
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def _lines(
+    parts: Parts, planned: list[Part], blocks: Tensor, min_context: int, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    text = functools.lru_cache(maxsize=1 << 16)(lambda token: tokenizer.decode([token]))
+    places = range(min_context, blocks.shape[1] - 1)
+    for part in planned:
+        found = parts.read_part(part)
+        columns = [
+            torch.cat(values).tolist()
+            for values in (found.entropy, found.loss, found.size, found.area)
+        ]
+        rows = zip(*columns, exit_layers(torch.cat(found.agreement, 1)).tolist(), strict=True)
+        for sequence in range(part.first, part.end):
+            ids = blocks[sequence].tolist()
+            for position in places:
+                entropy, loss, size, area, layer = next(rows)
+                here, after = ids[position], ids[position + 1]
+                yield {
+                    "sequence": sequence,
+                    "position": position,
+                    "token_id": here,
+                    "token": text(here),
+                    "next_id": after,
+                    "next": text(after),
+                    "entropy": entropy,
+                    "loss": loss,
+                    "size_at_tv_0.2": size,
+                    "area": area,
+                    "exit_layer": layer,
+                }

@@ -1,0 +1,104 @@
+"""Several processes of one evaluation, through Accelerate; one process needs nothing of it."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils.operations import broadcast_object_list
+
+from softtrace.errors import InvalidInputError
+
+T = TypeVar("T")
+
+# The fastest process waits for the slowest, and where memory ran out that one can be far behind.
+_PATIENCE = datetime.timedelta(days=7)
+
+
+class Processes:
+    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
+
+    Every one of them has to make this, and to call the same methods in the same order.
+
+    Args:
+        device: "auto" (each process its own accelerator, else the CPU), "cpu", or a kind of device
+            without number.
+
+    Attributes:
+        count: how many there are.
+        index: of this one; 0 is the main one.
+        device: of this one.
+
+    Raises:
+        InvalidInputError: a numbered device for several processes, or one that is not there.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._state: Any = None
+        launched = int(os.environ.get("WORLD_SIZE", "1"))  # Accelerate's own state would stay
+        if launched < 2:
+            self.count, self.index = 1, 0
+            self.device = device_of(device)
+            return
+        # Left alone without an accelerator, Accelerate lets every process think it is the only one.
+        cpu = device == "cpu" or not torch.accelerator.is_available()
+        self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        self.count, self.index = self._state.num_processes, self._state.process_index
+        self.device = self._state.device
+        atexit.register(_leave)
+        if self.count != launched:
+            raise InvalidInputError(
+                f"WORLD_SIZE: found {launched} in the environment, but Accelerate sees "
+                f"{self.count} processes; start them with accelerate launch or torchrun"
+            )
+        if device not in ("auto", self.device.type):
+            raise InvalidInputError(
+                f"device: found {device!r} for {self.count} processes, allowed are 'auto' and "
+                f"{self.device.type!r}: each takes the one that it was launched for"
+            )
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that reads the text and writes the results."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives on the main process, on all of them."""
+        made = [make() if self.main else None]
+        if self._state is not None:
+            broadcast_object_list(made)
+        return cast("T", made[0])
+
+
+def _leave() -> None:
+    """Or the process group complains when the process ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, or the best one for "auto".
+
+    Raises:
+        InvalidInputError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device  # a device that can be named may not be there
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInputError(
+            f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
+            "'auto', 'cpu' and the accelerators that torch finds"
+        ) from error

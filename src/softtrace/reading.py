@@ -1,0 +1,113 @@
+"""Files to texts: which files of a folder are read, and what a file has to be to be text."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from softtrace.errors import DataError
+
+ALLOWED = "a UTF-8 text file, a .jsonl file (one object with a string 'text' a line) or a folder"
+
+
+def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
+    """Relative POSIX paths of the wanted files, in no particular order."""
+
+    def unwanted(relative: str, name: str) -> bool:
+        if name.startswith(".") or name == "__pycache__":
+            return True
+        return any(fnmatchcase(relative, glob) or fnmatchcase(name, glob) for glob in exclude)
+
+    for folder, folders, files in os.walk(root):
+        prefix = Path(folder).relative_to(root)
+        # os.walk descends into what is left in this list.
+        folders[:] = [name for name in folders if not unwanted((prefix / name).as_posix(), name)]
+        for name in files:
+            relative = (prefix / name).as_posix()
+            if name.endswith(tuple(suffixes)) and not unwanted(relative, name):
+                yield relative
+
+
+def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
+    """Names and texts of the documents of one file, which was found to be text; no empty ones.
+
+    Args:
+        name: of the file. A JSONL file's documents are ``name:line``, and come one at a time.
+        path: where it lies.
+
+    Raises:
+        DataError: not a regular file, binary or not UTF-8; later, a malformed JSONL line.
+    """
+    if not name.endswith(".jsonl"):
+        text = "".join(_pieces(path, by_line=False))
+        return [(name, text)] if text.strip() else []
+    for _ in _pieces(path):
+        pass
+    return _of_lines(name, path)
+
+
+def _of_lines(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_pieces(path), start=1):
+        if line.strip():
+            content = _jsonl_text(line.removesuffix("\n"), f"{path}, line {number}")
+            if content.strip():
+                yield f"{name}:{number}", content
+
+
+def _pieces(path: Path, by_line: bool = True) -> Iterator[str]:
+    """The text of one file, whole or line by line, a byte-order mark removed, line ends kept.
+
+    Lines end at ``\\n`` alone: a JSON string may hold U+2028 and others that str.splitlines sees.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device could block forever
+            raise DataError(f"{path} is neither a regular file nor a folder. Give {ALLOWED}.")
+        with path.open("rb") as file:
+            offset = 0
+            for content in file if by_line else (file.read(),):
+                text = _decoded(content, path, offset)
+                yield text if offset else text.removeprefix("\ufeff")
+                offset += len(content)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
+
+
+def _decoded(content: bytes, path: Path, offset: int) -> str:
+    """UTF-8 to text; ``offset`` of the content in its file, for what an error says."""
+    zero = content.find(b"\0")
+    if zero >= 0:
+        raise DataError(
+            f"{path} is binary (or UTF-16): it has a NUL byte at offset {offset + zero}. "
+            f"Give {ALLOWED}; convert other formats first."
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset "
+            f"{offset + error.start} ({error.reason}). Only UTF-8 is read; convert it, for example "
+            "with 'iconv -f latin1 -t utf-8'."
+        ) from error
+
+
+def _jsonl_text(line: str, where: str) -> str:
+    fix = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}). {fix}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds a JSON {type(value).__name__}. {fix}")
+    text = value.get("text")
+    if not isinstance(text, str):
+        found = f"of type {type(text).__name__}" if "text" in value else "missing"
+        raise DataError(f"{where}: 'text' is {found}; the keys are {list(value)[:8]}. {fix}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: 'text' has half a surrogate pair ({error}). {fix}") from error
+    return text

@@ -1,0 +1,138 @@
+"""``measure``: the numbers are the text's, whatever the batch, the padding and the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation import measure as measuring
+from softtrace.evaluation.measure import Measurements, measure, summarise
+from tests.tiny import tiny_model, tiny_prompt
+
+LENGTH, CONTEXT, BLOCKS, EXTRA = 8, 3, 5, 3
+MODEL = tiny_model("llama", dtype=torch.float64, num_hidden_layers=2)
+TEXT = tiny_prompt(LENGTH, batch=BLOCKS)
+
+
+def measured(
+    batch_size: int,
+    ids: Tensor = TEXT,
+    mask: Tensor | None = None,
+    progress: Callable[[int], Any] = lambda blocks: None,
+    extra_blocks: int = EXTRA,
+) -> Measurements:
+    return measure(
+        MODEL, ids, min_context=CONTEXT, batch_size=batch_size, extra_blocks=extra_blocks,
+        progress=progress, attention_mask=mask,
+    )  # fmt: skip
+
+
+def tensors(found: Measurements) -> dict[str, Tensor]:
+    """Everything that was measured, tokens in one row."""
+    assert found.composition is not None
+    return {
+        **{name: torch.cat(getattr(found, name)) for name in ("entropy", "loss", "area", "size")},
+        **{name: torch.cat(getattr(found, name), 1) for name in ("variation", "agreement")},
+        "nucleus": torch.cat(found.nucleus, 1),
+        "composition": found.composition,
+        **{f"{kind} {kept}": torch.cat(v, 1) for (kind, kept), v in found.baselines.items()},
+    }
+
+
+def difference(found: Measurements, wanted: Measurements) -> float:
+    """The largest of any number."""
+    one, other = tensors(found), tensors(wanted)
+    assert one.keys() == other.keys()
+    assert len(one) == 12
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Measurements:
+    return measured(BLOCKS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_change_nothing(whole: Measurements, batch_size: int) -> None:
+    # the largest difference that was seen: 1.2e-13
+    assert difference(measured(batch_size), whole) < 1e-11
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_padding_changes_nothing(whole: Measurements, left: bool) -> None:
+    pad, real = torch.zeros(BLOCKS, 3, dtype=torch.int64), torch.ones_like(TEXT)
+    order = (lambda a, b: (a, b)) if left else (lambda a, b: (b, a))
+    ids, mask = torch.cat(order(pad, TEXT), 1), torch.cat(order(pad, real), 1)
+    # the largest difference that was seen: 1.2e-13
+    assert difference(measured(2, ids, mask), whole) < 1e-11
+
+
+def test_rows_of_unequal_length() -> None:
+    lengths = [LENGTH, 5, 7, 4, 6]
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    found = measured(3, TEXT * mask, mask)
+    alone = Measurements()
+    for row, length in enumerate(lengths):
+        alone.extend(
+            measure(
+                MODEL, TEXT[row : row + 1, :length], min_context=CONTEXT, batch_size=1,
+                extra_blocks=max(0, EXTRA - row), progress=lambda blocks: None, first=row,
+            )
+        )  # fmt: skip
+    assert len(torch.cat(found.entropy)) == sum(length - 1 - CONTEXT for length in lengths)
+    assert difference(found, alone) < 1e-11
+
+
+class Memory:
+    """Fits so many sequences; anything larger is out of memory, as torch says it."""
+
+    def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried: list[int] = []
+        measured = measuring._measured
+
+        def limited(instrument: Any, ids: Tensor, *args: Any) -> Measurements:
+            self.tried.append(len(ids))
+            if len(ids) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return measured(instrument, ids, *args)
+
+        monkeypatch.setattr(measuring, "_measured", limited)
+
+
+def test_batches_are_halved_until_they_fit(
+    whole: Measurements, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory, done = Memory(1, monkeypatch), list[int]()
+    found = measured(4, progress=done.append)
+    assert memory.tried == [3, 1, 1, 1, 1, 1]
+    assert found.batch_size == 1
+    assert sum(done) == BLOCKS
+    assert difference(found, whole) < 1e-11
+    assert "memory ran out at 3 blocks a batch; going on with 1" in caplog.text
+
+
+def test_memory_for_not_even_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    Memory(0, monkeypatch)
+    with pytest.raises(InvalidInputError, match="memory ran out at 1 block of 8 tokens; allowed"):
+        measured(2)
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Measurements:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(measuring, "_measured", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        measured(2)
+
+
+def test_summaries_equal_those_of_one_batch(whole: Measurements) -> None:
+    found, wanted = summarise(measured(2)), summarise(whole)
+    assert found["curve"]["all"]["q25"] == pytest.approx(wanted["curve"]["all"]["q25"], abs=1e-11)
+    quartile = torch.cat(whole.variation, 1).quantile(0.75, dim=-1)
+    assert wanted["curve"]["all"]["q75"] == pytest.approx(quartile.tolist(), abs=1e-12)

@@ -1,0 +1,65 @@
+"""tokens.jsonl: each line against what the curve of its own block says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import softtrace
+from softtrace.data import evenly, pack, read_documents
+from softtrace.evaluation.early_exit import exit_agreement, exit_layers
+from softtrace.evaluation.evaluate import evaluate
+from softtrace.load import load_model, load_tokenizer
+from tests.corpus import write_model, write_tree
+
+
+def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:
+    agreement = torch.tensor(
+        [
+            [True, False, True, False, False],
+            [True, True, False, False, True],
+            [True, True, True, False, False],
+            [True, True, True, True, True],
+        ]
+    )
+    assert exit_layers(agreement).tolist() == [1, 2, 3, 4, 4]
+
+
+def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
+    model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    density = evaluate(
+        str(model), str(text), str(tmp_path / "out"), block_size=12, blocks=5, batch_size=2,
+        extra_blocks=0, device="cpu", per_token=True,
+    )  # fmt: skip
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "tokens.jsonl").read_text("utf-8").splitlines()
+    ]
+    tokenizer, network = load_tokenizer(model), load_model(model).eval()
+    blocks = evenly(pack(read_documents(text), tokenizer, 12), 5)
+    places = [(line["sequence"], line["position"]) for line in lines]
+    assert places == [(row, at) for row in range(5) for at in range(6, 11)]
+    assert len(lines) == density["tokens"]
+    instrument = softtrace.attach(network)
+    for row in range(5):
+        ids = blocks[row : row + 1]
+        curve = softtrace.density_curve(network, ids)
+        recording = instrument.record(ids, keep_hidden=True)
+        logs = recording.logits.log_softmax(-1)[0].detach()
+        agreed = exit_agreement(instrument, recording)[:, 0]
+        for line in (line for line in lines if line["sequence"] == row):
+            at, own = line["position"], int(ids[0, line["position"]])
+            after = int(ids[0, at + 1])
+            assert (line["token_id"], line["token"]) == (own, tokenizer.decode([own]))
+            assert (line["next_id"], line["next"]) == (after, tokenizer.decode([after]))
+            assert line["loss"] == pytest.approx(-float(logs[at, after]), abs=1e-5)
+            assert line["entropy"] == pytest.approx(float(curve.entropy[0, at]), abs=1e-5)
+            assert line["area"] == pytest.approx(float(curve.area()[0, at]), abs=1e-5)
+            assert line["size_at_tv_0.2"] == pytest.approx(float(curve.size_at(0.2)[0, at]), 1e-4)
+            layer = line["exit_layer"]
+            assert bool(agreed[layer - 1 :, at].all())
+            assert layer == 1 or not agreed[layer - 2, at]
+    assert len({line["exit_layer"] for line in lines}) > 1

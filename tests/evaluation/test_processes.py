@@ -1,0 +1,82 @@
+"""Real processes: the numbers are those of one, to the bit, however the blocks divide."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation.parts import FOLDER
+from softtrace.evaluation.processes import Processes
+from tests.corpus import write_model, write_tree
+from tests.evaluation.test_parts import OPTIONS, contents
+from tests.processes import script_environment
+
+LIMIT = 200  # seconds
+
+
+def launch(count: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """``softtrace evaluate`` as torchrun starts it; ``accelerate launch`` does the same on GPUs."""
+    several = ("torch.distributed.run", "--nproc_per_node", str(count), "--standalone", "-m")
+    launcher = several if count > 1 else ()
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "softtrace.cli", "evaluate", *words],
+        # MKL rounds by where memory lies, unless told otherwise
+        env={**script_environment(), "MKL_CBWR": "COMPATIBLE"}, capture_output=True, text=True,
+        timeout=LIMIT,
+    )  # fmt: skip
+
+
+def words_of(model: Path, text: Path, out: Path) -> list[str]:
+    options = {**OPTIONS, "model": model, "data": text, "out": out}
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where model, text and the results of one process are."""
+    root = tmp_path_factory.mktemp("one")
+    write_model(root / "model")
+    write_tree(root / "text")
+    done = launch(1, words_of(root / "model", root / "text", root / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 5], ids=["equal shares", "one has more", "one has none"])
+def test_processes_equal_one(one: Path, tmp_path: Path, count: int) -> None:
+    done = launch(count, words_of(one / "model", one / "text", tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(tmp_path / "out") == contents(one / "out")
+    assert f'"processes": {count}' in (tmp_path / "out" / "density.json").read_text("utf-8")
+    assert not (tmp_path / "out" / FOLDER).exists()
+    assert done.stdout.count("written to") == 1
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_ends_all(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    done = launch(2, words_of(model, tmp_path / "nothing", tmp_path / "out"))
+    assert done.returncode != 0
+    assert "no such file or folder" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_leaves_no_state_of_accelerate() -> None:
+    from accelerate.state import PartialState
+
+    before = dict(PartialState._shared_state)
+    alone = Processes("cpu")
+    alone.wait()
+    assert alone.from_main(lambda: 3) == 3
+    assert (alone.count, alone.index, alone.main) == (1, 0, True)
+    assert PartialState._shared_state == before
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(InvalidInputError, match="device: found 'abacus'"):
+        Processes("abacus")

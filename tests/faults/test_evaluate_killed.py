@@ -1,0 +1,59 @@
+"""Real evaluations that are killed: what is left is whole, and resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softtrace.evaluation.parts import FOLDER
+from tests.corpus import write_model, write_tree
+from tests.evaluation.test_parts import contents
+from tests.evaluation.test_processes import words_of
+from tests.processes import ROOT, script_environment
+
+pytestmark = pytest.mark.slow
+
+#: dies at the third rename of a file that was written: two parts are there, and half a name
+KILLED = """
+import os, signal, sys
+from softtrace import cli
+from softtrace.evaluation import files
+
+renamed, rename = [], os.replace
+
+def replace(*paths):
+    renamed.append(paths)
+    if len(renamed) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*paths)
+
+files.os = type("Os", (), {**vars(os), "replace": staticmethod(replace)})
+sys.exit(cli.main(["evaluate", *sys.argv[2:]]))
+"""
+
+
+def run(at: int, words: list[str]) -> int:
+    """Exit status of an evaluation that is killed at its ``at``-th rename."""
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, str(at), *words], cwd=ROOT, timeout=120,
+        env={**script_environment(), "MKL_CBWR": "COMPATIBLE"}, stdout=subprocess.DEVNULL,
+    ).returncode  # fmt: skip
+
+
+# 4 parts, tokens.jsonl, density.json
+@pytest.mark.parametrize(("at", "parts"), [(3, 2), (6, 4)], ids=["a part", "density.json"])
+def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path, at: int, parts: int) -> None:
+    model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    assert run(0, words_of(model, text, tmp_path / "straight")) == os.EX_OK
+    words = words_of(model, text, tmp_path / "out")
+    assert run(at, words) == -signal.SIGKILL
+    assert len(list((tmp_path / "out" / FOLDER).glob("part-*.safetensors"))) == parts
+    assert not (tmp_path / "out" / "density.json").exists()
+    assert run(0, [*words, "--resume", "true"]) == os.EX_OK
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert not (tmp_path / "out" / FOLDER).exists()
