@@ -57,7 +57,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def straight(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("straight")
     evaluation.evaluate(*sources, str(out), **OPTIONS)
-    assert sorted(file.suffix for file in out.iterdir()) == [".json", ".jsonl", *[".png"] * 4]
+    written = sorted(file.suffix for file in out.iterdir())
+    assert written == [".html", ".json", ".jsonl", *[".png"] * 4]
     return out
 
 
