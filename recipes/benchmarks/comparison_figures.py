@@ -18,7 +18,7 @@ def read(name: str) -> dict[str, Any]:
 
 def cost() -> str:
     """Time and memory of a step with each method's loss, by size of the model."""
-    names = ("peers-cost", "peers-large-cost", "peers-107m-cost")
+    names = ("peers-cost", "peers-107m-cost")
     results = [read(f"{name}.json") for name in names]
     head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
     lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
@@ -69,7 +69,7 @@ def _peers(name: str) -> str:
         bold = "**" if method == "softtrace" else ""
         lines.append(f"| {bold}{method}{bold} | {' | '.join(cells)} |")
     settings, runs = result["settings"], result["runs"]
-    seeds = {m: len({r["seed"] for r in runs if r["method"] == m}) for m in result["at_budget"]}
+    seeds = {method: _whole_seeds(runs, method) for method in result["at_budget"]}
     counts = ", ".join(f"{m} {n}" for m, n in seeds.items())
     where = [run.get("hardware", result["hardware"]).partition(",")[0] for run in runs]
     machines = dict.fromkeys(where)
@@ -87,6 +87,14 @@ def _peers(name: str) -> str:
     return "\n".join(lines)
 
 
+def _whole_seeds(runs: list[dict[str, Any]], method: str) -> int:
+    """Seeds that every strength of a method was run with."""
+    of = [(run["strength"], run["seed"]) for run in runs if run["method"] == method]
+    return min(
+        sum(strength == each for each, _ in of) for strength in {strength for strength, _ in of}
+    )
+
+
 def peers() -> str:
     """The comparison at the shipped model's size."""
     return _peers("peers")
@@ -95,6 +103,56 @@ def peers() -> str:
 def peers_large() -> str:
     """The comparison at a larger one."""
     return _peers("peers-large")
+
+
+def decoding_large() -> str:
+    """Self-speculation of a larger model, by what it was fine-tuned with."""
+    trained = read("drafting-107m.json")
+    runs = {run["method"]: run for run in trained["runs"]}
+    names = {"8th": "softtrace, default", **{name: name for name in runs if "drafting" in name}}
+    lines = [
+        "| fine-tuned with | held-out loss | size, easy | exits agree, easy | exit layer, "
+        "draft tokens | accepted | tokens/s over plain decoding, GPU | CPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    files = {
+        name: {
+            kind: read(f"decoding-107m-{name.replace(' ', '-')}-{kind}.json")
+            for kind in ("gpu", "cpu")
+        }
+        for name in names
+    }
+    first = next(iter(names))
+    rows = [("plain", "plain", first), *((name, "penalty", name) for name in names)]
+    for name, arm, source in rows:
+        run, plain = runs[name], runs["plain"]
+        found = {kind: files[source][kind][arm] for kind in ("gpu", "cpu")}
+        gains = {kind: each["loops"]["direct"] for kind, each in found.items()}
+        speeds = (
+            "{median:.2f} ({q25:.2f} to {q75:.2f})".format(**gains[kind]["speedup"])
+            for kind in ("gpu", "cpu")
+        )
+        lines.append(
+            f"| {names.get(name, 'nothing added')} | {run['loss'] / plain['loss'] - 1:+.2%} | "
+            f"{run['size_easy']:.3%} | {run['exit_easy']:.1%} | {found['gpu']['exit_layer']}, "
+            f"{found['gpu']['draft_tokens']} | {gains['gpu']['acceptance']:.1%} | "
+            f"{' | '.join(speeds)} |"
+        )
+    every = [each[arm] for of in files.values() for each in of.values() for arm in each
+             if arm in ("plain", "penalty")]  # fmt: skip
+    same = min(loop["identical"] for arm in every for loop in arm["loops"].values())
+    settings, gpu = trained["settings"], files[first]["gpu"]
+    lines.append(
+        f"\n{settings['model']} (16 layers) on {settings['data']}'s source, one seed, "
+        f"{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} tokens; "
+        f"{gpu['plain']['prompts']} prompts, {gpu['plain']['new_tokens']} tokens written for each; "
+        f"`softtrace.decoding.speculate`, float32, prompt by prompt in turns, medians and "
+        f"quartiles; {same:.0%} of the texts are identical to plain decoding's; {gpu['hardware']} "
+        f"and {files[first]['cpu']['hardware']}, six such measurements at a time "
+        "([decoding.py](benchmarks/decoding.py), [drafting-107m.json](benchmarks/"
+        "drafting-107m.json), decoding-107m-*.json)."
+    )
+    return "\n".join(lines)
 
 
 def search() -> str:

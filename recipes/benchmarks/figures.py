@@ -13,6 +13,7 @@ import torch
 from comparison_figures import (
     HERE,
     cost,
+    decoding_large,
     peers,
     peers_large,
     read,
@@ -314,7 +315,15 @@ def metric_parity() -> str:
 
 PAGES = {
     "README.md": (quickstart, effect, tracing, decoding, metric_parity, families, sizes),
-    "recipes/README.md": (cost, dials, side_effects, exactness, peers, peers_large),
+    "recipes/README.md": (
+        cost,
+        dials,
+        side_effects,
+        exactness,
+        peers,
+        peers_large,
+        decoding_large,
+    ),
     "recipes/benchmarks/LOG.md": (search, search_exits, search_seldom),
 }
 
