@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.files import atomic_path, check_output, prepare_output, write_json
+from softtrace.evaluation.files import (
+    atomic_path,
+    check_output,
+    finite,
+    prepare_output,
+    write_json,
+)
 
 
 def test_writes_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -63,3 +72,27 @@ def test_output_folders(tmp_path: Path) -> None:
     assert (new / "x").read_text() == "x"
     with pytest.raises(OutputExistsError, match="found a file"):
         prepare_output(new / "x", overwrite=True)
+
+
+_LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.recursive(
+        _LEAVES, lambda each: st.lists(each) | st.dictionaries(st.text(), each), max_leaves=30
+    )
+)
+def test_json_says_what_was_given_whatever_it_is(obj: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder, "a.json"), obj)
+        text = Path(folder, "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == finite(obj)
+
+
+def test_a_list_of_numbers_is_one_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"n": [1, -2.5e-7, float("nan")], "of": [[1], ["[\n 1\n]"]]})
+    lines = (tmp_path / "a.json").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == ' "n": [1, -2.5e-07, null],'
+    assert lines[3] == "  [1],"
+    assert json.loads("\n".join(lines))["of"] == [[1], ["[\n 1\n]"]]

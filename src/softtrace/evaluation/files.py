@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from softtrace.errors import OutputExistsError
+
+_NUMBER = r"(?:-?[0-9][0-9.eE+-]*|null)"
+# Inside a string of JSON there is no line break, so this finds lists alone.
+_NUMBERS = re.compile(rf"\[\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
 
 
 @contextmanager
@@ -38,9 +43,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_json(path: Path | str, obj: Any) -> None:
-    """Write ``obj`` as JSON (UTF-8) atomically; NaN and infinity, which JSON lacks, become null."""
+    """Write ``obj`` as JSON (UTF-8) atomically; NaN and infinity, which JSON lacks, become null.
+
+    A list of numbers is one line.
+    """
     # Serialise first: an object that is not JSON must not get as far as a file.
     text = json.dumps(finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    text = _NUMBERS.sub(lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
