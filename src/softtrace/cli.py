@@ -1,4 +1,4 @@
-"""The ``softtrace`` command: fit, evaluate, study, compare, decode-bench, inspect."""
+"""The ``softtrace`` command: fit, evaluate, study, compare, decode-bench, card, inspect."""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ class ExitDraw:
     """Which tokens of a batch are read early.
 
     Attributes:
-        places: ``[n]`` int64 numbers into ``[B·T]``, each at most once.
+        places: ``[n]`` int64 numbers into ``[B·T]``, each used at most once; where not used, one
+            of those that are.
         depths: ``[n]`` int64, after how many layers, ascending, **on the CPU**.
         used: ``[n]`` bool, which of them take part.
     """
@@ -134,6 +135,7 @@ def draw_exits(
     first = (~there).byte().sort(stable=True).indices[:count]  # who counts, in random order
     wanted = (share * there.sum()).round().clamp(min=1)
     used = there.index_select(0, first) & (torch.arange(count, device=device) < wanted)
+    first = torch.where(used, first, first[:1])  # what nobody counts is not even looked at
     ascending = _sent(ascending, device)
     chosen = order.index_select(0, first).index_select(0, ascending)
     return ExitDraw(chosen, depths, used.index_select(0, ascending))

@@ -14,6 +14,7 @@ from softtrace.families.norms import LinearNorm
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import Instrument, attach
 from softtrace.load import load_model
+from softtrace.placement import device_of_module
 from softtrace.trace import edge_counts
 
 _LENGTH = 128
@@ -60,7 +61,7 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
     network, anatomy = instrument.model, instrument.anatomy
     check_length(length, anatomy.positions, "length")
     names = {id(module): name for name, module in network.named_modules()}
-    device = next(network.parameters()).device
+    device = device_of_module(network)
     ids = torch.arange(length, device=device)[None] % anatomy.vocabulary
     recording = instrument.record(ids, keep_attention=False)
     counts = edge_counts(recording.importance.existing())[0, -1].sum(0).tolist()

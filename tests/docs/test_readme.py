@@ -96,7 +96,7 @@ def test_the_pages_are_read() -> None:
     assert len(BLOCKS) >= 7
     assert len(python_blocks(TUTORIAL)) == 3
     shown = {words.values[0][0] for words in LINES}
-    assert shown >= {"fit", "evaluate", "compare", "decode-bench", "inspect", "card"}
+    assert shown >= {"fit", "evaluate", "compare", "decode-bench", "inspect", "card", "study"}
 
 
 @pytest.mark.parametrize("words", LINES)
@@ -117,6 +117,8 @@ EXTRA = {
             "--trainer.accelerator", "cpu", "--monitor_every", "2", "--model.learning_rate", "0.01",
             "--trainer.enable_progress_bar", "false"],
     "evaluate": ["--block_size", "16", "--blocks", "4", "--extra_blocks", "1", "--device", "cpu"],
+    "study": ["--block_size", "32", "--blocks", "4", "--lengths", "[8]", "--targets", "1",
+              "--resamples", "50", "--device", "cpu"],
     "decode-bench": ["--prompts", "2", "--prompt_tokens", "8", "--new_tokens", "8", "--rounds", "1",
                      "--device", "cpu"],
     "inspect": ["--length", "16"],

@@ -66,12 +66,55 @@ def test_what_one_process_refuses_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+FAILING = """
+import sys
+from softtrace.errors import DataError, SofttraceError
+from softtrace.evaluation.processes import Processes
+
+processes, failing = Processes("cpu"), int(sys.argv[1])
+
+def work():
+    if processes.index == failing:
+        raise DataError("this one cannot")
+    return processes.index
+
+assert processes.from_main(lambda: 5) == 5
+for way in (processes.together, processes.from_main):
+    if way == processes.from_main and failing:
+        continue
+    try:
+        way(work)
+    except SofttraceError as error:
+        print(processes.index, error, flush=True)
+    else:
+        raise AssertionError("nobody said a word")
+assert processes.together(lambda: 7) == 7  # and all can still talk
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_nobody_waits_for_a_process_that_failed(tmp_path: Path, failing: int) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+         str(script), str(failing)],
+        env=script_environment(), capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ways = 1 if failing else 2
+    assert done.stdout.count(f"{failing} this one cannot") == ways
+    assert done.stdout.count(f"{1 - failing} 1 of 2 processes failed") == 1
+    assert done.stdout.count("1 the main process failed: this one cannot") == ways - 1
+
+
 def test_one_process_leaves_no_state_of_accelerate() -> None:
     from accelerate.state import PartialState
 
     before = dict(PartialState._shared_state)
     alone = Processes("cpu")
-    alone.wait()
+    assert alone.together(lambda: 4) == 4
     assert alone.from_main(lambda: 3) == 3
     assert (alone.count, alone.index, alone.main) == (1, 0, True)
     assert PartialState._shared_state == before

@@ -134,6 +134,19 @@ def test_a_file_from_before_there_was_text_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "missing", ["command", "versions", "hardware", "created", "seconds", "data/path", "samples"]
+)
+def test_a_file_that_does_not_say_how_it_was_made_is_shown(tmp_path: Path, missing: str) -> None:
+    density = {**synthetic_density(), "samples": synthetic_samples(), "seconds": 3.0}
+    *outer, key = missing.split("/")
+    del (density[outer[0]] if outer else density)[key]
+    path = write_run(tmp_path / "run", density)
+    page = page_of([load_density(path)], tmp_path)
+    assert "How it was made" in page.text
+    assert "Undefined" not in page.text
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"texts": []}, "'samples/texts', expected a list that is not empty"),

@@ -31,6 +31,7 @@ from softtrace.evaluation.files import prepare_output, write_json
 from softtrace.evaluation.identity import blocks_identity, settings_of
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.parts import Part, Parts, check_parts_output, plan
+from softtrace.evaluation.per_token import NAME as TOKENS
 from softtrace.evaluation.per_token import write_tokens
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.processes import Processes, device_of
@@ -160,25 +161,28 @@ def evaluate(
     planned = plan(len(chosen), batch_size)
     missing = [part for part in planned if part not in finished]
     name = Path(model).name
-    with tempfile.TemporaryDirectory() as offload_folder:
-        options = device_map_options(device_map, max_memory, processes.device, offload_folder)
-        network = load_model(model, dtype=dtype, **options)
-        network.eval()  # type: ignore[no-untyped-call]
-        if device_map is None:
-            network.to(processes.device)  # type: ignore[arg-type]
-        size = parts.batch_size(finished) if finished else batch_size
-        own = missing[processes.index :: processes.count]
-        size = _measure_parts(network, chosen, parts, own, size, min_context, extra_blocks, name,
-                              quiet=not processes.main)  # fmt: skip
-        described = {
-            "model": _describe(network, model),
-            "samples": text_samples(
-                network, load_tokenizer(model), chosen, min_context=min_context, batch_size=size
-            )
-            if processes.main
-            else None,
-        }
-    processes.wait()
+
+    def measured() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
+            options = device_map_options(device_map, max_memory, processes.device, offload_folder)
+            network = load_model(model, dtype=dtype, **options)
+            network.eval()  # type: ignore[no-untyped-call]
+            if device_map is None:
+                network.to(processes.device)  # type: ignore[arg-type]
+            size = parts.batch_size(finished) if finished else batch_size
+            own = missing[processes.index :: processes.count]
+            size = _measure_parts(network, chosen, parts, own, size, min_context, extra_blocks,
+                                  name, quiet=not processes.main)  # fmt: skip
+            if not processes.main:
+                return {}
+            return {
+                "model": _describe(network, model),
+                "samples": text_samples(
+                    network, load_tokenizer(model), chosen, min_context=min_context, batch_size=size
+                ),
+            }
+
+    described = processes.together(measured)
 
     def finish() -> dict[str, Any]:
         found = parts.read(planned)
@@ -196,9 +200,12 @@ def evaluate(
         folder = prepare_output(out, overwrite=True)  # it was checked before the parts came
         if per_token:
             write_tokens(folder, parts, planned, chosen, min_context, load_tokenizer(model))
+        else:
+            (folder / TOKENS).unlink(missing_ok=True)  # of an evaluation that is overwritten
         write_json(folder / "density.json", density)
         write_plots([(name, density)], folder)
         _write_report(folder, base)
+        del found  # it maps the files
         parts.remove()
         print(density_table(density))
         print(f"\nwritten to {folder}/: density.json, plots and report.html")

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils.operations import broadcast_object_list
 
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, SofttraceError
 
 T = TypeVar("T")
 
@@ -67,17 +67,50 @@ class Processes:
         """Whether this is the process that reads the text and writes the results."""
         return self.index == 0
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
-
     def from_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives on the main process, on all of them."""
-        made = [make() if self.main else None]
-        if self._state is not None:
-            broadcast_object_list(made)
-        return cast("T", made[0])
+        """What ``make`` gives on the main process, on all of them.
+
+        Raises:
+            SofttraceError: on every process, if it failed on the main one.
+        """
+        if self._state is None:
+            return make()
+        made, failure = self._attempt(make) if self.main else (None, None)
+        sent = [made, None if failure is None else str(failure)]
+        broadcast_object_list(sent)
+        if failure is not None:
+            raise failure
+        if sent[1] is not None:
+            raise SofttraceError(f"the main process failed: {sent[1]}")
+        return cast("T", sent[0])
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on this process, once it has ended well on all of them.
+
+        Nobody waits for a process that failed.
+
+        Raises:
+            SofttraceError: on those that did not fail, if another one did.
+        """
+        if self._state is None:
+            return work()
+        made, failure = self._attempt(work)
+        failed = torch.tensor([int(failure is not None)], device=self.device)
+        torch.distributed.all_reduce(failed)
+        if failure is not None:
+            raise failure
+        if int(failed):
+            raise SofttraceError(
+                f"{int(failed)} of {self.count} processes failed; see their errors"
+            )
+        return cast("T", made)
+
+    @staticmethod
+    def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:  # whatever it is: the others wait to hear of it
+            return None, error
 
 
 def _leave() -> None:

@@ -21,6 +21,7 @@ from softtrace.evaluation.early_exit import exit_agreement, exit_layers
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
 from softtrace.masks import hard_masks
+from softtrace.placement import device_of_module
 from softtrace.recording import Recording
 from softtrace.trace import edge_counts, total_edges
 
@@ -60,7 +61,7 @@ def text_samples(
         ``full`` and ``top`` are the 5 most likely tokens, each with its probability.
     """
     instrument = attach(model)
-    device = next(model.parameters()).device
+    device = device_of_module(model)
     rows = evenly(torch.arange(len(blocks)), MOST_BLOCKS)
     explained = slice(min_context, min(blocks.shape[1] - 1, min_context + MOST_TOKENS // len(rows)))
     known = slice(max(0, min_context + 1 - _CONTEXT), min_context + 1)

@@ -48,6 +48,7 @@ from softtrace.evaluation.unigram import Unigrams, count_unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
+from softtrace.placement import device_of_module
 
 STUDY_VERSION = 1
 
@@ -303,7 +304,7 @@ def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
 
 def _described(network: Any) -> dict[str, Any]:
     config, anatomy = network.config, attach(network).anatomy
-    device = next(network.parameters()).device
+    device = device_of_module(network)
     with torch.no_grad():
         logits = network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits
     return {

@@ -20,6 +20,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.evaluation.unigram import Unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import Instrument, attach
+from softtrace.placement import device_of_module
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; 1e-2, where construction ends, is the thirteenth."""
@@ -143,7 +144,7 @@ def read_model(
         progress: called with the number of sequences and windows that were run.
     """
     instrument = attach(model)
-    device = next(model.parameters()).device
+    device = device_of_module(model)
     explained = slice(first, blocks.shape[1] - 1)
     tokens: list[Computation] = []
     sums: list[tuple[Tensor, ...]] = []
