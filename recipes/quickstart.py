@@ -63,6 +63,7 @@ def main() -> None:
             *("--model.learning_rate", 1e-3, "--trainer.max_steps", args.steps),
             *("--data.batch_size", 16, "--data.held_out_share", 0.1),
             *("--trainer.limit_val_batches", 0, "--penalty.strength", strength),
+            *("--card_blocks", 0),  # evaluate measures more of them
         )
     for name in STRENGTHS:
         softtrace(

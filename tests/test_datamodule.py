@@ -287,8 +287,8 @@ def test_ranks_see_their_own_shares_and_resume_exactly(corpus: Path, tmp_path: P
         ]
         assert len(shares[0]) == len(shares[1]) == 11
         assert not shares[0] & shares[1]
-    # Three batches an epoch and rank: after the first, after a whole epoch, and beyond.
-    for step in (1, 3, 5):
+    # Three batches an epoch and rank: inside the first, and after it.
+    for step in (1, 3):
         ckpt_path = tmp_path / "straight" / f"step={step}.ckpt"
         resumed = fit_in_two_processes(corpus, tmp_path / f"resumed{step}", ckpt_path)
         for rank in range(2):

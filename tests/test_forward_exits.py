@@ -336,8 +336,27 @@ def test_draws_of_exits_are_pure_apart_and_stratified(
     assert abs(int(used.sum()) - min(real, max(1, share * real))) <= 0.5 + 1e-3
     assert low <= depths[0] <= depths[-1] <= low + more
     assert torch.equal(depths, depths.sort().values)
-    each = depths.bincount(minlength=low + more + 1)[low:]
-    assert (each - len(places) / (more + 1)).abs().max() < 2
+    for each in (depths, depths[used]):
+        if len(each):
+            found = each.bincount(minlength=low + more + 1)[low:]
+            assert (found - len(each) / (more + 1)).abs().max() < 3
+
+
+def test_padding_changes_no_draw() -> None:
+    real = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.7
+    padded = torch.zeros(5, 51, dtype=torch.bool)
+    padded[1:4, 7:47] = real
+    for step in range(20):
+        small, large = (
+            draw_exits(seed=1, step=(step, 0), rank=0, counted=each, share=0.3, bounds=(2, 9))
+            for each in (real, padded)
+        )
+        pairs = []
+        for drawn, width, row, column in ((small, 40, 0, 0), (large, 51, 1, 7)):
+            places, depths = drawn.places[drawn.used], drawn.depths[drawn.used]
+            found = [(p // width - row, p % width - column) for p in places.tolist()]
+            pairs.append(sorted(zip(found, depths.tolist(), strict=True)))
+        assert pairs[0] == pairs[1]
 
 
 def test_tokens_of_a_padded_batch_are_read_at_all_depths_and_all_get_their_turn() -> None:

@@ -192,7 +192,9 @@ def test_options_from_yaml_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     # As Lightning saves it next to a run: defaults are spelled out, and it can be read again.
     cli.parser.save(cli.config, saved)
     text = saved.read_text(encoding="utf-8")
-    assert all(f"      {field.name}:" in text for field in fields(DensityOptions))
+    # what the device decides is left to it
+    named = [f.name for f in fields(DensityOptions) if getattr(CONFIGURED, f.name) is not None]
+    assert all(f"      {name}:" in text for name in named)
     cli = command_line(monkeypatch, f"--config={saved}")
     assert penalty_of(cli).options == CONFIGURED
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it fill [0, 1) evenly, however many they are
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -116,29 +118,34 @@ def draw_exits(
     """Choose tokens of a batch for early exits, and after how many layers each is read.
 
     Nothing is read from the device, which would have to wait for all that was given to it before:
-    ``n`` follows from the shape alone, and where fewer tokens count the rest is not used.
+    ``n`` follows from the shape alone, and where fewer tokens count the rest is not used. What is
+    used depends on the tokens that count alone, not on the padding around them.
 
     Args:
         seed, step, rank: see :func:`draw`.
         counted: ``[B, T]`` bool, tokens that take part.
         share: of them that are chosen, in (0, 1]; at least one, if any counts.
-        bounds: smallest and largest number of layers, both included; depths are stratified.
+        bounds: smallest and largest number of layers, both included; those of any number of tokens
+            are spread evenly.
     """
     generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank, 1))
     total, device = counted.numel(), counted.device
     count = max(1, round(share * total))
-    order = _sent(torch.randperm(total, generator=generator, device="cpu"), device)
+    # First what does not depend on the shape; of the keys a smaller batch has the first ones.
+    start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+    keys = _sent(torch.rand(total, generator=generator, device="cpu"), device)
     low, high = bounds
-    drawn = low + ((high - low + 1) * _stratified(count, generator)).long()
-    depths, ascending = drawn.clamp(max=high).sort(stable=True)
-    there = counted.flatten().index_select(0, order)
-    first = (~there).byte().sort(stable=True).indices[:count]  # who counts, in random order
+    spread = (start + _GOLDEN * torch.arange(count, device="cpu")) % 1
+    depths = (low + ((high - low + 1) * spread).long()).clamp(max=high)
+    depths, ascending = depths.sort(stable=True)
+    ascending = _sent(ascending, device)
+    there = counted.flatten()
+    key = torch.where(there, keys[(there.cumsum(0) - 1).clamp_min(0)], 2.0)
+    first = key.sort(stable=True).indices[:count]  # who counts, in random order
     wanted = (share * there.sum()).round().clamp(min=1)
     used = there.index_select(0, first) & (torch.arange(count, device=device) < wanted)
     first = torch.where(used, first, first[:1])  # what nobody counts is not even looked at
-    ascending = _sent(ascending, device)
-    chosen = order.index_select(0, first).index_select(0, ascending)
-    return ExitDraw(chosen, depths, used.index_select(0, ascending))
+    return ExitDraw(first.index_select(0, ascending), depths, used.index_select(0, ascending))
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -45,15 +45,24 @@ def run(at: int, words: list[str]) -> int:
     ).returncode  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where model, text and the results of a run that nobody killed are."""
+    root = tmp_path_factory.mktemp("straight")
+    model, text = write_model(root / "model"), write_tree(root / "text")
+    assert run(0, words_of(model, text, root / "out")) == os.EX_OK
+    return root
+
+
 # 4 parts, tokens.jsonl, density.json
 @pytest.mark.parametrize(("at", "parts"), [(3, 2), (6, 4)], ids=["a part", "density.json"])
-def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path, at: int, parts: int) -> None:
-    model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
-    assert run(0, words_of(model, text, tmp_path / "straight")) == os.EX_OK
-    words = words_of(model, text, tmp_path / "out")
+def test_a_killed_evaluation_goes_on_to_the_same_bits(
+    straight: Path, tmp_path: Path, at: int, parts: int
+) -> None:
+    words = words_of(straight / "model", straight / "text", tmp_path / "out")
     assert run(at, words) == -signal.SIGKILL
     assert len(list((tmp_path / "out" / FOLDER).glob("part-*.safetensors"))) == parts
     assert not (tmp_path / "out" / "density.json").exists()
     assert run(0, [*words, "--resume", "true"]) == os.EX_OK
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(straight / "out")
     assert not (tmp_path / "out" / FOLDER).exists()

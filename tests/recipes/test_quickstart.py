@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_quickstart_writes_what_it_says(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "recipes" / "quickstart.py", "--out", tmp_path / "out"]
     command += ["--steps", "2", "--blocks", "2", "--keep", tmp_path / "kept"]
-    for _ in range(2):  # a second run replaces the first
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name in ("plain", "compare"):  # of an earlier run, which this one replaces
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "density.json").write_text("old")
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert not (tmp_path / "out" / "compare" / "density.json").exists()
     assert "area under distortion" in output
     for name in ("plain", "penalty"):
         density = json.loads((tmp_path / "out" / name / "density.json").read_text())
