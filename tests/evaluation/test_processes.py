@@ -85,7 +85,7 @@ for way in (processes.together, processes.from_main):
     try:
         way(work)
     except SofttraceError as error:
-        print(processes.index, error, flush=True)
+        print(f"{processes.index} {error}\\n", end="", flush=True)  # one write: none comes between
     else:
         raise AssertionError("nobody said a word")
 assert processes.together(lambda: 7) == 7  # and all can still talk
