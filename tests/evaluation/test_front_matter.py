@@ -58,6 +58,7 @@ def test_a_tag_joins_its_list(before: str, after: str, line: str) -> None:
         "datasets: &d [a]\ntags: *d\n",
         "tags:\n-\n  code\n",
         "tags: [a]\ntags: [b]\n",
+        "<<: {tags: [a]}\n",
     ],
 )
 def test_lists_that_cannot_be_added_to_stay(before: str) -> None:
