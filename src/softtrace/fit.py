@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils.memory import clear_device_cache
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -295,13 +296,27 @@ class FitCLI(LightningCLI):
             blocks = evenly(held_out, wanted)[:, :_MEASURED]
             split = f"held out, share {self.datamodule.held_out_share:g}"
             device = self.trainer.strategy.root_device
+            self._forget_training()
             own = measured(model.to(device), blocks, split)  # type: ignore[arg-type]
             model.to("cpu")  # type: ignore[arg-type]
+            clear_device_cache()
             base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
             base.to(device)  # type: ignore[arg-type]
             write_density(self.out, own, measured(base, blocks, split))
-        except (SofttraceError, RuntimeError, OSError) as reason:  # the weights are safe already
-            logger.warning("the model card lacks what could not be measured: %s", reason)
+        # The weights are safe already. A MemoryError says nothing but its name.
+        except (SofttraceError, RuntimeError, OSError, ValueError, MemoryError) as reason:
+            kind = type(reason).__name__
+            logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
+
+    def _forget_training(self) -> None:
+        """Let go of gradients, which move with a model, and of optimisers' states: two more models.
+
+        Lightning has moved the states to main memory by now, where the base comes too.
+        """
+        strategy = self.trainer.strategy
+        strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        self.model.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
 
     def _recommend_exit(self, model: PreTrainedModel) -> None:
         """Write into the model's config which early exit should decode it fastest."""

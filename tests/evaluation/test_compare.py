@@ -100,6 +100,27 @@ def test_load_accepts_switched_off_parts(tmp_path: Path) -> None:
     assert load_density(write_run(tmp_path, density))["topology"] is None
 
 
+@pytest.mark.parametrize("bounds", [None, {}, {"area_all": [0.1, 0.2], "loss_all": [None, None]}])
+def test_load_accepts_intervals(tmp_path: Path, bounds: dict[str, Any] | None) -> None:
+    density = {**synthetic_density(), "intervals": bounds}
+    assert load_density(write_run(tmp_path, density))["intervals"] == bounds
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([1, 2], "found list for 'intervals', expected an object"),
+        ({"area_all": 0.1}, "found float for 'intervals/area_all', expected a list"),
+        ({"area_all": ["a", "b"]}, "found 'a' for 'intervals/area_all'"),
+        ({"area_all": [0.1]}, "found 1 numbers for 'intervals/area_all', expected 2"),
+    ],
+)
+def test_load_names_damaged_intervals(tmp_path: Path, bounds: object, message: str) -> None:
+    density = {**synthetic_density(), "intervals": bounds}
+    with pytest.raises(DataError, match=message):
+        load_density(write_run(tmp_path, density))
+
+
 def test_compare_writes_values_and_ratios_to_the_first_run(
     runs: list[Path], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from softtrace.errors import (
 )
 from softtrace.evaluation.compare import load_density
 from softtrace.evaluation.evaluate import evaluate
+from softtrace.evaluation.table import MEASURES
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 
@@ -63,6 +64,16 @@ def test_equals_statistics_computed_by_hand(
         assert density["size_at_tv_0.2"][name] == pytest.approx(expected, rel=1e-3)
     rank = torch.corrcoef(torch.stack((_ranks(area), _ranks(entropy))))[0, 1]
     assert density["entropy_spearman"]["area"] == pytest.approx(float(rank), abs=1e-3)
+
+
+def test_numbers_lie_inside_their_intervals(density: dict[str, Any]) -> None:
+    assert len(density["intervals"]) == len(MEASURES) - 1
+    for measure in MEASURES:
+        if measure.key in density["intervals"]:
+            low, high = density["intervals"][measure.key]
+            value = measure.read(density)
+            assert value is not None
+            assert low <= value <= high, measure.key
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

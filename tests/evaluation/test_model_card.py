@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -14,18 +17,25 @@ from softtrace.cli import main
 from softtrace.errors import DataError
 from softtrace.evaluation.model_card import measured, write_density, write_settings
 from softtrace.evaluation.table import MEASURES
-from softtrace.fit import fit
+from softtrace.fit import FitCLI, fit
 from tests.corpus import write_model, write_tree
 from tests.evaluation.densities import synthetic_density, write_run
 from tests.test_fit import arguments
 from tests.tiny import tiny_model, tiny_prompt
 
-OWN = """---
+METADATA = """---
 license: mit # chosen with care
+version: 1.10
 tags:
-- code
-model_name: mine
----
+  - 'code'   # not "coding"
+model_name: "mine"
+
+# what it is for
+description: >-
+  folded over
+  two lines
+"""
+BODY = """---
 # My model
 
 Do not touch *this*.
@@ -38,20 +48,39 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def test_what_people_wrote_stays(tmp_path: Path) -> None:
+def write_both(folder: Path) -> bytes:
+    """Both sections; the page with them."""
+    write_settings(folder, OPTIONS)
+    write_density(folder, synthetic_density())
+    return (folder / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["---", "..."])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_what_people_wrote_stays(tmp_path: Path, line: str, end: str, mark: str) -> None:
     page = tmp_path / "README.md"
-    page.write_text(OWN, encoding="utf-8")
-    write_settings(tmp_path, OPTIONS)
-    write_density(tmp_path, synthetic_density())
-    once = page.read_text(encoding="utf-8")
-    assert OWN.partition("---\n# ")[2] in once
-    card = ModelCard.load(page)
-    data: Any = card.data
-    assert (data.license, data.model_name) == ("mit", "mine")
-    assert (data.library_name, data.base_model) == ("transformers", "owner/base")
-    assert data.tags == ["code", "softtrace"]
-    # again, with another strength: replaced, not repeated; nor is metadata written anew
-    page.write_text(once.replace("license: mit", "license: mit # kept") + "\nThe end.\n")
+    body = BODY.replace("---", end)
+    page.write_bytes((mark + METADATA + body).replace("\n", line).encode())
+    once = write_both(tmp_path)
+    text = once.decode().replace(line, "\n")
+    before, after = METADATA.split("model_name")
+    keys = "library_name: transformers\npipeline_tag: text-generation\nbase_model: owner/base\n"
+    own = f"{mark}{before}  - softtrace\nmodel_name{after}{keys}{body}"
+    assert text.startswith(f"{own}\n<!-- softtrace-fit -->\n")
+    assert once.count(line.encode()) == once.count(b"\n")
+    assert write_both(tmp_path) == once
+    if end == "---":
+        data: Any = ModelCard.load(page).data
+        assert (data.license, data.model_name, data.tags) == ("mit", "mine", ["code", "softtrace"])
+        assert (data.library_name, data.base_model) == ("transformers", "owner/base")
+
+
+def test_a_section_is_replaced_and_not_repeated(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(METADATA + BODY, encoding="utf-8")
+    once = write_both(tmp_path).decode()
+    page.write_text(once + "\nThe end.\n")
     write_settings(tmp_path, {**OPTIONS, "penalty": {"strength": 0.5}})
     write_density(tmp_path, synthetic_density(factor=0.5), synthetic_density())
     again = page.read_text(encoding="utf-8")
@@ -59,13 +88,8 @@ def test_what_people_wrote_stays(tmp_path: Path) -> None:
     assert again.count("## Computation density") == 1
     assert "strength: 0.5" in again
     assert "strength: 0.35" not in again
-    assert "license: mit # kept" in again
-    assert again.endswith("\nThe end.\n")
     strip = re.compile(r"<!-- (softtrace-\w+) -->.*?<!-- /\1 -->", re.DOTALL)
-    assert (
-        strip.sub("", again)
-        == strip.sub("", once).replace("license: mit", "license: mit # kept") + "\nThe end.\n"
-    )
+    assert strip.sub("", again) == strip.sub("", once) + "\nThe end.\n"
 
 
 def test_metadata_that_is_there_is_not_overruled(tmp_path: Path) -> None:
@@ -92,6 +116,15 @@ def test_paths_of_this_machine_stay_private(tmp_path: Path) -> None:
     assert "base_model" not in page
 
 
+def test_a_base_in_the_working_directory_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "base")
+    write_settings(tmp_path, {**OPTIONS, "model": {"path": "."}})
+    assert "From `base`, with" in (tmp_path / "README.md").read_text()
+
+
 def test_settings_can_be_read_back(tmp_path: Path) -> None:
     write_settings(tmp_path, OPTIONS)
     page = (tmp_path / "README.md").read_text()
@@ -106,15 +139,27 @@ def test_numbers_are_those_of_the_table_with_their_intervals(tmp_path: Path) -> 
     write_density(tmp_path, density, synthetic_density())
     page = (tmp_path / "README.md").read_text()
     assert "| area under distortion, easy tokens | lower | 0.300 | 0.150 (0.125 to 0.175) |" in page
+    assert "in brackets 95 % of 1,000 bootstrap samples of the blocks, in all of which" in page
     shown = [measure for measure in MEASURES if f"| {measure.name} |" in page]
     assert len(shown) == 7
     for measure in shown:
         assert f" {measure.format(measure.read(density))} " in page
 
 
+@pytest.mark.parametrize(
+    "bounds", [{}, {"area_easy": [None, 0.2]}, {"area_easy": [nan, nan]}, None]
+)
+def test_no_brackets_without_both_bounds(tmp_path: Path, bounds: dict[str, Any] | None) -> None:
+    write_density(tmp_path, {**synthetic_density(), "intervals": bounds})
+    page = (tmp_path / "README.md").read_text()
+    assert "| area under distortion, easy tokens | lower | 0.300 |" in page
+    assert "in brackets" not in page
+
+
 def test_measured_numbers_lie_inside_their_intervals() -> None:
     found = measured(tiny_model("llama"), tiny_prompt(16, batch=9), "held out")
     assert found["tokens"] == 9 * 7
+    assert set(found["intervals"]) == {m.key for m in MEASURES if m.unit != "correlation"}
     for measure in MEASURES:
         if measure.key in found["intervals"]:
             low, high = found["intervals"][measure.key]
@@ -122,7 +167,6 @@ def test_measured_numbers_lie_inside_their_intervals() -> None:
             assert value is not None
             assert low <= value <= high, measure.key
             assert low < high, measure.key
-    assert len(found["intervals"]) == 12
     assert found == measured(tiny_model("llama"), tiny_prompt(16, batch=9), "held out")
     alone = measured(tiny_model("llama"), tiny_prompt(16, batch=1), "held out")
     assert alone["intervals"] == {}
@@ -168,6 +212,41 @@ def test_a_card_that_cannot_be_written_costs_no_weights(
     assert "found 1 of <!-- softtrace-fit --> and 0 of" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("no room"), "OutOfMemoryError: no room"),
+        (MemoryError(), "MemoryErr"),
+    ],
+)
+def test_nothing_of_the_training_is_held_when_the_base_comes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    reason: str,
+) -> None:
+    sources = write_model(tmp_path / "base"), write_tree(tmp_path / "text")
+    cli = FitCLI(arguments(sources, tmp_path / "out"))
+    held: list[object] = []
+
+    def load(*_: object, **__: object) -> None:
+        own = {id(parameter) for parameter in cli.model.parameters()}
+        for found in gc.get_objects():
+            if issubclass(type(found), torch.optim.Optimizer):
+                first = found.param_groups[0]["params"][0]
+                held.extend([found] if id(first) in own else [])
+        held.extend(p.grad for p in cli.model.parameters() if p.grad is not None)
+        raise error
+
+    monkeypatch.setattr("softtrace.fit.load_model", load)
+    out = cli.fit()
+    assert not held
+    assert f"the model card lacks what could not be measured: {reason}" in caplog.text
+    assert (out / "model.safetensors").is_file()
+    assert "## Fine-tuned with softtrace" in (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\xfd", b"---\n- a list\n---\n", b"---\na: [\n---\n"])
 def test_a_readme_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "README.md").write_bytes(content)
@@ -186,6 +265,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     model.mkdir()
     assert main(words) == 0
     assert "| 0.300 | 0.150 |" in (model / "README.md").read_text()
+    bounds = {"area_easy": [0.125, 0.175], "loss_all": [None, None]}
+    write_run(tmp_path / "b", {**synthetic_density("penalty", 0.5), "intervals": bounds})
+    assert main(words) == 0
+    assert "| 0.300 | 0.150 (0.125 to 0.175) |" in (model / "README.md").read_text()
+    assert "| lower | 3.000 | 3.000 |" in (model / "README.md").read_text()
     other = synthetic_density()
     other["data"]["sha256"] = "f" * 64
     write_run(tmp_path / "a", other)

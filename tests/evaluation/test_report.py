@@ -94,6 +94,17 @@ def test_every_measure_is_written_out_as_it_is_in_the_file(tmp_path: Path, count
         assert "\N{MINUS SIGN}10.0 %" in page.text
 
 
+def test_intervals_stand_beside_their_numbers(tmp_path: Path) -> None:
+    plain = page_of([synthetic_density()], tmp_path)
+    assert "brackets" not in plain.text
+    density = synthetic_density("new", 0.5)
+    density["intervals"] = {"size_at_tv_0.2_easy": [0.003, 0.005], "area_easy": [None, None]}
+    page = page_of([synthetic_density(), density], tmp_path)
+    assert "0.40 % (0.30 % to 0.50 %)" in page.text
+    assert page.text.count(" to 0.50 %") == 1
+    assert "In brackets95 % of 1,000 bootstrap samples of the blocks" in page.text
+
+
 def test_nothing_is_fetched_and_no_other_script_may_run(tmp_path: Path) -> None:
     page = page_of([synthetic_density()], tmp_path)
     assert all(link.startswith("#") for link in page.links)

@@ -232,8 +232,11 @@ def draw_counts(sequences: int, resamples: int, seed: int) -> Tensor:
 
 def _interval(statistic: Statistic, counts: Tensor) -> Interval:
     rows = max(1, _PORTION // statistic.width)
-    drawn = torch.cat([statistic(part) for part in torch.split(counts, rows)])
     value = statistic(torch.ones(1, statistic.sequences, dtype=torch.float64))[0]
+    # Room beforehand: small results that stay lie between large ones that go, and the heap grows.
+    drawn = value.new_empty(len(counts), *value.shape)
+    for part, place in zip(torch.split(counts, rows), torch.split(drawn, rows), strict=True):
+        place.copy_(statistic(part))
     ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     flat = drawn.reshape(len(drawn), -1).numpy()
     found = np.full((2, flat.shape[1]), np.nan)

@@ -101,7 +101,8 @@ def load_density(path: Path | str) -> dict[str, Any]:
             f"{DENSITY_VERSION}; evaluate the model again"
         )
     problem = _problem(density, _EXPECTED, "")
-    if problem := problem or _problem(density.get("samples"), (None, _SAMPLES), "samples"):
+    problem = problem or _problem(density.get("samples"), (None, _SAMPLES), "samples")
+    if problem := problem or _interval_problem(density.get("intervals")):
         raise DataError(f"{path}: {problem}; evaluate the model again")
     return density
 
@@ -214,6 +215,21 @@ def run_labels(paths: Sequence[Path], densities: Sequence[Density]) -> list[str]
         label if label and count[label] == 1 else f"{label} ({number})".strip()
         for number, label in enumerate(labels, 1)
     ]
+
+
+def _interval_problem(found: Any) -> str | None:
+    """What is wrong with the intervals, which older files lack and single blocks have none of."""
+    keys = found if isinstance(found, dict) else ()
+    if problem := _problem(found, (None, dict.fromkeys(keys, _NUMBERS)), "intervals"):
+        return problem
+    return next(
+        (
+            f"found {len(found[key])} numbers for 'intervals/{key}', expected 2"
+            for key in keys
+            if len(found[key]) != 2
+        ),
+        None,
+    )
 
 
 def _problem(found: Any, expected: Any, where: str) -> str | None:

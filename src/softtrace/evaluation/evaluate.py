@@ -27,6 +27,7 @@ from softtrace.evaluation.compare import (
     load_density,
     run_labels,
 )
+from softtrace.evaluation.density_intervals import intervals_of
 from softtrace.evaluation.files import prepare_output, write_json
 from softtrace.evaluation.identity import blocks_identity, settings_of
 from softtrace.evaluation.measure import measure, summarise
@@ -75,7 +76,8 @@ def evaluate(
     torchrun) divide them. Neither changes the numbers, since batches stay the same (MKL alone
     rounds by where memory lies, unless MKL_CBWR=COMPATIBLE); another batch_size does by rounding.
     Memory holds the model, what one batch needs, four million characters of text or its longest
-    document, the chosen blocks, and a few numbers for each explained token.
+    document, the chosen blocks, and a few numbers for each explained token. The intervals are those
+    of :func:`~softtrace.evaluation.density_intervals.intervals_of`.
 
     Args:
         model: model directory (safetensors) or hub name.
@@ -193,6 +195,7 @@ def evaluate(
             "batch_size": found.batch_size,
             "processes": processes.count,
             **summarise(found),
+            "intervals": intervals_of(found, len(chosen)),
             "samples": described["samples"],
             **provenance(processes.device),
             "seconds": round(time.perf_counter() - began, 1),

@@ -13,26 +13,24 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace.errors import DataError, ModelDirectoryError
-from softtrace.evaluation.bootstrap import Median, Statistic, intervals, mean
 from softtrace.evaluation.compare import check_comparable, load_density
+from softtrace.evaluation.density_intervals import MEANING, interval, intervals_of
 from softtrace.evaluation.files import atomic_path
-from softtrace.evaluation.measure import Measurements, measure, summarise
+from softtrace.evaluation.front_matter import with_metadata
+from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.sections import with_section
 from softtrace.evaluation.table import MEASURES, Density, Measure
 from softtrace.exits import EXIT_FIELD
-from softtrace.metrics.functional import entropy_groups
 
 _HOME = "https://arxiv.org/abs/2605.27033"
 _SHOWN = tuple(m for m in MEASURES if m.unit != "correlation" and not m.key.endswith("_hard"))
-_RESAMPLED, _RESAMPLES = 2, 1000  # sequences that can be resampled at least, and how often they are
 _LEAST = 4  # tokens in a block: half is context, and the last one's target is not known
+_BYTE_ORDER = "\ufeff"
 
 #: of a fit's options, what says how the model was made; paths stay private
 _SETTINGS = {
@@ -50,8 +48,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
 
     Args:
         folder: the model's directory.
-        density: of this model, as in ``density.json``; ``intervals``, where there are any, hold
-            the bounds of each measure by its key.
+        density: of this model, as in ``density.json``, with its ``intervals`` if it has any.
         base: of the model that it was fine-tuned from, measured on the same tokens.
 
     Raises:
@@ -65,7 +62,8 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         for measure in _SHOWN
     ]
     data = density["data"]
-    bounds = "; in brackets 95 % of 1,000 bootstrap samples of the blocks"
+    known = any(interval(run, measure.key) for run in runs for measure in _SHOWN)
+    brackets = f"; in brackets {MEANING}" if known else ""
     body = "\n".join((
         "## Computation density",
         "",
@@ -75,7 +73,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         *lines,
         "",
         f"{density['tokens']:,} tokens ({data['split']}) in {data['blocks']:,} blocks of "
-        f"{data['block_size']}{bounds if density.get('intervals') else ''}. Easy: the quarter of "
+        f"{data['block_size']}{brackets}. Easy: the quarter of "
         "the tokens with the lowest entropy of the model's own prediction. Sizes depend on the "
         "length: compare at equal length only.",
     ))  # fmt: skip
@@ -84,7 +82,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
 
 def _cell(measure: Measure, density: Density) -> str:
     cell = measure.format(measure.read(density))
-    bounds = density.get("intervals", {}).get(measure.key)
+    bounds = interval(density, measure.key)
     if bounds is None:
         return cell
     return f"{cell} ({measure.format(bounds[0])} to {measure.format(bounds[1])})"
@@ -109,7 +107,7 @@ def write_settings(folder: Path | str, options: Mapping[str, Any]) -> None:
     }
     settings = yaml.safe_dump({"penalty": penalty, **kept}, sort_keys=False).strip()
     local = Path(base).exists()
-    name = f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})"
+    name = f"`{Path(base).resolve().name}`" if local else f"[{base}](https://huggingface.co/{base})"
     versions = provenance(torch.device("cpu"))["versions"]
     how = (
         f"with the density penalty (strength {penalty['strength']:g}): the predictions of easy "
@@ -177,34 +175,8 @@ def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int
     return {
         **summarise(found),
         "data": {"blocks": len(blocks), "block_size": blocks.shape[1], "split": split},
-        "intervals": _intervals(found, len(blocks)),
+        "intervals": intervals_of(found, len(blocks)),
     }
-
-
-def _intervals(found: Measurements, blocks: int) -> dict[str, tuple[float, float]]:
-    """Bounds of what the card shows, by key; none from a single block."""
-    if blocks < _RESAMPLED:
-        return {}
-    agreement = torch.cat(found.agreement, dim=1)
-    half = agreement[max(1, len(agreement) // 2) - 1]
-    values = {
-        "loss": torch.cat(found.loss),
-        "size_at_tv_0.2": torch.cat(found.size),
-        "area": torch.cat(found.area),
-        "early_exit_half": half,
-    }
-    statistics: dict[str, Statistic] = {}
-    for group, rows in entropy_groups(torch.cat(found.entropy)).items():
-        there = rows.reshape(blocks, -1)
-        for name, flat in values.items():
-            each = flat.double().reshape(blocks, -1)
-            statistics[f"{name}_{group}"] = (
-                Median(each.masked_fill(~there, torch.nan))
-                if name == "size_at_tv_0.2"
-                else mean(each, there)
-            )
-    bounds = intervals(statistics, _RESAMPLES, seed=0)
-    return {key: (float(bound.low), float(bound.high)) for key, bound in bounds.items()}
 
 
 def card(model: str, density: str, base: str | None = None) -> None:
@@ -235,31 +207,20 @@ def _update(folder: Path, name: str, body: str, base_model: str | None) -> None:
     """Replace a section of the card, and say in its metadata what is not said yet."""
     path = folder / "README.md"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             text = file.read()
     except FileNotFoundError:
         text = f"# {folder.resolve().name}\n"
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
-    bare = "---\n\n---\n" if REGEX_YAML_BLOCK.search(text) is None else ""
-    try:
-        page = ModelCard(bare + text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: its front matter is no model card's ({error})") from error
-    data: Any = page.data
-    before = data.to_dict()
-    data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
-    data.tags = list(dict.fromkeys([*(data.tags or []), "softtrace"]))
+    page = text.removeprefix(_BYTE_ORDER)
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base_model is not None:
-        data.base_model = data.base_model or base_model
+        metadata["base_model"] = base_model
     try:
-        page.text = with_section(page.text, name, body)
+        head, rest = with_metadata(page, metadata, "softtrace")
+        whole = text[: len(text) - len(page)] + head + with_section(rest, name, body)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    if data.to_dict() == before:  # as people wrote it, comments and all
-        whole = text[: len(text) - len(ModelCard(text).text)] + page.text
-    else:
-        whole = page.content
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(whole)

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.density_intervals import MEANING, interval
 from softtrace.evaluation.drawing import COLOURS, GREY, MAX_RUNS, Runs
 from softtrace.evaluation.files import atomic_path, finite
 from softtrace.evaluation.plots import binned_medians, scatter_points
@@ -100,6 +101,7 @@ def render(runs: Runs) -> str:
         headlines=[_headline(key, runs) for key in _HEADLINES],
         measures=[_row(measure, runs) for measure in MEASURES],
         data=_data(runs),
+        intervals=MEANING,
         colours=COLOURS,
         # JSON escapes what HTML would read; a digest of the script is all that may run.
         script=Markup(script),
@@ -175,11 +177,13 @@ def _row(measure: Measure, runs: Runs) -> dict[str, Any]:
     for number, (label, density) in enumerate(runs):
         value = measure.read(density)
         changed = change(measure, value, base) if number else ""
+        bounds = interval(density, measure.key)
         cells.append(
             {
                 "label": label,
                 "value": value,
                 "shown": NOTHING if value is None else measure.format(value),
+                "interval": bounds and " to ".join(measure.format(end) for end in bounds),
                 "change": changed.replace("n/a", NOTHING).replace("-", "\N{MINUS SIGN}"),
                 "verdict": _verdict(measure, changed),
             }

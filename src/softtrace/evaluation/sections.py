@@ -7,6 +7,11 @@ import re
 from softtrace.errors import DataError
 
 
+def line_end(text: str) -> str:
+    """How the lines of a page end: CRLF if any does."""
+    return "\r\n" if "\r\n" in text else "\n"
+
+
 def with_section(text: str, name: str, body: str, *, add: bool = True) -> str:
     """A page with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.
 
@@ -22,7 +27,7 @@ def with_section(text: str, name: str, body: str, *, add: bool = True) -> str:
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     counts = text.count(begin), text.count(end)
-    line = "\r\n" if "\r\n" in text else "\n"
+    line = line_end(text)
     block = line.join([begin, *body.splitlines(), end])
     if counts == (0, 0) and add:
         return f"{text.rstrip()}{line * 2}{block}{line}" if text.strip() else f"{block}{line}"
