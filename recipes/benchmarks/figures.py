@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 from comparison_figures import (
@@ -296,6 +297,29 @@ def exactness() -> str:
     return "\n".join(lines)
 
 
+def evaluating() -> str:
+    """How fast evaluate is, and how much of that is the model's own forward."""
+    result = read("evaluating.json")
+    bare, whole = result["measure"], result["whole_command"]
+    count = bare["runs_per_block"]
+
+    def of(row: dict[str, Any], form: str = "{:.0f}") -> str:
+        shown = (form.format(row[key]) for key in ("median", "min", "max"))
+        return "{} ({} to {})".format(*shown)
+
+    return (
+        f"`softtrace evaluate` explains {of(bare['tokens_per_second'])} tokens a second of the "
+        f"shipped model, baselines and nuclei left out; the whole command with them "
+        f"{of(whole['tokens_per_second'])}. The first is {of(bare['share'], '{:.0%}')} of what "
+        f"{count:g} plain forwards would take (a recording and {count - 1:g} masked runs), and "
+        f"{of(bare['share_of_26_masked'], '{:.0%}')} of a recording and 26, one for each "
+        f"size that is reported. {result['blocks']} blocks of "
+        f"{result['block_size']} tokens, {bare['seconds']['n']} interleaved rounds; "
+        f"{result['hardware']} ([evaluating.py](recipes/benchmarks/evaluating.py), "
+        "[evaluating.json](recipes/benchmarks/evaluating.json))."
+    )
+
+
 def metric_parity() -> str:
     """Whether metrics depend on how their data come."""
     result = read("metric_parity.json")
@@ -314,7 +338,16 @@ def metric_parity() -> str:
 
 
 PAGES = {
-    "README.md": (quickstart, effect, tracing, decoding, metric_parity, families, sizes),
+    "README.md": (
+        quickstart,
+        effect,
+        tracing,
+        evaluating,
+        decoding,
+        metric_parity,
+        families,
+        sizes,
+    ),
     "recipes/README.md": (
         cost,
         dials,

@@ -316,8 +316,7 @@ VARIANTS: dict[str, type[Method]] = {
 
 def with_exits(*strengths: float, **options: Any) -> type[Method]:
     """The term on two thirds of the windows, and exits in the training forward."""
-    usual = {"share": 0.1, "exits": 0.5, "exit_tokens": 0.25}
-    return with_options(*strengths, **{**usual, **options})
+    return with_options(*strengths, **{"share": 0.1, "exits": 0.5, "exit_tokens": 0.25, **options})
 
 
 #: how often the term comes, and which exits: equal time on a CPU but for the first and the last
@@ -373,8 +372,8 @@ def for_drafting(exits: float) -> type[Method]:
 
 def seldom(*strengths: float, **options: Any) -> type[Method]:
     """Masked runs at every 8th step on so much of the batch as a GPU has memory for."""
-    usual = {"every": 8, "share": 0.3, "exits": 0.2, "exit_depths": (0.25, 1.0)}
-    return with_options(*(strengths or (0.35,)), **{**usual, **options})
+    usual = {"every": 8, "share": 0.3, "exits": 0.2, "exit_depths": (0.25, 1.0), **options}
+    return with_options(*(strengths or (0.35,)), **usual)
 
 
 #: within the budget of a GPU, and a weight of exits that does not rise with the strength
@@ -395,10 +394,7 @@ SELDOM: dict[str, type[Method]] = {
     "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
 }
 
-DRAFTING: dict[str, type[Method]] = {
-    "drafting exits 1": for_drafting(1.0),
-    "drafting exits 3": for_drafting(3.0),
-}
+DRAFTING = {f"drafting exits {number}": for_drafting(float(number)) for number in (1, 3)}
 VARIANTS |= EXITS | SELDOM | DRAFTING
 
 EVERY = METHODS | VARIANTS
