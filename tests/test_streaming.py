@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace import data
+from softtrace import data, reading
 from softtrace.data import (
     Document,
     evenly,
@@ -84,3 +84,17 @@ def test_a_file_that_is_no_text_in_the_end_gives_nothing_in_the_beginning(tmp_pa
     assert found == [Document("b.jsonl:1", "good"), Document("b.jsonl:3", "good")]
     with pytest.raises(DataError, match=rf"byte 0xff at offset {len(bad) + 1} "):
         list(stream_documents(tmp_path / "a.jsonl"))
+
+
+def test_a_plain_text_file_has_a_largest_size_and_jsonl_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LARGEST_FILE", 20)
+    (tmp_path / "a.txt").write_text("x" * 21)
+    (tmp_path / "b.txt").write_text("x" * 20)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n' * 9)
+    with pytest.raises(DataError, match=r"a.txt has 21 bytes, allowed are 20: .* a .jsonl with"):
+        list(stream_documents(tmp_path / "a.txt"))
+    assert len(list(stream_documents(tmp_path / "b.txt"))) == 1
+    assert len(list(stream_documents(tmp_path / "c.jsonl"))) == 9
+    assert len(list(stream_documents(tmp_path, suffixes=(".txt",)))) == 1  # the other is skipped

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from softtrace.errors import DataError
 
+LARGEST_FILE = 1 << 30
+"""Bytes of a plain text file: it is one document, and held whole."""
+
 ALLOWED = "a UTF-8 text file, a .jsonl file (one object with a string 'text' a line) or a folder"
 
 
@@ -40,14 +43,29 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
         path: where it lies.
 
     Raises:
-        DataError: not a regular file, binary or not UTF-8; later, a malformed JSONL line.
+        DataError: not a regular file, binary, not UTF-8 or too large; later, a malformed JSONL
+            line.
     """
     if not name.endswith(".jsonl"):
+        _check_size(path)
         text = "".join(_pieces(path, by_line=False))
         return [(name, text)] if text.strip() else []
     for _ in _pieces(path):
         pass
     return _of_lines(name, path)
+
+
+def _check_size(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return  # reading it will say what is wrong
+    if size > LARGEST_FILE:
+        raise DataError(
+            f"{path} has {size:,} bytes, allowed are {LARGEST_FILE:,}: a plain text file is one "
+            "document, which is held whole. Cut it into files of a folder, or write a .jsonl with "
+            "one document a line, which is read line by line at any size."
+        )
 
 
 def _of_lines(name: str, path: Path) -> Iterator[tuple[str, str]]:

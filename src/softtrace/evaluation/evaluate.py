@@ -76,8 +76,9 @@ def evaluate(
     torchrun) divide them. Neither changes the numbers, since batches stay the same (MKL alone
     rounds by where memory lies, unless MKL_CBWR=COMPATIBLE); another batch_size does by rounding.
     Memory holds the model, what one batch needs, four million characters of text or its longest
-    document, the chosen blocks, and a few numbers for each explained token. The intervals are those
-    of :func:`~softtrace.evaluation.density_intervals.intervals_of`.
+    document (a plain text file is one, of 1 GiB at most), the chosen blocks, and a few numbers for
+    each explained token. The intervals are those of
+    :func:`~softtrace.evaluation.density_intervals.intervals_of`.
 
     Args:
         model: model directory (safetensors) or hub name.
