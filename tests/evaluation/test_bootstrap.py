@@ -212,3 +212,10 @@ def test_tokens_that_do_not_take_part_are_not_there(seed: int, share: float) -> 
         else:
             assert np.isnan(median)
             assert np.isnan(average)
+
+
+def test_one_token_of_every_sequence_is_enough() -> None:
+    x, y = drawn(6, 4, 3)
+    found = intervals({"rho": RankCorrelation(x[:, :1], y[:, 1:2])}, 20, seed=1)
+    wanted = intervals({"rho": RankCorrelation(x[:, :1].clone(), y[:, 1:2].clone())}, 20, seed=1)
+    assert torch.equal(found["rho"].value, wanted["rho"].value)

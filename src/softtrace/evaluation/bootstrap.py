@@ -126,6 +126,7 @@ class RankCorrelation:
 
 def _levels(values: Tensor) -> Tensor:
     """``[n]`` int64: how many of the values are smaller."""
+    values = values.contiguous()  # torch warns of others
     return torch.searchsorted(values.sort().values, values)
 
 
