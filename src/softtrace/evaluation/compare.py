@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation.drawing import MAX_RUNS
+from softtrace.evaluation.drawing import check_count
 from softtrace.evaluation.files import atomic_path, prepare_output, write_json
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.report import write_report
@@ -124,8 +124,7 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
         DataError: a file is missing or is no density.json.
         OutputExistsError: OUT is not empty.
     """
-    if not 2 <= len(paths) <= MAX_RUNS:
-        raise InvalidInputError(f"runs: found {len(paths)}, allowed are 2 to {MAX_RUNS}")
+    check_count(paths, least=2)
     densities = [load_density(path) for path in paths]
     check_comparable([str(path) for path in paths], densities)
     labels = run_labels([Path(path) for path in paths], densities)

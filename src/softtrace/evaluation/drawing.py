@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
+from softtrace.errors import InvalidInputError
 from softtrace.evaluation.table import Density, shorten
 
 MAX_RUNS = 8
@@ -27,6 +28,13 @@ MAX_RUNS = 8
 
 Runs = Sequence[tuple[str, Density]]
 Array = NDArray[np.float64]
+
+
+def check_count(runs: Sequence[Any], least: int = 1) -> None:
+    """Raise :class:`InvalidInputError` for too few runs, or more than :data:`MAX_RUNS`."""
+    if not least <= len(runs) <= MAX_RUNS:
+        raise InvalidInputError(f"runs: found {len(runs)}, allowed are {least} to {MAX_RUNS}")
+
 
 DPI = 100
 _WIDTH = 10.0  # inches: 1000 pixels

@@ -179,7 +179,7 @@ def evaluate(
             if not processes.main:
                 return {}
             return {
-                "model": _describe(network, model),
+                "model": describe(network, model),
                 "samples": text_samples(
                     network, load_tokenizer(model), chosen, min_context=min_context, batch_size=size
                 ),
@@ -255,7 +255,7 @@ def _measure_parts(
     return batch_size
 
 
-def _describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
+def describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
     """The "model" of density.json."""
     config, anatomy = network.config, attach(network).anatomy
     return {

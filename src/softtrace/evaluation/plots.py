@@ -12,9 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from softtrace.errors import InvalidInputError
 from softtrace.evaluation import drawing
-from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, MAX_RUNS, SIZE_LABEL, Array, Runs
+from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, SIZE_LABEL, Array, Runs
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.table import shorten
 
@@ -40,8 +39,8 @@ def write_plots(runs: Runs, folder: Path | str) -> list[Path]:
     """Draw all plots of these runs into an existing folder, each PNG atomically.
 
     Args:
-        runs: label and content of each ``density.json``, 1 to :data:`MAX_RUNS`; with several, the
-            baselines are those of the first run that has them.
+        runs: label and content of each ``density.json``, 1 to ``MAX_RUNS`` of ``drawing``; with
+            several, the baselines are those of the first run that has them.
         folder: gets ``tv_over_size.png``, ``size_against_entropy.png``, ``edges_over_size.png``
             (unless no run counted its edges) and ``early_exit_agreement.png``.
 
@@ -51,8 +50,7 @@ def write_plots(runs: Runs, folder: Path | str) -> list[Path]:
     Raises:
         InvalidInputError: no run, or too many.
     """
-    if not 1 <= len(runs) <= MAX_RUNS:
-        raise InvalidInputError(f"runs: found {len(runs)}, allowed are 1 to {MAX_RUNS}")
+    drawing.check_count(runs)
     written = []
     with drawing.style():
         shown = [(drawing.printable(label), density) for label, density in runs]

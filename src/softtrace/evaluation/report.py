@@ -17,9 +17,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from softtrace.errors import InvalidInputError
 from softtrace.evaluation.density_intervals import MEANING, interval
-from softtrace.evaluation.drawing import COLOURS, GREY, MAX_RUNS, Runs
+from softtrace.evaluation.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.evaluation.files import atomic_path, finite
 from softtrace.evaluation.plots import binned_medians, scatter_points
 from softtrace.evaluation.table import (
@@ -55,8 +54,8 @@ def write_report(runs: Runs, folder: Path | str) -> Path:
 
     Args:
         runs: label and content of each ``density.json`` as :func:`load_density` reads it, 1 to
-            :data:`MAX_RUNS`; changes are against the first. Files without ``samples`` (from before
-            there were any) give a page without text.
+            ``MAX_RUNS`` of ``drawing``; changes are against the first. Files without ``samples``
+            (from before there were any) give a page without text.
         folder: gets ``report.html``.
 
     Returns:
@@ -65,8 +64,7 @@ def write_report(runs: Runs, folder: Path | str) -> Path:
     Raises:
         InvalidInputError: no run, or too many.
     """
-    if not 1 <= len(runs) <= MAX_RUNS:
-        raise InvalidInputError(f"runs: found {len(runs)}, allowed are 1 to {MAX_RUNS}")
+    check_count(runs)
     path = Path(folder) / "report.html"
     page = render(runs)
     with atomic_path(path) as temporary:

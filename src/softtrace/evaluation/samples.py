@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.batch import next_tokens
 from softtrace.curve import SIZES, curve_of, default_thresholds
 from softtrace.data import evenly
 from softtrace.distortion import variation_from
@@ -90,8 +91,7 @@ def _measures(
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what is measured of all; one sequence after another."""
     curve = curve_of(instrument, ids, recording, recording.importance, default_thresholds())
-    targets = torch.full_like(ids, -100)
-    targets[:, :-1] = ids[:, 1:]
+    targets, _ = next_tokens(ids, recording.importance.valid, None, None)
     columns = {
         "entropy": curve.entropy,
         "loss": loss_score(recording.logits, targets),

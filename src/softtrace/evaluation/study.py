@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +30,9 @@ from softtrace.evaluation.bootstrap import (
     Statistic,
     intervals,
 )
-from softtrace.evaluation.evaluate import device_of
+from softtrace.evaluation.evaluate import describe, device_of
 from softtrace.evaluation.files import atomic_path, check_output, prepare_output, write_json
+from softtrace.evaluation.identity import blocks_identity
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.study_measure import (
     BOUND,
@@ -46,7 +46,6 @@ from softtrace.evaluation.study_statistics import ANSWERS
 from softtrace.evaluation.study_table import study_table
 from softtrace.evaluation.unigram import Unigrams, count_unigrams
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 from softtrace.placement import device_of_module
 
@@ -134,7 +133,7 @@ def study(
     for label, model in zip(_labels(models), models, strict=True):
         network = load_model(model, dtype=dtype)
         network.to(where).eval()  # type: ignore[arg-type]
-        described.append({"label": label, "path": model, **_described(network)})
+        described.append({"label": label, **_described(network, model)})
         vocabulary = described[-1]["vocabulary"]
         if unigrams is None:
             unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
@@ -161,7 +160,7 @@ def study(
         "data": {
             "path": data,
             "documents": len(held_out),
-            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "sha256": blocks_identity(chosen),
             "split": f"held out, share {held_out_share:g}",
             "salt": salt,
             "block_size": block_size,
@@ -302,17 +301,12 @@ def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _described(network: Any) -> dict[str, Any]:
-    config, anatomy = network.config, attach(network).anatomy
+def _described(network: Any, path: str) -> dict[str, Any]:
     device = device_of_module(network)
     with torch.no_grad():
         logits = network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits
     return {
-        "type": config.model_type,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "layers": len(anatomy.layers),
-        "heads": anatomy.heads,
-        "pattern": anatomy.pattern,
+        **describe(network, path),
         "vocabulary": logits.shape[-1],
     }
 

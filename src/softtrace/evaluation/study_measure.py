@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.batch import next_tokens
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
@@ -223,8 +224,7 @@ def _curve(
         reader=None if unigrams is None else unigrams.read,
         explained=explained,
     )
-    targets = torch.full_like(ids, -100)
-    targets[:, :-1] = ids[:, 1:]
+    targets, _ = next_tokens(ids, recording.importance.valid, None, None)
     if target is not None:
         targets[:, -1] = target
     return curve, loss_score(recording.logits, targets)
