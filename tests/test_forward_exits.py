@@ -229,7 +229,7 @@ def test_exits_are_read_also_between_masked_runs() -> None:
     often, seldom = DensityLoss(model, **options), DensityLoss(model, **options, every=4)
     runs = []
     seldom_density = seldom._density
-    seldom._density = lambda *a: runs.append(a[1][0]) or seldom_density(*a)  # type: ignore[method-assign,func-returns-value]
+    seldom._density = lambda *a: runs.append(a[2][0]) or seldom_density(*a)  # type: ignore[method-assign,func-returns-value]
     for step in range(9):
         terms = []
         for density in (often, seldom):

@@ -15,7 +15,7 @@ import softtrace
 from softtrace import importance as importances
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance
-from softtrace.importance import attention_shares, head_value_norms, l1_norm, share_of_node
+from softtrace.importance import LayerNorms, edge_shares, head_value_norms, l1_norm
 from tests import oracle
 from tests.literal import edges_of, visible_map
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -185,11 +185,28 @@ def test_norms_of_half_precision_are_float32(dtype: torch.dtype) -> None:
 
 def test_a_zero_node_gives_zeros_and_finite_gradients() -> None:
     zero = torch.zeros(1, 3, requires_grad=True)
-    for share in share_of_node(zero, zero):
-        assert share.tolist() == [[0.0, 0.0, 0.0]]
-    for more in ((), (torch.ones(1, 3), zero)):
-        shares = attention_shares(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3), zero, *more)
-        assert not any(share.any() for share in shares)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    for middle in (zero, None):
+        carried = (zero[:, None, :, None] * torch.ones(1, 2, 3, 3)).abs()
+        (shares,) = edge_shares([LayerNorms(carried, zero, zero, middle)], valid)
+        assert not any(part.any() for part in shares)
+        (gradient,) = torch.autograd.grad(sum(part.sum() for part in shares), zero)
+        assert gradient.isfinite().all()
+
+
+def test_serial_and_parallel_layers_of_one_model_are_told_apart() -> None:
+    """Two tokens, one head; the second token is padding."""
+    attention = torch.tensor([[[[3.0, 0.0], [0.0, 0.0]]]])
+    entry, mlp, middle = (torch.tensor([[size, 9.0]]) for size in (1.0, 4.0, 6.0))
+    valid = torch.tensor([[True, False]])
+    norms = [LayerNorms(attention.clone(), entry, mlp, each) for each in (middle, None)]
+    serial, parallel = edge_shares(norms, valid)
+    assert not norms  # taken apart, so that nothing exists twice
+    for edges, first in ((serial, (0.75, 0.25, 0.4, 0.6)), (parallel, (0.375, 0.125, 0.5, 0.0))):
+        assert edges.attention.tolist() == [[[[first[0], 0.0], [0.0, 0.0]]]]
+        for part, share in zip(tuple(edges)[1:], first[1:], strict=True):
+            torch.testing.assert_close(part, torch.tensor([[share, 0.0]]))
+    assert (serial.parallel, parallel.parallel) == (False, True)
 
 
 def test_gradients_reach_every_weight_that_decides_an_importance() -> None:

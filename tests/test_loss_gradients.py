@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from softtrace import DensityLoss, DensityOptions
 from softtrace.distortion import divergence, total_variation
 from softtrace.instrument import attach
-from softtrace.loss import soft_size
 from softtrace.masks import hard_masks, soft_masks
+from softtrace.trace import soft_size
 from tests.test_loss import batch, drawn, exits, literal_weights
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 

@@ -133,8 +133,11 @@ def test_what_a_device_decides_is_decided_for_it_and_nothing_else() -> None:
     assert (cpu.every, cpu.share, cuda.every, cuda.share) == (1, 0.125, 8, 0.3)
     assert mps == cuda
     assert dataclasses.replace(cuda, every=None, share=None) == options
+    assert cuda.window_share == cuda.share
     assert [cuda.schedule(step) for step in (0, 1, 7, 8)] == [16, 0, 0, 16]
     with pytest.raises(ValueError, match="every is None"):
         _ = options.schedule
+    with pytest.raises(ValueError, match="share is None"):
+        _ = options.window_share
     chosen = DensityOptions(every=3, share=0.5)
     assert chosen.on(torch.device("cuda")) == chosen.on(torch.device("cpu")) == chosen

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import softtrace
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
-from softtrace.masks import hard_masks
+from softtrace.masks import hard_masks, soft_masks
 from softtrace.trace import (
     Trace,
     closure,
@@ -133,6 +133,19 @@ def test_counts_stay_exact_beyond_float32() -> None:
         edges = LayerEdges(shares, *(torch.zeros(1).expand(1, length),) * 3)
         everything = EdgeImportance((edges,) * layers, (all_seen[:, 0],) * layers, nodes)
         assert (total_edges(everything) == below * (layers - 1) + own).all()
+
+
+@pytest.mark.parametrize("parallel", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_layers_counted_one_by_one_or_together_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, parallel: tuple[int, ...], soft: bool
+) -> None:
+    importance = padded_importance(3, parallel=parallel)
+    masks = soft_masks(importance, 0.1, 0.5) if soft else hard_masks(importance, 0.1)
+    together = edge_counts(masks)
+    for layers in (1, 2):
+        monkeypatch.setattr("softtrace.importance.CHUNK_ELEMENTS", layers * PADDED.numel() * 5)
+        assert torch.equal(edge_counts(masks), together)
 
 
 def test_counts_stay_exact_under_autocast() -> None:

@@ -78,15 +78,16 @@ def draw(
     if not len(rows):
         return None
     count = max(1, round(share * len(rows)))
-    order = torch.randperm(len(rows), generator=generator, device="cpu")[:count].to(rows.device)
+    device = rows.device
+    order = _sent(torch.randperm(len(rows), generator=generator, device="cpu")[:count], device)
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
     return Draw(
         rows[order],
         offset + places[order] * window,
-        levels.exp().to(rows.device),
-        layers.long().clamp(max=depths[1]).reshape(count, window).to(rows.device),
+        _sent(levels.exp(), device),
+        _sent(layers.long().clamp(max=depths[1]).reshape(count, window), device),
     )
 
 

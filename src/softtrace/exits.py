@@ -19,7 +19,7 @@ from softtrace.families.proof import tolerance
 from softtrace.families.refusals import running
 from softtrace.families.sight import mismatch
 from softtrace.instrument import Instrument, attach
-from softtrace.runs import dropout_off
+from softtrace.modes import dropout_off
 
 EXIT_FIELD = "softtrace_exit_layer"
 """Field of a model's config that holds the recommended exit layer."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from softtrace.modes import all_modules
+
 
 class Hook(NamedTuple):
     """A module, what to call, whether before its forward, and whether before all other hooks."""
@@ -32,14 +34,15 @@ def watched(model: nn.Module) -> bool:
     Sharding and offloading put weights away when a module has run. transformers' own hooks, on
     every model that was once asked for hidden states, only look.
     """
+    modules = all_modules(model)
     hooks = (
         hook
-        for module in model.modules()
+        for module in modules
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     return any(
         not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
-    ) or any("forward" in vars(module) for module in model.modules())
+    ) or any("forward" in vars(module) for module in modules)
 
 
 def first_tensor(*places: Any) -> Tensor | None:

@@ -6,14 +6,23 @@ carries over the sum of those norms at its node.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Elements of the [B, H, chunk, d_model] product that exist at one time: 16 MiB in float32 stay in a
-# CPU's caches; on a GPU 128 MiB, where a launch costs more than the memory.
+from softtrace.graph import LayerEdges
+
+# Elements of a product ([B, H, chunk, d_model], say) that exist at one time: 16 MiB in float32 stay
+# in a CPU's caches; on a GPU 128 MiB, where a launch costs more than the memory.
 CHUNK_ELEMENTS = 1 << 22
 _MORE_ON_CUDA = 8
+
+
+def chunk_elements(like: Tensor) -> int:
+    """Elements of a product that may exist at one time on the device of ``like``."""
+    return CHUNK_ELEMENTS * (_MORE_ON_CUDA if like.is_cuda else 1)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,8 +48,7 @@ def head_value_norms(value: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(value.device.type, enabled=False):
         value = value.to(dtype)
         grouped = weight.to(dtype).view(kv_heads, heads // kv_heads, head_dim, width)
-        elements = CHUNK_ELEMENTS * (_MORE_ON_CUDA if value.is_cuda else 1)
-        step = max(1, elements // max(1, batch * heads * width))
+        step = max(1, chunk_elements(value) // max(1, batch * heads * width))
         pieces = []
         for start in range(0, length, step):
             piece = value[:, :, start : start + step]
@@ -68,37 +76,69 @@ def l1_norm(vectors: Tensor) -> Tensor:
     return norms
 
 
-def share_of_node(residual: Tensor, sublayer: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of a node with two edges, from their norms ``[B, T]``; 0 where the node is zero."""
-    total = (residual + sublayer).clamp_min(torch.finfo(residual.dtype).tiny)
-    return residual / total, sublayer / total
+@dataclass(frozen=True)
+class LayerNorms:
+    """L1 norms of what the edges of one layer carry, float32 or float64.
+
+    Attributes:
+        attention: ``[B, H, T, S]``, 0 where there is no edge.
+        entry: ``[B, T]``, the residual stream that enters the layer.
+        mlp: ``[B, T]``, what the MLP adds.
+        middle: ``[B, T]``, the residual stream after attention; None in a parallel layer, whose
+            attention and MLP add into one node.
+    """
+
+    attention: Tensor
+    entry: Tensor
+    mlp: Tensor
+    middle: Tensor | None
 
 
-def attention_shares(
-    probabilities: Tensor,
-    norms: Tensor,
-    residual: Tensor,
-    scale: Tensor | None = None,
-    mlp: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares of an after-attention node, or of the one node of a parallel layer.
+def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Identity 1 for every attention edge, ``[B, H, T, S]``.
 
     Args:
         probabilities: ``[B, H, T, S]`` after the softmax, 0 where there is no edge.
         norms: ``[B, H, S]`` from :func:`head_value_norms`.
-        residual: ``[B, T]``, L1 norm of the residual stream that enters the layer.
         scale: ``[B, T]`` >= 0, what every attention edge of a target is multiplied with (a norm
             after the projection, a residual multiplier); None for 1.
-        mlp: ``[B, T]``, L1 norm of what the MLP adds into the same node; None where it adds into
-            another.
-
-    Returns:
-        ``[B, H, T, S]`` for the attention edges, ``[B, T]`` for the residual edge, ``[B, T]`` for
-        the MLP's (0 without one).
     """
     carried = probabilities.to(norms.dtype) * norms[:, :, None, :]
-    if scale is not None:
-        carried = carried * scale.to(norms.dtype)[:, None, :, None]
-    mlp = torch.zeros_like(residual) if mlp is None else mlp
-    total = (residual + mlp + carried.sum((1, 3))).clamp_min(torch.finfo(norms.dtype).tiny)
-    return carried / total[:, None, :, None], residual / total, mlp / total
+    return carried if scale is None else carried * scale.to(norms.dtype)[:, None, :, None]
+
+
+def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ...]:
+    """Every edge's share of its node; 0 where the node is zero, and at padding.
+
+    Args:
+        layers: one a layer; taken apart as it is read, so that no two maps of a layer exist.
+        valid: ``[B, T]`` bool, False at padding.
+    """
+    # One number a token, of all layers at once: on a GPU each operation is a launch.
+    sums = torch.stack([layer.attention.sum((1, 3)) for layer in layers])
+    tiny = torch.finfo(sums.dtype).tiny
+    nought = torch.zeros_like(sums[0])
+    parallel = [layer.middle is None for layer in layers]
+    entry, mlp, middle = (
+        torch.stack(of) * valid
+        for of in (
+            [layer.entry for layer in layers],
+            [layer.mlp for layer in layers],
+            [nought if layer.middle is None else layer.middle for layer in layers],
+        )
+    )
+    beside = entry
+    if any(parallel):
+        into = [each if one else nought for each, one in zip(mlp, parallel, strict=True)]
+        beside = entry + torch.stack(into)
+    total, later = (beside + sums).clamp_min(tiny), (middle + mlp).clamp_min(tiny)
+    ends = [a if one else b for a, b, one in zip(total, later, parallel, strict=True)]
+    shares = (entry / total, mlp / torch.stack(ends), middle / later)
+    found = []
+    for residual, of_mlp, of_middle, node in zip(*shares, total, strict=True):
+        layer = layers.pop(0)
+        node = node[:, None, :, None]
+        own = layer.attention
+        attention = own / node if own.requires_grad else own.div_(node)
+        found.append(LayerEdges(attention, residual, of_mlp, of_middle, layer.middle is None))
+    return tuple(found)

@@ -21,19 +21,26 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import check_batch, check_finite, check_length, check_positions
+from softtrace.batch import (
+    check_batch,
+    check_finite,
+    check_length,
+    check_positions,
+    real_tokens,
+)
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
 from softtrace.families.proof import Verification, prove, tolerance
-from softtrace.families.refusals import own_forward, refuse_early, running, uncompiled, unwrapped
+from softtrace.families.refusals import own_forward, refuse_early, running, unwrapped
 from softtrace.families.sight import running_layers
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.hooks import register, watched
 from softtrace.interception import interception_active
+from softtrace.modes import all_modules, dropout_off, uncompiled
 from softtrace.placement import device_of_module
 from softtrace.recording import Recording
-from softtrace.runs import DeepEnough, MaskedRun, RecordingRun, Run, dropout_off
+from softtrace.runs import DeepEnough, MaskedRun, RecordingRun, Run
 
 _TINY = 6  # tokens of the batch that a model is proven on
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
@@ -50,7 +57,7 @@ class Instrument:
         self.verification = Verification()
         self.forward_parameters = _parameters(model)
         # Held, not numbered: a freed module's id could come back as that of its replacement.
-        self._parts = tuple(part for part in model.modules() if part is not model)
+        self._parts = tuple(part for part in all_modules(model) if part is not model)
         self._configs = configs
         self._one_logit = (
             {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
@@ -66,7 +73,7 @@ class Instrument:
 
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the modules that were proven, none added or replaced."""
-        parts = [part for part in model.modules() if part is not model]
+        parts = [part for part in all_modules(model) if part is not model]
         return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def detach(self) -> None:
@@ -75,8 +82,12 @@ class Instrument:
         if model is not None:
             _ATTACHED.pop(model, None)
 
-    def valid(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Check a batch; return ``[B, T]`` bool, True at real tokens."""
+    def valid(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, checked: bool = False
+    ) -> Tensor:
+        """Check a batch, unless that was done; return ``[B, T]`` bool, True at real tokens."""
+        if checked:
+            return real_tokens(input_ids, attention_mask)
         valid = check_batch(input_ids, attention_mask, self.anatomy.vocabulary)
         if self.anatomy.looks_at_padding and bool((~valid[:, :-1] & valid[:, 1:]).any()):
             raise InvalidInputError(
@@ -108,6 +119,7 @@ class Instrument:
         keep_hidden: bool = False,
         keep_attention: bool = True,
         position_ids: Tensor | None = None,
+        checked: bool = False,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -118,17 +130,18 @@ class Instrument:
             keep_attention: keep the attention probabilities, which masked runs need.
             position_ids: ``[B, T]`` of packed rows: they start anew with every document, no edge
                 crosses from one document into another, and there is no padding. None otherwise.
+            checked: the batch is a part of one that :meth:`valid` accepted.
 
         Raises:
             InvalidInputError: see :func:`softtrace.batch.check_batch`.
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
-        valid = self.valid(input_ids, attention_mask)
+        valid = self.valid(input_ids, attention_mask, checked=checked)
         positions = self._positions(valid, position_ids, masked=attention_mask is not None)
         run = RecordingRun(self.anatomy, valid, keep_hidden, keep_attention, positions)
         logits = self.forward(run, input_ids)
         check_finite(logits.detach(), "logits of the full model", valid)
-        importance = EdgeImportance(tuple(run.layers), tuple(run.visible), valid)
+        importance = EdgeImportance(run.importances(), tuple(run.visible), valid)
         hidden = None if run.hidden is None else tuple(run.hidden)
         return Recording(logits, importance, tuple(run.attention), hidden, positions)
 
@@ -159,9 +172,10 @@ class Instrument:
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None,
         position_ids: Tensor | None,
+        checked: bool = False,
         **options: Any,
     ) -> MaskedRun:
-        valid = self.valid(input_ids, attention_mask)
+        valid = self.valid(input_ids, attention_mask, checked=checked)
         positions = self._positions(valid, position_ids, masked=attention_mask is not None)
         return MaskedRun(self.anatomy, valid, masks, attention, positions=positions, **options)
 
@@ -201,6 +215,7 @@ class Instrument:
         places: Tensor,
         attention: Sequence[Tensor] | None = None,
         position_ids: Tensor | None = None,
+        checked: bool = False,
     ) -> Tensor:
         """Logits of an early-phase masked run: masks in the first E layers, residuals above.
 
@@ -212,20 +227,25 @@ class Instrument:
             input_ids, attention_mask, masks, attention, position_ids: see :meth:`masked_logits`.
             depths: ``[B, T]`` integers, E of each position, 1 to L.
             places: ``[N]`` int64, the positions that are read, as numbers into ``[B·T]``.
+            checked: see :meth:`record`.
 
         Returns:
             ``[N, V]``.
         """
         levels, order = depths.flatten().index_select(0, places).sort(stable=True)
-        counts = levels.bincount().tolist()  # once: it waits for the device
-        deepest = len(counts) - 1
-        whole = deepest == len(self.anatomy.layers) or watched(self.model)
+        layers = len(self.anatomy.layers)
+        numbers = torch.arange(layers + 1, device=levels.device)
+        counts = (levels == numbers[:, None]).sum(1).tolist()  # once: it waits for the device
+        deepest = max(level for level, count in enumerate(counts) if count)
+        counts = counts[: deepest + 1]
+        whole = deepest == layers or watched(self.model)
         run = self._masked_run(
             input_ids,
             attention_mask,
             masks,
             attention,
             position_ids,
+            checked,
             keep_hidden=True,
             stop=None if whole else deepest,
         )
@@ -358,38 +378,6 @@ def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters)
-
-
-def edge_importance(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> EdgeImportance:
-    """Importance of every edge of a batch (identity 1).
-
-    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure.
-
-    Args:
-        model: a causal language model; attached on the fly.
-        input_ids: ``[B, T]`` integers.
-        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
-        position_ids: ``[B, T]`` of packed rows, starting anew with every document: no edge crosses
-            from one document into another. None for one document a row.
-
-    Returns:
-        Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
-        ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T].
-
-    Raises:
-        UnsupportedModelError: see :func:`attach`.
-        InvalidInputError: ids outside the vocabulary, wrong shapes.
-        NonFiniteError: the model's logits are not finite.
-    """
-    recording = attach(model).record(
-        input_ids, attention_mask, keep_attention=False, position_ids=position_ids
-    )
-    return recording.importance
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig | None:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,15 @@ from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.families.refusals import is_compiled, is_reentrant, unwrapped
+from softtrace.families.refusals import unwrapped
 from softtrace.forward_exits import Seen, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.importance import working_dtype
-from softtrace.instrument import attach
+from softtrace.instrument import Instrument, attach
 from softtrace.masks import hard_masks, soft_masks
+from softtrace.modes import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
 from softtrace.options import DensityOptions
-from softtrace.trace import edge_counts, total_edges
+from softtrace.trace import soft_size
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class DensityLoss:
         self._seen.clear()
         model = unwrapped(self.model)
         schedule = self.options.exit_schedule
-        if schedule.strength and model.training and is_reentrant(model):
+        modules = all_modules(self.model, *() if host is None else (host,))
+        if schedule.strength and model.training and is_reentrant(modules):
             raise InvalidInputError(
                 "exits: found activation checkpointing with use_reentrant=True, under which layers "
                 "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
@@ -135,7 +137,7 @@ class DensityLoss:
         if not (schedule.strength if step is None else schedule(step)):
             yield
             return
-        if is_compiled(self.model) or is_compiled(host or model):
+        if is_compiled(modules):
             self._say_once("exits: the model is compiled, so its forward is not watched")
             yield
             return
@@ -182,16 +184,17 @@ class DensityLoss:
             batch = self._batch(input_ids, attention_mask, labels, position_ids)
             drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
-            exits = self._exits(seen, batch.counted, drawn_by) if weight else None
-            attach(self.model).valid(input_ids, attention_mask)
+            instrument = attach(self.model)
+            exits = self._exits(instrument, seen, batch.counted, drawn_by) if weight else None
+            instrument.valid(input_ids, attention_mask)
             if not bool(batch.counted.any()):
                 return _nothing(input_ids, strength, "no token of the batch has a target")
             distance = None if exits is None else _mean_distance(*exits)
-            term = (
-                self._density(batch, drawn_by, options, strength)
-                if strength
-                else _nothing(input_ids, 0.0, None)
-            )
+            if strength:  # once for all runs in it: switching modules takes longer than asking
+                with dropout_off(instrument.model), uncompiled(instrument.model):
+                    term = self._density(instrument, batch, drawn_by, options, strength)
+            else:
+                term = _nothing(input_ids, 0.0, None)
             if distance is None:
                 return term
             loss = term.loss + weight * distance
@@ -234,10 +237,14 @@ class DensityLoss:
         return _Batch(input_ids, valid, targets, counted, positions, packed)
 
     def _density(
-        self, batch: _Batch, step: tuple[int, int], options: DensityOptions, strength: float
+        self,
+        instrument: Instrument,
+        batch: _Batch,
+        step: tuple[int, int],
+        options: DensityOptions,
+        strength: float,
     ) -> DensityTerm:
         """The term without exits."""
-        instrument = attach(self.model)
         input_ids, positions = batch.input_ids, batch.positions
         length = input_ids.shape[1]
         window = length if options.crop is None else min(options.crop, length)
@@ -246,7 +253,7 @@ class DensityLoss:
             step=step,
             rank=_rank(),
             counted=batch.counted,
-            share=cast(float, options.share),  # on(device) has put a number there
+            share=options.window_share,
             window=window,
             thresholds=options.thresholds,
             depths=options.depth_bounds(len(instrument.anatomy.layers)),
@@ -262,6 +269,7 @@ class DensityLoss:
                 ids,
                 None if batch.packed else mask,
                 position_ids=None if positions is None else chosen.of(positions, window),
+                checked=True,
             )
         full = recording.logits.detach()
         score = easiness(options.easiness)(full, targets)
@@ -274,7 +282,14 @@ class DensityLoss:
         if not len(places):
             return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
         masked = instrument.exit_logits(
-            ids, recording.mask, masks, chosen.depths, places, recorded, recording.positions
+            ids,
+            recording.mask,
+            masks,
+            chosen.depths,
+            places,
+            recorded,
+            recording.positions,
+            checked=True,
         )
         check_finite(masked.detach(), "logits of the masked run")
         total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
@@ -298,13 +313,13 @@ class DensityLoss:
         )
 
     def _exits(
-        self, seen: list[Seen], counted: Tensor, step: tuple[int, int]
+        self, instrument: Instrument, seen: list[Seen], counted: Tensor, step: tuple[int, int]
     ) -> tuple[Tensor, Tensor] | None:
         """``[n]`` distances of exits in the last watched forward of this batch, and which count.
 
         None without a forward.
         """
-        anatomy = attach(self.model).anatomy
+        anatomy = instrument.anatomy
         layers = len(anatomy.layers)
         if layers < 2:
             return None
@@ -355,25 +370,6 @@ class DensityLoss:
         """Weighted mean size of the traces; with gradients only if a size term wants them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
             return soft_size(importance, traces, weights).to(weights.dtype)
-
-
-def soft_size(
-    importance: EdgeImportance, masks: Sequence[LayerEdges], weights: Tensor | None = None
-) -> Tensor:
-    """Size of the traces that masks leave, as shares of |E|: soft reachability times in-degree.
-
-    Args:
-        importance: of the batch, for |E|.
-        masks: see :mod:`softtrace.masks`.
-        weights: ``[B, T]`` to sum with; None returns every position.
-
-    Returns:
-        ``[B, T]`` (0 at padding), or a scalar with ``weights``.
-    """
-    with torch.autocast(importance.valid.device.type, enabled=False):
-        counts = edge_counts(masks).sum((2, 3))
-        size = counts / total_edges(importance).clamp_min(1) * importance.valid
-        return size if weights is None else (size * weights).sum()
 
 
 def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:

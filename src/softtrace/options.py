@@ -146,6 +146,17 @@ class DensityOptions:
             raise ValueError("every is None: take options.on(device).schedule")
         return self._schedule(self.every)
 
+    @property
+    def window_share(self) -> float:
+        """``share`` as a number.
+
+        Raises:
+            ValueError: it depends on the device; ask what :meth:`on` gives.
+        """
+        if self.share is None:
+            raise ValueError("share is None: take options.on(device).window_share")
+        return self.share
+
     def _schedule(self, every: int) -> StrengthSchedule:
         return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, every)
 

@@ -64,11 +64,11 @@ class _Narrowed:
 
 def kept_rows(masks: Sequence[Tensor]) -> list[Tensor]:
     """Which tokens each layer's mask ``[B, T]`` keeps, as numbers of rows of ``[B·T, ...]``."""
-    kept = torch.stack([mask.detach() != 0 for mask in masks]).flatten(1)
+    kept = (torch.stack([mask.detach() for mask in masks]) != 0).flatten(1)
     # An empty batch is more than some modules (expert routing) can take: one row always runs.
     kept[:, 0] |= ~kept.any(1)
-    layers, rows = kept.nonzero().T  # once for all layers: it waits for the device
-    return list(rows.split(layers.bincount(minlength=len(kept)).tolist()))
+    # Once for all layers: both wait for the device.
+    return list(torch.split(kept.nonzero()[:, 1], kept.sum(1).tolist()))
 
 
 class KeptRows(_Narrowed):

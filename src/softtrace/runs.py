@@ -15,8 +15,7 @@ place where it is read: at the input of the MLP's norm and at the layer's output
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -29,10 +28,11 @@ from softtrace.families.anatomy import Anatomy
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, on_input, on_output
 from softtrace.importance import (
-    attention_shares,
+    LayerNorms,
+    carried_norms,
+    edge_shares,
     head_value_norms,
     l1_norm,
-    share_of_node,
     working_dtype,
 )
 from softtrace.rows import KeptRows, Unread, kept_rows
@@ -169,8 +169,8 @@ class RecordingRun(Run):
         self.keep_attention = keep_attention
         packed = positions is not None and is_packed(positions, valid)
         self._documents = documents_of(positions) if packed else None  # type: ignore[arg-type]
-        self.layers: list[LayerEdges] = []
         self.attention: list[Tensor] = []
+        self._norms: list[LayerNorms] = []
         self.visible: list[Tensor] = []
         self._masks: list[tuple[Tensor, Tensor]] = []
         self._seen: tuple[Tensor, Tensor] | None = None
@@ -238,7 +238,7 @@ class RecordingRun(Run):
         return output.clone() if writes else output
 
     def _finish(self, layer: int) -> None:
-        """Put the layer's importances together once both sub-blocks have run."""
+        """Put the layer's norms together once both sub-blocks have run."""
         modules = self.anatomy.layers[layer]
         if not self._attended or len(self._added) < len(modules.mlp_out):
             return
@@ -246,33 +246,39 @@ class RecordingRun(Run):
             raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
         probabilities, norms = self._seen
         with torch.autocast(norms.device.type, enabled=False):
-            added = sum(self._added[1:], self._added[0].to(working_dtype(norms.dtype)))
-            mlp = self._norm_at(layer, added) * abs(modules.mlp_scale)
-            if modules.parallel:
-                residual = self._norm_at(layer, self.entry)
-                attention, residual, mlp = attention_shares(
-                    probabilities, norms, residual, self._scale, mlp
+            added, *more = self._added
+            if more:
+                added = sum(more, added.to(working_dtype(added.dtype)))
+            mlp = self._norm_at(layer, added)
+            # A parallel layer's residual goes into the same node as its MLP.
+            entry = self._norm_at(layer, self.entry) if modules.parallel else l1_norm(self.entry)
+            self._norms.append(
+                LayerNorms(
+                    carried_norms(probabilities, norms, self._scale),
+                    entry,
+                    mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
+                    None if modules.parallel else self._norm_at(layer, self.middle),
                 )
-                edges = LayerEdges(attention, residual, mlp, torch.zeros_like(mlp), parallel=True)
-            else:
-                entry = l1_norm(self.entry) * self.valid
-                attention, residual, _ = attention_shares(probabilities, norms, entry, self._scale)
-                middle, mlp = share_of_node(self._norm_at(layer, self.middle), mlp)
-                edges = LayerEdges(attention, residual, mlp, middle)
-        self.layers.append(edges)
+            )
         self._seen = self._scale = None
         self._attended, self._added = False, []
 
     def _norm_at(self, layer: int, part: Tensor) -> Tensor:
         """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
-        part = part.to(working_dtype(part.dtype))
         if layer == len(self.anatomy.layers) - 1:
-            part = self.anatomy.readout.norm.linear(part)
-        return l1_norm(part) * self.valid
+            part = self.anatomy.readout.norm.linear(part.to(working_dtype(part.dtype)))
+        return l1_norm(part)
+
+    def importances(self) -> tuple[LayerEdges, ...]:
+        """Of every layer, once the forward has ended; asked for once."""
+        with torch.autocast(self.valid.device.type, enabled=False):
+            return edge_shares(self._norms, self.valid)
 
 
 class MaskedRun(Run):
     """Multiplies every edge by its mask; attention is not renormalised."""
+
+    own_sums = False  # whether the model's own sums are right even where nobody reads them
 
     def __init__(
         self,
@@ -291,6 +297,7 @@ class MaskedRun(Run):
         self.exact = exact
         self.stop = stop
         self._node: Tensor | None = None
+        self._cast: tuple[Tensor, ...] | None = None
 
     @override
     def listeners(self) -> list[Hook]:
@@ -338,15 +345,22 @@ class MaskedRun(Run):
         half = self.entry.dtype.itemsize < 4
         return self.exact or scaled or half or torch.is_autocast_enabled(self.entry.device.type)
 
+    def _gates(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
+        """``[B, T, 1]`` masks of the attention residual, the MLP and the MLP residual."""
+        if self._cast is None or self._cast[0].dtype != like.dtype:
+            # Of all layers at once: on a GPU each operation is a launch.
+            nodes = torch.stack([part for masks in self.masks for part in tuple(masks)[1:]])
+            self._cast = nodes.to(like.dtype)[..., None].unbind()
+        return self._cast[3 * layer : 3 * layer + 3]
+
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
-        mask, scale = (
-            self.masks[layer].attention_residual,
-            self.anatomy.layers[layer].attention_scale,
-        )
+        gate, scale = self._gates(layer, output)[0], self.anatomy.layers[layer].attention_scale
         if self._rounds(layer):
-            self._add(mask.to(output.dtype)[..., None] * self.entry + scale * output)
-        return torch.addcmul(output, self._minus_one(mask, output), self.entry, value=1 / scale)
+            self._add(gate * self.entry + (output if scale == 1 else scale * output))
+            if not self.own_sums:
+                return output
+        return torch.addcmul(output, gate - 1, self.entry, value=1 / scale)
 
     @override
     def _reach_middle(self, hidden: Tensor) -> Tensor | None:
@@ -358,18 +372,18 @@ class MaskedRun(Run):
 
     @override
     def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
-        masks, modules = self.masks[layer], self.anatomy.layers[layer]
+        modules, (_, gate, beside) = self.anatomy.layers[layer], self._gates(layer, output)
         scale = modules.mlp_scale
-        kept = masks.mlp.to(output.dtype)[..., None] * output
+        kept = gate * output
         first = part == 0 and not modules.parallel
-        if self._rounds(layer):
+        rounds = self._rounds(layer)
+        if rounds:
             if first:
-                self._node = masks.mlp_residual.to(output.dtype)[..., None] * self.middle
-            self._add(scale * kept)
-        if not first:
+                self._node = beside * self.middle
+            self._add(kept if scale == 1 else scale * kept)
+        if not first or (rounds and not self.own_sums):
             return kept
-        minus_one = self._minus_one(masks.mlp_residual, output)
-        return torch.addcmul(kept, minus_one, self.middle, value=1 / scale)
+        return torch.addcmul(kept, beside - 1, self.middle, value=1 / scale)
 
     def _add(self, part: Tensor) -> None:
         self._node = part if self._node is None else self._node + part
@@ -377,23 +391,3 @@ class MaskedRun(Run):
     def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         node, self._node = self._node, None
         return output if node is None else node.to(output.dtype)
-
-    @staticmethod
-    def _minus_one(mask: Tensor, like: Tensor) -> Tensor:
-        return (mask.to(like.dtype) - 1)[..., None]
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a run of ours: a recording and a masked run must be the same function.
-
-    Each module's own train/eval flag is put back, not one flag for all.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -17,6 +17,7 @@ from torch import Tensor
 from softtrace.batch import check_range
 from softtrace.errors import InvalidInputError
 from softtrace.graph import Edge, EdgeImportance, EdgeKind, LayerEdges
+from softtrace.importance import chunk_elements
 
 _UNREACHED = -1.0  # below every importance, so that (max, min) keeps unreached nodes out
 
@@ -42,28 +43,51 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
     dtype = first.dtype if soft else torch.float32
     wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
     reach = torch.eye(length, dtype=dtype, device=first.device).expand(batch, -1, -1)
-    into_mlp, into_attention = [], []
+    # On a GPU each operation is a launch: several layers at once, fewer where they are large.
+    together = max(1, chunk_elements(first) // (batch * length**2))
+    counted: list[Tensor] = []
     with torch.autocast(first.device.type, enabled=False):
-        # The edges of single tokens of all layers at once: on a GPU each operation is a launch.
-        nodes = torch.stack([part for layer in masks for part in tuple(layer)[1:]]).to(dtype)
-        residual, mlp, mlp_residual = nodes.view(-1, 3, *nodes.shape[1:]).unbind(1)
-        at_mlp = torch.stack((mlp, mlp_residual), dim=-1)
-        through_mlp = at_mlp.sum(-1).clamp(max=1)[:, :, None]
-        at_mlp, along = at_mlp.to(wide), residual + mlp
-        for index in reversed(range(len(masks))):
-            layer = masks[index]
-            into_mlp.append(reach.to(wide) @ at_mlp[index])
-            if not layer.parallel:
-                reach = reach * through_mlp[index]
-            over_heads = layer.attention.sum(1, dtype=dtype)
-            degrees = torch.stack((over_heads.sum(-1), residual[index]), dim=-1)
-            into_attention.append(reach.to(wide) @ degrees.to(wide))
-            beside = along if layer.parallel else residual
-            step = over_heads.clamp(max=1) + torch.diag_embed(beside[index])
-            reach = (reach @ step.clamp(max=1)).clamp(max=1)
-    kinds = (torch.stack(into_attention[::-1], dim=2), torch.stack(into_mlp[::-1], dim=2))
-    stacked = torch.cat(kinds, dim=-1)
+        for end in range(len(masks), 0, -together):
+            counts, reach = _counts_of(masks[max(0, end - together) : end], reach, wide)
+            counted.insert(0, counts)
+        stacked = torch.cat(counted).permute(1, 2, 0, 3)
     return stacked if soft or first.device.type == "mps" else stacked.double()
+
+
+def _counts_of(
+    masks: Sequence[LayerEdges], reach: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``[L, B, T, 4]`` counts in neighbouring layers, and who reaches the nodes before them.
+
+    Args:
+        masks: of these layers.
+        reach: ``[B, T_out, T]``, how far each node after them reaches each output node.
+        wide: dtype in which counts are exact.
+    """
+    parallel = [layer.parallel for layer in masks]
+    nodes = torch.stack([part for layer in masks for part in tuple(layer)[1:]]).to(reach.dtype)
+    residual, mlp, mlp_residual = nodes.view(-1, 3, *nodes.shape[1:]).unbind(1)
+    through_mlp = (mlp + mlp_residual).clamp(max=1)[:, :, None]
+    into = residual
+    if any(parallel):  # there the MLP reads the node that enters the layer
+        both = (residual + mlp).unbind()
+        into = torch.stack(
+            [a if one else b for a, b, one in zip(both, residual, parallel, strict=True)]
+        )
+    over_heads = torch.stack([layer.attention.sum(1, dtype=reach.dtype) for layer in masks])
+    steps = (over_heads.clamp(max=1) + torch.diag_embed(into)).clamp(max=1).unbind()
+    at_nodes, at_attention = [], []
+    for index in reversed(range(len(masks))):
+        at_nodes.append(reach)
+        if not parallel[index]:
+            reach = reach * through_mlp[index]
+        at_attention.append(reach)
+        reach = (reach @ steps[index]).clamp(max=1)
+    sides = ((at_attention, (over_heads.sum(-1), residual)), (at_nodes, (mlp, mlp_residual)))
+    counts = [
+        torch.stack(at[::-1]).to(wide) @ torch.stack(edges, dim=-1).to(wide) for at, edges in sides
+    ]
+    return torch.cat(counts, dim=-1), reach
 
 
 def _products_exact(largest: int, device: torch.device) -> bool:
@@ -94,19 +118,39 @@ def total_edges(importance: EdgeImportance) -> Tensor:
     reach = torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
     summed = torch.float32 if device.type == "mps" else torch.float64
     count = torch.zeros(batch, length, dtype=summed, device=device)
-    degrees: dict[int, tuple[Tensor, Tensor]] = {}  # layers of the same window share one
+    known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # layers of one window share one
     with torch.autocast(device.type, enabled=False):
         for layer, seen in zip(
             reversed(importance.layers), reversed(importance.visible), strict=True
         ):
-            if id(seen) not in degrees:
+            kind = (id(seen), layer.parallel)
+            if kind not in known:
                 step = (seen | torch.diag_embed(importance.valid)).float()
-                degrees[id(seen)] = step, heads * seen.sum(-1, dtype=wide)
-            step, attention = degrees[id(seen)]
-            others = importance.valid * (2 if layer.parallel else 3)
-            count = count + (reach.to(wide) @ (attention + others)[..., None])[..., 0]
+                others = importance.valid * (2 if layer.parallel else 3)
+                known[kind] = step, (heads * seen.sum(-1, dtype=wide) + others)[..., None]
+            step, degrees = known[kind]
+            count = count + (reach.to(wide) @ degrees)[..., 0]
             reach = (reach @ step).clamp(max=1)
     return (count * importance.valid).round().long()
+
+
+def soft_size(
+    importance: EdgeImportance, masks: Sequence[LayerEdges], weights: Tensor | None = None
+) -> Tensor:
+    """Size of the traces that masks leave, as shares of |E|: soft reachability times in-degree.
+
+    Args:
+        importance: of the batch, for |E|.
+        masks: see :mod:`softtrace.masks`.
+        weights: ``[B, T]`` to sum with; None returns every position.
+
+    Returns:
+        ``[B, T]`` (0 at padding), or a scalar with ``weights``.
+    """
+    with torch.autocast(importance.valid.device.type, enabled=False):
+        counts = edge_counts(masks).sum((2, 3))
+        size = counts / total_edges(importance).clamp_min(1) * importance.valid
+        return size if weights is None else (size * weights).sum()
 
 
 def trace_length(size: float | int, total: int) -> int:

@@ -130,9 +130,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "exits wait for the device", "loss.py",
         (
             (
-                "exits = self._exits(seen, batch.counted, drawn_by) if weight else None\n",
-                "exits = self._exits(seen, batch.counted, drawn_by) if bool(weight * "
-                "batch.counted.any()) else None\n",
+                "seen, batch.counted, drawn_by) if weight else None\n",
+                "seen, batch.counted, drawn_by) if bool(weight * batch.counted.any()) else None\n",
             ),
         ),
         "tests/test_forward_exits.py::"

@@ -66,6 +66,8 @@ def tolerance(dtype: torch.dtype) -> float:
 class _Witness(MaskedRun):
     """A masked run that rebuilds every node from its edges and compares."""
 
+    own_sums = True  # they are what is compared
+
     def __init__(
         self,
         anatomy: Anatomy,

@@ -84,40 +84,6 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         model.forward = around
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of it was compiled, in place or by a wrapper inside."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or "_orig_mod" in module._modules
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
-
-
-def is_reentrant(model: nn.Module) -> bool:
-    """Whether transformers checkpoints any layer of it in the reentrant way."""
-    return any(
-        getattr(module, "gradient_checkpointing", False)
-        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
-            "use_reentrant", True
-        )
-        for module in model.modules()
-    )
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run what was compiled in place (``model.compile()``) as it was written.
-
-    Compiled code has no softmax to be seen, and hooks of ours would compile it anew.
-    """
-    if not is_compiled(model):  # importing the compiler takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def refuse_early(model: nn.Module) -> None:
     """Refuse what no run is needed for.
 

@@ -1,0 +1,71 @@
+"""The state in which a model runs: train or eval mode, compiled or as written, checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def all_modules(*models: nn.Module) -> list[nn.Module]:
+    """What ``modules()`` of them gives, in another order and half the time: a step asks often."""
+    found = {id(model): model for model in models}
+    new = list(models)
+    while new:
+        for module in new.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                new.append(module)
+    return list(found.values())
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a run of ours: a recording and a masked run must be the same function.
+
+    Each module's own train/eval flag is put back, not one flag for all.
+    """
+    training = [module for module in all_modules(model) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of them was compiled, in place or by a wrapper inside."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
+def is_reentrant(modules: Iterable[nn.Module]) -> bool:
+    """Whether transformers checkpoints any of them in the reentrant way."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
+            "use_reentrant", True
+        )
+        for module in modules
+    )
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run what was compiled in place (``model.compile()``) as it was written.
+
+    Compiled code has no softmax to be seen, and hooks of ours would compile it anew.
+    """
+    if not is_compiled(all_modules(model)):  # importing the compiler takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
