@@ -1,7 +1,7 @@
 """The payoff: self-speculation after plain fine-tuning and after the penalty's.
 
     make quickstart && python recipes/benchmarks/decoding.py
-    python recipes/benchmarks/decoding.py --plain MODEL --penalty MODEL --data TEXT
+    python recipes/benchmarks/decoding.py --plain MODEL --penalty [NAME=]MODEL ... --data TEXT
 
 Every speed-up is over plain greedy decoding of the same model by the same loop, prompt by prompt in
 turns; the texts are compared token for token. Writes ``decoding.json`` next to this file.
@@ -28,7 +28,7 @@ RUNS = HERE.parent.parent / "runs" / "quickstart"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--plain", default=str(RUNS / "plain" / "model"))
-    parser.add_argument("--penalty", default=str(RUNS / "penalty" / "model"))
+    parser.add_argument("--penalty", nargs="+", default=[str(RUNS / "penalty" / "model")])
     parser.add_argument("--data", default=str(Path(matplotlib.__file__).parent))
     parser.add_argument("--held-out-share", type=float, default=0.1)
     parser.add_argument("--salt", default="")
@@ -41,11 +41,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "decoding.json")
     args = parser.parse_args()
     said_once = ("model", "data", *provenance(torch.device("cpu")))
+    models = {"plain": args.plain}
+    for given in args.penalty:
+        name, _, model = given.rpartition("=")
+        models[name or "penalty"] = model
     found = {}
-    for name in ("plain", "penalty"):
+    for name, model in models.items():
         with tempfile.TemporaryDirectory() as folder:
             run = decode_bench(
-                getattr(args, name),
+                model,
                 args.data,
                 folder,
                 held_out_share=args.held_out_share,

@@ -212,8 +212,9 @@ def main() -> None:
     parser.add_argument("--data", help="folder of source (default: installed lightning)")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--search", action="store_true", help="variants.py instead of the peers")
-    parser.add_argument("--methods", nargs="+", help="default: all")
-    parser.add_argument("--strengths", type=float, nargs="+", help="instead of each method's own")
+    parser.add_argument(
+        "--methods", nargs="+", help="NAME or NAME=STRENGTH,... (default: all, with their own ones)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -243,7 +244,11 @@ def main() -> None:
         args.data = str(Path(lightning.__file__).parent)
     usual = VARIANTS if args.search else METHODS
     allowed = set(EVERY if args.cost else ("plain", *usual))
-    names = list(dict.fromkeys(("plain", *(args.methods or usual))))
+    strengths: dict[str, list[float]] = {}
+    for given in args.methods or usual:
+        name, _, some = given.partition("=")
+        strengths.setdefault(name, []).extend(map(float, some.split(",") if some else ()))
+    names = list(dict.fromkeys(("plain", *strengths)))
     if unknown := set(names) - allowed:
         parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(allowed)}")
     stem = "search" if args.search else "peers-cost" if args.cost else "peers"
@@ -290,9 +295,7 @@ def main() -> None:
         Task(name, strength, seed)
         for seed in range(args.seeds)
         for name in names
-        for strength in (EVERY[name].strengths and args.strengths)
-        or EVERY[name].strengths
-        or (0.0,)
+        for strength in strengths.get(name) or EVERY[name].strengths or (0.0,)
         if (name, strength, seed) not in known
     ]
     for row in perform_all(tasks, result["runs"], args, began + 60 * args.minutes):

@@ -319,6 +319,8 @@ def with_exits(*strengths: float, **options: Any) -> type[Method]:
     return with_options(*strengths, **{"share": 0.1, "exits": 0.5, "exit_tokens": 0.25, **options})
 
 
+FROM = {"exit_depths": (0.25, 1.0)}
+
 #: how often the term comes, and which exits: equal time on a CPU but for the first and the last
 EXITS: dict[str, type[Method]] = {
     "no exits, share 0.15": with_options(0.35, share=0.15, exits=0.0),
@@ -327,46 +329,33 @@ EXITS: dict[str, type[Method]] = {
     "exits 1": with_exits(0.25, 0.35, exits=1.0),
     "exits 0.5, share 0.15": with_exits(0.3, share=0.15),
     "exits 0.5, half the tokens": with_exits(0.3, exit_tokens=0.5),
-    "exits 0.5 from a quarter": with_exits(0.3, exit_depths=(0.25, 1.0)),
-    "exits 1 from a quarter": with_exits(0.3, exits=1.0, exit_depths=(0.25, 1.0)),
+    "exits 0.5 from a quarter": with_exits(0.3, **FROM),
+    "exits 1 from a quarter": with_exits(0.3, exits=1.0, **FROM),
     "exits 0.5, a quarter to half": with_exits(0.3, exit_depths=(0.25, 0.5)),
     "exits 0.5, every 4th": with_exits(0.3, every=4, share=0.4),
     "exits 0.5, every 8th": with_exits(0.3, every=8, share=0.8),
-    "exits 0.5 from a quarter, every 4th": with_exits(
-        0.35, every=4, share=0.3, exit_depths=(0.25, 1.0)
-    ),
-    "exits 0.5 from a quarter, every 8th": with_exits(
-        0.35, every=8, share=0.6, exit_depths=(0.25, 1.0)
-    ),
-    "exits 0.5 from a quarter, every 8th, fewer": with_exits(
-        0.35, every=8, share=0.4, exit_depths=(0.25, 1.0)
-    ),
-    "exits 0.7 from a quarter, every 8th": with_exits(
-        0.35, exits=0.7, every=8, share=0.6, exit_depths=(0.25, 1.0)
-    ),
+    "exits 0.5 from a quarter, every 4th": with_exits(0.35, every=4, share=0.3, **FROM),
+    "exits 0.5 from a quarter, every 8th": with_exits(0.35, every=8, share=0.6, **FROM),
+    "exits 0.5 from a quarter, every 8th, fewer": with_exits(0.35, every=8, share=0.4, **FROM),
+    "exits 0.7 from a quarter, every 8th": with_exits(0.35, exits=0.7, every=8, share=0.6, **FROM),
     "exits 0.2 from a quarter, every 8th": with_exits(
-        0.35, 0.5, exits=0.2, every=8, share=0.6, exit_depths=(0.25, 1.0)
+        0.35, 0.5, exits=0.2, every=8, share=0.6, **FROM
     ),
-    "exits 0.2 from a quarter, every 4th": with_exits(
-        0.35, exits=0.2, every=4, share=0.3, exit_depths=(0.25, 1.0)
-    ),
-    "exits 0.2 from a quarter, share 0.15": with_exits(
-        0.35, exits=0.2, share=0.15, exit_depths=(0.25, 1.0)
-    ),
+    "exits 0.2 from a quarter, every 4th": with_exits(0.35, exits=0.2, every=4, share=0.3, **FROM),
+    "exits 0.2 from a quarter, share 0.15": with_exits(0.35, exits=0.2, share=0.15, **FROM),
     "exits 0.3 from a quarter, every 8th, more": with_exits(
-        0.35, exits=0.3, every=8, share=0.8, exit_depths=(0.25, 1.0)
+        0.35, exits=0.3, every=8, share=0.8, **FROM
     ),
-    "exits 0.3 from a quarter, every 2nd": with_exits(
-        0.35, exits=0.3, every=2, share=0.25, exit_depths=(0.25, 1.0)
-    ),
+    "exits 0.3 from a quarter, every 2nd": with_exits(0.35, exits=0.3, every=2, share=0.25, **FROM),
     "exits 0.5, whole batch": with_exits(0.3, share=1.0, exit_tokens=1.0),
 }
 
 
-def for_drafting(exits: float) -> type[Method]:
+def for_drafting(exits: float, low: float = 0.1, high: float = 0.5) -> type[Method]:
     """More weight on exits, and only on such as can draft."""
+    share = 0.6 if (low, high) == (0.1, 0.5) else 0.3
     return with_exits(
-        0.35, exits=exits, exit_tokens=0.5, exit_depths=(0.1, 0.5), every=8, share=0.6
+        0.35, exits=exits, exit_tokens=0.5, exit_depths=(low, high), every=8, share=share
     )
 
 
@@ -394,7 +383,17 @@ SELDOM: dict[str, type[Method]] = {
     "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
 }
 
-DRAFTING = {f"drafting exits {number}": for_drafting(float(number)) for number in (1, 3)}
+DRAFTING = {
+    f"drafting {where}exits {weight:g}": for_drafting(weight, *depths)
+    for where, weight, *depths in (
+        ("", 1.0),
+        ("", 3.0),
+        ("after 0.25, ", 1.0, 0.25, 0.25),
+        ("after 0.31, ", 1.0, 0.31, 0.31),
+        ("after 0.31, ", 0.5, 0.31, 0.31),
+        ("after 0.31 to 0.5, ", 0.7, 0.31, 0.5),
+    )
+}
 VARIANTS |= EXITS | SELDOM | DRAFTING
 
 EVERY = METHODS | VARIANTS

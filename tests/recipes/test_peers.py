@@ -195,9 +195,9 @@ def test_a_comparison_goes_on_where_it_stopped(
     out = tmp_path / "peers.json"
     words = (
         f"peers.py --steps 2 --seeds 1 --batch-size 4 --blocks 4 --device cpu --out {out} "
-        f"--data {Path(jinja2.__file__).parent} --methods layerskip"
+        f"--data {Path(jinja2.__file__).parent} --methods"
     ).split()
-    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2", "--keep", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2", "--keep", str(tmp_path)])
     peers.main()
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
         "plain-0",
@@ -207,7 +207,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert load_model(tmp_path / "layerskip-0.2").config.num_hidden_layers == 8
     first = json.loads(out.read_text())
     assert [run["method"] for run in first["runs"]] == ["plain", "layerskip"]
-    monkeypatch.setattr(sys, "argv", [*words, "--strengths", "0.2", "1.0"])
+    monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2,1"])
     peers.main()
     result = json.loads(out.read_text())
     assert result["runs"][:2] == first["runs"]
@@ -215,6 +215,6 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert set(result["at_budget"]) == {"plain", "layerskip"}
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "at +1 % held-out loss" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:]])
+    monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:], "layerskip"])
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         peers.main()
