@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -119,8 +120,10 @@ def measure(
             end = min(start + found.batch_size, high)
             mask = None if attention_mask is None else attention_mask[start:end].to(device)
             batch = _attempt(
-                instrument, blocks[start:end].to(device), mask, min_context, start < extra_blocks,
-                first + start,
+                partial(
+                    _measured, instrument, blocks[start:end].to(device), mask, min_context,
+                    start < extra_blocks, first + start,
+                )
             )  # fmt: skip
             if batch is None:
                 found.batch_size = _halved(end - start, blocks.shape[1])
@@ -151,17 +154,10 @@ def _halved(batch_size: int, length: int) -> int:
     return smaller
 
 
-def _attempt(
-    instrument: Instrument,
-    ids: Tensor,
-    mask: Tensor | None,
-    min_context: int,
-    extra: bool,
-    number: int,
-) -> Measurements | None:
+def _attempt(measured: Callable[[], Measurements]) -> Measurements | None:
     """One batch's measurements; None where memory ran out, with nothing of it left."""
     try:
-        return _measured(instrument, ids, mask, min_context, extra, number)
+        return measured()
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
