@@ -14,6 +14,7 @@ from torch import Tensor
 from softtrace.evaluation.early_exit import exit_layers
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.parts import Part, Parts
+from softtrace.evaluation.token_text import TokenText
 
 NAME = "tokens.jsonl"
 
@@ -29,9 +30,10 @@ def write_tokens(
     """Write ``tokens.jsonl``, in the order of blocks and positions; one part is read at a time.
 
     Each line has ``sequence`` (number of the block), ``position`` in it, ``token_id`` and ``token``
-    (what stands there), ``next_id`` and ``next`` (what has to be predicted there), ``entropy`` and
-    ``loss`` in nats, ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and
-    ``exit_layer`` (:func:`softtrace.evaluation.early_exit.exit_layers`).
+    (what stands there, :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and
+    ``next`` (what has to be predicted there), ``entropy`` and ``loss`` in nats,
+    ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and ``exit_layer``
+    (:func:`softtrace.evaluation.early_exit.exit_layers`).
 
     Args:
         folder: to write to.
@@ -50,7 +52,7 @@ def write_tokens(
 def _lines(
     parts: Parts, planned: list[Part], blocks: Tensor, min_context: int, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
-    text = functools.lru_cache(maxsize=1 << 16)(lambda token: tokenizer.decode([token]))
+    text = functools.lru_cache(maxsize=1 << 16)(TokenText(tokenizer))
     places = range(min_context, blocks.shape[1] - 1)
     for part in planned:
         found = parts.read_part(part)
