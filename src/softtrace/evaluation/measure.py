@@ -188,7 +188,7 @@ def _measured(
         entropy=[_flat(curve.entropy, explained)],
         loss=[_flat(loss_score(recording.logits, targets), explained)],
         area=[_flat(curve.area(), explained)],
-        size=[_flat(curve.size_at(0.2), explained)],
+        size=[_flat(curve.size_at(), explained)],
         variation=[_flat(curve.at_sizes(), explained)],
         agreement=[_flat(exit_agreement(instrument, recording), explained)],
         composition=edges[:, explained].sum(1).cpu(),

@@ -97,7 +97,7 @@ def _measures(
         "entropy": curve.entropy,
         "loss": loss_score(recording.logits, targets),
         "area": curve.area(),
-        "size": curve.size_at(0.2),
+        "size": curve.size_at(),
         "exit_layer": exit_layers(exit_agreement(instrument, recording)),
         "edges": curve.edges,
     }

@@ -26,9 +26,6 @@ from softtrace.placement import device_of_module
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; 1e-2, where construction ends, is the thirteenth."""
 
-BOUND = 0.2
-"""TV of the size that a token is said to need."""
-
 Progress = Callable[[int], Any]
 
 
@@ -231,7 +228,7 @@ def _curve(
 
 
 def _computation(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
-    size = curve.size_at(BOUND)
+    size = curve.size_at()
     edges = curve.at_sizes(size[None], curve.composition)[0].sum(2)
     attention = edges[..., EDGE_KINDS.index("attention")] / edges.sum(-1)  # 0 / 0 if it is empty
     found = {
