@@ -39,6 +39,9 @@ _SCATTER = 2000
 
 Progress = Callable[[int], Any]
 
+LISTS = ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus")
+"""Of :class:`Measurements`, what is a list of tensors, a batch each."""
+
 
 @dataclass
 class Measurements:
@@ -68,7 +71,7 @@ class Measurements:
 
     def extend(self, other: Measurements) -> None:
         """Put the measurements of later positions behind these; nothing is copied."""
-        for name in ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus"):
+        for name in LISTS:
             getattr(self, name).extend(getattr(other, name))
         for key, parts in other.baselines.items():
             self.baselines.setdefault(key, []).extend(parts)

@@ -7,9 +7,8 @@ does not grow with the vocabulary or with the number of masked runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from softtrace.batch import next_tokens
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.unigram import Unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import Instrument, attach
@@ -25,8 +25,6 @@ from softtrace.placement import device_of_module
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; 1e-2, where construction ends, is the thirteenth."""
-
-Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
