@@ -52,7 +52,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         base: of the model that it was fine-tuned from, measured on the same tokens.
 
     Raises:
-        DataError: the README cannot be read, or its section is damaged.
+        DataError: the README cannot be read, or its section or front matter is damaged.
     """
     runs = [density] if base is None else [base, density]
     heads = ["this model"] if base is None else ["before", "this model"]
@@ -96,7 +96,7 @@ def write_settings(folder: Path | str, options: Mapping[str, Any]) -> None:
         options: of ``softtrace fit``, as in its ``fit.yaml``.
 
     Raises:
-        DataError: the README cannot be read, or its section is damaged.
+        DataError: the README cannot be read, or its section or front matter is damaged.
     """
     base, penalty = str(options["model"]["path"]), dict(options["penalty"])
     kept = {

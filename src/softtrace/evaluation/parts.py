@@ -126,7 +126,11 @@ class Parts:
         return found
 
     def read_part(self, part: Part) -> Measurements:
-        """One part."""
+        """One part.
+
+        Raises:
+            CheckpointError: it is not there, or cannot be read.
+        """
         path = self.folder / part.name
         with _named(path), safe_open(path, framework="pt") as file:
             return _measurements({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

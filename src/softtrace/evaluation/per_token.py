@@ -41,6 +41,9 @@ def write_tokens(
         blocks: ``[N, T]`` ids, without padding.
         min_context: the first explained position.
         tokenizer: of the ids.
+
+    Returns:
+        The path that was written.
     """
     path = folder / NAME
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:

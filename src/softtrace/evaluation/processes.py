@@ -36,7 +36,8 @@ class Processes:
         device: of this one.
 
     Raises:
-        InvalidInputError: a numbered device for several processes, or one that is not there.
+        InvalidInputError: a numbered device for several processes, or one that is not there; or
+            other than the launched number of processes.
     """
 
     def __init__(self, device: str) -> None:
