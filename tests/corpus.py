@@ -23,6 +23,18 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """As SentencePiece's: a token holds the space before it, which is dropped where a text begins.
+
+    Decoding a token alone therefore says ``the`` for `` the``.
+    """
+    words = ["<unk>", END, *(f"▁{word}" for word in ("the", "cat", "a")), *"▁thecas", "\n"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token="<unk>")
+
+
 def write_tree(root: Path, files: int = 40, lines: int = 6) -> Path:
     """A folder of small Python files in two sub-folders, no two of which are equal."""
     for number in range(files):

@@ -276,7 +276,7 @@ def test_missing_documents_end_token_and_block_are_refused() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(DataError, match="no documents"):
         encode([], tokenizer)
-    with pytest.raises(InvalidInputError, match="block_size is 1"):
+    with pytest.raises(InvalidInputError, match="block_size: found 1, allowed are integers from 2"):
         pack(documents(3), tokenizer, 1)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="end-of-sequence"):

@@ -344,7 +344,7 @@ def test_every_option_can_be_set_from_yaml(corpus: Path) -> None:
     ],
 )
 def test_options_outside_their_range_are_refused(corpus: Path, option: str, value: float) -> None:
-    with pytest.raises(InvalidInputError, match=f"{option} is {value}"):
+    with pytest.raises(InvalidInputError, match=f"{option}: found {value}, allowed"):
         data_module(corpus, **{option: value})
 
 

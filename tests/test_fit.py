@@ -216,7 +216,7 @@ def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) 
         ("--checkpoint_every", -1, "checkpoint_every: found -1, allowed"),
         ("--monitor_every", -1, "monitor_every: found -1, allowed"),
         ("--card_blocks", -1, "card_blocks: found -1, allowed"),
-        ("--data.batch_size", 0, "batch_size is 0"),
+        ("--data.batch_size", 0, "batch_size: found 0, allowed are integers from 1"),
     ],
 )
 def test_numbers_out_of_range_are_named(
@@ -233,7 +233,7 @@ def test_options_are_checked_before_a_model_is_loaded(
     nowhere = (tmp_path / "no model", sources[1])
     with pytest.raises(InvalidInputError, match=r"share: found 2\.0"):
         fit(arguments(nowhere, tmp_path / "out", "--penalty.share", 2))
-    with pytest.raises(InvalidInputError, match="block_size is 1"):
+    with pytest.raises(InvalidInputError, match="block_size: found 1, allowed are integers from 2"):
         fit(arguments(nowhere, tmp_path / "out", "--data.block_size", 1))
 
 

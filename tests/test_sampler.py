@@ -154,7 +154,7 @@ def test_impossible_arguments_are_refused() -> None:
         BlockSampler(0)
     with pytest.raises(InvalidInputError, match="rank is 2"):
         BlockSampler(5, ranks=2, rank=2)
-    with pytest.raises(InvalidInputError, match="batch_size is 0"):
+    with pytest.raises(InvalidInputError, match="batch_size: found 0"):
         loader(0)
     with pytest.raises(InvalidInputError, match="orders 5 blocks"):
         BlockLoader(BLOCKS, 2, BlockSampler(5))

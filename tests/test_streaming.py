@@ -64,7 +64,7 @@ def test_a_text_without_one_block() -> None:
         stream_evenly([Document("a", "12345")], TOKENIZER, 8, 4)
     with pytest.raises(DataError, match="there are no documents to encode"):
         stream_evenly([], TOKENIZER, 8, 4)
-    with pytest.raises(InvalidInputError, match="block_size is 1"):
+    with pytest.raises(InvalidInputError, match="block_size: found 1, allowed are integers from 2"):
         stream_evenly([Document("a", "12345")], TOKENIZER, 1, 4)
 
 
@@ -72,7 +72,7 @@ def test_a_text_without_one_block() -> None:
 def test_the_held_out_side_is_the_same(tmp_path: Path, files: int) -> None:
     documents = read_documents(write_tree(tmp_path, files))
     assert list(stream_held_out(iter(documents), 0.3, "x")) == split_by_file(documents, 0.3, "x")[1]
-    with pytest.raises(InvalidInputError, match="held_out_share is 1, but must be"):
+    with pytest.raises(InvalidInputError, match=r"held_out_share: found 1, allowed \[0, 1\)"):
         list(stream_held_out(iter(documents), 1, "x"))
 
 

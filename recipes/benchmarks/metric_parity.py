@@ -25,23 +25,9 @@ from tracing import HERE, MODEL, text_blocks
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model
-from softtrace.metrics import (
-    ComputationDensity,
-    DensityUncertaintyCorrelation,
-    EarlyExitAgreement,
-    NucleusRecovery,
-    TraceComposition,
-    readings,
-)
+from softtrace.metrics import METRICS, readings
 
 LENGTH, SEQUENCES = 40, 24
-METRICS = (
-    ComputationDensity,
-    DensityUncertaintyCorrelation,
-    EarlyExitAgreement,
-    NucleusRecovery,
-    TraceComposition,
-)
 Batch = tuple[Tensor, Tensor]
 
 

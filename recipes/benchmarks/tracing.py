@@ -109,7 +109,7 @@ def precision(model: torch.nn.Module, count: int) -> dict[str, Any]:
     dense = torch.linspace(5, -16, 211, dtype=torch.float64).sigmoid().tolist()
     curves = [softtrace.density_curve(model, ids, thresholds=grid) for grid in (None, dense)]
     area, exact_area = (curve.area()[:, explained].flatten() for curve in curves)
-    size, exact_size = (curve.size_at(0.2)[:, explained].flatten() for curve in curves)
+    size, exact_size = (curve.size_at()[:, explained].flatten() for curve in curves)
     read, exact = (curve.at_sizes()[:, :, explained].flatten(1) for curve in curves)
     easy = curves[0].entropy[:, explained].flatten()
     easy = easy <= easy.quantile(0.25)

@@ -26,6 +26,9 @@ from softtrace.trace import edge_counts, total_edges
 SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26))
 """26 sizes, log-spaced from 1e-4 to 1: the paper's construction and refinement phases."""
 
+SIZE_BOUND = 0.2
+"""TV of the size that a token is said to need, its "size at TV 0.2"."""
+
 DEPTH_QUARTILES = 4
 
 _CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
@@ -121,7 +124,7 @@ class DensityCurve:
         heights = self.at_sizes(SIZES)
         return (heights.sum(0) - (heights[0] + heights[-1]) / 2) / (len(SIZES) - 1)
 
-    def size_at(self, total_variation: float = 0.2) -> Tensor:
+    def size_at(self, total_variation: float = SIZE_BOUND) -> Tensor:
         """The smallest size with TV at or under a bound, ``[B, T]``: first crossing, log-linear.
 
         Where the trace at the highest threshold is under the bound already, its size: what a

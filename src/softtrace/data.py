@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from softtrace.batch import check_least, check_range
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.reading import ALLOWED, texts_of, walk
 
@@ -167,7 +168,7 @@ def split_by_file(
         InvalidInputError: the share is not in [0, 1).
         DataError: a single document of a single line, with a share above 0.
     """
-    _check_share(held_out_share)
+    check_share(held_out_share)
     if held_out_share == 0:
         return list(documents), []
     if len(documents) == 1:
@@ -178,19 +179,16 @@ def split_by_file(
     return sides
 
 
-def _check_share(held_out_share: float) -> None:
-    if not 0 <= held_out_share < 1:
-        raise InvalidInputError(
-            f"held_out_share is {held_out_share}, but must be in [0, 1): 0.05 holds out 5 %, and 0 "
-            "nothing."
-        )
+def check_share(held_out_share: float) -> None:
+    """Raise :class:`InvalidInputError` where the share that is held out is not in [0, 1)."""
+    check_range("held_out_share", held_out_share, 0, 1, open_high=True)
 
 
 def stream_held_out(
     documents: Iterable[Document], held_out_share: float, salt: str = ""
 ) -> Iterator[Document]:
     """The held-out side of :func:`split_by_file`, one document at a time."""
-    _check_share(held_out_share)
+    check_share(held_out_share)
     rest = iter(documents)
     begin = list(islice(rest, 2))
     if len(begin) < 2:
@@ -310,8 +308,7 @@ def pack(
 
 def check_block_size(block_size: int) -> None:
     """Raise :class:`InvalidInputError` where a block has nothing to be predicted."""
-    if block_size < 2:
-        raise InvalidInputError(f"block_size is {block_size}, but must be at least 2 tokens.")
+    check_least("block_size", block_size, 2)
 
 
 def full_blocks(documents: int, tokens: int, block_size: int) -> int:

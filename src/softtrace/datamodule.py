@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
+from softtrace.batch import check_least
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
+    check_share,
     pack,
     read_documents,
     split_by_file,
@@ -89,13 +91,11 @@ class PackedDataModule(LightningDataModule):
         for name, value, least in (
             ("block_size", block_size, 2),
             ("batch_size", batch_size, 1),
-            ("max_train_blocks", max_train_blocks, 1),
-            ("max_held_out_blocks", max_held_out_blocks, 1),
+            ("max_train_blocks", 1 if max_train_blocks is None else max_train_blocks, 1),
+            ("max_held_out_blocks", 1 if max_held_out_blocks is None else max_held_out_blocks, 1),
         ):
-            if value is not None and value < least:
-                raise InvalidInputError(f"{name} is {value}, but must be at least {least}.")
-        if not 0 <= held_out_share < 1:
-            raise InvalidInputError(f"held_out_share is {held_out_share}, but must be in [0, 1).")
+            check_least(name, value, least)
+        check_share(held_out_share)
         self.path = path
         self.tokenizer = tokenizer
         self.block_size = block_size

@@ -23,6 +23,7 @@ from softtrace.metrics import (
     EarlyExitAgreement,
     readings,
 )
+from softtrace.metrics.functional import half_depth
 from softtrace.support import check_strategy
 
 STATE_VERSION = 1
@@ -226,7 +227,7 @@ class DensityMonitor(Callback):
             "tokens": int(total),
             **{name: float(value) for name, value in density.items()},
             **{
-                f"exit_agreement_{name}": float(shares[max(1, len(shares) // 2) - 1])
+                f"exit_agreement_{name}": float(shares[half_depth(len(shares)) - 1])
                 for name, shares in exits.items()
             },
             **{f"entropy_spearman_{name}": float(value) for name, value in correlation.items()},

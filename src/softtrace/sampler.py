@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtrace.batch import check_least
 from softtrace.errors import InvalidInputError
 
 STATE_VERSION = 1
@@ -98,8 +99,7 @@ class BlockLoader:
     """
 
     def __init__(self, blocks: Tensor, batch_size: int, sampler: BlockSampler) -> None:
-        if batch_size < 1:
-            raise InvalidInputError(f"batch_size is {batch_size}, but must be at least 1.")
+        check_least("batch_size", batch_size, 1)
         if sampler.blocks != len(blocks):
             raise InvalidInputError(
                 f"the sampler orders {sampler.blocks} blocks, but there are {len(blocks)}."

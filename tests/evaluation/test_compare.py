@@ -37,8 +37,11 @@ def test_load_takes_the_file_and_its_folder(runs: list[Path]) -> None:
         (None, "no such file"),
         (b'{"version": 1, "tok', "no JSON"),
         (b"\xff\xfe\x00", "no JSON"),
-        (b"[1]", 'no "version"'),
-        (b'{"tokens": 1}', 'no "version"'),
+        (b"[1]", 'no "version", expected a density.json as written by softtrace evaluate'),
+        (
+            b'{"tokens": 1}',
+            'no "version", expected a density.json as written by softtrace evaluate',
+        ),
         (b'{"version": 2}', "found version 2, this softtrace reads version 1"),
         (b'{"version": 1}', "found no 'model'"),
     ],

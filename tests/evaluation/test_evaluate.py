@@ -155,7 +155,11 @@ def test_an_interrupted_run_leaves_no_density(
         ({"device": "abacus"}, InvalidInputError, "device: found 'abacus', which .* cannot use"),
         ({"device": "xpu"}, InvalidInputError, "device: found 'xpu', which this machine cannot"),
         ({"dtype": "int3"}, ModelDirectoryError, "dtype: found 'int3'"),
-        ({"held_out_share": 1e-9}, DataError, "no file is held out at a share of 1e-09"),
+        (
+            {"held_out_share": 1e-9},
+            DataError,
+            "no file is held out at a share of 1e-09; give more files, another share or salt",
+        ),
     ],
 )
 def test_refusals(

@@ -115,7 +115,9 @@ def test_a_page_that_ends_with_its_front_matter() -> None:
 @pytest.mark.parametrize("inside", ["- a list", "a: [", "words", "1: 2", "--- x\na: 1"])
 @pytest.mark.parametrize("end", ["---", "..."])
 def test_what_is_no_metadata_is_refused(inside: str, end: str) -> None:
-    with pytest.raises(DataError, match="its front matter is no model card's"):
+    with pytest.raises(
+        DataError, match=r"its front matter is no model card's[\s\S]*; repair it, or remove it"
+    ):
         with_metadata(f"---\n{inside}\n{end}\n{REST}", METADATA, "softtrace")
 
 

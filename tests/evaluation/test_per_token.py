@@ -13,7 +13,7 @@ from softtrace.data import evenly, pack, read_documents
 from softtrace.evaluation.early_exit import exit_agreement, exit_layers
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.load import load_model, load_tokenizer
-from tests.corpus import write_model, write_tree
+from tests.corpus import word_tokenizer, write_model, write_tree
 
 
 def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:
@@ -63,3 +63,21 @@ def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
             assert bool(agreed[layer - 1 :, at].all())
             assert layer == 1 or not agreed[layer - 2, at]
     assert len({line["exit_layer"] for line in lines}) > 1
+
+
+def test_text_is_that_of_the_report_with_the_spaces_that_decoding_alone_drops(
+    tmp_path: Path,
+) -> None:
+    model, text = write_model(tmp_path / "model"), tmp_path / "text.txt"
+    word_tokenizer().save_pretrained(model)
+    text.write_text("the cats at a cat " * 6, encoding="utf-8")
+    density = evaluate(
+        str(model), str(text), str(tmp_path / "out"), block_size=12, blocks=2, batch_size=2,
+        extra_blocks=0, device="cpu", per_token=True,
+    )  # fmt: skip
+    written = (tmp_path / "out" / "tokens.jsonl").read_text("utf-8").splitlines()
+    lines = [json.loads(line) for line in written]
+    samples = density["samples"]
+    shown = [samples["vocabulary"][t["token"]] for x in samples["texts"] for t in x["tokens"]]
+    assert [line["next"] for line in lines] == shown
+    assert {" the", " cat", "s"} <= set(shown)

@@ -19,13 +19,16 @@ def row(table: str, name: str) -> list[str]:
 
 
 def test_one_model() -> None:
-    table = study_table(synthetic_study())
+    study = synthetic_study()
+    study["settings"]["confidence"] = 0.9
+    table = study_table(study)
     assert row(table, "loss ") == ["loss", "0.250 (0.200 to 0.300)"]
     name = "edges needed (median size at TV 0.2), window of 16"
     assert row(table, name)[1] == "25.0% (20.0% to 30.0%)"
     assert row(table, "edges needed, entropy")[1] == "+0.25 (+0.20 to +0.30)"
     assert "change" not in table
     assert "1,260 tokens of 20 sequences of 128, held out, share 0.05" in table
+    assert "90 % percentile intervals" in table
     assert "2,000 resamples, seed 0" in table
     assert "1,234,567 tokens of the training side, 1 added to every count" in table
     assert max(len(line) for line in table.split("\n")) <= 140

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from softtrace.curve import SIZE_BOUND
 from softtrace.evaluation.table import (
     MEASURES,
     comparison_table,
@@ -135,3 +136,10 @@ def test_ratio_to_nothing_is_none() -> None:
     assert ratio(1.0, 2.0) == 0.5
     assert ratio(1.0, 0.0) is None
     assert ratio(None, 1.0) is None
+
+
+def test_what_says_tv_says_the_one_that_is_measured() -> None:
+    keys = {measure.key for measure in MEASURES}
+    assert {f"size_at_tv_{SIZE_BOUND}_{group}" for group in ("easy", "all", "hard")} <= keys
+    named = [found[0] for measure in MEASURES if (found := re.search(r"TV [\d.]+", measure.name))]
+    assert named == [f"TV {SIZE_BOUND}"] * 3

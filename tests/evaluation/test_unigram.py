@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softtrace import data
 from softtrace.data import Document
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation import unigram
 from softtrace.evaluation.unigram import Unigrams, count_unigrams, mid_ranks
 from tests.corpus import byte_tokenizer
 from tests.evaluation.test_bootstrap import ranks
@@ -53,12 +54,19 @@ def test_mid_ranks_equal_their_definition(rows: int, size: int, seed: int) -> No
     np.testing.assert_array_equal(found.numpy(), np.stack([ranks(row) for row in values]))
 
 
-@pytest.mark.parametrize("characters", [1, 4_000_000])
+@pytest.mark.parametrize(("characters", "calls"), [(1, [1, 1]), (4_000_000, [2])])
 def test_counts_bytes_and_ends_of_documents(
-    monkeypatch: pytest.MonkeyPatch, characters: int
+    monkeypatch: pytest.MonkeyPatch, characters: int, calls: list[int]
 ) -> None:
-    monkeypatch.setattr(unigram, "_CHARACTERS", characters)
-    tokenizer = byte_tokenizer()
+    tokenizer, made = byte_tokenizer(), list[int]()
+    encode = type(tokenizer).__call__
+
+    def counted(self: Any, texts: list[str], **options: Any) -> Any:
+        made.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    monkeypatch.setattr(data, "_CHARACTERS_PER_CALL", characters)
     corpus = count_unigrams([Document("a", "aab"), Document("b", "a")], tokenizer, 260)
     number = tokenizer.convert_tokens_to_ids
     assert int(corpus.counts[number("a")]) == 3
@@ -66,6 +74,7 @@ def test_counts_bytes_and_ends_of_documents(
     assert int(corpus.counts[256]) == 2
     assert int(corpus.counts.sum()) == 6
     assert corpus.smoothing == 1.0
+    assert made == calls  # documents that were in memory as lists of ids at once
 
 
 def test_refusals() -> None:
@@ -74,6 +83,11 @@ def test_refusals() -> None:
         count_unigrams([], tokenizer, 257)
     with pytest.raises(InvalidInputError, match=r"found id .*, the model predicts 20 tokens"):
         count_unigrams([Document("a", "zzz")], tokenizer, 20)
+    with pytest.raises(InvalidInputError, match="found id 256, the model predicts 256 tokens"):
+        count_unigrams([Document("a", "zzz")], tokenizer, 256)  # the end of the one document
     for smoothing in (0.0, -1.0, math.inf):
         with pytest.raises(InvalidInputError, match="smoothing: found"):
             count_unigrams([Document("a", "zzz")], tokenizer, 257, smoothing)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        count_unigrams([Document("a", "zzz")], tokenizer, 257)

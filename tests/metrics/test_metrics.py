@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
+import softtrace.metrics
 from softtrace import DensityCurve, InvalidInputError
 from softtrace.graph import EDGE_KINDS
 from softtrace.metrics import (
+    METRICS,
     ComputationDensity,
-    DensityUncertaintyCorrelation,
     EarlyExitAgreement,
     NucleusRecovery,
     TraceComposition,
@@ -32,13 +33,13 @@ from tests.tiny import tiny_model, tiny_prompt
 
 
 def collection() -> MetricCollection:
-    return MetricCollection({
-        "density": ComputationDensity(),
-        "correlation": DensityUncertaintyCorrelation(),
-        "exits": EarlyExitAgreement(),
-        "nucleus": NucleusRecovery(),
-        "composition": TraceComposition(),
-    })  # fmt: skip
+    return MetricCollection([metric() for metric in METRICS])
+
+
+def test_the_list_holds_every_metric_there_is() -> None:
+    public = [getattr(softtrace.metrics, name) for name in softtrace.metrics.__all__]
+    metrics = {each for each in public if isinstance(each, type) and issubclass(each, Metric)}
+    assert metrics == set(METRICS)
 
 
 def batch(rows: int, seed: int, length: int = 6, layers: int = 3) -> dict[str, Any]:
@@ -114,14 +115,16 @@ def test_equals_statistics_by_hand() -> None:
         wanted = torch.corrcoef(torch.stack((ranks(values), ranks(entropy))))[0, 1]
         assert float(found[name]) == pytest.approx(float(wanted), rel=1e-6)
     recovered = [b["curve"].at_sizes(values=b["curve"].nucleus)[:, b["positions"]] for b in BATCHES]
-    torch.testing.assert_close(found["nucleus"], torch.cat(recovered, dim=1).double().mean(1))
+    torch.testing.assert_close(
+        found["NucleusRecovery"], torch.cat(recovered, dim=1).double().mean(1)
+    )
     edges = torch.cat(
         [b["curve"].at_sizes(values=b["curve"].composition)[:, b["positions"]] for b in BATCHES], 1
     ).double().sum(1)  # fmt: skip
-    torch.testing.assert_close(found["composition"].sum((1, 2)), torch.ones(26).double())
+    torch.testing.assert_close(found["TraceComposition"].sum((1, 2)), torch.ones(26).double())
     for kind in range(len(EDGE_KINDS)):
         share = edges[..., kind] / edges.sum((1, 2))[:, None]
-        torch.testing.assert_close(found["composition"][..., kind], share)
+        torch.testing.assert_close(found["TraceComposition"][..., kind], share)
 
 
 @given(order=st.permutations(range(4)), cut=st.integers(0, 4))
@@ -164,7 +167,7 @@ def test_padding_and_batches_of_a_model_make_no_difference() -> None:
                 part = slice(longest - len(row), None) if side == "left" else slice(len(row))
                 ids[number, part], mask[number, part] = row, 1
             metrics.update(**readings(model, ids, mask, min_context=3, nucleus=True))
-        assert int(metrics["nucleus"].tokens) == sum(len(row) - 3 for row in prompts)
+        assert int(metrics["NucleusRecovery"].tokens) == sum(len(row) - 3 for row in prompts)
         found.append(flat(metrics.compute()))
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 1e-9
@@ -178,8 +181,8 @@ def test_nothing_gives_nan_and_reset_forgets() -> None:
     assert torch.isnan(found["area_easy"])
     assert torch.isnan(found["area"])
     assert torch.isnan(found["all"]).all()
-    assert torch.isnan(found["nucleus"]).all()
-    assert (found["composition"] == 0).all()
+    assert torch.isnan(found["NucleusRecovery"]).all()
+    assert (found["TraceComposition"] == 0).all()
     metrics.update(**BATCHES[1])
     metrics.reset()
     metrics.update(**BATCHES[2])
@@ -232,16 +235,20 @@ def test_plots_show_what_was_computed() -> None:
     metrics = collection()
     for each in BATCHES:
         metrics.update(**each)
-    for name, lines in (("exits", 3), ("nucleus", 8), ("composition", 4)):
+    for name, lines in (
+        ("EarlyExitAgreement", 3),
+        ("NucleusRecovery", 8),
+        ("TraceComposition", 4),
+    ):
         _, axes = metrics[name].plot()
         assert len(axes.lines) == lines
         drawn = torch.tensor([float(v) for line in axes.lines for v in line.get_ydata()]).double()
         found = metrics[name].compute()
         values = found.values() if isinstance(found, dict) else found.flatten(1, -1).T
-        if name == "composition":
+        if name == "TraceComposition":
             values = found.sum(1).T
         torch.testing.assert_close(drawn, torch.cat([*values]).float().double())
-    figure, _ = metrics["density"].plot()
+    figure, _ = metrics["ComputationDensity"].plot()
     assert figure is not None
 
 

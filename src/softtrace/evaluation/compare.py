@@ -87,14 +87,19 @@ def load_density(path: Path | str) -> dict[str, Any]:
             "softtrace evaluate"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give a density.json, or its folder, that "
+            "this user may read"
+        ) from error
     except ValueError as error:  # also not UTF-8
         raise DataError(
             f"{path}: found no JSON ({error}), expected a density.json as written by softtrace "
             "evaluate; was the file cut off?"
         ) from error
     if not isinstance(density, dict) or "version" not in density:
-        raise DataError(f'{path}: found no "version", expected a density.json')
+        raise DataError(
+            f'{path}: found no "version", expected a density.json as written by softtrace evaluate'
+        )
     if density["version"] != DENSITY_VERSION:
         raise DataError(
             f"{path}: found version {density['version']!r}, this softtrace reads version "

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from softtrace.evaluation.bootstrap import CONFIDENCE, Median, Statistic, intervals, mean
 from softtrace.evaluation.measure import Measurements
 from softtrace.evaluation.table import Density
-from softtrace.metrics.functional import entropy_groups
+from softtrace.metrics.functional import entropy_groups, half_depth
 
 _LEAST = 2  # units, of which something can be drawn
 _MOST = 2048  # each resample holds a count for each unit
@@ -48,7 +48,7 @@ def intervals_of(found: Measurements, blocks: int) -> dict[str, list[float]]:
     def by_unit(flat: Tensor) -> Tensor:
         return pad(flat, (0, missing)).reshape(-1, tokens)
 
-    half = max(1, len(found.agreement[0]) // 2) - 1
+    half = half_depth(len(found.agreement[0])) - 1
     values = {
         "size_at_tv_0.2": torch.cat(found.size),
         "area": torch.cat(found.area),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.table import Density, shorten
 
 MAX_RUNS = 8
@@ -36,7 +38,7 @@ def check_count(runs: Sequence[Any], least: int = 1) -> None:
         raise InvalidInputError(f"runs: found {len(runs)}, allowed are {least} to {MAX_RUNS}")
 
 
-DPI = 100
+_DPI = 100
 _WIDTH = 10.0  # inches: 1000 pixels
 _FONT = "DejaVu Sans"  # ships with matplotlib
 _STYLE: dict[Any, Any] = {
@@ -63,6 +65,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _ALL_ALONE = "#F0B84A"  # the light partner of the first colour, where no colour stands for a run
 GREY = "#555555"
 _PHASES = (("construction", 1e-4, 1e-2, "#E9E9E9"), ("refinement", 1e-2, 1.0, "#F7F7F7"))
+KIND_NAMES = {
+    "attention": "attention",
+    "mlp": "MLP",
+    "attention_residual": "residual around attention",
+    "mlp_residual": "residual around MLP",
+}
 SIZE_LABEL = "size of the trace (share of all edges, log scale)"
 
 
@@ -73,6 +81,14 @@ def style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG atomically; the same numbers give the same bytes."""
+    with atomic_path(path) as temporary:
+        # Without the name of the software, which has its version in it.
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    return path
 
 
 def new_figure(height: float, columns: Sequence[Sequence[Any]]) -> Figure:

@@ -6,6 +6,8 @@ self-speculation does (LayerSkip, arXiv 2404.16710).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,14 +29,18 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
     Returns:
         ``[L, B, T]`` bool; the last layer is the full model and always agrees.
     """
-    if recording.hidden is None:
-        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
     wanted = recording.logits.argmax(-1)
     found = [
         instrument.anatomy.readout.early(hidden).argmax(-1) == wanted
-        for hidden in recording.hidden[1:-1]
+        for hidden in _hidden(recording)[1:-1]
     ]
     return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+
+
+def _hidden(recording: Recording) -> Sequence[Tensor]:
+    if recording.hidden is None:
+        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
+    return recording.hidden
 
 
 @torch.no_grad()
@@ -84,16 +90,15 @@ def gated_exits(
         For every confidence in :data:`GATES`: ``[B, T']`` int64 layers, and bool, whether the most
         likely token there is the full model's.
     """
-    if recording.hidden is None:
-        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
+    hidden = _hidden(recording)
     wanted = recording.logits[:, explained].argmax(-1)
-    layers = len(recording.hidden) - 1
+    layers = len(hidden) - 1
     found = {
         gate: (torch.full_like(wanted, layers), torch.ones_like(wanted, dtype=torch.bool))
         for gate in GATES
     }
     for depth in range(layers - 1, 0, -1):
-        logits = instrument.anatomy.readout.early(recording.hidden[depth][:, explained])
+        logits = instrument.anatomy.readout.early(hidden[depth][:, explained])
         sure, token = logits.to(working_dtype(logits.dtype)).softmax(-1).max(-1)
         for gate, (used, right) in found.items():
             found[gate] = (

@@ -285,7 +285,10 @@ def stream_of_side(
         found = True
         yield document
     if not found:
-        raise DataError(f"{data}: no file is held out at a share of {held_out_share:g}")
+        raise DataError(
+            f"{data}: no file is held out at a share of {held_out_share:g}; give more files, "
+            "another share or salt, or held_out_share=0 to take all of them"
+        )
 
 
 def documents_of_side(

@@ -52,7 +52,9 @@ def with_metadata(text: str, metadata: Mapping[str, str], tag: str) -> tuple[str
     try:
         ModelCard(f"---\n{written}\n---\n")
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"its front matter is no model card's ({error})") from error
+        raise DataError(
+            f"its front matter is no model card's ({error}); repair it, or remove it"
+        ) from error
     written = _with_keys(_with_tag(written, tag, line), {**metadata, "tags": [tag]}, line)
     end = closing[0] if closing[0].endswith(("\r", "\n")) else closing[0] + line
     return opening[0] + written + end, text[closing.end() :]

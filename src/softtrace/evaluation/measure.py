@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -38,6 +39,9 @@ _SCATTER = 2000
 
 Progress = Callable[[int], Any]
 
+LISTS = ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus")
+"""Of :class:`Measurements`, what is a list of tensors, a batch each."""
+
 
 @dataclass
 class Measurements:
@@ -67,7 +71,7 @@ class Measurements:
 
     def extend(self, other: Measurements) -> None:
         """Put the measurements of later positions behind these; nothing is copied."""
-        for name in ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus"):
+        for name in LISTS:
             getattr(self, name).extend(getattr(other, name))
         for key, parts in other.baselines.items():
             self.baselines.setdefault(key, []).extend(parts)
@@ -119,8 +123,10 @@ def measure(
             end = min(start + found.batch_size, high)
             mask = None if attention_mask is None else attention_mask[start:end].to(device)
             batch = _attempt(
-                instrument, blocks[start:end].to(device), mask, min_context, start < extra_blocks,
-                first + start,
+                partial(
+                    _measured, instrument, blocks[start:end].to(device), mask, min_context,
+                    start < extra_blocks, first + start,
+                )
             )  # fmt: skip
             if batch is None:
                 found.batch_size = _halved(end - start, blocks.shape[1])
@@ -151,17 +157,10 @@ def _halved(batch_size: int, length: int) -> int:
     return smaller
 
 
-def _attempt(
-    instrument: Instrument,
-    ids: Tensor,
-    mask: Tensor | None,
-    min_context: int,
-    extra: bool,
-    number: int,
-) -> Measurements | None:
+def _attempt(measured: Callable[[], Measurements]) -> Measurements | None:
     """One batch's measurements; None where memory ran out, with nothing of it left."""
     try:
-        return _measured(instrument, ids, mask, min_context, extra, number)
+        return measured()
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -192,7 +191,7 @@ def _measured(
         entropy=[_flat(curve.entropy, explained)],
         loss=[_flat(loss_score(recording.logits, targets), explained)],
         area=[_flat(curve.area(), explained)],
-        size=[_flat(curve.size_at(0.2), explained)],
+        size=[_flat(curve.size_at(), explained)],
         variation=[_flat(curve.at_sizes(), explained)],
         agreement=[_flat(exit_agreement(instrument, recording), explained)],
         composition=edges[:, explained].sum(1).cpu(),

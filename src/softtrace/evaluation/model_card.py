@@ -52,7 +52,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         base: of the model that it was fine-tuned from, measured on the same tokens.
 
     Raises:
-        DataError: the README cannot be read, or its section is damaged.
+        DataError: the README cannot be read, or its section or front matter is damaged.
     """
     runs = [density] if base is None else [base, density]
     heads = ["this model"] if base is None else ["before", "this model"]
@@ -96,7 +96,7 @@ def write_settings(folder: Path | str, options: Mapping[str, Any]) -> None:
         options: of ``softtrace fit``, as in its ``fit.yaml``.
 
     Raises:
-        DataError: the README cannot be read, or its section is damaged.
+        DataError: the README cannot be read, or its section or front matter is damaged.
     """
     base, penalty = str(options["model"]["path"]), dict(options["penalty"])
     kept = {
@@ -163,7 +163,10 @@ def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int
         UnsupportedModelError, NonFiniteError: see :func:`softtrace.density_curve`.
     """
     if blocks.shape[1] < _LEAST:
-        raise DataError(f"blocks of {blocks.shape[1]} tokens: {_LEAST} at least are needed")
+        raise DataError(
+            f"blocks: found {blocks.shape[1]} tokens in each, allowed are {_LEAST} or more; take a "
+            "larger block_size"
+        )
     found = measure(
         model,
         blocks,
@@ -212,7 +215,9 @@ def _update(folder: Path, name: str, body: str, base_model: str | None) -> None:
     except FileNotFoundError:
         text = f"# {folder.resolve().name}\n"
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); save it as UTF-8, or move it away and get a new one"
+        ) from error
     page = text.removeprefix(_BYTE_ORDER)
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base_model is not None:

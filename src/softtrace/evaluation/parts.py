@@ -21,13 +21,12 @@ from torch import Tensor
 from softtrace.baselines import Baseline
 from softtrace.errors import CheckpointError
 from softtrace.evaluation.files import OVERWRITE, atomic_path, check_output
-from softtrace.evaluation.measure import Measurements
+from softtrace.evaluation.measure import LISTS, Measurements
 
 FOLDER = "evaluate-parts"
 RESUME = f"--resume true to go on with the parts in it, or {OVERWRITE}"
 
 _MOST = 1000  # files: each is mapped into memory in the end, and systems limit that
-_LISTS = ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus")
 _NAMES = "part-*.safetensors"
 _TEMPORARY = f".{_NAMES}.*.tmp"  # of a process that was killed while it wrote
 
@@ -127,7 +126,11 @@ class Parts:
         return found
 
     def read_part(self, part: Part) -> Measurements:
-        """One part."""
+        """One part.
+
+        Raises:
+            CheckpointError: it is not there, or cannot be read.
+        """
         path = self.folder / part.name
         with _named(path), safe_open(path, framework="pt") as file:
             return _measurements({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -162,7 +165,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _tensors(found: Measurements) -> Iterator[tuple[str, Tensor]]:
-    for name in _LISTS:
+    for name in LISTS:
         if parts := getattr(found, name):
             yield name, torch.cat(parts, dim=min(1, parts[0].dim() - 1))
     if found.composition is not None:
@@ -173,7 +176,7 @@ def _tensors(found: Measurements) -> Iterator[tuple[str, Tensor]]:
 
 def _measurements(tensors: Mapping[str, Tensor]) -> Measurements:
     found = Measurements(composition=tensors.get("composition"))
-    for name in _LISTS:
+    for name in LISTS:
         if name in tensors:
             getattr(found, name).append(tensors[name])
     for kind in get_args(Baseline):

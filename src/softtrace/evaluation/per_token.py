@@ -14,6 +14,7 @@ from torch import Tensor
 from softtrace.evaluation.early_exit import exit_layers
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.parts import Part, Parts
+from softtrace.evaluation.token_text import TokenText
 
 NAME = "tokens.jsonl"
 
@@ -29,9 +30,10 @@ def write_tokens(
     """Write ``tokens.jsonl``, in the order of blocks and positions; one part is read at a time.
 
     Each line has ``sequence`` (number of the block), ``position`` in it, ``token_id`` and ``token``
-    (what stands there), ``next_id`` and ``next`` (what has to be predicted there), ``entropy`` and
-    ``loss`` in nats, ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and
-    ``exit_layer`` (:func:`softtrace.evaluation.early_exit.exit_layers`).
+    (what stands there, :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and
+    ``next`` (what has to be predicted there), ``entropy`` and ``loss`` in nats,
+    ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and ``exit_layer``
+    (:func:`softtrace.evaluation.early_exit.exit_layers`).
 
     Args:
         folder: to write to.
@@ -39,6 +41,9 @@ def write_tokens(
         blocks: ``[N, T]`` ids, without padding.
         min_context: the first explained position.
         tokenizer: of the ids.
+
+    Returns:
+        The path that was written.
     """
     path = folder / NAME
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -50,7 +55,7 @@ def write_tokens(
 def _lines(
     parts: Parts, planned: list[Part], blocks: Tensor, min_context: int, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
-    text = functools.lru_cache(maxsize=1 << 16)(lambda token: tokenizer.decode([token]))
+    text = functools.lru_cache(maxsize=1 << 16)(TokenText(tokenizer))
     places = range(min_context, blocks.shape[1] - 1)
     for part in planned:
         found = parts.read_part(part)

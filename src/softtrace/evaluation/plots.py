@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from softtrace.evaluation import drawing
 from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, SIZE_LABEL, Array, Runs
-from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.table import shorten
 
 _BASELINES = {
@@ -26,10 +25,10 @@ _RESIDUAL = {
     "residual_not_kept": ("residual not kept", (1, 1.5)),
 }
 _KINDS = {
-    "attention": ("attention", "#0072B2", ""),
-    "mlp": ("MLP", "#D55E00", "///"),
-    "attention_residual": ("residual around attention", "#999999", "..."),
-    "mlp_residual": ("residual around MLP", "#E6B800", "xxx"),
+    "attention": ("#0072B2", ""),
+    "mlp": ("#D55E00", "///"),
+    "attention_residual": ("#999999", "..."),
+    "mlp_residual": ("#E6B800", "xxx"),
 }
 _HATCH_COLOUR = (0.0, 0.0, 0.0, 0.45)
 _DEPTHS = {"first": -0.3, "second": 0.1, "third": 0.45, "last": 0.75}  # how much lighter
@@ -57,12 +56,7 @@ def write_plots(runs: Runs, folder: Path | str) -> list[Path]:
         for name, draw in _PLOTS.items():
             figure = draw(shown)
             if figure is not None:
-                path = Path(folder) / f"{name}.png"
-                with atomic_path(path) as temporary:
-                    # Without the name of the software the same numbers give the same bytes.
-                    metadata = {"Software": None}
-                    figure.savefig(temporary, format="png", dpi=drawing.DPI, metadata=metadata)
-                written.append(path)
+                written.append(drawing.save(figure, Path(folder) / f"{name}.png"))
     return written
 
 
@@ -188,9 +182,12 @@ def _edges_over_size(runs: Runs) -> Figure | None:
     if not counted:
         return None
     kinds = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor=_HATCH_COLOUR, linewidth=0, label=name)
-        for name, colour, hatch in _KINDS.values()
-    ]
+        Patch(
+            facecolor=colour, hatch=hatch, edgecolor=_HATCH_COLOUR, linewidth=0,
+            label=drawing.KIND_NAMES[kind],
+        )
+        for kind, (colour, hatch) in _KINDS.items()
+    ]  # fmt: skip
     depths = [
         Patch(facecolor=drawing.lighter("#444444", by), label=f"{name} quarter of the layers")
         for name, by in _DEPTHS.items()
@@ -203,7 +200,7 @@ def _edges_over_size(runs: Runs) -> Figure | None:
         topology = density["topology"]
         shares, sizes = 100 * drawing.array(topology["shares"]), topology["sizes"]
         base = np.zeros(len(sizes))
-        for kind, (_, colour, hatch) in _KINDS.items():
+        for kind, (colour, hatch) in _KINDS.items():
             column = topology["kinds"].index(kind)
             for depth, by in enumerate(_DEPTHS.values()):
                 top = base + shares[:, depth, column]

@@ -10,8 +10,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils.operations import broadcast_object_list
+from accelerate.utils.operations import broadcast_object_list, gather_object
 
+from softtrace import errors
 from softtrace.errors import InvalidInputError, SofttraceError
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ class Processes:
         device: of this one.
 
     Raises:
-        InvalidInputError: a numbered device for several processes, or one that is not there.
+        InvalidInputError: a numbered device for several processes, or one that is not there; or
+            other than the launched number of processes.
     """
 
     def __init__(self, device: str) -> None:
@@ -71,17 +73,18 @@ class Processes:
         """What ``make`` gives on the main process, on all of them.
 
         Raises:
-            SofttraceError: on every process, if it failed on the main one.
+            SofttraceError: on every process, if it failed on the main one: of the class that it
+                has there, where softtrace raised it.
         """
         if self._state is None:
             return make()
         made, failure = self._attempt(make) if self.main else (None, None)
-        sent = [made, None if failure is None else str(failure)]
+        sent: list[Any] = [made, _told(failure)]
         broadcast_object_list(sent)
         if failure is not None:
             raise failure
         if sent[1] is not None:
-            raise SofttraceError(f"the main process failed: {sent[1]}")
+            raise self._of_another(0, sent[1])
         return cast("T", sent[0])
 
     def together(self, work: Callable[[], T]) -> T:
@@ -90,20 +93,25 @@ class Processes:
         Nobody waits for a process that failed.
 
         Raises:
-            SofttraceError: on those that did not fail, if another one did.
+            SofttraceError: on those that did not fail, if others did: what the first of these
+                raised, of the class that it has there, where softtrace raised it.
         """
         if self._state is None:
             return work()
         made, failure = self._attempt(work)
-        failed = torch.tensor([int(failure is not None)], device=self.device)
-        torch.distributed.all_reduce(failed)
+        told: list[tuple[str, str] | None] = gather_object([_told(failure)])
         if failure is not None:
             raise failure
-        if int(failed):
-            raise SofttraceError(
-                f"{int(failed)} of {self.count} processes failed; see their errors"
-            )
+        for index, each in enumerate(told):
+            if each is not None:
+                raise self._of_another(index, each)
         return cast("T", made)
+
+    def _of_another(self, index: int, told: tuple[str, str]) -> SofttraceError:
+        """What another process raised, to be raised here."""
+        name, message = told
+        kind: type[SofttraceError] = getattr(errors, name)
+        return kind(f"process {index} (of 0 to {self.count - 1}) failed: {message}")
 
     @staticmethod
     def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -111,6 +119,19 @@ class Processes:
             return work(), None
         except Exception as error:  # whatever it is: the others wait to hear of it
             return None, error
+
+
+def _told(failure: Exception | None) -> tuple[str, str] | None:
+    """The class and the words of an error: softtrace's own, or else a ``SofttraceError``.
+
+    Not the error itself: one that cannot be sent, or made again, would leave the others waiting.
+    """
+    if failure is None:
+        return None
+    if not isinstance(failure, SofttraceError):
+        return SofttraceError.__name__, f"{type(failure).__name__}: {failure}"
+    known = (kind.__name__ for kind in type(failure).__mro__ if kind.__module__ == errors.__name__)
+    return next(known), str(failure)
 
 
 def _leave() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from softtrace.curve import SIZE_BOUND
 from softtrace.evaluation.density_intervals import MEANING, interval
 from softtrace.evaluation.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.evaluation.files import atomic_path, finite
@@ -123,6 +124,7 @@ def _data(runs: Runs) -> dict[str, Any]:
             for (label, density), line in zip(runs, medians, strict=True)
         ],
         "floor": floor,
+        "bound": SIZE_BOUND,
         "grey": GREY,
     }
     whole: dict[str, Any] = finite(data)

@@ -19,6 +19,7 @@ from softtrace.data import evenly
 from softtrace.distortion import variation_from
 from softtrace.easiness import loss_score
 from softtrace.evaluation.early_exit import exit_agreement, exit_layers
+from softtrace.evaluation.token_text import TokenText
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
 from softtrace.masks import hard_masks
@@ -96,7 +97,7 @@ def _measures(
         "entropy": curve.entropy,
         "loss": loss_score(recording.logits, targets),
         "area": curve.area(),
-        "size": curve.size_at(0.2),
+        "size": curve.size_at(),
         "exit_layer": exit_layers(exit_agreement(instrument, recording)),
         "edges": curve.edges,
     }
@@ -171,11 +172,9 @@ class _Pieces:
     """The text of each token that was met, in the order of their indices."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._text = TokenText(tokenizer)
         self._index: dict[int, int] = {}
         self.texts: list[str] = []
-        anchor = tokenizer.encode("a", add_special_tokens=False)
-        self._anchor = anchor[-1:]
 
     def index(self, token: int) -> int:
         """Where the text of a token stands in ``texts``."""
@@ -190,16 +189,3 @@ class _Pieces:
             [self.index(token), round(chance, 4)]
             for token, chance in zip(tokens, chances, strict=True)
         ]
-
-    def _text(self, token: int) -> str:
-        # Alone, many tokenizers drop the space that a token begins with; after another they do not.
-        before, both = self._decode(self._anchor), self._decode([*self._anchor, token])
-        text = both.removeprefix(before) if both.startswith(before) else self._decode([token])
-        if text and "\ufffd" not in text:
-            return text
-        # A part of a character, or no text at all: by its name.
-        return str(self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.batch import check_least, check_range
+from softtrace.curve import SIZE_BOUND
 from softtrace.data import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -35,7 +36,6 @@ from softtrace.evaluation.files import atomic_path, check_output, prepare_output
 from softtrace.evaluation.identity import blocks_identity
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.study_measure import (
-    BOUND,
     STUDY_SIZES,
     Readings,
     read_model,
@@ -169,7 +169,7 @@ def study(
         "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
             "min_context": first,
-            "total_variation": BOUND,
+            "total_variation": SIZE_BOUND,
             "targets": len(ends),
             "resamples": resamples,
             "seed": seed,

@@ -7,9 +7,8 @@ does not grow with the vocabulary or with the number of masked runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from softtrace.batch import next_tokens
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.unigram import Unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import Instrument, attach
@@ -25,11 +25,6 @@ from softtrace.placement import device_of_module
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; 1e-2, where construction ends, is the thirteenth."""
-
-BOUND = 0.2
-"""TV of the size that a token is said to need."""
-
-Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -231,7 +226,7 @@ def _curve(
 
 
 def _computation(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
-    size = curve.size_at(BOUND)
+    size = curve.size_at()
     edges = curve.at_sizes(size[None], curve.composition)[0].sum(2)
     attention = edges[..., EDGE_KINDS.index("attention")] / edges.sum(-1)  # 0 / 0 if it is empty
     found = {

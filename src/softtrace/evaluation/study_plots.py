@@ -17,18 +17,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from softtrace.evaluation import drawing
 from softtrace.evaluation.drawing import COLOURS, GREY, MARKERS, Array
-from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.study_table import Study
 from softtrace.evaluation.table import shorten
 
 _SIZE = "size of the trace (log scale)"
 _LINES: tuple[Any, ...] = ("-", "--")
-_KIND_NAMES = {
-    "attention": "attention",
-    "attention_residual": "residual around it",
-    "mlp": "MLP",
-    "mlp_residual": "residual around it",
-}
 _NUCLEI = (0.1, 0.4, 0.9)
 
 
@@ -42,11 +35,8 @@ def write_study_plot(study: Study, folder: Path | str) -> Path:
     Returns:
         The path that was written.
     """
-    path = Path(folder) / "study.png"
-    with drawing.style(), atomic_path(path) as temporary:
-        figure = draw_study(study)
-        figure.savefig(temporary, format="png", dpi=drawing.DPI, metadata={"Software": None})
-    return path
+    with drawing.style():
+        return drawing.save(draw_study(study), Path(folder) / "study.png")
 
 
 def draw_study(study: Study) -> Figure:
@@ -78,11 +68,7 @@ def _variation(axes: Axes, study: Study) -> None:
 
 
 def _kinds(axes: Axes, study: Study) -> None:
-    names = [f"{_KIND_NAMES[kind]}" for kind in study["axes"]["kinds"]]
-    names = [
-        name if "around" not in name else f"{name[:-2]}{names[index - 1]}"
-        for index, name in enumerate(names)
-    ]
+    names = [drawing.KIND_NAMES[kind] for kind in study["axes"]["kinds"]]
     _several(axes, study, "phases/kinds", range(len(names)), names)
     axes.set_ylabel("edges of the trace (%)")
 

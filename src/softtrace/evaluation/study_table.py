@@ -14,8 +14,8 @@ _SIZES = (1e-4, 1e-3, 1e-2, 1e-1)
 _NUCLEI = (0.1, 0.9)
 
 _LEGEND = (
-    "In brackets: 95 % percentile intervals, bootstrap over sequences ({resamples:,} resamples, "
-    "seed {seed}).\n"
+    "In brackets: {confidence:g} % percentile intervals, bootstrap over sequences "
+    "({resamples:,} resamples, seed {seed}).\n"
     "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
     "with a TV of at most {bound:g}.\n"
     "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
@@ -67,6 +67,7 @@ def study_table(study: Study) -> str:
         f"{data['split']}; at least {settings['min_context']} tokens of context"
     )
     legend = _LEGEND.format(
+        confidence=100 * settings["confidence"],
         resamples=settings["resamples"],
         seed=settings["seed"],
         bound=settings["total_variation"],

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from softtrace.metrics import functional
+
 Density = Mapping[str, Any]
 """The content of a ``density.json``."""
 
@@ -55,8 +57,8 @@ def shorten(label: str, length: int = 20) -> str:
 
 
 def half_depth(density: Density) -> int:
-    """How many layers half the depth is: rounded down, at least 1."""
-    return max(1, len(density["early_exit"]["layers"]) // 2)
+    """How many layers of its model half the depth is."""
+    return functional.half_depth(len(density["early_exit"]["layers"]))
 
 
 def is_held_out(density: Density) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softtrace.batch import check_range
-from softtrace.data import Document, encode
+from softtrace.data import Document, stream_tokens
 from softtrace.distortion import log_probabilities
 from softtrace.errors import DataError, InvalidInputError
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 READINGS = ("unigram_kl", "unigram_spearman")
 """What :meth:`Unigrams.read` gives, in its order."""
-
-_CHARACTERS = 4_000_000  # of text that is encoded at a time
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def count_unigrams(
         smoothing: added to each count, > 0.
 
     Raises:
-        DataError: no documents.
+        DataError: no documents, or the tokenizer has no end-of-sequence token.
         InvalidInputError: smoothing not positive, or ids beyond the vocabulary.
     """
     check_range("smoothing", smoothing, 0.0, float("inf"), open_low=True, open_high=True)
@@ -106,15 +104,14 @@ def count_unigrams(
             "unigrams are counted; give more documents, or another held_out_share or salt"
         )
     counts = torch.zeros(vocabulary, dtype=torch.int64)
-    for part in _portions(documents):
-        ids = encode(part, tokenizer)
+    for ids in _ended(documents, tokenizer):
         if len(ids) and int(ids.max()) >= vocabulary:
             raise InvalidInputError(
                 f"tokenizer: found id {int(ids.max())}, the model predicts {vocabulary} tokens; "
                 "is the tokenizer the model's own?"
             )
-        counts += torch.bincount(ids, minlength=vocabulary)
-        counts[tokenizer.eos_token_id] += 1  # encode puts one between documents, none at the end
+        # In place: pieces are often short, and a vocabulary of counts for each would take long.
+        counts.index_add_(0, ids, torch.ones_like(ids))
     return Unigrams(counts, smoothing)
 
 
@@ -131,14 +128,7 @@ def mid_ranks(values: Tensor) -> Tensor:
     return torch.empty_like(ranks).scatter_(-1, order, ranks)
 
 
-def _portions(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    portion: list[Document] = []
-    size = 0
-    for document in documents:
-        portion.append(document)
-        size += len(document.text)
-        if size >= _CHARACTERS:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
+def _ended(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+    """The tokens piece by piece; an end-of-sequence stands behind the last document too."""
+    yield from stream_tokens(documents, tokenizer)
+    yield torch.tensor([tokenizer.eos_token_id])

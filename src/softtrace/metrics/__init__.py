@@ -13,7 +13,17 @@ from softtrace.metrics.per_token import (
 )
 from softtrace.metrics.readings import readings
 
+METRICS = (
+    ComputationDensity,
+    DensityUncertaintyCorrelation,
+    EarlyExitAgreement,
+    NucleusRecovery,
+    TraceComposition,
+)
+"""All of them, each made without arguments."""
+
 __all__ = [
+    "METRICS",
     "ComputationDensity",
     "DensityUncertaintyCorrelation",
     "EarlyExitAgreement",

@@ -92,6 +92,11 @@ def computation_density(
     }
 
 
+def half_depth(layers: int) -> int:
+    """How many layers half the depth is: rounded down, at least 1."""
+    return max(1, layers // 2)
+
+
 def early_exit_agreement(
     entropy: Tensor, agreed: Tensor, easy_share: float = EASY_SHARE
 ) -> dict[str, Tensor]:

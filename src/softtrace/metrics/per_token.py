@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 from softtrace.batch import check_range
-from softtrace.curve import DensityCurve
+from softtrace.curve import SIZE_BOUND, DensityCurve
 from softtrace.errors import InvalidInputError
 from softtrace.metrics.functional import (
     EASY_SHARE,
@@ -82,7 +82,7 @@ class _AreaAndSize(PerToken):
 
     readings = ("entropy", "area", "size")
 
-    def __init__(self, total_variation: float = 0.2, **kwargs: Any) -> None:
+    def __init__(self, total_variation: float = SIZE_BOUND, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.total_variation = check_range(
             "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True
@@ -139,7 +139,7 @@ class ComputationDensity(_AreaAndSize):
     higher_is_better = False
 
     def __init__(
-        self, total_variation: float = 0.2, easy_share: float = EASY_SHARE, **kwargs: Any
+        self, total_variation: float = SIZE_BOUND, easy_share: float = EASY_SHARE, **kwargs: Any
     ) -> None:
         super().__init__(total_variation, **kwargs)
         self.easy_share = check_range("easy_share", easy_share, 0.0, 1.0, open_low=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.batch import check_least
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import exit_agreement
@@ -47,8 +48,7 @@ def readings(
         UnsupportedModelError, InvalidInputError, NonFiniteError: see
             :func:`softtrace.density_curve`.
     """
-    if min_context < 0:
-        raise InvalidInputError(f"min_context: found {min_context}, allowed are integers from 0")
+    check_least("min_context", min_context, 0)
     instrument = attach(model)
     recording = instrument.record(
         input_ids, attention_mask, keep_hidden=True, position_ids=position_ids

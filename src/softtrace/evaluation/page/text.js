@@ -251,10 +251,10 @@ function tokenCurve(token, step) {
   const x = logScale(5e-5, 1, box.x0, box.x1);
   const y = linearScale(0, 1, box.y0, box.y1);
   const at = ({ size, tv }) => [x(Math.max(size, 5e-5)), y(tv)];
-  yAxis(box, y, [0, 0.2, 1], String, "TV of this token’s traces");
+  yAxis(box, y, [0, DATA.bound, 1], String, "TV of this token’s traces");
   for (const size of [1e-4, 1e-2, 1]) box.root.append(text(tick(size), x(size), box.y0 + 15, { "text-anchor": size === 1 ? "end" : "middle" }));
   box.root.append(
-    svg("path", { d: `M${box.x0} ${y(0.2)}H${box.x1}`, class: "boundary" }),
+    svg("path", { d: `M${box.x0} ${y(DATA.bound)}H${box.x1}`, class: "boundary" }),
     line([...token.traces.map(at), [x(1), y(0)]], { class: "all", style: { stroke: "var(--accent)" } }),
     svg("circle", { cx: at(token.traces[step])[0], cy: at(token.traces[step])[1], r: 4.5, class: "now" }),
   );
