@@ -84,8 +84,12 @@ class Process:
             target=_become,
             args=(self.args, environment, cwd or Path.cwd(), *map(_Descriptor, numbers), group),
         )
-        with patch.dict(os.environ, {**script_environment(), "MKL_CBWR": "COMPATIBLE"}):
-            self._process.start()  # and the server, if it is the first
+        # The server may have to be started. And a fork would first run the main module of this one.
+        with (
+            patch.dict(os.environ, {**script_environment(), "MKL_CBWR": "COMPATIBLE"}),
+            patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),
+        ):
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
