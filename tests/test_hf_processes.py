@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from tests.fitting import weights
 from tests.processes import script_environment
 from tests.test_hf import OPTIONS, by_hand
+from tests.warm import run_ranks
 
 RANKS, ACCUMULATE = 2, 2
 CHOSEN: dict[str, Any] = {**OPTIONS, "exits": 0.4, "exit_tokens": 0.5}
@@ -47,14 +47,9 @@ def trained(folder: Path, counted: bool) -> list[dict[str, Any]]:
     """What each process ended with."""
     script = folder / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS),
-            "--standalone", str(script), str(folder), str(counted),
-        ],
-        env=script_environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, script, folder, counted]
+    for done in run_ranks(command, RANKS, 200, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from softtrace import DensityLoss, DensityOptions
 from softtrace.datamodule import PackedDataModule
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning import STATE_KEY, DensityPenalty
+from tests import warm
 from tests.corpus import byte_tokenizer, write_tree
 from tests.fitting import Batch, Calls, Tuner, batches, fit, trainer, weights
 from tests.processes import as_rank, script_environment
@@ -303,9 +303,9 @@ def fit_in_processes(
     """What each process ended with; a strength of None is no callback at all."""
     script, output = folder / "processes.py", folder / f"strength{strength}"
     script.write_text(PROCESSES, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, *map(str, (script, strength, output, world, epochs))],
-        env=script_environment(), capture_output=True, text=True, timeout=200,
+    done = warm.run(
+        [sys.executable, script, strength, output, world, epochs],
+        env=script_environment(), capture_output=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from subprocess import CompletedProcess
 
 import pytest
 
 from softtrace.lightning import DensityMonitor
+from tests import warm
 from tests.processes import script_environment
 from tests.test_monitor import BLOCKS, Validated, run
 
@@ -51,12 +51,12 @@ if __name__ == "__main__":
 """
 
 
-def in_processes(folder: Path, *ways: str, world: int = 2) -> Any:
+def in_processes(folder: Path, *ways: str, world: int = 2) -> CompletedProcess[str]:
     script, out = folder / "job.py", folder / "out"
     script.write_text(PROCESSES, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, *map(str, (script, out, world, *ways))],
-        env=script_environment(), capture_output=True, text=True, timeout=170, check=False,
+    return warm.run(
+        [sys.executable, script, out, world, *ways],
+        env=script_environment(), capture_output=True, timeout=170,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -24,7 +23,7 @@ from softtrace.trace import (
     total_edges,
     trace_length,
 )
-from tests import oracle
+from tests import oracle, warm
 from tests.literal import (
     edges_of,
     entry_values,
@@ -290,7 +289,6 @@ def test_any_way_to_ask_for_rounded_products_is_understood(setting: str, exact: 
         f"import torch; {setting}; from softtrace.trace import _products_exact as exact; "
         "print(exact(1000, torch.device('cpu')))"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout
+    command = [sys.executable, "-c", program]
+    output = warm.run(command, timeout=60, check=True, capture_output=True).stdout
     assert output.split() == [str(exact)]

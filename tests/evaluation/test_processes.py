@@ -11,6 +11,7 @@ import pytest
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.parts import FOLDER
 from softtrace.evaluation.processes import Processes
+from tests import warm
 from tests.corpus import write_model, write_tree
 from tests.evaluation.test_parts import OPTIONS, contents
 from tests.processes import script_environment
@@ -18,16 +19,24 @@ from tests.processes import script_environment
 LIMIT = 200  # seconds
 
 
+# MKL rounds by where memory lies, unless told otherwise
+ENVIRONMENT = {**script_environment(), "MKL_CBWR": "COMPATIBLE"}
+
+
 def launch(count: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """``softtrace evaluate`` as torchrun starts it; ``accelerate launch`` does the same on GPUs."""
+    """``softtrace evaluate`` by torchrun itself; ``accelerate launch`` does the same on GPUs."""
     several = ("torch.distributed.run", "--nproc_per_node", str(count), "--standalone", "-m")
     launcher = several if count > 1 else ()
     return subprocess.run(
         [sys.executable, "-m", *launcher, "softtrace.cli", "evaluate", *words],
-        # MKL rounds by where memory lies, unless told otherwise
-        env={**script_environment(), "MKL_CBWR": "COMPATIBLE"}, capture_output=True, text=True,
-        timeout=LIMIT,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
+
+
+def ranks(count: int, words: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """``softtrace evaluate`` with what torchrun tells every process, and nobody to end them."""
+    command = [sys.executable, "-m", "softtrace.cli", "evaluate", *words]
+    return warm.run_ranks(command, count, LIMIT, ENVIRONMENT)
 
 
 def words_of(model: Path, text: Path, out: Path) -> list[str]:
@@ -49,12 +58,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 5], ids=["one has more", "one has none"])
 def test_processes_equal_one(one: Path, tmp_path: Path, count: int) -> None:
-    done = launch(count, words_of(one / "model", one / "text", tmp_path / "out"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    all_done = ranks(count, words_of(one / "model", one / "text", tmp_path / "out"))
+    for done in all_done:
+        assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "out") == contents(one / "out")
     assert f'"processes": {count}' in (tmp_path / "out" / "density.json").read_text("utf-8")
     assert not (tmp_path / "out" / FOLDER).exists()
-    assert done.stdout.count("written to") == 1
+    assert sum(done.stdout.count("written to") for done in all_done) == 1
 
 
 @pytest.mark.slow
@@ -120,12 +130,9 @@ def test_nobody_waits_for_a_process_that_failed_and_all_raise_its_kind(
 ) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         str(script), str(failing)],
-        env=script_environment(), capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, script, failing]
+    for done in warm.run_ranks(command, 2, LIMIT, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_one_process_leaves_no_state_of_accelerate() -> None:

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from softtrace import cli
+from softtrace import fit as fit_module
 from softtrace.evaluation import files
 from softtrace.fit import FitCLI
 
@@ -106,6 +107,7 @@ def main() -> int:
     fault, at, rank, *words = sys.argv[1:]
     # a shell without job control starts what runs in its background deaf to SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    fit_module._GRACE = 3.0  # of its 15 seconds nothing happens in the others
     start = FitCLI.instantiate_trainer
 
     def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:

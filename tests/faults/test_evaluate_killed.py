@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from softtrace.evaluation.parts import FOLDER
+from tests import warm
 from tests.corpus import write_model, write_tree
 from tests.evaluation.test_parts import contents
 from tests.evaluation.test_processes import words_of
@@ -37,12 +40,13 @@ sys.exit(cli.main(["evaluate", *sys.argv[2:]]))
 """
 
 
-def run(at: int, words: list[str]) -> int:
+def run(at: int, words: list[str], by: Callable[..., Any] = warm.run) -> int:
     """Exit status of an evaluation that is killed at its ``at``-th rename."""
-    return subprocess.run(
+    status: int = by(
         [sys.executable, "-c", KILLED, str(at), *words], cwd=ROOT, timeout=120,
         env={**script_environment(), "MKL_CBWR": "COMPATIBLE"}, stdout=subprocess.DEVNULL,
     ).returncode  # fmt: skip
+    return status
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where model, text and the results of a run that nobody killed are."""
     root = tmp_path_factory.mktemp("straight")
     model, text = write_model(root / "model"), write_tree(root / "text")
-    assert run(0, words_of(model, text, root / "out")) == os.EX_OK
+    words = words_of(model, text, root / "out")
+    assert run(0, words, by=subprocess.run) == os.EX_OK  # by an interpreter like any user's
     return root
 
 

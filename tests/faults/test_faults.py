@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.errors import CheckpointError
+from tests import warm
 from tests.corpus import write_model, write_tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,20 +65,26 @@ class Jobs:
         return [sys.executable, *map(str, words)]
 
     def start(
-        self, out: Path, fault: str = "none", at: int = 0, rank: int = 0, *more: object
-    ) -> subprocess.Popen[str]:
+        self,
+        out: Path,
+        fault: str = "none",
+        at: int = 0,
+        rank: int = 0,
+        *more: object,
+        by: Callable[..., Any] = warm.Process,
+    ) -> Any:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return subprocess.Popen(
+        return by(
             self.command(out, fault, at, rank, *more), cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
 
     def run(self, *args: object, **kwargs: object) -> End:
         return ended(self.start(*args, **kwargs))  # type: ignore[arg-type]
 
 
-def ended(process: subprocess.Popen[str]) -> End:
-    """Wait for the end, within the limit; nothing of its session is left."""
+def ended(process: Any) -> End:
+    """Wait for the end, within the limit; nothing of its group is left."""
     began = time.monotonic()
     try:
         said, _ = process.communicate(timeout=LIMIT)
@@ -102,9 +111,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 @pytest.fixture(scope="module")
 def straight(jobs: Jobs) -> dict[str, Tensor]:
-    """The weights of a run that nothing happened to."""
+    """The weights of a run that nothing happened to, by an interpreter like any user's."""
     out = jobs.root / "straight"
-    end = jobs.run(out)
+    end = jobs.run(out, by=subprocess.Popen)
     assert end.code == 0, end.said[-3000:]
     return saved(out)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from softtrace.metrics import (
 from softtrace.metrics.functional import entropy_bounds
 from tests.processes import script_environment
 from tests.tiny import tiny_model, tiny_prompt
+from tests.warm import run_ranks
 
 
 def collection() -> MetricCollection:
@@ -273,11 +273,10 @@ import sys
 import torch
 from tests.metrics.test_metrics import BATCHES, collection, flat
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+folder = sys.argv[1]
 torch.set_num_threads(1)
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world
-)
+torch.distributed.init_process_group("gloo")
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 metrics = collection()
 share = {2: [BATCHES[:3], BATCHES[3:]], 3: [BATCHES[:1], [], BATCHES[1:]]}[world][rank]
 for each in share:
@@ -292,20 +291,8 @@ def over_processes(folder: Path, world: int) -> list[Tensor]:
     """What every process of a group computes: unequal shares, in three one has nothing."""
     script = folder / "metrics.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    running = [
-        subprocess.Popen(
-            [sys.executable, *map(str, (script, rank, world, folder))],
-            env=script_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for process in running:
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in running:
-            process.kill()
+    for done in run_ranks([sys.executable, script, folder], world, 120, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 

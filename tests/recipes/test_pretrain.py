@@ -14,6 +14,7 @@ import transformers
 from softtrace.data import read_documents, split_by_file
 from softtrace.errors import OutputExistsError
 from softtrace.load import load_model, load_tokenizer
+from tests import warm
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHIPPED = RECIPES / "models" / "pystdlib-4m"
@@ -43,7 +44,7 @@ def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
         document.name for document in split_by_file(read_documents(text), 0.05, "pystdlib")[1]
     }
     assert set((output / "held_out_files.txt").read_text().split()) == held_out
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    again = warm.run(command, timeout=100, capture_output=True)
     assert again.returncode != 0
     assert OutputExistsError.__name__ in again.stderr
 

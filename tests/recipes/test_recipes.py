@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softtrace.fit import FitCLI
 from softtrace.load import load_model
 from softtrace.lora import LoRA
+from tests import warm
 from tests.fitting import weights
 from tests.tiny import tiny_model
 
@@ -27,7 +29,7 @@ OURS = "pystdlib-4m"
 PATIENCE = 170
 
 
-def run(*words: object) -> str:
+def run(*words: object, by: Callable[..., Any] = warm.run) -> str:
     """A command of the repository's environment, to its end; what it printed."""
     environment = {
         **os.environ,
@@ -35,12 +37,13 @@ def run(*words: object) -> str:
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    done = subprocess.run(
+    done = by(
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment, timeout=PATIENCE,
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    said: str = done.stdout
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: P
     said = run(
         "-m", "torch.distributed.run", "--nproc_per_node", 2, "recipes/accelerate_loop.py",
         "--data", text, "--steps", 4, "--accumulate", 2,
-        "--batch-size", 4, "--out", tmp_path / "out",
+        "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
     )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
     assert 1e-4 < moved(tmp_path / "out") < 0.2

@@ -1,0 +1,231 @@
+"""Processes of their own that start in a moment: imports take ten seconds of a processor each time.
+
+A server (:mod:`multiprocessing`'s) imports once what :mod:`tests.preloaded` names and forks. What
+comes of it is as much a process as any: it has its own number, session, environment and end, can be
+killed, and shares no state with who asked for it. What forks of one server share is the order of
+their sets and what ran at import; so what a run in a fork is compared with is made in a new
+interpreter, or in that of the test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import IO, Any
+from unittest.mock import patch
+
+import numpy as np
+
+from tests.processes import script_environment
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+class _Descriptor:
+    """A file descriptor that reaches the other process when this is pickled."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __getstate__(self) -> Any:
+        return DupFd(self.number)
+
+    def __setstate__(self, sent: Any) -> None:
+        self.number = sent.detach()
+
+
+class Process:
+    """What of :class:`subprocess.Popen` tests use, for commands of this very interpreter.
+
+    Args:
+        command: ``[sys.executable, SCRIPT, ...]``, with ``-m MODULE`` or ``-c CODE`` for SCRIPT.
+        env: the whole environment; None takes that of this process.
+        cwd: where it runs; None is here.
+        stdout, stderr: ``subprocess.PIPE``, ``DEVNULL``, ``STDOUT``; None is where ours goes.
+        process_group: 0 makes it, and what it starts, a group of its own; None stays in ours.
+        text: as it always is.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | str | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        process_group: int | None = None,
+        text: bool = True,
+    ) -> None:
+        first, *self.args = map(str, command)
+        assert first == sys.executable, first
+        self.returncode: int | None = None
+        self._files: list[IO[bytes] | None] = []
+        numbers: list[int] = []
+        for wanted, own in ((stdout, 1), (stderr, 2)):
+            made = wanted in (subprocess.PIPE, subprocess.DEVNULL)
+            file = tempfile.TemporaryFile() if made else None  # noqa: SIM115 - read at its end
+            self._files.append(file)
+            merged = wanted == subprocess.STDOUT
+            numbers.append(file.fileno() if file else numbers[0] if merged else own)
+        environment = dict(os.environ if env is None else env)
+        group = os.getpgrp() if process_group is None else process_group
+        self._process = _SERVER.Process(
+            target=_become,
+            args=(self.args, environment, cwd or Path.cwd(), *map(_Descriptor, numbers), group),
+        )
+        # The server may have to be started. And a fork would first run the main module of this one.
+        with (
+            patch.dict(os.environ, {**script_environment(), "MKL_CBWR": "COMPATIBLE"}),
+            patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),
+        ):
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit status, minus the signal if one ended it; None while it runs."""
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+        self.wait(timeout)
+        found: list[str | None] = []
+        for file in self._files:
+            if file is None:
+                found.append(None)
+                continue
+            with file:
+                file.seek(0)
+                found.append(file.read().decode())
+        return found[0], found[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    command: Sequence[object],
+    timeout: float,
+    capture_output: bool = False,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """As :func:`subprocess.run`."""
+    if capture_output:
+        options["stdout"] = options["stderr"] = subprocess.PIPE
+    process = Process(command, **options)
+    try:
+        said, complained = process.communicate(timeout)
+    finally:
+        process.kill()
+    assert process.returncode is not None
+    done = subprocess.CompletedProcess(
+        [*map(str, command)], process.returncode, said or "", complained or ""
+    )
+    if check:
+        done.check_returncode()
+    return done
+
+
+def run_ranks(
+    command: Sequence[object], count: int, timeout: float, env: Mapping[str, str]
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same command as ``count`` processes that meet, as torchrun starts them."""
+    port = _free_port()
+    running = [
+        Process(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={
+                **env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            },
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    done = []
+    try:
+        for process in running:
+            said, complained = process.communicate(timeout)
+            assert process.returncode is not None
+            done.append(
+                subprocess.CompletedProcess(
+                    process.args, process.returncode, said or "", complained or ""
+                )
+            )
+    finally:
+        for process in running:
+            process.kill()
+    return done
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def _become(
+    words: list[str],
+    environment: dict[str, str],
+    cwd: Path | str,
+    out: _Descriptor,
+    error: _Descriptor,
+    group: int,
+) -> None:
+    """In the fork: turn into what ``python WORDS`` would be, and run it."""
+    from lightning.fabric.utilities.rank_zero import _get_rank
+    from lightning.pytorch.strategies.launchers import subprocess_script
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    os.setpgid(0, group)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    os.dup2(out.number, 1)
+    os.dup2(error.number, 2)
+    np.random.seed()  # noqa: NPY002 - forks would all draw the same; Python's own sees to itself
+    rank_zero_only.rank = _get_rank() or 0  # looked up at import
+    # It is running, but a fork does not know that: a process that asks for another takes this one.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    # Ranks that Lightning starts are forked too.
+    subprocess_script.subprocess = types.SimpleNamespace(Popen=Process)  # type: ignore[attr-defined]
+    kind, *rest = words
+    if kind == "-m":
+        sys.argv = rest
+        sys.path.insert(0, str(cwd))
+        sys.modules.pop(rest[0], None)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, str(cwd))
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(kind).resolve().parent))
+        runpy.run_path(kind, run_name="__main__")
