@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,17 @@ def run(
     }
 
 
+def performed(work: list[tuple[Any, ...]], jobs: int) -> Iterator[dict[str, float]]:
+    """What :func:`run` gives, in order; several at once share the processor's threads."""
+    if jobs == 1:
+        yield from (run(*each) for each in work)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+        yield from pool.map(run, *zip(*work, strict=True))
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, extremes and the values themselves."""
     return {
@@ -224,6 +238,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", default=[], help="name={JSON options}")
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--keep", type=Path, help="folder for the models, ARM-SEED")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (step times suffer)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE / "effect.json")
     args = parser.parse_args()
@@ -238,10 +253,11 @@ def main() -> None:
     blocks = blocks_of(args.data, args.block_size, args.blocks)
     args.elsewhere = library_blocks(args.block_size)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for seed in range(args.seeds):
-        for name, options in arms.items():
-            runs[name].append(run(blocks, options, seed, args, name))
-            print(name, seed, {key: f"{v:.4g}" for key, v in runs[name][-1].items()}, flush=True)
+    tasks = [(seed, name) for seed in range(args.seeds) for name in arms]
+    work = [(blocks, arms[name], seed, args, name) for seed, name in tasks]
+    for (seed, name), found in zip(tasks, performed(work, args.jobs), strict=True):
+        runs[name].append(found)
+        print(name, seed, {key: f"{v:.4g}" for key, v in found.items()}, flush=True)
     result = {
         **provenance(torch.device(args.device)),
         "model": MODEL.name,
