@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils.operations import broadcast_object_list, gather_object
+from accelerate.utils.operations import broadcast_object_list
 
-from softtrace import errors
-from softtrace.errors import InvalidInputError, SofttraceError
+from softtrace.errors import InvalidInputError
+from softtrace.failures import of_another, raise_everywhere, told
 
 T = TypeVar("T")
 
@@ -79,12 +79,12 @@ class Processes:
         if self._state is None:
             return make()
         made, failure = self._attempt(make) if self.main else (None, None)
-        sent: list[Any] = [made, _told(failure)]
+        sent: list[Any] = [made, told(failure)]
         broadcast_object_list(sent)
         if failure is not None:
             raise failure
         if sent[1] is not None:
-            raise self._of_another(0, sent[1])
+            raise of_another(0, self.count, sent[1])
         return cast("T", sent[0])
 
     def together(self, work: Callable[[], T]) -> T:
@@ -99,19 +99,8 @@ class Processes:
         if self._state is None:
             return work()
         made, failure = self._attempt(work)
-        told: list[tuple[str, str] | None] = gather_object([_told(failure)])
-        if failure is not None:
-            raise failure
-        for index, each in enumerate(told):
-            if each is not None:
-                raise self._of_another(index, each)
+        raise_everywhere(failure)
         return cast("T", made)
-
-    def _of_another(self, index: int, told: tuple[str, str]) -> SofttraceError:
-        """What another process raised, to be raised here."""
-        name, message = told
-        kind: type[SofttraceError] = getattr(errors, name)
-        return kind(f"process {index} (of 0 to {self.count - 1}) failed: {message}")
 
     @staticmethod
     def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -119,19 +108,6 @@ class Processes:
             return work(), None
         except Exception as error:  # whatever it is: the others wait to hear of it
             return None, error
-
-
-def _told(failure: Exception | None) -> tuple[str, str] | None:
-    """The class and the words of an error: softtrace's own, or else a ``SofttraceError``.
-
-    Not the error itself: one that cannot be sent, or made again, would leave the others waiting.
-    """
-    if failure is None:
-        return None
-    if not isinstance(failure, SofttraceError):
-        return SofttraceError.__name__, f"{type(failure).__name__}: {failure}"
-    known = (kind.__name__ for kind in type(failure).__mro__ if kind.__module__ == errors.__name__)
-    return next(known), str(failure)
 
 
 def _leave() -> None:
