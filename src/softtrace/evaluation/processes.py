@@ -14,6 +14,7 @@ from accelerate.utils.operations import broadcast_object_list
 
 from softtrace.errors import InvalidInputError
 from softtrace.failures import of_another, raise_everywhere, told
+from softtrace.placement import best_device
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ class Processes:
     Every one of them has to make this, and to call the same methods in the same order.
 
     Args:
-        device: "auto" (each process its own accelerator, else the CPU), "cpu", or a kind of device
-            without number.
+        device: "auto" (each process its own accelerator, else the CPU), "cpu", or a kind of
+            device, with a number for one process only.
 
     Attributes:
         count: how many there are.
@@ -48,7 +49,7 @@ class Processes:
             self.device = device_of(device)
             return
         # Left alone without an accelerator, Accelerate lets every process think it is the only one.
-        cpu = device == "cpu" or not torch.accelerator.is_available()
+        cpu = "cpu" in (device, best_device().type)
         self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
         self.device = self._state.device
@@ -123,7 +124,7 @@ def device_of(name: str) -> torch.device:
         InvalidInputError: this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         return torch.empty(0, device=name).device  # a device that can be named may not be there
     except (RuntimeError, AssertionError) as error:
