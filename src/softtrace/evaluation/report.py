@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from softtrace.curve import SIZE_BOUND
+from softtrace.curve import PHASES, SIZE_BOUND
 from softtrace.evaluation.density_intervals import MEANING, interval
 from softtrace.evaluation.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.evaluation.files import atomic_path, finite
@@ -125,6 +125,7 @@ def _data(runs: Runs) -> dict[str, Any]:
         ],
         "floor": floor,
         "bound": SIZE_BOUND,
+        "phases": [{"name": name, "from": low, "to": high} for name, (low, high) in PHASES.items()],
         "grey": GREY,
     }
     whole: dict[str, Any] = finite(data)
