@@ -83,3 +83,11 @@ def test_multipliers_are_found_by_what_adds_up() -> None:
     found = instrument.anatomy.layers[0]
     assert (found.attention_scale, found.mlp_scale) == (0.3, 0.3)
     assert instrument.anatomy.readout.after.field == "logits_scaling"
+
+
+def test_what_is_predicted_may_be_fewer_tokens_than_are_read() -> None:
+    model = tiny_model("llama")
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    model.lm_head = torch.nn.Linear(32, rows - 7, bias=False)
+    anatomy = softtrace.attach(model).anatomy
+    assert (anatomy.vocabulary, anatomy.readout.predicted) == (rows, rows - 7)
