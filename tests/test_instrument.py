@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 import softtrace
@@ -18,34 +17,8 @@ from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph import EDGE_KINDS, Edge, LayerEdges
 from softtrace.instrument import attach
 from tests import oracle
+from tests.state import HOOKS, state
 from tests.tiny import FAMILIES, checkpointed, tiny_model, tiny_prompt
-
-HOOKS = [name for name in vars(nn.Linear(1, 1)) if "hooks" in name]
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """Everything a run of ours touches, in a form that compares with ``==``."""
-    return {
-        "hooks": [
-            [(name, list(getattr(module, name).items())) for name in HOOKS]
-            for module in model.modules()
-        ],
-        "global hooks": [
-            list(value) for name, value in vars(torch_module).items() if name.endswith("_hooks")
-        ],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "config": model.config.to_dict(),  # type: ignore[union-attr, operator]
-        "attention": [
-            module.config._attn_implementation
-            for module in model.modules()
-            if hasattr(module, "config")
-        ],
-        "training": [module.training for module in model.modules()],
-        "random": torch.get_rng_state().tolist(),
-        "gradients": torch.is_grad_enabled(),
-        "weights": [parameter.detach().tolist() for parameter in model.parameters()],
-        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-    }
 
 
 def padded(side: str) -> tuple[Tensor, Tensor]:

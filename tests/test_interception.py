@@ -23,7 +23,7 @@ from softtrace.attention import IMPLEMENTATION
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.instrument import attach
 from tests.families.zoo import VERIFIED, redraw, tiny
-from tests.test_instrument import state
+from tests.state import state
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
 WAYS = ("sdpa", "causal sdpa", "softmax", "folded")

@@ -90,4 +90,7 @@ def test_a_measurement_that_fails_in_one_process_ends_both(tmp_path: Path) -> No
     done = in_processes(tmp_path, "breaks")
     assert done.returncode != 0
     assert "rank 1: ArithmeticError: broken here" in done.stderr
-    assert "rank 0: TrainerSetupError: DensityMonitor: measuring failed in another" in done.stderr
+    assert (
+        "rank 0: SofttraceError: process 1 (of 0 to 1) failed: ArithmeticError: broken here"
+        in done.stderr
+    )

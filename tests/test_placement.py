@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 import softtrace
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.evaluation.evaluate import evaluate
+from softtrace.evaluation.processes import Processes
+from softtrace.evaluation.provenance import hardware
 from softtrace.load import load_model
 from softtrace.offloading import check_device_map, device_map_options
 from tests.corpus import write_model, write_tree
@@ -121,3 +123,21 @@ def test_only_the_computing_device_and_memory_hold_weights() -> None:
     with pytest.raises(InvalidInputError, match="max_memory: found 0, allowed are 1, cpu: one"):
         device_map_options("auto", {"0": "2GB"}, gpu, "folder")
     assert device_map_options(None, None, gpu, "folder") == {}
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu"), (None, "cpu")],
+)
+def test_auto_is_any_accelerator_that_has_float64(
+    found: str | None, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = None if found is None else torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
+    assert Processes("auto").device == torch.device(taken)
+    assert Processes("cpu").device == torch.device("cpu")
+
+
+def test_an_accelerator_without_a_name_is_not_called_a_processor() -> None:
+    assert "CPU" in hardware(torch.device("cpu"))
+    assert hardware(torch.device("mps")) == "mps"

@@ -24,7 +24,10 @@ from softtrace.recording import Recording
 from softtrace.trace import edge_counts, total_edges
 
 SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26))
-"""26 sizes, log-spaced from 1e-4 to 1: the paper's construction and refinement phases."""
+"""26 sizes, log-spaced from 1e-4 to 1: both of the :data:`PHASES`."""
+
+PHASES = {"construction": (1e-4, 1e-2), "refinement": (1e-2, 1.0)}
+"""The paper's two phases, as sizes of traces (shares of all edges) from and to."""
 
 SIZE_BOUND = 0.2
 """TV of the size that a token is said to need, its "size at TV 0.2"."""

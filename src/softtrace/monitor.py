@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from softtrace.batch import check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.failures import raise_everywhere
 from softtrace.host import batch_inputs, find_causal_lm
 from softtrace.metrics import (
     ComputationDensity,
@@ -66,8 +67,10 @@ class DensityMonitor(Callback):
         InvalidInputError: an argument outside its range; a validation batch that is not a mapping
             with ``input_ids`` (override :meth:`inputs_of`).
         TrainerSetupError: at the start of fit: no or several causal language models, a strategy
-            that is not supported, no validation; later: measuring failed in another process.
+            that is not supported, no validation.
         UnsupportedModelError, NonFiniteError: at a measurement; see :func:`softtrace.attach`.
+        SofttraceError: in the other processes, where measuring failed in one: of the class that it
+            has there, where softtrace raised it.
     """
 
     def __init__(
@@ -214,13 +217,7 @@ class DensityMonitor(Callback):
         except Exception as error:
             failure = error
         # A process that raised alone would leave the others waiting for its numbers.
-        whole = trainer.strategy.reduce_boolean_decision(failure is None)
-        if failure is not None:
-            raise failure
-        if not whole:
-            raise TrainerSetupError(
-                "DensityMonitor: measuring failed in another process, which says why"
-            )
+        raise_everywhere(failure)
         density, correlation, exits = (metric.compute() for metric in metrics)
         total = trainer.strategy.reduce(tokens, reduce_op="sum")
         return {

@@ -73,6 +73,15 @@ def execution_devices(model: nn.Module) -> set[torch.device]:
     return devices | stored
 
 
+def best_device() -> torch.device:
+    """The accelerator that torch finds, without number, else the CPU.
+
+    Apple's is passed over: curves are read in float64, which it lacks.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
 def device_of_module(module: nn.Module) -> torch.device:
     """The device that inputs of a model, or of a module of it, have to be on."""
     first = next(itertools.chain(module.parameters(), module.buffers())).device

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from softtrace.curve import PHASES
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import plots
 from softtrace.evaluation.drawing import lighter, printable, style
@@ -113,7 +114,9 @@ def test_tv_plot_shows_both_groups_band_baselines_and_phases() -> None:
     dashed = [line for line in lines if line.is_dashed()]
     assert len(dashed) == 4
     np.testing.assert_allclose(lines[-1].get_ydata(), [1 - step / 25 for step in range(26)])
-    assert {text.get_text() for text in axes.texts} == {"construction", "refinement"}
+    assert [text.get_text() for text in axes.texts] == list(PHASES)
+    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    np.testing.assert_allclose(spans, list(PHASES.values()))
     assert legend(figure) == [
         "easy tokens (lowest entropy)",
         "all tokens",

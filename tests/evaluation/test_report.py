@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
+from softtrace.evaluation import report
 from softtrace.evaluation.compare import compare, load_density
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.samples import MOST_TOKENS
 from softtrace.evaluation.table import MEASURES
 from tests.corpus import write_model, write_tree
-from tests.evaluation.densities import synthetic_density, synthetic_samples, write_run
+from tests.evaluation.densities import LAYERS, synthetic_density, synthetic_samples, write_run
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 3, "extra_blocks": 0, "device": "cpu"}
@@ -92,6 +93,33 @@ def test_every_measure_is_written_out_as_it_is_in_the_file(tmp_path: Path, count
     assert [run["density"] for run in found["runs"]] == densities
     if count > 1:
         assert "\N{MINUS SIGN}10.0 %" in page.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "verdict"),
+    [
+        ("loss_all", 2.0, "better"),
+        ("loss_all", 30_000.0, "worse"),
+        ("loss_all", 3.0009, "same"),  # as far as the page shows it
+        ("loss_all", None, ""),
+        ("early_exit_half_easy", 0.9, "better"),
+        ("early_exit_half_easy", 0.1, "worse"),
+        ("entropy_spearman_size", 0.1, ""),
+    ],
+)
+def test_a_change_is_better_or_worse_by_its_number(
+    key: str, value: float | None, verdict: str
+) -> None:
+    measure = next(each for each in MEASURES if each.key == key)
+    other = synthetic_density()
+    if key == "loss_all":
+        other["loss_nats"]["all"] = value
+    elif key == "early_exit_half_easy":
+        other["early_exit"]["agreement"]["easy"][LAYERS // 2 - 1] = value
+    else:
+        other["entropy_spearman"]["size_at_tv_0.2"] = value
+    first, second = report._row(measure, [("a", synthetic_density()), ("b", other)])["cells"]
+    assert (first["verdict"], second["verdict"]) == ("", verdict)
 
 
 def test_intervals_stand_beside_their_numbers(tmp_path: Path) -> None:

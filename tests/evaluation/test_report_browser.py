@@ -12,6 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
+from softtrace.evaluation import report
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.table import MEASURES, percent
@@ -91,6 +92,26 @@ def test_loads_without_a_complaint_and_fits(
     assert browser.run("return document.querySelectorAll('[role=option]').length") == (
         10 * min(count, 2)
     )
+
+
+def test_phases_are_drawn_where_they_are_said_to_be(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the four decades is the first's, then half of them."""
+    for change, share in ((1e-3, 0.25), (1e-2, 0.5)):
+        monkeypatch.setattr(report, "PHASES", {"construction": (1e-4, change),
+                                               "refinement": (change, 1.0)})  # fmt: skip
+        opened(browser, tmp_path, densities(1))
+        widths = browser.run(
+            "return ['construction', 'refinement'].map((name) => "
+            "Number(document.querySelector(`#tv rect.${name}`).getAttribute('width')))"
+        )
+        assert widths[0] / sum(widths) == pytest.approx(share)
+        boundary = browser.run(
+            "const box = (name) => document.querySelector(`#tv ${name}`).getBBox();"
+            "return box('path.boundary').x - box('rect.refinement').x"
+        )
+        assert boundary == pytest.approx(0, abs=0.1)
 
 
 def test_dark_pages_are_dark_and_printed_ones_are_not(browser: Browser, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from softtrace.loss import DensityLoss
 from tests.families.matrix import coins, inputs_of, literal, padded
 from tests.families.reference import Layer
 from tests.families.zoo import REFUSED, VERIFIED, tiny
-from tests.test_instrument import state
+from tests.state import state
 
 CASES = sorted(VERIFIED)
 ROUNDING = 1e-4  # absolute, of logits: float32 of two routes through three or four layers

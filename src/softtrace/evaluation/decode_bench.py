@@ -231,8 +231,8 @@ def _costs(network: nn.Module, row: Tensor, layers: int) -> tuple[dict[int, floa
 
 
 def _now(like: Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
+    if like.device.type != "cpu":
+        torch.accelerator.synchronize(like.device)
     return time.perf_counter()
 
 

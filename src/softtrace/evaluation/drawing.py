@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
+from softtrace.curve import PHASES
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.files import atomic_path
 from softtrace.evaluation.table import Density, shorten
@@ -64,7 +65,7 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _ALL_ALONE = "#F0B84A"  # the light partner of the first colour, where no colour stands for a run
 GREY = "#555555"
-_PHASES = (("construction", 1e-4, 1e-2, "#E9E9E9"), ("refinement", 1e-2, 1.0, "#F7F7F7"))
+_TINTS = {"construction": "#E9E9E9", "refinement": "#F7F7F7"}
 KIND_NAMES = {
     "attention": "attention",
     "mlp": "MLP",
@@ -163,8 +164,8 @@ def size_axis(axes: Axes, narrow: bool = False) -> None:
 
 def shade_phases(axes: Axes) -> None:
     """Tint the paper's two phases behind a plot over sizes, and name them above it."""
-    for name, low, high, tint in _PHASES:
-        axes.axvspan(low, high, color=tint, linewidth=0, zorder=0)
+    for name, (low, high) in PHASES.items():
+        axes.axvspan(low, high, color=_TINTS[name], linewidth=0, zorder=0)
         where = axes.get_xaxis_transform()
         axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")
 

@@ -10,10 +10,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils.operations import broadcast_object_list, gather_object
+from accelerate.utils.operations import broadcast_object_list
 
-from softtrace import errors
-from softtrace.errors import InvalidInputError, SofttraceError
+from softtrace.errors import InvalidInputError
+from softtrace.failures import of_another, raise_everywhere, told
+from softtrace.placement import best_device
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ class Processes:
     Every one of them has to make this, and to call the same methods in the same order.
 
     Args:
-        device: "auto" (each process its own accelerator, else the CPU), "cpu", or a kind of device
-            without number.
+        device: "auto" (each process its own accelerator, else the CPU), "cpu", or a kind of
+            device, with a number for one process only.
 
     Attributes:
         count: how many there are.
@@ -48,7 +49,7 @@ class Processes:
             self.device = device_of(device)
             return
         # Left alone without an accelerator, Accelerate lets every process think it is the only one.
-        cpu = device == "cpu" or not torch.accelerator.is_available()
+        cpu = "cpu" in (device, best_device().type)
         self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
         self.device = self._state.device
@@ -79,12 +80,12 @@ class Processes:
         if self._state is None:
             return make()
         made, failure = self._attempt(make) if self.main else (None, None)
-        sent: list[Any] = [made, _told(failure)]
+        sent: list[Any] = [made, told(failure)]
         broadcast_object_list(sent)
         if failure is not None:
             raise failure
         if sent[1] is not None:
-            raise self._of_another(0, sent[1])
+            raise of_another(0, self.count, sent[1])
         return cast("T", sent[0])
 
     def together(self, work: Callable[[], T]) -> T:
@@ -99,19 +100,8 @@ class Processes:
         if self._state is None:
             return work()
         made, failure = self._attempt(work)
-        told: list[tuple[str, str] | None] = gather_object([_told(failure)])
-        if failure is not None:
-            raise failure
-        for index, each in enumerate(told):
-            if each is not None:
-                raise self._of_another(index, each)
+        raise_everywhere(failure)
         return cast("T", made)
-
-    def _of_another(self, index: int, told: tuple[str, str]) -> SofttraceError:
-        """What another process raised, to be raised here."""
-        name, message = told
-        kind: type[SofttraceError] = getattr(errors, name)
-        return kind(f"process {index} (of 0 to {self.count - 1}) failed: {message}")
 
     @staticmethod
     def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -119,19 +109,6 @@ class Processes:
             return work(), None
         except Exception as error:  # whatever it is: the others wait to hear of it
             return None, error
-
-
-def _told(failure: Exception | None) -> tuple[str, str] | None:
-    """The class and the words of an error: softtrace's own, or else a ``SofttraceError``.
-
-    Not the error itself: one that cannot be sent, or made again, would leave the others waiting.
-    """
-    if failure is None:
-        return None
-    if not isinstance(failure, SofttraceError):
-        return SofttraceError.__name__, f"{type(failure).__name__}: {failure}"
-    known = (kind.__name__ for kind in type(failure).__mro__ if kind.__module__ == errors.__name__)
-    return next(known), str(failure)
 
 
 def _leave() -> None:
@@ -147,7 +124,7 @@ def device_of(name: str) -> torch.device:
         InvalidInputError: this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         return torch.empty(0, device=name).device  # a device that can be named may not be there
     except (RuntimeError, AssertionError) as error:

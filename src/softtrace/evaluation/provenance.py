@@ -35,9 +35,10 @@ def versions() -> dict[str, str | None]:
 
 def hardware(device: torch.device) -> str:
     """The name of an accelerator, or the processor and its threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return named(device) if named else device.type
 
 
 def _command() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from softtrace.curve import SIZE_BOUND
+from softtrace.curve import PHASES, SIZE_BOUND
 from softtrace.evaluation.density_intervals import MEANING, interval
 from softtrace.evaluation.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.evaluation.files import atomic_path, finite
@@ -31,6 +31,7 @@ from softtrace.evaluation.table import (
     half_depth,
     is_held_out,
     percent,
+    percent_change,
 )
 
 NOTHING = "–"
@@ -125,6 +126,7 @@ def _data(runs: Runs) -> dict[str, Any]:
         ],
         "floor": floor,
         "bound": SIZE_BOUND,
+        "phases": [{"name": name, "from": low, "to": high} for name, (low, high) in PHASES.items()],
         "grey": GREY,
     }
     whole: dict[str, Any] = finite(data)
@@ -185,16 +187,16 @@ def _row(measure: Measure, runs: Runs) -> dict[str, Any]:
                 "shown": NOTHING if value is None else measure.format(value),
                 "interval": bounds and " to ".join(measure.format(end) for end in bounds),
                 "change": changed.replace("n/a", NOTHING).replace("-", "\N{MINUS SIGN}"),
-                "verdict": _verdict(measure, changed),
+                "verdict": _verdict(measure, value, base) if number else "",
             }
         )
     return {"key": measure.key, "name": measure.name, "better": measure.better, "cells": cells}
 
 
-def _verdict(measure: Measure, changed: str) -> str:
-    if not measure.better or not changed.endswith("%"):
+def _verdict(measure: Measure, value: float | None, base: float | None) -> str:
+    changed = percent_change(measure, value, base)
+    if not measure.better or changed is None:
         return ""
-    percentage = float(changed.rstrip(" %"))
-    if percentage == 0:
+    if changed == 0:
         return "same"
-    return "better" if (percentage < 0) == (measure.better == "lower") else "worse"
+    return "better" if (changed < 0) == (measure.better == "lower") else "worse"

@@ -46,8 +46,8 @@ from softtrace.evaluation.study_statistics import ANSWERS
 from softtrace.evaluation.study_table import study_table
 from softtrace.evaluation.unigram import Unigrams, count_unigrams
 from softtrace.graph import EDGE_KINDS
+from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
-from softtrace.placement import device_of_module
 
 STUDY_VERSION = 1
 
@@ -302,13 +302,8 @@ def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _described(network: Any, path: str) -> dict[str, Any]:
-    device = device_of_module(network)
-    with torch.no_grad():
-        logits = network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits
-    return {
-        **describe(network, path),
-        "vocabulary": logits.shape[-1],
-    }
+    readout = attach(network).anatomy.readout
+    return {**describe(network, path), "vocabulary": readout.predicted}
 
 
 def _labels(models: Sequence[str]) -> list[str]:

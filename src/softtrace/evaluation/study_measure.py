@@ -24,7 +24,7 @@ from softtrace.instrument import Instrument, attach
 from softtrace.placement import device_of_module
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
-"""25 sizes, log-spaced from 1e-4 to 1; 1e-2, where construction ends, is the thirteenth."""
+"""25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
 
 
 @dataclass(frozen=True)

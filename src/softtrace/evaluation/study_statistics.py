@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from softtrace.curve import PHASES
 from softtrace.evaluation.bootstrap import (
     Difference,
     Median,
@@ -23,8 +24,9 @@ from softtrace.evaluation.unigram import READINGS
 
 Unit = Literal["nats", "share", "tv", "correlation", "edges"]
 
-CONSTRUCTION_ENDS = 12
-"""Where :data:`STUDY_SIZES` is 1e-2."""
+_CHANGE = PHASES["construction"][1]
+CONSTRUCTION_ENDS = STUDY_SIZES.index(_CHANGE)
+"""Where :data:`STUDY_SIZES` is the size at which construction ends."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _answers() -> Iterator[Answer]:
     yield Answer("overall/size", name, "share", (), lambda r: Median(r.whole.size))
 
     yield Answer("phases/tv", "mean TV", "tv", ("sizes",), lambda r: _mean_of(r, r.variation))
-    name = "share of the fall of TV that comes below 1 % of the edges"
+    name = f"share of the fall of TV that comes below {100 * _CHANGE:g} % of the edges"
     yield Answer("phases/construction", name, "share", (), _construction)
     name = "edges by depth quartile and kind"
     yield Answer("phases/edges", name, "share", ("sizes", "depth_quartiles", "kinds"), _edges)

@@ -192,14 +192,21 @@ def _format(value: float | None, unit: Unit) -> str:
     return f"{value:+.2f}" if unit == "correlation" else f"{value:.3f}"
 
 
+def percent_change(measure: Measure, value: float | None, base: float | None) -> float | None:
+    """How much ``value`` differs from ``base``, in per cent of it, as exact as tables show it.
+
+    None where one is missing or ``base`` is 0, and for correlations, whose ratio says nothing.
+    """
+    found = None if measure.unit == "correlation" else ratio(value, base)
+    return None if found is None else round(100 * (found - 1), 1) + 0.0  # turns -0.0 into 0.0
+
+
 def change(measure: Measure, value: float | None, base: float | None) -> str:
-    """How much ``value`` differs from ``base``, in per cent of it, with a sign."""
-    if measure.unit == "correlation":  # a ratio of correlations says nothing
+    """:func:`percent_change` in words, with a sign; nothing for correlations."""
+    if measure.unit == "correlation":
         return ""
-    found = ratio(value, base)
-    if found is None:
-        return "n/a"
-    return f"{round(100 * (found - 1), 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
+    found = percent_change(measure, value, base)
+    return "n/a" if found is None else f"{found:+.1f} %"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

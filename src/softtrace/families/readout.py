@@ -43,6 +43,7 @@ class Readout:
         head: the language-model head.
         after: what is done to the head's output.
         value: of the config field that ``after`` names.
+        predicted: V, how many tokens get a logit; the embedding may have other rows.
     """
 
     norm: LinearNorm
@@ -50,6 +51,7 @@ class Readout:
     head: nn.Module
     after: LogitMap
     value: float
+    predicted: int
 
     def logits(self, normed: Tensor) -> Tensor:
         """``[..., d_model]`` as the final norm gives it to ``[..., V]``."""
@@ -107,7 +109,8 @@ def find_readout(
                 error = mismatch(call.gave[valid] * before, read[valid])
                 if error <= allowed:
                     norm = _final(call.module, last[valid], allowed)
-                    return Readout(norm, before, head, *_map(model, raw, logits, valid, allowed))
+                    after, value = _map(model, raw, logits, valid, allowed)
+                    return Readout(norm, before, head, after, value, logits.shape[-1])
     raise UnsupportedModelError(
         "what the language-model head reads is not the final norm's output (a projection or "
         "another block stands between)"

@@ -56,13 +56,13 @@ function drawCurves(place) {
     const box = board(width, Math.min(420, Math.max(280, width * 0.5)), "Mean total variation over the size of the trace", { top: 40 });
     const x = logScale(1e-4, 1, box.x0, box.x1);
     const y = linearScale(0, 1, box.y0, box.y1);
-    for (const [name, low, high] of [["construction", 1e-4, 1e-2], ["refinement", 1e-2, 1]]) {
+    for (const { name, from: low, to: high } of DATA.phases) {
       box.root.append(
         svg("rect", { x: x(low), y: box.y1, width: x(high) - x(low), height: box.y0 - box.y1, class: name }),
         text(name, (x(low) + x(high)) / 2, box.y1 - 7, { "text-anchor": "middle", class: "phase" }),
       );
     }
-    box.root.append(svg("path", { d: `M${x(1e-2)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
+    box.root.append(svg("path", { d: `M${x(PHASE_CHANGE)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
     yAxis(box, y, [0, 0.2, 0.4, 0.6, 0.8, 1], (value) => value.toFixed(1), "mean total variation (0: the same prediction, 1: nothing in common)".slice(0, width < 500 ? 20 : 99));
     xAxis(box, x, LOG_TICKS, tick, width < 500 ? "size of the trace (log scale)" : "size of the trace (share of all edges, log scale)");
     for (const entry of baselines) {

@@ -3,6 +3,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
+const PHASE_CHANGE = DATA.phases[0].to;
 const SINGLE = RUNS.length === 1;
 const NOTHING = "–";
 const SVG = "http://www.w3.org/2000/svg";

@@ -75,7 +75,7 @@ function heatMap({ sizes, kinds, shares }, width, prefix, readout) {
   box.y0 = height - 42;
   const middle = (size) => x(size) + across / 2;
   xAxis(box, middle, width < 420 ? [1e-4, 1e-2, 1] : LOG_TICKS, tick, "size of the trace (log scale)");
-  box.root.append(svg("path", { d: `M${middle(1e-2)} 4V${box.y0}`, class: "boundary" }));
+  box.root.append(svg("path", { d: `M${middle(PHASE_CHANGE)} 4V${box.y0}`, class: "boundary" }));
   const find = (px, py) => {
     const step = Math.max(0, Math.min(sizes.length - 1, Math.floor((px - box.x0) / across)));
     const line = rows.filter(({ y }) => py >= y).length - 1;
