@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,12 +52,13 @@ _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 
+_MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 # One paragraph: argparse joins the lines of a description.
 _DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
 --model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
 card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
-logs/ with metrics.csv, and checkpoints/. --penalty.strength 0 is plain fine-tuning. Without
-max_steps, max_epochs or max_time it goes over the text once."""
+logs/ with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is
+plain fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
 
 
 class FitCLI(LightningCLI):
@@ -91,6 +93,8 @@ class FitCLI(LightningCLI):
         # What this command is about comes first in its help, the Trainer's many options last.
         groups: Any = parser._action_groups
         groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
+        for action in parser._actions:  # a terminal shows the markup of docstrings as it is
+            action.help = action.help and _MARKUP.sub(r"\1", action.help)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
