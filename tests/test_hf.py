@@ -81,7 +81,13 @@ def train(folder: Path, density: Any = OPTIONS, family: str = "llama", **changes
     return trainer
 
 
-def by_hand(accumulate: int, counted: bool, options: dict[str, Any], ranks: int = 1) -> nn.Module:
+def by_hand(
+    accumulate: int,
+    counted: bool,
+    options: dict[str, Any],
+    ranks: int = 1,
+    added: list[float] | None = None,
+) -> nn.Module:
     """The Trainer's loop written out, the batches of all processes one after the other.
 
     Args:
@@ -89,6 +95,7 @@ def by_hand(accumulate: int, counted: bool, options: dict[str, Any], ranks: int 
         counted: the task loss is a mean over all targets.
         options: of the term.
         ranks: processes; each draws by its rank.
+        added: gets what each step adds to the task loss.
     """
     model = tiny_model("llama", dtype=torch.float64).train()
     density = DensityLoss(model, **options)
@@ -97,6 +104,7 @@ def by_hand(accumulate: int, counted: bool, options: dict[str, Any], ranks: int 
     for step, first in enumerate(range(0, len(micro), accumulate * ranks)):
         group = micro[first : first + accumulate * ranks]
         targets = sum(int((each["labels"][:, 1:] != -100).sum()) for each in group)
+        terms = []
         for number, each in enumerate(group):
             with density.watching():
                 logits = model(**each).logits[:, :-1].flatten(0, 1).float()  # as there
@@ -105,7 +113,10 @@ def by_hand(accumulate: int, counted: bool, options: dict[str, Any], ranks: int 
             task = losses / targets if counted else losses / own / len(group)
             with as_rank(number % ranks):
                 term = density(**each, step=step, micro_step=number // ranks).loss / len(group)
+            terms.append(term.item())
             (task + term).backward()
+        if added is not None:
+            added.append(sum(terms))
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
