@@ -105,7 +105,7 @@ def test_configs_of_the_shipped_model_run(text: Path, tmp_path: Path, lora: bool
     name, out = f"{OURS}-lora" if lora else OURS, tmp_path / "out"
     run(
         "-m", "softtrace.cli", "fit", "--config", f"configs/{name}.yaml", "--data.path", text,
-        "--out", out, "--trainer.max_steps", 12, "--trainer.accelerator", "cpu",
+        "--out", out, "--trainer.max_steps", 3, "--card_blocks", 2, "--trainer.accelerator", "cpu",
     )  # fmt: skip
     assert 1e-4 < moved(out) < 0.2
     assert AutoConfig.from_pretrained(out).softtrace_exit_layer in range(1, 8)
