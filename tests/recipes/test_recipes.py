@@ -131,8 +131,9 @@ def test_the_recipe_for_the_trainer_of_transformers_runs_and_resumes(
 @pytest.mark.slow
 def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: Path) -> None:
     said = run(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "recipes/accelerate_loop.py",
-        "--data", text, "--steps", 4, "--accumulate", 2,
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
+        "recipes/accelerate_loop.py", "--data", text, "--steps", 4, "--accumulate", 2,
         "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
     )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
