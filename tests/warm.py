@@ -30,6 +30,8 @@ from tests.processes import script_environment
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.preloaded"])
+#: what the server asks for from Python 3.14 on; its forks are not told
+_KEY = "_forkserver_authkey"
 
 
 class _Descriptor:
@@ -80,15 +82,17 @@ class Process:
             numbers.append(file.fileno() if file else numbers[0] if merged else own)
         environment = dict(os.environ if env is None else env)
         group = os.getpgrp() if process_group is None else process_group
-        self._process = _SERVER.Process(
-            target=_become,
-            args=(self.args, environment, cwd or Path.cwd(), *map(_Descriptor, numbers), group),
-        )
         # The server may have to be started. And a fork would first run the main module of this one.
         with (
             patch.dict(os.environ, {**script_environment(), "MKL_CBWR": "COMPATIBLE"}),
             patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),
         ):
+            forkserver.ensure_running()
+            where = (cwd or Path.cwd(), *map(_Descriptor, numbers), group)
+            key = getattr(getattr(forkserver, "_forkserver", None), _KEY, None)
+            self._process = _SERVER.Process(
+                target=_become, args=(self.args, environment, *where, key)
+            )
             self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -195,6 +199,7 @@ def _become(
     out: _Descriptor,
     error: _Descriptor,
     group: int,
+    key: bytes | None,
 ) -> None:
     """In the fork: turn into what ``python WORDS`` would be, and run it."""
     from lightning.fabric.utilities.rank_zero import _get_rank
@@ -209,10 +214,13 @@ def _become(
     os.dup2(error.number, 2)
     np.random.seed()  # noqa: NPY002 - forks would all draw the same; Python's own sees to itself
     rank_zero_only.rank = _get_rank() or 0  # looked up at import
-    # It is running, but a fork does not know that: a process that asks for another takes this one.
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
-    # Ranks that Lightning starts are forked too.
-    subprocess_script.subprocess = types.SimpleNamespace(Popen=Process)  # type: ignore[attr-defined]
+    server: Any = getattr(forkserver, "_forkserver", None)
+    if hasattr(server, "ensure_running") and hasattr(server, "_forkserver_address"):
+        # It is running, but a fork does not know that: one that asks for another takes this one.
+        server.ensure_running = forkserver.ensure_running = lambda: None
+        setattr(server, _KEY, key)
+        # Ranks that Lightning starts are forked too. (Elsewhere it starts them as it always does.)
+        subprocess_script.subprocess = types.SimpleNamespace(Popen=Process)  # type: ignore[attr-defined]
     kind, *rest = words
     if kind == "-m":
         sys.argv = rest

@@ -44,6 +44,8 @@ from tests.processes import as_rank  # noqa: E402
 from tests.test_support import OPTIONS, WAYS  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
+STEPS = 50
+
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Largest absolute difference."""
@@ -53,23 +55,23 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def inert(args: argparse.Namespace) -> dict[str, Any]:
     """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
     with tempfile.TemporaryDirectory() as folder:
-        epochs = 25  # of two optimiser steps
+        epochs = STEPS // 2  # of two optimiser steps
         plain, silent, loud = (
             lightning_runs.fit_in_processes(Path(folder), strength, 2, epochs)[0]["weights"]
             for strength in (None, 0.0, 0.6)
         )
-        found = {"DDPStrategy": inert_row(2 * epochs, plain, silent, loud)}
+        found = {"DDPStrategy": inert_row(STEPS, plain, silent, loud)}
         plain, silent, loud = (
-            weights(hf.train(Path(folder), density, "gpt2", max_steps=50).model)
+            weights(hf.train(Path(folder), density, "gpt2", max_steps=STEPS).model)
             for density in (None, {"strength": 0.0}, hf.OPTIONS)
         )
-        found["Trainer of transformers"] = inert_row(50, plain, silent, loud)
+        found["Trainer of transformers"] = inert_row(STEPS, plain, silent, loud)
     for name, way in tqdm(WAYS.items(), desc="strength 0"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plain, fitted = way.fit()
-            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS))
-            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS))
+            plain, fitted = way.fit(steps=STEPS)
+            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS), steps=STEPS)
+            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS), steps=STEPS)
         found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
     return found
 

@@ -105,7 +105,7 @@ def test_configs_of_the_shipped_model_run(text: Path, tmp_path: Path, lora: bool
     name, out = f"{OURS}-lora" if lora else OURS, tmp_path / "out"
     run(
         "-m", "softtrace.cli", "fit", "--config", f"configs/{name}.yaml", "--data.path", text,
-        "--out", out, "--trainer.max_steps", 12, "--trainer.accelerator", "cpu",
+        "--out", out, "--trainer.max_steps", 3, "--card_blocks", 2, "--trainer.accelerator", "cpu",
     )  # fmt: skip
     assert 1e-4 < moved(out) < 0.2
     assert AutoConfig.from_pretrained(out).softtrace_exit_layer in range(1, 8)
@@ -131,8 +131,9 @@ def test_the_recipe_for_the_trainer_of_transformers_runs_and_resumes(
 @pytest.mark.slow
 def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: Path) -> None:
     said = run(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "recipes/accelerate_loop.py",
-        "--data", text, "--steps", 4, "--accumulate", 2,
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
+        "recipes/accelerate_loop.py", "--data", text, "--steps", 4, "--accumulate", 2,
         "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
     )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
