@@ -7,6 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from softtrace import DensityOptions
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -44,6 +48,23 @@ def cost() -> str:
         f"([peers.py --cost](benchmarks/peers.py), {files})."
     )
     return "\n".join(lines)
+
+
+def operations() -> str:
+    """What a step costs where launches are all that counts."""
+    result = read("operations.json")
+    plain, exits, masked = (
+        result["operations"][name]["all"] for name in ("plain", "exits read", "masked runs")
+    )
+    every = DensityOptions().on(torch.device("cuda")).every
+    whole = (exits + (masked - exits) / every) / plain
+    return (
+        f"A plain step of a {result['settings']['pattern']} of {result['settings']['layers']} "
+        f"layers is {plain:,} operations, one whose exits are read {exits:,}, one with masked runs "
+        f"{masked:,}: with masked runs at every {every}th step {whole:.2f} times a plain one's, "
+        "which is what it costs on a GPU where launches are all that counts ([operations.py]"
+        "(benchmarks/operations.py), [operations.json](benchmarks/operations.json))."
+    )
 
 
 PEER_COLUMNS = (

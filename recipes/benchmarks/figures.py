@@ -15,6 +15,7 @@ from comparison_figures import (
     HERE,
     cost,
     decoding_large,
+    operations,
     peers,
     peers_large,
     read,
@@ -350,6 +351,7 @@ PAGES = {
     ),
     "recipes/README.md": (
         cost,
+        operations,
         dials,
         side_effects,
         exactness,
