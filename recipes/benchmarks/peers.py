@@ -3,6 +3,7 @@
     python recipes/benchmarks/peers.py                       # all methods and strengths, 3 seeds
     python recipes/benchmarks/peers.py --methods layerskip softtrace --seeds 1
     python recipes/benchmarks/peers.py --cost                # step time and peak memory alone
+    python recipes/benchmarks/peers.py --cost --methods softtrace --rounds 12    # of one method
     python recipes/benchmarks/peers.py --search              # variants of this project's own term
     python recipes/benchmarks/peers.py --jobs 6 --devices cuda:0 cuda:1    # several at once
 
@@ -136,6 +137,7 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
             "time": {"median": middle, "q25": low, "q75": high},
+            "rounds": args.rounds,
             "memory": memory[name] / memory["plain"],
             "seconds": statistics.median(spent[1:]),
         }
@@ -260,9 +262,15 @@ def main() -> None:
     }
     result: dict[str, Any] = {"runs": []}
     if args.cost:
-        result = {"settings": settings, "cost": costs(args, blocks_for(args)[0], names)}
+        found = costs(args, blocks_for(args)[0], names)
+        print(json.dumps(found, indent=1))
+        if args.methods and args.out.exists():  # the others keep what the file holds
+            kept = json.loads(args.out.read_text(encoding="utf-8"))
+            if kept["settings"] != settings:
+                sys.exit(f"{args.out} is of other settings: {kept['settings']}; move it away")
+            found = {**kept["cost"], **found}
+        result = {"settings": settings, "cost": found}
         write_json(args.out, {**result, **provenance(torch.device(args.device))})
-        print(json.dumps(result["cost"], indent=1))
         return
     if args.out.exists():
         result = json.loads(args.out.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def test_results_say_when_and_with_what_they_were_made() -> None:
         for kind in ("gpu", "cpu")
     )
     names += ("search", "search-large", "search-exits", "search-seldom", "exactness")
-    names += ("metric_parity", "evaluating", "operations")
+    names += ("metric_parity", "evaluating", "operations", "peers-cost-noisy")
     for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
