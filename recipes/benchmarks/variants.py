@@ -351,9 +351,8 @@ EXITS: dict[str, type[Method]] = {
 }
 
 
-def for_drafting(exits: float, low: float = 0.1, high: float = 0.5) -> type[Method]:
+def for_drafting(exits: float, low: float, high: float, share: float) -> type[Method]:
     """More weight on exits, and only on such as can draft."""
-    share = 0.6 if (low, high) == (0.1, 0.5) else 0.3
     return with_exits(
         0.35, exits=exits, exit_tokens=0.5, exit_depths=(low, high), every=8, share=share
     )
@@ -384,14 +383,14 @@ SELDOM: dict[str, type[Method]] = {
 }
 
 DRAFTING = {
-    f"drafting {where}exits {weight:g}": for_drafting(weight, *depths)
-    for where, weight, *depths in (
-        ("", 1.0),
-        ("", 3.0),
-        ("after 0.25, ", 1.0, 0.25, 0.25),
-        ("after 0.31, ", 1.0, 0.31, 0.31),
-        ("after 0.31, ", 0.5, 0.31, 0.31),
-        ("after 0.31 to 0.5, ", 0.7, 0.31, 0.5),
+    f"drafting {where}exits {weight:g}": for_drafting(weight, *rest)
+    for where, weight, *rest in (
+        ("", 1.0, 0.1, 0.5, 0.6),
+        ("", 3.0, 0.1, 0.5, 0.6),
+        ("after 0.25, ", 1.0, 0.25, 0.25, 0.3),
+        ("after 0.31, ", 1.0, 0.31, 0.31, 0.3),
+        ("after 0.31, ", 0.5, 0.31, 0.31, 0.3),
+        ("after 0.31 to 0.5, ", 0.7, 0.31, 0.5, 0.3),
     )
 }
 VARIANTS |= EXITS | SELDOM | DRAFTING

@@ -127,14 +127,17 @@ class DensityLoss:
         self._seen.clear()
         model = unwrapped(self.model)
         schedule = self.options.exit_schedule
+        if not schedule.strength:
+            yield
+            return
         modules = all_modules(self.model, *() if host is None else (host,))
-        if schedule.strength and model.training and is_reentrant(modules):
+        if model.training and is_reentrant(modules):
             raise InvalidInputError(
                 "exits: found activation checkpointing with use_reentrant=True, under which layers "
                 "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(the default of transformers), or set exits=0"
             )
-        if not (schedule.strength if step is None else schedule(step)):
+        if step is not None and not schedule(step):
             yield
             return
         if is_compiled(modules):
