@@ -130,8 +130,8 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         model, curve = load_model(done).to(args.device).eval(), []
     else:
         model, curve = train(task, blocks[0], args)
-    if args.keep and task.seed == 0:
-        folder = args.keep / f"{task.method.replace(' ', '-')}-{task.strength:g}"
+    if args.keep:
+        folder = args.keep / f"{task.method.replace(' ', '-')}-{task.strength:g}-{task.seed}"
         model.save_pretrained(folder)
         load_tokenizer(args.model).save_pretrained(folder)
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}

@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
     parser.add_argument("--rounds", type=int, default=8, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
-    parser.add_argument("--keep", type=Path, help="folder for the models of the first seed")
+    parser.add_argument("--keep", type=Path, help="folder for the models, METHOD-STRENGTH-SEED")
     parser.add_argument(
         "--trained", type=Path, help="models of effect.py --keep, for its rows at the defaults"
     )

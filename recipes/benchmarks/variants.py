@@ -351,10 +351,12 @@ EXITS: dict[str, type[Method]] = {
 }
 
 
-def for_drafting(exits: float, low: float, high: float, share: float) -> type[Method]:
+def for_drafting(
+    exits: float, low: float, high: float, share: float = 0.3, tokens: float = 0.5
+) -> type[Method]:
     """More weight on exits, and only on such as can draft."""
     return with_exits(
-        0.35, exits=exits, exit_tokens=0.5, exit_depths=(low, high), every=8, share=share
+        0.35, exits=exits, exit_tokens=tokens, exit_depths=(low, high), every=8, share=share
     )
 
 
@@ -372,6 +374,7 @@ SELDOM: dict[str, type[Method]] = {
     "every step, exits 0.5 of 1/4": seldom(0.35, every=1, share=0.125, exits=0.5, exit_tokens=0.25),
     "whole batch": seldom(0.35, every=1, share=1.0),
     "8th": seldom(0.35, 0.5),
+    "10th": seldom(every=10),
     "8th, exits of 1/4": seldom(exit_tokens=0.25),
     "8th, share 0.4": seldom(share=0.4),
     "8th, same exits at 0.8": seldom(0.8, exits=0.0875),
@@ -382,16 +385,16 @@ SELDOM: dict[str, type[Method]] = {
     "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
 }
 
-DRAFTING = {
-    f"drafting {where}exits {weight:g}": for_drafting(weight, *rest)
-    for where, weight, *rest in (
-        ("", 1.0, 0.1, 0.5, 0.6),
-        ("", 3.0, 0.1, 0.5, 0.6),
-        ("after 0.25, ", 1.0, 0.25, 0.25, 0.3),
-        ("after 0.31, ", 1.0, 0.31, 0.31, 0.3),
-        ("after 0.31, ", 0.5, 0.31, 0.31, 0.3),
-        ("after 0.31 to 0.5, ", 0.7, 0.31, 0.5, 0.3),
-    )
+DRAFTING: dict[str, type[Method]] = {
+    "drafting exits 1": for_drafting(1.0, 0.1, 0.5, 0.6),
+    "drafting exits 3": for_drafting(3.0, 0.1, 0.5, 0.6),
+    "drafting after 0.19, exits 1": for_drafting(1.0, 0.19, 0.19),
+    "drafting after 0.25, exits 0.5": for_drafting(0.5, 0.25, 0.25),
+    "drafting after 0.25, exits 1": for_drafting(1.0, 0.25, 0.25),
+    "drafting after 0.25, exits 1 of all": for_drafting(1.0, 0.25, 0.25, tokens=1.0),
+    "drafting after 0.25, exits 2": for_drafting(2.0, 0.25, 0.25),
+    "drafting after 0.25 to 0.31, exits 1": for_drafting(1.0, 0.25, 0.31),
+    "drafting after 0.31, exits 1": for_drafting(1.0, 0.31, 0.31),
 }
 VARIANTS |= EXITS | SELDOM | DRAFTING
 

@@ -13,8 +13,8 @@ from softtrace.data import pack, read_documents
 from softtrace.decoding import greedy
 from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
 from softtrace.evaluation.decode_bench import decode_bench
+from softtrace.evaluation.drafting import CONFIDENCES
 from softtrace.evaluation.evaluate import evaluate
-from softtrace.exits import best_exit, expected_speedup
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 from tests.tiny import tiny_model
@@ -37,7 +37,7 @@ def test_equals_what_is_computed_by_hand(
     assert json.loads((tmp_path / "out" / "decoding.json").read_text()) == found
     model = load_model(sources[0]).eval()
     blocks = pack(read_documents(sources[1]), load_tokenizer(sources[0]), 8)
-    prompts = blocks[torch.linspace(0, len(blocks) - 1, 3).long()]
+    prompts = blocks[torch.linspace(0, len(blocks) - 1, 6).long()[1::2]]  # those it chooses on
     layers = model.config.num_hidden_layers
     right = torch.zeros(layers - 1, dtype=torch.float64)
     for prompt in prompts:
@@ -51,14 +51,14 @@ def test_equals_what_is_computed_by_hand(
     exits = found["exits"]
     assert exits["layers"] == list(range(1, layers))
     assert exits["agreement"] == pytest.approx((right / 18).tolist())
-    acceptance = dict(zip(exits["layers"], exits["agreement"], strict=True))
-    costs = dict(zip(exits["layers"], exits["draft_cost"], strict=True))
-    assert all(cost > 0 for cost in costs.values())
+    assert all(cost > 0 for cost in exits["draft_cost"])
     assert len(found["check_cost"]) == 12
     assert all(cost > 0 for cost in found["check_cost"])
-    layer, count, gain = best_exit(acceptance, costs, found["check_cost"])
-    assert (found["exit_layer"], found["draft_tokens"]) == (layer, count)
-    assert found["expected_speedup"] == gain == max(exits["expected_speedup"])
+    layer, count, confidence = found["exit_layer"], found["draft_tokens"], found["confidence"]
+    assert found["expected_speedup"] == max(exits["expected_speedup"])
+    assert layer == 1 + exits["expected_speedup"].index(found["expected_speedup"])
+    assert 1 <= count <= 12 and confidence in CONFIDENCES
+    assert (found["prompts"], found["prompts_chosen_on"]) == (3, 3)
     for loop in found["loops"].values():
         assert loop["identical"] == 1
         assert 0 < loop["speedup"]["q25"] <= loop["speedup"]["median"] <= loop["speedup"]["q75"]
@@ -66,18 +66,20 @@ def test_equals_what_is_computed_by_hand(
     assert 0 <= direct["accepted"] <= direct["drafted"]
     assert direct["accepted"] + direct["checks"] == 3 * 5  # the first token comes with the prompt
     said = capsys.readouterr().out
-    assert f"drafting with {layer} layers, {count} tokens at most, confidence 0.5" in said
+    way = f"drafting with {layer} layers, {count} tokens at most, confidence {confidence:g}"
+    assert way in said
     assert "direct loop:" in said
     assert "transformers loop:" in said
     assert "stopping where the exit is sure (not lossless)" in said
 
 
 def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: Path) -> None:
-    found = decode_bench(*sources, str(tmp_path), exit_layer=1, draft_tokens=4, **SMALL)
-    assert (found["exit_layer"], found["draft_tokens"]) == (1, 4)
-    exits = found["exits"]
-    wanted = expected_speedup(exits["agreement"][0], exits["draft_cost"][0], 4, found["check_cost"])
-    assert found["expected_speedup"] == wanted
+    found = decode_bench(
+        *sources, str(tmp_path), exit_layer=1, draft_tokens=4, confidence=0.25, **SMALL
+    )
+    assert (found["exit_layer"], found["draft_tokens"], found["confidence"]) == (1, 4, 0.25)
+    assert found["expected_speedup"] == found["exits"]["expected_speedup"][0]
+    assert len(found["check_cost"]) == 4
 
 
 def test_becomes_a_section_of_the_density_of_the_same_model(

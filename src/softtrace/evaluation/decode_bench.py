@@ -24,16 +24,15 @@ from softtrace.batch import check_least, check_length, check_range
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.early_exit import exit_agreement, gated_exits
+from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting
+from softtrace.evaluation.early_exit import gated_exits, guesses_of
 from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import (
-    best_exit,
     check_cache,
     check_early_exit,
     check_exit_layer,
-    expected_speedup,
     first_layers,
     forget,
 )
@@ -43,7 +42,6 @@ from softtrace.load import check_model_directory, load_model, load_tokenizer
 
 _NEVER = -1  # no token: both loops write as many tokens as were asked for
 _REPEATS = 15
-_LONGEST_DRAFT = 12
 
 
 def decode_bench(
@@ -59,7 +57,7 @@ def decode_bench(
     new_tokens: int = 64,
     exit_layer: int | None = None,
     draft_tokens: int | None = None,
-    confidence: float = 0.5,
+    confidence: float | None = None,
     rounds: int = 2,
     device: str = "auto",
     dtype: str = "float32",
@@ -79,13 +77,14 @@ def decode_bench(
         salt: of the split.
         suffixes: files of a folder to read.
         exclude: globs of files or folders to leave out.
-        prompts: how many, evenly spaced over the text.
+        prompts: how many are timed, evenly spaced over the text. As many others, between them,
+            are what the way to draft is chosen on; a text of a single block serves for both.
         prompt_tokens: tokens of each.
         new_tokens: tokens to write for each; an end-of-text token does not stop them.
-        exit_layer: layers that draft; None takes the layer with the best expected speed-up, from
-            acceptance and time measured for each.
-        draft_tokens: guesses before a check at most; None takes the best expected number.
-        confidence: a guess with less probability ends its draft.
+        exit_layer: layers that draft; None takes the best, from acceptance and time measured for
+            each (:mod:`softtrace.evaluation.drafting`).
+        draft_tokens: guesses before a check at most; None takes the best number.
+        confidence: a guess with less probability ends its draft; None takes the best.
         rounds: how often every prompt is timed.
         device: "auto", "cpu", "cuda", ...
         dtype: of the weights.
@@ -105,7 +104,8 @@ def decode_bench(
         ("draft_tokens", 1 if draft_tokens is None else draft_tokens, 1),
     ):
         check_least(name, value, least)
-    check_range("confidence", confidence, 0, 1)
+    if confidence is not None:
+        check_range("confidence", confidence, 0, 1)
     where = device_of(device)
     density = Path(out) / "density.json"
     beside = density.is_file() and _is_of(density, model)
@@ -115,40 +115,46 @@ def decode_bench(
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
     documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
-    starts = evenly(pack(documents, tokenizer, prompt_tokens), prompts)
+    starts = evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)
     network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     layers = check_early_exit(network)
     check_cache(network)
     if exit_layer is not None:
         check_exit_layer(exit_layer, layers)
-    rows = [row[None].to(where) for row in starts]
-    written = [greedy(network, row, new_tokens, _NEVER).tokens for row in rows]
-    exits, gated = _exits(network, rows, written)
-    costs, checks = _costs(network, rows[0], layers)
-    acceptance = {layer: exits[layer - 1] for layer in range(1, layers)}
-    wanted = acceptance if exit_layer is None else {exit_layer: acceptance[exit_layer]}
-    layer, count, _ = best_exit(wanted, costs, checks, _LONGEST_DRAFT)
-    count = count if draft_tokens is None else draft_tokens
+    rows = [row[None].to(where) for row in starts[::2]]
+    chosen_on = [row[None].to(where) for row in starts[1::2]] or rows
+    texts, agreement, gated = _exits(network, chosen_on, new_tokens)
+    longest = LONGEST if draft_tokens is None else draft_tokens
+    costs, checks = _costs(network, rows[0], layers, longest)
+    way = best_drafting(
+        texts,
+        range(1, layers) if exit_layer is None else (exit_layer,),
+        costs,
+        checks,
+        draft_tokens,
+        confidence,
+    )
     found = {
         "prompts": len(rows),
+        "prompts_chosen_on": len(chosen_on),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "exits": {
-            "layers": list(acceptance),
-            "agreement": list(acceptance.values()),
-            "draft_cost": [costs[each] for each in acceptance],
+            "layers": list(costs),
+            "agreement": agreement,
+            "draft_cost": list(costs.values()),
             "expected_speedup": [
-                best_exit({each: acceptance[each]}, costs, checks, _LONGEST_DRAFT)[2]
-                for each in acceptance
+                best_drafting(texts, (each,), costs, checks, draft_tokens, confidence).speedup
+                for each in costs
             ],
         },
         "check_cost": checks,
-        "exit_layer": layer,
-        "draft_tokens": count,
-        "confidence": confidence,
-        "expected_speedup": expected_speedup(acceptance[layer], costs[layer], count, checks),
-        "loops": _race(network, rows, layer, count, confidence, new_tokens, rounds),
+        "exit_layer": way.exit_layer,
+        "draft_tokens": way.draft_tokens,
+        "confidence": way.confidence,
+        "expected_speedup": way.speedup,
+        "loops": _race(network, rows, way, new_tokens, rounds),
         "gated": gated,
         "model": model,
         "data": data,
@@ -176,24 +182,30 @@ def _is_of(density: Path, model: str) -> bool:
 
 @torch.no_grad()
 def _exits(
-    network: nn.Module, rows: Sequence[Tensor], written: Sequence[Tensor]
-) -> tuple[list[float], dict[str, Any]]:
-    """Agreement of every exit on what the model itself writes, and what gating would give."""
+    network: nn.Module, rows: Sequence[Tensor], new_tokens: int
+) -> tuple[list[Guesses], list[float], dict[str, Any]]:
+    """What exits say about what the model writes, how often they agree, and what gating gives."""
     instrument = attach(network)
-    agreement, gates = [], []
-    for row, tokens in zip(rows, written, strict=True):
+    texts, gates = [], []
+    for row in tqdm(rows, desc="looking at exits", unit="prompt"):
+        tokens = greedy(network, row, new_tokens, _NEVER).tokens
         # The last token is nobody's context; its prediction was never asked for.
         whole = torch.cat((row, tokens[None, :-1]), dim=1)
         recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
         explained = slice(row.shape[1] - 1, None)
-        agreement.append(exit_agreement(instrument, recording)[:, 0, explained].double().cpu())
+        texts.append(guesses_of(instrument, recording, explained))
         gates.append(gated_exits(instrument, recording, explained))
     confidences = list(gates[0])
-    return torch.cat(agreement, dim=1).mean(1).tolist(), {
-        "confidence": confidences,
-        "layers_used": [_mean([gate[each][0] for gate in gates]) for each in confidences],
-        "agreement": [_mean([gate[each][1] for gate in gates]) for each in confidences],
-    }
+    agreement: list[float] = torch.cat([text.right for text in texts], 1).double().mean(1).tolist()
+    return (
+        texts,
+        agreement,
+        {
+            "confidence": confidences,
+            "layers_used": [_mean([gate[each][0] for gate in gates]) for each in confidences],
+            "agreement": [_mean([gate[each][1] for gate in gates]) for each in confidences],
+        },
+    )
 
 
 def _mean(values: Sequence[Tensor]) -> float:
@@ -201,7 +213,9 @@ def _mean(values: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def _costs(network: nn.Module, row: Tensor, layers: int) -> tuple[dict[int, float], list[float]]:
+def _costs(
+    network: nn.Module, row: Tensor, layers: int, longest: int
+) -> tuple[dict[int, float], list[float]]:
     """Time of a guess by each number of layers, and of checks of 1, 2, ... guesses.
 
     Both over the time of one token through all layers, medians, interleaved; with what the loop
@@ -210,7 +224,7 @@ def _costs(network: nn.Module, row: Tensor, layers: int) -> tuple[dict[int, floa
     cache = DynamicCache()
     network(input_ids=row, past_key_values=cache, use_cache=True)
     kinds = [(depth, 1) for depth in range(1, layers + 1)]
-    kinds += [(layers, 1 + guesses) for guesses in range(1, _LONGEST_DRAFT + 1)]
+    kinds += [(layers, 1 + guesses) for guesses in range(1, longest + 1)]
     seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
         for (depth, count), spent in seconds.items():
@@ -227,7 +241,7 @@ def _costs(network: nn.Module, row: Tensor, layers: int) -> tuple[dict[int, floa
     middle = {kind: statistics.median(spent) for kind, spent in seconds.items()}
     whole = middle[layers, 1]
     guesses = {depth: middle[depth, 1] / whole for depth in range(1, layers)}
-    return guesses, [middle[layers, 1 + n] / whole for n in range(1, _LONGEST_DRAFT + 1)]
+    return guesses, [middle[layers, 1 + n] / whole for n in range(1, longest + 1)]
 
 
 def _now(like: Tensor) -> float:
@@ -239,9 +253,7 @@ def _now(like: Tensor) -> float:
 def _race(
     network: nn.Module,
     rows: Sequence[Tensor],
-    layer: int,
-    count: int,
-    confidence: float,
+    way: Drafting,
     new_tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
@@ -249,15 +261,16 @@ def _race(
 
     def direct(row: Tensor) -> Generation:
         return speculate(
-            network, row, exit_layer=layer, max_new_tokens=new_tokens, draft_tokens=count,
-            confidence=confidence, eos_token_id=_NEVER, proven=True,
+            network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
+            draft_tokens=way.draft_tokens, confidence=way.confidence, eos_token_id=_NEVER,
+            proven=True,
         )  # fmt: skip
 
     loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
         "direct": (lambda row: greedy(network, row, new_tokens, _NEVER), direct),
         "transformers": (
-            lambda row: _stock(network, row, None, new_tokens, count, confidence),
-            lambda row: _stock(network, row, layer, new_tokens, count, confidence),
+            lambda row: _stock(network, row, way, new_tokens, early=False),
+            lambda row: _stock(network, row, way, new_tokens, early=True),
         ),
     }
     results = {}
@@ -299,9 +312,7 @@ def _race(
     return results
 
 
-def _stock(
-    network: Any, row: Tensor, layer: int | None, new_tokens: int, count: int, confidence: float
-) -> Generation:
+def _stock(network: Any, row: Tensor, way: Drafting, new_tokens: int, *, early: bool) -> Generation:
     """transformers' own loop; what it drafts it does not say."""
     own = network.generation_config
     kept = {
@@ -312,14 +323,15 @@ def _stock(
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         # The loop reads these from the model's own config alone.
-        own.num_assistant_tokens, own.assistant_confidence_threshold = count, confidence
+        own.num_assistant_tokens = way.draft_tokens
+        own.assistant_confidence_threshold = way.confidence
         own.eos_token_id = None
         options = {"max_new_tokens": new_tokens, "do_sample": False}
-        if layer is None:
+        if early:
+            whole = generate(network, row, way.exit_layer, proven=True, **options)
+        else:
             mask = torch.ones_like(row)
             whole = network.generate(row, attention_mask=mask, **options)
-        else:
-            whole = generate(network, row, layer, proven=True, **options)
     finally:
         transformers_logging.set_verbosity(level)
         for name, value in kept.items():
@@ -338,16 +350,20 @@ def decoding_table(found: dict[str, Any]) -> str:
     """What was measured, for a terminal."""
     exits = found["exits"]
     lines = [
-        f"early exits on {found['prompts']} x {found['new_tokens']} tokens that the model wrote",
+        f"early exits on {found['prompts_chosen_on']} x {found['new_tokens']} tokens that the "
+        "model wrote",
         "  layers   agreement   cost of a guess   expected speed-up",
     ]
     lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
     checks = found["check_cost"]
-    lines.append(f"  a check of 1 guess costs {checks[0]:.2f} tokens, of 4 {checks[3]:.2f}")
+    most = min(4, len(checks))
+    lines.append(
+        f"  a check of 1 guess costs {checks[0]:.2f} tokens, of {most} {checks[most - 1]:.2f}"
+    )
     lines.append("")
     lines.append(
         f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
-        f"confidence {found['confidence']:g}"
+        f"confidence {found['confidence']:g}, on other prompts"
     )
     for name, loop in found["loops"].items():
         gain = loop["speedup"]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from softtrace.evaluation.drafting import Guesses
 from softtrace.exits import best_exit
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
@@ -35,6 +36,24 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
         for hidden in _hidden(recording)[1:-1]
     ]
     return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+
+
+@torch.no_grad()
+def guesses_of(instrument: Instrument, recording: Recording, explained: slice) -> Guesses:
+    """What the exit after each layer but the last guesses, of a recording of one sequence.
+
+    Args:
+        instrument: of the model.
+        recording: made with ``keep_hidden=True``.
+        explained: positions to look at.
+    """
+    wanted = recording.logits[0, explained].argmax(-1)
+    right, sure = [], []
+    for hidden in _hidden(recording)[1:-1]:
+        logits = instrument.anatomy.readout.early(hidden[0, explained])
+        right.append((logits.argmax(-1) == wanted).cpu())
+        sure.append(logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1).cpu())
+    return Guesses(torch.stack(right), torch.stack(sure))
 
 
 def _hidden(recording: Recording) -> Sequence[Tensor]:

@@ -1,0 +1,128 @@
+"""How a model should draft: exit layer, draft length and confidence, chosen by replay.
+
+A text that the model wrote says of every token which exits would have guessed it, and how sure they
+were. So what self-speculation would have done to write it can be replayed without the model, for
+any way to draft, and be timed by what a guess and a check were measured to cost. Unlike the formula
+for independent guesses (:func:`softtrace.exits.expected_speedup`), a replay knows that wrong
+guesses come in clusters, and what it is worth to stop where an exit is unsure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+CONFIDENCES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Confidences that are considered unless one is given."""
+LONGEST = 12
+"""Draft tokens that are considered unless a number is given."""
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What the exits of a model said about a text that the whole model wrote.
+
+    Attributes:
+        right: ``[L - 1, N]`` bool, whether an exit's most likely token is the one that was written.
+        sure: ``[L - 1, N]``, that token's probability.
+    """
+
+    right: Tensor
+    sure: Tensor
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A way to draft, and what a replay says of it.
+
+    Attributes:
+        exit_layer: layers that draft.
+        draft_tokens: guesses before a check at most.
+        confidence: a guess with less probability ends its draft.
+        speedup: tokens a second over plain decoding's; below 1 where it does not pay.
+        drafted, accepted, checks: see :class:`softtrace.decoding.Generation`.
+    """
+
+    exit_layer: int
+    draft_tokens: int
+    confidence: float
+    speedup: float
+    drafted: int
+    accepted: int
+    checks: int
+
+
+def replay(
+    texts: Sequence[Guesses],
+    exit_layer: int,
+    draft_tokens: int,
+    confidence: float,
+    draft_cost: float,
+    check_cost: Sequence[float],
+) -> Drafting:
+    """What :func:`softtrace.decoding.speculate` would have done to write these texts.
+
+    Accepted guesses and checks are exact. How long a draft goes on after a wrong guess is not
+    known, since that text was never written: it ends where it would on the written one.
+
+    Args:
+        texts: what the exits said about each.
+        exit_layer: layers that draft, 1 to L - 1.
+        draft_tokens: guesses before a check at most, >= 1.
+        confidence: a guess with less probability ends its draft, in [0, 1].
+        draft_cost: time of one guess relative to one plain token.
+        check_cost: time of a check of 1, 2, ... guesses likewise, at least ``draft_tokens`` of
+            them; a check of none takes a plain token's.
+    """
+    plain = drafted = accepted = checks = 0
+    spent = 0.0
+    costs = (1.0, *check_cost)
+    for text in texts:
+        right: list[bool] = text.right[exit_layer - 1].tolist()
+        sure: list[float] = text.sure[exit_layer - 1].tolist()
+        done, total = 1, len(right)  # the first token comes with the prompt
+        plain += total - done
+        while done < total:
+            room = min(draft_tokens, total - done - 1)
+            guesses = hits = 0
+            while guesses < room:
+                place = done + guesses
+                guesses += 1
+                hits += hits == guesses - 1 and right[place]
+                if confidence and sure[place] < confidence:
+                    break
+            drafted, accepted, checks = drafted + guesses, accepted + hits, checks + 1
+            spent += costs[guesses] + draft_cost * guesses
+            done += hits + 1
+    speedup = plain / spent if spent else float("nan")
+    return Drafting(exit_layer, draft_tokens, confidence, speedup, drafted, accepted, checks)
+
+
+def best_drafting(
+    texts: Sequence[Guesses],
+    layers: Iterable[int],
+    draft_cost: Mapping[int, float],
+    check_cost: Sequence[float],
+    draft_tokens: int | None = None,
+    confidence: float | None = None,
+) -> Drafting:
+    """The way to draft that :func:`replay` finds fastest, the shallowest and shortest of equals.
+
+    Args:
+        texts, check_cost: see :func:`replay`.
+        layers: exits to consider.
+        draft_cost: of each of them.
+        draft_tokens: guesses before a check at most; None considers 1 to :data:`LONGEST`.
+        confidence: None considers :data:`CONFIDENCES`.
+    """
+    counts = range(1, LONGEST + 1) if draft_tokens is None else (draft_tokens,)
+    confidences = CONFIDENCES if confidence is None else (confidence,)
+    ways = (
+        replay(texts, layer, count, each, draft_cost[layer], check_cost)
+        for layer in layers
+        for count in counts
+        for each in confidences
+    )
+    return max(ways, key=lambda way: way.speedup)

@@ -1,0 +1,92 @@
+"""Replayed drafting against drafting, and the choice among ways to draft against all of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softtrace.decoding import greedy, speculate
+from softtrace.evaluation.drafting import CONFIDENCES, LONGEST, Guesses, best_drafting, replay
+from softtrace.evaluation.early_exit import guesses_of
+from softtrace.instrument import attach
+from tests.tiny import tiny_model
+
+NEW = 24
+
+
+def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
+    tokens = greedy(model, prompt, NEW, -1).tokens
+    instrument = attach(model)
+    whole = torch.cat((prompt, tokens[None, :-1]), dim=1)
+    recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
+    return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None))
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence: float) -> None:
+    model = tiny_model("llama", num_hidden_layers=3).double().eval()
+    with torch.no_grad():  # so that some guesses are right and some are not
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    draws = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(model.config.vocab_size, (1, 5), generator=draws) for _ in range(4)]
+    texts = [_text_of(model, prompt) for prompt in prompts]
+    for depth in (1, 2):
+        found = replay(texts, depth, count, confidence, 0.3, [1.0] * count)
+        runs = [
+            speculate(
+                model, prompt, exit_layer=depth, max_new_tokens=NEW, draft_tokens=count,
+                confidence=confidence, eos_token_id=-1,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+        assert found.accepted == sum(run.accepted for run in runs)
+        assert found.checks == sum(run.checks for run in runs)
+        assert found.accepted + found.checks == 4 * (NEW - 1)
+        if not confidence:  # else it is not known how long a wrong draft goes on
+            assert found.drafted == sum(run.drafted for run in runs)
+    assert 0 < found.accepted < found.drafted or confidence or count == 1
+
+
+def test_what_is_spent_is_counted() -> None:
+    right = torch.tensor([[True, True, False, True, True, True]])
+    sure = torch.tensor([[0.9, 0.9, 0.8, 0.1, 0.9, 0.9]])
+    found = replay([Guesses(right, sure)], 1, 2, 0.0, 0.25, [1.5, 2.0])
+    # token 1 right, 2 wrong; then 4 (2 left: room for one guess, which is right) and the last
+    assert (found.drafted, found.accepted, found.checks) == (4, 3, 2)
+    assert found.speedup == 5 / (2.0 + 2 * 0.25 + 2.0 + 2 * 0.25)
+
+
+def test_a_guess_below_the_confidence_ends_its_draft() -> None:
+    right = torch.ones(1, 8, dtype=torch.bool)
+    sure = torch.tensor([[0.9, 0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]])
+    found = replay([Guesses(right, sure)], 1, 6, 0.5, 0.25, [1.0] * 6)
+    # guesses 1 | token 2 from the check, guesses 3, 4 | token 5, guess 6 | token 7 from the check
+    assert (found.drafted, found.accepted, found.checks) == (4, 4, 3)
+    assert replay([Guesses(right, sure)], 1, 6, 0.0, 0.25, [1.0] * 6).checks == 1
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 0.9), st.floats(1, 1.6))
+def test_the_best_way_is_the_best_of_all(seed: int, cost: float, check: float) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    right = torch.rand(2, 12, generator=draws) < torch.tensor([[0.5], [0.8]])
+    texts = [Guesses(right, torch.rand(2, 12, generator=draws))]
+    costs = {1: cost, 2: 1.5 * cost}
+    checks = [check + 0.05 * n for n in range(LONGEST)]
+    found = best_drafting(texts, (1, 2), costs, checks)
+    ways = itertools.product((1, 2), range(1, LONGEST + 1), CONFIDENCES)
+    every = [replay(texts, d, k, c, costs[d], checks).speedup for d, k, c in ways]
+    assert found.speedup == max(every)
+    again = replay(
+        texts, found.exit_layer, found.draft_tokens, found.confidence, costs[found.exit_layer],
+        checks,
+    )  # fmt: skip
+    assert again == found
+    fixed = best_drafting(texts, (2,), costs, checks, draft_tokens=3, confidence=0.5)
+    assert fixed == replay(texts, 2, 3, 0.5, costs[2], checks)
