@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_losses import METHODS
+from variants import EVERY
 
 from softtrace import DensityOptions
 
@@ -22,11 +24,13 @@ def read(name: str) -> dict[str, Any]:
 
 def cost() -> str:
     """Time and memory of a step with each method's loss, by size of the model."""
-    names = ("peers-cost", "peers-107m-cost")
+    names = ("peers-cost", "peers-107m-cost", "peers-270m-cost")
     results = [read(f"{name}.json") for name in names]
     head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
     lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
     for method in dict.fromkeys(method for each in results for method in each["cost"]):
+        if method not in METHODS:
+            continue  # of the search: see LOG.md
         cells = []
         for row in (each["cost"].get(method) for each in results):
             if row is None:
@@ -37,10 +41,12 @@ def cost() -> str:
             cells.append(f"{row['memory']:.2f}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     sizes = "; ".join(
-        f"{settings['batch_size']} x {settings['block_size']} tokens on {each['hardware']}"
-        + (", bfloat16" if settings["bf16"] else "")
-        for each in results
-        for settings in [each["settings"]]
+        dict.fromkeys(
+            f"{settings['batch_size']} x {settings['block_size']} tokens on {each['hardware']}"
+            + (", bfloat16" if settings["bf16"] else "")
+            for each in results
+            for settings in [each["settings"]]
+        )
     )
     files = ", ".join(f"[{name}.json](benchmarks/{name}.json)" for name in names)
     lines.append(
@@ -78,7 +84,7 @@ PEER_COLUMNS = (
 )
 
 
-def _peers(name: str) -> str:
+def _peers(name: str, folder: str = "benchmarks/") -> str:
     """Every method where its front meets +1 % of plain fine-tuning's held-out loss."""
     result = read(f"{name}.json")
     lines = [
@@ -102,8 +108,8 @@ def _peers(name: str) -> str:
     lines.append(
         f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
         f"{settings['batch_size']} x {settings['block_size']} tokens, {len(runs)} runs, paired "
-        f"seeds: {shown}; {', '.join(places)} ([peers.py](benchmarks/peers.py), "
-        f"[{name}.json](benchmarks/{name}.json))."
+        f"seeds: {shown}; {', '.join(places)} ([peers.py]({folder}peers.py), "
+        f"[{name}.json]({folder}{name}.json))."
     )
     return "\n".join(lines)
 
@@ -122,8 +128,122 @@ def peers() -> str:
 
 
 def peers_large() -> str:
-    """The comparison at a larger one."""
-    return _peers("peers-large")
+    """The comparison at a larger one, with a short schedule."""
+    return _peers("peers-large", "")
+
+
+def _ratios(runs: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Of paired runs over plain fine-tuning's."""
+    plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
+    return [row[key] / plain[row["seed"]][key] for row in rows]
+
+
+def _points(name: str, folder: str = "benchmarks/") -> str:
+    """Every method and strength of a result file, over plain fine-tuning."""
+    result = read(f"{name}.json")
+    settings, runs, order = result["settings"], result["runs"], list(EVERY)
+    lines = [
+        "| loss, strength | held-out loss | area, easy | size, easy | size, hard "
+        "| exits agree, easy | exits agree, all | accepted of 4, half | quarter | seeds |",
+        "|---" * 10 + "|",
+    ]
+    points = dict.fromkeys((run["method"], run["strength"]) for run in runs)
+    for method, strength in sorted(points, key=lambda point: (order.index(point[0]), point[1])):
+        rows = [run for run in runs if (run["method"], run["strength"]) == (method, strength)]
+        loss = [100 * (ratio - 1) for ratio in _ratios(runs, rows, "loss")]
+        spread = f" ({min(loss):+.2f} to {max(loss):+.2f})" if any(loss) and rows[1:] else ""
+        over = (
+            f"x{statistics.mean(_ratios(runs, rows, key)):.3f}"
+            for key in ("area_easy", "size_easy", "size_hard")
+        )
+        means = (
+            form.format(statistics.mean(row[key] for row in rows))
+            for key, _, form in PEER_COLUMNS[3:]
+        )
+        bold = "**" if (method, strength) == ("softtrace", DensityOptions().strength) else ""
+        named = f"{bold}{method}{f', {strength:g}' if strength else ''}{bold}"
+        cells = (f"{statistics.mean(loss):+.2f} %{spread}", *over, *means)
+        lines.append(f"| {named} | {' | '.join(cells)} | {len(rows)} |")
+    lines.append(
+        f"\nMeans of paired seeds over plain fine-tuning's (loss: smallest to largest); "
+        f"{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
+        f"{settings['batch_size']} x {settings['block_size']} tokens; {result['hardware']} "
+        f"([peers.py]({folder}peers.py), [{name}.json]({folder}{name}.json))."
+    )
+    return "\n".join(lines)
+
+
+def peers_107m() -> str:
+    """The comparison at a larger size, with a longer schedule."""
+    return _points("peers-107m")
+
+
+def drafting_depths() -> str:
+    """Exits at one depth only, for drafting."""
+    return _points("drafting-depths-107m", "")
+
+
+#: the models that raced in three seeds (the last two in one), and what they were fine-tuned with
+RACED = {
+    "plain": ("plain", 0.0, "peers-107m", "nothing added"),
+    "default": ("softtrace", 0.35, "peers-107m", "softtrace, default"),
+    "more": ("softtrace, more exits", 0.35, "peers-107m", "softtrace, more exits"),
+    "third": (
+        "drafting after 0.31, exits 1", 0.35, "drafting-depths-107m", "exits after 5 layers only"
+    ),
+    "quarter": (
+        "drafting after 0.25, exits 0.5", 0.35, "drafting-depths-107m", "after 4 layers only"
+    ),
+}  # fmt: skip
+
+
+def decoding_107m() -> str:
+    """Self-speculation at a larger size, by what the model was fine-tuned with."""
+    raced = {
+        kind: [read(f"decoding-107m-{kind}-{seed}.json") for seed in range(3)]
+        for kind in ("gpu", "cpu")
+    }
+    lines = [
+        "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | accepted, GPU "
+        "| tokens/s over plain decoding, GPU | CPU | seeds |",
+        "|---" * 8 + "|",
+    ]
+    same = []
+    for name, (method, strength, file, title) in RACED.items():
+        every = {kind: [each[name] for each in of if name in each] for kind, of in raced.items()}
+        count = len(every["gpu"])
+        runs = read(f"{file}.json")["runs"]
+        rows = [
+            run for run in runs
+            if (run["method"], run["strength"]) == (method, strength) and run["seed"] < count
+        ]  # fmt: skip
+        direct = {kind: [each["loops"]["direct"] for each in of] for kind, of in every.items()}
+        same += [each["identical"] for of in direct.values() for each in of]
+        speeds = []
+        for of in direct.values():
+            medians = [each["speedup"]["median"] for each in of]
+            spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
+            speeds.append(f"{statistics.mean(medians):.2f}{spread}")
+        layers = ", ".join(str(each["exit_layer"]) for each in every["gpu"])
+        drafted = sum(each["drafted"] for each in direct["gpu"])
+        accepted = sum(each["accepted"] for each in direct["gpu"]) / drafted
+        lines.append(
+            f"| {title} | {statistics.mean(_ratios(runs, rows, 'loss')) - 1:+.2%} | "
+            f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {layers} | "
+            f"{accepted:.1%} | {' | '.join(speeds)} | {count} |"
+        )
+    first, where = raced["gpu"][0], raced["cpu"][0]["hardware"]
+    lines.append(
+        f"\nThe models of the table above (107 M parameters, 16 layers); a seed's figure is the "
+        f"median of {first['plain']['prompts']} prompts, {first['plain']['new_tokens']} tokens "
+        f"written for each, and layer, draft length and confidence were chosen on "
+        f"{first['plain']['prompts_chosen_on']} others; means over seeds (smallest to largest); "
+        f"`softtrace.decoding.speculate`, float32; {min(same):.0%} of the texts are identical to "
+        f"plain decoding's; {first['hardware']} and {where}, six such measurements at a time "
+        "([decoding.py](benchmarks/decoding.py), decoding-107m-gpu-\\*.json, "
+        "decoding-107m-cpu-\\*.json)."
+    )
+    return "\n".join(lines)
 
 
 def decoding_large() -> str:
@@ -170,8 +290,8 @@ def decoding_large() -> str:
         f"`softtrace.decoding.speculate`, float32, prompt by prompt in turns, medians and "
         f"quartiles; {same:.0%} of the texts are identical to plain decoding's; {gpu['hardware']} "
         f"and {files[first]['cpu']['hardware']}, six such measurements at a time "
-        "([decoding.py](benchmarks/decoding.py), [drafting-107m.json](benchmarks/"
-        "drafting-107m.json), decoding-107m-*.json)."
+        "([decoding.py](decoding.py), [drafting-107m.json](drafting-107m.json), "
+        "decoding-107m-8th-\\*.json, decoding-107m-drafting-\\*.json)."
     )
     return "\n".join(lines)
 

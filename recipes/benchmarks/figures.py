@@ -14,9 +14,12 @@ import torch
 from comparison_figures import (
     HERE,
     cost,
+    decoding_107m,
     decoding_large,
+    drafting_depths,
     operations,
     peers,
+    peers_107m,
     peers_large,
     read,
     search,
@@ -356,10 +359,17 @@ PAGES = {
         side_effects,
         exactness,
         peers,
+        peers_107m,
+        decoding_107m,
+    ),
+    "recipes/benchmarks/LOG.md": (
+        search,
+        search_exits,
+        search_seldom,
         peers_large,
         decoding_large,
+        drafting_depths,
     ),
-    "recipes/benchmarks/LOG.md": (search, search_exits, search_seldom),
 }
 
 

@@ -57,7 +57,8 @@ def test_equals_what_is_computed_by_hand(
     layer, count, confidence = found["exit_layer"], found["draft_tokens"], found["confidence"]
     assert found["expected_speedup"] == max(exits["expected_speedup"])
     assert layer == 1 + exits["expected_speedup"].index(found["expected_speedup"])
-    assert 1 <= count <= 12 and confidence in CONFIDENCES
+    assert 1 <= count <= 12
+    assert confidence in CONFIDENCES
     assert (found["prompts"], found["prompts_chosen_on"]) == (3, 3)
     for loop in found["loops"].values():
         assert loop["identical"] == 1

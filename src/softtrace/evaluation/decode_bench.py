@@ -218,30 +218,37 @@ def _costs(
 ) -> tuple[dict[int, float], list[float]]:
     """Time of a guess by each number of layers, and of checks of 1, 2, ... guesses.
 
-    Both over the time of one token through all layers, medians, interleaved; with what the loop
-    does besides running the model: reading the choice, and taking tokens out of the cache again.
+    Both over the time of one token through all layers, which is taken before and after each;
+    medians of these ratios, a check no cheaper than a token. With what the loop does besides
+    running the model: reading the choice, and taking tokens out of the cache again.
     """
     cache = DynamicCache()
     network(input_ids=row, past_key_values=cache, use_cache=True)
-    kinds = [(depth, 1) for depth in range(1, layers + 1)]
+
+    def seconds(depth: int, count: int, *, taken_out: bool = True) -> float:
+        read = row[:, :1].expand(1, count)
+        began = _now(row)
+        with first_layers(network, depth):
+            logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
+        logits[0].argmax(-1).tolist()
+        spent = _now(row) - began
+        forget(cache.layers[:depth], count)
+        return _now(row) - began if taken_out else spent
+
+    kinds = [(depth, 1) for depth in range(1, layers)]
     kinds += [(layers, 1 + guesses) for guesses in range(1, longest + 1)]
-    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
-        for (depth, count), spent in seconds.items():
-            read = row[:, :1].expand(1, count)
-            began = _now(row)
-            with first_layers(network, depth):
-                logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
-            logits[0].argmax(-1).tolist()
-            plain = (depth, count) == (layers, 1)
-            between = _now(row) - began  # plain decoding takes nothing out
-            forget(cache.layers[:depth], count)
+        before = seconds(layers, 1, taken_out=False)  # plain decoding takes nothing out
+        for kind, found in ratios.items():
+            spent = seconds(*kind)
+            after = seconds(layers, 1, taken_out=False)
             if turn:  # the first call of anything is slow
-                spent.append(between if plain else _now(row) - began)
-    middle = {kind: statistics.median(spent) for kind, spent in seconds.items()}
-    whole = middle[layers, 1]
-    guesses = {depth: middle[depth, 1] / whole for depth in range(1, layers)}
-    return guesses, [middle[layers, 1 + n] / whole for n in range(1, longest + 1)]
+                found.append(2 * spent / (before + after))
+            before = after
+    middle = {kind: statistics.median(found) for kind, found in ratios.items()}
+    guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
+    return guesses, [max(1.0, middle[layers, 1 + n]) for n in range(1, longest + 1)]
 
 
 def _now(like: Tensor) -> float:
@@ -363,7 +370,7 @@ def decoding_table(found: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
-        f"confidence {found['confidence']:g}, on other prompts"
+        f"confidence {found['confidence']:g}, timed on {found['prompts']} prompts"
     )
     for name, loop in found["loops"].items():
         gain = loop["speedup"]
