@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exit_variants import EVERY
 from peer_losses import METHODS
-from variants import EVERY
 
 from softtrace import DensityOptions
 

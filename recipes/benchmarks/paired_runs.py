@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from effect import blocks_of, held_out_loss, training
+from exit_variants import EVERY
 from peer_losses import smoothed
 from torch import Tensor
 from tqdm import tqdm
-from variants import EVERY
 
 from softtrace import DensityOptions
 from softtrace.data import evenly
@@ -36,7 +36,7 @@ DRAFT, PROMPTS, NEW = 4, 16, 61  # the first token and twelve full drafts, if al
 
 @dataclass(frozen=True)
 class Task:
-    """One fine-tuning: a method of ``peer_losses`` or ``variants``, and its dial."""
+    """One fine-tuning: a method of the peers' or of what was tried, and its dial."""
 
     method: str
     strength: float

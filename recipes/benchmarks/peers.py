@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 from effect import HERE, MODEL
+from exit_variants import EVERY, VARIANTS
 from paired_runs import Task, blocks_for, perform_all
 from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
-from variants import EVERY, VARIANTS
 
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="folder of source (default: installed lightning)")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--search", action="store_true", help="variants.py instead of the peers")
+    parser.add_argument("--search", action="store_true", help="what was tried, not the peers")
     parser.add_argument(
         "--methods", nargs="+", help="NAME or NAME=STRENGTH,... (default: all, with their own ones)"
     )

@@ -1,6 +1,7 @@
-"""What was tried for this project's own term, each as a method like those of ``peer_losses.py``.
+"""What was tried for the masked runs of this project's own term, as methods like the peers'.
 
-``peers.py --search`` runs them; ``LOG.md`` says what was expected of each and what was found.
+``peers.py --search`` runs these and those of ``exit_variants.py``; ``LOG.md`` says what was
+expected of each and what was found.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peer_losses import METHODS, Method, SoftTrace, smoothed
+from peer_losses import Method, SoftTrace, smoothed
 from torch import Tensor
 
 import softtrace
@@ -272,7 +273,7 @@ def exits_too(distance: Any, weight: float, lowest: float, **options: Any) -> ty
     return type("Exits", (ExitsToo,), own)
 
 
-VARIANTS: dict[str, type[Method]] = {
+MASKED: dict[str, type[Method]] = {
     "as shipped": with_options(),
     "every 4th step, share 0.3": with_options(every=4, share=0.3),
     "every 4th step, share 0.6": with_options(every=4, share=0.6),
@@ -312,90 +313,3 @@ VARIANTS: dict[str, type[Method]] = {
     "own exits, 1/2, 0.8, share 0.1": with_options(exits=0.8, exit_tokens=0.5, share=0.1),
     "exits by KL from half, 0.05": exits_too(divergence, 0.05, 0.5),
 }
-
-
-def with_exits(*strengths: float, **options: Any) -> type[Method]:
-    """The term on two thirds of the windows, and exits in the training forward."""
-    return with_options(*strengths, **{"share": 0.1, "exits": 0.5, "exit_tokens": 0.25, **options})
-
-
-FROM = {"exit_depths": (0.25, 1.0)}
-
-#: how often the term comes, and which exits: equal time on a CPU but for the first and the last
-EXITS: dict[str, type[Method]] = {
-    "no exits, share 0.15": with_options(0.35, share=0.15, exits=0.0),
-    "no exits, every 4th, share 0.4": with_options(0.35, every=4, share=0.4, exits=0.0),
-    "exits 0.5": with_exits(0.25, 0.35),
-    "exits 1": with_exits(0.25, 0.35, exits=1.0),
-    "exits 0.5, share 0.15": with_exits(0.3, share=0.15),
-    "exits 0.5, half the tokens": with_exits(0.3, exit_tokens=0.5),
-    "exits 0.5 from a quarter": with_exits(0.3, **FROM),
-    "exits 1 from a quarter": with_exits(0.3, exits=1.0, **FROM),
-    "exits 0.5, a quarter to half": with_exits(0.3, exit_depths=(0.25, 0.5)),
-    "exits 0.5, every 4th": with_exits(0.3, every=4, share=0.4),
-    "exits 0.5, every 8th": with_exits(0.3, every=8, share=0.8),
-    "exits 0.5 from a quarter, every 4th": with_exits(0.35, every=4, share=0.3, **FROM),
-    "exits 0.5 from a quarter, every 8th": with_exits(0.35, every=8, share=0.6, **FROM),
-    "exits 0.5 from a quarter, every 8th, fewer": with_exits(0.35, every=8, share=0.4, **FROM),
-    "exits 0.7 from a quarter, every 8th": with_exits(0.35, exits=0.7, every=8, share=0.6, **FROM),
-    "exits 0.2 from a quarter, every 8th": with_exits(
-        0.35, 0.5, exits=0.2, every=8, share=0.6, **FROM
-    ),
-    "exits 0.2 from a quarter, every 4th": with_exits(0.35, exits=0.2, every=4, share=0.3, **FROM),
-    "exits 0.2 from a quarter, share 0.15": with_exits(0.35, exits=0.2, share=0.15, **FROM),
-    "exits 0.3 from a quarter, every 8th, more": with_exits(
-        0.35, exits=0.3, every=8, share=0.8, **FROM
-    ),
-    "exits 0.3 from a quarter, every 2nd": with_exits(0.35, exits=0.3, every=2, share=0.25, **FROM),
-    "exits 0.5, whole batch": with_exits(0.3, share=1.0, exit_tokens=1.0),
-}
-
-
-def for_drafting(
-    exits: float, low: float, high: float, share: float = 0.3, tokens: float = 0.5
-) -> type[Method]:
-    """More weight on exits, and only on such as can draft."""
-    return with_exits(
-        0.35, exits=exits, exit_tokens=tokens, exit_depths=(low, high), every=8, share=share
-    )
-
-
-def seldom(*strengths: float, **options: Any) -> type[Method]:
-    """Masked runs at every 8th step on so much of the batch as a GPU has memory for."""
-    usual = {"every": 8, "share": 0.3, "exits": 0.2, "exit_depths": (0.25, 1.0), **options}
-    return with_options(*(strengths or (0.35,)), **usual)
-
-
-#: within the budget of a GPU, and a weight of exits that does not rise with the strength
-SELDOM: dict[str, type[Method]] = {
-    "every step": seldom(0.35, every=1, share=0.125),
-    "every step, same exits at 0.8": seldom(0.8, every=1, share=0.125, exits=0.0875),
-    "every step, same exits at 1.6": seldom(1.6, every=1, share=0.125, exits=0.04375),
-    "every step, exits 0.5 of 1/4": seldom(0.35, every=1, share=0.125, exits=0.5, exit_tokens=0.25),
-    "whole batch": seldom(0.35, every=1, share=1.0),
-    "8th": seldom(0.35, 0.5),
-    "10th": seldom(every=10),
-    "8th, exits of 1/4": seldom(exit_tokens=0.25),
-    "8th, share 0.4": seldom(share=0.4),
-    "8th, same exits at 0.8": seldom(0.8, exits=0.0875),
-    "8th, exits 0.5 of 1/4": seldom(exits=0.5, exit_tokens=0.25),
-    "8th, exits 0.5 of 1/4, to half": seldom(exits=0.5, exit_tokens=0.25, exit_depths=(0.25, 0.5)),
-    "8th, exits 1 of 1/4": seldom(0.25, 0.35, exits=1.0, exit_tokens=0.25),
-    "8th, exits 1 of 1/2, to half": seldom(exits=1.0, exit_tokens=0.5, exit_depths=(0.25, 0.5)),
-    "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
-}
-
-DRAFTING: dict[str, type[Method]] = {
-    "drafting exits 1": for_drafting(1.0, 0.1, 0.5, 0.6),
-    "drafting exits 3": for_drafting(3.0, 0.1, 0.5, 0.6),
-    "drafting after 0.19, exits 1": for_drafting(1.0, 0.19, 0.19),
-    "drafting after 0.25, exits 0.5": for_drafting(0.5, 0.25, 0.25),
-    "drafting after 0.25, exits 1": for_drafting(1.0, 0.25, 0.25),
-    "drafting after 0.25, exits 1 of all": for_drafting(1.0, 0.25, 0.25, tokens=1.0),
-    "drafting after 0.25, exits 2": for_drafting(2.0, 0.25, 0.25),
-    "drafting after 0.25 to 0.31, exits 1": for_drafting(1.0, 0.25, 0.31),
-    "drafting after 0.31, exits 1": for_drafting(1.0, 0.31, 0.31),
-}
-VARIANTS |= EXITS | SELDOM | DRAFTING
-
-EVERY = METHODS | VARIANTS

@@ -61,7 +61,7 @@ def test_every_method_has_the_task_loss_in_it(losses: Any) -> None:
 
 
 def test_every_variant_takes_a_step(losses: Any) -> None:
-    variants = importlib.import_module("variants").VARIANTS
+    variants = importlib.import_module("exit_variants").VARIANTS
     ids = tiny_prompt(64, batch=2)
     # One for all: what a variant leaves behind is the next one's, and each would be proven anew.
     model = tiny_model("llama", num_hidden_layers=4, attn_implementation="sdpa").train()
