@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError, attach
 from softtrace.decoding import generate, speculate
-from softtrace.exits import best_exit, check_early_exit, expected_speedup, first_layers
+from softtrace.exits import check_early_exit, first_layers
 from tests.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -89,30 +87,3 @@ def test_train_flags_are_put_back_by_the_proof() -> None:
     flags = [module.training for module in model.modules()]
     check_early_exit(model)
     assert [module.training for module in model.modules()] == flags
-
-
-@settings(max_examples=40, deadline=None)
-@given(share=st.floats(0, 1), cost=st.floats(0.05, 1), count=st.integers(1, 8))
-def test_expected_speedup_is_that_of_a_simulation_in_the_mean(
-    share: float, cost: float, count: int
-) -> None:
-    """By summing over how many guesses of a draft are right."""
-    written = sum(
-        share**right * (1 if right == count else 1 - share) * (right + 1)
-        for right in range(count + 1)
-    )
-    assert expected_speedup(share, cost, count) == pytest.approx(written / (1 + cost * count))
-    assert expected_speedup(share, cost, 0) == 1
-    checks = (1.2, 1.3, 1.5)
-    paid = checks[min(count, 3) - 1] + cost * count
-    assert expected_speedup(share, cost, count, checks) == pytest.approx(written / paid)
-
-
-def test_the_best_exit_weighs_acceptance_against_cost() -> None:
-    layer, count, gain = best_exit({1: 0.3, 2: 0.9, 4: 0.95}, {1: 0.125, 2: 0.25, 4: 0.5})
-    assert layer == 2
-    assert gain == max(expected_speedup(0.9, 0.25, k) for k in range(1, 13))
-    assert gain == expected_speedup(0.9, 0.25, count)
-    dear = best_exit({2: 0.9}, {2: 0.25}, (1.0, 9.0))
-    assert dear == (2, 1, 1.9 / 1.25)  # a check of two guesses is more than they are worth
-    assert best_exit({1: 0.0}, {1: 1.0})[2] == 0.5  # no guess is ever right: still an answer

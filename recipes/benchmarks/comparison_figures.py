@@ -165,7 +165,8 @@ def _points(name: str, folder: str = "benchmarks/") -> str:
         cells = (f"{statistics.mean(loss):+.2f} %{spread}", *over, *means)
         lines.append(f"| {named} | {' | '.join(cells)} | {len(rows)} |")
     lines.append(
-        f"\nMeans of paired seeds over plain fine-tuning's (loss: smallest to largest); "
+        "\nMeans of paired seeds; loss (smallest to largest), area and sizes over plain "
+        f"fine-tuning's; "
         f"{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
         f"{settings['batch_size']} x {settings['block_size']} tokens; {result['hardware']} "
         f"([peers.py]({folder}peers.py), [{name}.json]({folder}{name}.json))."
@@ -189,10 +190,10 @@ RACED = {
     "default": ("softtrace", 0.35, "peers-107m", "softtrace, default"),
     "more": ("softtrace, more exits", 0.35, "peers-107m", "softtrace, more exits"),
     "third": (
-        "drafting after 0.31, exits 1", 0.35, "drafting-depths-107m", "exits after 5 layers only"
+        "drafting after 0.31, exits 1", 0.35, "drafting-depths-107m", "one exit, after 5 layers"
     ),
     "quarter": (
-        "drafting after 0.25, exits 0.5", 0.35, "drafting-depths-107m", "after 4 layers only"
+        "drafting after 0.25, exits 0.5", 0.35, "drafting-depths-107m", "one exit, after 4 layers"
     ),
 }  # fmt: skip
 
@@ -204,9 +205,9 @@ def decoding_107m() -> str:
         for kind in ("gpu", "cpu")
     }
     lines = [
-        "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | accepted, GPU "
-        "| tokens/s over plain decoding, GPU | CPU | seeds |",
-        "|---" * 8 + "|",
+        "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | CPU "
+        "| tokens a check, GPU | CPU | tokens/s over plain decoding, GPU | CPU | seeds |",
+        "|---" * 10 + "|",
     ]
     same = []
     for name, (method, strength, file, title) in RACED.items():
@@ -224,13 +225,16 @@ def decoding_107m() -> str:
             medians = [each["speedup"]["median"] for each in of]
             spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
             speeds.append(f"{statistics.mean(medians):.2f}{spread}")
-        layers = ", ".join(str(each["exit_layer"]) for each in every["gpu"])
-        drafted = sum(each["drafted"] for each in direct["gpu"])
-        accepted = sum(each["accepted"] for each in direct["gpu"]) / drafted
+        layers = (", ".join(str(each["exit_layer"]) for each in of) for of in every.values())
+        written = (
+            sum(each["accepted"] + each["checks"] for each in of) / sum(e["checks"] for e in of)
+            for of in direct.values()
+        )
+        tokens = " | ".join(f"{each:.2f}" for each in written)
         lines.append(
             f"| {title} | {statistics.mean(_ratios(runs, rows, 'loss')) - 1:+.2%} | "
-            f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {layers} | "
-            f"{accepted:.1%} | {' | '.join(speeds)} | {count} |"
+            f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {' | '.join(layers)} | "
+            f"{tokens} | {' | '.join(speeds)} | {count} |"
         )
     first, where = raced["gpu"][0], raced["cpu"][0]["hardware"]
     lines.append(

@@ -149,10 +149,13 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
         )
 
 
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise :class:`InvalidInputError` for what is no integer or below ``least``."""
+def check_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
+    """Raise :class:`InvalidInputError` for what is no integer, below ``least`` or, else, None."""
+    if value is None and optional:
+        return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidInputError(f"{name}: found {value!r}, allowed are integers from {least}")
+        allowed = f"integers from {least}" + (", None" if optional else "")
+        raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}")
 
 
 def check_range(

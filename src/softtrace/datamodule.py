@@ -88,13 +88,10 @@ class PackedDataModule(LightningDataModule):
         max_held_out_blocks: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("block_size", block_size, 2),
-            ("batch_size", batch_size, 1),
-            ("max_train_blocks", 1 if max_train_blocks is None else max_train_blocks, 1),
-            ("max_held_out_blocks", 1 if max_held_out_blocks is None else max_held_out_blocks, 1),
-        ):
-            check_least(name, value, least)
+        check_least("block_size", block_size, 2)
+        check_least("batch_size", batch_size, 1)
+        check_least("max_train_blocks", max_train_blocks, 1, optional=True)
+        check_least("max_held_out_blocks", max_held_out_blocks, 1, optional=True)
         check_share(held_out_share)
         self.path = path
         self.tokenizer = tokenizer

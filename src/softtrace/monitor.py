@@ -87,9 +87,9 @@ class DensityMonitor(Callback):
             ("every", every, 1),
             ("max_rows", max_rows, 1),
             ("batch_size", batch_size, 1),
-            ("min_context", 0 if min_context is None else min_context, 0),
         ):
             check_least(name, value, least)
+        check_least("min_context", min_context, 0, optional=True)
         if blocks is not None and (
             blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
         ):

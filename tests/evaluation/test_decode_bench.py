@@ -13,7 +13,7 @@ from softtrace.data import pack, read_documents
 from softtrace.decoding import greedy
 from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
 from softtrace.evaluation.decode_bench import decode_bench
-from softtrace.evaluation.drafting import CONFIDENCES
+from softtrace.evaluation.drafting import Guesses, best_drafting
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
@@ -40,25 +40,32 @@ def test_equals_what_is_computed_by_hand(
     prompts = blocks[torch.linspace(0, len(blocks) - 1, 6).long()[1::2]]  # those it chooses on
     layers = model.config.num_hidden_layers
     right = torch.zeros(layers - 1, dtype=torch.float64)
+    texts = []
     for prompt in prompts:
         tokens = greedy(model, prompt[None], 6, -1).tokens
         whole = torch.cat((prompt, tokens))[None]
         with torch.no_grad():
             hidden = model(input_ids=whole, output_hidden_states=True).hidden_states
-            for depth in range(1, layers):
-                said = model.lm_head(model.model.norm(hidden[depth])).argmax(-1)[0]
-                right[depth - 1] += (said[7:-1] == tokens).sum()
+            early = [model.lm_head(model.model.norm(each))[0, 7:-1] for each in hidden[1:-1]]
+        agreed = [each.argmax(-1) == tokens for each in early]
+        right += torch.stack(agreed).sum(1)
+        sure = [each.softmax(-1).amax(-1).tolist() for each in early]
+        texts.append(Guesses([each.tolist() for each in agreed], sure))
     exits = found["exits"]
     assert exits["layers"] == list(range(1, layers))
     assert exits["agreement"] == pytest.approx((right / 18).tolist())
     assert all(cost > 0 for cost in exits["draft_cost"])
-    assert len(found["check_cost"]) == 12
-    assert all(cost > 0 for cost in found["check_cost"])
-    layer, count, confidence = found["exit_layer"], found["draft_tokens"], found["confidence"]
-    assert found["expected_speedup"] == max(exits["expected_speedup"])
-    assert layer == 1 + exits["expected_speedup"].index(found["expected_speedup"])
-    assert 1 <= count <= 12
-    assert confidence in CONFIDENCES
+    assert len(found["check_cost"]) == 4  # the first and the last of six are no guesses
+    assert all(cost >= 1 for cost in found["check_cost"])
+    costs = dict(zip(exits["layers"], exits["draft_cost"], strict=True))
+    ways = [best_drafting(texts, (each,), costs, found["check_cost"]) for each in costs]
+    assert exits["expected_speedup"] == [way.speedup for way in ways]
+    best = max(ways, key=lambda way: way.speedup)
+    chosen = (found["exit_layer"], found["draft_tokens"], found["confidence"])
+    assert chosen == (best.exit_layer, best.draft_tokens, best.confidence)
+    assert found["expected"] == {
+        name: getattr(best, name) for name in ("speedup", "drafted", "accepted", "checks")
+    }
     assert (found["prompts"], found["prompts_chosen_on"]) == (3, 3)
     for loop in found["loops"].values():
         assert loop["identical"] == 1
@@ -67,8 +74,10 @@ def test_equals_what_is_computed_by_hand(
     assert 0 <= direct["accepted"] <= direct["drafted"]
     assert direct["accepted"] + direct["checks"] == 3 * 5  # the first token comes with the prompt
     said = capsys.readouterr().out
-    way = f"drafting with {layer} layers, {count} tokens at most, confidence {confidence:g}"
-    assert way in said
+    assert (
+        f"drafting with {best.exit_layer} layers, {best.draft_tokens} tokens at most, confidence "
+        f"{best.confidence:g}, timed on 3 prompts"
+    ) in said
     assert "direct loop:" in said
     assert "transformers loop:" in said
     assert "stopping where the exit is sure (not lossless)" in said
@@ -79,8 +88,20 @@ def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: 
         *sources, str(tmp_path), exit_layer=1, draft_tokens=4, confidence=0.25, **SMALL
     )
     assert (found["exit_layer"], found["draft_tokens"], found["confidence"]) == (1, 4, 0.25)
-    assert found["expected_speedup"] == found["exits"]["expected_speedup"][0]
+    assert found["expected"]["speedup"] == found["exits"]["expected_speedup"][0]
     assert len(found["check_cost"]) == 4
+
+
+def test_a_text_of_one_block_serves_for_both(sources: tuple[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("x = 1 + 22")
+    (_,) = pack(read_documents(str(text)), load_tokenizer(sources[0]), 8)
+    found = decode_bench(
+        sources[0], str(text), str(tmp_path / "out"), draft_tokens=9, **{**SMALL, "new_tokens": 2}
+    )
+    assert (found["prompts"], found["prompts_chosen_on"]) == (1, 1)
+    assert len(found["check_cost"]) == 1  # no more than such a text has guesses
+    assert found["loops"]["direct"]["identical"] == 1
 
 
 def test_becomes_a_section_of_the_density_of_the_same_model(
@@ -112,8 +133,14 @@ def test_refuses_what_it_cannot_do(
     (tmp_path / "file").touch()
     with pytest.raises(OutputExistsError):
         decode_bench(*sources, str(tmp_path), **SMALL)
-    for name, value in (("prompts", 0), ("new_tokens", 1), ("rounds", 0), ("draft_tokens", 0)):
+    for name, value in (("prompts", 0), ("new_tokens", 1), ("rounds", 0)):
         with pytest.raises(InvalidInputError, match=f"{name}: found {value}"):
+            decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
+    for name, value, allowed in (
+        ("draft_tokens", 0, "are integers from 1, None"),
+        ("confidence", 1.5, r"\[0, 1\]"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"{name}: found {value}, allowed {allowed}"):
             decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
     with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)

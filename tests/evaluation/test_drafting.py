@@ -23,10 +23,10 @@ def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
     instrument = attach(model)
     whole = torch.cat((prompt, tokens[None, :-1]), dim=1)
     recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
-    return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None))
+    return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None), tokens[None])
 
 
-@pytest.mark.parametrize("confidence", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("confidence", [0.0, 0.15, 0.25])
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence: float) -> None:
     model = tiny_model("llama", num_hidden_layers=3).double().eval()
@@ -37,6 +37,9 @@ def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence:
     draws = torch.Generator().manual_seed(3)
     prompts = [torch.randint(model.config.vocab_size, (1, 5), generator=draws) for _ in range(4)]
     texts = [_text_of(model, prompt) for prompt in prompts]
+    sure = torch.tensor([text.sure for text in texts])
+    for gate in (0.15, 0.25):  # so that drafts end, and not at once
+        assert 0.1 < (sure >= gate).double().mean() < 0.9
     for depth in (1, 2):
         found = replay(texts, depth, count, confidence, 0.3, [1.0] * count)
         runs = [
@@ -55,19 +58,19 @@ def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence:
 
 
 def test_what_is_spent_is_counted() -> None:
-    right = torch.tensor([[True, True, False, True, True, True]])
-    sure = torch.tensor([[0.9, 0.9, 0.8, 0.1, 0.9, 0.9]])
+    right = [[True, True, False, True, True, True]]
+    sure = [[0.9, 0.9, 0.8, 0.1, 0.9, 0.9]]
     found = replay([Guesses(right, sure)], 1, 2, 0.0, 0.25, [1.5, 2.0])
-    # token 1 right, 2 wrong; then 4 (2 left: room for one guess, which is right) and the last
+    # tokens 1 (right) and 2 (wrong, so the check writes it); 3 and 4 (right), the check writes 5
     assert (found.drafted, found.accepted, found.checks) == (4, 3, 2)
     assert found.speedup == 5 / (2.0 + 2 * 0.25 + 2.0 + 2 * 0.25)
 
 
 def test_a_guess_below_the_confidence_ends_its_draft() -> None:
-    right = torch.ones(1, 8, dtype=torch.bool)
-    sure = torch.tensor([[0.9, 0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]])
+    right = [[True] * 8]
+    sure = [[0.9, 0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]]
     found = replay([Guesses(right, sure)], 1, 6, 0.5, 0.25, [1.0] * 6)
-    # guesses 1 | token 2 from the check, guesses 3, 4 | token 5, guess 6 | token 7 from the check
+    # guess 1, the check writes 2; guesses 3 and 4, the check writes 5; guess 6, the check writes 7
     assert (found.drafted, found.accepted, found.checks) == (4, 4, 3)
     assert replay([Guesses(right, sure)], 1, 6, 0.0, 0.25, [1.0] * 6).checks == 1
 
@@ -76,7 +79,7 @@ def test_a_guess_below_the_confidence_ends_its_draft() -> None:
 def test_the_best_way_is_the_best_of_all(seed: int, cost: float, check: float) -> None:
     draws = torch.Generator().manual_seed(seed)
     right = torch.rand(2, 12, generator=draws) < torch.tensor([[0.5], [0.8]])
-    texts = [Guesses(right, torch.rand(2, 12, generator=draws))]
+    texts = [Guesses(right.tolist(), torch.rand(2, 12, generator=draws).tolist())]
     costs = {1: cost, 2: 1.5 * cost}
     checks = [check + 0.05 * n for n in range(LONGEST)]
     found = best_drafting(texts, (1, 2), costs, checks)
@@ -90,3 +93,9 @@ def test_the_best_way_is_the_best_of_all(seed: int, cost: float, check: float) -
     assert again == found
     fixed = best_drafting(texts, (2,), costs, checks, draft_tokens=3, confidence=0.5)
     assert fixed == replay(texts, 2, 3, 0.5, costs[2], checks)
+
+
+def test_an_unsure_guess_is_none_too_sure() -> None:
+    """As ``speculate`` has it, a confidence that is not a number ends the draft."""
+    text = Guesses([[True] * 6], [[float("nan")] * 6])
+    assert replay([text], 1, 4, 0.5, 0.25, [1.0] * 4).checks == 3

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.evaluation.drafting import Guesses, best_drafting
 from softtrace.evaluation.early_exit import (
     GATES,
     exit_agreement,
@@ -13,7 +14,6 @@ from softtrace.evaluation.early_exit import (
     gated_exits,
     recommended_exit,
 )
-from softtrace.exits import best_exit
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 
@@ -77,9 +77,15 @@ def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> Non
         instrument = softtrace.attach(model)
         with torch.no_grad():
             agreed = exit_agreement(instrument, instrument.record(blocks, keep_hidden=True))
-        shares = agreed[:, :, 4:].double().mean((1, 2)).tolist()
-        wanted = best_exit(dict(enumerate(shares[:4], 1)), {k: k / 5 for k in range(1, 5)})[0]
-        assert recommended_exit(model, blocks, batch_size=3) == wanted
+            hidden = model(input_ids=blocks, output_hidden_states=True).hidden_states
+        sure = [model.lm_head(model.model.norm(h)).softmax(-1).amax(-1) for h in hidden[1:-1]]
+        texts = [
+            Guesses(agreed[:4, row, 4:].tolist(), [each[row, 4:].tolist() for each in sure])
+            for row in range(7)
+        ]
+        costs = {layer: layer / 5 for layer in range(1, 5)}
+        wanted = best_drafting(texts, costs, costs, [1.0] * 12)
+        assert recommended_exit(model, blocks, batch_size=3) == wanted.exit_layer
 
 
 def test_an_exit_counts_from_where_all_later_ones_agree() -> None:

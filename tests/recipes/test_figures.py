@@ -92,7 +92,7 @@ def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> No
         result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
         ways = {method for method in result["at_budget"] if method.startswith("softtrace")}
         own = result["at_budget"]["softtrace"]
-        assert len(result["at_budget"]) > len(ways) + 1
+        assert len(result["at_budget"]) > len(ways) + 2
         for method, peer in result["at_budget"].items():
             if method in ways:
                 continue
@@ -113,6 +113,22 @@ def test_drafting_pays_at_the_larger_size_in_the_recorded_result() -> None:
             speeds[name, arm] = loops["direct"]["speedup"]["median"]
         assert speeds[name, "penalty"] > 1.15 * speeds[name, "plain"]
     assert speeds["drafting-exits-3", "penalty"] >= 1.5
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_drafting_pays_on_other_prompts_in_the_recorded_results(kind: str) -> None:
+    means: dict[str, list[float]] = {}
+    for seed in range(3):
+        path = BENCHMARKS / f"decoding-107m-{kind}-{seed}.json"
+        for name, found in json.loads(path.read_text(encoding="utf-8")).items():
+            if isinstance(found, dict) and "loops" in found:
+                assert found["prompts_chosen_on"] == found["prompts"]
+                assert all(loop["identical"] == 1.0 for loop in found["loops"].values())
+                gain = found["loops"]["direct"]["speedup"]["median"]
+                means.setdefault(name, []).append(gain)
+    speeds = {name: statistics.mean(of) for name, of in means.items() if len(of) == 3}
+    assert speeds["more"] > speeds["default"] > 1.1 * speeds["plain"]
+    assert speeds["more"] > 1.2
 
 
 def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:

@@ -6,6 +6,7 @@ Source of the method: LayerSkip (arXiv 2404.16710), section 4.3; confidence gati
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import statistics
@@ -24,6 +25,7 @@ from softtrace.batch import check_least, check_length, check_range
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
+from softtrace.evaluation.decoding_table import decoding_table
 from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting
 from softtrace.evaluation.early_exit import gated_exits, guesses_of
 from softtrace.evaluation.evaluate import device_of, documents_of_side
@@ -78,7 +80,8 @@ def decode_bench(
         suffixes: files of a folder to read.
         exclude: globs of files or folders to leave out.
         prompts: how many are timed, evenly spaced over the text. As many others, between them,
-            are what the way to draft is chosen on; a text of a single block serves for both.
+            are what the way to draft is chosen on. A text that is too short for both is shared out,
+            and a single block serves for both.
         prompt_tokens: tokens of each.
         new_tokens: tokens to write for each; an end-of-text token does not stop them.
         exit_layer: layers that draft; None takes the best, from acceptance and time measured for
@@ -101,9 +104,9 @@ def decode_bench(
         ("prompt_tokens", prompt_tokens, 2),
         ("new_tokens", new_tokens, 2),
         ("rounds", rounds, 1),
-        ("draft_tokens", 1 if draft_tokens is None else draft_tokens, 1),
     ):
         check_least(name, value, least)
+    check_least("draft_tokens", draft_tokens, 1, optional=True)
     if confidence is not None:
         check_range("confidence", confidence, 0, 1)
     where = device_of(device)
@@ -125,16 +128,14 @@ def decode_bench(
     rows = [row[None].to(where) for row in starts[::2]]
     chosen_on = [row[None].to(where) for row in starts[1::2]] or rows
     texts, agreement, gated = _exits(network, chosen_on, new_tokens)
-    longest = LONGEST if draft_tokens is None else draft_tokens
+    # The first new token comes with the prompt, the last one of a text is never guessed.
+    longest = max(1, min(draft_tokens or LONGEST, new_tokens - 2))
     costs, checks = _costs(network, rows[0], layers, longest)
-    way = best_drafting(
-        texts,
-        range(1, layers) if exit_layer is None else (exit_layer,),
-        costs,
-        checks,
-        draft_tokens,
-        confidence,
-    )
+    ways = {
+        layer: best_drafting(texts, (layer,), costs, checks, draft_tokens, confidence)
+        for layer in costs
+    }
+    way = ways[exit_layer] if exit_layer else max(ways.values(), key=lambda each: each.speedup)
     found = {
         "prompts": len(rows),
         "prompts_chosen_on": len(chosen_on),
@@ -144,16 +145,18 @@ def decode_bench(
             "layers": list(costs),
             "agreement": agreement,
             "draft_cost": list(costs.values()),
-            "expected_speedup": [
-                best_drafting(texts, (each,), costs, checks, draft_tokens, confidence).speedup
-                for each in costs
-            ],
+            "expected_speedup": [each.speedup for each in ways.values()],
         },
         "check_cost": checks,
         "exit_layer": way.exit_layer,
         "draft_tokens": way.draft_tokens,
         "confidence": way.confidence,
-        "expected_speedup": way.speedup,
+        "expected": {
+            "speedup": way.speedup,
+            "drafted": way.drafted,
+            "accepted": way.accepted,
+            "checks": way.checks,
+        },
         "loops": _race(network, rows, way, new_tokens, rounds),
         "gated": gated,
         "model": model,
@@ -193,10 +196,11 @@ def _exits(
         whole = torch.cat((row, tokens[None, :-1]), dim=1)
         recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
         explained = slice(row.shape[1] - 1, None)
-        texts.append(guesses_of(instrument, recording, explained))
+        texts.append(guesses_of(instrument, recording, explained, tokens[None]))
         gates.append(gated_exits(instrument, recording, explained))
     confidences = list(gates[0])
-    agreement: list[float] = torch.cat([text.right for text in texts], 1).double().mean(1).tolist()
+    by_exit = zip(*(text.right for text in texts), strict=True)
+    agreement = [statistics.mean(itertools.chain(*right)) for right in by_exit]
     return (
         texts,
         agreement,
@@ -220,7 +224,8 @@ def _costs(
 
     Both over the time of one token through all layers, which is taken before and after each;
     medians of these ratios, a check no cheaper than a token. With what the loop does besides
-    running the model: reading the choice, and taking tokens out of the cache again.
+    running the model: reading the choice, and how sure a guess is, and taking tokens out of the
+    cache again.
     """
     cache = DynamicCache()
     network(input_ids=row, past_key_values=cache, use_cache=True)
@@ -230,7 +235,10 @@ def _costs(
         began = _now(row)
         with first_layers(network, depth):
             logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
-        logits[0].argmax(-1).tolist()
+        best = logits[0].argmax(-1)
+        if depth < layers:
+            float(logits[0, -1].float().softmax(-1)[best[-1]])
+        best.tolist()
         spent = _now(row) - began
         forget(cache.layers[:depth], count)
         return _now(row) - began if taken_out else spent
@@ -351,45 +359,3 @@ def _quartiles(values: Sequence[float]) -> dict[str, float]:
         return {"median": values[0], "q25": values[0], "q75": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "q25": low, "q75": high}
-
-
-def decoding_table(found: dict[str, Any]) -> str:
-    """What was measured, for a terminal."""
-    exits = found["exits"]
-    lines = [
-        f"early exits on {found['prompts_chosen_on']} x {found['new_tokens']} tokens that the "
-        "model wrote",
-        "  layers   agreement   cost of a guess   expected speed-up",
-    ]
-    lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
-    checks = found["check_cost"]
-    most = min(4, len(checks))
-    lines.append(
-        f"  a check of 1 guess costs {checks[0]:.2f} tokens, of {most} {checks[most - 1]:.2f}"
-    )
-    lines.append("")
-    lines.append(
-        f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
-        f"confidence {found['confidence']:g}, timed on {found['prompts']} prompts"
-    )
-    for name, loop in found["loops"].items():
-        gain = loop["speedup"]
-        lines.append(
-            f"  {name} loop: {loop['plain_tokens_per_second']:.0f} tokens/s plain, "
-            f"{loop['tokens_per_second']:.0f} speculative: x{gain['median']:.2f} "
-            f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
-        )
-    direct = found["loops"]["direct"]
-    if direct["acceptance"] is not None:
-        lines.append(
-            f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
-            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['drafts']:.2f} a draft"
-        )
-    lines += ["", "stopping where the exit is sure (not lossless)"]
-    lines.append("  confidence   layers used   agreement")
-    lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
-    return "\n".join(lines)
-
-
-def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:
-    return [form.format(*row) for row in zip(*columns.values(), strict=True)]

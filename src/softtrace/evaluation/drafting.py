@@ -2,9 +2,9 @@
 
 A text that the model wrote says of every token which exits would have guessed it, and how sure they
 were. So what self-speculation would have done to write it can be replayed without the model, for
-any way to draft, and be timed by what a guess and a check were measured to cost. Unlike the formula
-for independent guesses (:func:`softtrace.exits.expected_speedup`), a replay knows that wrong
-guesses come in clusters, and what it is worth to stop where an exit is unsure.
+any way to draft, and be timed by what a guess and a check cost. Unlike the formula for independent
+guesses (Leviathan et al., arXiv 2211.17192), a replay knows that wrong guesses come in clusters,
+and what it is worth to stop where an exit is unsure.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 CONFIDENCES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Confidences that are considered unless one is given."""
 LONGEST = 12
-"""Draft tokens that are considered unless a number is given."""
+"""Draft tokens that are considered at most unless a number is given."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,13 @@ class Guesses:
     """What the exits of a model said about a text that the whole model wrote.
 
     Attributes:
-        right: ``[L - 1, N]`` bool, whether an exit's most likely token is the one that was written.
-        sure: ``[L - 1, N]``, that token's probability.
+        right: for each of L - 1 exits and N tokens, whether the exit's most likely token is the one
+            that was written.
+        sure: likewise, the probability of the exit's most likely token.
     """
 
-    right: Tensor
-    sure: Tensor
+    right: Sequence[Sequence[bool]]
+    sure: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,9 @@ def replay(
 ) -> Drafting:
     """What :func:`softtrace.decoding.speculate` would have done to write these texts.
 
-    Accepted guesses and checks are exact. How long a draft goes on after a wrong guess is not
-    known, since that text was never written: it ends where it would on the written one.
+    Accepted guesses and checks are exact, up to ties that rounding decides. How long a draft goes
+    on after a wrong guess is not known, since that text was never written: it ends where it would
+    on the written one.
 
     Args:
         texts: what the exits said about each.
@@ -73,15 +73,14 @@ def replay(
         draft_tokens: guesses before a check at most, >= 1.
         confidence: a guess with less probability ends its draft, in [0, 1].
         draft_cost: time of one guess relative to one plain token.
-        check_cost: time of a check of 1, 2, ... guesses likewise, at least ``draft_tokens`` of
-            them; a check of none takes a plain token's.
+        check_cost: time of a check of 1, 2, ... guesses likewise, of as many as ``draft_tokens``
+            and the texts allow; a check of none takes a plain token's.
     """
     plain = drafted = accepted = checks = 0
     spent = 0.0
     costs = (1.0, *check_cost)
     for text in texts:
-        right: list[bool] = text.right[exit_layer - 1].tolist()
-        sure: list[float] = text.sure[exit_layer - 1].tolist()
+        right, sure = text.right[exit_layer - 1], text.sure[exit_layer - 1]
         done, total = 1, len(right)  # the first token comes with the prompt
         plain += total - done
         while done < total:
@@ -91,7 +90,7 @@ def replay(
                 place = done + guesses
                 guesses += 1
                 hits += hits == guesses - 1 and right[place]
-                if confidence and sure[place] < confidence:
+                if confidence and not sure[place] >= confidence:
                     break
             drafted, accepted, checks = drafted + guesses, accepted + hits, checks + 1
             spent += costs[guesses] + draft_cost * guesses
@@ -114,10 +113,10 @@ def best_drafting(
         texts, check_cost: see :func:`replay`.
         layers: exits to consider.
         draft_cost: of each of them.
-        draft_tokens: guesses before a check at most; None considers 1 to :data:`LONGEST`.
+        draft_tokens: guesses before a check at most; None considers all that a check has a cost of.
         confidence: None considers :data:`CONFIDENCES`.
     """
-    counts = range(1, LONGEST + 1) if draft_tokens is None else (draft_tokens,)
+    counts = range(1, len(check_cost) + 1) if draft_tokens is None else (draft_tokens,)
     confidences = CONFIDENCES if confidence is None else (confidence,)
     ways = (
         replay(texts, layer, count, each, draft_cost[layer], check_cost)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softtrace.evaluation.drafting import Guesses
-from softtrace.exits import best_exit
+from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
 from softtrace.placement import device_of_module
@@ -39,21 +38,25 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
 
 
 @torch.no_grad()
-def guesses_of(instrument: Instrument, recording: Recording, explained: slice) -> Guesses:
-    """What the exit after each layer but the last guesses, of a recording of one sequence.
+def guesses_of(
+    instrument: Instrument, recording: Recording, explained: slice, written: Tensor, row: int = 0
+) -> Guesses:
+    """What the exit after each layer but the last guesses of one sequence.
 
     Args:
         instrument: of the model.
         recording: made with ``keep_hidden=True``.
         explained: positions to look at.
+        written: ``[B, T']`` ids, what follows each of them.
+        row: which sequence.
     """
-    wanted = recording.logits[0, explained].argmax(-1)
     right, sure = [], []
     for hidden in _hidden(recording)[1:-1]:
-        logits = instrument.anatomy.readout.early(hidden[0, explained])
-        right.append((logits.argmax(-1) == wanted).cpu())
-        sure.append(logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1).cpu())
-    return Guesses(torch.stack(right), torch.stack(sure))
+        logits = instrument.anatomy.readout.early(hidden[row, explained])
+        likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)
+        right.append((logits.argmax(-1) == written[row]).tolist())
+        sure.append(likely.tolist())
+    return Guesses(right, sure)
 
 
 def _hidden(recording: Recording) -> Sequence[Tensor]:
@@ -66,26 +69,26 @@ def _hidden(recording: Recording) -> Sequence[Tensor]:
 def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> int:
     """The exit layer that should decode fastest, judged on a text.
 
-    By agreement of each exit on the second half of every block, with a guess that costs its share
-    of the layers; ``softtrace decode-bench`` measures both on what the model writes itself.
+    By replay (:mod:`softtrace.evaluation.drafting`) of the second half of every block as if the
+    model had written it, with a guess that costs its share of the layers and a check that costs a
+    token; ``softtrace decode-bench`` measures both on what the model writes itself.
 
     Args:
         model: a causal language model with at least two layers.
         blocks: ``[N, T]`` ids.
         batch_size: blocks a forward.
     """
-    instrument, found = attach(model), []
-    device = device_of_module(model)
+    instrument, texts = attach(model), []
+    device, explained = device_of_module(model), slice(blocks.shape[1] // 2, None)
     for ids in torch.split(blocks, batch_size):
         recording = instrument.record(ids.to(device), keep_hidden=True, keep_attention=False)
-        agreed = exit_agreement(instrument, recording)[..., blocks.shape[1] // 2 :]
-        found.append(agreed.flatten(1).cpu())
-    shares = torch.cat(found, dim=1).double().mean(1).tolist()
-    layers = range(1, len(shares))
-    return best_exit(
-        {layer: shares[layer - 1] for layer in layers},
-        {layer: layer / len(shares) for layer in layers},
-    )[0]
+        said = recording.logits[:, explained].argmax(-1)
+        texts += [
+            guesses_of(instrument, recording, explained, said, row) for row in range(len(ids))
+        ]
+    layers = len(instrument.anatomy.layers)
+    costs = {layer: layer / layers for layer in range(1, layers)}
+    return best_drafting(texts, costs, costs, (1.0,) * LONGEST).exit_layer
 
 
 GATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -1,0 +1,47 @@
+"""What ``softtrace decode-bench`` measured, as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def decoding_table(found: dict[str, Any]) -> str:
+    """What was measured, for a terminal."""
+    exits = found["exits"]
+    lines = [
+        f"early exits on {found['prompts_chosen_on']} x {found['new_tokens']} tokens that the "
+        "model wrote",
+        "  layers   agreement   cost of a guess   expected speed-up",
+    ]
+    lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
+    checks = found["check_cost"]
+    most = min(4, len(checks))
+    lines.append(
+        f"  a check of 1 guess costs {checks[0]:.2f} tokens, of {most} {checks[most - 1]:.2f}"
+    )
+    lines.append("")
+    lines.append(
+        f"drafting with {found['exit_layer']} layers, {found['draft_tokens']} tokens at most, "
+        f"confidence {found['confidence']:g}, timed on {found['prompts']} prompts"
+    )
+    for name, loop in found["loops"].items():
+        gain = loop["speedup"]
+        lines.append(
+            f"  {name} loop: {loop['plain_tokens_per_second']:.0f} tokens/s plain, "
+            f"{loop['tokens_per_second']:.0f} speculative: x{gain['median']:.2f} "
+            f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
+        )
+    direct = found["loops"]["direct"]
+    if direct["acceptance"] is not None:
+        lines.append(
+            f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
+            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['drafts']:.2f} a draft"
+        )
+    lines += ["", "stopping where the exit is sure (not lossless)"]
+    lines.append("  confidence   layers used   agreement")
+    lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
+    return "\n".join(lines)
+
+
+def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:
+    return [form.format(*row) for row in zip(*columns.values(), strict=True)]
