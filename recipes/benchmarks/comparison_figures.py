@@ -315,6 +315,11 @@ def search_seldom() -> str:
     return _search("search-seldom")
 
 
+def search_judged() -> str:
+    """What exits are judged by, and what learns from them."""
+    return _search("search-judged")
+
+
 def _search(name: str) -> str:
     result = read(f"{name}.json")
     runs = result["runs"]

@@ -10,7 +10,9 @@ from torch import Tensor
 from variants import MASKED, with_options
 
 import softtrace.forward_exits
+import softtrace.loss
 from softtrace.distortion import divergence, total_variation
+from softtrace.forward_exits import exit_distance
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,22 +101,53 @@ DRAFTING: dict[str, type[Method]] = {
 }
 
 
-def other_exits(distance: Distance, weight: float) -> type[Method]:
-    """Exits judged by another distance than KL, where ``softtrace, more exits`` has them."""
+class MoreExits(SoftTrace):
+    """``softtrace, more exits`` with exits of another kind."""
 
-    class OtherExits(SoftTrace):
-        options: ClassVar[dict[str, Any]] = {"exits": weight, "exit_tokens": 0.25}
-        strengths = (0.25,)
+    options: ClassVar[dict[str, Any]] = {"exits": 1.0, "exit_tokens": 0.25}
+    strengths = (0.25,)
 
-        def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+    def distances(self, *args: Any) -> Tensor:
+        return exit_distance(*args)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        softtrace.loss.exit_distance = self.distances
+        try:
+            return super().term(ids, step, task)
+        finally:
+            softtrace.loss.exit_distance = exit_distance
+
+
+def judged_by(distance: Distance, weight: float) -> type[Method]:
+    """Exits judged by another distance than KL."""
+
+    class Judged(MoreExits):
+        options: ClassVar[dict[str, Any]] = {**MoreExits.options, "exits": weight}
+
+        def distances(self, *args: Any) -> Tensor:
             usual = softtrace.forward_exits.divergence
             softtrace.forward_exits.divergence = distance
             try:
-                return super().term(ids, step, task)
+                return exit_distance(*args)
             finally:
                 softtrace.forward_exits.divergence = usual
 
-    return OtherExits
+    return Judged
+
+
+class ExitsSpareHead(MoreExits):
+    """The gradient of exits does not reach the final norm and the head, nor what is tied to it."""
+
+    def distances(self, *args: Any) -> Tensor:
+        parts = (self.model.model.norm, self.model.lm_head)
+        spared = [parameter for part in parts for parameter in part.parameters()]
+        for parameter in spared:
+            parameter.requires_grad_(False)
+        try:
+            return exit_distance(*args)
+        finally:
+            for parameter in spared:
+                parameter.requires_grad_(True)
 
 
 def surely(full: Tensor, exit_logits: Tensor) -> Tensor:
@@ -123,12 +156,11 @@ def surely(full: Tensor, exit_logits: Tensor) -> Tensor:
     return divergence(full, exit_logits) * sure / sure.mean()
 
 
-#: what exits are judged by
+#: what exits are judged by, and what learns from it
 JUDGED: dict[str, type[Method]] = {
-    "exits by TV 1": other_exits(total_variation, 1.0),
-    "exits by TV 2": other_exits(total_variation, 2.0),
-    "exits by TV 4": other_exits(total_variation, 4.0),
-    "exits by sure KL 1": other_exits(surely, 1.0),
+    "exits by TV 2": judged_by(total_variation, 2.0),
+    "exits by sure KL 1": judged_by(surely, 1.0),
+    "exits spare the head": ExitsSpareHead,
 }
 VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED
 

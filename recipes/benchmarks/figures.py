@@ -24,6 +24,7 @@ from comparison_figures import (
     read,
     search,
     search_exits,
+    search_judged,
     search_seldom,
 )
 
@@ -366,6 +367,7 @@ PAGES = {
         search,
         search_exits,
         search_seldom,
+        search_judged,
         peers_large,
         decoding_large,
         drafting_depths,
