@@ -132,7 +132,7 @@ def peers_large() -> str:
     return _peers("peers-large", "")
 
 
-def _ratios(runs: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) -> list[float]:
+def ratios(runs: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) -> list[float]:
     """Of paired runs over plain fine-tuning's."""
     plain = {run["seed"]: run for run in runs if run["method"] == "plain"}
     return [row[key] / plain[row["seed"]][key] for row in rows]
@@ -150,10 +150,10 @@ def _points(name: str, folder: str = "benchmarks/") -> str:
     points = dict.fromkeys((run["method"], run["strength"]) for run in runs)
     for method, strength in sorted(points, key=lambda point: (order.index(point[0]), point[1])):
         rows = [run for run in runs if (run["method"], run["strength"]) == (method, strength)]
-        loss = [100 * (ratio - 1) for ratio in _ratios(runs, rows, "loss")]
+        loss = [100 * (ratio - 1) for ratio in ratios(runs, rows, "loss")]
         spread = f" ({min(loss):+.2f} to {max(loss):+.2f})" if any(loss) and rows[1:] else ""
         over = (
-            f"x{statistics.mean(_ratios(runs, rows, key)):.3f}"
+            f"x{statistics.mean(ratios(runs, rows, key)):.3f}"
             for key in ("area_easy", "size_easy", "size_hard")
         )
         means = (
@@ -182,122 +182,6 @@ def peers_107m() -> str:
 def drafting_depths() -> str:
     """Exits at one depth only, for drafting."""
     return _points("drafting-depths-107m", "")
-
-
-#: the models that raced in three seeds (the last two in one), and what they were fine-tuned with
-RACED = {
-    "plain": ("plain", 0.0, "peers-107m", "nothing added"),
-    "default": ("softtrace", 0.35, "peers-107m", "softtrace, default"),
-    "more": ("softtrace, more exits", 0.35, "peers-107m", "softtrace, more exits"),
-    "third": (
-        "drafting after 0.31, exits 1", 0.35, "drafting-depths-107m", "one exit, after 5 layers"
-    ),
-    "quarter": (
-        "drafting after 0.25, exits 0.5", 0.35, "drafting-depths-107m", "one exit, after 4 layers"
-    ),
-}  # fmt: skip
-
-
-def decoding_107m() -> str:
-    """Self-speculation at a larger size, by what the model was fine-tuned with."""
-    raced = {
-        kind: [read(f"decoding-107m-{kind}-{seed}.json") for seed in range(3)]
-        for kind in ("gpu", "cpu")
-    }
-    lines = [
-        "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | CPU "
-        "| tokens a check, GPU | CPU | tokens/s over plain decoding, GPU | CPU | seeds |",
-        "|---" * 10 + "|",
-    ]
-    same = []
-    for name, (method, strength, file, title) in RACED.items():
-        every = {kind: [each[name] for each in of if name in each] for kind, of in raced.items()}
-        count = len(every["gpu"])
-        runs = read(f"{file}.json")["runs"]
-        rows = [
-            run for run in runs
-            if (run["method"], run["strength"]) == (method, strength) and run["seed"] < count
-        ]  # fmt: skip
-        direct = {kind: [each["loops"]["direct"] for each in of] for kind, of in every.items()}
-        same += [each["identical"] for of in direct.values() for each in of]
-        speeds = []
-        for of in direct.values():
-            medians = [each["speedup"]["median"] for each in of]
-            spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
-            speeds.append(f"{statistics.mean(medians):.2f}{spread}")
-        layers = (", ".join(str(each["exit_layer"]) for each in of) for of in every.values())
-        written = (
-            sum(each["accepted"] + each["checks"] for each in of) / sum(e["checks"] for e in of)
-            for of in direct.values()
-        )
-        tokens = " | ".join(f"{each:.2f}" for each in written)
-        lines.append(
-            f"| {title} | {statistics.mean(_ratios(runs, rows, 'loss')) - 1:+.2%} | "
-            f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {' | '.join(layers)} | "
-            f"{tokens} | {' | '.join(speeds)} | {count} |"
-        )
-    first, where = raced["gpu"][0], raced["cpu"][0]["hardware"]
-    lines.append(
-        f"\nThe models of the table above (107 M parameters, 16 layers); a seed's figure is the "
-        f"median of {first['plain']['prompts']} prompts, {first['plain']['new_tokens']} tokens "
-        f"written for each, and layer, draft length and confidence were chosen on "
-        f"{first['plain']['prompts_chosen_on']} others; means over seeds (smallest to largest); "
-        f"`softtrace.decoding.speculate`, float32; {min(same):.0%} of the texts are identical to "
-        f"plain decoding's; {first['hardware']} and {where}, six such measurements at a time "
-        "([decoding.py](benchmarks/decoding.py), decoding-107m-gpu-\\*.json, "
-        "decoding-107m-cpu-\\*.json)."
-    )
-    return "\n".join(lines)
-
-
-def decoding_large() -> str:
-    """Self-speculation of a larger model, by what it was fine-tuned with."""
-    trained = read("drafting-107m.json")
-    runs = {run["method"]: run for run in trained["runs"]}
-    names = {"8th": "softtrace, default", **{name: name for name in runs if "drafting" in name}}
-    lines = [
-        "| fine-tuned with | held-out loss | size, easy | exits agree, easy | exit layer, "
-        "draft tokens | accepted | tokens/s over plain decoding, GPU | CPU |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    files = {
-        name: {
-            kind: read(f"decoding-107m-{name.replace(' ', '-')}-{kind}.json")
-            for kind in ("gpu", "cpu")
-        }
-        for name in names
-    }
-    first = next(iter(names))
-    rows = [("plain", "plain", first), *((name, "penalty", name) for name in names)]
-    for name, arm, source in rows:
-        run, plain = runs[name], runs["plain"]
-        found = {kind: files[source][kind][arm] for kind in ("gpu", "cpu")}
-        gains = {kind: each["loops"]["direct"] for kind, each in found.items()}
-        speeds = (
-            "{median:.2f} ({q25:.2f} to {q75:.2f})".format(**gains[kind]["speedup"])
-            for kind in ("gpu", "cpu")
-        )
-        lines.append(
-            f"| {names.get(name, 'nothing added')} | {run['loss'] / plain['loss'] - 1:+.2%} | "
-            f"{run['size_easy']:.3%} | {run['exit_easy']:.1%} | {found['gpu']['exit_layer']}, "
-            f"{found['gpu']['draft_tokens']} | {gains['gpu']['acceptance']:.1%} | "
-            f"{' | '.join(speeds)} |"
-        )
-    every = [each[arm] for of in files.values() for each in of.values() for arm in each
-             if arm in ("plain", "penalty")]  # fmt: skip
-    same = min(loop["identical"] for arm in every for loop in arm["loops"].values())
-    settings, gpu = trained["settings"], files[first]["gpu"]
-    lines.append(
-        f"\n{settings['model']} (16 layers) on {settings['data']}'s source, one seed, "
-        f"{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} tokens; "
-        f"{gpu['plain']['prompts']} prompts, {gpu['plain']['new_tokens']} tokens written for each; "
-        f"`softtrace.decoding.speculate`, float32, prompt by prompt in turns, medians and "
-        f"quartiles; {same:.0%} of the texts are identical to plain decoding's; {gpu['hardware']} "
-        f"and {files[first]['cpu']['hardware']}, six such measurements at a time "
-        "([decoding.py](decoding.py), [drafting-107m.json](drafting-107m.json), "
-        "decoding-107m-8th-\\*.json, decoding-107m-drafting-\\*.json)."
-    )
-    return "\n".join(lines)
 
 
 def search() -> str:

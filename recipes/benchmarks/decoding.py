@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--exit-layer", type=int, help="default: the best expected one of each")
+    parser.add_argument("--draft-tokens", type=int, help="likewise")
+    parser.add_argument("--confidence", type=float, help="likewise")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=HERE / "decoding.json")
@@ -58,6 +60,8 @@ def main() -> None:
                 new_tokens=args.new_tokens,
                 rounds=args.rounds,
                 exit_layer=args.exit_layer,
+                draft_tokens=args.draft_tokens,
+                confidence=args.confidence,
                 dtype=args.dtype,
                 device=args.device,
             )

@@ -14,8 +14,6 @@ import torch
 from comparison_figures import (
     HERE,
     cost,
-    decoding_107m,
-    decoding_large,
     drafting_depths,
     operations,
     peers,
@@ -27,6 +25,7 @@ from comparison_figures import (
     search_judged,
     search_seldom,
 )
+from decoding_figures import decoding, decoding_107m, decoding_large
 
 from softtrace import DensityOptions
 from softtrace.evaluation.sections import with_section
@@ -220,44 +219,6 @@ def sizes() -> str:
         f"{result['length']} tokens, {result['dtype']}, {result['hardware']}, torch "
         f"{result['versions']['torch']} ([sizes.py](recipes/benchmarks/sizes.py), "
         "[sizes.json](recipes/benchmarks/sizes.json))."
-    )
-    return "\n".join(lines)
-
-
-def decoding() -> str:
-    """Exits and the speed of self-speculation, after plain fine-tuning and the penalty's."""
-    result = read("decoding.json")
-    plain, penalty = result["plain"], result["penalty"]
-    lines = ["| | plain | penalty |", "|---|---|---|"]
-    layers = plain["exits"]["layers"]
-    for layer in layers[len(layers) // 4 :: 2]:
-        cells = (f"{run['exits']['agreement'][layer - 1]:.1%}" for run in (plain, penalty))
-        lines.append(
-            f"| exit after {layer} of {len(layers) + 1} layers agrees, text of its own | "
-            + " | ".join(cells)
-            + " |"
-        )
-    for name, loop in (
-        ("direct", "`softtrace.decoding.speculate`"),
-        ("transformers", "`generate`"),
-    ):
-        cells = []
-        for run in (plain, penalty):
-            gain = run["loops"][name]["speedup"]
-            cells.append(f"{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})")
-        lines.append(f"| speed-up by {loop} over plain greedy decoding | {' | '.join(cells)} |")
-    shares = [
-        f"{run['loops']['direct']['acceptance']:.1%} of guesses by {run['exit_layer']} layers"
-        for run in (plain, penalty)
-    ]
-    lines.append(f"| accepted | {' | '.join(shares)} |")
-    same = min(loop["identical"] for run in (plain, penalty) for loop in run["loops"].values())
-    lines.append(
-        f"\nThe models of the quickstart, {plain['prompts']} prompts of {plain['prompt_tokens']} "
-        f"held-out tokens, {plain['new_tokens']} written for each; medians and quartiles; "
-        f"{same:.0%} of the texts are identical to plain decoding's; {result['hardware']} "
-        "([decoding.py](recipes/benchmarks/decoding.py), "
-        "[decoding.json](recipes/benchmarks/decoding.json))."
     )
     return "\n".join(lines)
 

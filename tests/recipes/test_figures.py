@@ -35,7 +35,7 @@ def test_results_say_when_and_with_what_they_were_made() -> None:
     names += ("peers-107m", "peers-270m-cost", "drafting-depths-107m", "decoding-depths-107m-cpu")
     names += tuple(f"decoding-107m-{kind}-{n}" for kind in ("gpu", "cpu") for n in range(3))
     names += ("search", "search-large", "search-exits", "search-seldom", "search-judged")
-    names += ("exactness",)
+    names += ("exactness", "decoding-fixed")
     names += ("metric_parity", "evaluating", "operations", "peers-cost-noisy")
     for name in (f"{name}.json" for name in names):
         result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
