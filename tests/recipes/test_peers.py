@@ -205,11 +205,11 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
         "model",
         "text",
-        "plain-0",
-        "layerskip-0.2",
+        "plain-0-0",
+        "layerskip-0.2-0",
     }
-    assert len(load_tokenizer(tmp_path / "plain-0")) == 257
-    assert load_model(tmp_path / "layerskip-0.2").config.num_hidden_layers == 4
+    assert len(load_tokenizer(tmp_path / "plain-0-0")) == 257
+    assert load_model(tmp_path / "layerskip-0.2-0").config.num_hidden_layers == 4
     first = json.loads(out.read_text())
     assert [run["method"] for run in first["runs"]] == ["plain", "layerskip"]
     monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2,1"])

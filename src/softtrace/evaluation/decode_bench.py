@@ -84,8 +84,8 @@ def decode_bench(
             and a single block serves for both.
         prompt_tokens: tokens of each.
         new_tokens: tokens to write for each; an end-of-text token does not stop them.
-        exit_layer: layers that draft; None takes the best, from acceptance and time measured for
-            each (:mod:`softtrace.evaluation.drafting`).
+        exit_layer: layers that draft; None takes the best, by replaying what each exit said of
+            those texts with the time that was measured for it.
         draft_tokens: guesses before a check at most; None takes the best number.
         confidence: a guess with less probability ends its draft; None takes the best.
         rounds: how often every prompt is timed.
