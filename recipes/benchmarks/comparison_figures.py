@@ -166,9 +166,9 @@ def _points(name: str, folder: str = "benchmarks/") -> str:
         lines.append(f"| {named} | {' | '.join(cells)} | {len(rows)} |")
     lines.append(
         "\nMeans of paired seeds; loss (smallest to largest), area and sizes over plain "
-        f"fine-tuning's; "
-        f"{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
-        f"{settings['batch_size']} x {settings['block_size']} tokens; {result['hardware']} "
+        f"fine-tuning's; {settings['model']} on {settings['data']}'s source, "
+        f"{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} tokens; "
+        f"{result['hardware']} "
         f"([peers.py]({folder}peers.py), [{name}.json]({folder}{name}.json))."
     )
     return "\n".join(lines)
@@ -217,9 +217,7 @@ def _search(name: str) -> str:
         points[run["method"], run["strength"]].append(run)
     for (variant, strength), rows in points.items():
         keys = ("loss", "area_easy", "size_easy", "size_hard")
-        loss, area, size, hard = (
-            statistics.mean(row[key] / plain[row["seed"]][key] for row in rows) for key in keys
-        )
+        loss, area, size, hard = (statistics.mean(ratios(runs, rows, key)) for key in keys)
         exits, everywhere, accepted = (
             statistics.mean(row[key] for row in rows)
             for key in ("exit_easy", "exit_all", "accepted")

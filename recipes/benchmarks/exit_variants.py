@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from peer_losses import METHODS, Method, SoftTrace
+from peer_losses import METHODS, Method, MoreExits
 from torch import Tensor
 from variants import MASKED, with_options
 
@@ -101,10 +101,9 @@ DRAFTING: dict[str, type[Method]] = {
 }
 
 
-class MoreExits(SoftTrace):
+class OtherExits(MoreExits):
     """``softtrace, more exits`` with exits of another kind."""
 
-    options: ClassVar[dict[str, Any]] = {"exits": 1.0, "exit_tokens": 0.25}
     strengths = (0.25,)
 
     def distances(self, *args: Any) -> Tensor:
@@ -121,7 +120,7 @@ class MoreExits(SoftTrace):
 def judged_by(distance: Distance, weight: float) -> type[Method]:
     """Exits judged by another distance than KL."""
 
-    class Judged(MoreExits):
+    class Judged(OtherExits):
         options: ClassVar[dict[str, Any]] = {**MoreExits.options, "exits": weight}
 
         def distances(self, *args: Any) -> Tensor:
@@ -135,7 +134,7 @@ def judged_by(distance: Distance, weight: float) -> type[Method]:
     return Judged
 
 
-class ExitsSpareHead(MoreExits):
+class ExitsSpareHead(OtherExits):
     """The gradient of exits does not reach the final norm and the head, nor what is tied to it."""
 
     def distances(self, *args: Any) -> Tensor:
