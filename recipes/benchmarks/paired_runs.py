@@ -154,14 +154,17 @@ def perform_all(
 ) -> Iterator[dict[str, Any]]:
     """Rows as they come, ``args.jobs`` at a time; none starts after the deadline.
 
-    Plain runs go first, since others need their losses. ``known`` holds rows of earlier calls.
+    Plain runs go first, since some methods wait for their losses. ``known`` holds rows of earlier
+    calls.
     """
     curves = {row["seed"]: tuple(row["curve"]) for row in known if row["method"] == "plain"}
     waiting = sorted(tasks, key=lambda task: task.method != "plain")
 
     def started(run: Callable[[Task], Any]) -> Any:
         """What ``run`` gives for the next task that can start; None if there is none."""
-        ready = (task for task in waiting if task.method == "plain" or task.seed in curves)
+        ready = (
+            task for task in waiting if task.seed in curves or not EVERY[task.method].needs_plain
+        )
         task = next(ready, None)
         if task is None or time.monotonic() > deadline:
             return None

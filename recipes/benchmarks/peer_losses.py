@@ -32,6 +32,7 @@ class Method:
 
     source = "cross-entropy alone"
     strengths: tuple[float, ...] = ()
+    needs_plain = False
 
     def __init__(
         self, model: Any, strength: float = 0.0, seed: int = 0, plain: list[float] | None = None
@@ -262,6 +263,7 @@ class AttentionConnectivity(_OnAttention):
 
     source = "attention connectivity under a loss constraint, arXiv 2512.05865"
     strengths = (0.003, 0.01, 0.03)
+    needs_plain = True
     rate = 10.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
