@@ -27,8 +27,8 @@ RUNS = HERE.parent.parent / "runs" / "quickstart"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--plain", default=str(RUNS / "plain" / "model"))
-    parser.add_argument("--penalty", nargs="+", default=[str(RUNS / "penalty" / "model")])
+    parser.add_argument("--plain", default=str(RUNS / "plain" / "model"), help="'' for none")
+    parser.add_argument("--penalty", nargs="*", default=[str(RUNS / "penalty" / "model")])
     parser.add_argument("--data", default=str(Path(matplotlib.__file__).parent))
     parser.add_argument("--held-out-share", type=float, default=0.1)
     parser.add_argument("--salt", default="")
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "decoding.json")
     args = parser.parse_args()
     said_once = ("model", "data", *provenance(torch.device("cpu")))
-    models = {"plain": args.plain}
+    models = {"plain": args.plain} if args.plain else {}
     for given in args.penalty:
         name, _, model = given.rpartition("=")
         models[name or "penalty"] = model

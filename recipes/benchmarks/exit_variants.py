@@ -93,6 +93,7 @@ DRAFTING: dict[str, type[Method]] = {
     "drafting exits 3": for_drafting(3.0, 0.1, 0.5, 0.6),
     "drafting after 0.19, exits 1": for_drafting(1.0, 0.19, 0.19),
     "drafting after 0.21, exits 1": for_drafting(1.0, 0.21, 0.21),
+    "drafting after 0.21, exits 1.5": for_drafting(1.5, 0.21, 0.21),
     "drafting after 0.21, exits 2": for_drafting(2.0, 0.21, 0.21),
     "drafting after 0.21 to 0.5, exits 1": for_drafting(1.0, 0.21, 0.5),
     "drafting after 0.21 to 0.5, exits 2": for_drafting(2.0, 0.21, 0.5),
