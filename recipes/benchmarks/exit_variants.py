@@ -160,11 +160,19 @@ def surely(full: Tensor, exit_logits: Tensor) -> Tensor:
     return divergence(full, exit_logits) * sure / sure.mean()
 
 
-#: what exits are judged by, and what learns from it
+def more_exits(low: float, high: float) -> type[Method]:
+    """``softtrace, more exits`` at these depths."""
+    own = {"options": {**MoreExits.options, "exit_depths": (low, high)}, "strengths": (0.15, 0.25)}
+    return type("MoreExitsThere", (MoreExits,), own)
+
+
+#: what exits are judged by, what learns from it, and where they are
 JUDGED: dict[str, type[Method]] = {
     "exits by TV 2": judged_by(total_variation, 2.0),
     "exits by sure KL 1": judged_by(surely, 1.0),
     "exits spare the head": ExitsSpareHead,
+    "more exits from half": more_exits(0.5, 1.0),
+    "more exits, half to 3/4": more_exits(0.5, 0.75),
 }
 VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED
 

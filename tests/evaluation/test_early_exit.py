@@ -12,6 +12,7 @@ from softtrace.evaluation.early_exit import (
     exit_agreement,
     exit_layers,
     gated_exits,
+    guesses_of,
     recommended_exit,
 )
 from tests import oracle
@@ -41,7 +42,7 @@ def test_needs_hidden_states() -> None:
     with pytest.raises(ValueError, match="keep_hidden=True"):
         exit_agreement(instrument, instrument.record(tiny_prompt(4)))
     with pytest.raises(ValueError, match="keep_hidden=True"):
-        gated_exits(instrument, instrument.record(tiny_prompt(4)), slice(None))
+        guesses_of(instrument, instrument.record(tiny_prompt(4)), slice(None), tiny_prompt(4))
 
 
 @torch.no_grad()
@@ -49,25 +50,27 @@ def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
     model, ids = tiny_model("llama", seed=2), tiny_prompt(10, batch=3)
     model.lm_head.weight.mul_(2)  # surer
     instrument = softtrace.attach(model)
-    found = gated_exits(instrument, instrument.record(ids, keep_hidden=True), slice(3, 9))
+    recording = instrument.record(ids, keep_hidden=True)
     output = model(input_ids=ids, output_hidden_states=True)
+    written = output.logits.argmax(-1)[:, 3:9]
+    texts = [guesses_of(instrument, recording, slice(3, 9), written, row) for row in range(3)]
     exits = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[1:-1]]
     stopped = set()
     for gate in GATES:
-        used, right = found[gate]
-        assert used.shape == right.shape == (3, 6)
+        layers, rights = [], []
         for row in range(3):
-            for place, position in enumerate(range(3, 9)):
+            for position in range(3, 9):
                 layer, logits = 3, output.logits[row, position]
                 for depth, early in enumerate(exits, start=1):
                     if early[row, position].softmax(-1).max() >= gate:
                         layer, logits = depth, early[row, position]
                         break
-                assert used[row, place] == layer
-                assert right[row, place] == (
-                    logits.argmax() == output.logits[row, position].argmax()
-                )
+                layers.append(layer)
+                rights.append(bool(logits.argmax() == output.logits[row, position].argmax()))
                 stopped.add(layer)
+        used, right = gated_exits(texts, gate)
+        assert used == pytest.approx(sum(layers) / 18)
+        assert right == pytest.approx(sum(rights) / 18)
     assert stopped == {1, 2, 3}
 
 

@@ -27,7 +27,7 @@ from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decoding_table import decoding_table
 from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting
-from softtrace.evaluation.early_exit import gated_exits, guesses_of
+from softtrace.evaluation.early_exit import GATES, gated_exits, guesses_of
 from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
@@ -127,7 +127,9 @@ def decode_bench(
         check_exit_layer(exit_layer, layers)
     rows = [row[None].to(where) for row in starts[::2]]
     chosen_on = [row[None].to(where) for row in starts[1::2]] or rows
-    texts, agreement, gated = _exits(network, chosen_on, new_tokens)
+    texts = _guesses(network, chosen_on, new_tokens)
+    by_exit = zip(*(text.right for text in texts), strict=True)
+    gated = [gated_exits(texts, gate) for gate in GATES]
     # The first new token comes with the prompt, the last one of a text is never guessed.
     longest = max(1, min(draft_tokens or LONGEST, new_tokens - 2))
     costs, checks = _costs(network, rows[0], layers, longest)
@@ -143,7 +145,7 @@ def decode_bench(
         "new_tokens": new_tokens,
         "exits": {
             "layers": list(costs),
-            "agreement": agreement,
+            "agreement": [statistics.mean(itertools.chain(*right)) for right in by_exit],
             "draft_cost": list(costs.values()),
             "expected_speedup": [each.speedup for each in ways.values()],
         },
@@ -158,7 +160,11 @@ def decode_bench(
             "checks": way.checks,
         },
         "loops": _race(network, rows, way, new_tokens, rounds),
-        "gated": gated,
+        "gated": {
+            "confidence": list(GATES),
+            "layers_used": [used for used, _ in gated],
+            "agreement": [right for _, right in gated],
+        },
         "model": model,
         "data": data,
         "dtype": dtype,
@@ -184,36 +190,16 @@ def _is_of(density: Path, model: str) -> bool:
 
 
 @torch.no_grad()
-def _exits(
-    network: nn.Module, rows: Sequence[Tensor], new_tokens: int
-) -> tuple[list[Guesses], list[float], dict[str, Any]]:
-    """What exits say about what the model writes, how often they agree, and what gating gives."""
-    instrument = attach(network)
-    texts, gates = [], []
+def _guesses(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> list[Guesses]:
+    """What exits say about what the model writes."""
+    instrument, texts = attach(network), []
     for row in tqdm(rows, desc="looking at exits", unit="prompt"):
         tokens = greedy(network, row, new_tokens, _NEVER).tokens
         # The last token is nobody's context; its prediction was never asked for.
         whole = torch.cat((row, tokens[None, :-1]), dim=1)
         recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
-        explained = slice(row.shape[1] - 1, None)
-        texts.append(guesses_of(instrument, recording, explained, tokens[None]))
-        gates.append(gated_exits(instrument, recording, explained))
-    confidences = list(gates[0])
-    by_exit = zip(*(text.right for text in texts), strict=True)
-    agreement = [statistics.mean(itertools.chain(*right)) for right in by_exit]
-    return (
-        texts,
-        agreement,
-        {
-            "confidence": confidences,
-            "layers_used": [_mean([gate[each][0] for gate in gates]) for each in confidences],
-            "agreement": [_mean([gate[each][1] for gate in gates]) for each in confidences],
-        },
-    )
-
-
-def _mean(values: Sequence[Tensor]) -> float:
-    return float(torch.cat([value.flatten() for value in values]).double().mean())
+        texts.append(guesses_of(instrument, recording, slice(row.shape[1] - 1, None), tokens[None]))
+    return texts
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ self-speculation does (LayerSkip, arXiv 2404.16710).
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -95,39 +96,25 @@ GATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Confidences that a gated exit is reported for."""
 
 
-@torch.no_grad()
-def gated_exits(
-    instrument: Instrument, recording: Recording, explained: slice
-) -> dict[float, tuple[Tensor, Tensor]]:
-    """Stop at the first layer whose exit is sure enough: layers used and agreement.
+def gated_exits(texts: Sequence[Guesses], confidence: float) -> tuple[float, float]:
+    """Stop at the first layer whose exit is sure enough: mean layers used, share of tokens right.
 
     Not lossless: a sure exit can be wrong. Source: CALM (arXiv 2207.07061), softmax response.
 
     Args:
-        instrument: of the model.
-        recording: made with ``keep_hidden=True``.
-        explained: positions to look at.
-
-    Returns:
-        For every confidence in :data:`GATES`: ``[B, T']`` int64 layers, and bool, whether the most
-        likely token there is the full model's.
+        texts: what the exits said about each.
+        confidence: the least probability of the exit's most likely token, in [0, 1].
     """
-    hidden = _hidden(recording)
-    wanted = recording.logits[:, explained].argmax(-1)
-    layers = len(hidden) - 1
-    found = {
-        gate: (torch.full_like(wanted, layers), torch.ones_like(wanted, dtype=torch.bool))
-        for gate in GATES
-    }
-    for depth in range(layers - 1, 0, -1):
-        logits = instrument.anatomy.readout.early(hidden[depth][:, explained])
-        sure, token = logits.to(working_dtype(logits.dtype)).softmax(-1).max(-1)
-        for gate, (used, right) in found.items():
-            found[gate] = (
-                used.masked_fill(sure >= gate, depth),
-                torch.where(sure >= gate, token == wanted, right),
-            )
-    return found
+    used, right = [], []
+    for text in texts:
+        whole = len(text.sure) + 1
+        for sure, agrees in zip(
+            zip(*text.sure, strict=True), zip(*text.right, strict=True), strict=True
+        ):
+            depth = next((d for d, each in enumerate(sure, 1) if each >= confidence), whole)
+            used.append(depth)
+            right.append(depth == whole or agrees[depth - 1])
+    return statistics.mean(used), statistics.mean(right)
 
 
 def exit_layers(agreed: Tensor) -> Tensor:
