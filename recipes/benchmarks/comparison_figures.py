@@ -24,7 +24,7 @@ def read(name: str) -> dict[str, Any]:
 
 def cost() -> str:
     """Time and memory of a step with each method's loss, by size of the model."""
-    names = ("peers-cost", "peers-107m-cost", "peers-270m-cost")
+    names = ("peers-cost", "peers-107m-cost", "peers-176m-cost", "peers-270m-cost")
     results = [read(f"{name}.json") for name in names]
     head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
     lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
@@ -51,9 +51,22 @@ def cost() -> str:
     files = ", ".join(f"[{name}.json](benchmarks/{name}.json)" for name in names)
     lines.append(
         f"\nInterleaved steps, over plain ones (quartiles): {sizes}; peak memory over plain "
-        f"([peers.py --cost](benchmarks/peers.py), {files})."
+        f"([peers.py --cost](benchmarks/peers.py), {files}). Measured on another day at 107 M: "
+        f"{_again()} ([peers-107m-cost-again.json](benchmarks/peers-107m-cost-again.json)). Cost "
+        "does not depend on what a model has learned; `pretrain.py --steps 1` makes random ones: "
+        "16 and 24 layers of width 768, 24 of width 1,024."
     )
     return "\n".join(lines)
+
+
+def _again() -> str:
+    """What a second measurement of the default found, and of masked runs at every 10th step."""
+    found = read("peers-107m-cost-again.json")["cost"]
+    times = {name: found[name]["time"] for name in ("softtrace", "10th")}
+    default, tenth = (
+        f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})" for time in times.values()
+    )
+    return f"{default}, with masked runs at every 10th step {tenth}"
 
 
 def operations() -> str:

@@ -32,7 +32,13 @@ def test_results_say_when_and_with_what_they_were_made() -> None:
         for name in ("8th", "drafting-exits-1", "drafting-exits-3")
         for kind in ("gpu", "cpu")
     )
-    names += ("peers-107m", "peers-270m-cost", "drafting-depths-107m", "decoding-depths-107m-cpu")
+    names += (
+        "peers-107m",
+        "peers-270m-cost",
+        "peers-176m-cost",
+        "drafting-depths-107m",
+        "decoding-depths-107m-cpu",
+    )
     names += tuple(f"decoding-107m-{kind}-{n}" for kind in ("gpu", "cpu") for n in range(3))
     names += ("search", "search-large", "search-exits", "search-seldom", "search-judged")
     names += ("exactness", "decoding-fixed")
