@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from peer_losses import METHODS, Method, MoreExits
@@ -166,11 +167,24 @@ def more_exits(low: float, high: float) -> type[Method]:
     return type("MoreExitsThere", (MoreExits,), own)
 
 
+class ExitsFall(MoreExits):
+    """Twice the weight on exits at first, falling to nothing over 400 steps."""
+
+    strengths = (0.25,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        usual = MoreExits.options["exits"]
+        now = max(0.0, 2 * (1 - step / 400)) * usual
+        self.density.options = replace(self.density.options, exits=now)
+        return super().term(ids, step, task)
+
+
 #: what exits are judged by, what learns from it, and where they are
 JUDGED: dict[str, type[Method]] = {
     "exits by TV 2": judged_by(total_variation, 2.0),
     "exits by sure KL 1": judged_by(surely, 1.0),
     "exits spare the head": ExitsSpareHead,
+    "exits fall": ExitsFall,
     "more exits from half": more_exits(0.5, 1.0),
     "more exits, half to 3/4": more_exits(0.5, 0.75),
 }

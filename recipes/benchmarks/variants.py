@@ -191,6 +191,7 @@ class Controlled(Searched):
     """Strength follows the slack of the task loss under a budget over the plain run's."""
 
     strengths = (0.003, 0.006)  # the budget on the training loss
+    needs_plain = True
     rate = 5.0
 
     def __init__(
