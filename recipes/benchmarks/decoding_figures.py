@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from comparison_figures import ratios, read
+from exit_variants import EVERY
 
 
 def decoding() -> str:
@@ -158,5 +159,35 @@ def decoding_large() -> str:
         f"and {files[first]['cpu']['hardware']}, six such measurements at a time "
         "([decoding.py](decoding.py), [drafting-107m.json](drafting-107m.json), "
         "decoding-107m-8th-\\*.json, decoding-107m-drafting-\\*.json)."
+    )
+    return "\n".join(lines)
+
+
+def exits_by_layer() -> str:
+    """What exits say whose weight lies on one depth, in models of different depth."""
+    trained = (
+        ("drafting-depths-107m", 16, "drafting after 0.25, exits 1", 0.35),
+        ("drafting-depths-107m", 16, "drafting after 0.31, exits 1", 0.35),
+        ("drafting-176m", 24, "drafting after 0.21, exits 1", 0.25),
+        ("drafting-176m", 24, "drafting after 0.25, exits 1", 0.25),
+    )
+    after = range(3, 9)
+    lines = [
+        f"| layers | weight on the exit after | {' | '.join(f'after {n}' for n in after)} |",
+        "|---" * (2 + len(after)) + "|",
+    ]
+    for file, layers, method, strength in trained:
+        (run,) = (
+            run for run in read(f"{file}.json")["runs"]
+            if (run["method"], run["strength"], run["seed"]) == (method, strength, 0)
+        )  # fmt: skip
+        cells = (f"{run['exits_all'][n - 1]:.0%}" for n in after)
+        (low, high) = EVERY[method].options["exit_depths"]
+        assert low == high
+        lines.append(f"| {layers} | {round(low * layers)} | {' | '.join(cells)} |")
+    lines.append(
+        "\nAgreement with the full model on all held-out tokens, one seed each "
+        "([drafting-depths-107m.json](drafting-depths-107m.json), "
+        "[drafting-176m.json](drafting-176m.json))."
     )
     return "\n".join(lines)

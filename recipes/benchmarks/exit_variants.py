@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from peer_losses import METHODS, Method, MoreExits
 from torch import Tensor
 from variants import MASKED, with_options
@@ -161,6 +162,11 @@ def surely(full: Tensor, exit_logits: Tensor) -> Tensor:
     return divergence(full, exit_logits) * sure / sure.mean()
 
 
+def likeliest(full: Tensor, exit_logits: Tensor) -> Tensor:
+    """Cross-entropy of the exit from the full prediction's most likely token alone, nats."""
+    return F.cross_entropy(exit_logits.float(), full.argmax(-1), reduction="none")
+
+
 def more_exits(low: float, high: float) -> type[Method]:
     """``softtrace, more exits`` at these depths."""
     own = {"options": {**MoreExits.options, "exit_depths": (low, high)}, "strengths": (0.15, 0.25)}
@@ -182,6 +188,8 @@ class ExitsFall(MoreExits):
 #: what exits are judged by, what learns from it, and where they are
 JUDGED: dict[str, type[Method]] = {
     "exits by TV 2": judged_by(total_variation, 2.0),
+    "exits by likeliest 1": judged_by(likeliest, 1.0),
+    "exits by likeliest 0.5": judged_by(likeliest, 0.5),
     "exits by sure KL 1": judged_by(surely, 1.0),
     "exits spare the head": ExitsSpareHead,
     "exits fall": ExitsFall,

@@ -25,7 +25,7 @@ from comparison_figures import (
     search_judged,
     search_seldom,
 )
-from decoding_figures import decoding, decoding_107m, decoding_large
+from decoding_figures import decoding, decoding_107m, decoding_large, exits_by_layer
 
 from softtrace import DensityOptions
 from softtrace.evaluation.sections import with_section
@@ -332,6 +332,7 @@ PAGES = {
         peers_large,
         decoding_large,
         drafting_depths,
+        exits_by_layer,
     ),
 }
 
