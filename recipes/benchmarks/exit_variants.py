@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from peer_losses import METHODS, Method, MoreExits
+from peer_losses import METHODS, Method, MoreExits, Seldom
 from torch import Tensor
 from variants import MASKED, with_options
 
 import softtrace.forward_exits
 import softtrace.loss
+from softtrace import DensityLoss
 from softtrace.distortion import divergence, total_variation
 from softtrace.forward_exits import exit_distance
 
@@ -56,6 +58,33 @@ EXITS: dict[str, type[Method]] = {
 }
 
 
+class Spread(Seldom):
+    """The gradient of a masked run is spread over the steps to the next, instead of one pulse.
+
+    A pulse is k times as strong: clipping by norm shortens it, and the task's gradient with it.
+    """
+
+    strengths = (0.35,)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        every = self.density.options.every or 1
+        self.masked = DensityLoss(self.model, self.density.options, exits=0.0)
+        self.every, self.held = every, ([], torch.zeros(()))
+        self.density.options = replace(self.density.options, every=10**9)  # exits alone
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        parameters = list(self.model.parameters())
+        if step % self.every == 0:
+            masked = self.masked(ids, step=step).loss / self.every
+            found = torch.autograd.grad(masked, parameters, allow_unused=True)
+            self.held = found, masked.detach()
+        pairs = zip(parameters, self.held[0], strict=True)
+        slope = sum((each * held).sum() for each, held in pairs if held is not None)
+        exits = super().term(ids, step + 1, task)
+        return exits + self.held[1] + slope - slope.detach()  # its gradient is what is held
+
+
 def for_drafting(
     exits: float, low: float, high: float, share: float = 0.3, tokens: float = 0.5
 ) -> type[Method]:
@@ -88,6 +117,7 @@ SELDOM: dict[str, type[Method]] = {
     "8th, exits 1 of 1/4": seldom(0.25, 0.35, exits=1.0, exit_tokens=0.25),
     "8th, exits 1 of 1/2, to half": seldom(exits=1.0, exit_tokens=0.5, exit_depths=(0.25, 0.5)),
     "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
+    "every 8th, spread": Spread,
 }
 
 DRAFTING: dict[str, type[Method]] = {
@@ -167,10 +197,10 @@ def likeliest(full: Tensor, exit_logits: Tensor) -> Tensor:
     return F.cross_entropy(exit_logits.float(), full.argmax(-1), reduction="none")
 
 
-def more_exits(low: float, high: float) -> type[Method]:
-    """``softtrace, more exits`` at these depths."""
-    own = {"options": {**MoreExits.options, "exit_depths": (low, high)}, "strengths": (0.15, 0.25)}
-    return type("MoreExitsThere", (MoreExits,), own)
+def more_exits(**options: Any) -> type[Method]:
+    """``softtrace, more exits`` with other options."""
+    own = {"options": {**MoreExits.options, **options}, "strengths": (0.15,)}
+    return type("MoreExitsWith", (MoreExits,), own)
 
 
 class ExitsFall(MoreExits):
@@ -193,8 +223,9 @@ JUDGED: dict[str, type[Method]] = {
     "exits by sure KL 1": judged_by(surely, 1.0),
     "exits spare the head": ExitsSpareHead,
     "exits fall": ExitsFall,
-    "more exits from half": more_exits(0.5, 1.0),
-    "more exits, half to 3/4": more_exits(0.5, 0.75),
+    "more exits from half": more_exits(exit_depths=(0.5, 1.0)),
+    "more exits, 2": more_exits(exits=2.0),
+    "more exits, half to 3/4": more_exits(exit_depths=(0.5, 0.75)),
 }
 VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED
 
