@@ -213,7 +213,7 @@ def search_seldom() -> str:
 
 
 def search_judged() -> str:
-    """What exits are judged by, and what learns from them."""
+    """What exits are judged by, what learns from them, and when."""
     return _search("search-judged")
 
 

@@ -117,7 +117,6 @@ SELDOM: dict[str, type[Method]] = {
     "8th, exits 1 of 1/4": seldom(0.25, 0.35, exits=1.0, exit_tokens=0.25),
     "8th, exits 1 of 1/2, to half": seldom(exits=1.0, exit_tokens=0.5, exit_depths=(0.25, 0.5)),
     "8th, exits 0.44 of 1/4 at 0.8": seldom(0.8, exits=0.22, exit_tokens=0.25),
-    "every 8th, spread": Spread,
 }
 
 DRAFTING: dict[str, type[Method]] = {
@@ -197,35 +196,21 @@ def likeliest(full: Tensor, exit_logits: Tensor) -> Tensor:
     return F.cross_entropy(exit_logits.float(), full.argmax(-1), reduction="none")
 
 
-def more_exits(**options: Any) -> type[Method]:
-    """``softtrace, more exits`` with other options."""
-    own = {"options": {**MoreExits.options, **options}, "strengths": (0.15,)}
-    return type("MoreExitsWith", (MoreExits,), own)
+class FromHalf(MoreExits):
+    """``softtrace, more exits``, all of them in the third quarter of the layers."""
+
+    strengths = (0.15, 0.25)
+    options: ClassVar[dict[str, Any]] = {**MoreExits.options, "exit_depths": (0.5, 0.75)}
 
 
-class ExitsFall(MoreExits):
-    """Twice the weight on exits at first, falling to nothing over 400 steps."""
-
-    strengths = (0.25,)
-
-    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        usual = MoreExits.options["exits"]
-        now = max(0.0, 2 * (1 - step / 400)) * usual
-        self.density.options = replace(self.density.options, exits=now)
-        return super().term(ids, step, task)
-
-
-#: what exits are judged by, what learns from it, and where they are
+#: what exits are judged by, what learns from it, and when
 JUDGED: dict[str, type[Method]] = {
     "exits by TV 2": judged_by(total_variation, 2.0),
     "exits by likeliest 1": judged_by(likeliest, 1.0),
-    "exits by likeliest 0.5": judged_by(likeliest, 0.5),
     "exits by sure KL 1": judged_by(surely, 1.0),
     "exits spare the head": ExitsSpareHead,
-    "exits fall": ExitsFall,
-    "more exits from half": more_exits(exit_depths=(0.5, 1.0)),
-    "more exits, 2": more_exits(exits=2.0),
-    "more exits, half to 3/4": more_exits(exit_depths=(0.5, 0.75)),
+    "every 8th, spread": Spread,
+    "more exits, half to 3/4": FromHalf,
 }
 VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED
 

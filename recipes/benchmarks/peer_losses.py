@@ -113,6 +113,13 @@ class MoreExits(SoftTrace):
     options: ClassVar[dict[str, Any]] = {"exits": 1.0, "exit_tokens": 0.25}
 
 
+class ExitsFirst(SoftTrace):
+    """Half the strength, and nearly the weight of a distillation on exits."""
+
+    strengths = (0.15, 0.25)
+    options: ClassVar[dict[str, Any]] = {"exits": 2.0, "exit_tokens": 0.25}
+
+
 class WholeBatch(SoftTrace):
     """Masked runs of the whole batch at every step: what the defaults are a cheap part of."""
 
@@ -298,6 +305,7 @@ METHODS: dict[str, type[Method]] = {
     "softtrace, no exits": WithoutExits,
     "softtrace, every 8th": Seldom,
     "softtrace, more exits": MoreExits,
+    "softtrace, exits first": ExitsFirst,
     "softtrace, whole batch": WholeBatch,
     "layerskip": LayerSkip,
     "exit distillation": ExitDistillation,
