@@ -50,7 +50,7 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
 def is_reentrant(modules: Iterable[nn.Module]) -> bool:
     """Whether transformers checkpoints any of them in the reentrant way."""
     return any(
-        vars(module).get("gradient_checkpointing", False)  # asking the module takes ten times as long
+        vars(module).get("gradient_checkpointing", False)  # a module is asked much more slowly
         and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
             "use_reentrant", True
         )
