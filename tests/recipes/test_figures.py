@@ -25,26 +25,11 @@ def test_pages_say_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
-    names = ("effect", "tracing", "families", "sizes", "decoding", "peers", "peers-cost")
-    names += ("peers-large", "peers-88m", "peers-large-cost", "peers-107m-cost", "drafting-107m")
-    names += tuple(
-        f"decoding-107m-{name}-{kind}"
-        for name in ("8th", "drafting-exits-1", "drafting-exits-3")
-        for kind in ("gpu", "cpu")
-    )
-    names += (
-        "peers-107m",
-        "peers-270m-cost",
-        "peers-176m-cost",
-        "drafting-depths-107m",
-        "decoding-depths-107m-cpu",
-    )
-    names += tuple(f"decoding-107m-{kind}-{n}" for kind in ("gpu", "cpu") for n in range(3))
-    names += ("search", "search-large", "search-exits", "search-seldom", "search-judged")
-    names += ("exactness", "decoding-fixed")
-    names += ("metric_parity", "evaluating", "operations", "peers-cost-noisy")
-    for name in (f"{name}.json" for name in names):
-        result = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+    # What pretrain.py wrote of its models has other keys.
+    paths = [path for path in BENCHMARKS.glob("*.json") if not path.name.startswith("pysource-")]
+    assert len(paths) >= 42  # none was lost
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
         assert {"created", "versions", "hardware", "command"} <= set(result)
         assert result["versions"]["torch"]
 
