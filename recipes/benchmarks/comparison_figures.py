@@ -22,6 +22,11 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
+def quartiles(found: dict[str, float]) -> str:
+    """A median and the quartiles around it."""
+    return "{median:.2f} ({q25:.2f} to {q75:.2f})".format(**found)
+
+
 def cost() -> str:
     """Time and memory of a step with each method's loss, by size of the model."""
     names = ("peers-cost", "peers-107m-cost", "peers-176m-cost", "peers-270m-cost")
@@ -36,9 +41,7 @@ def cost() -> str:
             if row is None:
                 cells += ["", ""]
                 continue
-            time = row["time"]
-            cells.append(f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})")
-            cells.append(f"{row['memory']:.2f}")
+            cells += [quartiles(row["time"]), f"{row['memory']:.2f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     sizes = "; ".join(
         dict.fromkeys(
@@ -62,10 +65,7 @@ def cost() -> str:
 def _again() -> str:
     """What a second measurement of the default found, and of masked runs at every 10th step."""
     found = read("peers-107m-cost-again.json")["cost"]
-    times = {name: found[name]["time"] for name in ("softtrace", "10th")}
-    default, tenth = (
-        f"{time['median']:.2f} ({time['q25']:.2f} to {time['q75']:.2f})" for time in times.values()
-    )
+    default, tenth = (quartiles(found[name]["time"]) for name in ("softtrace", "10th"))
     return f"{default}, with masked runs at every 10th step {tenth}"
 
 

@@ -28,7 +28,7 @@ RUNS = HERE.parent.parent / "runs" / "quickstart"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--plain", default=str(RUNS / "plain" / "model"), help="'' for none")
-    parser.add_argument("--penalty", nargs="*", default=[str(RUNS / "penalty" / "model")])
+    parser.add_argument("--penalty", nargs="+", default=[str(RUNS / "penalty" / "model")])
     parser.add_argument("--data", default=str(Path(matplotlib.__file__).parent))
     parser.add_argument("--held-out-share", type=float, default=0.1)
     parser.add_argument("--salt", default="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from comparison_figures import ratios, read
+from comparison_figures import quartiles, ratios, read
 from exit_variants import EVERY
 
 
@@ -25,10 +25,7 @@ def decoding() -> str:
         ("direct", "`softtrace.decoding.speculate`"),
         ("transformers", "`generate`"),
     ):
-        cells = []
-        for run in (plain, penalty):
-            gain = run["loops"][name]["speedup"]
-            cells.append(f"{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})")
+        cells = (quartiles(run["loops"][name]["speedup"]) for run in (plain, penalty))
         lines.append(f"| speed-up by {loop} over plain greedy decoding | {' | '.join(cells)} |")
     shares = [
         f"{run['loops']['direct']['acceptance']:.1%} of guesses by {run['exit_layer']} layers"
@@ -136,10 +133,7 @@ def decoding_large() -> str:
         run, plain = runs[name], runs["plain"]
         found = {kind: files[source][kind][arm] for kind in ("gpu", "cpu")}
         gains = {kind: each["loops"]["direct"] for kind, each in found.items()}
-        speeds = (
-            "{median:.2f} ({q25:.2f} to {q75:.2f})".format(**gains[kind]["speedup"])
-            for kind in ("gpu", "cpu")
-        )
+        speeds = (quartiles(gains[kind]["speedup"]) for kind in ("gpu", "cpu"))
         lines.append(
             f"| {names.get(name, 'nothing added')} | {run['loss'] / plain['loss'] - 1:+.2%} | "
             f"{run['size_easy']:.3%} | {run['exit_easy']:.1%} | {found['gpu']['exit_layer']}, "
