@@ -68,9 +68,8 @@ class Spread(Seldom):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        every = self.density.options.every or 1
         self.masked = DensityLoss(self.model, self.density.options, exits=0.0)
-        self.every, self.held = every, ([], torch.zeros(()))
+        self.held: tuple[Any, Tensor] = ([], torch.zeros(()))
         self.density.options = replace(self.density.options, every=10**9)  # exits alone
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
@@ -109,6 +108,7 @@ SELDOM: dict[str, type[Method]] = {
     "whole batch": seldom(0.35, every=1, share=1.0),
     "8th": seldom(0.35, 0.5),
     "10th": seldom(every=10),
+    "10th, share 0.375": seldom(every=10, share=0.375),
     "8th, exits of 1/4": seldom(exit_tokens=0.25),
     "8th, share 0.4": seldom(share=0.4),
     "8th, same exits at 0.8": seldom(0.8, exits=0.0875),

@@ -7,6 +7,7 @@ in the same order. A method that needs it gets the training losses of the seed's
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import threading
@@ -26,11 +27,13 @@ from tqdm import tqdm
 from softtrace import DensityOptions
 from softtrace.data import evenly
 from softtrace.decoding import speculate
+from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import hardware
 from softtrace.exits import check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
+CURVE = "losses.json"  # of a kept model: its smoothed training losses
 DRAFT, PROMPTS, NEW = 4, 16, 61  # the first token and twelve full drafts, if all are right
 
 
@@ -125,15 +128,20 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         args = argparse.Namespace(**{**vars(args), "device": device})
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     blocks = blocks_for(args)
+    name = f"{task.method.replace(' ', '-')}-{task.strength:g}-{task.seed}"
+    folder = args.keep and args.keep / name
     done = args.trained and args.trained / f"penalty-{task.seed}"
     if done and (task.method, task.strength) == ("softtrace", DensityOptions().strength):
         model, curve = load_model(done).to(args.device).eval(), []
+    elif folder and (folder / CURVE).exists():
+        model = load_model(folder).to(args.device).eval()
+        curve = json.loads((folder / CURVE).read_text(encoding="utf-8"))
     else:
         model, curve = train(task, blocks[0], args)
-    if args.keep:
-        folder = args.keep / f"{task.method.replace(' ', '-')}-{task.strength:g}-{task.seed}"
-        model.save_pretrained(folder)
-        load_tokenizer(args.model).save_pretrained(folder)
+        if folder:
+            model.save_pretrained(folder)
+            load_tokenizer(args.model).save_pretrained(folder)
+            write_json(folder / CURVE, curve)  # last: a folder that has it is whole
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}
     row |= measures(model, blocks, args.device)
     row["hardware"] = hardware(torch.device(args.device))

@@ -33,6 +33,7 @@ class Method:
     source = "cross-entropy alone"
     strengths: tuple[float, ...] = ()
     needs_plain = False
+    every = 1  # steps after which what a step does comes again
 
     def __init__(
         self, model: Any, strength: float = 0.0, seed: int = 0, plain: list[float] | None = None
@@ -90,6 +91,7 @@ class SoftTrace(Method):
         self.density = softtrace.DensityLoss(
             self.model, strength=self.strength, seed=self.seed, **self.options
         )
+        self.every = self.density.options.on(self.model.device).every or 1
 
     def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
         with self.density.watching():

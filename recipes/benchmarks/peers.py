@@ -43,7 +43,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model
 
 BUDGET = 1.01
-PERIOD = 8  # steps timed together: masked runs come at one of so many
+PERIOD = 8  # steps timed together, or as many as one with masked runs comes in
 #: measure, whether lower is better, and what a plot calls it
 MEASURES: dict[str, tuple[bool, str]] = {
     "area_easy": (True, "area, easy tokens"),
@@ -54,6 +54,12 @@ MEASURES: dict[str, tuple[bool, str]] = {
     "accepted": (False, "accepted tokens a draft of 4, half depth"),
     "accepted_quarter": (False, "accepted tokens a draft of 4, quarter depth"),
 }
+
+
+def paired(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of seeds whose plain run is there: several at once end in any order."""
+    seeds = {run["seed"] for run in runs if run["method"] == "plain"}
+    return [run for run in runs if run["seed"] in seeds]
 
 
 def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
@@ -99,13 +105,14 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
     Time is the mean of a period of steps, memory the larger peak of a step with masked runs and
     one without.
     """
-    steps = {}
+    steps, periods = {}, {}
     for name in names:
         kind = EVERY[name]
         model = load_model(args.model).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
         strength = kind.strengths[len(kind.strengths) // 2] if kind.strengths else 0.0
         method = kind(model, strength, 0, [10.0] * PERIOD * (args.rounds + 1))
+        periods[name] = method.every * math.ceil(PERIOD / method.every)
 
         def step(number: int, model=model, optimizer=optimizer, method=method) -> None:
             first = number * args.batch_size % (len(blocks) - args.batch_size)
@@ -122,11 +129,12 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in tqdm(range(args.rounds + 1), desc="timing"):
         for name, step in steps.items():
+            period = periods[name]
             step(1)  # in training a step follows one of the same model, not six others
             began = time.perf_counter()
-            for number in range(PERIOD * turn, PERIOD * (turn + 1)):
+            for number in range(period * turn, period * (turn + 1)):
                 step(number)
-            seconds[name].append((time.perf_counter() - began) / PERIOD)
+            seconds[name].append((time.perf_counter() - began) / period)
     memory = {
         name: max(peak_memory(lambda n=n, step=step: step(n), args.device) for n in (0, 1))
         for name, step in steps.items()
@@ -147,10 +155,10 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
 def peak_memory(step: Any, device: str) -> int:
     """Bytes allocated at most during a step beyond what was there before."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -227,7 +235,11 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
     parser.add_argument("--rounds", type=int, default=8, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
-    parser.add_argument("--keep", type=Path, help="folder for the models, METHOD-STRENGTH-SEED")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the models, METHOD-STRENGTH-SEED; what it holds is not trained anew",
+    )
     parser.add_argument(
         "--trained", type=Path, help="models of effect.py --keep, for its rows at the defaults"
     )
@@ -282,9 +294,9 @@ def main() -> None:
     }
 
     def save() -> None:
-        runs = result["runs"]
+        runs = paired(result["runs"])
         done = [name for name in EVERY if any(run["method"] == name for run in runs)]
-        if "plain" in done:
+        if done:
             fronts = {name: front(runs, name) for name in done}
             result["at_budget"] = {
                 name: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from softtrace.evaluation.files import write_json
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 from tests.tiny import tiny_model, tiny_prompt
@@ -178,6 +180,48 @@ def test_points_are_means_of_paired_ratios(peers: Any) -> None:
     assert (alone[0]["area_easy"], alone[0]["seeds"]) == (0.5, 1)  # plain's other seed has no pair
     assert strong["loss"] == pytest.approx(1.05)
     assert strong["area_easy"] == pytest.approx(0.3)
+    early = run("layerskip", 0.1, 2, 1.0, 0.9)  # before its seed's plain run
+    assert peers.paired([*runs, early]) == runs
+    assert peers.paired([early]) == []
+
+
+def test_a_method_is_timed_over_a_whole_number_of_its_periods(
+    peers: Any, losses: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=64)
+    steps: dict[str, list[int]] = {}
+
+    def counting(name: str, own: int) -> type:
+        class Counting(losses.Method):
+            every = own
+
+            def __call__(self, ids: torch.Tensor, step: int) -> Any:
+                steps.setdefault(name, []).append(step)
+                return super().__call__(ids, step)
+
+        return Counting
+
+    own = {"plain": 1, "each 3rd": 3, "each 8th": 8, "each 10th": 10}
+    monkeypatch.setattr(
+        peers, "EVERY", {name: counting(name, every) for name, every in own.items()}
+    )
+    args = argparse.Namespace(model=model, device="cpu", batch_size=2, rounds=2, bf16=False)
+    found = peers.costs(args, torch.randint(0, 200, (60, 8)), list(own))
+    for name, period in {"plain": 8, "each 3rd": 9, "each 8th": 8, "each 10th": 10}.items():
+        timed = [
+            step for turn in range(3) for step in (1, *range(period * turn, period * (turn + 1)))
+        ]
+        assert steps[name] == [*timed, 0, 1], name  # and twice for memory
+        assert found[name]["rounds"] == 2
+    assert found["plain"]["time"]["median"] == found["plain"]["memory"] == 1.0
+
+
+def test_a_term_comes_again_after_as_many_steps_as_its_masked_runs(losses: Any) -> None:
+    variants = importlib.import_module("exit_variants").EVERY
+    model = tiny_model("llama", attn_implementation="sdpa").train()
+    periods = {"plain": 1, "layerskip": 1, "softtrace": 1, "softtrace, every 8th": 8, "10th": 10}
+    for name, period in periods.items():
+        assert variants[name](model, 0.1).every == period, name
 
 
 def test_peak_memory_is_that_of_what_is_alive_at_once(peers: Any) -> None:
@@ -222,6 +266,15 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert set(result["at_budget"]) == {"plain", "layerskip"}
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "at +1 % held-out loss" in capsys.readouterr().out
+    # A row that was lost comes from the model that was kept.
+    write_json(out, {**result, "runs": result["runs"][::2]})
+    runs = importlib.import_module("paired_runs")
+    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2,1", "--keep", str(tmp_path)])
+    peers.main()
+    again = json.loads(out.read_text())["runs"]
+    assert [again[i] for i in (0, 2, 1)] == result["runs"]
+    assert json.loads((tmp_path / "plain-0-0" / "losses.json").read_text()) == again[0]["curve"]
     monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:], "layerskip"])
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         peers.main()
