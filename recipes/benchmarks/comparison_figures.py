@@ -29,7 +29,7 @@ def quartiles(found: dict[str, float]) -> str:
 
 def cost() -> str:
     """Time and memory of a step with each method's loss, by size of the model."""
-    names = ("peers-cost", "peers-107m-cost", "peers-176m-cost", "peers-270m-cost")
+    names = ("peers-cost", "peers-107m-cost", "peers-157m-cost", "peers-270m-cost")
     results = [read(f"{name}.json") for name in names]
     head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
     lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
@@ -54,19 +54,36 @@ def cost() -> str:
     files = ", ".join(f"[{name}.json](benchmarks/{name}.json)" for name in names)
     lines.append(
         f"\nInterleaved steps, over plain ones (quartiles): {sizes}; peak memory over plain "
-        f"([peers.py --cost](benchmarks/peers.py), {files}). Measured on another day at 107 M: "
-        f"{_again()} ([peers-107m-cost-again.json](benchmarks/peers-107m-cost-again.json)). Cost "
-        "does not depend on what a model has learned; `pretrain.py --steps 1` makes random ones: "
-        "16 and 24 layers of width 768, 24 of width 1,024."
+        f"([peers.py --cost](benchmarks/peers.py), {files}). On a GPU each was timed on a card of "
+        "its own while other work ran on the machine's others. Cost does not depend on what a "
+        "model has learned; `pretrain.py --steps 1` makes random ones: 16 and 24 layers of width "
+        "768, 24 of width 1,024."
     )
     return "\n".join(lines)
 
 
-def _again() -> str:
-    """What a second measurement of the default found, and of masked runs at every 10th step."""
-    found = read("peers-107m-cost-again.json")["cost"]
-    default, tenth = (quartiles(found[name]["time"]) for name in ("softtrace", "10th"))
-    return f"{default}, with masked runs at every 10th step {tenth}"
+def cost_quiet() -> str:
+    """The same where nothing else ran, and with masked runs less often."""
+    sizes = ("107m", "157m", "270m")
+    results = [read(f"peers-{size}-cost-quiet.json") for size in sizes]
+    settings, first = results[0]["settings"], results[0]["cost"]
+    head = " | ".join(f"{each['settings']['model']}: time | memory" for each in results)
+    lines = [f"| loss | {head} |", "|---" * (1 + 2 * len(results)) + "|"]
+    titles = {
+        "10th": "softtrace, masked runs at every 10th step",
+        "10th, share 0.375": "the same on 37.5 % of the windows",
+    }
+    for method in first:
+        rows = [each["cost"][method] for each in results]
+        cells = (f"{quartiles(row['time'])} | {row['memory']:.2f}" for row in rows)
+        lines.append(f"| {titles.get(method, method)} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nEach on a card of its own, nothing else at work but these three; "
+        f"{settings['batch_size']} x {settings['block_size']} tokens, "
+        f"{first['plain']['rounds']} rounds; {results[0]['hardware']} "
+        "([peers.py --cost](benchmarks/peers.py), peers-\\*-cost-quiet.json)."
+    )
+    return "\n".join(lines)
 
 
 def operations() -> str:
@@ -190,6 +207,11 @@ def _points(name: str, folder: str = "benchmarks/") -> str:
 def peers_107m() -> str:
     """The comparison at a larger size, with a longer schedule."""
     return _points("peers-107m")
+
+
+def peers_157m() -> str:
+    """The comparison with a deeper model."""
+    return _points("peers-157m")
 
 
 def drafting_depths() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from comparison_figures import quartiles, ratios, read
 from exit_variants import EVERY
@@ -44,8 +45,9 @@ def decoding() -> str:
     return "\n".join(lines)
 
 
-#: the models that raced in three seeds (the last two in one), and what they were fine-tuned with
-RACED = {
+#: name in a race, then what the model was fine-tuned with: method, strength, file, and its title
+Raced = dict[str, tuple[str, float, str, str]]
+RACED_107M: Raced = {
     "plain": ("plain", 0.0, "peers-107m", "nothing added"),
     "default": ("softtrace", 0.35, "peers-107m", "softtrace, default"),
     "more": ("softtrace, more exits", 0.35, "peers-107m", "softtrace, more exits"),
@@ -56,58 +58,96 @@ RACED = {
         "drafting after 0.25, exits 0.5", 0.35, "drafting-depths-107m", "one exit, after 4 layers"
     ),
 }  # fmt: skip
+ONE_EXIT = "drafting after 0.21, exits 1.5"
+RACED_157M: Raced = {
+    "plain": ("plain", 0.0, "peers-157m", "nothing added"),
+    "default": ("softtrace", 0.35, "peers-157m", "softtrace, default"),
+    "first": ("softtrace, exits first", 0.15, "peers-157m", "softtrace, exits first, 0.15"),
+    "x10": (ONE_EXIT, 0.1, "peers-157m", "one exit, after 5 layers, 0.1"),
+    "x15": (ONE_EXIT, 0.15, "peers-157m", "one exit, after 5 layers, 0.15"),
+}
+#: on "gpu" and "cpu", for each seed, what ``decode_bench`` found of each model
+Races = dict[str, list[dict[str, Any]]]
 
 
-def decoding_107m() -> str:
-    """Self-speculation at a larger size, by what the model was fine-tuned with."""
-    raced = {
-        kind: [read(f"decoding-107m-{kind}-{seed}.json") for seed in range(3)]
-        for kind in ("gpu", "cpu")
-    }
+def _races(which: Raced, races: Races) -> list[str]:
+    """A table of self-speculation, by what the models were fine-tuned with."""
     lines = [
         "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | CPU "
         "| tokens a check, GPU | CPU | tokens/s over plain decoding, GPU | CPU | seeds |",
         "|---" * 10 + "|",
     ]
-    same = []
-    for name, (method, strength, file, title) in RACED.items():
-        every = {kind: [each[name] for each in of if name in each] for kind, of in raced.items()}
+    for name, (method, strength, file, title) in which.items():
+        every = {kind: [each[name] for each in of if name in each] for kind, of in races.items()}
         count = len(every["gpu"])
         runs = read(f"{file}.json")["runs"]
         rows = [
             run for run in runs
             if (run["method"], run["strength"]) == (method, strength) and run["seed"] < count
         ]  # fmt: skip
-        direct = {kind: [each["loops"]["direct"] for each in of] for kind, of in every.items()}
-        same += [each["identical"] for of in direct.values() for each in of]
-        speeds = []
-        for of in direct.values():
-            medians = [each["speedup"]["median"] for each in of]
+        layers, tokens, speeds = [], [], []
+        for of in every.values():
+            layers.append(", ".join(str(each["exit_layer"]) for each in of))
+            direct = [each["loops"]["direct"] for each in of]
+            assert all(each["identical"] == 1.0 for each in direct)
+            checks = sum(each["checks"] for each in direct)
+            written = checks + sum(each["accepted"] for each in direct)
+            tokens.append(f"{written / checks:.2f}" if of else "")
+            medians = [each["speedup"]["median"] for each in direct]
             spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
-            speeds.append(f"{statistics.mean(medians):.2f}{spread}")
-        layers = (", ".join(str(each["exit_layer"]) for each in of) for of in every.values())
-        written = (
-            sum(each["accepted"] + each["checks"] for each in of) / sum(e["checks"] for e in of)
-            for of in direct.values()
-        )
-        tokens = " | ".join(f"{each:.2f}" for each in written)
+            speeds.append(f"{statistics.mean(medians):.2f}{spread}" if of else "")
         lines.append(
             f"| {title} | {statistics.mean(ratios(runs, rows, 'loss')) - 1:+.2%} | "
             f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {' | '.join(layers)} | "
-            f"{tokens} | {' | '.join(speeds)} | {count} |"
+            f"{' | '.join(tokens)} | {' | '.join(speeds)} | {count} |"
         )
-    first, where = raced["gpu"][0], raced["cpu"][0]["hardware"]
-    lines.append(
-        f"\nThe models of the table above (107 M parameters, 16 layers); a seed's figure is the "
-        f"median of {first['plain']['prompts']} prompts, {first['plain']['new_tokens']} tokens "
-        f"written for each, and layer, draft length and confidence were chosen on "
-        f"{first['plain']['prompts_chosen_on']} others; means over seeds (smallest to largest); "
-        f"`softtrace.decoding.speculate`, float32; {min(same):.0%} of the texts are identical to "
-        f"plain decoding's; {first['hardware']} and {where}, six such measurements at a time "
-        "([decoding.py](benchmarks/decoding.py), decoding-107m-gpu-\\*.json, "
-        "decoding-107m-cpu-\\*.json)."
+    return lines
+
+
+def _raced(first: dict[str, Any], where: str) -> str:
+    """How it was measured."""
+    return (
+        f"a seed's figure is the median of {first['prompts']} prompts, {first['new_tokens']} "
+        f"tokens written for each, and layer, draft length and confidence were chosen on "
+        f"{first['prompts_chosen_on']} others; means over seeds (smallest to largest); "
+        f"`softtrace.decoding.speculate`, float32; all texts are identical to plain decoding's; "
+        f"{where}"
     )
-    return "\n".join(lines)
+
+
+def decoding_107m() -> str:
+    """Self-speculation at a larger size."""
+    races = {
+        kind: [read(f"decoding-107m-{kind}-{seed}.json") for seed in range(3)]
+        for kind in ("gpu", "cpu")
+    }
+    places = [of[0]["hardware"] for of in races.values()]
+    where = f"{' and '.join(places)}, six such measurements at a time"
+    return "\n".join(
+        [
+            *_races(RACED_107M, races),
+            "\nThe models of the table above (107 M parameters, 16 layers); "
+            f"{_raced(races['gpu'][0]['plain'], where)} ([decoding.py](benchmarks/decoding.py), "
+            "decoding-107m-gpu-\\*.json, decoding-107m-cpu-\\*.json).",
+        ]
+    )
+
+
+def decoding_157m() -> str:
+    """Self-speculation of a deeper model."""
+    races: Races = {"gpu": [{} for _ in range(3)], "cpu": [{} for _ in range(3)]}
+    result = read("decoding-157m.json")
+    for race in result["races"]:
+        races[race["kind"]][race["seed"]][race["name"]] = race[race["name"]]
+    where = f"{result['hardware']}, four measurements at a time on cards of their own and six on it"
+    return "\n".join(
+        [
+            *_races(RACED_157M, races),
+            "\nThe deeper models (157 M parameters, 24 layers), by loss and strength; "
+            f"{_raced(races['gpu'][0]['plain'], where)} ([decoding.py](benchmarks/decoding.py), "
+            "[decoding-157m.json](benchmarks/decoding-157m.json)).",
+        ]
+    )
 
 
 def decoding_large() -> str:
@@ -162,8 +202,8 @@ def exits_by_layer() -> str:
     trained = (
         ("drafting-depths-107m", 16, "drafting after 0.25, exits 1", 0.35),
         ("drafting-depths-107m", 16, "drafting after 0.31, exits 1", 0.35),
-        ("drafting-176m", 24, "drafting after 0.21, exits 1", 0.25),
-        ("drafting-176m", 24, "drafting after 0.25, exits 1", 0.25),
+        ("drafting-157m", 24, "drafting after 0.21, exits 1", 0.25),
+        ("drafting-157m", 24, "drafting after 0.25, exits 1", 0.25),
     )
     after = range(3, 9)
     lines = [
@@ -182,6 +222,6 @@ def exits_by_layer() -> str:
     lines.append(
         "\nAgreement with the full model on all held-out tokens, one seed each "
         "([drafting-depths-107m.json](drafting-depths-107m.json), "
-        "[drafting-176m.json](drafting-176m.json))."
+        "[drafting-157m.json](drafting-157m.json))."
     )
     return "\n".join(lines)

@@ -14,10 +14,12 @@ import torch
 from comparison_figures import (
     HERE,
     cost,
+    cost_quiet,
     drafting_depths,
     operations,
     peers,
     peers_107m,
+    peers_157m,
     peers_large,
     read,
     search,
@@ -25,7 +27,13 @@ from comparison_figures import (
     search_judged,
     search_seldom,
 )
-from decoding_figures import decoding, decoding_107m, decoding_large, exits_by_layer
+from decoding_figures import (
+    decoding,
+    decoding_107m,
+    decoding_157m,
+    decoding_large,
+    exits_by_layer,
+)
 
 from softtrace import DensityOptions
 from softtrace.evaluation.sections import with_section
@@ -316,13 +324,16 @@ PAGES = {
     ),
     "recipes/README.md": (
         cost,
+        cost_quiet,
         operations,
         dials,
         side_effects,
         exactness,
         peers,
         peers_107m,
+        peers_157m,
         decoding_107m,
+        decoding_157m,
     ),
     "recipes/benchmarks/LOG.md": (
         search,
