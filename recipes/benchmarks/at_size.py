@@ -1,0 +1,195 @@
+"""A comparison at a size that fine-tuners use, from nothing: pretrain, fine-tune, decode.
+
+    python recipes/benchmarks/at_size.py --out runs/at-size --mps        # on a machine with GPUs
+
+Trains a model on the source of installed packages (``pretrain.py``), fine-tunes it on sympy's with
+the methods that shall decode and measures them (``peers.py``), lets them decode on the GPUs, one a
+card, and on the CPU (``decoding.py``), and meanwhile fine-tunes it with the other methods. Writes
+``model/``, ``models/``, ``peers.json``, ``peers.png``, ``decoding.json`` and a log of every part to
+OUT; a call that was interrupted goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from effect import HERE
+
+from softtrace.evaluation.files import write_json
+
+PACKAGES, SYMPY = Path(sympy.__file__).parents[1], Path(sympy.__file__).parent
+#: of the model, for pretrain.py
+SIZES = {"layers": 24, "hidden_size": 768, "heads": 12, "kv_heads": 4, "vocabulary": 8192}
+#: what decodes: name, method, strength
+RACING = (
+    "plain=plain,0",
+    "first=softtrace, exits first,0.15",
+    "fifth=drafting after 0.21, exits 2,0.15",
+)
+OTHERS = (
+    "softtrace=0.35",
+    "softtrace, whole batch=0.35",
+    "10th=0.35",
+    "layerskip=1",
+    "exit distillation=0.3,1",
+)
+
+
+def run(part: str, words: list[Any], args: argparse.Namespace, **environment: str) -> None:
+    """One script beside this one, its output in a log; raises if it fails."""
+    words = [sys.executable, *map(str, words)]
+    with (args.out / f"{part}.log").open("a", encoding="utf-8") as log:
+        print(f"{part}: begins, see {log.name}", flush=True)
+        subprocess.run(words, stdout=log, stderr=log, check=True, env={**os.environ, **environment})
+    print(f"{part}: done", flush=True)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """The start of all fine-tunings."""
+    if (args.out / "model" / "pretrain.json").exists():
+        return
+    sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SIZES]
+    run(
+        "pretrain",
+        [
+            HERE.parent / "pretrain.py", "--data", args.text, "--exclude", "sympy", "test", "tests",
+            "--output", args.out / "model", "--overwrite", *sizes, "--lr=1e-3",
+            "--weight-decay=0.1", f"--max-seconds={args.pretrain_seconds}", "--steps=100000",
+            "--eval-every=2000", "--eval-blocks=512", f"--device={args.devices[0]}",
+            *(["--compile"] if args.devices[0] != "cpu" else []),
+        ],
+        args,
+    )  # fmt: skip
+
+
+def peers(part: str, methods: list[str], args: argparse.Namespace) -> None:
+    """Fine-tune with these methods, several on a card, and keep the models."""
+    several = {}
+    if args.mps:
+        pipes = str(args.out.resolve() / "mps")
+        Path(pipes).mkdir(exist_ok=True)
+        several = {"CUDA_MPS_PIPE_DIRECTORY": pipes, "CUDA_MPS_LOG_DIRECTORY": pipes}
+        # Where one is running already, it says so and ends.
+        starting = ["nvidia-cuda-mps-control", "-d"]
+        subprocess.run(starting, env={**os.environ, **several}, check=False)
+    words = [
+        HERE / "peers.py", "--model", args.out / "model", "--data", SYMPY / args.inside, "--bf16",
+        "--lr=3e-4", f"--steps={args.steps}", f"--batch-size={args.batch_size}",
+        "--block-size=256", f"--seeds={args.seeds}", "--keep", args.out / "models",
+        "--out", args.out / "peers.json", f"--jobs={args.jobs}", "--devices", *args.devices,
+        "--methods", *methods,
+    ]  # fmt: skip
+    run(part, words, args, **several)
+
+
+def race(
+    kind: str, way: str, seed: int, free: queue.SimpleQueue[str], args: argparse.Namespace
+) -> None:
+    """Let one model decode on a device that is free."""
+    name, method, strength = parts_of(way)
+    out = args.out / "races" / f"{kind}-{name}-{seed}.json"
+    if out.exists():
+        return
+    model = args.out / "models" / f"{method.replace(' ', '-')}-{float(strength):g}-{seed}"
+    device = free.get()
+    try:
+        words = [
+            HERE / "decoding.py", "--plain=", "--penalty", f"{name}={model}",
+            "--data", SYMPY / args.inside, "--salt=effect", "--held-out-share=0.1",
+            f"--prompts={args.prompts}", "--rounds=1", f"--device={device}", "--out", out,
+        ]  # fmt: skip
+        run(f"race-{kind}-{name}-{seed}", words, args, OMP_NUM_THREADS=str(args.threads))
+    finally:
+        free.put(device)
+
+
+def parts_of(way: str) -> tuple[str, str, str]:
+    """Name, method and strength of NAME=METHOD,STRENGTH; a method's own name may hold commas."""
+    name, _, rest = way.partition("=")
+    method, _, strength = rest.rpartition(",")
+    return name, method, strength
+
+
+def gather(args: argparse.Namespace) -> None:
+    """All races in one file."""
+    found = []
+    for path in sorted((args.out / "races").glob("*.json")):
+        kind, _, rest = path.stem.partition("-")
+        name, _, seed = rest.rpartition("-")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.append({"kind": kind, "name": name, "seed": int(seed), **result})
+    last = max(found, key=lambda each: each["created"])
+    write_json(
+        args.out / "decoding.json",
+        {
+            "races": found,
+            "created": last["created"],
+            "command": "decoding.py, once for each race, as each says",
+            "versions": last["versions"],
+            "hardware": "; ".join(sorted({each["hardware"] for each in found})),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, default=PACKAGES, help="to pretrain on")
+    parser.add_argument("--inside", default="", help="a part of sympy, to fine-tune on")
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--pretrain-seconds", type=float, default=330)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--racing", nargs="+", default=RACING, help="NAME=METHOD,STRENGTH")
+    parser.add_argument("--others", nargs="*", default=OTHERS, help="METHOD=STRENGTH,...")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--at-once", type=int, default=4, help="that decode on the CPU")
+    parser.add_argument("--per-card", type=int, default=6, help="fine-tunings")
+    parser.add_argument("--mps", action="store_true", help="let them share a card's kernels")
+    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    parser.add_argument("--devices", nargs="+", default=cards or ["cpu"])
+    args = parser.parse_args()
+    args.jobs = args.per_card * len(args.devices)
+    args.threads = max(1, min(16, (os.cpu_count() or 1) // args.at_once))
+    (args.out / "races").mkdir(parents=True, exist_ok=True)
+    pretrain(args)
+    racing = [f"{method}={strength}" for _, method, strength in map(parts_of, args.racing)]
+    peers("peers", [each for each in racing if not each.startswith("plain=")], args)
+    places = {
+        "gpu": [device for device in args.devices if device != "cpu"],
+        "cpu": ["cpu"] * args.at_once,
+    }
+    going: dict[str, list[Future[None]]] = {}
+    for kind, devices in places.items():
+        pool = ThreadPoolExecutor(max(1, len(devices)))
+        free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for device in devices:
+            free.put(device)
+        going[kind] = [
+            pool.submit(race, kind, way, seed, free, args)
+            for way in args.racing
+            for seed in range(args.seeds)
+            if devices
+        ]
+    wait(going["gpu"])  # alone on their cards
+    if args.others:
+        peers("others", list(args.others), args)
+    for each in (*going["gpu"], *going["cpu"]):
+        each.result()  # raises what it raised
+    gather(args)
+
+
+if __name__ == "__main__":
+    main()
