@@ -162,13 +162,16 @@ def rare_tokens(train: Tensor, vocabulary: int) -> Tensor:
     return rare
 
 
-def library_blocks(block_size: int) -> Tensor:
-    """Blocks of the standard library's files that the shipped model has not seen."""
+def library_blocks(block_size: int, model: Path = MODEL) -> Tensor:
+    """Blocks of the standard library's files that the shipped model has not seen.
+
+    In the tokens of ``model``.
+    """
     names = set((MODEL / "held_out_files.txt").read_text(encoding="utf-8").split("\n"))
     others = ("site-packages", "dist-packages", "lib2to3/tests/data", "test/encoded_modules")
     library = read_documents(sysconfig.get_paths()["stdlib"], exclude=others)
     documents = [document for document in library if document.name in names]
-    return pack(documents, load_tokenizer(MODEL), block_size)
+    return pack(documents, load_tokenizer(model), block_size)
 
 
 def run(

@@ -18,7 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from effect import blocks_of, held_out_loss, training
+from effect import (
+    blocks_of,
+    held_out_loss,
+    library_blocks,
+    rare_tokens,
+    side_effects,
+    training,
+)
 from exit_variants import EVERY
 from peer_losses import smoothed
 from torch import Tensor
@@ -62,9 +69,26 @@ def train(task: Task, blocks: Tensor, args: argparse.Namespace) -> tuple[Any, li
     return model.eval(), curve
 
 
-def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Texts:
+    """What runs are trained on and measured by.
+
+    Attributes:
+        train, held_out, density: blocks of tokens ``[N, T]``, see ``effect.blocks_of``.
+        rare: ``[V]`` bool, see ``effect.rare_tokens``.
+        elsewhere: blocks of other text, the standard library's.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    density: Tensor
+    rare: Tensor
+    elsewhere: Tensor
+
+
+def measures(model: Any, texts: Texts, device: str) -> dict[str, Any]:
     """What one trained model is compared by."""
-    _, held_out, density = blocks
+    density = texts.density
     with tqdm(total=len(density), desc="measuring", unit="block") as bar:
         found = summarise(
             measure(
@@ -79,7 +103,7 @@ def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> 
     agreement = found["early_exit"]["agreement"]
     layers = check_early_exit(model)
     depths = {"accepted": layers // 2, "accepted_quarter": max(1, layers // 4)}
-    texts = {
+    drafted = {
         name: [
             speculate(
                 model, row[None, : row.shape[0] // 2].to(device), exit_layer=depth,
@@ -91,7 +115,8 @@ def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> 
         for name, depth in depths.items()
     }  # fmt: skip
     return {
-        "loss": held_out_loss(model, held_out, device),
+        "loss": held_out_loss(model, texts.held_out, device),
+        **side_effects(model, texts.held_out, texts.rare, texts.elsewhere, device),
         **{
             f"{name}_{group}": found[key][group]
             for name, key in (("area", "area"), ("size", "size_at_tv_0.2"))
@@ -103,21 +128,25 @@ def measures(model: Any, blocks: tuple[Tensor, Tensor, Tensor], device: str) -> 
         "exits_all": agreement["all"],
         **{
             name: sum(t.accepted for t in of) / sum(t.drafts for t in of)
-            for name, of in texts.items()
+            for name, of in drafted.items()
         },
     }
 
 
-_BLOCKS: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # of a worker, tokenised once
+_TEXTS: dict[str, Texts] = {}  # of a worker, tokenised once
+ELSEWHERE = 512  # blocks
 
 
-def blocks_for(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Training blocks, held-out blocks, blocks for the density; read once a process."""
-    if args.data not in _BLOCKS:
-        _BLOCKS[args.data] = blocks_of(
+def texts_for(args: argparse.Namespace) -> Texts:
+    """All texts, read once a process."""
+    if args.data not in _TEXTS:
+        blocks = blocks_of(
             args.data, args.block_size, args.blocks, args.density_block_size, args.model
         )
-    return _BLOCKS[args.data]
+        rare = rare_tokens(blocks[0], len(load_tokenizer(args.model)))
+        elsewhere = evenly(library_blocks(args.block_size, args.model), ELSEWHERE)
+        _TEXTS[args.data] = Texts(*blocks, rare, elsewhere)
+    return _TEXTS[args.data]
 
 
 def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +156,7 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         device = args.devices[(number - 1) % len(args.devices)]
         args = argparse.Namespace(**{**vars(args), "device": device})
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    blocks = blocks_for(args)
+    texts = texts_for(args)
     name = f"{task.method.replace(' ', '-')}-{task.strength:g}-{task.seed}"
     folder = args.keep and args.keep / name
     done = args.trained and args.trained / f"penalty-{task.seed}"
@@ -137,13 +166,13 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         model = load_model(folder).to(args.device).eval()
         curve = json.loads((folder / CURVE).read_text(encoding="utf-8"))
     else:
-        model, curve = train(task, blocks[0], args)
+        model, curve = train(task, texts.train, args)
         if folder:
             model.save_pretrained(folder)
             load_tokenizer(args.model).save_pretrained(folder)
             write_json(folder / CURVE, curve)  # last: a folder that has it is whole
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}
-    row |= measures(model, blocks, args.device)
+    row |= measures(model, texts, args.device)
     row["hardware"] = hardware(torch.device(args.device))
     if task.method == "plain":
         row["curve"] = curve

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from effect import HERE, MODEL
 from exit_variants import EVERY, VARIANTS
-from paired_runs import Task, blocks_for, perform_all
+from paired_runs import Task, perform_all, texts_for
 from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
@@ -274,7 +274,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {"runs": []}
     if args.cost:
-        found = costs(args, blocks_for(args)[0], names)
+        found = costs(args, texts_for(args).train, names)
         print(json.dumps(found, indent=1))
         if args.methods and args.out.exists():  # the others keep what the file holds
             kept = json.loads(args.out.read_text(encoding="utf-8"))

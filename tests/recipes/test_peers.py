@@ -258,6 +258,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert load_model(tmp_path / "layerskip-0.2-0").config.num_hidden_layers == 4
     first = json.loads(out.read_text())
     assert [run["method"] for run in first["runs"]] == ["plain", "layerskip"]
+    assert {"loss_rare", "loss_elsewhere", "calibration_error"} < set(first["runs"][0])
     monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2,1"])
     peers.main()
     result = json.loads(out.read_text())

@@ -93,7 +93,13 @@ def test_configs_parse_and_fit(
     wanted = yaml.safe_load(path.read_text())
     assert made == [wanted["model"]["path"]]
     assert cli.trainer.max_steps == wanted["trainer"]["max_steps"]
-    assert cli.config["penalty"]["strength"] == 0.35
+    first = path.stem not in (OURS, f"{OURS}-lora") and "lora" not in wanted["model"]
+    found = {key: cli.config["penalty"][key] for key in ("strength", "exits", "exit_tokens")}
+    assert found == (
+        {"strength": 0.15, "exits": 2.0, "exit_tokens": 0.25}
+        if first
+        else {"strength": 0.35, "exits": 0.2, "exit_tokens": 0.125}
+    )
     trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]
     assert ("lora" in wanted["model"]) == isinstance(cli.model.model, PeftModel)
     assert all("lora" in name for name in trained) == path.stem.endswith("-lora")
