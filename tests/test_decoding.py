@@ -50,9 +50,9 @@ def test_speculation_writes_what_plain_decoding_writes(
         )  # fmt: skip
         assert found.tokens.tolist() == wanted
         assert 0 <= found.accepted <= found.drafted <= draft * found.checks
-        assert len(wanted) >= 1 + found.accepted
-        if wanted[-1] != 2:
-            assert len(wanted) == 1 + found.accepted + found.checks
+        assert 1 + found.accepted <= len(wanted) <= 1 + found.accepted + found.checks
+        if draft == 1:
+            assert len(wanted) == 1 + found.checks  # a guess is right, or what the check says
 
 
 def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
@@ -66,7 +66,7 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
         model, ids, exit_layer=1, max_new_tokens=21, draft_tokens=4, confidence=0.0, eos_token_id=-1
     )
     assert found.tokens.tolist() == no_cache(model, ids, 21, ())
-    assert (found.drafted, found.accepted, found.checks, found.drafts) == (16, 16, 4, 4)
+    assert (found.drafted, found.accepted, found.checks) == (20, 20, 5)
     assert found.acceptance == 1
     assert found.accepted_per_draft == 4
     assert math.isnan(greedy(model, ids, 3).acceptance)
@@ -147,8 +147,8 @@ def test_short_texts(new: int) -> None:
     model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     found = speculate(model, ids, exit_layer=1, max_new_tokens=new, confidence=0, eos_token_id=-1)
     assert found.tokens.tolist() == no_cache(model, ids, new, ())
-    assert found.drafts == (new > 2)  # no room for a guess and the token after it
-    assert math.isnan(found.accepted_per_draft) == (found.drafts == 0)
+    assert found.checks <= new - 1 <= found.drafted
+    assert math.isnan(found.accepted_per_draft) == (new == 1)
 
 
 @pytest.mark.parametrize(

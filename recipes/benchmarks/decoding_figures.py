@@ -91,7 +91,8 @@ def _races(which: Raced, races: Races) -> list[str]:
             direct = [each["loops"]["direct"] for each in of]
             assert all(each["identical"] == 1.0 for each in direct)
             checks = sum(each["checks"] for each in direct)
-            written = checks + sum(each["accepted"] for each in direct)
+            # The first token of a text comes with its prompt.
+            written = sum(each["prompts"] * (each["new_tokens"] - 1) for each in of)
             tokens.append(f"{written / checks:.2f}" if of else "")
             medians = [each["speedup"]["median"] for each in direct]
             spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""

@@ -41,7 +41,7 @@ from softtrace.exits import check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
 CURVE = "losses.json"  # of a kept model: its smoothed training losses
-DRAFT, PROMPTS, NEW = 4, 16, 61  # the first token and twelve full drafts, if all are right
+DRAFT, PROMPTS, NEW = 4, 16, 49  # the first token and twelve full drafts, if all are right
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def measures(model: Any, texts: Texts, device: str) -> dict[str, Any]:
         "exits_easy": agreement["easy"],
         "exits_all": agreement["all"],
         **{
-            name: sum(t.accepted for t in of) / sum(t.drafts for t in of)
+            name: sum(t.accepted for t in of) / sum(t.checks for t in of)
             for name, of in drafted.items()
         },
     }

@@ -1,12 +1,13 @@
 """Faster lossless decoding: a model drafts with its first layers and checks with all of them.
 
 Self-speculation (LayerSkip, arXiv 2404.16710): after E layers the residual stream is read with the
-model's own final norm and head. Drafts made so are checked by one run of the whole model, so the
-output is that of plain greedy decoding, token for token (up to ties that rounding decides: a run
-over several tokens and a run over one add up in different orders).
+model's own final norm and head. Drafts made so are checked by one run of the other layers over all
+of them, so the output is that of plain greedy decoding, token for token (up to ties that rounding
+decides: a run over several tokens and a run over one add up in different orders).
 
-Two loops: transformers' own ``generate(assistant_early_exit=E)``, and :func:`speculate`, which
-keeps one cache for drafting and checking and calls the model directly.
+Two loops: transformers' own ``generate(assistant_early_exit=E)``, whose checks run all layers, and
+:func:`speculate`, which keeps one cache, goes on from what the draft computed, and calls the model
+directly.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from softtrace.exits import (
     check_cache,
     check_early_exit,
     check_exit_layer,
-    counter,
+    decoder_layers,
     exit_layer_of,
-    first_layers,
-    forget,
     refuse_moving_rotations,
 )
 from softtrace.instrument import attach
+from softtrace.two_parts import TwoParts, counter, first_layers
 
 _USUAL = 20  # new tokens that generate writes if it is not told
 
@@ -44,15 +44,14 @@ class Generation:
         tokens: ``[N]`` int64, the new tokens.
         drafted: tokens that were guessed.
         accepted: of them, how many the whole model agreed to.
-        checks: runs of the whole model after the one over the prompt.
-        drafts: of them, how many had a guess to check.
+        checks: runs of the layers above the exit after the one over the prompt, of all layers
+            where nothing was drafted.
     """
 
     tokens: Tensor
     drafted: int
     accepted: int
     checks: int
-    drafts: int
 
     @property
     def acceptance(self) -> float:
@@ -61,8 +60,8 @@ class Generation:
 
     @property
     def accepted_per_draft(self) -> float:
-        """Accepted tokens a draft; the last drafts of a text are cut to what is left of it."""
-        return self.accepted / self.drafts if self.drafts else float("nan")
+        """Accepted tokens a draft; the last one of a text is cut to what is left of it."""
+        return self.accepted / self.checks if self.drafted else float("nan")
 
 
 def generate(
@@ -138,7 +137,7 @@ def greedy(
     tokens = [_next(model, input_ids, cache)]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         tokens.append(_next(model, input_ids.new_tensor([tokens[-1:]]), cache))
-    return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1, 0)
+    return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
 
 
 def _check_decoding(model: nn.Module, max_new_tokens: int) -> None:
@@ -164,7 +163,10 @@ def speculate(
     eos_token_id: Ends = None,
     proven: bool = False,
 ) -> Generation:
-    """Greedy decoding, drafted by the first layers and checked by all, with one cache for both.
+    """Greedy decoding, drafted by the first layers and checked by the others, over one cache.
+
+    Of a draft whose guesses are all right the last is what the check would have written, so that
+    drafts of one guess are plain decoding; what follows it is the next draft's.
 
     Args:
         model: a causal language model of transformers, in eval mode.
@@ -189,44 +191,32 @@ def speculate(
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
     if not proven:
         check_cache(model)
-    ends, cache = _ends(model, eos_token_id), DynamicCache()
-    tokens = [_next(model, input_ids, cache)]
-    drafted = accepted = checks = drafts = 0
-    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
-        room = min(draft_tokens, max_new_tokens - len(tokens) - 1)
-        draft = _draft(model, tokens[-1], cache, depth, room, confidence, ends) if room else []
-        read = input_ids.new_tensor([[tokens[-1], *draft]])
-        logits = model(input_ids=read, past_key_values=cache, use_cache=True).logits
-        best: list[int] = logits[0].argmax(-1).tolist()
-        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
-        forget(cache.layers, len(draft) - right)
-        drafted, accepted = drafted + len(draft), accepted + right
-        checks, drafts = checks + 1, drafts + bool(draft)
-        tokens += [*draft[:right], best[right]]
-        end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-        tokens = tokens[: end + 1]
-    return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks, drafts)
+    ends = _ends(model, eos_token_id)
+    drafted = accepted = checks = 0
+    with TwoParts(model, decoder_layers(attach(model)), depth) as parts:
+        tokens = [int(parts.whole(input_ids)[-1].argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+            room = min(draft_tokens, max_new_tokens - len(tokens))
+            draft = _draft(parts, input_ids.new_tensor([tokens[-1:]]), room, confidence, ends)
+            best: list[int] = parts.rest().argmax(-1).tolist()
+            right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+            written = best[: right + 1]  # the guesses that are right, and what comes for the next
+            parts.forget(len(draft) - len(written))
+            drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
+            end = next((i for i, token in enumerate(written) if token in ends), len(written) - 1)
+            tokens += written[: end + 1]
+    return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks)
 
 
 def _draft(
-    model: nn.Module,
-    token: int,
-    cache: DynamicCache,
-    depth: int,
-    room: int,
-    confidence: float,
-    ends: set[int],
+    parts: TwoParts, token: Tensor, room: int, confidence: float, ends: set[int]
 ) -> list[int]:
-    """Guess up to ``room`` tokens with the first layers; the cache is left as it was found."""
+    """Guess up to ``room`` tokens with the first layers, the first of them after ``token``."""
     draft: list[int] = []
-    with first_layers(model, depth):
-        while len(draft) < room:
-            read = torch.tensor([[token]], device=next(model.parameters()).device)
-            logits = model(input_ids=read, past_key_values=cache, use_cache=True).logits[0, -1]
-            token = int(logits.argmax())
-            draft.append(token)
-            sure = not confidence or float(logits.float().softmax(-1)[token]) >= confidence
-            if not sure or token in ends:
-                break
-    forget(cache.layers[:depth], len(draft))
-    return draft
+    while True:
+        logits = parts.first(token)
+        draft.append(int(logits.argmax()))
+        sure = not confidence or float(logits.float().softmax(-1)[draft[-1]]) >= confidence
+        if not sure or len(draft) == room or draft[-1] in ends:
+            return draft
+        token = token.new_tensor([draft[-1:]])

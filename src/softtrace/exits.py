@@ -6,13 +6,10 @@ LayerSkip (arXiv 2404.16710).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.proof import tolerance
@@ -20,36 +17,10 @@ from softtrace.families.refusals import running
 from softtrace.families.sight import mismatch
 from softtrace.instrument import Instrument, attach
 from softtrace.modes import dropout_off
+from softtrace.two_parts import TwoParts, counter, first_layers
 
 EXIT_FIELD = "softtrace_exit_layer"
 """Field of a model's config that holds the recommended exit layer."""
-
-
-def counter(model: nn.Module) -> Any:
-    """The config whose ``num_hidden_layers`` transformers changes for an early exit."""
-    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    config = getattr(base, "config", None)
-    if not isinstance(getattr(config, "num_hidden_layers", None), int):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: found no base model with config.num_hidden_layers, which "
-            "early exits change; decode it without assistant_early_exit"
-        )
-    return config
-
-
-@contextmanager
-def first_layers(model: nn.Module, count: int) -> Iterator[None]:
-    """Let a model run its first layers only, the way transformers' early exit does.
-
-    Has an effect only on models that :func:`check_early_exit` accepts.
-    """
-    config = counter(model)
-    own = config.num_hidden_layers
-    try:
-        config.num_hidden_layers = count
-        yield
-    finally:
-        config.num_hidden_layers = own
 
 
 @torch.no_grad()
@@ -99,24 +70,38 @@ def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_cache(model: nn.Module) -> None:
-    """Prove that a model can go on from a cache that grows and is cut.
+    """Prove that a model can go on from a cache that is cut, and from what its first layers gave.
 
     Raises:
         UnsupportedModelError: it cannot, or its logits are others then.
     """
-    ids = _some_ids(attach(model), model)
-    name, cache = type(model).__name__, DynamicCache()
+    instrument = attach(model)
+    ids, layers = _some_ids(instrument, model), decoder_layers(instrument)
+    name = type(model).__name__
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
-        wanted = model(input_ids=ids, use_cache=False).logits[:, 3:]
-        model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
-        forget(cache.layers, 1)
-        found = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits
-    error, allowed = mismatch(found, wanted), tolerance(wanted.dtype)
-    if error > allowed:
-        raise UnsupportedModelError(
-            f"{name} says something else when it goes on from a cache (mismatch {error:.2g}, "
-            f"allowed {allowed:.2g}); decode it with model.generate"
-        )
+        wanted = model(input_ids=ids, use_cache=False).logits[0, 3:]
+        for depth in {1, len(layers) // 2, len(layers) - 1}:
+            with TwoParts(model, layers, depth) as parts:
+                parts.whole(ids[:, :2])
+                for place in (2, 5):  # the second is taken out again
+                    parts.first(ids[:, place : place + 1])
+                parts.rest()
+                parts.forget(1)
+                for place in range(3, 6):
+                    parts.first(ids[:, place : place + 1])
+                found = parts.rest()
+            error, allowed = mismatch(found, wanted), tolerance(wanted.dtype)
+            if error > allowed:
+                raise UnsupportedModelError(
+                    f"{name} says something else when it goes on from a cache and from its first "
+                    f"{depth} layers (mismatch {error:.2g}, allowed {allowed:.2g}); decode it with "
+                    "model.generate"
+                )
+
+
+def decoder_layers(instrument: Instrument) -> list[nn.Module]:
+    """The modules that a model's residual stream goes through, first to last."""
+    return [modules.layer for modules in instrument.anatomy.layers]
 
 
 def exit_layer_of(model: nn.Module) -> int:
@@ -168,10 +153,3 @@ def check_exit_layer(depth: int, layers: int) -> None:
     """Raise :class:`InvalidInputError` unless an exit layer is an integer from 1 to L - 1."""
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < layers:
         raise InvalidInputError(f"exit_layer: found {depth!r}, allowed 1 to {layers - 1}")
-
-
-def forget(layers: Sequence[Any], tokens: int) -> None:
-    """Take the newest tokens out of layers of a cache."""
-    if tokens:
-        for layer in layers:
-            layer.crop(-tokens)

@@ -87,7 +87,8 @@ def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> Non
             for row in range(7)
         ]
         costs = {layer: layer / 5 for layer in range(1, 5)}
-        wanted = best_drafting(texts, costs, costs, [1.0] * 12)
+        checks = {layer: [1 - layer / 5] * 12 for layer in costs}
+        wanted = best_drafting(texts, costs, costs, checks)
         assert recommended_exit(model, blocks, batch_size=3) == wanted.exit_layer
 
 

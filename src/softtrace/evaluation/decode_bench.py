@@ -26,21 +26,16 @@ from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decoding_table import decoding_table
-from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting
+from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting, check_costs
 from softtrace.evaluation.early_exit import GATES, gated_exits, guesses_of
 from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
-from softtrace.exits import (
-    check_cache,
-    check_early_exit,
-    check_exit_layer,
-    first_layers,
-    forget,
-)
+from softtrace.exits import check_cache, check_early_exit, check_exit_layer
 from softtrace.families.discovery import learned_positions
 from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
+from softtrace.two_parts import first_layers, forget
 
 _NEVER = -1  # no token: both loops write as many tokens as were asked for
 _REPEATS = 15
@@ -130,9 +125,9 @@ def decode_bench(
     texts = _guesses(network, chosen_on, new_tokens)
     by_exit = zip(*(text.right for text in texts), strict=True)
     gated = [gated_exits(texts, gate) for gate in GATES]
-    # The first new token comes with the prompt, the last one of a text is never guessed.
-    longest = max(1, min(draft_tokens or LONGEST, new_tokens - 2))
-    costs, checks = _costs(network, rows[0], layers, longest)
+    longest = min(draft_tokens or LONGEST, new_tokens - 1)  # the first comes with the prompt
+    costs, whole = _costs(network, rows[0], layers, longest)
+    checks = check_costs(costs, whole)
     ways = {
         layer: best_drafting(texts, (layer,), costs, checks, draft_tokens, confidence)
         for layer in costs
@@ -149,7 +144,8 @@ def decode_bench(
             "draft_cost": list(costs.values()),
             "expected_speedup": [each.speedup for each in ways.values()],
         },
-        "check_cost": checks,
+        "whole_cost": whole,
+        "check_cost": checks[way.exit_layer],
         "exit_layer": way.exit_layer,
         "draft_tokens": way.draft_tokens,
         "confidence": way.confidence,
@@ -206,10 +202,10 @@ def _guesses(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> lis
 def _costs(
     network: nn.Module, row: Tensor, layers: int, longest: int
 ) -> tuple[dict[int, float], list[float]]:
-    """Time of a guess by each number of layers, and of checks of 1, 2, ... guesses.
+    """Time of a guess by each number of layers, and of the whole model over 1, 2, ... tokens.
 
     Both over the time of one token through all layers, which is taken before and after each;
-    medians of these ratios, a check no cheaper than a token. With what the loop does besides
+    medians of these ratios, several tokens no cheaper than one. With what the loop does besides
     running the model: reading the choice, and how sure a guess is, and taking tokens out of the
     cache again.
     """
@@ -230,7 +226,7 @@ def _costs(
         return _now(row) - began if taken_out else spent
 
     kinds = [(depth, 1) for depth in range(1, layers)]
-    kinds += [(layers, 1 + guesses) for guesses in range(1, longest + 1)]
+    kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
     ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
         before = seconds(layers, 1, taken_out=False)  # plain decoding takes nothing out
@@ -242,7 +238,7 @@ def _costs(
             before = after
     middle = {kind: statistics.median(found) for kind, found in ratios.items()}
     guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
-    return guesses, [max(1.0, middle[layers, 1 + n]) for n in range(1, longest + 1)]
+    return guesses, [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
 
 
 def _now(like: Tensor) -> float:
@@ -307,7 +303,6 @@ def _race(
                 "drafted": drafted,
                 "accepted": accepted,
                 "checks": sum(g.checks for g in found),
-                "drafts": sum(g.drafts for g in found),
                 "acceptance": accepted / drafted if drafted else None,
             }
     return results
@@ -337,7 +332,7 @@ def _stock(network: Any, row: Tensor, way: Drafting, new_tokens: int, *, early: 
         transformers_logging.set_verbosity(level)
         for name, value in kept.items():
             setattr(own, name, value)
-    return Generation(whole[0, row.shape[1] :], 0, 0, 0, 0)
+    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
 
 
 def _quartiles(values: Sequence[float]) -> dict[str, float]:

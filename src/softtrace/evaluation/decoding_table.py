@@ -35,7 +35,7 @@ def decoding_table(found: dict[str, Any]) -> str:
     if direct["acceptance"] is not None:
         lines.append(
             f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
-            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['drafts']:.2f} a draft"
+            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
         )
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")

@@ -9,6 +9,7 @@ and what it is worth to stop where an exit is unsure.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,17 +75,16 @@ def replay(
         confidence: a guess with less probability ends its draft, in [0, 1].
         draft_cost: time of one guess relative to one plain token.
         check_cost: time of a check of 1, 2, ... guesses likewise, of as many as ``draft_tokens``
-            and the texts allow; a check of none takes a plain token's.
+            and the texts allow.
     """
     plain = drafted = accepted = checks = 0
     spent = 0.0
-    costs = (1.0, *check_cost)
     for text in texts:
         right, sure = text.right[exit_layer - 1], text.sure[exit_layer - 1]
         done, total = 1, len(right)  # the first token comes with the prompt
         plain += total - done
         while done < total:
-            room = min(draft_tokens, total - done - 1)
+            room = min(draft_tokens, total - done)
             guesses = hits = 0
             while guesses < room:
                 place = done + guesses
@@ -93,8 +93,8 @@ def replay(
                 if confidence and not sure[place] >= confidence:
                     break
             drafted, accepted, checks = drafted + guesses, accepted + hits, checks + 1
-            spent += costs[guesses] + draft_cost * guesses
-            done += hits + 1
+            spent += check_cost[guesses - 1] + draft_cost * guesses
+            done += min(hits + 1, guesses)  # of guesses that are all right the check adds none
     speedup = plain / spent if spent else float("nan")
     return Drafting(exit_layer, draft_tokens, confidence, speedup, drafted, accepted, checks)
 
@@ -103,25 +103,51 @@ def best_drafting(
     texts: Sequence[Guesses],
     layers: Iterable[int],
     draft_cost: Mapping[int, float],
-    check_cost: Sequence[float],
+    check_cost: Mapping[int, Sequence[float]],
     draft_tokens: int | None = None,
     confidence: float | None = None,
 ) -> Drafting:
     """The way to draft that :func:`replay` finds fastest, the shallowest and shortest of equals.
 
     Args:
-        texts, check_cost: see :func:`replay`.
+        texts: see :func:`replay`.
         layers: exits to consider.
-        draft_cost: of each of them.
+        draft_cost, check_cost: of each of them.
         draft_tokens: guesses before a check at most; None considers all that a check has a cost of.
         confidence: None considers :data:`CONFIDENCES`.
     """
-    counts = range(1, len(check_cost) + 1) if draft_tokens is None else (draft_tokens,)
     confidences = CONFIDENCES if confidence is None else (confidence,)
     ways = (
-        replay(texts, layer, count, each, draft_cost[layer], check_cost)
+        replay(texts, layer, count, each, draft_cost[layer], check_cost[layer])
         for layer in layers
-        for count in counts
+        for count in _counts(draft_tokens, check_cost[layer])
         for each in confidences
     )
     return max(ways, key=lambda way: way.speedup)
+
+
+def _counts(draft_tokens: int | None, check_cost: Sequence[float]) -> Sequence[int]:
+    return range(1, 1 + len(check_cost)) if draft_tokens is None else (draft_tokens,)
+
+
+def check_costs(
+    draft_cost: Mapping[int, float], whole_cost: Sequence[float]
+) -> dict[int, list[float]]:
+    """Time of a check of 1, 2, ... guesses by the layers above each exit.
+
+    Of a run over so many tokens, what the layers below the exit take is left out: their share of
+    what layers take, which is all but what a run takes besides (embedding, norm, head, calls). That
+    is where the line through the cost of guesses begins.
+
+    Args:
+        draft_cost: for exits after 1 to L - 1 layers, time of a guess relative to a plain token.
+        whole_cost: time of the whole model over 1, 2, ... tokens likewise.
+    """
+    layers = 1 + len(draft_cost)
+    points = {0: 0.0, **draft_cost} if layers == 2 else draft_cost  # one exit is no line
+    _, start = statistics.linear_regression(list(points), list(points.values()))
+    besides = min(1.0, max(0.0, start))
+    return {
+        layer: [besides + (cost - besides) * (1 - layer / layers) for cost in whole_cost]
+        for layer in draft_cost
+    }

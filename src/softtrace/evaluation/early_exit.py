@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting
+from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting, check_costs
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
 from softtrace.placement import device_of_module
@@ -71,8 +71,8 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
     """The exit layer that should decode fastest, judged on a text.
 
     By replay (:mod:`softtrace.evaluation.drafting`) of the second half of every block as if the
-    model had written it, with a guess that costs its share of the layers and a check that costs a
-    token; ``softtrace decode-bench`` measures both on what the model writes itself.
+    model had written it, with a guess that costs its share of the layers and a check that costs the
+    others; ``softtrace decode-bench`` measures both on what the model writes itself.
 
     Args:
         model: a causal language model with at least two layers.
@@ -89,7 +89,8 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
         ]
     layers = len(instrument.anatomy.layers)
     costs = {layer: layer / layers for layer in range(1, layers)}
-    return best_drafting(texts, costs, costs, (1.0,) * LONGEST).exit_layer
+    checks = check_costs(costs, (1.0,) * LONGEST)
+    return best_drafting(texts, costs, costs, checks).exit_layer
 
 
 GATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

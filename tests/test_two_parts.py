@@ -1,0 +1,120 @@
+"""A model in two parts says what it says in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from softtrace import UnsupportedModelError, attach
+from softtrace.exits import check_cache, decoder_layers
+from softtrace.two_parts import TwoParts, giving
+from tests.families.zoo import tiny
+from tests.tiny import tiny_model, tiny_prompt
+
+#: dense, sliding attention beside full, a mixture of experts, parallel sub-blocks
+FAMILIES = ("llama", "gemma3_text", "mixtral", "phi")
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def split(model: nn.Module, depth: int) -> TwoParts:
+    return TwoParts(model, decoder_layers(attach(model)), depth)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_parts_say_what_the_whole_says(family: str, depth: int) -> None:
+    model = tiny(family, num_hidden_layers=3)
+    ids = torch.tensor([[5, 9, 31, 7, 12, 40, 3, 22, 17, 9, 6, 11]])
+    wanted = logits_of(model, ids)
+    with torch.no_grad(), split(model, depth) as parts:
+        torch.testing.assert_close(parts.whole(ids[:, :4]), wanted[:4], **CLOSE)
+        for begin, end in ((4, 7), (7, 8), (8, 12)):
+            for place in range(begin, end):
+                parts.first(ids[:, place : place + 1])
+            torch.testing.assert_close(parts.rest(), wanted[begin:end], **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=5), st.integers(1, 2))
+def test_what_is_forgotten_was_never_read(runs: list[tuple[int, int]], depth: int) -> None:
+    model = tiny_model("llama", seed=3, dtype=torch.float64).eval()
+    text = tiny_prompt(3, seed=5)
+    draws = torch.Generator().manual_seed(len(runs))
+    with torch.no_grad(), split(model, depth) as parts:
+        parts.whole(text)
+        for count, forgotten in runs:
+            new = torch.randint(3, 60, (1, count), generator=draws)
+            for place in range(count):
+                parts.first(new[:, place : place + 1])
+            whole = torch.cat((text, new), dim=1)
+            torch.testing.assert_close(parts.rest(), logits_of(model, whole)[text.shape[1] :])
+            parts.forget(min(forgotten, count))
+            text = whole[:, : whole.shape[1] - min(forgotten, count)]
+        assert {layer.get_seq_length() for layer in parts.cache.layers} == {text.shape[1]}
+
+
+def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> None:
+    model, ids = tiny_model("llama", seed=1).eval(), tiny_prompt(6)
+    ran: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    with torch.no_grad(), split(model, 2) as parts:
+        ran.clear()  # of the proof
+        parts.whole(ids[:, :5])
+        found = parts.first(ids[:, 5:])
+        assert ran == [0, 1, 2, 0, 1]
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+        torch.testing.assert_close(found, model.lm_head(model.model.norm(hidden))[0, -1])
+        ran.clear()
+        parts.rest()
+        assert ran == [2]
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = tiny_model("llama").eval()
+    layers = decoder_layers(attach(model))
+    own = layers[0].forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    layers[0].forward = counting  # as hooks of accelerate do
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(KeyError), TwoParts(model, layers, 2), giving(layers, None):
+        raise KeyError
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert layers[0].forward is counting
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    check_cache(model)
+    rest = TwoParts.rest
+
+    def other(self: TwoParts) -> Tensor:
+        return rest(self) * 1.01
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TwoParts, "rest", other)
+        with pytest.raises(UnsupportedModelError, match=r"from its first 1 layers .mismatch"):
+            check_cache(model)
+
+    def not_cut(self: Any, max_length: int) -> None:
+        pass
+
+    monkeypatch.setattr(DynamicCache().layer_class_to_replicate, "crop", not_cut)
+    with pytest.raises(UnsupportedModelError, match="when it goes on from a cache"):
+        check_cache(model)
