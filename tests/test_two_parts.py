@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softtrace import UnsupportedModelError, attach
+from softtrace.decoding import greedy, speculate
 from softtrace.exits import check_cache, decoder_layers
-from softtrace.two_parts import TwoParts, giving
+from softtrace.two_parts import TwoParts
 from tests.families.zoo import tiny
 from tests.tiny import tiny_model, tiny_prompt
 
@@ -38,7 +39,8 @@ def test_the_parts_say_what_the_whole_says(family: str, depth: int) -> None:
     model = tiny(family, num_hidden_layers=3)
     ids = torch.tensor([[5, 9, 31, 7, 12, 40, 3, 22, 17, 9, 6, 11]])
     wanted = logits_of(model, ids)
-    with torch.no_grad(), split(model, depth) as parts:
+    parts = split(model, depth)
+    with torch.no_grad():
         torch.testing.assert_close(parts.whole(ids[:, :4]), wanted[:4], **CLOSE)
         for begin, end in ((4, 7), (7, 8), (8, 12)):
             for place in range(begin, end):
@@ -52,7 +54,8 @@ def test_what_is_forgotten_was_never_read(runs: list[tuple[int, int]], depth: in
     model = tiny_model("llama", seed=3, dtype=torch.float64).eval()
     text = tiny_prompt(3, seed=5)
     draws = torch.Generator().manual_seed(len(runs))
-    with torch.no_grad(), split(model, depth) as parts:
+    parts = split(model, depth)
+    with torch.no_grad():
         parts.whole(text)
         for count, forgotten in runs:
             new = torch.randint(3, 60, (1, count), generator=draws)
@@ -70,7 +73,8 @@ def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> 
     ran: list[int] = []
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
-    with torch.no_grad(), split(model, 2) as parts:
+    parts = split(model, 2)
+    with torch.no_grad():
         ran.clear()  # of the proof
         parts.whole(ids[:, :5])
         found = parts.first(ids[:, 5:])
@@ -82,21 +86,55 @@ def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> 
         assert ran == [2]
 
 
-def test_nothing_stays_on_the_model() -> None:
-    model = tiny_model("llama").eval()
+def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
+    model, ids = tiny_model("llama").eval(), tiny_prompt(5)
     layers = decoder_layers(attach(model))
     own = layers[0].forward
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def others(*args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
 
-    layers[0].forward = counting  # as hooks of accelerate do
+    layers[0].forward = others  # as hooks of accelerate do
+    runs: list[int] = []
+    stop_at: list[int] = []
+
+    def stop(*_: Any) -> None:
+        runs.append(model.config.num_hidden_layers)
+        if len(runs) == stop_at[-1]:
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(stop)
     before = [dict(vars(module)) for module in model.modules()]
-    with pytest.raises(KeyError), TwoParts(model, layers, 2), giving(layers, None):
-        raise KeyError
-    assert [dict(vars(module)) for module in model.modules()] == before
-    assert layers[0].forward is counting
-    assert not any(module._forward_hooks for module in model.modules())
+    hooks = [dict(module._forward_hooks) for module in model.modules()]
+    for count, layers_run in ((2, 1), (5, 3)):  # in a draft, and in a check
+        runs.clear()
+        stop_at.append(count)
+        with pytest.raises(KeyboardInterrupt):
+            speculate(model, ids, exit_layer=1, draft_tokens=3, confidence=0, proven=True)
+        assert runs[-1] == layers_run
+        assert [dict(vars(module)) for module in model.modules()] == before
+        assert [dict(module._forward_hooks) for module in model.modules()] == hooks
+        assert model.config.num_hidden_layers == 3
+    assert layers[0].forward is others
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("proven", [False, True])
+def test_hooks_of_others_count_once(at: int, proven: bool) -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64).eval(), tiny_prompt(5)
+    attach(model)
+    plain = greedy(model, ids, 24, -1).tokens
+    steering = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    layers = decoder_layers(attach(model))
+    layers[at].register_forward_hook(lambda _, args, output: output + 0.3 * steering)
+    wanted = greedy(model, ids, 24, -1).tokens
+    assert not torch.equal(wanted, plain)
+    for depth in (1, 2):
+        found = speculate(
+            model, ids, exit_layer=depth, max_new_tokens=24, draft_tokens=3, confidence=0,
+            eos_token_id=-1, proven=proven,
+        )  # fmt: skip
+        assert torch.equal(found.tokens, wanted)
 
 
 def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@
 
 Trains a model on the source of installed packages (``pretrain.py``), fine-tunes it on sympy's with
 the methods that shall decode and measures them (``peers.py``), lets them decode on the GPUs, one a
-card, and on the CPU (``decoding.py``), and meanwhile fine-tunes it with the other methods. Writes
-``model/``, ``models/``, ``peers.json``, ``peers.png``, ``decoding.json`` and a log of every part to
-OUT; a call that was interrupted goes on with what is there.
+card and nothing else at work, then on the CPU (``decoding.py``), beside which it fine-tunes with
+the other methods. Writes ``model/``, ``models/``, ``peers.json``, ``peers.png``, ``decoding.json``
+and a log of every part to OUT; a call that was interrupted goes on with what is there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import os
 import queue
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from effect import HERE
+from paired_runs import folder_of
 
 from softtrace.evaluation.files import write_json
 
@@ -100,7 +101,7 @@ def race(
     out = args.out / "races" / f"{kind}-{name}-{seed}.json"
     if out.exists():
         return
-    model = args.out / "models" / f"{method.replace(' ', '-')}-{float(strength):g}-{seed}"
+    model = folder_of(args.out / "models", method, float(strength), seed)
     device = free.get()
     try:
         words = [
@@ -111,6 +112,30 @@ def race(
         run(f"race-{kind}-{name}-{seed}", words, args, OMP_NUM_THREADS=str(args.threads))
     finally:
         free.put(device)
+
+
+def decode(kind: str, devices: list[str], args: argparse.Namespace) -> list[Future[None]]:
+    """Begin to let all models decode, one a device."""
+    pool = ThreadPoolExecutor(max(1, len(devices)))
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    return [
+        pool.submit(race, kind, way, seed, free, args)
+        for way in args.racing
+        for seed in range(args.seeds)
+        if devices
+    ]
+
+
+def same_arguments(args: argparse.Namespace) -> None:
+    """Stop if OUT holds something that was made with other arguments."""
+    names = ("text", "inside", *SIZES, "pretrain_seconds", "steps", "batch_size", "prompts")
+    now = {name: str(getattr(args, name)) for name in names}
+    path = args.out / "arguments.json"
+    if path.exists() and (then := json.loads(path.read_text(encoding="utf-8"))) != now:
+        sys.exit(f"{args.out} is of other arguments: {then}; give another --out")
+    write_json(path, now)
 
 
 def parts_of(way: str) -> tuple[str, str, str]:
@@ -164,30 +189,18 @@ def main() -> None:
     args.jobs = args.per_card * len(args.devices)
     args.threads = max(1, min(16, (os.cpu_count() or 1) // args.at_once))
     (args.out / "races").mkdir(parents=True, exist_ok=True)
+    same_arguments(args)
     pretrain(args)
     racing = [f"{method}={strength}" for _, method, strength in map(parts_of, args.racing)]
     peers("peers", [each for each in racing if not each.startswith("plain=")], args)
-    places = {
-        "gpu": [device for device in args.devices if device != "cpu"],
-        "cpu": ["cpu"] * args.at_once,
-    }
-    going: dict[str, list[Future[None]]] = {}
-    for kind, devices in places.items():
-        pool = ThreadPoolExecutor(max(1, len(devices)))
-        free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for device in devices:
-            free.put(device)
-        going[kind] = [
-            pool.submit(race, kind, way, seed, free, args)
-            for way in args.racing
-            for seed in range(args.seeds)
-            if devices
-        ]
-    wait(going["gpu"])  # alone on their cards
+    gpus = [device for device in args.devices if device != "cpu"]
+    for each in decode("gpu", gpus, args):
+        each.result()  # raises what it raised
+    on_cpu = decode("cpu", ["cpu"] * args.at_once, args)
     if args.others:
         peers("others", list(args.others), args)
-    for each in (*going["gpu"], *going["cpu"]):
-        each.result()  # raises what it raised
+    for each in on_cpu:
+        each.result()
     gather(args)
 
 

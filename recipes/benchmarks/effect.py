@@ -126,8 +126,8 @@ def side_effects(
         device: to compute on.
 
     Returns:
-        Loss on rare targets and on other text (nats), and the expected calibration error of the
-        most likely token over 15 bins of equal width.
+        Loss on the held-out text, on its rare targets and on other text (nats a token), and the
+        expected calibration error of the most likely token over 15 bins of equal width.
     """
     losses, confidences, rights, rares = [], [], [], []
     for part in held_out.split(32):
@@ -146,6 +146,7 @@ def side_effects(
         for b in bins.unique()
     ]
     return {
+        "loss": float(loss.double().mean()),
         "loss_rare": float(loss[torch.cat(rares)].double().mean()),
         "loss_elsewhere": held_out_loss(model, elsewhere, device),
         "calibration_error": float(torch.stack(gaps).sum()),
@@ -195,7 +196,6 @@ def run(
     layers = len(found["early_exit"]["layers"])
     rare = rare_tokens(train, model.config.vocab_size)
     return {
-        "loss": held_out_loss(model, held_out, args.device),
         **side_effects(model, held_out, rare, args.elsewhere, args.device),
         "area_easy": found["area"]["easy"],
         "size_easy": found["size_at_tv_0.2"]["easy"],

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from effect import (
     blocks_of,
-    held_out_loss,
     library_blocks,
     rare_tokens,
     side_effects,
@@ -40,7 +40,9 @@ from softtrace.evaluation.provenance import hardware
 from softtrace.exits import check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
-CURVE = "losses.json"  # of a kept model: its smoothed training losses
+KEPT = "kept.json"  # in the folder of a model: what it was trained with, its training losses
+#: what decides how a model is trained; its data and its start go by their names
+SETTINGS = ("steps", "batch_size", "block_size", "lr", "bf16")
 DRAFT, PROMPTS, NEW = 4, 16, 49  # the first token and twelve full drafts, if all are right
 
 
@@ -115,7 +117,6 @@ def measures(model: Any, texts: Texts, device: str) -> dict[str, Any]:
         for name, depth in depths.items()
     }  # fmt: skip
     return {
-        "loss": held_out_loss(model, texts.held_out, device),
         **side_effects(model, texts.held_out, texts.rare, texts.elsewhere, device),
         **{
             f"{name}_{group}": found[key][group]
@@ -149,6 +150,38 @@ def texts_for(args: argparse.Namespace) -> Texts:
     return _TEXTS[args.data]
 
 
+def folder_of(keep: Path, method: str, strength: float, seed: int) -> Path:
+    """Where the model of a run is kept."""
+    return keep / f"{method.replace(' ', '-')}-{strength:g}-{seed}"
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run was trained with."""
+    return {
+        "model": Path(args.model).name,
+        "data": Path(args.data).name,
+        **{name: getattr(args, name) for name in SETTINGS},
+    }
+
+
+def kept_losses(folder: Path, args: argparse.Namespace) -> list[float] | None:
+    """Training losses of a model that was kept; None where there is none.
+
+    Raises:
+        ValueError: it was trained with other settings.
+    """
+    if not (folder / KEPT).exists():
+        return None
+    kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    if kept["settings"] != settings_of(args):
+        raise ValueError(
+            f"{folder} is of other settings: found {kept['settings']}, allowed "
+            f"{settings_of(args)}; move it away or give another --keep"
+        )
+    losses: list[float] = kept["losses"]
+    return losses
+
+
 def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     """Train, perhaps keep the model, measure: the row of a results file."""
     if args.jobs > 1:  # spread over the GPUs, as the worker's number says; threads likewise
@@ -157,20 +190,19 @@ def perform(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         args = argparse.Namespace(**{**vars(args), "device": device})
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     texts = texts_for(args)
-    name = f"{task.method.replace(' ', '-')}-{task.strength:g}-{task.seed}"
-    folder = args.keep and args.keep / name
+    folder = args.keep and folder_of(args.keep, task.method, task.strength, task.seed)
     done = args.trained and args.trained / f"penalty-{task.seed}"
     if done and (task.method, task.strength) == ("softtrace", DensityOptions().strength):
         model, curve = load_model(done).to(args.device).eval(), []
-    elif folder and (folder / CURVE).exists():
-        model = load_model(folder).to(args.device).eval()
-        curve = json.loads((folder / CURVE).read_text(encoding="utf-8"))
+    elif folder and (kept := kept_losses(folder, args)) is not None:
+        model, curve = load_model(folder).to(args.device).eval(), kept
     else:
         model, curve = train(task, texts.train, args)
         if folder:
             model.save_pretrained(folder)
             load_tokenizer(args.model).save_pretrained(folder)
-            write_json(folder / CURVE, curve)  # last: a folder that has it is whole
+            # Last: a folder that has it is whole.
+            write_json(folder / KEPT, {"settings": settings_of(args), "losses": curve})
     row = {"method": task.method, "strength": task.strength, "seed": task.seed}
     row |= measures(model, texts, args.device)
     row["hardware"] = hardware(torch.device(args.device))

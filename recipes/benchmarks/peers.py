@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effect import HERE, MODEL
+from effect import HERE, MODEL, blocks_of
 from exit_variants import EVERY, VARIANTS
-from paired_runs import Task, perform_all, texts_for
+from paired_runs import DRAFT, NEW, Task, perform_all, settings_of
 from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
@@ -111,7 +111,7 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
         model = load_model(args.model).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
         strength = kind.strengths[len(kind.strengths) // 2] if kind.strengths else 0.0
-        method = kind(model, strength, 0, [10.0] * PERIOD * (args.rounds + 1))
+        method = kind(model, strength, 0, [10.0] * 10_000)
         periods[name] = method.every * math.ceil(PERIOD / method.every)
 
         def step(number: int, model=model, optimizer=optimizer, method=method) -> None:
@@ -266,15 +266,18 @@ def main() -> None:
         parser.error(f"--methods: found {sorted(unknown)}, allowed are {sorted(EVERY)}")
     stem = "search" if args.search else "peers-cost" if args.cost else "peers"
     args.out = args.out or HERE / f"{stem}.json"
-    fields = ("steps", "batch_size", "block_size", "density_block_size", "blocks", "lr", "bf16")
     settings = {
-        "model": Path(args.model).name,
-        "data": Path(args.data).name,
-        **{name: getattr(args, name) for name in fields},
+        **settings_of(args),
+        **{name: getattr(args, name) for name in ("density_block_size", "blocks")},
     }
+    if not args.cost:
+        settings |= {"draft_tokens": DRAFT, "written_tokens": NEW}
     result: dict[str, Any] = {"runs": []}
     if args.cost:
-        found = costs(args, texts_for(args).train, names)
+        train, *_ = blocks_of(
+            args.data, args.block_size, args.blocks, args.density_block_size, args.model
+        )
+        found = costs(args, train, names)
         print(json.dumps(found, indent=1))
         if args.methods and args.out.exists():  # the others keep what the file holds
             kept = json.loads(args.out.read_text(encoding="utf-8"))

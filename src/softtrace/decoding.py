@@ -166,7 +166,8 @@ def speculate(
     """Greedy decoding, drafted by the first layers and checked by the others, over one cache.
 
     Of a draft whose guesses are all right the last is what the check would have written, so that
-    drafts of one guess are plain decoding; what follows it is the next draft's.
+    drafts of one guess are plain decoding; what follows it is the next draft's. While it runs, the
+    model is cut off and put together again: no other thread may use it.
 
     Args:
         model: a causal language model of transformers, in eval mode.
@@ -190,21 +191,20 @@ def speculate(
     depth = _checked(model, input_ids, exit_layer, proven)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
     if not proven:
-        check_cache(model)
+        check_cache(model, (depth,))
     ends = _ends(model, eos_token_id)
     drafted = accepted = checks = 0
-    with TwoParts(model, decoder_layers(attach(model)), depth) as parts:
-        tokens = [int(parts.whole(input_ids)[-1].argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] not in ends:
-            room = min(draft_tokens, max_new_tokens - len(tokens))
-            draft = _draft(parts, input_ids.new_tensor([tokens[-1:]]), room, confidence, ends)
-            best: list[int] = parts.rest().argmax(-1).tolist()
-            right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
-            written = best[: right + 1]  # the guesses that are right, and what comes for the next
-            parts.forget(len(draft) - len(written))
-            drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
-            end = next((i for i, token in enumerate(written) if token in ends), len(written) - 1)
-            tokens += written[: end + 1]
+    parts = TwoParts(model, decoder_layers(attach(model)), depth)
+    tokens = [int(parts.whole(input_ids)[-1].argmax())]
+    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+        room = min(draft_tokens, max_new_tokens - len(tokens))
+        draft = _draft(parts, input_ids.new_tensor([tokens[-1:]]), room, confidence, ends)
+        best: list[int] = parts.rest().argmax(-1).tolist()
+        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+        written = best[: right + 1]  # the guesses that are right, and what comes for the next
+        parts.forget(len(draft) - len(written))
+        drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
+        tokens += written  # an end can only be the last
     return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks)
 
 

@@ -6,6 +6,7 @@ LayerSkip (arXiv 2404.16710).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,8 +70,12 @@ def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def check_cache(model: nn.Module) -> None:
+def check_cache(model: nn.Module, depths: Iterable[int] = ()) -> None:
     """Prove that a model can go on from a cache that is cut, and from what its first layers gave.
+
+    Args:
+        model: one whose early exits are exits.
+        depths: numbers of first layers to prove it for; none: the first, half and all but one.
 
     Raises:
         UnsupportedModelError: it cannot, or its logits are others then.
@@ -80,16 +85,16 @@ def check_cache(model: nn.Module) -> None:
     name = type(model).__name__
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
         wanted = model(input_ids=ids, use_cache=False).logits[0, 3:]
-        for depth in {1, len(layers) // 2, len(layers) - 1}:
-            with TwoParts(model, layers, depth) as parts:
-                parts.whole(ids[:, :2])
-                for place in (2, 5):  # the second is taken out again
-                    parts.first(ids[:, place : place + 1])
-                parts.rest()
-                parts.forget(1)
-                for place in range(3, 6):
-                    parts.first(ids[:, place : place + 1])
-                found = parts.rest()
+        for depth in set(depths) or {1, len(layers) // 2, len(layers) - 1}:
+            parts = TwoParts(model, layers, depth)
+            parts.whole(ids[:, :2])
+            for place in (2, 5):  # the second is taken out again
+                parts.first(ids[:, place : place + 1])
+            parts.rest()
+            parts.forget(1)
+            for place in range(3, 6):
+                parts.first(ids[:, place : place + 1])
+            found = parts.rest()
             error, allowed = mismatch(found, wanted), tolerance(wanted.dtype)
             if error > allowed:
                 raise UnsupportedModelError(

@@ -47,7 +47,10 @@ def first_layers(model: nn.Module, count: int) -> Iterator[None]:
 
 @contextmanager
 def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let layers compute nothing and return this output, whatever they read."""
+    """Let layers compute nothing and return this output, whatever they read.
+
+    Hooks that others put on them run as ever, and see this output.
+    """
     own = [vars(layer).get("forward") for layer in layers]  # of hooks that others put there
     try:
         for layer in layers:
@@ -63,8 +66,6 @@ def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
 class TwoParts:
     """The first layers of a model and the rest of it, over one cache.
 
-    Used as a context: it listens to the last of the first layers, and to nothing afterwards.
-
     Args:
         model: a causal language model of transformers that :mod:`softtrace.exits` accepts.
         layers: its decoder layers.
@@ -77,18 +78,6 @@ class TwoParts:
         self._lower, self._upper = DynamicCache(), DynamicCache()
         self._read: list[Tensor] = []  # tokens that the first part has read and the rest has not
         self._gave: list[Any] = []  # and what its last layer gave for them
-        self._listening = False
-
-    def __enter__(self) -> TwoParts:
-        self._handle = self.layers[self.depth - 1].register_forward_hook(self._listen)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._handle.remove()
-
-    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listening:
-            self._gave.append(output)
 
     def whole(self, input_ids: Tensor) -> Tensor:
         """Read a text ``[1, T]`` with all layers, before anything else; logits ``[T, V]``."""
@@ -102,12 +91,17 @@ class TwoParts:
 
     def first(self, token: Tensor) -> Tensor:
         """Read one more token ``[1, 1]`` with the first layers; logits ``[V]`` of their exit."""
-        self._listening = True
+
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
+            self._gave.append(output)
+
+        # First of all hooks: what others make of the output they will make of it again.
+        handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
         try:
             with first_layers(self.model, self.depth):
                 logits = self._run(token, self._lower)[-1]
         finally:
-            self._listening = False
+            handle.remove()
         self._read.append(token)
         return logits
 

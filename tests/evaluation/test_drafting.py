@@ -116,8 +116,7 @@ def test_a_check_costs_what_the_layers_above_take(
     assert list(found) == list(costs)
     for depth, checks in found.items():
         wanted = [run(layers - depth, n) for n in range(1, 6)]
-        allowed = 0.01 if layers > 2 else besides  # one point says nothing of what it has besides
-        assert checks == pytest.approx(wanted, abs=allowed + 1e-9)
+        assert checks == pytest.approx(wanted, abs=0.01)
 
 
 def test_an_unsure_guess_is_none_too_sure() -> None:

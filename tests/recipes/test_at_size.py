@@ -28,6 +28,7 @@ class Scripts:
     def __init__(self, out: Path, broken: str = "") -> None:
         self.out, self.broken = out, broken
         self.calls: list[list[str]] = []
+        self.begins: list[str] = []
         self.ends: list[str] = []
         self.on_device: dict[str, int] = {}
         self.lock = threading.Lock()
@@ -36,7 +37,8 @@ class Scripts:
         script = Path(words[1]).stem
         with self.lock:
             self.calls.append([script, *words[2:]])
-        part = Path(stdout.name).stem
+            part = Path(stdout.name).stem
+            self.begins.append(part)
         if script == "pretrain":
             (self.out / "model").mkdir()
             (self.out / "model" / "pretrain.json").write_text("{}")
@@ -81,8 +83,9 @@ def test_models_decode_on_free_devices_and_the_rest_is_trained_afterwards(
     assert first[first.index("--methods") + 1 :] == ["drafting after 0.21, exits 2=0.15"]
     assert others[others.index("--methods") + 1 :] == list(at_size.OTHERS)
     assert first[first.index("--jobs=12") + 1 :][:3] == ["--devices", "cuda:0", "cuda:1"]
-    gpu = [scripts.ends.index(f"race-gpu-{n}-{s}") for n in ("plain", "fifth") for s in (0, 1)]
-    assert max(gpu) < scripts.ends.index("others")
+    where = {k: [i for i, part in enumerate(scripts.begins) if k in part] for k in ("gpu", "cpu")}
+    assert max(where["gpu"]) < min(where["cpu"])  # alone on the machine
+    assert max(where["gpu"]) < scripts.begins.index("others")
     races = json.loads((tmp_path / "decoding.json").read_text())["races"]
     found = {(race["kind"], race["name"], race["seed"]) for race in races}
     assert found == {(k, n, s) for k in ("gpu", "cpu") for n in ("plain", "fifth") for s in (0, 1)}
@@ -102,3 +105,6 @@ def test_what_failed_is_said_and_what_is_there_is_not_done_again(
     call(at_size, monkeypatch, again)
     assert sorted(again.ends) == ["others", "peers", "race-cpu-fifth-1"]
     assert json.loads((tmp_path / "decoding.json").read_text())["hardware"] == "a CPU; a GPU"
+    monkeypatch.setattr(at_size, "SIZES", {"layers": 12})
+    with pytest.raises(SystemExit, match="is of other arguments"):
+        call(at_size, monkeypatch, again)

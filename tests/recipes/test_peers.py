@@ -275,7 +275,14 @@ def test_a_comparison_goes_on_where_it_stopped(
     peers.main()
     again = json.loads(out.read_text())["runs"]
     assert [again[i] for i in (0, 2, 1)] == result["runs"]
-    assert json.loads((tmp_path / "plain-0-0" / "losses.json").read_text()) == again[0]["curve"]
+    kept = json.loads((tmp_path / "plain-0-0" / "kept.json").read_text())
+    assert kept["losses"] == again[0]["curve"]
+    args = argparse.Namespace(**kept["settings"])
+    assert runs.kept_losses(tmp_path / "plain-0-0", args) == kept["losses"]
+    assert runs.kept_losses(tmp_path / "plain-0-1", args) is None
+    args.steps = 3
+    with pytest.raises(ValueError, match=r"'steps': 2, .* allowed .*'steps': 3"):
+        runs.kept_losses(tmp_path / "plain-0-0", args)
     monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:], "layerskip"])
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         peers.main()

@@ -206,13 +206,13 @@ def _costs(
 
     Both over the time of one token through all layers, which is taken before and after each;
     medians of these ratios, several tokens no cheaper than one. With what the loop does besides
-    running the model: reading the choice, and how sure a guess is, and taking tokens out of the
-    cache again.
+    running the model: reading the choice, and how sure a guess is, and after a check taking tokens
+    out of the cache again.
     """
     cache = DynamicCache()
     network(input_ids=row, past_key_values=cache, use_cache=True)
 
-    def seconds(depth: int, count: int, *, taken_out: bool = True) -> float:
+    def seconds(depth: int, count: int) -> float:
         read = row[:, :1].expand(1, count)
         began = _now(row)
         with first_layers(network, depth):
@@ -223,16 +223,16 @@ def _costs(
         best.tolist()
         spent = _now(row) - began
         forget(cache.layers[:depth], count)
-        return _now(row) - began if taken_out else spent
+        return spent if count == 1 else _now(row) - began
 
     kinds = [(depth, 1) for depth in range(1, layers)]
     kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
     ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
-        before = seconds(layers, 1, taken_out=False)  # plain decoding takes nothing out
+        before = seconds(layers, 1)
         for kind, found in ratios.items():
             spent = seconds(*kind)
-            after = seconds(layers, 1, taken_out=False)
+            after = seconds(layers, 1)
             if turn:  # the first call of anything is slow
                 found.append(2 * spent / (before + after))
             before = after
@@ -303,7 +303,7 @@ def _race(
                 "drafted": drafted,
                 "accepted": accepted,
                 "checks": sum(g.checks for g in found),
-                "acceptance": accepted / drafted if drafted else None,
+                "acceptance": accepted / drafted,
             }
     return results
 

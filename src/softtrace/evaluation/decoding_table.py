@@ -32,11 +32,10 @@ def decoding_table(found: dict[str, Any]) -> str:
             f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
         )
     direct = found["loops"]["direct"]
-    if direct["acceptance"] is not None:
-        lines.append(
-            f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
-            f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
-        )
+    lines.append(
+        f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
+        f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
+    )
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")
     lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])

@@ -137,14 +137,14 @@ def check_costs(
 
     Of a run over so many tokens, what the layers below the exit take is left out: their share of
     what layers take, which is all but what a run takes besides (embedding, norm, head, calls). That
-    is where the line through the cost of guesses begins.
+    is where the line through the cost of guesses and of a token begins.
 
     Args:
         draft_cost: for exits after 1 to L - 1 layers, time of a guess relative to a plain token.
         whole_cost: time of the whole model over 1, 2, ... tokens likewise.
     """
     layers = 1 + len(draft_cost)
-    points = {0: 0.0, **draft_cost} if layers == 2 else draft_cost  # one exit is no line
+    points = {**draft_cost, layers: whole_cost[0]}
     _, start = statistics.linear_regression(list(points), list(points.values()))
     besides = min(1.0, max(0.0, start))
     return {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting, check_costs
+from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting
 from softtrace.importance import working_dtype
 from softtrace.instrument import Instrument, attach
 from softtrace.placement import device_of_module
@@ -89,7 +89,7 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
         ]
     layers = len(instrument.anatomy.layers)
     costs = {layer: layer / layers for layer in range(1, layers)}
-    checks = check_costs(costs, (1.0,) * LONGEST)
+    checks = {layer: (1 - cost,) * LONGEST for layer, cost in costs.items()}
     return best_drafting(texts, costs, costs, checks).exit_layer
 
 
