@@ -74,8 +74,9 @@ def _races(which: Raced, races: Races) -> list[str]:
     """A table of self-speculation, by what the models were fine-tuned with."""
     lines = [
         "| fine-tuned with | held-out loss | exits agree, easy | exit layers, GPU | CPU "
-        "| tokens a check, GPU | CPU | tokens/s over plain decoding, GPU | CPU | seeds |",
-        "|---" * 10 + "|",
+        "| tokens a check, GPU | CPU | tokens/s over plain decoding, GPU | CPU "
+        "| plain tokens/s, GPU | CPU | seeds |",
+        "|---" * 12 + "|",
     ]
     for name, (method, strength, file, title) in which.items():
         every = {kind: [each[name] for each in of if name in each] for kind, of in races.items()}
@@ -85,7 +86,7 @@ def _races(which: Raced, races: Races) -> list[str]:
             run for run in runs
             if (run["method"], run["strength"]) == (method, strength) and run["seed"] < count
         ]  # fmt: skip
-        layers, tokens, speeds = [], [], []
+        layers, tokens, speeds, plain = [], [], [], []
         for of in every.values():
             layers.append(", ".join(str(each["exit_layer"]) for each in of))
             direct = [each["loops"]["direct"] for each in of]
@@ -97,10 +98,11 @@ def _races(which: Raced, races: Races) -> list[str]:
             medians = [each["speedup"]["median"] for each in direct]
             spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
             speeds.append(f"{statistics.mean(medians):.2f}{spread}" if of else "")
+            plain.append(", ".join(f"{each['plain_tokens_per_second']:.0f}" for each in direct))
         lines.append(
             f"| {title} | {statistics.mean(ratios(runs, rows, 'loss')) - 1:+.2%} | "
             f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {' | '.join(layers)} | "
-            f"{' | '.join(tokens)} | {' | '.join(speeds)} | {count} |"
+            f"{' | '.join(tokens)} | {' | '.join(speeds)} | {' | '.join(plain)} | {count} |"
         )
     return lines
 
@@ -123,7 +125,7 @@ def decoding_107m() -> str:
         for kind in ("gpu", "cpu")
     }
     places = [of[0]["hardware"] for of in races.values()]
-    where = f"{' and '.join(places)}, six such measurements at a time"
+    where = f"{' and '.join(places)}, six such measurements at a time; checks ran all layers"
     return "\n".join(
         [
             *_races(RACED_107M, races),
@@ -140,7 +142,10 @@ def decoding_157m() -> str:
     result = read("decoding-157m.json")
     for race in result["races"]:
         races[race["kind"]][race["seed"]][race["name"]] = race[race["name"]]
-    where = f"{result['hardware']}, four measurements at a time on cards of their own and six on it"
+    where = (
+        f"{result['hardware']}; the GPUs' four at a time on cards of their own, beside six on the "
+        "CPU where plain tokens/s are low; checks ran all layers"
+    )
     return "\n".join(
         [
             *_races(RACED_157M, races),

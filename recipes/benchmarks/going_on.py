@@ -3,13 +3,14 @@
     make quickstart && python recipes/benchmarks/going_on.py
 
 The loop of ``softtrace.decoding.speculate`` against one whose checks run all layers, prompt by
-prompt in turns, on the models of the quickstart. The latter's check also writes the token after a draft
-whose guesses are all right. Writes ``going_on.json`` next to this file.
+prompt in turns, on the models of the quickstart. The latter's checks also write the token after a
+draft whose guesses are all right. Writes ``going_on.json`` next to this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ def race(path: Path, args: argparse.Namespace) -> dict[str, Any]:
                 times.append(time.perf_counter())
             if not turn:
                 continue
-            plain, old, new = (b - a for a, b in zip(times, times[1:], strict=False))
+            plain, old, new = (b - a for a, b in itertools.pairwise(times))
             found["all layers"].append(plain / old)
             found["going on"].append(plain / new)
             found["ratio"].append(old / new)
