@@ -125,6 +125,9 @@ def dials() -> str:
         ("thresholds", "which edges are masked: higher, sparser"),
         ("depths", "where tokens are read, as shares of the layers: lower, earlier exits"),
         ("easy_quantile", "share of the tokens that count, the surest first"),
+        ("exits", "weight of early exits, times `strength`: lower and better exits"),
+        ("exit_tokens", "share of the batch's tokens at which they are read"),
+        ("exit_depths", "where, as shares of the layers"),
     )  # fmt: skip
     cpu, gpu = (vars(DensityOptions().on(torch.device(name))) for name in ("cpu", "cuda"))
     lines = ["| option | default | what it does |", "|---|---|---|"]
