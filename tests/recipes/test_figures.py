@@ -8,7 +8,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
+from softtrace import DensityOptions
 from softtrace.support import LIGHTNING
 from tests.families.zoo import REFUSED, VERIFIED
 from tests.faults.mutations import MUTATIONS
@@ -50,6 +52,21 @@ def test_the_default_penalty_stays_within_its_budget_in_the_recorded_result() ->
     cost = result["cost"]["softtrace"]
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
+
+
+def test_a_cpus_default_keeps_the_effect_of_the_whole_batch_in_the_recorded_search() -> None:
+    result = json.loads((BENCHMARKS / "search-seldom.json").read_text(encoding="utf-8"))
+    runs = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
+    options = DensityOptions().on(torch.device("cpu"))
+    assert (options.every, options.share, options.strength) == (1, 0.125, 0.35)  # "every step"
+    for key in ("area_easy", "size_easy", "exit_easy"):
+        own, whole = (
+            statistics.mean(
+                runs[name, 0.35, seed][key] / runs["plain", 0.0, seed][key] for seed in range(3)
+            )
+            for name in ("every step", "whole batch")
+        )
+        assert (own - 1) / (whole - 1) >= 0.85, key
 
 
 def test_the_larger_model_keeps_the_promise_in_the_recorded_comparison() -> None:
