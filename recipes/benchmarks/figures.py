@@ -34,29 +34,12 @@ from decoding_figures import (
     decoding_large,
     exits_by_layer,
 )
+from effect_figures import effect, side_effects, side_effects_first
 
 from softtrace import DensityOptions
 from softtrace.evaluation.sections import with_section
 
 ROOT = HERE.parent.parent
-
-EFFECT_ROWS = (
-    ("loss", "held-out loss, nats/token", "{:.3f}"),
-    ("area_easy", "area, easy tokens", "{:.3f}"),
-    ("size_easy", "median size at TV 0.2, easy tokens", "{:.2%}"),
-    ("exit_easy", "exits after half of the layers that agree, easy tokens", "{:.1%}"),
-    ("area_all", "area, all tokens", "{:.3f}"),
-    ("size_all", "median size at TV 0.2, all tokens", "{:.2%}"),
-    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
-)
-
-SIDE_ROWS = (
-    ("area_hard", "area, hard tokens", "{:.3f}"),
-    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
-    ("loss_rare", "loss on the rarest tenth of the tokens, nats", "{:.3f}"),
-    ("loss_elsewhere", "loss on the text of pretraining, nats/token", "{:.3f}"),
-    ("calibration_error", "expected calibration error", "{:.4f}"),
-)
 
 #: shown first as examples of a pattern
 KNOWN = (
@@ -71,47 +54,6 @@ def quickstart() -> str:
     table = (HERE / "quickstart" / "compare.txt").read_text(encoding="utf-8").rstrip()
     lines = "\n".join(line.rstrip() for line in table.splitlines())
     return f"```\n{lines}\n```"
-
-
-def paired(rows: tuple[tuple[str, str, str], ...]) -> list[str]:
-    """Paired seeds: plain fine-tuning, the default penalty, and their ratio."""
-    result = read("effect.json")
-    plain, penalty = (result["arms"][name] for name in ("plain", "penalty"))
-    ratios = result["ratio_to_plain"]["penalty"]
-    seeds = len(plain["loss"]["values"])
-    lines = [
-        f"| mean of {seeds} paired seeds | plain | penalty | ratio (smallest to largest) |",
-        "|---|---|---|---|",
-    ]
-    for key, name, form in rows:
-        ratio = ratios[key]
-        lines.append(
-            f"| {name} | {form.format(plain[key]['mean'])} | {form.format(penalty[key]['mean'])} "
-            f"| {ratio['mean']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) |"
-        )
-    return lines
-
-
-def effect() -> str:
-    """What the penalty does to the measures."""
-    result = read("effect.json")
-    settings = result["settings"]
-    lines = [
-        *paired(EFFECT_ROWS),
-        f"\n{settings['steps']} steps of {settings['batch_size']} x {settings['block_size']} "
-        f"tokens of {result['data']}'s source, on which no setting was tuned but the strength "
-        f"(lowered from 0.45 after one seed), at learning rate {settings['lr']:g}; "
-        f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
-        f"context; {result['hardware']}, torch {result['versions']['torch']} "
-        "([effect.py](recipes/benchmarks/effect.py), "
-        "[effect.json](recipes/benchmarks/effect.json)).",
-    ]
-    return "\n".join(lines)
-
-
-def side_effects() -> str:
-    """What the penalty might hurt unseen."""
-    return "\n".join([*paired(SIDE_ROWS), "\nSame runs ([effect.py](benchmarks/effect.py))."])
 
 
 def dials() -> str:
@@ -331,6 +273,7 @@ PAGES = {
         operations,
         dials,
         side_effects,
+        side_effects_first,
         exactness,
         peers,
         peers_107m,
