@@ -115,8 +115,10 @@ def race(
 
 
 def decode(kind: str, devices: list[str], args: argparse.Namespace) -> list[Future[None]]:
-    """Begin to let all models decode, one a device."""
-    pool = ThreadPoolExecutor(max(1, len(devices)))
+    """Begin to let all models decode, one a device; none where there is no device."""
+    if not devices:
+        return []
+    pool = ThreadPoolExecutor(len(devices))
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
         free.put(device)
@@ -124,7 +126,6 @@ def decode(kind: str, devices: list[str], args: argparse.Namespace) -> list[Futu
         pool.submit(race, kind, way, seed, free, args)
         for way in args.racing
         for seed in range(args.seeds)
-        if devices
     ]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers import DynamicCache
 
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import greedy, speculate
+from softtrace.evaluation.decode_bench import quartiles
 from softtrace.evaluation.evaluate import documents_of_side
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
@@ -63,16 +63,20 @@ def all_layers(model: Any, ids: Tensor, args: argparse.Namespace) -> list[int]:
     return tokens
 
 
-def race(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Both loops over plain decoding, and one over the other."""
+def prompts(path: Path, args: argparse.Namespace) -> Tensor:
+    """Held-out prompts ``[N, T]``, the same for both models, which share a tokenizer."""
     documents = documents_of_side(args.data, DEFAULT_SUFFIXES, DEFAULT_EXCLUDE, 0.1, "")
-    blocks = pack(documents, load_tokenizer(path), args.prompt_tokens)
+    return evenly(pack(documents, load_tokenizer(path), args.prompt_tokens), args.prompts)
+
+
+def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Both loops over plain decoding, and one over the other."""
     model = load_model(path).eval()
     attach(model)
     found: dict[str, list[float]] = {"all layers": [], "going on": [], "ratio": []}
     same = 0
     for turn in range(args.rounds + 1):  # the first one warms up
-        for row in tqdm(evenly(blocks, args.prompts), desc=f"{path.parent.name}, round {turn}"):
+        for row in tqdm(rows, desc=f"{path.parent.name}, round {turn}"):
             times, texts = [time.perf_counter()], []
             for write in (
                 lambda ids: greedy(model, ids, args.new_tokens, NEVER).tokens.tolist(),
@@ -92,10 +96,7 @@ def race(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             found["going on"].append(plain / new)
             found["ratio"].append(old / new)
             same += texts[0] == texts[1] == texts[2]
-    spreads = {}
-    for name, ratios in found.items():
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        spreads[name] = {"median": middle, "q25": low, "q75": high}
+    spreads = {name: quartiles(ratios) for name, ratios in found.items()}
     return {**spreads, "identical": same / len(found["ratio"])}
 
 
@@ -112,15 +113,15 @@ def main() -> None:
     parser.add_argument("--confidence", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=HERE / "going_on.json")
     args = parser.parse_args()
+    folders = {name: args.models / name / "model" for name in ("plain", "penalty")}
+    rows = prompts(folders["plain"], args)
     names = ("prompts", "new_tokens", "rounds", "exit_layer", "draft_tokens", "confidence")
     write_json(
         args.out,
         {
             "data": Path(args.data).name,
             **{name: getattr(args, name) for name in names},
-            "models": {
-                name: race(args.models / name / "model", args) for name in ("plain", "penalty")
-            },
+            "models": {name: race(path, rows, args) for name, path in folders.items()},
             **provenance(torch.device("cpu")),
         },
     )

@@ -38,6 +38,7 @@ from peer_losses import METHODS
 from torch import Tensor
 from tqdm import tqdm
 
+from softtrace.evaluation.decode_bench import quartiles
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model
@@ -142,9 +143,8 @@ def costs(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> dict[st
     found = {}
     for name, spent in seconds.items():
         ratios = [a / b for a, b in zip(spent[1:], seconds["plain"][1:], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
-            "time": {"median": middle, "q25": low, "q75": high},
+            "time": quartiles(ratios),
             "rounds": args.rounds,
             "memory": memory[name] / memory["plain"],
             "seconds": statistics.median(spent[1:]),

@@ -294,7 +294,7 @@ def _race(
         results[name] = {
             "plain_tokens_per_second": statistics.median(speeds[0]),
             "tokens_per_second": statistics.median(speeds[1]),
-            "speedup": _quartiles(ratios),
+            "speedup": quartiles(ratios),
             "identical": same / len(ratios),
         }
         if name == "direct":
@@ -335,7 +335,8 @@ def _stock(network: Any, row: Tensor, way: Drafting, new_tokens: int, *, early: 
     return Generation(whole[0, row.shape[1] :], 0, 0, 0)
 
 
-def _quartiles(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of at least one number."""
     if len(values) < 2:
         return {"median": values[0], "q25": values[0], "q75": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
