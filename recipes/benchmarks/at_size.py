@@ -2,11 +2,12 @@
 
     python recipes/benchmarks/at_size.py --out runs/at-size --mps        # on a machine with GPUs
 
-Trains a model on the source of installed packages (``pretrain.py``), fine-tunes it on sympy's with
-the methods that shall decode and measures them (``peers.py``), lets them decode on the GPUs, one a
-card and nothing else at work, then on the CPU (``decoding.py``), beside which it fine-tunes with
-the other methods. Writes ``model/``, ``models/``, ``peers.json``, ``peers.png``, ``decoding.json``
-and a log of every part to OUT; a call that was interrupted goes on with what is there.
+Trains a model on the source of installed packages (``pretrain.py``), fine-tunes it on sympy's and
+measures what came out (``peers.py``), the methods that shall decode first. Those decode on the CPU
+as soon as they are there (``decoding.py``), beside the other fine-tunings, and on the GPUs last,
+one a card and nothing else at work. Writes ``model/``, ``models/``, ``peers.json``, ``peers.png``,
+``decoding.json`` and a log of every part to OUT, each race as it ends; a call that was interrupted
+goes on with what is there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import os
 import queue
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from typing import Any
 import sympy
 import torch
 from effect import HERE
-from paired_runs import folder_of
+from paired_runs import KEPT, folder_of
 
 from softtrace.evaluation.files import write_json
 
@@ -73,8 +76,8 @@ def pretrain(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def peers(part: str, methods: list[str], args: argparse.Namespace) -> None:
-    """Fine-tune with these methods, several on a card, and keep the models."""
+def peers(args: argparse.Namespace) -> None:
+    """Fine-tune with all methods, several on a card, and keep the models."""
     several = {}
     if args.mps:
         pipes = str(args.out.resolve() / "mps")
@@ -83,50 +86,70 @@ def peers(part: str, methods: list[str], args: argparse.Namespace) -> None:
         # Where one is running already, it says so and ends.
         starting = ["nvidia-cuda-mps-control", "-d"]
         subprocess.run(starting, env={**os.environ, **several}, check=False)
+    racing = [f"{method}={strength}" for _, method, strength in map(parts_of, args.racing)]
     words = [
         HERE / "peers.py", "--model", args.out / "model", "--data", SYMPY / args.inside, "--bf16",
         "--lr=3e-4", f"--steps={args.steps}", f"--batch-size={args.batch_size}",
-        "--block-size=256", f"--seeds={args.seeds}", "--keep", args.out / "models",
-        "--out", args.out / "peers.json", f"--jobs={args.jobs}", "--devices", *args.devices,
-        "--methods", *methods,
+        "--block-size=256", f"--seeds={args.seeds}", "--by-method", "--keep", args.out / "models",
+        "--out", args.out / "peers.json", f"--jobs={args.per_card * len(args.devices)}",
+        "--devices", *args.devices,
+        "--methods", *(way for way in racing if not way.startswith("plain=")), *args.others,
     ]  # fmt: skip
-    run(part, words, args, **several)
+    run("peers", words, args, **several)
 
 
-def race(
-    kind: str, way: str, seed: int, free: queue.SimpleQueue[str], args: argparse.Namespace
-) -> None:
-    """Let one model decode on a device that is free."""
-    name, method, strength = parts_of(way)
-    out = args.out / "races" / f"{kind}-{name}-{seed}.json"
-    if out.exists():
-        return
-    model = folder_of(args.out / "models", method, float(strength), seed)
-    device = free.get()
-    try:
-        words = [
-            HERE / "decoding.py", "--plain=", "--penalty", f"{name}={model}",
-            "--data", SYMPY / args.inside, "--salt=effect", "--held-out-share=0.1",
-            f"--prompts={args.prompts}", "--rounds=1", f"--device={device}", "--out", out,
-        ]  # fmt: skip
-        run(f"race-{kind}-{name}-{seed}", words, args, OMP_NUM_THREADS=str(args.threads))
-    finally:
-        free.put(device)
+class Races:
+    """Models decode on devices of one kind, one a device, in the order that is given."""
 
+    def __init__(self, kind: str, devices: list[str], args: argparse.Namespace) -> None:
+        self.kind, self.args = kind, args
+        self.free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for device in devices:
+            self.free.put(device)
+        self.given_up, self.gathering = threading.Event(), threading.Lock()
+        self.running: list[Future[None]] = []
+        if devices:  # none where there is no device
+            pool = ThreadPoolExecutor(len(devices))
+            self.running = [
+                pool.submit(self.race, way, seed)
+                for way in args.racing
+                for seed in range(args.seeds)
+            ]
 
-def decode(kind: str, devices: list[str], args: argparse.Namespace) -> list[Future[None]]:
-    """Begin to let all models decode, one a device; none where there is no device."""
-    if not devices:
-        return []
-    pool = ThreadPoolExecutor(len(devices))
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-    return [
-        pool.submit(race, kind, way, seed, free, args)
-        for way in args.racing
-        for seed in range(args.seeds)
-    ]
+    def wait(self) -> None:
+        """Until all have ended; raises what one raised."""
+        for each in self.running:
+            each.result()
+
+    def give_up(self) -> None:
+        """Wait no longer for models that will not come."""
+        self.given_up.set()
+
+    def race(self, way: str, seed: int) -> None:
+        """Let one model decode, once it is there, on a device that is free."""
+        args = self.args
+        name, method, strength = parts_of(way)
+        out = args.out / "races" / f"{self.kind}-{name}-{seed}.json"
+        if out.exists():
+            return
+        model = folder_of(args.out / "models", method, float(strength), seed)
+        while not (model / KEPT).exists():
+            if self.given_up.is_set():
+                return
+            time.sleep(0.1)
+        device = self.free.get()
+        try:
+            words = [
+                HERE / "decoding.py", "--plain=", "--penalty", f"{name}={model}",
+                "--data", SYMPY / args.inside, "--salt=effect", "--held-out-share=0.1",
+                f"--prompts={args.prompts}", "--rounds=1", f"--device={device}", "--out", out,
+            ]  # fmt: skip
+            part = f"race-{self.kind}-{name}-{seed}"
+            run(part, words, args, OMP_NUM_THREADS=str(args.threads))
+            with self.gathering:
+                gather(args)
+        finally:
+            self.free.put(device)
 
 
 def same_arguments(args: argparse.Namespace) -> None:
@@ -147,7 +170,7 @@ def parts_of(way: str) -> tuple[str, str, str]:
 
 
 def gather(args: argparse.Namespace) -> None:
-    """All races in one file."""
+    """All races so far in one file."""
     found = []
     for path in sorted((args.out / "races").glob("*.json")):
         kind, _, rest = path.stem.partition("-")
@@ -182,27 +205,23 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=OTHERS, help="METHOD=STRENGTH,...")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--at-once", type=int, default=4, help="that decode on the CPU")
+    parser.add_argument("--threads", type=int, help="of each of these (default: a fair share)")
     parser.add_argument("--per-card", type=int, default=6, help="fine-tunings")
     parser.add_argument("--mps", action="store_true", help="let them share a card's kernels")
     cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     parser.add_argument("--devices", nargs="+", default=cards or ["cpu"])
     args = parser.parse_args()
-    args.jobs = args.per_card * len(args.devices)
-    args.threads = max(1, min(16, (os.cpu_count() or 1) // args.at_once))
+    args.threads = args.threads or max(1, min(16, (os.cpu_count() or 1) // args.at_once))
     (args.out / "races").mkdir(parents=True, exist_ok=True)
     same_arguments(args)
     pretrain(args)
-    racing = [f"{method}={strength}" for _, method, strength in map(parts_of, args.racing)]
-    peers("peers", [each for each in racing if not each.startswith("plain=")], args)
-    gpus = [device for device in args.devices if device != "cpu"]
-    for each in decode("gpu", gpus, args):
-        each.result()  # raises what it raised
-    on_cpu = decode("cpu", ["cpu"] * args.at_once, args)
-    if args.others:
-        peers("others", list(args.others), args)
-    for each in on_cpu:
-        each.result()
-    gather(args)
+    on_cpu = Races("cpu", ["cpu"] * args.at_once, args)
+    try:
+        peers(args)
+    finally:
+        on_cpu.give_up()  # models come no more
+    on_cpu.wait()
+    Races("gpu", [device for device in args.devices if device != "cpu"], args).wait()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peer_losses import METHODS, Method, MoreExits, Seldom
 from torch import Tensor
-from variants import MASKED, with_options
+from variants import MASKED, SHAPES, with_options
 
 import softtrace.forward_exits
 import softtrace.loss
@@ -212,6 +212,6 @@ JUDGED: dict[str, type[Method]] = {
     "every 8th, spread": Spread,
     "more exits, half to 3/4": FromHalf,
 }
-VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED
+VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED | SHAPES
 
 EVERY = METHODS | VARIANTS

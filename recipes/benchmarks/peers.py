@@ -27,6 +27,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ MEASURES: dict[str, tuple[bool, str]] = {
     "accepted": (False, "accepted tokens a draft of 4, half depth"),
     "accepted_quarter": (False, "accepted tokens a draft of 4, quarter depth"),
 }
+#: lists, one value for each exit, and what a plot calls them
+EXITS = {"exits_easy": "exits that agree, easy", "exits_all": "exits that agree, all"}
 
 
 def paired(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,8 +66,10 @@ def paired(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if run["seed"] in seeds]
 
 
-def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
+def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """A method's points, plain fine-tuning first: means over seeds of paired ratios and values.
+
+    Those of ``EXITS`` are lists, one value for each exit.
 
     Of plain fine-tuning those seeds count that the method has.
     """
@@ -79,24 +84,41 @@ def front(runs: list[dict[str, Any]], name: str) -> list[dict[str, float]]:
     return points
 
 
-def _means(rows: Any) -> dict[str, float]:
+def _means(rows: Any) -> dict[str, Any]:
     rows = list(rows)
-    return {key: statistics.mean(row[key] for row in rows) for key in MEASURES}
+    return {
+        **{key: statistics.mean(row[key] for row in rows) for key in MEASURES},
+        **{
+            key: [statistics.mean(of) for of in zip(*(row[key] for row in rows), strict=True)]
+            for key in EXITS
+        },
+    }
 
 
-def at_budget(points: list[dict[str, float]], key: str, budget: float = BUDGET) -> float:
+def at_budget(points: list[dict[str, Any]], key: str, budget: float = BUDGET) -> float:
     """A measure where held-out loss is ``budget`` times plain fine-tuning's, at most.
 
     The best that a method has within the budget: its own points, and where a line between two
     points of neighbouring strength crosses the budget. A
     method whose strongest point is within the budget was swept too weakly: see "largest_loss".
     """
-    lower = MEASURES[key][0]
-    inside = [point[key] for point in points if point["loss"] <= budget]
+    losses = [point["loss"] for point in points]
+    return _best(losses, [point[key] for point in points], budget, lower=MEASURES[key][0])
+
+
+def exits_at_budget(points: list[dict[str, Any]], key: str, budget: float = BUDGET) -> list[float]:
+    """The same of every exit: agreement after 1, 2, ... layers, each the best within the budget."""
+    losses = [point["loss"] for point in points]
+    by_exit = zip(*(point[key] for point in points), strict=True)
+    return [_best(losses, values, budget, lower=False) for values in by_exit]
+
+
+def _best(losses: Sequence[float], values: Sequence[float], budget: float, lower: bool) -> float:
+    points = list(zip(losses, values, strict=True))
+    inside = [value for loss, value in points if loss <= budget]
     for a, b in itertools.pairwise(points):  # neighbours in strength
-        if (a["loss"] <= budget) != (b["loss"] <= budget):
-            share = (budget - a["loss"]) / (b["loss"] - a["loss"])
-            inside.append(a[key] + share * (b[key] - a[key]))
+        if (a[0] <= budget) != (b[0] <= budget):
+            inside.append(a[1] + (budget - a[0]) / (b[0] - a[0]) * (b[1] - a[1]))
     return min(inside) if lower else max(inside)
 
 
@@ -170,7 +192,7 @@ def peak_memory(step: Any, device: str) -> int:
 
 
 def plot(runs: list[dict[str, Any]], out: Path) -> None:
-    """One page of fronts: every measure against held-out loss."""
+    """One page: every measure against held-out loss, and exits by layer at +1 %."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,31 +200,40 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
 
     seen = {run["method"] for run in runs} - {"plain"}
     names = [name for name in EVERY if name in seen]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), sharex=True, layout="constrained")
-    *panels, last = axes.flat
+    figure, axes = plt.subplots(2, 5, figsize=(18.5, 7.5), layout="constrained")
+    panels, by_exit, last = axes.flat[:7], axes.flat[7:9], axes.flat[9]
+    styles = {
+        name: {
+            "marker": "osv^Dx"[index % 6],
+            "color": "black" if name == "softtrace" else f"C{index}",
+            "linewidth": 2.2 if name == "softtrace" else 1.2,
+            "label": name,
+        }
+        for index, name in enumerate(names)
+    }
+    fronts = {name: front(runs, name) for name in names}
     for axis, (key, (lower, title)) in zip(panels, MEASURES.items(), strict=True):
-        for index, name in enumerate(names):
-            points = front(runs, name)
-            own = name == "softtrace"
-            axis.plot(
-                [100 * (point["loss"] - 1) for point in points],
-                [point[key] for point in points],
-                marker="osv^Dx"[index % 6],
-                color="black" if own else f"C{index}",
-                linewidth=2.2 if own else 1.2,
-                label=name,
-            )
+        for name, points in fronts.items():
+            loss = [100 * (point["loss"] - 1) for point in points]
+            axis.plot(loss, [point[key] for point in points], **styles[name])
         axis.axvline(100 * (BUDGET - 1), color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(f"{title}\n({'lower' if lower else 'higher'} is better)", fontsize=10)
-        axis.grid(alpha=0.25)
+        axis.set_xlabel("held-out loss over plain fine-tuning, %", fontsize=9)
+        axis.set_xlim(-0.5, 4)
         if key.startswith("size"):
             axis.set_yscale("log")
-    for axis in (*axes[1], axes[0, -1]):
-        axis.set_xlabel("held-out loss over plain fine-tuning, %")
-        axis.set_xlim(-0.5, 4)
-    axes[0, -1].tick_params(labelbottom=True)
+    for axis, (key, title) in zip(by_exit, EXITS.items(), strict=True):
+        plain = front(runs, "plain")[0][key]
+        layers = range(1, len(plain) + 1)
+        axis.plot(layers, plain, color="grey", linestyle="--", linewidth=1.2, label="plain")
+        for name, points in fronts.items():
+            axis.plot(layers, exits_at_budget(points, key), **{**styles[name], "markersize": 4})
+        axis.set_title(f"{title}, at +1 %\n(higher is better)", fontsize=10)
+        axis.set_xlabel("read after so many layers", fontsize=9)
+    for axis in axes.flat[:9]:
+        axis.grid(alpha=0.25)
     last.axis("off")
-    last.legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
+    last.legend(*by_exit[0].get_legend_handles_labels(), loc="center left", frameon=False)
     figure.savefig(out.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
@@ -242,6 +273,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--trained", type=Path, help="models of effect.py --keep, for its rows at the defaults"
+    )
+    parser.add_argument(
+        "--by-method", action="store_true", help="all seeds of a method, then the next one's"
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -320,6 +354,8 @@ def main() -> None:
         for strength in strengths.get(name) or EVERY[name].strengths or (0.0,)
         if (name, strength, seed) not in known
     ]
+    if args.by_method:
+        tasks.sort(key=lambda task: names.index(task.method))
     for row in perform_all(tasks, result["runs"], args, began + 60 * args.minutes):
         result["runs"].append(row)
         save()

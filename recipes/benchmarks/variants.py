@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -273,6 +274,59 @@ def exits_too(distance: Any, weight: float, lowest: float, **options: Any) -> ty
     }
     return type("Exits", (ExitsToo,), own)
 
+
+class Independent(SoftTrace):
+    """Thresholds and depths drawn independently, not one from each of as many equal strata."""
+
+    strengths = (0.35,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        def independent(count: int, generator: torch.Generator) -> Tensor:
+            return torch.rand(count, generator=generator)
+
+        with patch("softtrace.draws._stratified", independent):
+            return super().term(ids, step, task)
+
+
+class Even(SoftTrace):
+    """Thresholds uniform between their bounds, instead of their logarithms."""
+
+    strengths = (0.35,)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        low, high = self.density.options.thresholds
+
+        def evenly(**words: Any) -> Any:
+            drawn = softtrace.draws.draw(**words)
+            share = (drawn.thresholds / low).log() / math.log(high / low)
+            return replace(drawn, thresholds=low + (high - low) * share)
+
+        with patch("softtrace.loss.draw", evenly):
+            return super().term(ids, step, task)
+
+
+class SizeInBudget(Controlled):
+    """A size term, and a strength that holds the task loss under a budget."""
+
+    strengths = (0.005,)
+    options: ClassVar[dict[str, Any]] = {"size_weight": 2.0}
+
+
+def shaped(**options: Any) -> type[Method]:
+    """The term as it is now, with other options."""
+    return type("Shaped", (SoftTrace,), {"options": options, "strengths": (0.35,)})
+
+
+#: how thresholds are drawn, the edge of masks and of easiness, and a size that is held to a budget
+SHAPES: dict[str, type[Method]] = {
+    "draws not stratified": Independent,
+    "thresholds even": Even,
+    "soft masks, temperature 0.1": shaped(masks="soft", temperature=0.1),
+    "soft masks, temperature 2": shaped(masks="soft", temperature=2.0),
+    "easiness a hard step": shaped(easy_width=0.0),
+    "easiness a wide step": shaped(easy_width=1.0),
+    "size term by a loss budget": SizeInBudget,
+}
 
 MASKED: dict[str, type[Method]] = {
     "as shipped": with_options(),

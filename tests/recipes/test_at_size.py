@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 RACING = ("plain=plain,0", "fifth=drafting after 0.21, exits 2,0.15")
+MODELS = ("plain-0", "drafting-after-0.21,-exits-2-0.15")
 
 
 @pytest.fixture
@@ -42,10 +44,32 @@ class Scripts:
         if script == "pretrain":
             (self.out / "model").mkdir()
             (self.out / "model" / "pretrain.json").write_text("{}")
+        if script == "peers":
+            self.train(words)
         if script == "decoding":
             self.race(words, part)
         with self.lock:
             self.ends.append(part)
+
+    def train(self, words: list[str]) -> None:
+        """Models come one after another, the last when those before it decode already."""
+        keep = Path(words[words.index("--keep") + 1])
+        for name in MODELS:
+            for seed in range(2):
+                if (keep / f"{name}-{seed}").exists():
+                    continue
+                if (name, seed) == (MODELS[-1], 1):
+                    self.wait_for("race-cpu-plain-1")
+                    if self.broken == "peers":
+                        raise subprocess.CalledProcessError(1, words)
+                (keep / f"{name}-{seed}").mkdir(parents=True)
+                (keep / f"{name}-{seed}" / "kept.json").write_text("{}")
+
+    def wait_for(self, part: str) -> None:
+        until = time.monotonic() + 20
+        while part not in self.begins:
+            assert time.monotonic() < until, f"{part} did not begin"
+            time.sleep(0.01)
 
     def race(self, words: list[str], part: str) -> None:
         (device,) = (word.partition("=")[2] for word in words if word.startswith("--device="))
@@ -73,24 +97,27 @@ def call(at_size: Any, monkeypatch: pytest.MonkeyPatch, scripts: Scripts) -> Non
     at_size.main()
 
 
-def test_models_decode_on_free_devices_and_the_rest_is_trained_afterwards(
+def test_models_decode_as_they_come_and_on_gpus_when_all_else_is_done(
     at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = Scripts(tmp_path)
     call(at_size, monkeypatch, scripts)
-    assert [each[0] for each in scripts.calls][:2] == ["pretrain", "peers"]
-    first, others = (each for each in scripts.calls if each[0] == "peers")
-    assert first[first.index("--methods") + 1 :] == ["drafting after 0.21, exits 2=0.15"]
-    assert others[others.index("--methods") + 1 :] == list(at_size.OTHERS)
-    assert first[first.index("--jobs=12") + 1 :][:3] == ["--devices", "cuda:0", "cuda:1"]
-    where = {k: [i for i, part in enumerate(scripts.begins) if k in part] for k in ("gpu", "cpu")}
-    assert max(where["gpu"]) < min(where["cpu"])  # alone on the machine
-    assert max(where["gpu"]) < scripts.begins.index("others")
+    assert scripts.begins[:2] == ["pretrain", "peers"]
+    (peers,) = (each for each in scripts.calls if each[0] == "peers")
+    methods = ["drafting after 0.21, exits 2=0.15", *at_size.OTHERS]  # what decodes comes first
+    assert peers[peers.index("--methods") + 1 :] == methods
+    assert "--by-method" in peers
+    assert peers[peers.index("--jobs=12") + 1 :][:3] == ["--devices", "cuda:0", "cuda:1"]
+    ended = scripts.ends.index("peers")
+    assert all("gpu" not in part for part in scripts.ends[:ended])
+    on_cpu = [scripts.ends.index(part) for part in scripts.ends if "cpu" in part]
+    on_gpu = [scripts.begins.index(part) for part in scripts.begins if "gpu" in part]
+    assert max(on_cpu) < min(on_gpu)  # both lists begin with the same parts, in any order
     races = json.loads((tmp_path / "decoding.json").read_text())["races"]
     found = {(race["kind"], race["name"], race["seed"]) for race in races}
     assert found == {(k, n, s) for k in ("gpu", "cpu") for n in ("plain", "fifth") for s in (0, 1)}
     kept = {race[race["name"]]["model"] for race in races if race["seed"] == 1}
-    assert kept == {"plain-0-1", "drafting-after-0.21,-exits-2-0.15-1"}
+    assert kept == {f"{model}-1" for model in MODELS}
 
 
 def test_what_failed_is_said_and_what_is_there_is_not_done_again(
@@ -99,12 +126,24 @@ def test_what_failed_is_said_and_what_is_there_is_not_done_again(
     scripts = Scripts(tmp_path, broken="race-cpu-fifth-1")
     with pytest.raises(subprocess.CalledProcessError):
         call(at_size, monkeypatch, scripts)
-    assert len(scripts.ends) == 1 + 2 + 7  # all the others
-    assert not (tmp_path / "decoding.json").exists()
+    assert sorted(scripts.ends) == [
+        "peers", "pretrain", "race-cpu-fifth-0", "race-cpu-plain-0", "race-cpu-plain-1"
+    ]  # fmt: skip
+    assert len(json.loads((tmp_path / "decoding.json").read_text())["races"]) == 3
     again = Scripts(tmp_path)
     call(at_size, monkeypatch, again)
-    assert sorted(again.ends) == ["others", "peers", "race-cpu-fifth-1"]
+    assert len(again.ends) == 1 + 1 + 4
+    assert not {"pretrain", "race-cpu-plain-0"} & set(again.begins)
     assert json.loads((tmp_path / "decoding.json").read_text())["hardware"] == "a CPU; a GPU"
     monkeypatch.setattr(at_size, "SIZES", {"layers": 12})
     with pytest.raises(SystemExit, match="is of other arguments"):
         call(at_size, monkeypatch, again)
+
+
+def test_nobody_waits_for_a_model_that_will_not_come(
+    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Scripts(tmp_path, broken="peers")
+    with pytest.raises(subprocess.CalledProcessError):
+        call(at_size, monkeypatch, scripts)
+    assert not [part for part in scripts.begins if "gpu" in part or part == "race-cpu-fifth-1"]

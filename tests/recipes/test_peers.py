@@ -163,10 +163,45 @@ def test_a_front_is_read_where_it_meets_the_budget(peers: Any) -> None:
     assert peers.at_budget(too_dear, "area_easy") == pytest.approx(0.3 - 0.2 * 0.1)
 
 
+def test_every_exit_is_read_at_the_budget_by_itself(peers: Any) -> None:
+    # The second exit is best at a strength that the first one gains nothing from.
+    points = [
+        {"loss": loss, "exits_all": exits}
+        for loss, exits in ((1.0, [0.2, 0.5]), (1.005, [0.1, 0.9]), (1.02, [0.4, 0.8]))
+    ]
+    assert peers.exits_at_budget(points, "exits_all") == pytest.approx([0.2, 0.9])
+    assert peers.exits_at_budget(points, "exits_all", budget=1.0175) == pytest.approx([0.35, 0.9])
+    assert peers.exits_at_budget(points, "exits_all", budget=1.02) == [0.4, 0.9]
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+def test_runs_come_seed_by_seed_or_method_by_method(
+    peers: Any, by_method: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(peers, "perform_all", lambda tasks, *_: asked.extend(tasks) or iter(()))
+    words = ["peers.py", "--out", str(tmp_path / "peers.json"), "--seeds", "2", "--methods"]
+    words += ["softtrace=0.1,0.2", "layerskip=1", *["--by-method"][:by_method]]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="goes on"):
+        peers.main()
+    names = [(task.method, task.seed) for task in asked]
+    assert len(names) == 2 * (1 + 2 + 1)
+    if by_method:
+        assert [name for name, _ in names] == (
+            ["plain"] * 2 + ["softtrace"] * 4 + ["layerskip"] * 2
+        )
+        assert [seed for _, seed in names] == [0, 1, 0, 0, 1, 1, 0, 1]
+    else:
+        assert [seed for _, seed in names] == [0] * 4 + [1] * 4
+
+
 def test_points_are_means_of_paired_ratios(peers: Any) -> None:
     def run(method: str, strength: float, seed: int, loss: float, value: float) -> dict[str, Any]:
         measures = dict.fromkeys(peers.MEASURES, value)
-        return {"method": method, "strength": strength, "seed": seed, "loss": loss, **measures}
+        exits = {key: [value / 2, value] for key in peers.EXITS}
+        named = {"method": method, "strength": strength, "seed": seed, "loss": loss}
+        return named | measures | exits
 
     runs = [
         run("plain", 0.0, 0, 1.0, 0.5), run("plain", 0.0, 1, 2.0, 0.7),
@@ -180,6 +215,7 @@ def test_points_are_means_of_paired_ratios(peers: Any) -> None:
     assert (alone[0]["area_easy"], alone[0]["seeds"]) == (0.5, 1)  # plain's other seed has no pair
     assert strong["loss"] == pytest.approx(1.05)
     assert strong["area_easy"] == pytest.approx(0.3)
+    assert strong["exits_all"] == pytest.approx([0.15, 0.3])
     early = run("layerskip", 0.1, 2, 1.0, 0.9)  # before its seed's plain run
     assert peers.paired([*runs, early]) == runs
     assert peers.paired([early]) == []
