@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError
-from softtrace.decoding import generate, greedy, speculate
+from softtrace.decoding import generate, greedy, recommend_exit, speculate
 from softtrace.errors import InvalidInputError
 from softtrace.exits import (
     EXIT_FIELD,
@@ -140,6 +140,43 @@ def test_the_config_can_recommend_an_exit(tmp_path: Any) -> None:
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
     assert exit_layer_of(again) == 2
     assert torch.equal(speculate(again, ids).tokens, greedy(model, ids, 64).tokens)
+
+
+def test_a_model_of_any_trainer_can_be_given_a_recommended_exit(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=4, attention_dropout=0.5, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:  # all is said after two layers
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+    text = tiny_prompt(12, batch=6)
+    model.train()
+    assert recommend_exit(model, text) == 2 == model.config.softtrace_exit_layer
+    assert all(module.training for module in model.modules())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert speculate(again, text[:1], eos_token_id=-1).acceptance == 1
+    assert torch.equal(
+        generate(again, text[:1], max_new_tokens=9),
+        generate(again, text[:1], exit_layer=2, max_new_tokens=9),
+    )
+    found = []
+    monkeypatch.setattr(
+        "softtrace.decoding.recommended_exit", lambda model, _: found.append(model.training) or 3
+    )
+    assert recommend_exit(model, text) == 3
+    assert found == [False]  # without dropout
+    for wrong in (text[0], text[:0], text[:, :1]):
+        with pytest.raises(InvalidInputError, match=r"input_ids: found .* allowed is \[N, T\]"):
+            recommend_exit(model, wrong)
+
+
+def test_no_exit_is_recommended_where_there_is_none() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers"):
+        recommend_exit(model, tiny_prompt(6, batch=2))
+    assert not hasattr(model.config, EXIT_FIELD)
 
 
 @pytest.mark.parametrize("new", [1, 2, 3])

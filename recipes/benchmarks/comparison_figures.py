@@ -214,6 +214,11 @@ def peers_157m() -> str:
     return _points("peers-157m")
 
 
+def peers_157m_again() -> str:
+    """Of another start, against the other peer with good exits."""
+    return _points("peers-157m-again")
+
+
 def drafting_depths() -> str:
     """Exits at one depth only, for drafting."""
     return _points("drafting-depths-107m", "")
@@ -237,6 +242,11 @@ def search_seldom() -> str:
 def search_judged() -> str:
     """What exits are judged by, what learns from them, and when."""
     return _search("search-judged")
+
+
+def search_shapes() -> str:
+    """How thresholds are drawn, and the edge of masks and of easiness."""
+    return _search("search-shapes")
 
 
 def _search(name: str) -> str:

@@ -85,23 +85,36 @@ def side_effects() -> str:
     return "\n".join([*of_effect(SIDE_ROWS), "\nSame runs ([effect.py](benchmarks/effect.py))."])
 
 
-def side_effects_first() -> str:
-    """The same with exits first."""
-    result = read("peers-side-effects.json")
+def _with_exits_first(name: str, rows: Rows) -> str:
+    """What exits first change besides, from a result file of ``peers.py``."""
+    result = read(f"{name}.json")
     runs, settings = result["runs"], result["settings"]
     values = {
-        name: {
+        each: {
             key: [run[key] for seed in range(3) for run in runs
                   if (run["method"], run["seed"]) == (method, seed)]
-            for key, _, _ in (LOSS_ROW, *SIDE_ROWS)
+            for key, _, _ in rows
         }
-        for name, method in (("plain", "plain"), ("other", "softtrace, exits first"))
+        for each, method in (("plain", "plain"), ("other", "softtrace, exits first"))
     }  # fmt: skip
-    lines = paired((LOSS_ROW, *SIDE_ROWS), "exits first, 0.15", values)
+    lines = paired(rows, "exits first, 0.15", values)
     lines.append(
         f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
         f"{settings['batch_size']} x {settings['block_size']} tokens; {result['hardware']} "
-        "([peers.py](benchmarks/peers.py), "
-        "[peers-side-effects.json](benchmarks/peers-side-effects.json))."
+        f"([peers.py](benchmarks/peers.py), [{name}.json](benchmarks/{name}.json))."
     )
     return "\n".join(lines)
+
+
+def side_effects_first() -> str:
+    """The same with exits first."""
+    return _with_exits_first("peers-side-effects", (LOSS_ROW, *SIDE_ROWS))
+
+
+def side_effects_157m() -> str:
+    """The same of a larger model, which has never seen the standard library."""
+    rows = tuple(
+        (key, name.replace("text of pretraining", "standard library"), form)
+        for key, name, form in (LOSS_ROW, *SIDE_ROWS)
+    )
+    return _with_exits_first("peers-157m-again", rows)

@@ -20,6 +20,7 @@ from comparison_figures import (
     peers,
     peers_107m,
     peers_157m,
+    peers_157m_again,
     peers_large,
     read,
     search,
@@ -31,10 +32,11 @@ from decoding_figures import (
     decoding,
     decoding_107m,
     decoding_157m,
+    decoding_157m_before,
     decoding_large,
     exits_by_layer,
 )
-from effect_figures import effect, side_effects, side_effects_first
+from effect_figures import effect, side_effects, side_effects_157m, side_effects_first
 
 from softtrace import DensityOptions
 from softtrace.evaluation.sections import with_section
@@ -274,10 +276,12 @@ PAGES = {
         dials,
         side_effects,
         side_effects_first,
+        side_effects_157m,
         exactness,
         peers,
         peers_107m,
         peers_157m,
+        peers_157m_again,
         decoding_107m,
         decoding_157m,
     ),
@@ -286,6 +290,7 @@ PAGES = {
         search_exits,
         search_seldom,
         search_judged,
+        decoding_157m_before,
         peers_large,
         decoding_large,
         drafting_depths,

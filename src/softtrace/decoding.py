@@ -22,7 +22,9 @@ from transformers import DynamicCache
 
 from softtrace.batch import check_least, check_range
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.exits import (
+    EXIT_FIELD,
     check_cache,
     check_early_exit,
     check_exit_layer,
@@ -31,6 +33,7 @@ from softtrace.exits import (
     refuse_moving_rotations,
 )
 from softtrace.instrument import attach
+from softtrace.modes import dropout_off, uncompiled
 from softtrace.two_parts import TwoParts, counter, first_layers
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -62,6 +65,38 @@ class Generation:
     def accepted_per_draft(self) -> float:
         """Accepted tokens a draft; the last one of a text is cut to what is left of it."""
         return self.accepted / self.checks if self.drafted else float("nan")
+
+
+def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
+    """Write into the model's config which early exit should decode it fastest.
+
+    What ``softtrace fit`` does at its end, for models that were trained otherwise;
+    ``save_pretrained`` keeps it, and :func:`speculate` and :func:`generate` take it. Judged by a
+    replay of the second half of every row, with costs in proportion to layers; ``softtrace
+    decode-bench`` measures them, on what the model writes itself.
+
+    Args:
+        model: a causal language model of transformers with at least two layers, in either mode.
+        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 2.
+
+    Returns:
+        The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
+
+    Raises:
+        UnsupportedModelError: its early exits are no exits.
+        InvalidInputError: ids of another shape, or outside the vocabulary.
+    """
+    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < 2:
+        raise InvalidInputError(
+            f"input_ids: found {tuple(input_ids.shape)}, allowed is [N, T] with N at least 1 and "
+            "T at least 2"
+        )
+    with dropout_off(model), uncompiled(model):
+        attach(model).valid(input_ids)
+        check_early_exit(model)
+        layer = recommended_exit(model, input_ids)
+    setattr(model.config, EXIT_FIELD, layer)
+    return layer
 
 
 def generate(

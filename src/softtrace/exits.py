@@ -119,7 +119,8 @@ def exit_layer_of(model: nn.Module) -> int:
     if not isinstance(found, int) or isinstance(found, bool):
         raise InvalidInputError(
             f"exit_layer: found none, and the model's config has no {EXIT_FIELD} (softtrace fit "
-            "writes it; softtrace decode-bench measures every layer). Pass exit_layer"
+            "and softtrace.decoding.recommend_exit write it; softtrace decode-bench measures every "
+            "layer). Pass exit_layer"
         )
     return found
 

@@ -31,11 +31,10 @@ from softtrace.batch import check_least, check_length
 from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.data import evenly
 from softtrace.datamodule import PackedDataModule
+from softtrace.decoding import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
-from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.evaluation.files import atomic_path, check_output, sync
 from softtrace.evaluation.model_card import measured, write_density, write_settings
-from softtrace.exits import EXIT_FIELD, check_early_exit
 from softtrace.families.discovery import learned_positions
 from softtrace.families.refusals import unwrapped
 from softtrace.lightning import DensityMonitor, DensityPenalty
@@ -329,8 +328,7 @@ class FitCLI(LightningCLI):
         if blocks is None:
             return
         try:
-            check_early_exit(model)
-            setattr(model.config, EXIT_FIELD, recommended_exit(model, evenly(blocks, _EXIT_BLOCKS)))
+            recommend_exit(model, evenly(blocks, _EXIT_BLOCKS))
         except (SofttraceError, RuntimeError) as reason:  # out of memory: no reason to lose weights
             logger.info("no early exit is recommended: %s", reason)
 
