@@ -19,8 +19,7 @@ import queue
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def peers(args: argparse.Namespace) -> None:
         "--block-size=256", f"--seeds={args.seeds}", "--by-method", "--keep", args.out / "models",
         "--out", args.out / "peers.json", f"--jobs={args.per_card * len(args.devices)}",
         "--devices", *args.devices,
-        "--methods", *(way for way in racing if not way.startswith("plain=")), *args.others,
+        "--methods", *racing, *args.others,
     ]  # fmt: skip
     run("peers", words, args, **several)
 
@@ -106,24 +105,25 @@ class Races:
         self.free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for device in devices:
             self.free.put(device)
-        self.given_up, self.gathering = threading.Event(), threading.Lock()
-        self.running: list[Future[None]] = []
-        if devices:  # none where there is no device
-            pool = ThreadPoolExecutor(len(devices))
-            self.running = [
-                pool.submit(self.race, way, seed)
-                for way in args.racing
-                for seed in range(args.seeds)
-            ]
+        self.no_more, self.gathering = threading.Event(), threading.Lock()
+        self.pool = ThreadPoolExecutor(max(1, len(devices)))
+        self.running = [
+            self.pool.submit(self.race, way, seed)
+            for way in (args.racing if devices else ())
+            for seed in range(args.seeds)
+        ]
 
-    def wait(self) -> None:
-        """Until all have ended; raises what one raised."""
-        for each in self.running:
+    def end(self, cancel: bool = False) -> None:
+        """Wait for those that decode, no longer for models that are not there.
+
+        Args:
+            cancel: let nobody begin any more, and say nothing of what failed. Else the others still
+                decode where one fails, and then its error is raised.
+        """
+        self.no_more.set()
+        self.pool.shutdown(cancel_futures=cancel)
+        for each in self.running if not cancel else ():
             each.result()
-
-    def give_up(self) -> None:
-        """Wait no longer for models that will not come."""
-        self.given_up.set()
 
     def race(self, way: str, seed: int) -> None:
         """Let one model decode, once it is there, on a device that is free."""
@@ -134,9 +134,8 @@ class Races:
             return
         model = folder_of(args.out / "models", method, float(strength), seed)
         while not (model / KEPT).exists():
-            if self.given_up.is_set():
-                return
-            time.sleep(0.1)
+            if self.no_more.wait(0.1) and not (model / KEPT).exists():
+                raise FileNotFoundError(f"{model} has no {KEPT}: no model that was trained")
         device = self.free.get()
         try:
             words = [
@@ -218,10 +217,12 @@ def main() -> None:
     on_cpu = Races("cpu", ["cpu"] * args.at_once, args)
     try:
         peers(args)
-    finally:
-        on_cpu.give_up()  # models come no more
-    on_cpu.wait()
-    Races("gpu", [device for device in args.devices if device != "cpu"], args).wait()
+    except BaseException:
+        on_cpu.end(cancel=True)
+        raise
+    on_cpu.end()
+    Races("gpu", [device for device in args.devices if device != "cpu"], args).end()
+    gather(args)
 
 
 if __name__ == "__main__":

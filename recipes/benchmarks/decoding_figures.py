@@ -165,15 +165,16 @@ def decoding_157m() -> str:
         for kind, of in stock.items()
     )
     where = (
-        f"{result['hardware']}; on the CPU three at a time, beside fine-tuning on the GPUs, on the "
-        "GPUs two at a time with nothing else at work"
+        f"{result['hardware']}; on the CPU three at a time, beside fine-tuning on the GPUs (exits "
+        "first: after it), on the GPUs two at a time with nothing else at work"
     )
     return "\n".join(
         [
             *_races(RACED_157M_AGAIN, races),
-            "\nThe deeper models (157 M parameters, 24 layers), by loss and strength; "
-            f"{_raced(races['cpu'][0]['plain'], where)}. By `generate`, which is transformers' "
-            f"loop, the last row's gain {own} ([decoding.py](benchmarks/decoding.py), "
+            "\nThe deeper models of the second start (157 M parameters, 24 layers), by loss and "
+            f"strength; {_raced(races['cpu'][0]['plain'], where)}. By transformers' own loop "
+            f"(`generate`) the models of the last row gain {own} "
+            "([decoding.py](benchmarks/decoding.py), "
             "[decoding-157m-again.json](benchmarks/decoding-157m-again.json)).",
         ]
     )

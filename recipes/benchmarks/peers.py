@@ -351,7 +351,7 @@ def main() -> None:
         Task(name, strength, seed)
         for seed in range(args.seeds)
         for name in names
-        for strength in strengths.get(name) or EVERY[name].strengths or (0.0,)
+        for strength in dict.fromkeys(strengths.get(name) or EVERY[name].strengths or (0.0,))
         if (name, strength, seed) not in known
     ]
     if args.by_method:

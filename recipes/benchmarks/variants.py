@@ -306,7 +306,7 @@ class Even(SoftTrace):
 
 
 class SizeInBudget(Controlled):
-    """A size term, and a strength that holds the task loss under a budget."""
+    """The term as it is now, a size term, and a strength that holds the task loss in a budget."""
 
     strengths = (0.005,)
     options: ClassVar[dict[str, Any]] = {"size_weight": 2.0}
@@ -317,7 +317,7 @@ def shaped(**options: Any) -> type[Method]:
     return type("Shaped", (SoftTrace,), {"options": options, "strengths": (0.35,)})
 
 
-#: how thresholds are drawn, the edge of masks and of easiness, and a size that is held to a budget
+#: how thresholds are drawn, the edge of masks and of easiness, and a size term within a budget
 SHAPES: dict[str, type[Method]] = {
     "draws not stratified": Independent,
     "thresholds even": Even,

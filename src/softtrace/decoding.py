@@ -36,6 +36,7 @@ from softtrace.instrument import attach
 from softtrace.modes import dropout_off, uncompiled
 from softtrace.two_parts import TwoParts, counter, first_layers
 
+_LEAST = 8  # tokens of a row to judge exits by: half of it is replayed
 _USUAL = 20  # new tokens that generate writes if it is not told
 
 
@@ -77,7 +78,7 @@ def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
 
     Args:
         model: a causal language model of transformers with at least two layers, in either mode.
-        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 2.
+        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 8.
 
     Returns:
         The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
@@ -86,10 +87,10 @@ def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
         UnsupportedModelError: its early exits are no exits.
         InvalidInputError: ids of another shape, or outside the vocabulary.
     """
-    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < 2:
+    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < _LEAST:
         raise InvalidInputError(
             f"input_ids: found {tuple(input_ids.shape)}, allowed is [N, T] with N at least 1 and "
-            "T at least 2"
+            f"T at least {_LEAST}"
         )
     with dropout_off(model), uncompiled(model):
         attach(model).valid(input_ids)

@@ -104,7 +104,8 @@ def test_models_decode_as_they_come_and_on_gpus_when_all_else_is_done(
     call(at_size, monkeypatch, scripts)
     assert scripts.begins[:2] == ["pretrain", "peers"]
     (peers,) = (each for each in scripts.calls if each[0] == "peers")
-    methods = ["drafting after 0.21, exits 2=0.15", *at_size.OTHERS]  # what decodes comes first
+    racing = ["plain=0", "drafting after 0.21, exits 2=0.15"]
+    methods = [*racing, *at_size.OTHERS]  # what decodes comes first
     assert peers[peers.index("--methods") + 1 :] == methods
     assert "--by-method" in peers
     assert peers[peers.index("--jobs=12") + 1 :][:3] == ["--devices", "cuda:0", "cuda:1"]
@@ -130,11 +131,15 @@ def test_what_failed_is_said_and_what_is_there_is_not_done_again(
         "peers", "pretrain", "race-cpu-fifth-0", "race-cpu-plain-0", "race-cpu-plain-1"
     ]  # fmt: skip
     assert len(json.loads((tmp_path / "decoding.json").read_text())["races"]) == 3
+    (tmp_path / "decoding.json").unlink()  # as if killed before it was written
     again = Scripts(tmp_path)
     call(at_size, monkeypatch, again)
     assert len(again.ends) == 1 + 1 + 4
     assert not {"pretrain", "race-cpu-plain-0"} & set(again.begins)
     assert json.loads((tmp_path / "decoding.json").read_text())["hardware"] == "a CPU; a GPU"
+    (tmp_path / "decoding.json").unlink()
+    call(at_size, monkeypatch, Scripts(tmp_path))  # nothing left to do but that
+    assert len(json.loads((tmp_path / "decoding.json").read_text())["races"]) == 8
     monkeypatch.setattr(at_size, "SIZES", {"layers": 12})
     with pytest.raises(SystemExit, match="is of other arguments"):
         call(at_size, monkeypatch, again)
@@ -146,4 +151,17 @@ def test_nobody_waits_for_a_model_that_will_not_come(
     scripts = Scripts(tmp_path, broken="peers")
     with pytest.raises(subprocess.CalledProcessError):
         call(at_size, monkeypatch, scripts)
+    threads = [each for each in threading.enumerate() if "ThreadPool" in each.name]
+    assert not [each for each in threads if each.is_alive()]
     assert not [part for part in scripts.begins if "gpu" in part or part == "race-cpu-fifth-1"]
+
+
+def test_a_model_that_was_lost_is_named(
+    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(at_size, monkeypatch, Scripts(tmp_path))
+    lost = "models/drafting-after-0.21,-exits-2-0.15-1/kept.json"
+    (tmp_path / lost).unlink()
+    (tmp_path / "races" / "gpu-fifth-1.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"exits-2-0\.15-1 has no kept\.json"):
+        call(at_size, monkeypatch, Scripts(tmp_path))

@@ -181,7 +181,8 @@ def test_runs_come_seed_by_seed_or_method_by_method(
     asked = []
     monkeypatch.setattr(peers, "perform_all", lambda tasks, *_: asked.extend(tasks) or iter(()))
     words = ["peers.py", "--out", str(tmp_path / "peers.json"), "--seeds", "2", "--methods"]
-    words += ["softtrace=0.1,0.2", "layerskip=1", *["--by-method"][:by_method]]
+    # One that is asked for twice runs once.
+    words += ["softtrace=0.1,0.2", "layerskip=1", "softtrace=0.2", *["--by-method"][:by_method]]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="goes on"):
         peers.main()
