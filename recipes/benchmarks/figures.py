@@ -27,6 +27,7 @@ from comparison_figures import (
     search_exits,
     search_judged,
     search_seldom,
+    search_shapes,
 )
 from decoding_figures import (
     decoding,
@@ -290,6 +291,7 @@ PAGES = {
         search_exits,
         search_seldom,
         search_judged,
+        search_shapes,
         decoding_157m_before,
         peers_large,
         decoding_large,
