@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,6 @@ from peer_losses import METHODS, Method, MoreExits, Seldom
 from torch import Tensor
 from variants import MASKED, SHAPES, with_options
 
-import softtrace.forward_exits
-import softtrace.loss
 from softtrace import DensityLoss
 from softtrace.distortion import divergence, total_variation
 from softtrace.forward_exits import exit_distance
@@ -146,11 +145,8 @@ class OtherExits(MoreExits):
         return exit_distance(*args)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        softtrace.loss.exit_distance = self.distances
-        try:
+        with patch("softtrace.loss.exit_distance", self.distances):
             return super().term(ids, step, task)
-        finally:
-            softtrace.loss.exit_distance = exit_distance
 
 
 def judged_by(distance: Distance, weight: float) -> type[Method]:
@@ -160,12 +156,8 @@ def judged_by(distance: Distance, weight: float) -> type[Method]:
         options: ClassVar[dict[str, Any]] = {**MoreExits.options, "exits": weight}
 
         def distances(self, *args: Any) -> Tensor:
-            usual = softtrace.forward_exits.divergence
-            softtrace.forward_exits.divergence = distance
-            try:
+            with patch("softtrace.forward_exits.divergence", distance):
                 return exit_distance(*args)
-            finally:
-                softtrace.forward_exits.divergence = usual
 
     return Judged
 

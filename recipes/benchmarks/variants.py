@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -50,10 +48,15 @@ class Searched(SoftTrace):
     strengths = (0.5,)
 
 
-def with_options(*strengths: float, **options: Any) -> type[Method]:
-    """That with other options."""
-    own = {"options": {**THEN, **options}, "strengths": strengths or (0.5,)}
+def shaped(*strengths: float, **options: Any) -> type[Method]:
+    """The term as it is now, with other options."""
+    own = {"options": options, "strengths": strengths or (0.35,)}
     return type("WithOptions", (SoftTrace,), own)
+
+
+def with_options(*strengths: float, **options: Any) -> type[Method]:
+    """The term of the time of the search, with other options."""
+    return shaped(*(strengths or (0.5,)), **{**THEN, **options})
 
 
 def reverse_divergence(full: Tensor, masked: Tensor) -> Tensor:
@@ -133,22 +136,8 @@ class AveragedTeacher(Searched):
                 logits = self.teacher(input_ids=window).logits
             return replace(record(window, *args, **kwargs), logits=logits)
 
-        instrument.record = taught  # type: ignore[method-assign]
-        try:
+        with patch.object(instrument, "record", taught):
             return super().term(ids, step, task)
-        finally:
-            del instrument.record
-
-
-@contextmanager
-def masks_as(make: Any) -> Iterator[None]:
-    """Other masks than the straight ones inside the term."""
-    own = softtrace.loss.hard_masks
-    softtrace.loss.hard_masks = make
-    try:
-        yield
-    finally:
-        softtrace.loss.hard_masks = own
 
 
 class Tilted(Searched):
@@ -166,7 +155,7 @@ class Tilted(Searched):
                 for index, factor in enumerate(factors)
             )
 
-        with masks_as(tilted):
+        with patch("softtrace.loss.hard_masks", tilted):
             return super().term(ids, step, task)
 
 
@@ -310,11 +299,6 @@ class SizeInBudget(Controlled):
 
     strengths = (0.005,)
     options: ClassVar[dict[str, Any]] = {"size_weight": 2.0}
-
-
-def shaped(**options: Any) -> type[Method]:
-    """The term as it is now, with other options."""
-    return type("Shaped", (SoftTrace,), {"options": options, "strengths": (0.35,)})
 
 
 #: how thresholds are drawn, the edge of masks and of easiness, and a size term within a budget

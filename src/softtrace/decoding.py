@@ -93,7 +93,6 @@ def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
             f"T at least {_LEAST}"
         )
     with dropout_off(model), uncompiled(model):
-        attach(model).valid(input_ids)
         check_early_exit(model)
         layer = recommended_exit(model, input_ids)
     setattr(model.config, EXIT_FIELD, layer)

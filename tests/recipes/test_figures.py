@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,11 @@ from tests.faults.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
+
+
+def read(name: str) -> Any:
+    """A result file."""
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def test_pages_say_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +43,7 @@ def test_results_say_when_and_with_what_they_were_made() -> None:
 
 
 def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
-    result = json.loads((BENCHMARKS / "effect.json").read_text(encoding="utf-8"))
+    result = read("effect")
     assert result["arms"]["penalty"]["options"] == {}  # the defaults
     ratio = result["ratio_to_plain"]["penalty"]
     assert len(ratio["loss"]["values"]) >= 3
@@ -50,77 +55,54 @@ def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
 
 @pytest.mark.parametrize("name", ["peers-cost", "peers-cost-longer"])
 def test_the_default_penalty_stays_within_its_budget_in_the_recorded_results(name: str) -> None:
-    result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+    result = read(name)
     cost = result["cost"]["softtrace"]
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
 
 
+def three(name: str, method: str, strength: float, key: str) -> list[float]:
+    """A number of the three seeds of a method at a strength, from a result file of ``peers.py``."""
+    runs = {(run["method"], run["strength"], run["seed"]): run for run in read(name)["runs"]}
+    return [runs[method, strength, seed][key] for seed in range(3)]
+
+
+def over_plain(name: str, method: str, strength: float, key: str) -> float:
+    """Mean of its ratios to plain fine-tuning's, seed by seed."""
+    pairs = zip(three(name, method, strength, key), three(name, "plain", 0.0, key), strict=True)
+    return statistics.mean(own / plain for own, plain in pairs)
+
+
 def test_a_cpus_default_keeps_the_effect_of_the_whole_batch_in_the_recorded_search() -> None:
-    result = json.loads((BENCHMARKS / "search-seldom.json").read_text(encoding="utf-8"))
-    runs = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
     options = DensityOptions().on(torch.device("cpu"))
     assert (options.every, options.share, options.strength) == (1, 0.125, 0.35)  # "every step"
     for key in ("area_easy", "size_easy", "exit_easy"):
-        own, whole = (
-            statistics.mean(
-                runs[name, 0.35, seed][key] / runs["plain", 0.0, seed][key] for seed in range(3)
-            )
-            for name in ("every step", "whole batch")
-        )
+        own = over_plain("search-seldom", "every step", 0.35, key)
+        whole = over_plain("search-seldom", "whole batch", 0.35, key)
         assert (own - 1) / (whole - 1) >= 0.85, key
 
 
 def test_the_larger_model_keeps_the_promise_in_the_recorded_comparison() -> None:
-    result = json.loads((BENCHMARKS / "peers-107m.json").read_text(encoding="utf-8"))
-    runs = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
-    plain = [runs["plain", 0.0, seed] for seed in range(3)]
-    means = {}
-    for name in ("softtrace", "softtrace, whole batch"):
-        rows = [runs[name, 0.35, seed] for seed in range(3)]
-        means[name] = {
-            key: statistics.mean(a[key] / b[key] for a, b in zip(rows, plain, strict=True))
-            for key in ("loss", "area_easy", "size_easy", "exit_easy")
-        }
-        assert all(row["exit_easy"] >= 0.9 for row in rows)
-    own, whole = means["softtrace"], means["softtrace, whole batch"]
-    assert own["loss"] <= 1.01
-    assert own["size_easy"] <= 0.25
-    assert own["area_easy"] <= 0.7
+    for method in ("softtrace", "softtrace, whole batch"):
+        assert min(three("peers-107m", method, 0.35, "exit_easy")) >= 0.9
+    assert over_plain("peers-107m", "softtrace", 0.35, "loss") <= 1.01
+    assert over_plain("peers-107m", "softtrace", 0.35, "size_easy") <= 0.25
+    assert over_plain("peers-107m", "softtrace", 0.35, "area_easy") <= 0.7
     for key in ("area_easy", "size_easy", "exit_easy"):  # of the full-batch term's effect
-        assert (own[key] - 1) / (whole[key] - 1) >= 0.85, key
+        own = over_plain("peers-107m", "softtrace", 0.35, key)
+        whole = over_plain("peers-107m", "softtrace, whole batch", 0.35, key)
+        assert (own - 1) / (whole - 1) >= 0.85, key
 
 
 @pytest.mark.parametrize("size", ["107m", "157m", "270m"])
 def test_the_default_penalty_stays_within_its_budget_on_a_gpu_in_the_recorded_results(
     size: str,
 ) -> None:
-    path = BENCHMARKS / f"peers-{size}-cost-quiet.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read(f"peers-{size}-cost-quiet")
     cost = result["cost"]["softtrace"]
     assert cost["rounds"] >= 7
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
-
-
-def means_of_three(name: str) -> Callable[[str, float], dict[str, float]]:
-    """For a method and strength: loss, area and size over plain's, and exits as they are."""
-    result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
-    runs = {(run["method"], run["strength"], run["seed"]): run for run in result["runs"]}
-    plain = [runs["plain", 0.0, seed] for seed in range(3)]
-
-    def means(method: str, strength: float) -> dict[str, float]:
-        rows = [runs[method, strength, seed] for seed in range(3)]
-        ratios = {
-            key: statistics.mean(a[key] / b[key] for a, b in zip(rows, plain, strict=True))
-            for key in ("loss", "area_easy", "size_easy")
-        }
-        exits = {
-            key: statistics.mean(row[key] for row in rows) for key in ("exit_easy", "exit_all")
-        }
-        return ratios | exits
-
-    return means
 
 
 @pytest.mark.parametrize(
@@ -130,23 +112,22 @@ def means_of_three(name: str) -> Callable[[str, float], dict[str, float]]:
 def test_one_model_has_all_three_aims_in_the_recorded_comparison(
     name: str, peer: tuple[str, float]
 ) -> None:
-    means = means_of_three(name)
-    own, other = means("softtrace, exits first", 0.15), means(*peer)
-    assert own["loss"] <= 1.01
-    assert own["size_easy"] <= 0.25
-    assert own["area_easy"] <= 0.7
-    assert own["exit_easy"] >= 0.9
-    assert own["loss"] <= other["loss"]
+    first = ("softtrace, exits first", 0.15)
+    for key, most in (("loss", 1.01), ("size_easy", 0.25), ("area_easy", 0.7)):
+        assert over_plain(name, *first, key) <= most, key
+    assert over_plain(name, *first, "loss") <= over_plain(name, *peer, "loss")
     for key in ("area_easy", "size_easy"):
-        assert own[key] < other[key], key
+        assert over_plain(name, *first, key) < over_plain(name, *peer, key), key
+    assert statistics.mean(three(name, *first, "exit_easy")) >= 0.9
     for key in ("exit_easy", "exit_all"):
-        assert own[key] >= other[key], key
+        own, other = (statistics.mean(three(name, *way, key)) for way in (first, peer))
+        assert own >= other, key
 
 
 def test_exits_first_are_level_with_a_distillation_at_the_budget_in_the_recorded_comparison() -> (
     None
 ):
-    result = json.loads((BENCHMARKS / "peers-157m.json").read_text(encoding="utf-8"))
+    result = read("peers-157m")
     at_budget = result["at_budget"]
     for key in ("exit_easy", "exit_all", "accepted"):
         row = at_budget["softtrace, exits first"]
@@ -155,7 +136,7 @@ def test_exits_first_are_level_with_a_distillation_at_the_budget_in_the_recorded
 
 def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> None:
     for name, seeds in (("peers", 3), ("peers-large", 2), ("peers-107m", 3)):
-        result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+        result = read(name)
         ways = {method for method in result["at_budget"] if method.startswith("softtrace")}
         own = result["at_budget"]["softtrace"]
         assert len(result["at_budget"]) > len(ways) + 2
@@ -171,8 +152,7 @@ def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> No
 def test_drafting_pays_at_the_larger_size_in_the_recorded_result() -> None:
     speeds = {}
     for name in ("8th", "drafting-exits-1", "drafting-exits-3"):
-        path = BENCHMARKS / f"decoding-107m-{name}-gpu.json"
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read(f"decoding-107m-{name}-gpu")
         for arm in ("plain", "penalty"):
             loops = result[arm]["loops"]
             assert all(loop["identical"] == 1.0 for loop in loops.values())
@@ -185,8 +165,7 @@ def test_drafting_pays_at_the_larger_size_in_the_recorded_result() -> None:
 def test_drafting_pays_on_other_prompts_in_the_recorded_results(kind: str) -> None:
     means: dict[str, list[float]] = {}
     for seed in range(3):
-        path = BENCHMARKS / f"decoding-107m-{kind}-{seed}.json"
-        for name, found in json.loads(path.read_text(encoding="utf-8")).items():
+        for name, found in read(f"decoding-107m-{kind}-{seed}").items():
             if isinstance(found, dict) and "loops" in found:
                 assert found["prompts_chosen_on"] == found["prompts"]
                 assert all(loop["identical"] == 1.0 for loop in found["loops"].values())
@@ -199,7 +178,7 @@ def test_drafting_pays_on_other_prompts_in_the_recorded_results(kind: str) -> No
 
 def raced(name: str, prompts: int) -> dict[tuple[str, str], list[float]]:
     """Gains over plain decoding by device and model, one a seed; all texts identical."""
-    result = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+    result = read(name)
     gains: dict[tuple[str, str], list[float]] = {}
     for race in result["races"]:
         found = race[race["name"]]
@@ -219,8 +198,7 @@ def test_drafting_by_a_deeper_model_is_half_as_fast_again_in_the_recorded_result
         assert min(gains[kind, "fifth"]) >= 1.5
         assert speeds[kind, "fifth"] > 1.3 * speeds[kind, "plain"]
     assert speeds["cpu", "first"] > 1.2 * speeds["cpu", "plain"]
-    means = means_of_three("peers-157m-again")
-    assert means("drafting after 0.21, exits 2", 0.15)["loss"] <= 1.01
+    assert over_plain("peers-157m-again", "drafting after 0.21, exits 2", 0.15, "loss") <= 1.01
 
 
 def test_drafting_paid_before_checks_went_on_from_the_draft_in_the_recorded_results() -> None:
@@ -231,13 +209,12 @@ def test_drafting_paid_before_checks_went_on_from_the_draft_in_the_recorded_resu
     assert speeds["gpu", "first"] >= 1.5
     for kind in ("gpu", "cpu"):
         assert speeds[kind, "x15"] > 1.4 * speeds[kind, "plain"]
-    means = means_of_three("peers-157m")
     for method in ("drafting after 0.21, exits 1.5", "softtrace, exits first"):
-        assert means(method, 0.15)["loss"] <= 1.01
+        assert over_plain("peers-157m", method, 0.15, "loss") <= 1.01
 
 
 def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
-    result = json.loads((BENCHMARKS / "exactness.json").read_text(encoding="utf-8"))
+    result = read("exactness")
     ways = {row.name for row in LIGHTNING if row.refused is None}
     assert set(result["inert"]) == ways | {"Trainer of transformers"}
     assert {name for name, way in result["inert"].items() if way["steps"] < 50} <= {
@@ -260,7 +237,7 @@ def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
 
 
 def test_metrics_do_not_depend_on_how_their_data_come_in_the_recorded_result() -> None:
-    result = json.loads((BENCHMARKS / "metric_parity.json").read_text(encoding="utf-8"))
+    result = read("metric_parity")
     for dtype, allowed in (("float32", 1e-6), ("float64", 1e-12)):
         ways = result["largest_difference"][dtype]
         assert {"2 processes", "3 processes", "padding on the left"} < set(ways)
@@ -270,7 +247,7 @@ def test_metrics_do_not_depend_on_how_their_data_come_in_the_recorded_result() -
 
 
 def test_the_table_of_families_is_that_of_the_zoo() -> None:
-    result = json.loads((BENCHMARKS / "families.json").read_text(encoding="utf-8"))
+    result = read("families")
     assert {row["case"] for row in result["verified"]} == set(VERIFIED)
     assert {row["case"] for row in result["refused"]} == set(REFUSED)
     assert result["types_verified"] >= 60
