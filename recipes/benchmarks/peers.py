@@ -230,6 +230,7 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
             axis.plot(layers, exits_at_budget(points, key), **{**styles[name], "markersize": 4})
         axis.set_title(f"{title}, at +1 %\n(higher is better)", fontsize=10)
         axis.set_xlabel("read after so many layers", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[:9]:
         axis.grid(alpha=0.25)
     last.axis("off")
