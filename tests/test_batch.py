@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softtrace.batch import (
-    check_batch,
+    Batch,
     check_finite,
     check_length,
     check_range,
@@ -21,12 +21,19 @@ from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
+def checked(ids: Any, mask: Any, vocabulary: int) -> Tensor:
+    """[B, T] bool, True at the real tokens of a batch that passes all checks."""
+    batch = Batch.of(ids, mask)
+    batch.check_values(vocabulary)
+    return batch.valid
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.float32])
 def test_good_batches_give_what_is_valid(dtype: torch.dtype) -> None:
-    assert check_batch(IDS, None, 7).all()
-    assert check_batch(IDS.int(), None, 7).shape == (2, 3)
+    assert checked(IDS, None, 7).all()
+    assert checked(IDS.int(), None, 7).shape == (2, 3)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    valid = check_batch(IDS, mask.to(dtype), 7)
+    valid = checked(IDS, mask.to(dtype), 7)
     assert valid.dtype == torch.bool
     assert valid.tolist() == mask.bool().tolist()
 
@@ -50,7 +57,7 @@ def test_good_batches_give_what_is_valid(dtype: torch.dtype) -> None:
 )
 def test_malformed_batches_are_refused(ids: Any, mask: Tensor | None, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message) as raised:
-        check_batch(ids, mask, 6)
+        checked(ids, mask, 6)
     assert isinstance(raised.value, ValueError)
     assert isinstance(raised.value, SofttraceError)
 

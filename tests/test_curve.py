@@ -123,10 +123,10 @@ def test_a_masked_run_serves_every_position(family: str) -> None:
     graph = oracle.build_graph(run)
     beyond: set[Edge] = set()
     with torch.no_grad():
-        recording = instrument.record(input_ids)
+        recording = instrument.record(instrument.batch(input_ids))
         for tau in (0.3, 0.05, 0.005):
             masks = hard_masks(recording.importance, tau)
-            logits = instrument.masked_logits(input_ids, None, masks, recording.attention)
+            logits = instrument.masked_logits(recording.batch, masks, recording.attention)
             kept = {e for e, score in edges_of(recording.importance).items() if score >= tau}
             for position in (2, 5, 7):
                 ordered = oracle.best_first(graph, position)
@@ -183,7 +183,7 @@ def test_composition_and_nucleus() -> None:
     assert curve.nucleus is not None
     instrument = softtrace.attach(model)
     with torch.no_grad():
-        recording = instrument.record(ids, mask)
+        recording = instrument.record(instrument.batch(ids, mask))
         kept = [hard_masks(recording.importance, tau) for tau in taus]
         for index, masks in enumerate([*kept, recording.importance.existing()]):
             counts = edge_counts(masks)
@@ -191,7 +191,7 @@ def test_composition_and_nucleus() -> None:
                 torch.testing.assert_close(
                     curve.composition[index, :, :, quartile], counts[:, :, members].sum(2)
                 )
-            logits = instrument.masked_logits(ids, mask, masks, recording.attention)
+            logits = instrument.masked_logits(recording.batch, masks, recording.attention)
             expected = nucleus_recovered(recording.logits, logits)
             assert torch.equal(curve.nucleus[index][mask.bool()], expected[mask.bool()])
     assert curve.composition.shape == (3, 2, 6, 4, len(EDGE_KINDS))
@@ -272,19 +272,19 @@ def test_reader_sees_every_masked_prediction_and_the_full_one() -> None:
     explained = torch.zeros(2, 9, dtype=torch.bool)
     explained[0, 4:], explained[1, 2] = True, True
     with torch.no_grad():
-        recording = instrument.record(ids)
+        recording = instrument.record(instrument.batch(ids))
 
         def sweep(**options: Any) -> DensityCurve:
             grid = (0.3, 0.05)
             return curve_module.curve_of(
-                instrument, ids, recording, recording.importance, grid, **options
+                instrument, recording, recording.importance, grid, **options
             )
 
         everywhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True)
         somewhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True, explained=explained)
         for level, tau in enumerate((0.3, 0.05)):
             masks = hard_masks(recording.importance, tau)
-            masked = instrument.masked_logits(ids, None, masks, recording.attention)[..., :5]
+            masked = instrument.masked_logits(recording.batch, masks, recording.attention)[..., :5]
             assert everywhere.readings is not None
             torch.testing.assert_close(everywhere.readings[level], masked, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(everywhere.readings[-1], recording.logits[..., :5])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.instrument import Instrument, attach
+from softtrace.attach import attach
+from softtrace.instrument import Instrument
 from softtrace.masks import hard_masks
 from tests import oracle
 from tests.test_loss import exits
@@ -23,10 +24,10 @@ MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 def run(instrument: Instrument, depths: Tensor, recorded: bool = True) -> tuple[Tensor, Tensor]:
     """Exit logits, and those of a whole masked run."""
     ids = tiny_prompt(6, seed=2, batch=2)
-    recording = instrument.record(ids, MASK)
+    recording = instrument.record(instrument.batch(ids, MASK))
     masks = hard_masks(recording.importance, 0.1)
     attention = recording.attention if recorded else None
-    found = instrument.exit_logits(ids, MASK, masks, depths, PLACES, attention)
+    found = instrument.exit_logits(instrument.batch(ids, MASK), masks, depths, PLACES, attention)
     return found, exits(instrument, ids, MASK, masks, depths, attention)[PICKED]
 
 
@@ -57,7 +58,7 @@ def counting(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[nn.Modul
 def test_no_layer_above_the_deepest_exit_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     instrument, ids = attach(model), tiny_prompt(6, seed=2, batch=2)
-    recording = instrument.record(ids, MASK)
+    recording = instrument.record(instrument.batch(ids, MASK))
     masks = hard_masks(recording.importance, 0.1)
     model(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks that only look
     assert any(module._forward_hooks for module in model.modules())
@@ -65,7 +66,7 @@ def test_no_layer_above_the_deepest_exit_runs(monkeypatch: pytest.MonkeyPatch) -
     ran = counting(model, monkeypatch)
     unread = DEPTHS.clone()
     unread[~PICKED] = 5  # where nobody looks, depth does not count
-    instrument.exit_logits(ids, MASK, masks, unread, PLACES, recording.attention)
+    instrument.exit_logits(recording.batch, masks, unread, PLACES, recording.attention)
     assert ran == list(model.model.layers[:2])
     assert [len(module._forward_hooks) for module in model.modules()] == left
     model(input_ids=ids)
@@ -96,9 +97,9 @@ def test_gradients_reach_the_layers_below_the_exit_alone() -> None:
     model = tiny_model("gpt2", seed=3, dtype=torch.float64)
     with torch.no_grad():
         ids = tiny_prompt(6, seed=2, batch=2)
-        recording = attach(model).record(ids, MASK)
+        recording = attach(model).record(attach(model).batch(ids, MASK))
         masks = hard_masks(recording.importance, 0.1)
-    logits = attach(model).exit_logits(ids, MASK, masks, DEPTHS, PLACES, recording.attention)
+    logits = attach(model).exit_logits(recording.batch, masks, DEPTHS, PLACES, recording.attention)
     logits.square().sum().backward()
     for index, block in enumerate(oracle.blocks(model)):
         touched = [p.grad is not None and bool(p.grad.any()) for p in block.mlp.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,6 +214,32 @@ def test_one_block_may_span_several_batches() -> None:
     torch.testing.assert_close(values, wanted)
 
 
+def test_a_call_reads_the_exits_of_the_handle_it_is_given() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+    with density.watching() as first:
+        model(input_ids=ids, attention_mask=mask)
+    usual = density(ids, mask, step=0).exit_distance
+    assert usual is not None
+    assert not first.forwards  # a call without a handle takes that of the newest block
+    with density.watching() as first:
+        output = model(input_ids=ids, attention_mask=mask)
+    kept = weakref.ref(output.logits)
+    del output
+    seen = list(first.forwards)
+    with density.watching():  # forgets what the block before it left behind
+        model(input_ids=ids, attention_mask=mask)
+    assert not first.forwards
+    first.forwards[:] = [replace(seen[0], logits=seen[0].logits * 0)]
+    of_first = density(ids, mask, step=0, watched=first).exit_distance
+    assert of_first is not None
+    assert of_first != usual
+    assert density(ids, mask, step=0).exit_distance == usual  # the newest block's was not touched
+    seen.clear()
+    gc.collect()
+    assert kept() is None
+
+
 def test_steps_without_exits_are_not_watched() -> None:
     model = tiny_model("llama", num_hidden_layers=3).train()
     density = DensityLoss(model, **OPTIONS, start_step=2)
@@ -251,14 +278,15 @@ def test_exits_are_read_also_between_masked_runs() -> None:
 def test_exits_that_are_not_finite_follow_the_option(mode: Any) -> None:
     model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
     density = DensityLoss(model, **{**OPTIONS, "exit_tokens": 1.0}, on_nonfinite=mode)
-    with density.watching():
+    with density.watching() as watched:
         model(input_ids=ids, attention_mask=mask)
-    density._seen[-1].streams[1] = density._seen[-1].streams[1] * torch.inf
+    streams = watched.forwards[-1].streams
+    streams[1] = streams[1] * torch.inf
     if mode == "raise":
         with pytest.raises(NonFiniteError, match=r"step 0: .*distances of early exits"):
-            density(ids, mask)
+            density(ids, mask, watched=watched)
     else:
-        term = density(ids, mask)
+        term = density(ids, mask, watched=watched)
         assert term.loss.item() == 0
         assert term.skipped is not None
 
@@ -266,12 +294,12 @@ def test_exits_that_are_not_finite_follow_the_option(mode: Any) -> None:
 def test_tokens_that_do_not_count_cannot_spoil_a_gradient() -> None:
     model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
     density = DensityLoss(model, **{**OPTIONS, "exit_tokens": 1.0}, every=8)
-    with density.watching(step=1):
+    with density.watching(step=1) as watched:
         model(input_ids=ids, attention_mask=mask)
     spoilt = torch.where(mask[..., None] == 0, torch.nan, 0.0)
-    seen = density._seen[-1]
+    seen = watched.forwards[-1]
     seen.streams[:] = [stream + spoilt for stream in seen.streams]
-    density(ids, mask, step=1).loss.backward()
+    density(ids, mask, step=1, watched=watched).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 

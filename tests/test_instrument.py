@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import softtrace
+from softtrace.attach import attach
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph import EDGE_KINDS, Edge, LayerEdges
-from softtrace.instrument import attach
 from tests import oracle
 from tests.state import HOOKS, state
 from tests.tiny import FAMILIES, checkpointed, tiny_model, tiny_prompt
@@ -51,8 +51,10 @@ def test_an_unmasked_run_equals_the_models_own(family: str, attention: str, side
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-        recording = attach(model).record(ids, mask)
-        again = attach(model).masked_logits(ids, mask, all_masks(model, 3, 8, 1.0))
+        recording = attach(model).record(attach(model).batch(ids, mask))
+        again = attach(model).masked_logits(
+            attach(model).batch(ids, mask), all_masks(model, 3, 8, 1.0)
+        )
         after = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     valid = mask.bool()
     torch.testing.assert_close(recording.logits[valid], own[valid], atol=2e-5, rtol=1e-5)
@@ -66,8 +68,8 @@ def test_a_recording_holds_what_the_full_run_computed(family: str) -> None:
     model, ids = tiny_model(family, dtype=torch.float64), tiny_prompt(6)
     run = oracle.run_full(model, ids)
     with torch.no_grad():
-        recording = attach(model).record(ids, keep_hidden=True)
-        assert attach(model).record(ids).hidden is None
+        recording = attach(model).record(attach(model).batch(ids), keep_hidden=True)
+        assert attach(model).record(attach(model).batch(ids)).hidden is None
     torch.testing.assert_close(recording.logits[0], run.logits, atol=1e-5, rtol=1e-5)
     assert recording.hidden is not None
     assert len(recording.hidden) == len(recording.attention) + 1 == 4
@@ -102,8 +104,8 @@ def test_masking_through_hooks_equals_a_literal_forward(
             where = (edge.head, edge.target, edge.source)
             mask[where if edge.kind == "attention" else edge.target] = 1
     with torch.no_grad():
-        attention = attach(model).record(ids).attention if recorded else None
-        logits = attach(model).masked_logits(ids, None, masks, attention)
+        attention = attach(model).record(attach(model).batch(ids)).attention if recorded else None
+        logits = attach(model).masked_logits(attach(model).batch(ids), masks, attention)
     for position in (1, 4):
         expected = oracle.masked_distribution(
             model, ids, kept, position, run.attention if recorded else None
@@ -136,7 +138,7 @@ def test_fractions_weigh_the_vectors_of_the_edges(family: str, overrides: Any) -
         added = block.mlp(block.mlp_norm(node)[None, None])[0, 0]
         node = weights["mlp_residual"] * node + weights["mlp"] * added
         expected = model.lm_head(oracle.final_norm(model)(node))  # type: ignore[operator]
-        found = attach(model).masked_logits(ids, None, masks)[0, 4]
+        found = attach(model).masked_logits(attach(model).batch(ids), masks)[0, 4]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -196,7 +198,7 @@ def test_a_copy_of_an_attached_model_is_a_model_of_its_own() -> None:
     with torch.no_grad():
         twin.lm_head.weight.mul_(-1)
         assert softtrace.attach(twin) is not handle
-        found, expected = attach(twin).record(ids).logits, twin(ids).logits
+        found, expected = attach(twin).record(attach(twin).batch(ids)).logits, twin(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -264,7 +266,9 @@ def test_an_exception_in_a_run_leaves_everything_as_it_was(
     calls = {
         "attach": lambda: softtrace.attach(model),
         "record": lambda: softtrace.edge_importance(model, ids, mask),
-        "masked": lambda: attach(model).masked_logits(ids, mask, all_masks(model, 3, 8, 1.0)),
+        "masked": lambda: attach(model).masked_logits(
+            attach(model).batch(ids, mask), all_masks(model, 3, 8, 1.0)
+        ),
         "curve": lambda: softtrace.density_curve(model, ids, mask),
         "loss": lambda: softtrace.DensityLoss(model)(ids, mask),
     }
@@ -314,10 +318,11 @@ def test_bad_ids_are_refused_before_anything_runs() -> None:
     model = mixed_flags("gpt2")
     instrument, before = softtrace.attach(model), state(model)
     with pytest.raises(InvalidInputError, match="found ids from 3 to 67"):
-        instrument.record(torch.tensor([[3, 67]]))
+        instrument.record(instrument.batch(torch.tensor([[3, 67]])))
     with pytest.raises(InvalidInputError, match="values other than 0 and 1"):
         instrument.masked_logits(
-            torch.tensor([[3, 5]]), torch.tensor([[1, 2]]), all_masks(model, 1, 2, 1.0)
+            instrument.batch(torch.tensor([[3, 5]]), torch.tensor([[1, 2]])),
+            all_masks(model, 1, 2, 1.0),
         )
     assert state(model) == before
 
@@ -372,6 +377,8 @@ def test_two_models_of_one_config_object_do_not_disturb_each_other() -> None:
     ids = tiny_prompt(5)
     with torch.no_grad():
         expected = second(ids).logits
-        attach(first).record(ids)
-        torch.testing.assert_close(attach(shared).record(ids).logits, expected)
+        attach(first).record(attach(first).batch(ids))
+        torch.testing.assert_close(
+            attach(shared).record(attach(shared).batch(ids)).logits, expected
+        )
         assert torch.equal(shared(ids).logits, expected)

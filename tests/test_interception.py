@@ -19,9 +19,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import softtrace
+from softtrace.attach import attach
 from softtrace.attention import IMPLEMENTATION
 from softtrace.errors import InvalidInputError, UnsupportedModelError
-from softtrace.instrument import attach
 from tests.families.zoo import VERIFIED, redraw, tiny
 from tests.state import state
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -144,7 +144,7 @@ def test_code_from_elsewhere_is_taken_apart_or_refused(way: str) -> None:
     instrument = softtrace.attach(model)
     assert instrument.anatomy.route == "interception"
     assert instrument.anatomy.pattern == "sequential pre-norm"
-    recording = instrument.record(ids, mask)
+    recording = instrument.record(instrument.batch(ids, mask))
     model.eval()
     valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
     plain = model(ids, mask).logits
@@ -204,7 +204,7 @@ def test_what_multiplies_the_values_counts() -> None:
     model, ids = theirs("softmax"), tiny_prompt(5)
     for layer in model.stack:
         layer.attend.__class__ = Sharpened
-    recording = attach(model).record(ids)
+    recording = attach(model).record(attach(model).batch(ids))
     x = model.stack[0].norm_in(model.tokens(ids))
     q, k, _ = (
         e.unflatten(-1, (4, -1)).transpose(1, 2)
@@ -238,7 +238,7 @@ def test_masks_of_two_dimensions_and_grouped_heads(way: str) -> None:
     model, ids = theirs(way), tiny_prompt(5)
     for layer in model.stack:
         layer.attend.__class__ = Masked
-    recording = attach(model).record(ids)
+    recording = attach(model).record(attach(model).batch(ids))
     torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     assert recording.importance.visible[0][0].equal(torch.ones(5, 5).bool().tril())
 
@@ -298,7 +298,9 @@ def test_layers_may_hand_their_output_out_in_any_way(wrap: Any) -> None:
     found = softtrace.edge_importance(model, ids)
     assert torch.equal(found.layers[1].attention, expected.layers[1].attention)
     none = [layer.map(torch.zeros_like) for layer in found.layers]
-    logits = attach(model).masked_logits(ids, None, none, attach(model).record(ids).attention)
+    logits = attach(model).masked_logits(
+        attach(model).batch(ids), none, attach(model).record(attach(model).batch(ids)).attention
+    )
     assert (logits - logits[:1, :1]).abs().max() < 1e-5
 
 
@@ -362,13 +364,13 @@ def test_a_kernel_of_the_users_own_is_untouched_and_plays_no_part(case: str) -> 
     try:
         model: Any = tiny_model(case) if case == "llama" else tiny(case)
         ids = tiny_prompt(6)
-        expected = attach(model).record(ids).logits
+        expected = attach(model).record(attach(model).batch(ids)).logits
         model.config._attn_implementation_internal = "users_own"
         softtrace.attach(model).detach()
-        found = attach(model).record(ids).logits
+        found = attach(model).record(attach(model).batch(ids)).logits
         assert (len(calls) > 0) == (case == "llama")  # at attach, the model's own run
         before = len(calls)
-        attach(model).record(ids)
+        attach(model).record(attach(model).batch(ids))
         assert len(calls) == before
         assert model.config._attn_implementation == "users_own"
         torch.testing.assert_close(found, expected)

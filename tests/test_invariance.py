@@ -98,7 +98,7 @@ def measured(model: Any) -> dict[str, Tensor]:
     thresholds = (0.4, 0.2, 0.1, 0.05, 0.02)
     curve = softtrace.density_curve(model, IDS, thresholds=thresholds, composition=True)
     instrument = softtrace.attach(model)
-    recording = instrument.record(IDS, keep_hidden=True)
+    recording = instrument.record(instrument.batch(IDS), keep_hidden=True)
     assert curve.composition is not None
     return {
         "size": curve.size,

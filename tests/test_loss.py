@@ -13,11 +13,13 @@ from torch import Tensor, nn
 import softtrace
 from softtrace import DensityLoss, DensityOptions, DensityTerm
 from softtrace import loss as loss_module
+from softtrace.attach import attach
+from softtrace.batch import Batch
 from softtrace.distortion import total_variation
 from softtrace.draws import Draw, draw
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph import LayerEdges
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.masks import hard_masks
 from softtrace.runs import MaskedRun
 from tests import oracle
@@ -67,9 +69,9 @@ def exits(
     attention: Sequence[Tensor] | None,
 ) -> Tensor:
     """[B, T, V]: a whole masked run, every token read after its own number of layers."""
-    valid = instrument.valid(ids, mask)
-    run = MaskedRun(instrument.anatomy, valid, masks, attention, keep_hidden=True)
-    instrument.forward(run, ids)
+    batch = instrument.batch(ids, mask)
+    run = MaskedRun(instrument.anatomy, batch, masks, attention, keep_hidden=True)
+    instrument.forward(run)
     assert run.hidden is not None
     index = depths[None, :, :, None].expand(-1, -1, -1, run.hidden[0].shape[-1])
     return instrument.anatomy.readout.early(torch.stack(run.hidden).gather(0, index)[0])
@@ -231,7 +233,7 @@ def test_labels_decide_which_positions_count() -> None:
     options = DensityOptions(share=1.0, easy_quantile=1.0)
     term = DensityLoss(model, options)(ids, None, labels, step=4)
     chosen = drawn(options, torch.ones_like(ids).bool(), (4, 0))
-    recording = attach(model).record(ids)
+    recording = attach(model).record(attach(model).batch(ids))
     q = exits(
         attach(model),
         ids,
@@ -262,9 +264,9 @@ def test_share_and_crop_choose_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     record = Instrument.record
 
-    def spy(self: Instrument, ids: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append(ids)
-        return record(self, ids, *rest, **options)
+    def spy(self: Instrument, batch: Batch, **options: Any) -> Any:
+        seen.append(batch.input_ids)
+        return record(self, batch, **options)
 
     monkeypatch.setattr(Instrument, "record", spy)
     sizes = {(0.5, 4): (6, 4), (0.01, None): (1, 10), (1.0, 99): (6, 10), (0.75, 1): (45, 1)}

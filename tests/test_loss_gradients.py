@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from softtrace import DensityLoss, DensityOptions
+from softtrace.attach import attach
 from softtrace.distortion import divergence, total_variation
-from softtrace.instrument import attach
 from softtrace.masks import hard_masks, soft_masks
 from softtrace.trace import soft_size
 from tests.test_loss import batch, drawn, exits, literal_weights
@@ -32,7 +32,7 @@ def replay(
     ids, mask = chosen.of(ids, window), chosen.of(mask, window)
     instrument = attach(model)
     with torch.no_grad():
-        still = instrument.record(ids, mask)
+        still = instrument.record(instrument.batch(ids, mask))
     p = still.logits
     logs = p.log_softmax(-1)
     entropies = -(logs.exp() * logs).sum(-1)[mask.bool()]
@@ -45,7 +45,9 @@ def replay(
     fixed = hard_masks(still.importance, chosen.thresholds)
 
     def term() -> Tensor:
-        live = instrument.record(ids, mask) if options.through_importances else still
+        live = (
+            instrument.record(instrument.batch(ids, mask)) if options.through_importances else still
+        )
         soft = soft_masks(live.importance, chosen.thresholds, options.temperature)
         kept = soft if options.masks == "soft" else fixed
         if options.family == "shallow":

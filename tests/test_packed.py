@@ -157,9 +157,9 @@ def test_positions_that_begin_later_are_the_models_own(family: str) -> None:
     positions = (mask.cumsum(-1) + 4) * mask
     instrument = softtrace.attach(model)
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    found = instrument.record(ids, mask, position_ids=positions)
+    found = instrument.record(instrument.batch(ids, mask, position_ids=positions))
     torch.testing.assert_close(found.logits[mask.bool()], plain[mask.bool()], atol=2e-5, rtol=1e-4)
-    usual = instrument.record(ids, mask).logits[mask.bool()]
+    usual = instrument.record(instrument.batch(ids, mask)).logits[mask.bool()]
     assert ((usual - plain[mask.bool()]).abs().max() > 1e-2) == (family == "gpt2")
 
 

@@ -86,10 +86,10 @@ def test_hooks_of_the_user_see_full_shapes(family: str) -> None:
         )
         module.register_forward_hook(lambda _, args, output: seen.append(output.shape[:2]))
     with torch.no_grad():
-        recording = instrument.record(ids)
+        recording = instrument.record(instrument.batch(ids))
         seen.clear()
         masks = hard_masks(recording.importance, 0.45)
-        instrument.masked_logits(ids, None, masks, recording.attention)
+        instrument.masked_logits(recording.batch, masks, recording.attention)
     shapes = [
         next(iter((*entry[0], *entry[1].values()))).shape[:2]
         if isinstance(entry[0], tuple)
@@ -109,11 +109,11 @@ def test_masked_runs_are_the_same_with_nothing_left_out(
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     instrument = softtrace.attach(model)
-    recording = instrument.record(ids, mask)
+    recording = instrument.record(instrument.batch(ids, mask))
     attention = recording.attention if recorded else None
 
     def logits(kept: tuple[LayerEdges, ...]) -> Tensor:
-        return instrument.masked_logits(ids, mask, kept, attention)[mask.bool()]
+        return instrument.masked_logits(instrument.batch(ids, mask), kept, attention)[mask.bool()]
 
     for tau in (0.6, 0.45, 0.2, 1.0):
         kept = hard_masks(recording.importance, tau)

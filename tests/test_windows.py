@@ -8,25 +8,26 @@ import pytest
 import torch
 
 from softtrace import DensityLoss
+from softtrace.batch import Batch
 from softtrace.instrument import Instrument
 from tests.tiny import tiny_model, tiny_prompt
 
 
 @pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """What every recording run was given."""
-    seen: list[dict[str, Any]] = []
+    seen: list[Batch] = []
     record = Instrument.record
 
-    def spy(self: Instrument, ids: torch.Tensor, mask: Any = None, **options: Any) -> Any:
-        seen.append({"ids": ids, "mask": mask, **options})
-        return record(self, ids, mask, **options)
+    def spy(self: Instrument, batch: Batch, **options: Any) -> Any:
+        seen.append(batch)
+        return record(self, batch, **options)
 
     monkeypatch.setattr(Instrument, "record", spy)
     return seen
 
 
-def test_windows_of_padding_alone_are_never_looked_at(windows: list[dict[str, Any]]) -> None:
+def test_windows_of_padding_alone_are_never_looked_at(windows: list[Batch]) -> None:
     model, ids = tiny_model("llama"), tiny_prompt(12, batch=3)
     mask = torch.ones_like(ids)
     mask[0, :8], mask[1, 4:] = 0, 0  # left and right
@@ -36,8 +37,8 @@ def test_windows_of_padding_alone_are_never_looked_at(windows: list[dict[str, An
         term = penalty(ids, mask, step=step)
         assert term.skipped is None
     for seen in windows:
-        assert seen["ids"].shape == (1 + 1 + 3, 4)  # none of the four that are padding alone
-        assert seen["mask"].any(-1).all()
+        assert seen.input_ids.shape == (1 + 1 + 3, 4)  # none of the four that are padding alone
+        assert seen.valid.any(-1).all()
 
 
 def test_the_term_of_a_window_is_that_of_the_window_alone() -> None:

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from softtrace.attach import attach
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import greedy, speculate
 from softtrace.evaluation.decode_bench import quartiles
 from softtrace.evaluation.evaluate import documents_of_side
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
-from softtrace.instrument import attach
 from softtrace.load import load_model, load_tokenizer
 from softtrace.two_parts import first_layers, forget
 

@@ -1,7 +1,7 @@
 """softtrace: fine-tune language models so that easy inputs need a sparse, early subgraph."""
 
+from softtrace.attach import attach, edge_importance
 from softtrace.curve import DensityCurve, density_curve
-from softtrace.edges import edge_importance
 from softtrace.errors import (
     CheckpointError,
     DataError,
@@ -14,7 +14,7 @@ from softtrace.errors import (
     UnsupportedModelError,
 )
 from softtrace.graph import Edge, EdgeImportance, LayerEdges
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
 from softtrace.trace import Trace, extract_trace

@@ -1,8 +1,11 @@
-"""Checks on what users hand in: ids, padding masks, numbers in a range."""
+"""The checked batch that travels from where it enters to every run, and the checks it passes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +13,117 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError, NonFiniteError
 
 
-def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return ``[B, T]`` bool, True at real tokens; nothing is read from the device.
+@dataclass(frozen=True)
+class Batch:
+    """A batch of token ids: what runs, losses and measures read, made once and handed on.
 
-    Raises:
-        InvalidInputError: wrong rank, dtype or shape.
+    :meth:`softtrace.Instrument.batch` makes it and checks it against its model. :meth:`of` checks
+    all that can be known without the model, and reads nothing from the device unless position ids
+    are given: where a forward is still under way, :meth:`softtrace.Instrument.check` can follow.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64 or int32.
+        valid: ``[B, T]`` bool, False at padding.
+        targets: ``[B, T]``, the token that each position has to predict, -100 for none.
+        counted: ``[B, T]`` bool, which positions count: those with a label, where labels were
+            given, and all real tokens otherwise.
+        positions: ``[B, T]`` position ids, where they are not those that follow from padding; None
+            otherwise.
+        packed: whether positions start anew inside a row, one document after another. No edge
+            crosses from one document into another, and there is no padding.
+        attention_mask: as it was given, for the check of its values.
     """
+
+    input_ids: Tensor
+    valid: Tensor
+    targets: Tensor
+    counted: Tensor
+    positions: Tensor | None = None
+    packed: bool = False
+    attention_mask: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Batch:
+        """The batch of these tensors.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+            position_ids: ``[B, T]`` or ``[1, T]`` integers, needed where rows are packed: they
+                start anew with every document. None where each row is one document.
+            labels: ``[B, T]``, -100 where the task loss looks away; None for all tokens.
+
+        Raises:
+            InvalidInputError: wrong rank, dtype or shape; positions that :func:`check_positions`
+                refuses.
+        """
+        valid = _real_tokens(input_ids, attention_mask)
+        positions = None
+        if position_ids is not None:
+            positions = check_positions(position_ids, valid, attention_mask is not None)
+        packed = positions is not None and is_packed(positions, valid)
+        targets, counted = _next_tokens(input_ids, valid, labels, positions if packed else None)
+        return cls(input_ids, valid, targets, counted, positions, packed, attention_mask)
+
+    def check_values(self, vocabulary: int) -> None:
+        """Read what :meth:`of` does not: the ids and the mask themselves.
+
+        Args:
+            vocabulary: rows of the embedding; ids are in [0, vocabulary).
+
+        Raises:
+            InvalidInputError: an id outside the vocabulary, a mask of other values than 0 and 1.
+        """
+        low, high = torch.stack(torch.aminmax(self.input_ids)).tolist()
+        if low < 0 or high >= vocabulary:
+            raise InvalidInputError(
+                f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
+                "(the model's vocabulary); is the tokenizer the model's own?"
+            )
+        mask = self.attention_mask
+        if mask is not None and not torch.equal(self.valid.to(mask.dtype), mask):
+            raise InvalidInputError("attention_mask: found values other than 0 and 1")
+
+    def part(self, select: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of what ``select`` takes out of every ``[B, T]`` tensor: windows, or rows."""
+        return replace(
+            self,
+            input_ids=select(self.input_ids),
+            valid=select(self.valid),
+            targets=select(self.targets),
+            counted=select(self.counted),
+            positions=None if self.positions is None else select(self.positions),
+            attention_mask=None,
+        )
+
+    def forward_inputs(self, parameters: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of a model's forward.
+
+        Packed rows get no attention mask: without one transformers keeps their documents apart.
+
+        Args:
+            parameters: names that the forward takes.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids}
+        if not self.packed:
+            inputs["attention_mask"] = self.valid.long()
+        if "position_ids" in parameters:
+            inputs["position_ids"] = (
+                position_ids_of(self.valid) if self.positions is None else self.positions
+            )
+        if "use_cache" in parameters:
+            inputs["use_cache"] = False
+        return inputs
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[B, T]`` bool, True at real tokens; nothing is read from the device."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         found = (
             tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -29,31 +137,6 @@ def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         return torch.ones_like(input_ids, dtype=torch.bool)
     check_same_shape("attention_mask", attention_mask, input_ids)
     return attention_mask.to(torch.bool)
-
-
-def check_batch(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
-    """Return ``[B, T]`` bool, True at real tokens.
-
-    Args:
-        input_ids: ``[B, T]`` integers in [0, vocabulary).
-        attention_mask: ``[B, T]`` of 0 and 1 (padding on either side), or None for no padding.
-        vocabulary: rows of the embedding.
-
-    Raises:
-        InvalidInputError: wrong rank, dtype, shape or values, or no token at all.
-    """
-    valid = real_tokens(input_ids, attention_mask)
-    low, high = torch.stack(torch.aminmax(input_ids)).tolist()
-    if low < 0 or high >= vocabulary:
-        raise InvalidInputError(
-            f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
-            "(the model's vocabulary); is the tokenizer the model's own?"
-        )
-    if attention_mask is not None and not torch.equal(
-        valid.to(attention_mask.dtype), attention_mask
-    ):
-        raise InvalidInputError("attention_mask: found values other than 0 and 1")
-    return valid
 
 
 def check_same_shape(name: str, values: Tensor, input_ids: Tensor) -> None:
@@ -179,23 +262,10 @@ def check_range(
     return value
 
 
-def next_tokens(
+def _next_tokens(
     input_ids: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The token each position has to predict, and which positions count.
-
-    Args:
-        input_ids: ``[B, T]``.
-        valid: ``[B, T]`` bool, no padding.
-        labels: ``[B, T]``, -100 where the task loss looks away; None for all tokens.
-        positions: ``[B, T]`` of packed rows; None for one document a row.
-
-    Returns:
-        ``[B, T]`` targets, -100 for none, and ``[B, T]`` bool.
-
-    Raises:
-        InvalidInputError: labels of another shape.
-    """
+    """Targets and which positions count, see :class:`Batch`; positions are those of packed rows."""
     if labels is not None:
         check_same_shape("labels", labels, input_ids)
     target = torch.full_like(input_ids, -100)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from softtrace.attach import attach
 from softtrace.batch import check_range
 from softtrace.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
 from softtrace.errors import InvalidInputError
 from softtrace.graph import EdgeImportance
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.masks import hard_masks
 from softtrace.recording import Recording
 from softtrace.trace import edge_counts, total_edges
@@ -192,10 +193,9 @@ def density_curve(
     for tau in grid:
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
     with torch.no_grad():
-        recording = instrument.record(input_ids, attention_mask, position_ids=position_ids)
+        recording = instrument.record(instrument.batch(input_ids, attention_mask, position_ids))
         return curve_of(
             instrument,
-            input_ids,
             recording,
             recording.importance,
             grid,
@@ -216,7 +216,6 @@ def _numbers(thresholds: Sequence[float] | Tensor) -> list[float]:
 @torch.no_grad()
 def curve_of(
     instrument: Instrument,
-    input_ids: Tensor,
     recording: Recording,
     scores: EdgeImportance,
     thresholds: Sequence[float],
@@ -230,8 +229,7 @@ def curve_of(
 
     Args:
         instrument: of the model.
-        input_ids: ``[B, T]``.
-        recording: of the same batch.
+        recording: of a batch.
         scores: what the search goes by (importances, or a baseline's scores).
         thresholds: edges of score >= threshold are kept.
         composition, nucleus: see :func:`density_curve`.
@@ -252,9 +250,7 @@ def curve_of(
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
-        read = instrument.masked_hidden(
-            input_ids, recording.mask, masks, recording.attention, recording.positions
-        )
+        read = instrument.masked_hidden(recording.batch, masks, recording.attention)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(padding, torch.nan))
         variation, recovered, others = _distortion(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from softtrace.attach import attach
 from softtrace.batch import check_least, check_range
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import recommended_exit
@@ -32,7 +33,6 @@ from softtrace.exits import (
     exit_layer_of,
     refuse_moving_rotations,
 )
-from softtrace.instrument import attach
 from softtrace.modes import dropout_off, uncompiled
 from softtrace.two_parts import TwoParts, counter, first_layers
 
@@ -140,7 +140,7 @@ def _checked(model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven
     if proven:
         layers: int = counter(model).num_hidden_layers
     else:
-        attach(model).valid(input_ids)
+        attach(model).batch(input_ids)
         layers = check_early_exit(model)
     depth = exit_layer_of(model) if exit_layer is None else exit_layer
     check_exit_layer(depth, layers)

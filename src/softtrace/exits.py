@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.attach import attach
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.proof import tolerance
 from softtrace.families.refusals import running
 from softtrace.families.sight import mismatch
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.modes import dropout_off
 from softtrace.two_parts import TwoParts, counter, first_layers
 
@@ -41,7 +42,8 @@ def check_early_exit(model: nn.Module) -> int:
     if layers < 2:
         raise UnsupportedModelError(f"{name} has {layers} layer; an early exit needs two at least")
     ids = _some_ids(instrument, model)
-    recording = instrument.record(ids, keep_hidden=True, keep_attention=False)
+    batch = instrument.batch(ids)
+    recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
     hidden = recording.hidden or ()
     allowed = tolerance(next(model.parameters()).dtype)
     for depth in {1, layers // 2, layers - 1}:

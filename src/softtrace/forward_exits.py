@@ -41,12 +41,36 @@ class Seen:
     ended: bool = False
 
 
+@dataclass
+class Watched:
+    """The forwards that ran inside one block of :func:`watching`, in order.
+
+    Attributes:
+        forwards: those with gradients; the last one may not have ended.
+    """
+
+    forwards: list[Seen] = field(default_factory=list)
+
+    def last_of(self, shape: torch.Size, layers: int) -> Seen | None:
+        """The last forward of a batch ``(B, T)`` that went through all layers; None without one."""
+        fitting = [
+            each for each in self.forwards
+            if each.ended and len(each.streams) == layers and each.streams[0].shape[:2] == shape
+        ]  # fmt: skip
+        return fitting[-1] if fitting else None
+
+    def forget(self) -> None:
+        """Let go of the streams and logits that are held."""
+        self.forwards.clear()
+
+
 @contextmanager
-def watching(model: nn.Module, anatomy: Anatomy, seen: list[Seen]) -> Iterator[None]:
-    """Collect into ``seen`` what every forward of ``model`` inside gives, for nothing but looking.
+def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[None]:
+    """Collect what every forward of ``model`` inside gives, for nothing but looking.
 
     A forward without gradients is left out.
     """
+    seen = watched.forwards
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(Seen())

@@ -56,6 +56,10 @@ class LayerEdges:
             self.parallel,
         )
 
+    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The edges of which each token has one: attention residual, MLP, MLP residual."""
+        return self.attention_residual, self.mlp, self.mlp_residual
+
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the four tensors in the order of :data:`EDGE_KINDS`."""
         yield self.attention

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from softtrace.attach import attach
 from softtrace.batch import check_least, check_length
 from softtrace.families.anatomy import LayerModules
 from softtrace.families.norms import LinearNorm
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.load import load_model
 from softtrace.placement import device_of_module
 from softtrace.trace import edge_counts
@@ -63,7 +64,7 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
     names = {id(module): name for name, module in network.named_modules()}
     device = device_of_module(network)
     ids = torch.arange(length, device=device)[None] % anatomy.vocabulary
-    recording = instrument.record(ids, keep_attention=False)
+    recording = instrument.record(instrument.batch(ids), keep_attention=False)
     counts = edge_counts(recording.importance.existing())[0, -1].sum(0).tolist()
     verification, readout = instrument.verification, anatomy.readout
     after = readout.after.field

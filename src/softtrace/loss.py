@@ -20,35 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import check_finite, check_positions, is_packed, next_tokens, real_tokens
+from softtrace.attach import attach
+from softtrace.batch import Batch, check_finite
 from softtrace.distortion import DISTANCES
 from softtrace.draws import draw, draw_exits
 from softtrace.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.families.refusals import unwrapped
-from softtrace.forward_exits import Seen, exit_distance, watching
+from softtrace.forward_exits import Watched, exit_distance, watching
 from softtrace.graph import EdgeImportance, LayerEdges
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.masks import hard_masks, soft_masks
 from softtrace.modes import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
 from softtrace.options import DensityOptions
 from softtrace.trace import soft_size
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A checked batch, ``[B, T]`` each: token ids, which are real, what each has to predict (-100:
-    nothing), which count; position ids if given, and whether documents are packed."""
-
-    input_ids: Tensor
-    valid: Tensor
-    targets: Tensor
-    counted: Tensor
-    positions: Tensor | None
-    packed: bool
 
 
 @dataclass(frozen=True)
@@ -77,13 +65,38 @@ class DensityTerm:
     skipped: str | None = None
     exit_distance: Tensor | None = None
 
+    @classmethod
+    def of_no_run(
+        cls, device: torch.device, strength: float = 0.0, skipped: str | None = None
+    ) -> DensityTerm:
+        """The term of a step at which nothing was run: 0, and the rest unknown.
+
+        Args:
+            device: of the batch.
+            strength: that the step would have had.
+            skipped: why nothing was run although that is positive.
+        """
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        unknown = torch.full_like(zero, torch.nan)
+        return cls(zero, unknown, unknown, unknown, strength, skipped)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What a step looks at: windows ``[n, window]`` of a batch, with what was drawn for each."""
+
+    batch: Batch
+    thresholds: Tensor
+    depths: Tensor
+
 
 class DensityLoss:
     """Computes the density term for batches of one model: the plain-loop door.
 
-    Run your forward inside ``with density_loss.watching():``, where early exits are read, and add
-    ``density_loss(input_ids, attention_mask, labels).loss`` to the task loss before the backward
-    pass. With several processes the draws differ by rank; average gradients as usual.
+    Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
+    read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
+    task loss before the backward pass. With several processes the draws differ by rank; average
+    gradients as usual.
 
     Args:
         model: a causal language model of transformers; attached (and proven) here unless the
@@ -103,18 +116,18 @@ class DensityLoss:
         self.model = model
         self.step = 0
         self.skipped_steps = 0
-        self._seen: list[Seen] = []
+        self._watched = Watched()
         self._said: set[str] = set()
         if self.options.strength > 0:
             attach(model)
 
     @contextmanager
-    def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[None]:
-        """Look at the training forward inside, for the exits of the next call.
+    def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
+        """Look at the training forward inside, for the exits of the call that is given the handle.
 
-        Nothing about the forward changes; residual streams and logits are held until that call.
-        Does nothing without ``options.exits``, and where something is compiled: hooks would compile
-        it anew.
+        Nothing about the forward changes; residual streams and logits are held until that call. A
+        call that is given none takes the handle of the newest block. Nothing is watched without
+        ``options.exits``, and where something is compiled: hooks would compile it anew.
 
         Args:
             host: the module whose forward is run, where that is not the model itself.
@@ -124,11 +137,12 @@ class DensityLoss:
             InvalidInputError: layers are checkpointed in the reentrant way, which runs them without
                 a graph.
         """
-        self._seen.clear()
+        self._watched.forget()
+        watched = self._watched = Watched()
         model = unwrapped(self.model)
         schedule = self.options.exit_schedule
         if not schedule.strength:
-            yield
+            yield watched
             return
         modules = all_modules(self.model, *() if host is None else (host,))
         if model.training and is_reentrant(modules):
@@ -138,17 +152,17 @@ class DensityLoss:
                 "(the default of transformers), or set exits=0"
             )
         if step is not None and not schedule(step):
-            yield
+            yield watched
             return
         if is_compiled(modules):
             self._say_once("exits: the model is compiled, so its forward is not watched")
-            yield
+            yield watched
             return
         try:
-            with watching(model, attach(model).anatomy, self._seen):
-                yield
+            with watching(model, attach(model).anatomy, watched):
+                yield watched
         except BaseException:
-            self._seen.clear()  # out of memory, say: nobody will ask for them
+            watched.forget()  # out of memory, say: nobody will ask for them
             raise
 
     def __call__(
@@ -159,6 +173,7 @@ class DensityLoss:
         step: int | None = None,
         micro_step: int = 0,
         position_ids: Tensor | None = None,
+        watched: Watched | None = None,
     ) -> DensityTerm:
         """The term of one step.
 
@@ -171,6 +186,8 @@ class DensityLoss:
             micro_step: which of the batches accumulated into this step, for the draws.
             position_ids: ``[B, T]``, needed where rows are packed: they start anew with every
                 document, and no edge crosses from one document into another.
+            watched: what :meth:`watching` gave, with the forward whose exits are read; None for
+                that of the newest block. What it holds is let go.
 
         Raises:
             InvalidInputError: a malformed batch.
@@ -178,26 +195,26 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        options = self.options.on(input_ids.device)
+        options, device = self.options.on(input_ids.device), input_ids.device
         strength, weight = options.schedule(step), options.exit_schedule(step)
-        seen = list(self._seen)  # a copy: runs of ours inside an open block are seen too
+        watched = self._watched if watched is None else watched
         try:
             if strength == weight == 0:
-                return _nothing(input_ids, 0.0, None)
+                return DensityTerm.of_no_run(device)
             batch = self._batch(input_ids, attention_mask, labels, position_ids)
             drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
             instrument = attach(self.model)
-            exits = self._exits(instrument, seen, batch.counted, drawn_by) if weight else None
-            instrument.valid(input_ids, attention_mask)
+            exits = self._exits(instrument, watched, batch.counted, drawn_by) if weight else None
+            instrument.check(batch)
             if not bool(batch.counted.any()):
-                return _nothing(input_ids, strength, "no token of the batch has a target")
+                return DensityTerm.of_no_run(device, strength, "no token of the batch has a target")
             distance = None if exits is None else _mean_distance(*exits)
             if strength:  # once for all runs in it: switching modules takes longer than asking
                 with dropout_off(instrument.model), uncompiled(instrument.model):
                     term = self._density(instrument, batch, drawn_by, options, strength)
             else:
-                term = _nothing(input_ids, 0.0, None)
+                term = DensityTerm.of_no_run(device)
             if distance is None:
                 return term
             loss = term.loss + weight * distance
@@ -207,9 +224,9 @@ class DensityLoss:
             if self.options.on_nonfinite == "raise":
                 raise NonFiniteError(named) from error
             self._warn_of_skip(named)
-            return _nothing(input_ids, strength, named)
+            return DensityTerm.of_no_run(device, strength, named)
         finally:
-            self._seen.clear()
+            watched.forget()
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
@@ -230,80 +247,37 @@ class DensityLoss:
         attention_mask: Tensor | None,
         labels: Tensor | None,
         position_ids: Tensor | None,
-    ) -> _Batch:
-        valid = real_tokens(input_ids, attention_mask)
-        positions = None
-        if position_ids is not None:
-            positions = check_positions(position_ids, valid, attention_mask is not None)
-        packed = positions is not None and is_packed(positions, valid)
-        targets, counted = next_tokens(input_ids, valid, labels, positions if packed else None)
-        return _Batch(input_ids, valid, targets, counted, positions, packed)
+    ) -> Batch:
+        """Which tokens a call looks at; what it says of ids and mask is checked later."""
+        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _density(
         self,
         instrument: Instrument,
-        batch: _Batch,
+        batch: Batch,
         step: tuple[int, int],
         options: DensityOptions,
         strength: float,
     ) -> DensityTerm:
         """The term without exits."""
-        input_ids, positions = batch.input_ids, batch.positions
-        length = input_ids.shape[1]
-        window = length if options.crop is None else min(options.crop, length)
-        chosen = draw(
-            seed=options.seed,
-            step=step,
-            rank=_rank(),
-            counted=batch.counted,
-            share=options.window_share,
-            window=window,
-            thresholds=options.thresholds,
-            depths=options.depth_bounds(len(instrument.anatomy.layers)),
-        )
-        if chosen is None:
-            return _nothing(input_ids, strength, "no token of the windows has a target")
-        ids, mask, inside, targets = (
-            chosen.of(each, window)
-            for each in (input_ids, batch.valid.long(), batch.counted, batch.targets)
-        )
+        device = batch.valid.device
+        windows = self._windows(batch, step, options, len(instrument.anatomy.layers))
+        if windows is None:
+            return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-            recording = instrument.record(
-                ids,
-                None if batch.packed else mask,
-                position_ids=None if positions is None else chosen.of(positions, window),
-                checked=True,
-            )
+            recording = instrument.record(windows.batch)
         full = recording.logits.detach()
-        score = easiness(options.easiness)(full, targets)
-        score = score.detach().to(working_dtype(full.dtype))
-        inside = inside & torch.isfinite(score)  # of a callable: infinite where never easy
-        easy = easy_weights(score, inside, options.easy_quantile, options.easy_width)
-        traces, masks = self._masks(recording.importance, chosen.thresholds)
-        recorded = recording.attention if options.attention == "recorded" else None
+        easy, inside = self._easy(full, windows.batch)
+        traces, masks = self._masks(recording.importance, windows.thresholds)
         places = (easy > 0).flatten().nonzero()[:, 0]
         if not len(places):
-            return _nothing(input_ids, strength, "no token of the windows has a finite easiness")
-        masked = instrument.exit_logits(
-            ids,
-            recording.mask,
-            masks,
-            chosen.depths,
-            places,
-            recorded,
-            recording.positions,
-            checked=True,
-        )
-        check_finite(masked.detach(), "logits of the masked run")
-        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
-        chosen_distance = options.distance
-        distance = chosen_distance if callable(chosen_distance) else DISTANCES[chosen_distance]
-        distances = distance(full.flatten(0, 1).index_select(0, places), masked)
-        if distances.shape != masked.shape[:1]:
-            raise InvalidInputError(
-                f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
-                f"allowed is [{len(masked)}], one number a token"
+            return DensityTerm.of_no_run(
+                device, strength, "no token of the windows has a finite easiness"
             )
+        recorded = recording.attention if options.attention == "recorded" else None
+        masked = instrument.exit_logits(windows.batch, masks, windows.depths, places, recorded)
+        distances = self._distances(full.flatten(0, 1).index_select(0, places), masked)
+        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
         distortion = (easy.flatten().index_select(0, places) * distances).sum() / total
         size = self._size(recording.importance, traces, easy / total)
         term = distortion + options.size_weight * size if options.size_weight else distortion
@@ -315,8 +289,51 @@ class DensityLoss:
             strength=strength,
         )
 
+    @staticmethod
+    def _windows(
+        batch: Batch, step: tuple[int, int], options: DensityOptions, layers: int
+    ) -> _Windows | None:
+        """Draw what a step looks at; None where no token of it has a target."""
+        length = batch.valid.shape[1]
+        window = length if options.crop is None else min(options.crop, length)
+        chosen = draw(
+            seed=options.seed,
+            step=step,
+            rank=_rank(),
+            counted=batch.counted,
+            share=options.window_share,
+            window=window,
+            thresholds=options.thresholds,
+            depths=options.depth_bounds(layers),
+        )
+        if chosen is None:
+            return None
+        part = batch.part(lambda values: chosen.of(values, window))
+        return _Windows(part, chosen.thresholds, chosen.depths)
+
+    def _easy(self, full: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``[n, window]`` weights of easy tokens, and bool: which tokens were ranked for them."""
+        score = easiness(self.options.easiness)(full, batch.targets)
+        score = score.detach().to(working_dtype(full.dtype))
+        inside = batch.counted & torch.isfinite(score)  # of a callable: infinite where never easy
+        options = self.options
+        return easy_weights(score, inside, options.easy_quantile, options.easy_width), inside
+
+    def _distances(self, full: Tensor, masked: Tensor) -> Tensor:
+        """``[N]`` distances of masked predictions from the full ones, logits ``[N, V]`` both."""
+        check_finite(masked.detach(), "logits of the masked run")
+        chosen = self.options.distance
+        distance = chosen if callable(chosen) else DISTANCES[chosen]
+        distances = distance(full, masked)
+        if distances.shape != masked.shape[:1]:
+            raise InvalidInputError(
+                f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
+                f"allowed is [{len(masked)}], one number a token"
+            )
+        return distances
+
     def _exits(
-        self, instrument: Instrument, seen: list[Seen], counted: Tensor, step: tuple[int, int]
+        self, instrument: Instrument, watched: Watched, counted: Tensor, step: tuple[int, int]
     ) -> tuple[Tensor, Tensor] | None:
         """``[n]`` distances of exits in the last watched forward of this batch, and which count.
 
@@ -326,13 +343,8 @@ class DensityLoss:
         layers = len(anatomy.layers)
         if layers < 2:
             return None
-        fitting = [
-            each for each in seen
-            if each.ended
-            and len(each.streams) == layers
-            and each.streams[0].shape[:2] == counted.shape
-        ]  # fmt: skip
-        if not fitting:
+        seen = watched.last_of(counted.shape, layers)
+        if seen is None:
             self._say_once(
                 "exits: no forward of this batch was watched, so none is read early; run it inside "
                 "'with density_loss.watching():', with gradients, or set exits=0"
@@ -346,7 +358,7 @@ class DensityLoss:
             share=self.options.exit_tokens,
             bounds=self.options.exit_bounds(layers),
         )
-        found = exit_distance(fitting[-1], anatomy.readout, drawn.places, drawn.depths)
+        found = exit_distance(seen, anatomy.readout, drawn.places, drawn.depths)
         return found, drawn.used
 
     def _masks(
@@ -373,12 +385,6 @@ class DensityLoss:
         """Weighted mean size of the traces; with gradients only if a size term wants them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
             return soft_size(importance, traces, weights).to(weights.dtype)
-
-
-def _nothing(input_ids: Tensor, strength: float, why: str | None) -> DensityTerm:
-    zero = torch.zeros((), dtype=torch.float32, device=input_ids.device)
-    unknown = torch.full_like(zero, torch.nan)
-    return DensityTerm(zero, unknown, unknown, unknown, strength, why)
 
 
 def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[L
     layers, existing = importance.layers, importance.existing()
     # The three edges a token of all layers at once: on a GPU each comparison is a launch.
     nodes, there = (
-        torch.stack([part for layer in each for part in tuple(layer)[1:]])
+        torch.stack([part for layer in each for part in layer.nodes()])
         for each in (layers, existing)
     )
     cut = threshold if isinstance(threshold, Tensor) else nodes.new_tensor(threshold)

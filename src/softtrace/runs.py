@@ -16,13 +16,14 @@ place where it is read: at the input of the MLP's norm and at the layer's output
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from softtrace.batch import documents_of, is_packed
+from softtrace.batch import Batch, documents_of
 from softtrace.errors import InvalidInputError
 from softtrace.families.anatomy import Anatomy
 from softtrace.graph import LayerEdges
@@ -46,21 +47,16 @@ class Run:
     """Follows one forward through the layers; subclasses record or mask at each half-layer.
 
     Attributes:
+        anatomy: of the model.
+        batch: that runs through it.
         valid: ``[B, T]`` bool, False at padding.
-        positions: ``[B, T]`` position ids of a packed batch; None where they follow from padding.
         hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm.
     """
 
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        valid: Tensor,
-        keep_hidden: bool = False,
-        positions: Tensor | None = None,
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, batch: Batch, keep_hidden: bool = False) -> None:
         self.anatomy = anatomy
-        self.valid = valid
-        self.positions = positions
+        self.batch = batch
+        self.valid = batch.valid
         self.hidden: list[Tensor] | None = [] if keep_hidden else None
         self._index = {id(modules.attention): i for i, modules in enumerate(anatomy.layers)}
         self._entry: Tensor | None = None
@@ -154,39 +150,46 @@ class Run:
         return output
 
 
+@dataclass
+class _LayerNotes:
+    """What one layer has given so far, in the order in which its sub-blocks run."""
+
+    probabilities: Tensor | None = None
+    values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms
+    attended: bool = False
+    scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
+    added: list[Tensor] = field(default_factory=list)  # by the parts of its MLP
+
+
 class RecordingRun(Run):
     """Computes importances while the full model runs. Nothing of size H·T·T·d exists."""
 
     def __init__(
         self,
         anatomy: Anatomy,
-        valid: Tensor,
+        batch: Batch,
         keep_hidden: bool = False,
         keep_attention: bool = True,
-        positions: Tensor | None = None,
     ) -> None:
-        super().__init__(anatomy, valid, keep_hidden, positions)
+        super().__init__(anatomy, batch, keep_hidden)
         self.keep_attention = keep_attention
-        packed = positions is not None and is_packed(positions, valid)
-        self._documents = documents_of(positions) if packed else None  # type: ignore[arg-type]
+        packed = batch.positions if batch.packed else None
+        self._documents = None if packed is None else documents_of(packed)
         self.attention: list[Tensor] = []
-        self._norms: list[LayerNorms] = []
         self.visible: list[Tensor] = []
         self._masks: list[tuple[Tensor, Tensor]] = []
-        self._seen: tuple[Tensor, Tensor] | None = None
-        self._attended = False
-        self._scale: Tensor | None = None
-        self._added: list[Tensor] = []
+        self._notes = [_LayerNotes() for _ in anatomy.layers]
+        self._norms: list[LayerNorms] = []
 
     @override
     def on_attention(
         self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
     ) -> Tensor:
         layer = self.layer_of(module)
-        visible = self._existing(visible)
+        visible, notes = self._existing(visible), self._notes[layer]
         with torch.autocast(value.device.type, enabled=False):
-            norms = head_value_norms(value, self.anatomy.carried_weight(layer))
-            self._seen = (torch.where(visible[:, None], probabilities, 0.0), norms)
+            notes.values = head_value_norms(value, self.anatomy.carried_weight(layer))
+            notes.probabilities = torch.where(visible[:, None], probabilities, 0.0)
         self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)
@@ -217,21 +220,21 @@ class RecordingRun(Run):
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
-        modules = self.anatomy.layers[layer]
+        modules, notes = self.anatomy.layers[layer], self._notes[layer]
         if modules.attention_norm is not None:
             with torch.autocast(output.device.type, enabled=False):
                 normed = modules.attention_norm.scale(read, output)[..., 0].abs()
-                self._scale = normed * abs(modules.attention_scale)
+                notes.scale = normed * abs(modules.attention_scale)
         elif modules.attention_scale != 1:
             size = abs(modules.attention_scale)
-            self._scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
-        self._attended = True
+            notes.scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
+        notes.attended = True
         self._finish(layer)
         return output
 
     @override
     def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
-        self._added.append(output)
+        self._notes[layer].added.append(output)
         self._finish(layer)
         # Falcon adds attention's output to this tensor in place, which autograd would not forgive.
         writes = self.anatomy.layers[layer].parallel and torch.is_grad_enabled()
@@ -239,14 +242,13 @@ class RecordingRun(Run):
 
     def _finish(self, layer: int) -> None:
         """Put the layer's norms together once both sub-blocks have run."""
-        modules = self.anatomy.layers[layer]
-        if not self._attended or len(self._added) < len(modules.mlp_out):
+        modules, notes = self.anatomy.layers[layer], self._notes[layer]
+        if not notes.attended or len(notes.added) < len(modules.mlp_out):
             return
-        if self._seen is None:
+        if notes.probabilities is None or notes.values is None:
             raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
-        probabilities, norms = self._seen
-        with torch.autocast(norms.device.type, enabled=False):
-            added, *more = self._added
+        with torch.autocast(notes.values.device.type, enabled=False):
+            added, *more = notes.added
             if more:
                 added = sum(more, added.to(working_dtype(added.dtype)))
             mlp = self._norm_at(layer, added)
@@ -254,14 +256,13 @@ class RecordingRun(Run):
             entry = self._norm_at(layer, self.entry) if modules.parallel else l1_norm(self.entry)
             self._norms.append(
                 LayerNorms(
-                    carried_norms(probabilities, norms, self._scale),
+                    carried_norms(notes.probabilities, notes.values, notes.scale),
                     entry,
                     mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
                     None if modules.parallel else self._norm_at(layer, self.middle),
                 )
             )
-        self._seen = self._scale = None
-        self._attended, self._added = False, []
+        self._notes[layer] = _LayerNotes()  # what it held is not needed any more
 
     def _norm_at(self, layer: int, part: Tensor) -> Tensor:
         """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
@@ -283,15 +284,14 @@ class MaskedRun(Run):
     def __init__(
         self,
         anatomy: Anatomy,
-        valid: Tensor,
+        batch: Batch,
         masks: Sequence[LayerEdges],
         attention: Sequence[Tensor] | None = None,
         keep_hidden: bool = False,
-        positions: Tensor | None = None,
         exact: bool = False,
         stop: int | None = None,
     ) -> None:
-        super().__init__(anatomy, valid, keep_hidden, positions)
+        super().__init__(anatomy, batch, keep_hidden)
         self.masks = masks
         self.recorded = attention
         self.exact = exact
@@ -349,7 +349,7 @@ class MaskedRun(Run):
         """``[B, T, 1]`` masks of the attention residual, the MLP and the MLP residual."""
         if self._cast is None or self._cast[0].dtype != like.dtype:
             # Of all layers at once: on a GPU each operation is a launch.
-            nodes = torch.stack([part for masks in self.masks for part in tuple(masks)[1:]])
+            nodes = torch.stack([part for masks in self.masks for part in masks.nodes()])
             self._cast = nodes.to(like.dtype)[..., None].unbind()
         return self._cast[3 * layer : 3 * layer + 3]
 

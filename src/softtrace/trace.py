@@ -65,7 +65,7 @@ def _counts_of(
         wide: dtype in which counts are exact.
     """
     parallel = [layer.parallel for layer in masks]
-    nodes = torch.stack([part for layer in masks for part in tuple(layer)[1:]]).to(reach.dtype)
+    nodes = torch.stack([part for layer in masks for part in layer.nodes()]).to(reach.dtype)
     residual, mlp, mlp_residual = nodes.view(-1, 3, *nodes.shape[1:]).unbind(1)
     through_mlp = (mlp + mlp_residual).clamp(max=1)[:, :, None]
     into = residual

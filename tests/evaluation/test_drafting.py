@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softtrace.attach import attach
 from softtrace.decoding import greedy, speculate
 from softtrace.evaluation.drafting import (
     CONFIDENCES,
@@ -19,7 +20,6 @@ from softtrace.evaluation.drafting import (
     replay,
 )
 from softtrace.evaluation.early_exit import guesses_of
-from softtrace.instrument import attach
 from tests.tiny import tiny_model
 
 NEW = 24
@@ -29,7 +29,7 @@ def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
     tokens = greedy(model, prompt, NEW, -1).tokens
     instrument = attach(model)
     whole = torch.cat((prompt, tokens[None, :-1]), dim=1)
-    recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
+    recording = instrument.record(instrument.batch(whole), keep_hidden=True, keep_attention=False)
     return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None), tokens[None])
 
 

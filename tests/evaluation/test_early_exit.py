@@ -24,7 +24,7 @@ from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 def test_equals_reading_transformers_hidden_states(family: str) -> None:
     model, ids = tiny_model(family), tiny_prompt(10, batch=3)
     instrument = softtrace.attach(model)
-    found = exit_agreement(instrument, instrument.record(ids, keep_hidden=True))
+    found = exit_agreement(instrument, instrument.record(instrument.batch(ids), keep_hidden=True))
     output = model(input_ids=ids, output_hidden_states=True)
     wanted = output.logits.argmax(-1)
     final_norm = oracle.final_norm(model)
@@ -40,9 +40,14 @@ def test_needs_hidden_states() -> None:
     model = tiny_model("llama")
     instrument = softtrace.attach(model)
     with pytest.raises(ValueError, match="keep_hidden=True"):
-        exit_agreement(instrument, instrument.record(tiny_prompt(4)))
+        exit_agreement(instrument, instrument.record(instrument.batch(tiny_prompt(4))))
     with pytest.raises(ValueError, match="keep_hidden=True"):
-        guesses_of(instrument, instrument.record(tiny_prompt(4)), slice(None), tiny_prompt(4))
+        guesses_of(
+            instrument,
+            instrument.record(instrument.batch(tiny_prompt(4))),
+            slice(None),
+            tiny_prompt(4),
+        )
 
 
 @torch.no_grad()
@@ -50,7 +55,7 @@ def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
     model, ids = tiny_model("llama", seed=2), tiny_prompt(10, batch=3)
     model.lm_head.weight.mul_(2)  # surer
     instrument = softtrace.attach(model)
-    recording = instrument.record(ids, keep_hidden=True)
+    recording = instrument.record(instrument.batch(ids), keep_hidden=True)
     output = model(input_ids=ids, output_hidden_states=True)
     written = output.logits.argmax(-1)[:, 3:9]
     texts = [guesses_of(instrument, recording, slice(3, 9), written, row) for row in range(3)]
@@ -79,7 +84,9 @@ def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> Non
         model, blocks = tiny_model("llama", seed=seed, num_hidden_layers=5), tiny_prompt(8, batch=7)
         instrument = softtrace.attach(model)
         with torch.no_grad():
-            agreed = exit_agreement(instrument, instrument.record(blocks, keep_hidden=True))
+            agreed = exit_agreement(
+                instrument, instrument.record(instrument.batch(blocks), keep_hidden=True)
+            )
             hidden = model(input_ids=blocks, output_hidden_states=True).hidden_states
         sure = [model.lm_head(model.model.norm(h)).softmax(-1).amax(-1) for h in hidden[1:-1]]
         texts = [

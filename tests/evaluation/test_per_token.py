@@ -47,7 +47,7 @@ def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     for row in range(5):
         ids = blocks[row : row + 1]
         curve = softtrace.density_curve(network, ids)
-        recording = instrument.record(ids, keep_hidden=True)
+        recording = instrument.record(instrument.batch(ids), keep_hidden=True)
         logs = recording.logits.log_softmax(-1)[0].detach()
         agreed = exit_agreement(instrument, recording)[:, 0]
         for line in (line for line in lines if line["sequence"] == row):

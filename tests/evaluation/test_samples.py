@@ -72,7 +72,9 @@ def test_measures_are_those_that_evaluate_averages(
     assert rows == torch.linspace(0, len(blocks) - 1, MOST_BLOCKS).long().tolist()
     curve = softtrace.density_curve(model, blocks[rows])
     instrument = softtrace.attach(model)
-    agreed = exit_agreement(instrument, instrument.record(blocks[rows], keep_hidden=True))
+    agreed = exit_agreement(
+        instrument, instrument.record(instrument.batch(blocks[rows]), keep_hidden=True)
+    )
     with torch.no_grad():
         logs = model(input_ids=blocks[rows]).logits.log_softmax(-1)
     sizes = curve.size_at(0.2)

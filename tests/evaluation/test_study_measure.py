@@ -112,13 +112,13 @@ def test_unigrams_are_compared_with_masked_predictions(readings: Readings) -> No
     corpus = Unigrams(COUNTS, 1.0)
     with torch.no_grad():
         instrument = softtrace.attach(model)
-        recording = instrument.record(BLOCKS)
+        recording = instrument.record(instrument.batch(BLOCKS))
         full = recording.logits[:, 8:15]
         curve = softtrace.density_curve(model, BLOCKS)
         levels = []
         for tau in curve.thresholds.tolist():
             masks = hard_masks(recording.importance, tau)
-            masked = instrument.masked_logits(BLOCKS, None, masks, recording.attention)
+            masked = instrument.masked_logits(recording.batch, masks, recording.attention)
             unigrams = corpus.probabilities.log().float().expand_as(masked)
             levels.append(divergence(masked, unigrams))
         levels.append(divergence(recording.logits, corpus.probabilities.log().float()))

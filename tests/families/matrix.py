@@ -56,7 +56,7 @@ def literal_errors(case: str, model: PreTrainedModel) -> dict[str, float]:
     ids, mask = padded()
     valid = mask.bool()
     instrument, own = literal(case, model)
-    recording = instrument.record(ids, mask)
+    recording = instrument.record(instrument.batch(ids, mask))
     _, expected = own.run(None)
     importance = 0.0
     for one, other in zip(recording.importance.layers, expected, strict=True):
@@ -65,6 +65,6 @@ def literal_errors(case: str, model: PreTrainedModel) -> dict[str, float]:
             rows = valid[:, None].expand(difference.shape[:3]) if difference.dim() == 4 else valid
             importance = max(importance, float(difference[rows].max()))
     masks = coins(recording.importance, 2, residual_only=False)
-    found = instrument.masked_logits(ids, mask, masks, recording.attention)
+    found = instrument.masked_logits(recording.batch, masks, recording.attention)
     logits, _ = own.run([Layer(*each) for each in masks])
     return {"importance": importance, "masked": float((found - logits)[valid].abs().max())}

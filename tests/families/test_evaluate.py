@@ -83,7 +83,9 @@ def test_inspect_and_evaluate(
     network = load_model(model)
     with torch.no_grad():
         own = network(torch.arange(12)[None]).logits
-        ours = softtrace.attach(network).record(torch.arange(12)[None], keep_hidden=True)
+        ours = softtrace.attach(network).record(
+            softtrace.attach(network).batch(torch.arange(12)[None]), keep_hidden=True
+        )
     assert ours.hidden is not None
     torch.testing.assert_close(ours.logits, own, atol=1e-4, rtol=1e-4)
     agreement = density["early_exit"]["layers"][-1]

@@ -12,10 +12,10 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
 import softtrace
+from softtrace.attach import attach
 from softtrace.errors import UnsupportedModelError
 from softtrace.families import independence
-from softtrace.families.proof import Verification
-from softtrace.instrument import attach
+from softtrace.verification import Verification
 from tests.families.zoo import redraw, tiny
 from tests.test_interception import TheirAttention, TheirConfig, TheirLayer, TheirModel, causal
 

@@ -127,7 +127,7 @@ def test_a_node_without_edges_is_zero_also_in_half_precision(case: str, dtype: t
     """residual + (output - residual) rounds; what a norm reads must be zero all the same."""
     _, half = pair(case, dtype)
     instrument = softtrace.attach(half)
-    recording = instrument.record(IDS)
+    recording = instrument.record(instrument.batch(IDS))
     none = [layer.map(torch.zeros_like) for layer in recording.importance.layers]
     seen: list[Tensor] = []
     readers = {module for layer in instrument.anatomy.layers for module in layer.middle}
@@ -136,7 +136,7 @@ def test_a_node_without_edges_is_zero_also_in_half_precision(case: str, dtype: t
         each.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         for each in readers
     ]
-    own = instrument.masked_logits(IDS, None, none, recording.attention)
+    own = instrument.masked_logits(recording.batch, none, recording.attention)
     for handle in handles:
         handle.remove()
     assert own.isfinite().all()
@@ -153,11 +153,11 @@ def test_masked_residuals_leak_nothing_under_autocast(case: str) -> None:
     ids = IDS[:1]
     other = (ids + 7) % 64 + 3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        recording = instrument.record(ids)
+        recording = instrument.record(instrument.batch(ids))
         masks = [layer.map(torch.ones_like) for layer in recording.importance.layers]
         masks[1] = masks[1].map(torch.zeros_like)
         logits = [
-            instrument.masked_logits(each, None, masks, recording.attention)
+            instrument.masked_logits(instrument.batch(each), masks, recording.attention)
             for each in (ids, other)
         ]
     assert torch.equal(*logits)
@@ -192,8 +192,8 @@ def test_sub_blocks_of_mixed_precision_under_autocast(case: str) -> None:
 
         modules.projection.forward = exact  # type: ignore[method-assign]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        recording = instrument.record(IDS[:1])
+        recording = instrument.record(instrument.batch(IDS[:1]))
         ones = [layer.map(torch.ones_like) for layer in recording.importance.layers]
-        again = instrument.masked_logits(IDS[:1], None, ones, recording.attention)
+        again = instrument.masked_logits(recording.batch, ones, recording.attention)
     largest = recording.logits.abs().max()
     assert (again - recording.logits).abs().max() < 0.05 * largest

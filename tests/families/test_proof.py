@@ -47,7 +47,7 @@ def test_models_of_the_same_layout_pass_without_being_on_a_list(stem: str) -> No
     model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
     ids = tiny_prompt(6)
     with torch.no_grad():
-        recording = softtrace.attach(model).record(ids)
+        recording = softtrace.attach(model).record(softtrace.attach(model).batch(ids))
         torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_multipliers_are_found_by_what_adds_up() -> None:
     ids = tiny_prompt(5)
     with torch.no_grad():
         instrument = softtrace.attach(model)
-        recording = instrument.record(ids)
+        recording = instrument.record(instrument.batch(ids))
         torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     found = instrument.anatomy.layers[0]
     assert (found.attention_scale, found.mlp_scale) == (0.3, 0.3)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import softtrace
+from softtrace.attach import attach
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import attach
 from softtrace.loss import DensityLoss
 from tests.families.matrix import coins, inputs_of, literal, padded
 from tests.families.reference import Layer
@@ -47,7 +47,7 @@ def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
     plain = model(**inputs_of(instrument, ids, mask)).logits
     logits, importances = own.run(None)
     torch.testing.assert_close(logits[valid], plain[valid], atol=ROUNDING, rtol=1e-4)
-    recording = instrument.record(ids, mask)
+    recording = instrument.record(instrument.batch(ids, mask))
     torch.testing.assert_close(recording.logits[valid], plain[valid], atol=ROUNDING, rtol=1e-4)
     for found, expected in zip(recording.attention, own.probabilities, strict=True):
         rows = valid[:, None].expand(found.shape[:3])
@@ -73,10 +73,10 @@ def test_masked_runs_equal_a_literal_reference(case: str) -> None:
     ids, mask = padded()
     valid = mask.bool()
     instrument, own = literal(case, model_of(case))
-    recording = instrument.record(ids, mask)
+    recording = instrument.record(instrument.batch(ids, mask))
     for residual_only in (False, True):
         masks = coins(recording.importance, 2, residual_only=residual_only)
-        found = instrument.masked_logits(ids, mask, masks, recording.attention)
+        found = instrument.masked_logits(recording.batch, masks, recording.attention)
         expected, _ = own.run([Layer(*each) for each in masks])
         torch.testing.assert_close(found[valid], expected[valid], atol=ROUNDING, rtol=1e-3)
         full = recording.logits[valid]
@@ -90,20 +90,20 @@ def test_exits_are_read_where_they_are(case: str) -> None:
     ids, mask = padded()
     valid = mask.bool()
     instrument = attach(model_of(case))
-    recording = instrument.record(ids, mask, keep_hidden=True)
+    recording = instrument.record(instrument.batch(ids, mask), keep_hidden=True)
     layers, full = len(instrument.anatomy.layers), recording.attention
     places = valid.flatten().nonzero()[:, 0]
     assert recording.hidden is not None
     every = [layer.map(Tensor.float) for layer in recording.importance.existing()]
     for depth in range(1, layers):
         depths = torch.full_like(ids, depth)
-        found = instrument.exit_logits(ids, mask, every, depths, places, full)
+        found = instrument.exit_logits(instrument.batch(ids, mask), every, depths, places, full)
         early = instrument.anatomy.readout.early(recording.hidden[depth])[valid]
         torch.testing.assert_close(found, early, atol=ROUNDING, rtol=1e-3)
     masks = coins(recording.importance, 2, residual_only=False)
     depths = torch.full_like(ids, layers)
-    found = instrument.exit_logits(ids, mask, masks, depths, places, full)
-    whole = instrument.masked_logits(ids, mask, masks, full)[valid]
+    found = instrument.exit_logits(instrument.batch(ids, mask), masks, depths, places, full)
+    whole = instrument.masked_logits(instrument.batch(ids, mask), masks, full)[valid]
     torch.testing.assert_close(found, whole, atol=ROUNDING, rtol=1e-3)
 
 
@@ -172,7 +172,7 @@ def test_windows_and_chunks_are_edges_that_do_not_exist() -> None:
             rules = [
                 (lambda t, s: t // 3 == s // 3) if each else (lambda t, s: True) for each in chunked
             ]
-        visible = attach(model).record(ids).importance.visible
+        visible = attach(model).record(attach(model).batch(ids)).importance.visible
         for found, rule in zip(visible, rules, strict=True):
             expected = [[s <= t and rule(t, s) for s in positions] for t in positions]
             assert found[0].tolist() == expected

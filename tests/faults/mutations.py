@@ -117,7 +117,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/test_checkpoints.py",
     ),
     Mutation(
-        "proven under Accelerate's autocast", "instrument.py",
+        "proven under Accelerate's autocast", "attach.py",
         (("exact, own_forward(model), uncompiled", "exact, uncompiled"),),
         "tests/test_hf_places.py::test_mixed_precision_trains",
     ),
@@ -130,8 +130,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "exits wait for the device", "loss.py",
         (
             (
-                "seen, batch.counted, drawn_by) if weight else None\n",
-                "seen, batch.counted, drawn_by) if bool(weight * batch.counted.any()) else None\n",
+                "watched, batch.counted, drawn_by) if weight else None\n",
+                "watched, batch.counted, drawn_by) if bool(weight * batch.counted.any()) else None\n",
             ),
         ),
         "tests/test_forward_exits.py::"

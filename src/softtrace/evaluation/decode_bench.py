@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from softtrace.attach import attach
 from softtrace.batch import check_least, check_length, check_range
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
@@ -33,7 +34,6 @@ from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, 
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import check_cache, check_early_exit, check_exit_layer
 from softtrace.families.discovery import learned_positions
-from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 from softtrace.two_parts import first_layers, forget
 
@@ -193,7 +193,8 @@ def _guesses(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> lis
         tokens = greedy(network, row, new_tokens, _NEVER).tokens
         # The last token is nobody's context; its prediction was never asked for.
         whole = torch.cat((row, tokens[None, :-1]), dim=1)
-        recording = instrument.record(whole, keep_hidden=True, keep_attention=False)
+        batch = instrument.batch(whole)
+        recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
         texts.append(guesses_of(instrument, recording, slice(row.shape[1] - 1, None), tokens[None]))
     return texts
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from softtrace.attach import attach
 from softtrace.evaluation.drafting import LONGEST, Guesses, best_drafting
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.placement import device_of_module
 from softtrace.recording import Recording
 
@@ -82,7 +83,8 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
     instrument, texts = attach(model), []
     device, explained = device_of_module(model), slice(blocks.shape[1] // 2, None)
     for ids in torch.split(blocks, batch_size):
-        recording = instrument.record(ids.to(device), keep_hidden=True, keep_attention=False)
+        batch = instrument.batch(ids.to(device))
+        recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
         said = recording.logits[:, explained].argmax(-1)
         texts += [
             guesses_of(instrument, recording, explained, said, row) for row in range(len(ids))

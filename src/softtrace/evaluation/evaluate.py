@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from softtrace.attach import attach
 from softtrace.batch import check_least
 from softtrace.data import (
     DEFAULT_EXCLUDE,
@@ -40,7 +41,6 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.samples import text_samples
 from softtrace.evaluation.table import density_table
-from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 from softtrace.offloading import check_device_map, device_map_options
 from softtrace.streaming import stream_evenly

@@ -12,15 +12,16 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from softtrace.attach import attach
 from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
-from softtrace.batch import next_tokens
+from softtrace.batch import Batch
 from softtrace.curve import SIZES, curve_of, default_thresholds
 from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import exit_agreement
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.metrics.functional import (
     computation_density,
     density_uncertainty_correlation,
@@ -112,7 +113,7 @@ def measure(
 
     Raises:
         InvalidInputError: not even one block fits into memory; or a batch that
-            :func:`softtrace.batch.check_batch` refuses.
+            :meth:`softtrace.batch.Batch.of` refuses.
     """
     instrument = attach(model)
     device = device_of_module(model)
@@ -175,21 +176,20 @@ def _measured(
     extra: bool,
     number: int,
 ) -> Measurements:
-    recording = instrument.record(ids, mask, keep_hidden=True)
+    recording = instrument.record(instrument.batch(ids, mask), keep_hidden=True)
     curve = curve_of(
         instrument,
-        ids,
         recording,
         recording.importance,
         default_thresholds(),
         composition=True,
         nucleus=extra,
     )
-    explained, targets = _explained(ids, recording.importance.valid, min_context)
+    explained = _explained(recording.batch, min_context)
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
         entropy=[_flat(curve.entropy, explained)],
-        loss=[_flat(loss_score(recording.logits, targets), explained)],
+        loss=[_flat(loss_score(recording.logits, recording.batch.targets), explained)],
         area=[_flat(curve.area(), explained)],
         size=[_flat(curve.size_at(), explained)],
         variation=[_flat(curve.at_sizes(), explained)],
@@ -203,15 +203,15 @@ def _measured(
         for kind in get_args(Baseline):
             for keep in (True, False):
                 scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
-                other = curve_of(instrument, ids, recording, scores, baseline_thresholds())
+                other = curve_of(instrument, recording, scores, baseline_thresholds())
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
 
 
-def _explained(ids: Tensor, valid: Tensor, min_context: int) -> tuple[Tensor, Tensor]:
-    """``[B, T]`` bool and the next tokens: positions with context before and a token after them."""
-    targets, _ = next_tokens(ids, valid, None, None)
-    return valid & (valid.cumsum(-1) > min_context) & (targets >= 0), targets
+def _explained(batch: Batch, min_context: int) -> Tensor:
+    """``[B, T]`` bool: positions with context before and a token after them."""
+    valid = batch.valid
+    return valid & (valid.cumsum(-1) > min_context) & (batch.targets >= 0)
 
 
 def _flat(values: Tensor, explained: Tensor) -> Tensor:

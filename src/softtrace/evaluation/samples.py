@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import next_tokens
+from softtrace.attach import attach
 from softtrace.curve import SIZES, curve_of, default_thresholds
 from softtrace.data import evenly
 from softtrace.distortion import variation_from
@@ -21,7 +21,7 @@ from softtrace.easiness import loss_score
 from softtrace.evaluation.early_exit import exit_agreement, exit_layers
 from softtrace.evaluation.token_text import TokenText
 from softtrace.importance import working_dtype
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.masks import hard_masks
 from softtrace.placement import device_of_module
 from softtrace.recording import Recording
@@ -71,9 +71,9 @@ def text_samples(
     texts = []
     for part in torch.split(rows, batch_size):
         ids = blocks[part].to(device)
-        recording = instrument.record(ids, keep_hidden=True)
-        measured = _measures(instrument, ids, recording, explained)
-        predicted = _predictions(instrument, ids, recording, explained, pieces)
+        recording = instrument.record(instrument.batch(ids), keep_hidden=True)
+        measured = _measures(instrument, recording, explained)
+        predicted = _predictions(instrument, recording, explained, pieces)
         targets = ids[:, explained.start + 1 : explained.stop + 1].flatten().tolist()
         tokens = [
             {"token": pieces.index(token), **measures, **predictions}
@@ -88,14 +88,13 @@ def text_samples(
 
 
 def _measures(
-    instrument: Instrument, ids: Tensor, recording: Recording, explained: slice
+    instrument: Instrument, recording: Recording, explained: slice
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what is measured of all; one sequence after another."""
-    curve = curve_of(instrument, ids, recording, recording.importance, default_thresholds())
-    targets, _ = next_tokens(ids, recording.importance.valid, None, None)
+    curve = curve_of(instrument, recording, recording.importance, default_thresholds())
     columns = {
         "entropy": curve.entropy,
-        "loss": loss_score(recording.logits, targets),
+        "loss": loss_score(recording.logits, recording.batch.targets),
         "area": curve.area(),
         "size": curve.size_at(),
         "exit_layer": exit_layers(exit_agreement(instrument, recording)),
@@ -109,7 +108,7 @@ def _measures(
 
 
 def _predictions(
-    instrument: Instrument, ids: Tensor, recording: Recording, explained: slice, pieces: _Pieces
+    instrument: Instrument, recording: Recording, explained: slice, pieces: _Pieces
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what the full model and its traces nearest to each size predict."""
     logits = recording.logits[:, explained].flatten(0, 1)
@@ -119,9 +118,7 @@ def _predictions(
     sizes, variations, tops, chances = [], [], [], []
     for tau in _THRESHOLDS:
         masks = hard_masks(recording.importance, tau)
-        read = instrument.masked_hidden(
-            ids, recording.mask, masks, recording.attention, recording.positions
-        )
+        read = instrument.masked_hidden(recording.batch, masks, recording.attention)
         masked = instrument.anatomy.readout.logits(read[:, explained].flatten(0, 1))
         best = masked.to(full.dtype).softmax(-1).topk(count)
         kept = edge_counts(masks)[:, explained].flatten(0, 1).double().sum((1, 2))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from softtrace.attach import attach
 from softtrace.batch import check_least, check_range
 from softtrace.curve import SIZE_BOUND
 from softtrace.data import (
@@ -46,7 +47,6 @@ from softtrace.evaluation.study_statistics import ANSWERS
 from softtrace.evaluation.study_table import study_table
 from softtrace.evaluation.unigram import Unigrams, count_unigrams
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import attach
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 
 STUDY_VERSION = 1

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softtrace.batch import next_tokens
+from softtrace.attach import attach
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.unigram import Unigrams
 from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import Instrument, attach
+from softtrace.instrument import Instrument
 from softtrace.placement import device_of_module
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
@@ -207,10 +207,9 @@ def _curve(
         explained: ``[B, T]`` bool, where they are compared.
         target: ``[B]``, the token after the last; None where it is not known.
     """
-    recording = instrument.record(ids)
+    recording = instrument.record(instrument.batch(ids))
     curve = curve_of(
         instrument,
-        ids,
         recording,
         recording.importance,
         default_thresholds(),
@@ -219,7 +218,7 @@ def _curve(
         reader=None if unigrams is None else unigrams.read,
         explained=explained,
     )
-    targets, _ = next_tokens(ids, recording.importance.valid, None, None)
+    targets = recording.batch.targets
     if target is not None:
         targets[:, -1] = target
     return curve, loss_score(recording.logits, targets)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.attention import softtrace_attention_active
-from softtrace.batch import is_packed, position_ids_of
+from softtrace.batch import Batch
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
 from softtrace.families.fitting import fit
@@ -164,45 +164,14 @@ def _vocabulary(model: nn.Module) -> int:
     return found
 
 
-def tiny_inputs(model: nn.Module, parameters: Sequence[str], length: int) -> dict[str, Any]:
-    """Two rows of random ids, one of them left-padded by two.
-
-    Args:
-        model: for its vocabulary and device.
-        parameters: names that its forward takes.
-        length: tokens a row.
-    """
-    vocabulary = _vocabulary(model)
+def tiny_batch(model: nn.Module, length: int) -> Batch:
+    """Two rows of random ids, one of them left-padded by two, on the model's device."""
+    vocabulary, device = _vocabulary(model), device_of_module(model)
     generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
     ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    valid[1, :2] = False
-    device = device_of_module(model)
-    return forward_inputs(ids.to(device), valid.to(device), None, parameters)
-
-
-def forward_inputs(
-    input_ids: Tensor, valid: Tensor, positions: Tensor | None, parameters: Sequence[str]
-) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for a batch.
-
-    Args:
-        input_ids: ``[B, T]``.
-        valid: ``[B, T]`` bool.
-        positions: ``[B, T]`` that are not the usual ones, or None. Where they start anew inside a
-            row no mask is passed: then transformers keeps the documents apart.
-        parameters: names that the forward takes.
-    """
-    inputs: dict[str, Any] = {"input_ids": input_ids}
-    if positions is None or not is_packed(positions, valid):
-        inputs["attention_mask"] = valid.long()
-    if positions is None:
-        positions = position_ids_of(valid)
-    if "position_ids" in parameters:
-        inputs["position_ids"] = positions
-    if "use_cache" in parameters:
-        inputs["use_cache"] = False
-    return inputs
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return Batch.of(ids.to(device), mask.to(device))
 
 
 def learned_positions(model: nn.Module) -> int | None:

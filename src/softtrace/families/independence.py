@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from softtrace.batch import Batch
 from softtrace.families.sight import mismatch
 from softtrace.graph import EDGE_KINDS, EdgeImportance, LayerEdges
+from softtrace.runner import Runner
 from softtrace.trace import closure
-
-if TYPE_CHECKING:
-    from softtrace.families.proof import Verification
-    from softtrace.instrument import Instrument
+from softtrace.verification import Verification
 
 _LENGTH = 6
 _ROWS = 64  # of one run
@@ -37,12 +35,12 @@ class _Row:
 
 
 def check_independence(
-    instrument: Instrument, found: Verification, allowed: float, device: torch.device
+    runner: Runner, found: Verification, allowed: float, device: torch.device
 ) -> None:
     """Cut every layer's nodes off their edges; then keep random edges, and those that matter alone.
 
     Args:
-        instrument: of the model; gradients and dropout are off.
+        runner: of the model; gradients and dropout are off.
         found: notes the mismatches.
         allowed: largest relative mismatch.
         device: of the model.
@@ -51,9 +49,9 @@ def check_independence(
         UnsupportedModelError: something reaches the prediction that is no edge.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = instrument.anatomy.vocabulary
+    vocabulary = runner.anatomy.vocabulary
     ids, other = torch.randint(vocabulary, (2, _LENGTH), generator=generator, device="cpu")
-    recording = instrument.record(ids[None].to(device))
+    recording = runner.record(Batch.of(ids[None].to(device)))
     attention = [each.cpu() for each in recording.attention]
     valid = torch.ones(1, _LENGTH, dtype=torch.bool, device="cpu")
     seen = tuple(each.cpu() for each in recording.importance.visible)
@@ -63,7 +61,7 @@ def check_independence(
 
     cuts = list(_cuts(everything))
     rows = [_Row(each, masks) for _, masks in cuts for each in (ids, other)]
-    hidden = _hidden(instrument, rows, attention, device)
+    hidden = _hidden(runner, rows, attention, device)
     for (where, _), one, two in zip(cuts, hidden[::2], hidden[1::2], strict=True):
         error = mismatch(one, two)
         found.require(
@@ -78,7 +76,7 @@ def check_independence(
 
     pairs = [_pair(everything, ids, other, generator) for _ in range(_DRAWS)]
     rows = [row for _, *both in pairs for row in both]
-    hidden = _hidden(instrument, rows, attention, device)
+    hidden = _hidden(runner, rows, attention, device)
     for (position, *_), one, two in zip(pairs, hidden[::2], hidden[1::2], strict=True):
         error = mismatch(one[position], two[position])
         found.require(
@@ -87,7 +85,7 @@ def check_independence(
             allowed,
             f"a prediction depends on edges that do not reach it (by {error:.2g} of the largest "
             f"value, allowed {allowed:.0e}): sub-blocks read nodes in another order than the "
-            f"pattern '{instrument.anatomy.pattern}' says, or values of several tokens are mixed "
+            f"pattern '{runner.anatomy.pattern}' says, or values of several tokens are mixed "
             "before attention",
         )
 
@@ -145,7 +143,7 @@ def _batched(layers: Sequence[LayerEdges], device: torch.device) -> LayerEdges:
 
 
 def _hidden(
-    instrument: Instrument, rows: list[_Row], attention: list[Tensor], device: torch.device
+    runner: Runner, rows: list[_Row], attention: list[Tensor], device: torch.device
 ) -> Tensor:
     """``[N, T, d_model]``: what the head reads in masked runs of the rows, in float32 at least."""
     found = []
@@ -154,6 +152,6 @@ def _hidden(
         ids = torch.stack([row.ids for row in part]).to(device)
         masks = [_batched(layers, device) for layers in zip(*(r.masks for r in part), strict=True)]
         recorded = [each.expand(len(part), -1, -1, -1).to(device) for each in attention]
-        found.append(instrument.masked_hidden(ids, None, masks, recorded, exact=True))
+        found.append(runner.masked_hidden(Batch.of(ids), masks, recorded, exact=True))
     hidden = torch.cat(found)
     return hidden.float() if hidden.dtype.itemsize < 4 else hidden

@@ -6,15 +6,14 @@ A model works because this holds, not because its name is on a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from softtrace.batch import Batch
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
 from softtrace.families.independence import check_independence
@@ -23,39 +22,12 @@ from softtrace.families.sight import ROUNDINGS, mismatch, rounding, typical_mism
 from softtrace.graph import LayerEdges
 from softtrace.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.importance import working_dtype
+from softtrace.runner import Runner
 from softtrace.runs import MaskedRun, RecordingRun, Run
-
-if TYPE_CHECKING:
-    from softtrace.instrument import Instrument
-
+from softtrace.verification import Verification
 
 #: norms of transformers compute in float32 even in a float64 model
 _NORMS = 1e-6
-
-
-@dataclass
-class Verification:
-    """What was checked on the tiny batch, with the largest relative mismatch of each check.
-
-    Attributes:
-        errors: check to the largest mismatch that was found, in the order of the checks.
-        allowed: check to the mismatch that would have been accepted.
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    allowed: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def largest(self) -> float:
-        """Over all checks."""
-        return max(self.errors.values(), default=0.0)
-
-    def require(self, check: str, error: float, allowed: float, failure: str) -> None:
-        """Note a mismatch; raise :class:`UnsupportedModelError` with ``failure`` if too large."""
-        self.errors[check] = max(error, self.errors.get(check, 0.0))
-        self.allowed[check] = allowed
-        if not error <= allowed:
-            raise UnsupportedModelError(failure)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -71,12 +43,12 @@ class _Witness(MaskedRun):
     def __init__(
         self,
         anatomy: Anatomy,
-        valid: Tensor,
+        batch: Batch,
         masks: Sequence[LayerEdges],
         verification: Verification,
         attention: Sequence[Tensor] | None = None,
     ) -> None:
-        super().__init__(anatomy, valid, masks, attention, keep_hidden=True)
+        super().__init__(anatomy, batch, masks, attention, keep_hidden=True)
         self.verification = verification
         self.mlp_runs: list[tuple[int, nn.Module, Tensor, Tensor]] = []
         self.last_output: Tensor | None = None
@@ -213,60 +185,59 @@ class _Witness(MaskedRun):
         )
 
 
-def prove(instrument: Instrument, inputs: dict[str, Any], plain: Tensor) -> Verification:
-    """Check the decomposition of an instrument's model; call with gradients and dropout off.
+def prove(runner: Runner, batch: Batch, plain: Tensor) -> Verification:
+    """Check the decomposition of a runner's model; call with gradients and dropout off.
 
     Args:
-        instrument: of the model.
-        inputs: the tiny batch.
+        runner: of the model, which was taken apart.
+        batch: a tiny one.
         plain: ``[B, T, V]``, the model's own logits on it.
 
     Raises:
         UnsupportedModelError: naming the layer, the place and the mismatch.
     """
-    anatomy, found = instrument.anatomy, Verification()
-    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
-    masks = _masks(anatomy, ids, None)
-    run = _Witness(anatomy, valid, masks, found)
-    logits = instrument.forward(run, ids)
+    anatomy, found, valid = runner.anatomy, Verification(), batch.valid
+    masks = _masks(anatomy, batch, None)
+    run = _Witness(anatomy, batch, masks, found)
+    logits = runner.forward(run)
     last = run.finish()
     _same_logits(found, "our unmasked run against the model's own", logits[valid], plain[valid])
     head = anatomy.readout.early(last)
     _same(found, "head(final norm(last layer)) against the logits", head[valid], logits[valid])
     _check_mlps(found, run.mlp_runs, valid)
-    _check_tokens(instrument, found, inputs)
-    recording = RecordingRun(anatomy, valid)
-    instrument.forward(recording, ids)
-    run = _Witness(anatomy, valid, masks, found, recording.attention)
-    logits = instrument.forward(run, ids)
+    _check_tokens(runner, found, batch)
+    recording = RecordingRun(anatomy, batch)
+    runner.forward(recording)
+    run = _Witness(anatomy, batch, masks, found, recording.attention)
+    logits = runner.forward(run)
     run.finish()
     what = "a run that uses recorded attention against the model's own"
     _same_logits(found, what, logits[valid], plain[valid])
     generator = torch.Generator().manual_seed(0)
-    run = _Witness(anatomy, valid, _masks(anatomy, ids, generator), found)
-    instrument.forward(run, ids)
+    run = _Witness(anatomy, batch, _masks(anatomy, batch, generator), found)
+    runner.forward(run)
     run.finish()
-    check_independence(instrument, found, max(tolerance(last.dtype), _NORMS), ids.device)
+    check_independence(runner, found, max(tolerance(last.dtype), _NORMS), valid.device)
     return found
 
 
 def _masks(
-    anatomy: Anatomy, ids: Tensor, generator: torch.Generator | None
+    anatomy: Anatomy, batch: Batch, generator: torch.Generator | None
 ) -> tuple[LayerEdges, ...]:
     """All ones, or coin flips (with a generator)."""
-    batch, length = ids.shape
+    (rows, length), device = batch.valid.shape, batch.valid.device
 
     def draw(*shape: int) -> Tensor:
         if generator is None:
-            return torch.ones(shape, device=ids.device)
-        return torch.randint(2, shape, generator=generator, device="cpu").float().to(ids.device)
+            return torch.ones(shape, device=device)
+        return torch.randint(2, shape, generator=generator, device="cpu").float().to(device)
 
     return tuple(
         LayerEdges(
-            draw(batch, anatomy.heads, length, length),
-            draw(batch, length),
-            draw(batch, length),
-            draw(batch, length),
+            draw(rows, anatomy.heads, length, length),
+            draw(rows, length),
+            draw(rows, length),
+            draw(rows, length),
             modules.parallel,
         )
         for modules in anatomy.layers
@@ -294,13 +265,13 @@ def _check_mlps(
         )
 
 
-def _check_tokens(instrument: Instrument, found: Verification, inputs: dict[str, Any]) -> None:
+def _check_tokens(runner: Runner, found: Verification, batch: Batch) -> None:
     """Where an MLP cannot be run by itself: noise on the first token's node changes no other's."""
-    anatomy, valid = instrument.anatomy, inputs["attention_mask"].bool()
-    for index, modules in enumerate(anatomy.layers):
+    valid = batch.valid
+    for index, modules in enumerate(runner.anatomy.layers):
         if modules.token_wise:
             continue
-        gave = [_disturbed(instrument, inputs, index, noise) for noise in (0.0, 1.0)]
+        gave = [_disturbed(runner, batch, index, noise) for noise in (0.0, 1.0)]
         others = valid.clone()
         others[:, 2] = False
         plain, noisy = (each.reshape(*valid.shape, -1)[others] for each in gave)
@@ -329,12 +300,12 @@ class _PassThrough(Run):
         return probabilities
 
 
-def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise: float) -> Tensor:
+def _disturbed(runner: Runner, batch: Batch, index: int, noise: float) -> Tensor:
     """What the MLP of one layer gave with ``noise`` on token 2 of what its branch reads."""
-    anatomy, modules = instrument.anatomy, instrument.anatomy.layers[index]
+    modules = runner.anatomy.layers[index]
     gave: list[Tensor] = []
     readers = modules.middle or (modules.layer,)
-    shape = inputs["input_ids"].shape
+    shape = batch.valid.shape
 
     def disturb(value: Tensor) -> Tensor:
         changed = value.reshape(*shape, -1).clone()
@@ -346,8 +317,7 @@ def _disturbed(instrument: Instrument, inputs: dict[str, Any], index: int, noise
         note = on_output(lambda read, output: gave.append(output) or output)  # type: ignore[func-returns-value]
         hooks = [Hook(each, note, False) for each in modules.mlp_out]
         register([*(Hook(each, on_input(disturb), True) for each in readers), *hooks], handles)
-        run = _PassThrough(anatomy, inputs["attention_mask"].bool())
-        instrument.forward(run, inputs["input_ids"])
+        runner.forward(_PassThrough(runner.anatomy, batch))
     finally:
         for handle in handles:
             handle.remove()

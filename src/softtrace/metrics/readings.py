@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.attach import attach
 from softtrace.batch import check_least
 from softtrace.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import exit_agreement
-from softtrace.instrument import attach
 
 
 @torch.no_grad()
@@ -50,14 +50,12 @@ def readings(
     """
     check_least("min_context", min_context, 0)
     instrument = attach(model)
-    recording = instrument.record(
-        input_ids, attention_mask, keep_hidden=True, position_ids=position_ids
-    )
-    valid = recording.importance.valid
-    before = valid.cumsum(-1) - 1 if recording.positions is None else recording.positions
+    batch = instrument.batch(input_ids, attention_mask, position_ids)
+    recording = instrument.record(batch, keep_hidden=True)
+    valid = batch.valid
+    before = valid.cumsum(-1) - 1 if batch.positions is None else batch.positions
     curve = curve_of(
         instrument,
-        input_ids,
         recording,
         recording.importance,
         default_thresholds() if thresholds is None else thresholds,
