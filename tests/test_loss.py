@@ -342,7 +342,7 @@ def test_a_masked_run_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         Instrument,
         "exit_logits",
-        lambda self, ids, *rest, **_: torch.full((int(rest[3].sum()), 67), math.inf),
+        lambda self, batch, *rest, **_: torch.full((int(rest[2].sum()), 67), math.inf),
     )
     with pytest.raises(NonFiniteError, match="step 0: logits of the masked run"):
         DensityLoss(model)(ids, mask)

@@ -131,7 +131,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 "watched, batch.counted, drawn_by) if weight else None\n",
-                "watched, batch.counted, drawn_by) if bool(weight * batch.counted.any()) else None\n",
+                "watched, batch.counted, drawn_by) if weight * batch.counted.any() else None\n",
             ),
         ),
         "tests/test_forward_exits.py::"
