@@ -60,6 +60,22 @@ class Tuner(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class OnlyBatch(Tuner):
+    def training_step(self, batch: Batch) -> Any:  # type: ignore[override]
+        return self.model(**batch).loss
+
+
+class Manual(Tuner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TakesIterator(Tuner):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        raise AssertionError
+
+
 class Calls(Callback):
     """Calls a function at one hook: ``Calls(on_train_batch_end=lambda trainer, module, *_: ...)``.
 

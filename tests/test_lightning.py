@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from softtrace import DensityLoss, DensityOptions, DensityTerm
 from softtrace.lightning import DensityPenalty
-from tests.fitting import Batch, Batches, Calls, Tuner, batches, fit, forget_warnings, weights
+from tests.fitting import (
+    Batch,
+    Batches,
+    Calls,
+    OnlyBatch,
+    Tuner,
+    batches,
+    fit,
+    forget_warnings,
+    weights,
+)
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with dropout
 LOGGED = {
@@ -169,11 +179,6 @@ def test_skipped_batch_skips_the_term_too() -> None:
         fit(module, DensityPenalty(), max_epochs=2)
     by_hand(expected, batches(), epochs=2, skip=(1,))
     assert torch.equal(weights(module), weights(expected))
-
-
-class OnlyBatch(Tuner):
-    def training_step(self, batch: Batch) -> Any:
-        return self.model(**batch).loss
 
 
 class KeywordDefaults(Tuner):

@@ -18,7 +18,17 @@ from softtrace.errors import (
     UnsupportedModelError,
 )
 from softtrace.lightning import DensityPenalty
-from tests.fitting import Batch, Calls, Tuner, batches, fit, forget_warnings, weights
+from tests.fitting import (
+    Batch,
+    Calls,
+    Manual,
+    TakesIterator,
+    Tuner,
+    batches,
+    fit,
+    forget_warnings,
+    weights,
+)
 from tests.tiny import tiny_model
 
 HOOKS = (
@@ -300,17 +310,6 @@ class TwoModels(Tuner):
     def __init__(self) -> None:
         super().__init__()
         self.teacher = tiny_model("llama", seed=1).train()
-
-
-class Manual(Tuner):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class TakesIterator(Tuner):
-    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-        raise AssertionError
 
 
 class Unsupported(Tuner):

@@ -28,7 +28,18 @@ from torch.utils.data import DataLoader
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityPenalty
 from softtrace.support import LIGHTNING, check_strategy
-from tests.fitting import Batch, Batches, Tuner, batches, fit, forget_warnings, weights
+from tests.fitting import (
+    Batch,
+    Batches,
+    Manual,
+    OnlyBatch,
+    TakesIterator,
+    Tuner,
+    batches,
+    fit,
+    forget_warnings,
+    weights,
+)
 from tests.tiny import checkpointed, tiny_model
 
 EPOCH = len(batches())
@@ -82,22 +93,6 @@ class Dictionary(Tuner):
 class Nothing(Tuner):
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         return None if batch_idx == 1 else super().training_step(batch, batch_idx)
-
-
-class OnlyBatch(Tuner):
-    def training_step(self, batch: Batch) -> Any:  # type: ignore[override]
-        return self.model(**batch).loss
-
-
-class Manual(Tuner):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class TakesIterator(Tuner):
-    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-        raise AssertionError
 
 
 class WithRate(Tuner):

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.errors import TrainerSetupError
 from softtrace.host import find_causal_lm
+from softtrace.inputs import batch_inputs
+from softtrace.integration import STATE_VERSION, TermLog, check_state
 from softtrace.loss import DensityLoss, DensityTerm
 from softtrace.options import DensityOptions
 from softtrace.resuming import newest_checkpoint
 from softtrace.support import check_sharding
-
-STATE_VERSION = 1
-_READ = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 class DensityMixin:
@@ -66,7 +65,7 @@ class DensityMixin:
         self._place = (-1, 0)  # global step, and which of its accumulated batches comes next
         self._logged = 0
         self._sums: dict[str, Tensor] = {}  # of each name two numbers: a sum, and of how many
-        self._measured: dict[str, Tensor] = {}
+        self._term_log = TermLog(self.density_options)
         super().__init__(*args, **kwargs)
         self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
 
@@ -96,7 +95,7 @@ class DensityMixin:
     def _forget(self) -> None:
         self._density = None
         self._sums.clear()
-        self._measured.clear()
+        self._term_log = TermLog(self.density_options)
 
     def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss reads of a batch; override for batches of other shapes.
@@ -104,12 +103,7 @@ class DensityMixin:
         Raises:
             InvalidInputError: no ``input_ids`` among the inputs.
         """
-        if "input_ids" not in inputs:
-            raise InvalidInputError(
-                f"inputs: found {sorted(inputs)}, expected 'input_ids' (and 'attention_mask', "
-                "'labels' where there are any). Override inputs_of for other batches"
-            )
-        return {name: inputs.get(name) for name in _READ}
+        return batch_inputs(inputs, who=None)
 
     def compute_loss(
         self,
@@ -157,16 +151,8 @@ class DensityMixin:
         return bool(counted or trainer.compute_loss_func is not None)
 
     def _note(self, term: DensityTerm, batches: int) -> None:
-        if term.strength > 0 or not self._measured:  # between masked runs, what the last one gave
-            self._measured = {
-                "density/soft_size": term.soft_size,
-                "density/distortion": term.distortion,
-                "density/easy_share": term.easy_share,
-            }
-        values = {"loss/density": term.loss.detach() / batches, **self._measured}
-        if self.density_options.exits:
-            unread = torch.full_like(term.soft_size, torch.nan)
-            values["density/exit_distance"] = unread if (e := term.exit_distance) is None else e
+        values = self._term_log.of(term)
+        values["loss/density"] = values["loss/density"] / batches
         for name, value in values.items():
             known = torch.isfinite(value).float()
             added = torch.stack((value.float().nan_to_num(), torch.ones_like(known)))
@@ -199,12 +185,8 @@ class DensityMixin:
         kept = trainer.state.stateful_callbacks.setdefault(
             DensityState.__name__, DensityState(options.seed).state()
         )["attributes"]
-        for name, own in (("version", STATE_VERSION), ("seed", options.seed)):
-            if kept.get(name) != own:
-                raise TrainerSetupError(
-                    f"checkpoint: found a density {name} of {kept.get(name)!r}, this run has "
-                    f"{own!r}; a run resumes only with what it was started with"
-                )
+        found = "a density {name} of {value}"
+        check_state(kept, options.seed, found=found, resumed="a run")
         if options.strength == 0:
             return
         if trainer.args.n_gpu > 1:

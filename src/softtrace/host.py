@@ -1,14 +1,11 @@
-"""What callbacks need of the module that trains: its causal language model, and its batches."""
+"""The causal language model inside of what is trained."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.errors import TrainerSetupError
 from softtrace.families.refusals import unwrapped
 
 
@@ -45,27 +42,3 @@ def find_causal_lm(
             f"{instead}"
         )
     return next(iter(found.values()))
-
-
-def batch_inputs(batch: Any, who: str = "DensityPenalty") -> dict[str, Any]:
-    """``input_ids`` of a batch, and where there are any its mask, labels and position ids.
-
-    Args:
-        batch: what a training or validation step is given.
-        who: reads it, for the error.
-
-    Raises:
-        InvalidInputError: no mapping, or no ``input_ids`` in it.
-    """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        found = (
-            f"a mapping with keys {sorted(map(str, batch))}"
-            if isinstance(batch, Mapping)
-            else f"a {type(batch).__name__}"
-        )
-        raise InvalidInputError(
-            f"batch: found {found}, expected a mapping with 'input_ids' (and 'attention_mask', "
-            f"'labels' where there are any). Override {who}.inputs_of for other batches"
-        )
-    others = ("attention_mask", "labels", "position_ids")
-    return {"input_ids": batch["input_ids"], **{name: batch.get(name) for name in others}}

@@ -17,7 +17,8 @@ from torchmetrics import Metric
 from softtrace.batch import check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.failures import raise_everywhere
-from softtrace.host import batch_inputs, find_causal_lm
+from softtrace.host import find_causal_lm
+from softtrace.inputs import MODEL_INPUTS, batch_inputs
 from softtrace.metrics import (
     ComputationDensity,
     DensityUncertaintyCorrelation,
@@ -30,8 +31,6 @@ from softtrace.support import check_strategy
 STATE_VERSION = 1
 
 Inputs = dict[str, Any]
-
-_READ = ("input_ids", "attention_mask", "position_ids")
 
 
 class DensityMonitor(Callback):
@@ -83,12 +82,9 @@ class DensityMonitor(Callback):
         min_context: int | None = None,
         allow_untested: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("every", every, 1),
-            ("max_rows", max_rows, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            check_least(name, value, least)
+        check_least("every", every, 1)
+        check_least("max_rows", max_rows, 1)
+        check_least("batch_size", batch_size, 1)
         check_least("min_context", min_context, 0, optional=True)
         if blocks is not None and (
             blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
@@ -162,7 +158,7 @@ class DensityMonitor(Callback):
         # Copies made here are usable where gradients are taken; those of Lightning's are not.
         with torch.inference_mode(False):
             found = self.inputs_of(batch)
-            rows = {name: found.get(name) for name in _READ}
+            rows = {name: found.get(name) for name in MODEL_INPUTS}
             self._kept.append({
                 name: None if each is None else each[:wanted].detach().cpu().clone()
                 for name, each in rows.items()
@@ -235,7 +231,7 @@ class DensityMonitor(Callback):
         kept: list[Inputs] = self._kept
         if self.blocks is not None:
             own = self.blocks[trainer.global_rank :: trainer.world_size]
-            kept = [{**dict.fromkeys(_READ), "input_ids": own}]
+            kept = [{**dict.fromkeys(MODEL_INPUTS), "input_ids": own}]
         for inputs in kept:
             for start in range(0, len(inputs["input_ids"]), self.batch_size):
                 rows = slice(start, start + self.batch_size)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from softtrace.draws import hashed_seed
-from softtrace.lightning import micro_step_of
+from softtrace.wrapped_step import micro_step_of
 
 
 class StepSeed(Callback):

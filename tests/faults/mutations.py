@@ -43,7 +43,7 @@ _CUT = (
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
-        "functools.wraps dropped", "lightning.py",
+        "functools.wraps dropped", "wrapped_step.py",
         (
             ("        @functools.wraps(step)\n", ""),
             ('        training_step.__wrapped__ = getattr(step, "__wrapped__", step)\n', ""),
@@ -52,7 +52,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "test_training_step_may_be_declared_in_every_way_that_lightning_takes",
     ),
     Mutation(
-        "the term detached (Lightning)", "lightning.py",
+        "the term detached (Lightning)", "wrapped_step.py",
         (("loss = task + term.loss\n", "loss = task + term.loss.detach()\n"),),
         "tests/test_lightning.py::test_equals_the_plain_loop_bit_by_bit",
     ),
@@ -67,8 +67,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/test_interception.py::test_models_of_transformers_interface_are_reached_through_it",
     ),
     Mutation(
-        "scaled by the world size (Lightning)", "lightning.py",
-        (("loss = task + term.loss\n", "loss = task + term.loss * trainer.world_size\n"),),
+        "scaled by the world size (Lightning)", "wrapped_step.py",
+        (("loss = task + term.loss\n", "loss = task + term.loss * self._trainer.world_size\n"),),
         _ACROSS,
     ),
     Mutation(
@@ -87,17 +87,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         _ACROSS,
     ),
     Mutation(
-        "draws by calls instead of steps", "lightning.py",
-        (("step=trainer.global_step,\n                micro_step", "micro_step"),),
+        "draws by calls instead of steps", "wrapped_step.py",
+        (("step=at, micro_step", "micro_step"),),
         _RESUMED,
     ),
     Mutation(
-        "what is logged keeps its graph", "lightning.py",
+        "what is logged keeps its graph", "integration.py",
         (("self._added.append(term.loss.detach())", "self._added.append(term.loss)"),),
         "tests/test_lightning.py::test_nothing_of_a_step_outlives_it",
     ),
     Mutation(
-        "the training step is not put back", "lightning.py",
+        "the training step is not put back", "wrapped_step.py",
         (('vars(self._module).pop("training_step", None)', "pass"),),
         "tests/test_lightning_faults.py::test_nothing_is_left_behind",
     ),
