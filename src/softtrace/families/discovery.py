@@ -14,7 +14,7 @@ from softtrace.attention import softtrace_attention_active
 from softtrace.batch import is_packed, position_ids_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
-from softtrace.families.fitting import fit
+from softtrace.families.decomposition import decompose
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
 from softtrace.families.sight import Watch, decoder_of, mismatch, typical_mismatch
@@ -109,8 +109,10 @@ def _by_route(
                 f"layer {index + 1} does not read what layer {index} gave; something between the "
                 "layers changes the residual stream"
             )
-    fitted = [fit(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)]
-    _require_own(model, [modules for _, modules in fitted])
+    decomposed = [
+        decompose(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)
+    ]
+    _require_own(model, [modules for _, modules in decomposed])
     heads = {sight.attention[0].probabilities.shape[1] for sight in watch.layers}
     if len(heads) != 1:
         raise UnsupportedModelError(
@@ -119,9 +121,9 @@ def _by_route(
     last = watch.layers[-1].output
     assert last is not None
     return Anatomy(
-        pattern="; ".join(dict.fromkeys(name for name, _ in fitted)),
+        pattern="; ".join(dict.fromkeys(name for name, _ in decomposed)),
         route=route,
-        layers=tuple(modules for _, modules in fitted),
+        layers=tuple(modules for _, modules in decomposed),
         readout=find_readout(model, watch.outside, last, logits, valid, allowed),
         heads=heads.pop(),
         vocabulary=_vocabulary(model),

@@ -1,4 +1,4 @@
-"""The fit of a residual pattern to what a layer was seen to do.
+"""Decomposition of a layer into what adds up, from what it was seen to do.
 
 A layer is taken apart by what adds up: some module's output is what attention adds, some other's is
 what the MLP adds, and entry plus these, each times a multiplier, must give what the layer gave. The
@@ -36,7 +36,9 @@ _SCORES = ("q_proj", "k_proj")
 """What makes queries and keys. A wrong guess costs time, not correctness: the proof finds it."""
 
 
-def fit(index: int, sight: LayerSight, valid: Tensor, allowed: float) -> tuple[str, LayerModules]:
+def decompose(
+    index: int, sight: LayerSight, valid: Tensor, allowed: float
+) -> tuple[str, LayerModules]:
     """Take one layer apart.
 
     Args:
