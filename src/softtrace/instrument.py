@@ -30,7 +30,7 @@ from softtrace.batch import (
 )
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.anatomy import Anatomy
-from softtrace.families.discovery import forward_inputs, take_apart, tiny_inputs
+from softtrace.families.discovery import PlainRun, forward_inputs, take_apart, tiny_inputs
 from softtrace.families.proof import Verification, prove, tolerance
 from softtrace.families.refusals import own_forward, refuse_early, running, unwrapped
 from softtrace.families.sight import running_layers
@@ -340,14 +340,8 @@ def _proven(model: nn.Module) -> Instrument:
     valid = inputs["attention_mask"].bool()
     plain, layers = running_layers(model, lambda: _plain(model, inputs))
     check_finite(plain, "logits of the model on a tiny batch, run to attach", valid)
-    anatomy = take_apart(
-        model,
-        inputs,
-        plain,
-        layers,
-        tuple(configs.values()),
-        tolerance(next(model.parameters()).dtype),
-    )
+    allowed = tolerance(next(model.parameters()).dtype)
+    anatomy = take_apart(PlainRun(model, inputs, plain, layers, tuple(configs.values()), allowed))
     instrument = Instrument(model, anatomy, tuple(configs.values()))
     try:
         instrument.verification = prove(instrument, inputs, plain)
