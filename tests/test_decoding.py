@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -13,11 +14,7 @@ from torch import Tensor, nn
 from softtrace import UnsupportedModelError
 from softtrace.decoding import generate, greedy, recommend_exit, speculate
 from softtrace.errors import InvalidInputError
-from softtrace.exits import (
-    EXIT_FIELD,
-    check_early_exit,
-    exit_layer_of,
-)
+from softtrace.exits import EXIT_FIELD, ProvenExit, check_cache, check_early_exit, exit_layer_of
 from tests.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -111,11 +108,11 @@ def test_bad_input_is_named() -> None:
     for wrong in (0, 3, -1, True, 1.0):
         with pytest.raises(InvalidInputError, match=r"exit_layer: found .*, allowed 1 to 2"):
             speculate(model, ids, exit_layer=wrong)  # type: ignore[arg-type]
-    for proven in (True, False):
+    for proven_exit in (check_cache(check_early_exit(model)), None):
         with pytest.raises(InvalidInputError, match=r"found \(2, 5\), allowed is \[1, T\]"):
-            speculate(model, tiny_prompt(5, batch=2), exit_layer=1, proven=proven)
+            speculate(model, tiny_prompt(5, batch=2), exit_layer=1, proven_exit=proven_exit)
         with pytest.raises(InvalidInputError, match="exit_layer: found 7, allowed 1 to 2"):
-            speculate(model, ids, exit_layer=7, proven=proven)
+            speculate(model, ids, exit_layer=7, proven_exit=proven_exit)
     with pytest.raises(InvalidInputError, match="draft_tokens: found 0"):
         speculate(model, ids, exit_layer=1, draft_tokens=0)
     with pytest.raises(InvalidInputError, match=r"confidence: found 1\.5"):
@@ -227,8 +224,64 @@ def test_an_interrupted_draft_leaves_the_model_whole() -> None:
 
     stopping: list[bool] = []
     model.lm_head.register_forward_hook(stop)
-    check_early_exit(model)
+    proven_exit = check_early_exit(model)
     stopping.append(True)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, ids, 1, max_new_tokens=12, proven=True)
+        generate(model, ids, 1, max_new_tokens=12, proven_exit=proven_exit)
     assert model.config.num_hidden_layers == 3
+
+
+@pytest.fixture
+def model_and_exit() -> tuple[nn.Module, ProvenExit]:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    return model, check_early_exit(model)
+
+
+def test_a_proof_is_not_run_again(
+    model_and_exit: tuple[nn.Module, ProvenExit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, proven_exit = model_and_exit
+    proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
+    wanted = [write(model, ids, exit_layer=2, max_new_tokens=9) for write in (generate, speculate)]
+    for proof in ("attach", "check_early_exit", "check_cache"):
+        monkeypatch.delattr(f"softtrace.decoding.{proof}")
+    options: dict[str, Any] = {"exit_layer": 2, "proven_exit": proven_exit}
+    assert torch.equal(generate(model, ids, max_new_tokens=9, **options), wanted[0])
+    assert torch.equal(speculate(model, ids, max_new_tokens=9, **options).tokens, wanted[1].tokens)
+    for write in (generate, speculate):  # what depends on the text is checked all the same
+        with pytest.raises(InvalidInputError, match="input_ids"):
+            write(model, ids + 1000, exit_layer=2, proven_exit=proven_exit)
+
+
+def test_a_proof_of_another_model_is_refused(
+    model_and_exit: tuple[nn.Module, ProvenExit],
+) -> None:
+    model, proven_exit = model_and_exit
+    proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
+    refused = pytest.raises(InvalidInputError, match="proven_exit: found one of another model")
+    for write in (generate, speculate):
+        for other in (copy.deepcopy(model), copy.copy(model)):  # which shares all modules
+            with refused:
+                write(other, ids, exit_layer=1, proven_exit=proven_exit)
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    for write in (generate, speculate):
+        with refused:
+            write(model, ids, exit_layer=1, proven_exit=proven_exit)
+    with refused:
+        check_cache(proven_exit)
+
+
+def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
+    model_and_exit: tuple[nn.Module, ProvenExit],
+) -> None:
+    model, proven_exit = model_and_exit
+    ids = tiny_prompt(5)
+    with pytest.raises(InvalidInputError, match=r"goes on after 1 layers .*: none.; .*check_cache"):
+        speculate(model, ids, exit_layer=1, proven_exit=proven_exit)
+    of_one = check_cache(proven_exit, (1,))
+    assert speculate(model, ids, exit_layer=1, proven_exit=of_one).checks
+    with pytest.raises(InvalidInputError, match=r"after 2 layers .proven exit layers: 1."):
+        speculate(model, ids, exit_layer=2, proven_exit=of_one)
+    both = check_cache(of_one, (2,))
+    assert both.resumable == {1, 2} == check_cache(proven_exit).resumable
+    assert speculate(model, ids, exit_layer=2, proven_exit=both).checks

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from softtrace import UnsupportedModelError, attach
 from softtrace.decoding import greedy, speculate
-from softtrace.exits import check_cache, decoder_layers
+from softtrace.exits import check_cache, check_early_exit, decoder_layers
 from softtrace.two_parts import TwoParts
 from tests.families.zoo import tiny
 from tests.tiny import tiny_model, tiny_prompt
@@ -89,6 +89,7 @@ def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> 
 def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
     model, ids = tiny_model("llama").eval(), tiny_prompt(5)
     layers = decoder_layers(attach(model))
+    proven_exit = check_cache(check_early_exit(model))
     own = layers[0].forward
 
     def others(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +111,9 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
         runs.clear()
         stop_at.append(count)
         with pytest.raises(KeyboardInterrupt):
-            speculate(model, ids, exit_layer=1, draft_tokens=3, confidence=0, proven=True)
+            speculate(
+                model, ids, exit_layer=1, draft_tokens=3, confidence=0, proven_exit=proven_exit
+            )
         assert runs[-1] == layers_run
         assert [dict(vars(module)) for module in model.modules()] == before
         assert [dict(module._forward_hooks) for module in model.modules()] == hooks
@@ -119,10 +122,10 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-@pytest.mark.parametrize("proven", [False, True])
-def test_hooks_of_others_count_once(at: int, proven: bool) -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_of_others_count_once(at: int, before: bool) -> None:
     model, ids = tiny_model("llama", seed=2, dtype=torch.float64).eval(), tiny_prompt(5)
-    attach(model)
+    proven_exit = check_cache(check_early_exit(model)) if before else None
     plain = greedy(model, ids, 24, -1).tokens
     steering = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     layers = decoder_layers(attach(model))
@@ -132,14 +135,15 @@ def test_hooks_of_others_count_once(at: int, proven: bool) -> None:
     for depth in (1, 2):
         found = speculate(
             model, ids, exit_layer=depth, max_new_tokens=24, draft_tokens=3, confidence=0,
-            eos_token_id=-1, proven=proven,
+            eos_token_id=-1, proven_exit=proven_exit,
         )  # fmt: skip
         assert torch.equal(found.tokens, wanted)
 
 
 def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    check_cache(model)
+    proven_exit = check_early_exit(tiny_model("llama"))
+    assert not proven_exit.resumable
+    assert check_cache(proven_exit).resumable == {1, 2}
     rest = TwoParts.rest
 
     def other(self: TwoParts) -> Tensor:
@@ -148,11 +152,11 @@ def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patched:
         patched.setattr(TwoParts, "rest", other)
         with pytest.raises(UnsupportedModelError, match=r"from its first 1 layers .mismatch"):
-            check_cache(model)
+            check_cache(proven_exit)
 
     def not_cut(self: Any, max_length: int) -> None:
         pass
 
     monkeypatch.setattr(DynamicCache().layer_class_to_replicate, "crop", not_cut)
     with pytest.raises(UnsupportedModelError, match="when it goes on from a cache"):
-        check_cache(model)
+        check_cache(proven_exit)

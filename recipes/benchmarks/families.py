@@ -57,8 +57,7 @@ def verified(case: str) -> dict[str, Any]:
 def exits(model: Any) -> bool:
     """Whether the model's early exits were proven, so that it can draft for itself."""
     try:
-        check_early_exit(model)
-        check_cache(model)
+        check_cache(check_early_exit(model))
     except UnsupportedModelError:
         return False
     return True

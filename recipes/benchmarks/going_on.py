@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from softtrace.attach import attach
 from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
 from softtrace.decoding import greedy, speculate
 from softtrace.evaluation.decode_bench import quartiles
 from softtrace.evaluation.evaluate import documents_of_side
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
+from softtrace.exits import check_cache, check_early_exit
 from softtrace.load import load_model, load_tokenizer
 from softtrace.two_parts import first_layers, forget
 
@@ -72,7 +72,7 @@ def prompts(path: Path, args: argparse.Namespace) -> Tensor:
 def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Both loops over plain decoding, and one over the other."""
     model = load_model(path).eval()
-    attach(model)
+    proven_exit = check_cache(check_early_exit(model), (args.exit_layer,))
     found: dict[str, list[float]] = {"all layers": [], "going on": [], "ratio": []}
     same = 0
     for turn in range(args.rounds + 1):  # the first one warms up
@@ -84,7 +84,7 @@ def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
                 lambda ids: speculate(
                     model, ids, exit_layer=args.exit_layer, max_new_tokens=args.new_tokens,
                     draft_tokens=args.draft_tokens, confidence=args.confidence,
-                    eos_token_id=NEVER, proven=True,
+                    eos_token_id=NEVER, proven_exit=proven_exit,
                 ).tokens.tolist(),
             ):  # fmt: skip
                 texts.append(write(row[None]))

@@ -37,7 +37,7 @@ from softtrace.decoding import speculate
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import hardware
-from softtrace.exits import check_early_exit
+from softtrace.exits import check_cache, check_early_exit
 from softtrace.load import load_model, load_tokenizer
 
 KEPT = "kept.json"  # in the folder of a model: what it was trained with, its training losses
@@ -103,14 +103,16 @@ def measures(model: Any, texts: Texts, device: str) -> dict[str, Any]:
             )
         )
     agreement = found["early_exit"]["agreement"]
-    layers = check_early_exit(model)
+    proven_exit = check_early_exit(model)
+    layers = proven_exit.layers
     depths = {"accepted": layers // 2, "accepted_quarter": max(1, layers // 4)}
+    proven_exit = check_cache(proven_exit, depths.values())
     drafted = {
         name: [
             speculate(
                 model, row[None, : row.shape[0] // 2].to(device), exit_layer=depth,
                 max_new_tokens=NEW, draft_tokens=DRAFT, confidence=0.0, eos_token_id=-1,
-                proven=True,
+                proven_exit=proven_exit,
             )
             for row in evenly(density, PROMPTS)
         ]

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from softtrace.batch import check_finite
 from softtrace.errors import UnsupportedModelError
-from softtrace.families.discovery import take_apart, tiny_batch
+from softtrace.families.discovery import PlainRun, take_apart, tiny_batch
 from softtrace.families.proof import prove, tolerance
 from softtrace.families.refusals import own_forward, refuse_early, running, unwrapped
 from softtrace.families.sight import running_layers
@@ -62,7 +62,7 @@ def _proven(model: nn.Module) -> tuple[Runner, Verification]:
     plain, layers = running_layers(model, lambda: _plain(model, inputs))
     check_finite(plain, "logits of the model on a tiny batch, run to attach", batch.valid)
     allowed = tolerance(next(model.parameters()).dtype)
-    anatomy = take_apart(model, inputs, plain, layers, configs, allowed)
+    anatomy = take_apart(PlainRun(model, inputs, plain, layers, configs, allowed))
     runner = Runner(weakref.ref(model), anatomy, configs, parameters)
     try:
         return runner, prove(runner, batch, plain)

@@ -26,6 +26,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.evaluation.early_exit import recommended_exit
 from softtrace.exits import (
     EXIT_FIELD,
+    ProvenExit,
     check_cache,
     check_early_exit,
     check_exit_layer,
@@ -104,7 +105,7 @@ def generate(
     input_ids: Tensor,
     exit_layer: int | None = None,
     *,
-    proven: bool = False,
+    proven_exit: ProvenExit | None = None,
     **options: Any,
 ) -> Tensor:
     """Greedy decoding by transformers' own loop with an early exit that was proven to be one.
@@ -113,7 +114,8 @@ def generate(
         model: a causal language model of transformers.
         input_ids: ``[1, T]``; transformers' assisted loop takes one sequence.
         exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        proven: the model has been accepted by :mod:`softtrace.exits` already.
+        proven_exit: what :func:`softtrace.exits.check_early_exit` returned for the model; None
+            proves it anew for every text.
         options: of ``model.generate``.
 
     Returns:
@@ -122,9 +124,10 @@ def generate(
     Raises:
         UnsupportedModelError: no exits, or a text over which rotary frequencies change; see
             :mod:`softtrace.exits`.
-        InvalidInputError: an exit layer that is none, or several sequences.
+        InvalidInputError: an exit layer that is none, several sequences, or a ``proven_exit`` of
+            another model.
     """
-    depth = _checked(model, input_ids, exit_layer, proven)
+    _, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
     limit = options.get("max_length", input_ids.shape[1] + _USUAL) - input_ids.shape[1]
     refuse_moving_rotations(model, input_ids.shape[1], options.get("max_new_tokens") or limit)
     options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
@@ -134,17 +137,21 @@ def generate(
     return found
 
 
-def _checked(model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven: bool) -> int:
+def _exit_of(
+    model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
+) -> tuple[ProvenExit, int]:
+    """What is proven of the model's exits, here unless it was before, and the exit to take."""
     if input_ids.dim() != 2 or len(input_ids) != 1:
         raise InvalidInputError(f"input_ids: found {tuple(input_ids.shape)}, allowed is [1, T]")
-    if proven:
-        layers: int = counter(model).num_hidden_layers
-    else:
+    if proven_exit is None:
         attach(model).batch(input_ids)
-        layers = check_early_exit(model)
+        proven_exit = check_early_exit(model)
+    else:
+        proven_exit.check_model(model)
+        proven_exit.instrument.batch(input_ids)
     depth = exit_layer_of(model) if exit_layer is None else exit_layer
-    check_exit_layer(depth, layers)
-    return depth
+    check_exit_layer(depth, proven_exit.layers)
+    return proven_exit, depth
 
 
 Ends = int | Sequence[int] | None
@@ -196,7 +203,7 @@ def speculate(
     draft_tokens: int = 6,
     confidence: float = 0.5,
     eos_token_id: Ends = None,
-    proven: bool = False,
+    proven_exit: ProvenExit | None = None,
 ) -> Generation:
     """Greedy decoding, drafted by the first layers and checked by the others, over one cache.
 
@@ -212,24 +219,26 @@ def speculate(
         draft_tokens: how many to guess at most before a check, >= 1.
         confidence: a guess with less probability than this is the last of its draft, in [0, 1].
         eos_token_id: one or several that end the text; None takes the generation config's.
-        proven: the model has been accepted by :mod:`softtrace.exits` already. What depends
-            on the text is checked all the same.
+        proven_exit: what :func:`softtrace.exits.check_cache` returned for the model; None proves
+            it anew for every text. What depends on the text is checked all the same.
 
     Raises:
         UnsupportedModelError: no exits, no cache that can be cut, or a text over which rotary
             frequencies change; see :mod:`softtrace.exits`.
-        InvalidInputError: a number outside its range, several sequences, or a model in train mode.
+        InvalidInputError: a number outside its range, several sequences, a model in train mode,
+            or a ``proven_exit`` of another model or without a proof for this exit layer.
     """
     _check_decoding(model, max_new_tokens)
     check_least("draft_tokens", draft_tokens, 1)
     check_range("confidence", confidence, 0, 1)
-    depth = _checked(model, input_ids, exit_layer, proven)
+    found, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
-    if not proven:
-        check_cache(model, (depth,))
+    if proven_exit is None:
+        found = check_cache(found, (depth,))
+    found.check_resumable(depth)
     ends = _ends(model, eos_token_id)
     drafted = accepted = checks = 0
-    parts = TwoParts(model, decoder_layers(attach(model)), depth)
+    parts = TwoParts(model, decoder_layers(found.instrument), depth)
     tokens = [int(parts.whole(input_ids)[-1].argmax())]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         room = min(draft_tokens, max_new_tokens - len(tokens))

@@ -7,6 +7,7 @@ LayerSkip (arXiv 2404.16710).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from softtrace.attach import attach
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.families.proof import tolerance
-from softtrace.families.refusals import running
+from softtrace.families.refusals import running, unwrapped
 from softtrace.families.sight import mismatch
 from softtrace.instrument import Instrument
 from softtrace.modes import dropout_off
@@ -25,12 +26,53 @@ EXIT_FIELD = "softtrace_exit_layer"
 """Field of a model's config that holds the recommended exit layer."""
 
 
+@dataclass(frozen=True)
+class ProvenExit:
+    """Early exits of one model that were proven; made by :func:`check_early_exit`.
+
+    Attributes:
+        model: as it was run for the proof, in the wrapper that it was handed in, if any.
+        instrument: of the model as it was then.
+        resumable: exit layers after which the rest of the model can go on, over a cache that is
+            cut; :func:`check_cache` adds them.
+    """
+
+    model: nn.Module
+    instrument: Instrument
+    resumable: frozenset[int] = frozenset()
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has; exits are after 1 to one less."""
+        return len(self.instrument.anatomy.layers)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`InvalidInputError` unless ``model`` is the one proven, as it was then."""
+        if model is not self.model or not self.instrument.fits(unwrapped(model)):
+            raise InvalidInputError(
+                "proven_exit: found one of another model, or of this one before modules of it were "
+                "replaced; prove the exits of this one with softtrace.exits.check_early_exit"
+            )
+
+    def check_resumable(self, depth: int) -> None:
+        """Raise :class:`InvalidInputError` unless the model was proven to go on after an exit."""
+        if depth not in self.resumable:
+            proven = ", ".join(map(str, sorted(self.resumable))) or "none"
+            raise InvalidInputError(
+                f"proven_exit: found one without a proof that the model goes on after {depth} "
+                f"layers (proven exit layers: {proven}); softtrace.exits.check_cache gives it one"
+            )
+
+
 @torch.no_grad()
-def check_early_exit(model: nn.Module) -> int:
-    """Prove that early exits exit early, and return the number of layers.
+def check_early_exit(model: nn.Module) -> ProvenExit:
+    """Prove that early exits exit early.
 
     transformers sets ``config.num_hidden_layers``; models whose forward does not look at it (GPT-2,
     GPT-NeoX, Falcon, OPT, ...) run all their layers and say nothing.
+
+    Returns:
+        The proof, for :func:`softtrace.decoding.generate` and :func:`check_cache`.
 
     Raises:
         UnsupportedModelError: the exit is ignored, or gives something else than the residual
@@ -62,7 +104,7 @@ def check_early_exit(model: nn.Module) -> int:
                 f"the final norm and the head (mismatch {mismatch(found, wanted):.2g}, allowed "
                 f"{allowed:.2g}); decode it plainly"
             )
-    return layers
+    return ProvenExit(model, instrument)
 
 
 def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
@@ -72,22 +114,28 @@ def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def check_cache(model: nn.Module, depths: Iterable[int] = ()) -> None:
+def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenExit:
     """Prove that a model can go on from a cache that is cut, and from what its first layers gave.
 
     Args:
-        model: one whose early exits are exits.
-        depths: numbers of first layers to prove it for; none: the first, half and all but one.
+        proven_exit: of the model.
+        depths: exit layers to prove it for. With none it is tried at the first, at half of the
+            layers and at all but one, as exits are, and holds for all.
+
+    Returns:
+        ``proven_exit`` with this proof too.
 
     Raises:
         UnsupportedModelError: it cannot, or its logits are others then.
+        InvalidInputError: modules of the model were replaced since its exits were proven.
     """
-    instrument = attach(model)
+    model, instrument, depths = proven_exit.model, proven_exit.instrument, frozenset(depths)
+    proven_exit.check_model(model)
     ids, layers = _some_ids(instrument, model), decoder_layers(instrument)
     name = type(model).__name__
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
         wanted = model(input_ids=ids, use_cache=False).logits[0, 3:]
-        for depth in set(depths) or {1, len(layers) // 2, len(layers) - 1}:
+        for depth in depths or {1, len(layers) // 2, len(layers) - 1}:
             parts = TwoParts(model, layers, depth)
             parts.whole(ids[:, :2])
             for place in (2, 5):  # the second is taken out again
@@ -104,6 +152,8 @@ def check_cache(model: nn.Module, depths: Iterable[int] = ()) -> None:
                     f"{depth} layers (mismatch {error:.2g}, allowed {allowed:.2g}); decode it with "
                     "model.generate"
                 )
+    proven = depths or frozenset(range(1, len(layers)))
+    return replace(proven_exit, resumable=proven_exit.resumable | proven)
 
 
 def decoder_layers(instrument: Instrument) -> list[nn.Module]:

@@ -43,11 +43,14 @@ def test_lossless_or_refused(case: str) -> None:
         with pytest.raises(UnsupportedModelError, match=reason):
             generate(model, ids, 1)
         return
-    check_early_exit(model)
+    proven_exit = check_early_exit(model)
     if kind in OWN_CACHE:
-        for refuse in (check_cache, lambda m: speculate(m, ids, exit_layer=1)):
+        for refuse in (
+            lambda: check_cache(proven_exit),
+            lambda: speculate(model, ids, exit_layer=1),
+        ):
             with pytest.raises(UnsupportedModelError, match=r"does not run with .* DynamicCache"):
-                refuse(model)
+                refuse()
         return
     found = speculate(
         model, ids, exit_layer=1, max_new_tokens=12, draft_tokens=3, confidence=0, eos_token_id=-1

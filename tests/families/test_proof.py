@@ -8,7 +8,7 @@ import transformers
 
 import softtrace
 from softtrace.errors import UnsupportedModelError
-from softtrace.families import fitting
+from softtrace.families import decomposition
 from tests.families.altered import built, changed, odd_layer, two_results
 from tests.tiny import COMMON, FAMILIES, GROUPED, tiny_model, tiny_prompt
 
@@ -60,7 +60,7 @@ def test_projections_that_values_need_are_not_left_out(monkeypatch: pytest.Monke
     """A wrong guess of what nobody reads costs time, never a wrong number."""
     usual = softtrace.attach(tiny_model("llama")).anatomy.layers[0].score_projections
     assert len(usual) == 2
-    monkeypatch.setattr(fitting, "_SCORES", ("q_proj", "v_proj"))
+    monkeypatch.setattr(decomposition, "_SCORES", ("q_proj", "v_proj"))
     instrument = softtrace.attach(tiny_model("llama"))
     assert all(modules.score_projections == () for modules in instrument.anatomy.layers)
 

@@ -32,7 +32,7 @@ from softtrace.evaluation.early_exit import GATES, gated_exits, guesses_of
 from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
 from softtrace.evaluation.provenance import provenance
-from softtrace.exits import check_cache, check_early_exit, check_exit_layer
+from softtrace.exits import ProvenExit, check_cache, check_early_exit, check_exit_layer
 from softtrace.families.discovery import learned_positions
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 from softtrace.two_parts import first_layers, forget
@@ -116,8 +116,8 @@ def decode_bench(
     starts = evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)
     network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
-    layers = check_early_exit(network)
-    check_cache(network)
+    proven_exit = check_cache(check_early_exit(network))
+    layers = proven_exit.layers
     if exit_layer is not None:
         check_exit_layer(exit_layer, layers)
     rows = [row[None].to(where) for row in starts[::2]]
@@ -155,7 +155,7 @@ def decode_bench(
             "accepted": way.accepted,
             "checks": way.checks,
         },
-        "loops": _race(network, rows, way, new_tokens, rounds),
+        "loops": _race(network, proven_exit, rows, way, new_tokens, rounds),
         "gated": {
             "confidence": list(GATES),
             "layers_used": [used for used, _ in gated],
@@ -250,6 +250,7 @@ def _now(like: Tensor) -> float:
 
 def _race(
     network: nn.Module,
+    proven_exit: ProvenExit,
     rows: Sequence[Tensor],
     way: Drafting,
     new_tokens: int,
@@ -261,14 +262,14 @@ def _race(
         return speculate(
             network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
             draft_tokens=way.draft_tokens, confidence=way.confidence, eos_token_id=_NEVER,
-            proven=True,
+            proven_exit=proven_exit,
         )  # fmt: skip
 
     loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
         "direct": (lambda row: greedy(network, row, new_tokens, _NEVER), direct),
         "transformers": (
-            lambda row: _stock(network, row, way, new_tokens, early=False),
-            lambda row: _stock(network, row, way, new_tokens, early=True),
+            lambda row: _stock(network, row, way, new_tokens, None),
+            lambda row: _stock(network, row, way, new_tokens, proven_exit),
         ),
     }
     results = {}
@@ -309,8 +310,10 @@ def _race(
     return results
 
 
-def _stock(network: Any, row: Tensor, way: Drafting, new_tokens: int, *, early: bool) -> Generation:
-    """transformers' own loop; what it drafts it does not say."""
+def _stock(
+    network: Any, row: Tensor, way: Drafting, new_tokens: int, proven_exit: ProvenExit | None
+) -> Generation:
+    """transformers' own loop, plain where no exit is given; what it drafts it does not say."""
     own = network.generation_config
     kept = {
         name: getattr(own, name)
@@ -324,8 +327,8 @@ def _stock(network: Any, row: Tensor, way: Drafting, new_tokens: int, *, early: 
         own.assistant_confidence_threshold = way.confidence
         own.eos_token_id = None
         options = {"max_new_tokens": new_tokens, "do_sample": False}
-        if early:
-            whole = generate(network, row, way.exit_layer, proven=True, **options)
+        if proven_exit is not None:
+            whole = generate(network, row, way.exit_layer, proven_exit=proven_exit, **options)
         else:
             mask = torch.ones_like(row)
             whole = network.generate(row, attention_mask=mask, **options)

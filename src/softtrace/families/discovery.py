@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -14,7 +15,7 @@ from softtrace.attention import softtrace_attention_active
 from softtrace.batch import Batch
 from softtrace.errors import UnsupportedModelError
 from softtrace.families.anatomy import Anatomy, LayerModules, Route
-from softtrace.families.fitting import fit
+from softtrace.families.decomposition import decompose
 from softtrace.families.readout import find_readout
 from softtrace.families.refusals import running
 from softtrace.families.sight import Watch, decoder_of, mismatch, typical_mismatch
@@ -25,32 +26,39 @@ _TIED = "a module that is tied into two places has two nodes, whose edges cannot
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 
 
-def take_apart(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    plain: Tensor,
-    layers: Sequence[nn.Module],
-    configs: Sequence[PretrainedConfig],
-    allowed: float,
-) -> Anatomy:
-    """Find what every layer adds up from, and how attention is reached.
+@dataclass(frozen=True)
+class PlainRun:
+    """A model that ran once as it is: what is known before it is watched.
 
-    Args:
+    Attributes:
         model: a causal language model, dropout off.
         inputs: keyword arguments of a tiny batch.
-        plain: ``[B, T, V]``, the model's own logits on it.
+        logits: ``[B, T, V]``, the model's own on it.
         layers: of the decoder, first to last.
         configs: of the model and its modules.
         allowed: largest relative mismatch.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    logits: Tensor
+    layers: Sequence[nn.Module]
+    configs: Sequence[PretrainedConfig]
+    allowed: float
+
+
+def take_apart(plain: PlainRun) -> Anatomy:
+    """Find what every layer adds up from, and how attention is reached.
 
     Raises:
         UnsupportedModelError: what each way to reach attention missed.
     """
-    allowed = max(allowed, 1e-6)  # norms of transformers compute in float32 in float64 models
+    # norms of transformers compute in float32 in float64 models
+    plain = replace(plain, allowed=max(plain.allowed, 1e-6))
     misses: dict[str, UnsupportedModelError] = {}
     for route in get_args(Route):
         try:
-            return _by_route(model, inputs, plain, layers, configs, allowed, route)
+            return _by_route(plain, route)
         except UnsupportedModelError as error:
             misses[route] = error
     # What its own attention code showed, unless that showed no attention: its code came to an end.
@@ -58,31 +66,24 @@ def take_apart(
                  "interception"]  # fmt: skip
 
 
-def _by_route(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    plain: Tensor,
-    layers: Sequence[nn.Module],
-    configs: Sequence[PretrainedConfig],
-    allowed: float,
-    route: Route,
-) -> Anatomy:
-    valid = inputs["attention_mask"].bool()
+def _by_route(plain: PlainRun, route: Route) -> Anatomy:
+    model, layers, allowed = plain.model, plain.layers, plain.allowed
+    valid = plain.inputs["attention_mask"].bool()
     watch = Watch(model, layers)
     active: AbstractContextManager[Interception | None]
-    active = softtrace_attention_active(configs, watch)
+    active = softtrace_attention_active(plain.configs, watch)
     if route == "interception":
-        active = interception_active(configs, watch, watch.asking, valid.shape)
+        active = interception_active(plain.configs, watch, watch.asking, valid.shape)
     what = f"{type(model).__name__} does not run with its attention in the open"
     with watch.watching(), active as mode, running(what):
-        logits = model(**inputs).logits
+        logits = model(**plain.inputs).logits
     if mode is not None and mode.softmaxes and not any(s.attention for s in watch.layers):
         raise UnsupportedModelError(
             f"{type(model).__name__}: a softmax of scores [..., T, T] was seen, but no matrix "
             "product of it with values (an einsum, or a sum); the share of each source token "
             "cannot be followed. Allowed are torch.matmul, bmm and scaled_dot_product_attention"
         )
-    error = typical_mismatch(logits[valid], plain[valid])
+    error = typical_mismatch(logits[valid], plain.logits[valid])
     if not error <= 4 * allowed:
         raise UnsupportedModelError(
             f"attention in the open gives other logits than the model's own (they differ by "
@@ -109,8 +110,10 @@ def _by_route(
                 f"layer {index + 1} does not read what layer {index} gave; something between the "
                 "layers changes the residual stream"
             )
-    fitted = [fit(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)]
-    _require_own(model, [modules for _, modules in fitted])
+    decomposed = [
+        decompose(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)
+    ]
+    _require_own(model, [modules for _, modules in decomposed])
     heads = {sight.attention[0].probabilities.shape[1] for sight in watch.layers}
     if len(heads) != 1:
         raise UnsupportedModelError(
@@ -119,9 +122,9 @@ def _by_route(
     last = watch.layers[-1].output
     assert last is not None
     return Anatomy(
-        pattern="; ".join(dict.fromkeys(name for name, _ in fitted)),
+        pattern="; ".join(dict.fromkeys(name for name, _ in decomposed)),
         route=route,
-        layers=tuple(modules for _, modules in fitted),
+        layers=tuple(modules for _, modules in decomposed),
         readout=find_readout(model, watch.outside, last, logits, valid, allowed),
         heads=heads.pop(),
         vocabulary=_vocabulary(model),

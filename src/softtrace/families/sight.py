@@ -289,8 +289,31 @@ def rows_of(values: Tensor | None, sight: LayerSight) -> Tensor | None:
     return values.reshape(sight.rows, -1)
 
 
-def stacked(calls: Sequence[Call], sight: LayerSight, kept: Tensor, what: str) -> Tensor:
-    """``[n, rows, d_model]`` of what calls read or gave; NaN where it is no vector a token."""
-    blank = torch.full_like(sight.entry, torch.nan).reshape(sight.rows, -1)
-    found = [rows_of(getattr(call, what), sight) for call in calls]
-    return torch.stack([blank if each is None else each.to(blank) for each in found])[:, kept]
+@dataclass(eq=False)
+class Candidate(Call):
+    """A call that may be a term of what its layer adds up, with what it read and gave as rows.
+
+    Attributes:
+        read_rows: ``[rows, d_model]`` of real tokens; NaN where it read no vector a token.
+        gave_rows: as ``read_rows``, of what it gave.
+    """
+
+    read_rows: Tensor = field(kw_only=True)
+    gave_rows: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, call: Call, sight: LayerSight, kept: Tensor) -> Candidate:
+        """The candidate that a call is.
+
+        Args:
+            call: of a module of the layer.
+            sight: notes on the layer.
+            kept: ``[B · T]`` bool, the rows of real tokens.
+        """
+        like = sight.entry.reshape(sight.rows, -1)[kept]
+
+        def rows(values: Tensor | None) -> Tensor:
+            found = rows_of(values, sight)
+            return torch.full_like(like, torch.nan) if found is None else found[kept].to(like)
+
+        return cls(**vars(call), read_rows=rows(call.read), gave_rows=rows(call.gave))

@@ -1,4 +1,4 @@
-"""The fit of a residual pattern to what a layer was seen to do.
+"""Decomposition of a layer into what adds up, from what it was seen to do.
 
 A layer is taken apart by what adds up: some module's output is what attention adds, some other's is
 what the MLP adds, and entry plus these, each times a multiplier, must give what the layer gave. The
@@ -23,11 +23,11 @@ from softtrace.families.sight import (
     ROUNDINGS,
     Attended,
     Call,
+    Candidate,
     LayerSight,
     mismatch,
     rounding,
     rows_of,
-    stacked,
     unit,
 )
 
@@ -36,7 +36,9 @@ _SCORES = ("q_proj", "k_proj")
 """What makes queries and keys. A wrong guess costs time, not correctness: the proof finds it."""
 
 
-def fit(index: int, sight: LayerSight, valid: Tensor, allowed: float) -> tuple[str, LayerModules]:
+def decompose(
+    index: int, sight: LayerSight, valid: Tensor, allowed: float
+) -> tuple[str, LayerModules]:
     """Take one layer apart.
 
     Args:
@@ -91,10 +93,10 @@ def _only_attention(sight: LayerSight, valid: Tensor, where: str) -> Attended:
 class _Sum:
     """Parts that add up: what attention adds, who reads the sum, what the MLP adds."""
 
-    attention: Call
+    attention: Candidate
     attention_scale: float
-    readers: tuple[Call, ...]
-    mlp: tuple[Call, ...]
+    readers: tuple[Candidate, ...]
+    mlp: tuple[Candidate, ...]
     mlp_scale: float
 
 
@@ -110,13 +112,12 @@ class _Search:
         for call in sight.calls:
             seen[id(call.module)] = seen.get(id(call.module), 0) + 1
         # A module that ran twice in one layer cannot be told apart by a hook.
-        self.calls = [call for call in sight.calls if seen[id(call.module)] == 1]
+        once = [call for call in sight.calls if seen[id(call.module)] == 1]
+        self.candidates = [Candidate.of(call, sight, self.kept) for call in once]
         self.scales = (1.0, *_multipliers(sight.layer))
         self.entry = self._rows(sight.entry)
         assert sight.output is not None
         self.output = self._rows(sight.output)
-        self.gave = stacked(self.calls, sight, self.kept, "gave") if self.calls else self.entry[:0]
-        self.read = stacked(self.calls, sight, self.kept, "read") if self.calls else self.entry[:0]
 
     def _rows(self, values: Tensor) -> Tensor:
         rows = rows_of(values, self.sight)
@@ -127,20 +128,18 @@ class _Search:
             )
         return rows[self.kept]
 
-    def _near(self, candidates: Tensor, wanted: Tensor, magnitude: Tensor) -> list[int]:
-        """Indices of the candidates ``[n, rows, d]`` that are ``wanted`` but for rounding."""
-        if not len(candidates):
-            return []
-        errors = ((candidates - wanted).abs() / unit(wanted, magnitude)).flatten(1).amax(1)
+    def _near(self, found: Tensor, wanted: Tensor, magnitude: Tensor) -> list[int]:
+        """Indices of those ``found`` ``[n, rows, d]`` that are ``wanted`` but for rounding."""
+        errors = ((found - wanted).abs() / unit(wanted, magnitude)).flatten(1).amax(1)
         return (torch.nan_to_num(errors, nan=torch.inf) <= ROUNDINGS).nonzero()[:, 0].tolist()
 
-    def projection(self, attended: Attended) -> tuple[Call, int]:
+    def projection(self, attended: Attended) -> tuple[Candidate, int]:
         """The first affine module that reads the mixed heads, and their width."""
         mixed = _mixed(attended)
         width = mixed.shape[-1]
         reading = [
             call
-            for call in self.calls
+            for call in self.candidates
             if call.begin > attended.at
             and call.read is not None
             and call.read.numel() == mixed.numel()
@@ -171,41 +170,45 @@ class _Search:
             "each head: a gate, a norm or values shared in a latent between heads break that"
         )
 
-    def sequential(self, projection: Call) -> _Sum | None:
+    def sequential(self, projection: Candidate) -> _Sum | None:
         """Entry + attention is read by a later module; that + MLP is what the layer gave."""
         for call, scale in self._adders(projection):
-            middle = self.entry + scale * self._of(call, "gave")
-            later = [i for i, c in enumerate(self.calls) if c.begin > call.end]
-            size = self.entry.abs() + (scale * self._of(call, "gave")).abs()
-            near = self._near(self.read[later], middle, size)
-            reading = [self.calls[later[i]] for i in near]
+            later = [c for c in self.candidates if c.begin > call.end]
+            if not later:
+                continue
+            middle = self.entry + scale * call.gave_rows
+            size = self.entry.abs() + (scale * call.gave_rows).abs()
+            near = self._near(torch.stack([c.read_rows for c in later]), middle, size)
+            reading = [later[i] for i in near]
             readers = [c for c in reading if not any(_inside(c, outer) for outer in reading)]
             if not readers:
                 continue
             # as a reader has it, so that its rounding is not counted twice
-            node, first = self._of(readers[0], "read"), min(c.begin for c in readers)
-            found = self._rest(node, [c for c in self.calls if c.begin >= first])
+            node, first = readers[0].read_rows, min(c.begin for c in readers)
+            found = self._rest(node, [c for c in self.candidates if c.begin >= first])
             if found is not None:
                 return _Sum(call, scale, tuple(readers), *found)
         return None
 
-    def parallel(self, projection: Call) -> _Sum | None:
+    def parallel(self, projection: Candidate) -> _Sum | None:
         """Entry + attention + MLP is what the layer gave."""
         for call, scale in self._adders(projection):
-            partial = self.entry + scale * self._of(call, "gave")
+            partial = self.entry + scale * call.gave_rows
             others = [
-                c for c in self.calls if not _inside(c, call) and not _inside(call, c) and c != call
+                c
+                for c in self.candidates
+                if not _inside(c, call) and not _inside(call, c) and c != call
             ]
             found = self._rest(partial, others)
             if found is not None:
                 return _Sum(call, scale, (), *found)
         return None
 
-    def _adders(self, projection: Call) -> Iterator[tuple[Call, float]]:
+    def _adders(self, projection: Candidate) -> Iterator[tuple[Candidate, float]]:
         """What attention may add, outermost first: the projection's output, or what came of it."""
         found = [projection]
-        for call in sorted(self.calls, key=lambda c: c.end):
-            reads = any(_same(self._of(call, "read"), self._of(each, "gave")) for each in found)
+        for call in sorted(self.candidates, key=lambda c: c.end):
+            reads = any(_same(call.read_rows, each.gave_rows) for each in found)
             if call is not projection and (_inside(projection, call) or reads):
                 found.append(call)
         for scale in self.scales:
@@ -213,44 +216,44 @@ class _Search:
                 if rows_of(call.gave, self.sight) is not None:
                     yield call, scale
 
-    def _rest(self, partial: Tensor, calls: list[Call]) -> tuple[tuple[Call, ...], float] | None:
+    def _rest(
+        self, partial: Tensor, calls: list[Candidate]
+    ) -> tuple[tuple[Candidate, ...], float] | None:
         """One call, or two children that read the same, whose output closes the sum."""
-        indices = [self.calls.index(call) for call in calls]
+        if not calls:
+            return None
+        gave = torch.stack([call.gave_rows for call in calls])  # compared in one go, not one by one
         for scale in self.scales:
-            sums = partial + scale * self.gave[indices]
+            sums = partial + scale * gave
             miss = (sums - self.output).abs().flatten(1).amax(1).nan_to_num(nan=torch.inf)
             largest = self.output.abs().max().clamp_min(1e-30)
             self.closest = min(self.closest, *(miss / largest).tolist(), 1e30)
-            size = partial.abs() + (scale * self.gave[indices]).abs()
+            size = partial.abs() + (scale * gave).abs()
             near = self._near(sums, self.output, size + self.entry.abs())
             if near:
                 return (self._outermost([calls[i] for i in near])[0],), scale
-        top = [i for i in indices if self.calls[i].depth == 0]
+        children = [call for call in calls if call.depth == 0]
         for scale in self.scales:
-            for first, second in itertools.combinations(top, 2):
-                if not _same(self.read[first], self.read[second]):
+            for first, second in itertools.combinations(children, 2):
+                if not _same(first.read_rows, second.read_rows):
                     continue  # one that reads what the other added is no part of the same edge
-                total = partial + scale * (self.gave[first] + self.gave[second])
-                parts = self.gave[first].abs() + self.gave[second].abs()
+                total = partial + scale * (first.gave_rows + second.gave_rows)
+                parts = first.gave_rows.abs() + second.gave_rows.abs()
                 size = partial.abs() + abs(scale) * parts + self.entry.abs()
                 if self._near(total[None], self.output, size):
-                    return (self.calls[first], self.calls[second]), scale
+                    return (first, second), scale
         return None
 
-    def _of(self, call: Call, what: str) -> Tensor:
-        values: Tensor = getattr(self, what)[self.calls.index(call)]
-        return values
-
     @staticmethod
-    def _outermost(calls: list[Call]) -> list[Call]:
+    def _outermost(calls: list[Candidate]) -> list[Candidate]:
         return sorted(calls, key=lambda call: (call.depth, call.begin))
 
     def why(self) -> str:
         """What is known of a layer in which nothing added up."""
-        same = [c for c in self.calls if _same(self._of(c, "gave"), self.output)]
+        same = [c for c in self.candidates if _same(c.gave_rows, self.output)]
         for call in same:
             try:
-                linear_norm(call.module, self._of(call, "read"), self.allowed)
+                linear_norm(call.module, call.read_rows, self.allowed)
             except (UnsupportedModelError, *NOT_MADE_FOR_IT):
                 continue
             return (
@@ -265,13 +268,13 @@ class _Search:
         )
 
     def describe(
-        self, attended: Attended, projection: Call, width: int, found: _Sum
+        self, attended: Attended, projection: Candidate, width: int, found: _Sum
     ) -> tuple[str, LayerModules]:
         """Name the pattern and put the modules together."""
         norm = self._norm_after(projection, found.attention)
         token_wise = self._token_wise(found)
         by_name = {call.name: call for call in self.sight.calls}
-        attention_call = next((c for c in self.calls if c.module is attended.module), None)
+        attention_call = next((c for c in self.candidates if c.module is attended.module), None)
         outer = [by_name.get(c.name.rpartition(".")[0]) for c in (found.attention, *found.mlp)]
         evidence = Evidence(
             parallel=not found.readers,
@@ -298,11 +301,11 @@ class _Search:
             score_projections=tuple(children[name] for name in _SCORES if name in children),
         )
 
-    def _norm_after(self, projection: Call, attention: Call) -> LinearNorm | None:
-        raw, added = self._of(projection, "gave"), self._of(attention, "gave")
+    def _norm_after(self, projection: Candidate, attention: Candidate) -> LinearNorm | None:
+        raw, added = projection.gave_rows, attention.gave_rows
         if _same(added, raw):
             return None
-        read = self._of(attention, "read")
+        read = attention.read_rows
         if _same(read, raw):
             try:
                 return linear_norm(attention.module, raw, self.allowed)
@@ -316,14 +319,14 @@ class _Search:
             "output projection gave; the edges of its heads cannot be followed through it"
         )
 
-    def _norm_before(self, attention: Call | None) -> bool:
+    def _norm_before(self, attention: Candidate | None) -> bool:
         """Whether another child gave what attention read (a norm, which may change nothing)."""
         if attention is None:
             return True
-        reads = self._of(attention, "read")
+        reads = attention.read_rows
         return any(
-            call.depth == 0 and call.end < attention.begin and _same(self._of(call, "gave"), reads)
-            for call in self.calls
+            call.depth == 0 and call.end < attention.begin and _same(call.gave_rows, reads)
+            for call in self.candidates
         )
 
     def _passes(self, outer: Call, found: _Sum) -> bool:
@@ -332,7 +335,7 @@ class _Search:
         if gave is None:
             return True
         gave = gave[self.kept]
-        attention = self._of(found.attention, "gave") * found.attention_scale
+        attention = found.attention.gave_rows * found.attention_scale
         sums = (self.entry + attention, self.output)
         return not any(_same(gave, each) for each in sums)
 
@@ -341,24 +344,22 @@ class _Search:
 
         Empty where the MLP is no module of its own.
         """
-        node = self._of(found.readers[0], "read") if found.readers else self.entry
+        node = found.readers[0].read_rows if found.readers else self.entry
         readers = found.readers or tuple(
-            c for c in self.calls if c.depth == 0 and _same(self._of(c, "read"), node)
+            c for c in self.candidates if c.depth == 0 and _same(c.read_rows, node)
         )
-        sources = [node, *(self._of(c, "gave") for c in readers)]
+        sources = [node, *(c.gave_rows for c in readers)]
         whole = []
         for call in found.mlp:
             candidates = [call] + [
                 c
-                for c in self.calls
-                if c.depth == 0
-                and c.end < call.begin
-                and _same(self._of(c, "gave"), self._of(call, "read"))
+                for c in self.candidates
+                if c.depth == 0 and c.end < call.begin and _same(c.gave_rows, call.read_rows)
             ]
             fits = [
                 c.module
                 for c in candidates
-                if any(_same(self._of(c, "read"), s) for s in sources)
+                if any(_same(c.read_rows, s) for s in sources)
                 and any(True for _ in c.module.children())  # a norm has none
             ]
             if not fits:
