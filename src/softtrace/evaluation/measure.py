@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
 from softtrace.batch import next_tokens
-from softtrace.curve import SIZES, curve_of, default_thresholds
+from softtrace.curve import SIZES, DensityCurve, curve_of, default_thresholds
 from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
@@ -32,6 +32,7 @@ from softtrace.metrics.functional import (
     trace_composition,
 )
 from softtrace.placement import device_of_module
+from softtrace.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +177,7 @@ def _measured(
     number: int,
 ) -> Measurements:
     recording = instrument.record(ids, mask, keep_hidden=True)
-    curve = curve_of(
-        instrument,
-        ids,
-        recording,
-        recording.importance,
-        default_thresholds(),
-        composition=True,
-        nucleus=extra,
-    )
+    curve = trace_curve(instrument, ids, recording, nucleus=extra)
     explained, targets = _explained(ids, recording.importance.valid, min_context)
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
@@ -206,6 +199,36 @@ def _measured(
                 other = curve_of(instrument, ids, recording, scores, baseline_thresholds())
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
+
+
+def trace_curve(
+    instrument: Instrument,
+    ids: Tensor,
+    recording: Recording,
+    *,
+    nucleus: bool,
+    reader: Callable[[Tensor], Tensor] | None = None,
+    explained: Tensor | None = None,
+) -> DensityCurve:
+    """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
+
+    Args:
+        instrument: of the model.
+        ids: ``[B, T]``.
+        recording: of these ids.
+        nucleus, reader, explained: see :func:`softtrace.curve.curve_of`.
+    """
+    return curve_of(
+        instrument,
+        ids,
+        recording,
+        recording.importance,
+        default_thresholds(),
+        composition=True,
+        nucleus=nucleus,
+        reader=reader,
+        explained=explained,
+    )
 
 
 def _explained(ids: Tensor, valid: Tensor, min_context: int) -> tuple[Tensor, Tensor]:
