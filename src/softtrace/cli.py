@@ -128,16 +128,15 @@ def _call(
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
     parser.add_argument("-c", "--config", action="config", help="Read options from a YAML file.")
     groups: dict[str, Any] = {}
-    kinds = get_type_hints(function)
-    parameters = set(signature(function).parameters)
-    for parameter in signature(function).parameters:  # one by one: they stay in this order
-        if parameter in (several or {}):
-            parser.add_argument(parameter, nargs="+", type=str, help=(several or {})[parameter])
+    kinds, parameters = get_type_hints(function), list(signature(function).parameters)
+    for parameter in parameters:  # one by one: help keeps their order
+        if several and parameter in several:
+            parser.add_argument(parameter, nargs="+", type=str, help=several[parameter])
         elif is_dataclass(kinds[parameter]):
             groups[parameter] = kinds[parameter]
             parser.add_class_arguments(groups[parameter], as_group=False)
         else:
-            others = parameters - {parameter}
+            others: set[str | int] = {each for each in parameters if each != parameter}
             parser.add_function_arguments(function, as_group=False, skip=others)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
