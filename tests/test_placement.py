@@ -19,11 +19,13 @@ from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import hardware
 from softtrace.load import load_model
 from softtrace.offloading import check_device_map, device_map_options
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU
 from tests.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {
-    "block_size": 8, "blocks": 3, "batch_size": 2, "extra_blocks": 1, "device": "cpu",
+    "block_size": 8, "blocks": 3, "batch_size": 2, "extra_blocks": 1, "run": CPU,
 }  # fmt: skip
 
 
@@ -72,7 +74,8 @@ def test_other_families(tmp_path: Path, family: str) -> None:
 
 
 def test_evaluate_with_a_device_map_equals_without(tmp_path: Path) -> None:
-    model, text = str(write_model(tmp_path / "model")), str(write_tree(tmp_path / "text"))
+    model = str(write_model(tmp_path / "model"))
+    text = TextSource(str(write_tree(tmp_path / "text")))
     limits = {"cpu": "1KB"}  # of 159 KB, so the embedding is offloaded too
     mapped = load_model(
         model, **device_map_options("auto", limits, torch.device("cpu"), str(tmp_path / "offload"))

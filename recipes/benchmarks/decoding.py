@@ -17,9 +17,11 @@ import matplotlib
 import torch
 
 from softtrace.evaluation.decode_bench import decode_bench
-from softtrace.evaluation.evaluate import device_of
 from softtrace.evaluation.files import write_json
+from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.run_options import RunOptions
+from softtrace.text_source import TextSource
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent.parent / "runs" / "quickstart"
@@ -52,18 +54,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = decode_bench(
                 model,
-                args.data,
+                TextSource(args.data, args.held_out_share, args.salt),
                 folder,
-                held_out_share=args.held_out_share,
-                salt=args.salt,
                 prompts=args.prompts,
                 new_tokens=args.new_tokens,
                 rounds=args.rounds,
                 exit_layer=args.exit_layer,
                 draft_tokens=args.draft_tokens,
                 confidence=args.confidence,
-                dtype=args.dtype,
-                device=args.device,
+                run=RunOptions(args.device, args.dtype),
             )
         found[name] = {key: value for key, value in run.items() if key not in said_once}
     write_json(

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from softtrace.baselines import baseline_thresholds
 from softtrace.curve import SIZES, default_thresholds
-from softtrace.data import stream_documents, stream_held_out
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.measure import measure
@@ -49,6 +48,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.load import load_model, load_tokenizer
 from softtrace.placement import device_of_module
 from softtrace.streaming import stream_evenly
+from softtrace.text_source import TextSource
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "pystdlib-4m"
@@ -93,8 +93,8 @@ def benchmark(
     rounds: int, count: int, block_size: int, batch_size: int, extra_blocks: int
 ) -> dict[str, Any]:
     """Times of all, in turn, and what follows from them."""
-    documents = stream_held_out(stream_documents(TEXT), HELD_OUT)
-    blocks, _ = stream_evenly(documents, load_tokenizer(MODEL), block_size, count)
+    source = TextSource(str(TEXT), HELD_OUT)
+    blocks, _ = stream_evenly(source.stream(), load_tokenizer(MODEL), block_size, count)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(MODEL).to(device).eval()
     context = block_size // 2
@@ -109,9 +109,8 @@ def benchmark(
     def command() -> None:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             evaluate(
-                str(MODEL), str(TEXT), f"{out}/density", held_out_share=HELD_OUT,
-                block_size=block_size, blocks=count, batch_size=batch_size,
-                extra_blocks=extra_blocks,
+                str(MODEL), source, f"{out}/density", block_size=block_size, blocks=count,
+                batch_size=batch_size, extra_blocks=extra_blocks,
             )  # fmt: skip
 
     ways = {

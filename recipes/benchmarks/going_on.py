@@ -22,14 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
+from softtrace.data import evenly, pack
 from softtrace.decoding import greedy, speculate
 from softtrace.evaluation.decode_bench import quartiles
-from softtrace.evaluation.evaluate import documents_of_side
 from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
 from softtrace.exits import check_cache, check_early_exit
 from softtrace.load import load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from softtrace.two_parts import first_layers, forget
 
 NEVER = -1
@@ -65,8 +65,8 @@ def all_layers(model: Any, ids: Tensor, args: argparse.Namespace) -> list[int]:
 
 def prompts(path: Path, args: argparse.Namespace) -> Tensor:
     """Held-out prompts ``[N, T]``, the same for both models, which share a tokenizer."""
-    documents = documents_of_side(args.data, DEFAULT_SUFFIXES, DEFAULT_EXCLUDE, 0.1, "")
-    return evenly(pack(documents, load_tokenizer(path), args.prompt_tokens), args.prompts)
+    source = TextSource(args.data, held_out_share=0.1)
+    return evenly(pack(source.documents(), load_tokenizer(path), args.prompt_tokens), args.prompts)
 
 
 def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:

@@ -241,6 +241,12 @@ def check_least(name: str, value: int | None, least: int, *, optional: bool = Fa
         raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}")
 
 
+def check_counts(least: int, **counts: int) -> None:
+    """:func:`check_least` of several numbers that have the same bound, each under its own name."""
+    for name, value in counts.items():
+        check_least(name, value, least)
+
+
 def check_range(
     name: str,
     value: float,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -79,20 +81,29 @@ def _fit(args: list[str]) -> None:
 def _evaluate(args: list[str]) -> None:
     from softtrace.evaluation.evaluate import evaluate
 
-    _call(evaluate, "evaluate", "Measure how much of its graph a model needs on a text.", args)
+    description = (
+        "Measure how much of its graph a model needs on a text, and write density.json, plots and "
+        "report.html to OUT."
+    )
+    _call(evaluate, "evaluate", description, args)
 
 
 def _decode_bench(args: list[str]) -> None:
     from softtrace.evaluation.decode_bench import decode_bench
 
-    description = "Measure what a model's early exits are worth in decoding."
+    description = (
+        "Measure what a model's early exits are worth in decoding: acceptance and speed of "
+        "self-speculation."
+    )
     _call(decode_bench, "decode-bench", description, args)
 
 
 def _card(args: list[str]) -> None:
     from softtrace.evaluation.model_card import card
 
-    description = "Put what evaluate measured into a section of a model's README.md."
+    description = (
+        "Put what evaluate measured into a section of a model's README.md; the rest of it stays."
+    )
     _call(card, "card", description, args)
 
 
@@ -103,14 +114,34 @@ def _call(
     args: list[str],
     several: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a function whose parameters are the command's options; ``several`` name no option."""
+    """Run a function whose parameters are the command's options.
+
+    Where a parameter is a dataclass, its fields are the options.
+
+    Args:
+        function: what the command runs.
+        name: of the command.
+        description: what its help begins with.
+        args: its words.
+        several: parameters that take one or more words without an option's name, and their help.
+    """
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
-    parser.add_argument("-c", "--config", action="config", help="options in a YAML file")
-    for field, meaning in (several or {}).items():
-        parser.add_argument(field, nargs="+", type=str, help=meaning)
-    parser.add_function_arguments(function, skip=set(several or ()), as_positional=False)
+    parser.add_argument("-c", "--config", action="config", help="Read options from a YAML file.")
+    groups: dict[str, Any] = {}
+    kinds, parameters = get_type_hints(function), list(signature(function).parameters)
+    for parameter in parameters:  # one by one: help keeps their order
+        if several and parameter in several:
+            parser.add_argument(parameter, nargs="+", type=str, help=several[parameter])
+        elif is_dataclass(kinds[parameter]):
+            groups[parameter] = kinds[parameter]
+            parser.add_class_arguments(groups[parameter], as_group=False)
+        else:
+            others: set[str | int] = {each for each in parameters if each != parameter}
+            parser.add_function_arguments(function, as_group=False, skip=others)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
+    for parameter, kind in groups.items():
+        options[parameter] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
     function(**options)
 
 
@@ -118,9 +149,11 @@ def _study(args: list[str]) -> None:
     from softtrace.evaluation.study import study
 
     description = (
-        "Ask the paper's questions of a model: two phases, uncertainty, shallow statistics, length."
+        "Ask the paper's questions of a model, or of two: two phases, uncertainty, shallow "
+        "statistics, length. The answers go to OUT, with intervals."
     )
-    _call(study, "study", description, args, {"models": "1, or 2: before and after training"})
+    models = "One model directory (safetensors) or hub name, or two: before and after training."
+    _call(study, "study", description, args, {"models": models})
 
 
 def _compare(args: list[str]) -> None:
@@ -130,9 +163,21 @@ def _compare(args: list[str]) -> None:
         prog="softtrace compare",
         description="Compare runs measured on the same text; the others against the first.",
     )
-    parser.add_argument("paths", nargs="+", type=str, help="2 to 8 density.json, or their folders")
-    parser.add_argument("--out", type=str, required=True, help="folder to write to; new or empty")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace what OUT holds")
+    parser.add_argument(
+        "paths", nargs="+", type=str, help="2 to 8 files density.json, or the folders they are in."
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        help="Folder that results are written to. It must be new or empty.",
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=bool,
+        default=False,
+        help="Write into a folder that holds files, and replace those of the same name.",
+    )
     options = parser.parse_args(args)
     print(compare(options.paths, options.out, options.overwrite))
     print(f"\nwritten to {options.out}/: compare.json, compare.txt, plots and report.html")
@@ -147,10 +192,23 @@ def _inspect(args: list[str]) -> None:
         prog="softtrace inspect",
         description="Show how a model is taken apart into the edges of its graph, and prove it.",
     )
-    parser.add_argument("model", type=str, help="model directory (safetensors) or hub name")
-    parser.add_argument("--length", type=int | None, help="tokens; 128 unless told")
-    parser.add_argument("--dtype", type=str, default="float32", help="of the weights")
-    parser.add_argument("--json", type=bool, default=False, help="print JSON instead of text")
+    parser.add_argument("model", type=str, help="Model directory (safetensors) or hub name.")
+    parser.add_argument(
+        "--length",
+        type=int | None,
+        help="Number of tokens of the sequence whose edges are counted, for its last token; by "
+        "default 128, or as many positions as the model learned.",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=str,
+        default="float32",
+        help="Number format of the weights: float32, bfloat16, float16, or auto for the one that "
+        "they were saved in.",
+    )
+    parser.add_argument(
+        "--json", type=bool, default=False, help="Print JSON instead of a text for people."
+    )
     options = parser.parse_args(args)
     found = inspect(options.model, options.length, options.dtype)
     print(json.dumps(found, indent=2) if options.json else report(found))

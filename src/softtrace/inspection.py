@@ -25,10 +25,11 @@ def inspect(model: str, length: int | None = None, dtype: str = "float32") -> di
     """Load a model, prove that it is the sum of its edges, and describe how.
 
     Args:
-        model: model directory (safetensors) or hub name.
-        length: tokens of the sequence whose edges are counted, for its last token; None for 128,
-            or as many positions as the model learned.
-        dtype: of the weights.
+        model: Model directory (safetensors) or hub name.
+        length: Number of tokens of the sequence whose edges are counted, for its last token; None
+            for 128, or as many positions as the model learned.
+        dtype: Number format of the weights: "float32", "bfloat16", "float16", or "auto" for the one
+            that they were saved in.
 
     Returns:
         What :func:`describe` returns.

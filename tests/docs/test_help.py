@@ -40,6 +40,31 @@ def test_every_option_says_what_it_is(command: str) -> None:
     assert parser.description
 
 
+@pytest.mark.parametrize("command", [command for command in NEEDED if command != "fit"])
+def test_what_an_option_is_is_said_in_sentences(command: str) -> None:
+    for action in parsed([command, *NEEDED[command]]).parser._actions:
+        text = str(action.help)
+        if action.dest != "help" and text != argparse.SUPPRESS:  # that one is argparse's own
+            assert text[0].isupper() or text[0].isdigit(), text
+            assert text.endswith("."), text
+
+
+def test_options_of_several_commands_are_flat_and_in_the_order_of_the_function() -> None:
+    """Where a text comes from and how a command runs are dataclasses; nobody types their names."""
+    text = ["data", "held_out_share", "salt", "suffixes", "exclude"]
+    run = ["device", "dtype", "overwrite"]
+    shares = {"evaluate": 0.0, "study": 0.05, "decode-bench": 0.0}
+    for command, share in shares.items():
+        found = parsed([command, *NEEDED[command]])
+        names = list(found.options.as_dict())
+        at, after = names.index("data"), names.index("device")
+        assert names[at : at + 6] == [*text, "out"]
+        assert names[after : after + 3] == run
+        assert found.options.held_out_share == share
+        assert (found.options.device, found.options.dtype) == ("auto", "float32")
+        assert found.options.overwrite is False
+
+
 @pytest.mark.parametrize("command", NEEDED)
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_the_terminal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,29 @@ from softtrace.evaluation.decode_bench import decode_bench
 from softtrace.evaluation.drafting import Guesses, best_drafting, check_costs
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.load import load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {
-    "prompts": 3, "prompt_tokens": 8, "new_tokens": 6, "rounds": 1, "device": "cpu"
+    "prompts": 3, "prompt_tokens": 8, "new_tokens": 6, "rounds": 1, "run": CPU
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TextSource]:
     root = tmp_path_factory.mktemp("sources")
-    return str(write_model(root / "model")), str(write_tree(root / "text"))
+    return str(write_model(root / "model")), TextSource(str(write_tree(root / "text")))
 
 
 def test_equals_what_is_computed_by_hand(
-    sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: tuple[str, TextSource], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = decode_bench(*sources, str(tmp_path / "out"), **SMALL)
     assert json.loads((tmp_path / "out" / "decoding.json").read_text()) == found
     model = load_model(sources[0]).eval()
-    blocks = pack(read_documents(sources[1]), load_tokenizer(sources[0]), 8)
+    blocks = pack(read_documents(sources[1].data), load_tokenizer(sources[0]), 8)
     prompts = blocks[torch.linspace(0, len(blocks) - 1, 6).long()[1::2]]  # those it chooses on
     layers = model.config.num_hidden_layers
     right = torch.zeros(layers - 1, dtype=torch.float64)
@@ -87,7 +90,9 @@ def test_equals_what_is_computed_by_hand(
     assert "stopping where the exit is sure (not lossless)" in said
 
 
-def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: Path) -> None:
+def test_an_exit_and_a_length_can_be_chosen(
+    sources: tuple[str, TextSource], tmp_path: Path
+) -> None:
     found = decode_bench(
         *sources, str(tmp_path), exit_layer=1, draft_tokens=4, confidence=0.25, **SMALL
     )
@@ -96,12 +101,18 @@ def test_an_exit_and_a_length_can_be_chosen(sources: tuple[str, str], tmp_path: 
     assert len(found["check_cost"]) == 4 == len(found["whole_cost"])
 
 
-def test_a_text_of_one_block_serves_for_both(sources: tuple[str, str], tmp_path: Path) -> None:
+def test_a_text_of_one_block_serves_for_both(
+    sources: tuple[str, TextSource], tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x = 1 + 22")
     (_,) = pack(read_documents(str(text)), load_tokenizer(sources[0]), 8)
     found = decode_bench(
-        sources[0], str(text), str(tmp_path / "out"), draft_tokens=9, **{**SMALL, "new_tokens": 2}
+        sources[0],
+        TextSource(str(text)),
+        str(tmp_path / "out"),
+        draft_tokens=9,
+        **{**SMALL, "new_tokens": 2},
     )
     assert (found["prompts"], found["prompts_chosen_on"]) == (1, 1)
     assert len(found["check_cost"]) == 1  # no more than such a text has guesses
@@ -109,10 +120,10 @@ def test_a_text_of_one_block_serves_for_both(sources: tuple[str, str], tmp_path:
 
 
 def test_becomes_a_section_of_the_density_of_the_same_model(
-    sources: tuple[str, str], tmp_path: Path
+    sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    evaluate(*sources, str(out), block_size=16, blocks=2, extra_blocks=0, device="cpu")
+    evaluate(*sources, str(out), block_size=16, blocks=2, extra_blocks=0, run=CPU)
     before = json.loads((out / "density.json").read_text())
     found = decode_bench(*sources, str(out), **SMALL)
     after = json.loads((out / "density.json").read_text())
@@ -122,17 +133,18 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
     other = write_model(tmp_path / "other")
     with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
         decode_bench(str(other), sources[1], str(out), **SMALL)
-    again = decode_bench(*sources, str(out), **SMALL, overwrite=True)
+    over = {**SMALL, "run": replace(CPU, overwrite=True)}
+    again = decode_bench(*sources, str(out), **over)
     assert json.loads((out / "density.json").read_text())["decoding"] == json.loads(
         json.dumps(again)
     )
-    decode_bench(str(other), sources[1], str(out), **SMALL, overwrite=True)
+    decode_bench(str(other), sources[1], str(out), **over)
     kept = json.loads((out / "density.json").read_text())
     assert kept["decoding"] == again  # of another model: left alone
 
 
 def test_refuses_what_it_cannot_do(
-    sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputExistsError):

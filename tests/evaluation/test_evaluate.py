@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,23 @@ from softtrace.evaluation.compare import load_density
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.table import MEASURES
 from softtrace.load import load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU, changed
 
-OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 6, "batch_size": 4, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 6, "batch_size": 4, "run": CPU}
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TextSource]:
     root = tmp_path_factory.mktemp("sources")
-    return str(write_model(root / "model")), str(write_tree(root / "text"))
+    return str(write_model(root / "model")), TextSource(str(write_tree(root / "text")))
 
 
 @pytest.fixture(scope="module")
-def density(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def density(
+    sources: tuple[str, TextSource], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("evaluated")
     evaluate(*sources, str(out), extra_blocks=2, **OPTIONS)
     assert len(list(out.glob("*.png"))) == 4
@@ -42,10 +47,10 @@ def density(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_equals_statistics_computed_by_hand(
-    density: dict[str, Any], sources: tuple[str, str]
+    density: dict[str, Any], sources: tuple[str, TextSource]
 ) -> None:
     model = load_model(sources[0]).eval()
-    blocks = pack(read_documents(sources[1]), load_tokenizer(sources[0]), 16)
+    blocks = pack(read_documents(sources[1].data), load_tokenizer(sources[0]), 16)
     chosen = blocks[torch.linspace(0, len(blocks) - 1, 6).long()]
     explained = slice(8, 15)
     curve = softtrace.density_curve(model, chosen)
@@ -109,7 +114,7 @@ def test_curves_shares_and_agreement_are_consistent(density: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_batch_size_changes_no_number(
-    density: dict[str, Any], sources: tuple[str, str], tmp_path: Path, batch_size: int
+    density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path, batch_size: int
 ) -> None:
     options = {**OPTIONS, "batch_size": batch_size}
     other = evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **options)
@@ -121,17 +126,18 @@ def test_batch_size_changes_no_number(
 
 
 def test_measures_the_files_that_training_held_out(
-    sources: tuple[str, str], tmp_path: Path
+    sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
-    options = {**OPTIONS, "extra_blocks": 0, "held_out_share": 0.5, "salt": "x"}
-    found = evaluate(*sources, str(tmp_path / "out"), **options)
-    held_out = split_by_file(read_documents(sources[1]), 0.5, "x")[1]
+    model, text = sources
+    half = replace(text, held_out_share=0.5, salt="x")
+    found = evaluate(model, half, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
+    held_out = split_by_file(read_documents(text.data), 0.5, "x")[1]
     assert found["data"]["documents"] == len(held_out) < 40
     assert found["data"]["split"] == "held out, share 0.5"
 
 
 def test_an_interrupted_run_leaves_no_density(
-    sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -163,7 +169,7 @@ def test_an_interrupted_run_leaves_no_density(
     ],
 )
 def test_refusals(
-    sources: tuple[str, str],
+    sources: tuple[str, TextSource],
     tmp_path: Path,
     change: dict[str, Any],
     error: type[Exception],
@@ -174,13 +180,13 @@ def test_refusals(
         key: value.format(root=tmp_path) if isinstance(value, str) else value
         for key, value in change.items()
     }
-    where = {"model": sources[0], "data": sources[1], "out": str(tmp_path / "out")}
+    where = {"model": sources[0], "source": sources[1], "out": str(tmp_path / "out")}
     with pytest.raises(error, match=message):
-        evaluate(**{**where, **OPTIONS, **words})
+        evaluate(**changed({**where, **OPTIONS}, words))
     assert not (tmp_path / "out").exists()
 
 
-def test_non_finite_weights_are_named(sources: tuple[str, str], tmp_path: Path) -> None:
+def test_non_finite_weights_are_named(sources: tuple[str, TextSource], tmp_path: Path) -> None:
     model = load_model(sources[0])
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
@@ -190,7 +196,7 @@ def test_non_finite_weights_are_named(sources: tuple[str, str], tmp_path: Path) 
         evaluate(str(tmp_path / "model"), sources[1], str(tmp_path / "out"), **OPTIONS)
 
 
-def test_the_file_is_strict_json(sources: tuple[str, str], tmp_path: Path) -> None:
+def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path) -> None:
     evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
 
     def refuse(name: str) -> None:

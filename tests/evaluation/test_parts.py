@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from softtrace.evaluation import evaluate as evaluation
 from softtrace.evaluation.measure import Measurements
 from softtrace.evaluation.parts import FOLDER, Part, Parts, plan
 from softtrace.load import load_model
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU, changed
 
 OPTIONS: dict[str, Any] = {
-    "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "device": "cpu",
+    "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "run": CPU,
     "per_token": True,
 }  # fmt: skip
 CHANGING = {"created", "seconds", "command", "processes"}
@@ -50,13 +53,13 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TextSource]:
     root = tmp_path_factory.mktemp("sources")
-    return str(write_model(root / "model")), str(write_tree(root / "text"))
+    return str(write_model(root / "model")), TextSource(str(write_tree(root / "text")))
 
 
 @pytest.fixture(scope="module")
-def straight(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(sources: tuple[str, TextSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("straight")
     evaluation.evaluate(*sources, str(out), **OPTIONS)
     written = sorted(file.suffix for file in out.iterdir())
@@ -65,7 +68,7 @@ def straight(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def interrupted(sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(sources: tuple[str, TextSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of a run that was interrupted in its third of four parts."""
     out = tmp_path_factory.mktemp("interrupted")
     measure: Callable[..., Measurements] = evaluation.measure
@@ -92,7 +95,7 @@ def cut(interrupted: Path, tmp_path: Path) -> Path:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    sources: tuple[str, str], straight: Path, cut: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, TextSource], straight: Path, cut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [path.name for path in cut.iterdir()] == [FOLDER]
     (cut / FOLDER / ".part-000000004-000000006.safetensors.1-ab.tmp").write_bytes(b"half")
@@ -109,26 +112,27 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert not (cut / FOLDER).exists()
 
 
-def test_parts_are_not_overwritten_unasked(sources: tuple[str, str], cut: Path) -> None:
+def test_parts_are_not_overwritten_unasked(sources: tuple[str, TextSource], cut: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"pass --resume true .* or overwrite=True"):
         evaluation.evaluate(*sources, str(cut), **OPTIONS)
     assert len(list((cut / FOLDER).iterdir())) == 2
 
 
 def test_starting_anew_measures_all_parts(
-    sources: tuple[str, str], straight: Path, cut: Path
+    sources: tuple[str, TextSource], straight: Path, cut: Path
 ) -> None:
     for path in (cut / FOLDER).iterdir():
         path.write_bytes(b"not read")
-    evaluation.evaluate(*sources, str(cut), overwrite=True, **OPTIONS)
+    anew = {**OPTIONS, "run": replace(CPU, overwrite=True)}
+    evaluation.evaluate(*sources, str(cut), **anew)
     assert_same(cut, straight)
     assert (cut / "tokens.jsonl").is_file()
-    without = {**OPTIONS, "per_token": False, "blocks": 2}
-    evaluation.evaluate(*sources, str(cut), overwrite=True, **without)
+    without = {**anew, "per_token": False, "blocks": 2}
+    evaluation.evaluate(*sources, str(cut), **without)
     assert not (cut / "tokens.jsonl").exists()  # those were of other numbers
 
 
-def test_a_finished_run_is_not_resumed(sources: tuple[str, str], straight: Path) -> None:
+def test_a_finished_run_is_not_resumed(sources: tuple[str, TextSource], straight: Path) -> None:
     with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
         evaluation.evaluate(*sources, str(straight), resume=True, **OPTIONS)
 
@@ -145,23 +149,26 @@ def test_a_finished_run_is_not_resumed(sources: tuple[str, str], straight: Path)
     ],
 )
 def test_parts_of_other_settings_are_refused(
-    sources: tuple[str, str], cut: Path, tmp_path: Path, change: dict[str, Any], named: str
+    sources: tuple[str, TextSource], cut: Path, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    words = {"model": sources[0], "data": sources[1], **OPTIONS, **change}
+    change = dict(change)
     if "data" in change:
-        words["data"] = str(write_tree(tmp_path / "text", lines=7))
+        change["data"] = str(write_tree(tmp_path / "text", lines=7))
+    words = changed({"model": sources[0], "source": sources[1], **OPTIONS}, change)
     if "model" in change:
         words["model"] = str(write_model(tmp_path / "model"))
-        changed = load_model(words["model"])
+        other = load_model(words["model"])
         with torch.no_grad():
-            changed.lm_head.weight[0, 0] += 1
-        changed.save_pretrained(words["model"])
+            other.lm_head.weight[0, 0] += 1
+        other.save_pretrained(words["model"])
     with pytest.raises(CheckpointError, match=rf"measured with other .*{named}"):
         evaluation.evaluate(out=str(cut), resume=True, **words)
     assert len(list((cut / FOLDER).iterdir())) == 2
 
 
-def test_a_damaged_part_is_named(sources: tuple[str, str], straight: Path, cut: Path) -> None:
+def test_a_damaged_part_is_named(
+    sources: tuple[str, TextSource], straight: Path, cut: Path
+) -> None:
     damaged = sorted((cut / FOLDER).iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"part-0+-0+2\.safetensors: cannot be read"):

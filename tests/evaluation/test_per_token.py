@@ -13,7 +13,9 @@ from softtrace.data import evenly, pack, read_documents
 from softtrace.evaluation.early_exit import exit_agreement, exit_layers
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.load import load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from tests.corpus import word_tokenizer, write_model, write_tree
+from tests.evaluation.calls import CPU
 
 
 def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:
@@ -31,8 +33,8 @@ def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:
 def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
     density = evaluate(
-        str(model), str(text), str(tmp_path / "out"), block_size=12, blocks=5, batch_size=2,
-        extra_blocks=0, device="cpu", per_token=True,
+        str(model), TextSource(str(text)), str(tmp_path / "out"), block_size=12, blocks=5,
+        batch_size=2, extra_blocks=0, run=CPU, per_token=True,
     )  # fmt: skip
     lines = [
         json.loads(line)
@@ -72,8 +74,8 @@ def test_text_is_that_of_the_report_with_the_spaces_that_decoding_alone_drops(
     word_tokenizer().save_pretrained(model)
     text.write_text("the cats at a cat " * 6, encoding="utf-8")
     density = evaluate(
-        str(model), str(text), str(tmp_path / "out"), block_size=12, blocks=2, batch_size=2,
-        extra_blocks=0, device="cpu", per_token=True,
+        str(model), TextSource(str(text)), str(tmp_path / "out"), block_size=12, blocks=2,
+        batch_size=2, extra_blocks=0, run=CPU, per_token=True,
     )  # fmt: skip
     written = (tmp_path / "out" / "tokens.jsonl").read_text("utf-8").splitlines()
     lines = [json.loads(line) for line in written]

@@ -13,6 +13,7 @@ from softtrace.evaluation.parts import FOLDER
 from softtrace.evaluation.processes import Processes
 from tests import warm
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU
 from tests.evaluation.test_parts import OPTIONS, contents
 from tests.processes import script_environment
 
@@ -40,7 +41,8 @@ def ranks(count: int, words: list[str]) -> list[subprocess.CompletedProcess[str]
 
 
 def words_of(model: Path, text: Path, out: Path) -> list[str]:
-    options = {**OPTIONS, "model": model, "data": text, "out": out}
+    options = {**OPTIONS, "model": model, "data": text, "out": out, "device": CPU.device}
+    del options["run"]
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 

@@ -22,11 +22,13 @@ from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.samples import MOST_TOKENS
 from softtrace.evaluation.table import MEASURES
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
+from tests.evaluation.calls import CPU
 from tests.evaluation.densities import LAYERS, synthetic_density, synthetic_samples, write_run
 
 ROOT = Path(__file__).parents[2]
-OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 3, "extra_blocks": 0, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 3, "extra_blocks": 0, "run": CPU}
 
 
 class Page(HTMLParser):
@@ -254,7 +256,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_evaluate_shows_what_changed_against_a_base(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model, text = map(str, sources)
+    model, text = str(sources[0]), TextSource(str(sources[1]))
     first = evaluate(model, text, str(tmp_path / "before"), **OPTIONS)
     page = Page(tmp_path / "before" / "report.html")
     assert {run for _, run in page.values} == {0}
@@ -272,7 +274,7 @@ def test_a_base_on_other_tokens_is_refused_before_anything_is_measured(
 ) -> None:
     base = str(write_run(tmp_path / "base", synthetic_density()))
     monkeypatch.setattr("softtrace.evaluation.evaluate.load_model", lambda *_, **__: 1 / 0)
-    model, text = map(str, sources)
+    model, text = str(sources[0]), TextSource(str(sources[1]))
     with pytest.raises(InvalidInputError, match=r"data sha256\) differs, .* in this run"):
         evaluate(model, text, str(tmp_path / "out"), base=base, **OPTIONS)
     with pytest.raises(DataError, match="no such file"):
@@ -286,4 +288,4 @@ def test_a_model_without_tokenizer_is_named(sources: tuple[Path, Path], tmp_path
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((sources[0] / name).read_bytes())
     with pytest.raises(ModelDirectoryError, match="found no tokenizer files"):
-        evaluate(str(bare), str(sources[1]), str(tmp_path / "out"), **OPTIONS)
+        evaluate(str(bare), TextSource(str(sources[1])), str(tmp_path / "out"), **OPTIONS)

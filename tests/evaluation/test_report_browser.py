@@ -16,8 +16,10 @@ from softtrace.evaluation import report
 from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.table import MEASURES, percent
+from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
 from tests.evaluation.browser import Browser, chromium
+from tests.evaluation.calls import CPU
 from tests.evaluation.densities import LAYERS, PIECES, SIZES, synthetic_density, synthetic_samples
 
 pytestmark = pytest.mark.browser
@@ -356,7 +358,7 @@ def test_missing_numbers_are_gaps_and_dashes(browser: Browser, tmp_path: Path) -
 def test_a_single_token_makes_a_page(browser: Browser, tmp_path: Path) -> None:
     model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
     out = tmp_path / "out"
-    found = evaluate(str(model), str(text), str(out), block_size=4, blocks=1, device="cpu")
+    found = evaluate(str(model), TextSource(str(text)), str(out), block_size=4, blocks=1, run=CPU)
     assert found["tokens"] == 1
     browser.open(out / "report.html")
     assert browser.complaints() == []

@@ -21,21 +21,27 @@ from softtrace.errors import (
     SofttraceError,
 )
 from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.study import study
+from softtrace.evaluation.study import StudySource, study
 from softtrace.evaluation.study_statistics import ANSWERS
 from softtrace.load import load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from tests.corpus import END, byte_tokenizer, write_model, write_tree
+from tests.evaluation.calls import CPU, changed
 
 OPTIONS: dict[str, Any] = {
-    "held_out_share": 0.5,
     "block_size": 16,
     "blocks": 5,
     "batch_size": 4,
     "lengths": (3, 6),
     "targets": 2,
     "resamples": 60,
-    "device": "cpu",
+    "run": CPU,
 }
+
+
+def half(text: str | Path) -> StudySource:
+    """A text of which half is measured."""
+    return StudySource(str(text), held_out_share=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("alone")
-    study([sources["before"]], sources["text"], str(out), **OPTIONS)
+    study([sources["before"]], half(sources["text"]), str(out), **OPTIONS)
     assert sorted(path.name for path in out.iterdir()) == ["study.json", "study.png", "study.txt"]
     found: dict[str, Any] = json.loads((out / "study.json").read_text())
     return found
@@ -80,7 +86,7 @@ def both(
 ) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("both")
     models = [sources["before"], sources["after"]]
-    study(models, sources["text"], str(out), **OPTIONS)
+    study(models, half(sources["text"]), str(out), **OPTIONS)
     found: dict[str, Any] = json.loads((out / "study.json").read_text())
     return found
 
@@ -110,10 +116,9 @@ def test_every_answer_has_the_shape_of_its_axes_and_holds_its_value(alone: dict[
 def test_agrees_with_evaluate_on_the_same_tokens(
     alone: dict[str, Any], sources: dict[str, str], tmp_path: Path
 ) -> None:
-    same = ("held_out_share", "block_size", "blocks", "batch_size", "device")
-    options = {name: OPTIONS[name] for name in same}
-    out = str(tmp_path / "out")
-    density = evaluate(sources["before"], sources["text"], out, extra_blocks=0, **options)
+    options = {name: OPTIONS[name] for name in ("block_size", "blocks", "batch_size", "run")}
+    source, out = TextSource(sources["text"], held_out_share=0.5), str(tmp_path / "out")
+    density = evaluate(sources["before"], source, out, extra_blocks=0, **options)
     assert alone["data"]["sha256"] == density["data"]["sha256"]
     assert alone["tokens"] == density["tokens"]
     value = {key: result["models"][0]["value"] for key, result in alone["results"].items()}
@@ -138,7 +143,7 @@ def test_unigrams_are_those_of_the_training_side(
 @pytest.mark.usefixtures("alone", "undrawn")
 def test_a_model_less_itself_is_exactly_zero(sources: dict[str, str], tmp_path: Path) -> None:
     models = [sources["before"], sources["before"]]
-    found = study(models, sources["text"], str(tmp_path / "out"), **OPTIONS)
+    found = study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
     assert [model["label"] for model in found["models"]] == ["before (before)", "before (after)"]
     for key, result in found["results"].items():
         for values in result["difference"].values():
@@ -167,7 +172,7 @@ def test_differences_are_after_less_before_and_paired(
 def test_another_seed_moves_intervals_alone(
     alone: dict[str, Any], sources: dict[str, str], tmp_path: Path
 ) -> None:
-    where = [sources["before"]], sources["text"], str(tmp_path / "out")
+    where = [sources["before"]], half(sources["text"]), str(tmp_path / "out")
     other = study(*where, **{**OPTIONS, "seed": 1})
     before, after = (run["results"]["overall/loss"]["models"][0] for run in (alone, other))
     assert before["value"] == after["value"]
@@ -221,16 +226,17 @@ def test_refusals(
         key: value.format(root=tmp_path) if isinstance(value, str) else value
         for key, value in change.items()
     }
-    where = {"models": [sources["before"]], "data": sources["text"], "out": str(tmp_path / "out")}
+    where: dict[str, Any] = {"models": [sources["before"]], "source": half(sources["text"])}
+    where["out"] = str(tmp_path / "out")
     with pytest.raises(error, match=message):
-        study(**{**where, **OPTIONS, **change})
+        study(**changed({**where, **OPTIONS}, change))
     assert not (tmp_path / "out").exists()
 
 
 def test_one_block_is_no_sample(sources: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a line\n" * 8)
     with pytest.raises(DataError, match=r"found 1 block of 16 tokens .* at least 2"):
-        study([sources["before"]], str(tmp_path / "a.txt"), str(tmp_path / "out"), **OPTIONS)
+        study([sources["before"]], half(tmp_path / "a.txt"), str(tmp_path / "out"), **OPTIONS)
 
 
 def other_tokenizer(kind: str) -> Any:
@@ -259,7 +265,7 @@ def test_two_models_have_to_read_alike(
     other_tokenizer(kind).save_pretrained(tmp_path / "model")
     models = [sources["before"], str(tmp_path / "model")]
     with pytest.raises(InvalidInputError, match=message):
-        study(models, sources["text"], str(tmp_path / "out"), **OPTIONS)
+        study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -274,7 +280,7 @@ def test_two_models_have_to_predict_the_same_tokens(
     with pytest.raises(
         InvalidInputError, match=r"predicts 257 tokens and .* 264; expected the same"
     ):
-        study(models, sources["text"], str(tmp_path / "out"), **OPTIONS)
+        study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
 
 
 def test_on_the_command_line(

@@ -10,7 +10,7 @@ from typing import Any
 
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.drawing import check_count
-from softtrace.evaluation.files import atomic_path, prepare_output, write_json
+from softtrace.evaluation.files import prepare_output, write_json, write_text
 from softtrace.evaluation.plots import write_plots
 from softtrace.evaluation.report import write_report
 from softtrace.evaluation.table import MEASURES, Density, comparison_table, ratio
@@ -117,9 +117,10 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     report.html to OUT.
 
     Args:
-        paths: 2 to 8 density.json files, or their folders. The others are compared to the first.
-        out: folder to write to; must be new or empty.
-        overwrite: write into a folder that holds files, replacing those of the same name.
+        paths: 2 to 8 files density.json, or the folders they are in. The others are compared to the
+            first.
+        out: Folder that results are written to. It must be new or empty.
+        overwrite: Write into a folder that holds files, and replace those of the same name.
 
     Returns:
         The comparison as a table in plain text.
@@ -137,8 +138,7 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     folder = prepare_output(out, overwrite)
     table = comparison_table(runs)
     write_json(folder / "compare.json", _comparison(runs, paths))
-    with atomic_path(folder / "compare.txt") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "compare.txt", table)
     write_plots(runs, folder)
     write_report(runs, folder)
     return table

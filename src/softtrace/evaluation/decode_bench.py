@@ -22,19 +22,21 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from softtrace.attach import attach
-from softtrace.batch import check_least, check_length, check_range
-from softtrace.data import DEFAULT_EXCLUDE, DEFAULT_SUFFIXES, evenly, pack
+from softtrace.batch import check_counts, check_least, check_length, check_range
+from softtrace.data import evenly, pack
 from softtrace.decoding import Generation, generate, greedy, speculate
 from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decoding_table import decoding_table
 from softtrace.evaluation.drafting import LONGEST, Drafting, Guesses, best_drafting, check_costs
 from softtrace.evaluation.early_exit import GATES, gated_exits, guesses_of
-from softtrace.evaluation.evaluate import device_of, documents_of_side
 from softtrace.evaluation.files import OVERWRITE, check_output, prepare_output, write_json
+from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.exits import ProvenExit, check_cache, check_early_exit, check_exit_layer
 from softtrace.families.discovery import learned_positions
 from softtrace.load import check_model_directory, load_model, load_tokenizer
+from softtrace.text_source import TextSource
 from softtrace.two_parts import first_layers, forget
 
 _NEVER = -1  # no token: both loops write as many tokens as were asked for
@@ -43,12 +45,8 @@ _REPEATS = 15
 
 def decode_bench(
     model: str,
-    data: str,
+    source: TextSource,
     out: str,
-    held_out_share: float = 0.0,
-    salt: str = "",
-    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
     prompts: int = 16,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
@@ -56,9 +54,7 @@ def decode_bench(
     draft_tokens: int | None = None,
     confidence: float | None = None,
     rounds: int = 2,
-    device: str = "auto",
-    dtype: str = "float32",
-    overwrite: bool = False,
+    run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Measure acceptance and speed of self-speculation, and write them to OUT.
 
@@ -66,27 +62,23 @@ def decode_bench(
     evaluate wrote it, its section "decoding" is written too, and OUT need not be empty.
 
     Args:
-        model: model directory (safetensors) or hub name.
-        data: text file, .jsonl file or folder that prompts are cut from.
-        out: folder to write to; new, empty, or with a density.json of the same model.
-        held_out_share: take prompts only from the files that a split with this share and salt
-            holds out; 0 takes all files.
-        salt: of the split.
-        suffixes: files of a folder to read.
-        exclude: globs of files or folders to leave out.
-        prompts: how many are timed, evenly spaced over the text. As many others, between them,
-            are what the way to draft is chosen on. A text that is too short for both is shared out,
-            and a single block serves for both.
-        prompt_tokens: tokens of each.
-        new_tokens: tokens to write for each; an end-of-text token does not stop them.
-        exit_layer: layers that draft; None takes the best, by replaying what each exit said of
-            those texts with the time that was measured for it.
-        draft_tokens: guesses before a check at most; None takes the best number.
-        confidence: a guess with less probability ends its draft; None takes the best.
-        rounds: how often every prompt is timed.
-        device: "auto", "cpu", "cuda", ...
-        dtype: of the weights.
-        overwrite: replace what OUT holds.
+        model: Model directory (safetensors) or hub name.
+        source: The text that prompts are cut from.
+        out: Folder that decoding.json is written to. It must be new, empty, or hold a density.json
+            of the same model, which gets a section "decoding".
+        prompts: Number of prompts that are timed, evenly spaced over the text. As many others,
+            between them, are what the way to draft is chosen on. A text that is too short for both
+            is shared out, and a single block serves for both.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Tokens that are written for each prompt; an end-of-text token does not stop
+            them.
+        exit_layer: Number of layers that draft; by default the best one, which is found by
+            replaying what each exit said of those texts with the time that was measured for it.
+        draft_tokens: Number of guesses before a check at most; the best one by default.
+        confidence: A guess with a lower probability than this ends its draft; the best bound by
+            default.
+        rounds: How often every prompt is timed.
+        run: How the model is run.
 
     Raises:
         ModelDirectoryError: no model there.
@@ -94,27 +86,21 @@ def decode_bench(
         DataError, InvalidInputError: the text or a number.
         OutputExistsError: OUT holds other things.
     """
-    for name, value, least in (
-        ("prompts", prompts, 1),
-        ("prompt_tokens", prompt_tokens, 2),
-        ("new_tokens", new_tokens, 2),
-        ("rounds", rounds, 1),
-    ):
-        check_least(name, value, least)
+    check_counts(1, prompts=prompts, rounds=rounds)
+    check_counts(2, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     check_least("draft_tokens", draft_tokens, 1, optional=True)
     if confidence is not None:
         check_range("confidence", confidence, 0, 1)
-    where = device_of(device)
+    where = device_of(run.device)
     density = Path(out) / "density.json"
     beside = density.is_file() and _is_of(density, model)
-    if beside and not overwrite and (Path(out) / "decoding.json").exists():
+    if beside and not run.overwrite and (Path(out) / "decoding.json").exists():
         raise OutputExistsError(f"{out}: found a decoding.json; pass {OVERWRITE} to replace it")
-    check_output(out, overwrite or beside)
+    check_output(out, run.overwrite or beside)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
-    documents = documents_of_side(data, suffixes, exclude, held_out_share, salt)
-    starts = evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)
-    network = load_model(model, dtype=dtype).to(where).eval()  # type: ignore[arg-type]
+    starts = evenly(pack(source.documents(), tokenizer, prompt_tokens), 2 * prompts)
+    network = load_model(model, dtype=run.dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     proven_exit = check_cache(check_early_exit(network))
     layers = proven_exit.layers
@@ -162,11 +148,11 @@ def decode_bench(
             "agreement": [right for _, right in gated],
         },
         "model": model,
-        "data": data,
-        "dtype": dtype,
+        "data": source.data,
+        "dtype": run.dtype,
         **provenance(where),
     }
-    folder = prepare_output(out, overwrite or beside)
+    folder = prepare_output(out, run.overwrite or beside)
     write_json(folder / "decoding.json", found)
     if beside:
         write_json(density, {**json.loads(density.read_text(encoding="utf-8")), "decoding": found})

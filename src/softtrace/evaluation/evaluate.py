@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from softtrace.attach import attach
-from softtrace.batch import check_least
-from softtrace.data import (
-    DEFAULT_EXCLUDE,
-    DEFAULT_SUFFIXES,
-    Document,
-    stream_documents,
-    stream_held_out,
-)
-from softtrace.errors import DataError
+from softtrace.batch import check_counts
 from softtrace.evaluation.compare import (
     DENSITY_VERSION,
     check_comparable,
@@ -30,39 +24,70 @@ from softtrace.evaluation.compare import (
 )
 from softtrace.evaluation.density_intervals import intervals_of
 from softtrace.evaluation.files import prepare_output, write_json
-from softtrace.evaluation.identity import blocks_identity, settings_of
+from softtrace.evaluation.identity import settings_of, text_identity
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.parts import Part, Parts, check_parts_output, plan
 from softtrace.evaluation.per_token import NAME as TOKENS
 from softtrace.evaluation.per_token import write_tokens
 from softtrace.evaluation.plots import write_plots
-from softtrace.evaluation.processes import Processes, device_of
+from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.report import write_report
+from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.samples import text_samples
 from softtrace.evaluation.table import density_table
 from softtrace.load import check_model_directory, load_model, load_tokenizer
 from softtrace.offloading import check_device_map, device_map_options
 from softtrace.streaming import stream_evenly
+from softtrace.text_source import TextSource
 
-__all__ = ["device_of", "documents_of_side", "evaluate"]
+
+@dataclass(frozen=True)
+class _Measuring:
+    """How a model is measured: everything but the text that its numbers depend on."""
+
+    model: str
+    dtype: str
+    batch_size: int
+    extra_blocks: int
+    min_context: int
+    device_map: str | None
+    max_memory: dict[str, str] | None
+
+    @property
+    def name(self) -> str:
+        """Of the model, as progress and plots show it."""
+        return Path(self.model).name
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be measured, and what of it is there already; the same on every process.
+
+    Attributes:
+        blocks: ``[N, T]`` ids.
+        text: what density.json says of them.
+        parts: where measurements go.
+        planned: all parts of the blocks.
+        finished: those of them that an earlier run left.
+    """
+
+    blocks: Tensor
+    text: dict[str, Any]
+    parts: Parts
+    planned: list[Part]
+    finished: list[Part]
 
 
 def evaluate(
     model: str,
-    data: str,
+    source: TextSource,
     out: str,
-    held_out_share: float = 0.0,
-    salt: str = "",
-    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
     block_size: int = 64,
     blocks: int = 64,
     batch_size: int = 16,
     extra_blocks: int = 16,
-    device: str = "auto",
-    dtype: str = "float32",
-    overwrite: bool = False,
+    run: RunOptions = DEFAULT_RUN,
     resume: bool = False,
     per_token: bool = False,
     base: str | None = None,
@@ -81,31 +106,25 @@ def evaluate(
     :func:`~softtrace.evaluation.density_intervals.intervals_of`.
 
     Args:
-        model: model directory (safetensors) or hub name.
-        data: text file, .jsonl file or folder.
-        out: folder to write to; must be new or empty.
-        held_out_share: evaluate only the files that a split with this share and salt holds out;
-            0 takes all files.
-        salt: of the split; has to be that of the training run.
-        suffixes: files of a folder to read.
-        exclude: globs of files or folders to leave out.
-        block_size: tokens per sequence. Sizes depend on it: compare at equal block_size only.
+        model: Model directory (safetensors) or hub name.
+        source: The text that is measured.
+        out: Folder that results are written to. It must be new or empty.
+        block_size: Tokens per sequence. Sizes depend on it: compare at equal block_size only.
             The first half of each block is context, the second half is explained.
-        blocks: sequences to measure, evenly spaced over the text.
-        batch_size: sequences at a time; halved where memory runs out. Processes divide batches:
-            more of them than batches have nothing to do.
-        extra_blocks: of them, how many also get baselines and nucleus recovery (slow).
-        device: "auto", "cpu", "cuda", ...
-        dtype: of the weights.
-        overwrite: replace what OUT holds.
-        resume: go on with the parts that a run with the same settings left in OUT.
-        per_token: also write tokens.jsonl, a line for every explained token: entropy, loss, size at
+        blocks: Number of sequences that are measured, evenly spaced over the text.
+        batch_size: Number of sequences that are measured at a time; it is halved where memory runs
+            out. Processes divide batches: more of them than batches have nothing to do.
+        extra_blocks: Number of the sequences that also get baselines and nucleus recovery, which
+            are slow.
+        run: How the model is run.
+        resume: Go on with the parts that a run with the same settings left in OUT.
+        per_token: Also write tokens.jsonl, a line for every explained token: entropy, loss, size at
             TV 0.2, area, exit layer.
-        base: density.json (or its folder) of the model before training, measured on the same text:
-            the report then shows what changed.
-        device_map: "auto" for models larger than one device: weights that do not fit stay in main
-            memory or on disk until they are used. One process; slower.
-        max_memory: with device_map, how much a device may hold, such as {"0": "10GiB", "cpu":
+        base: The density.json (or its folder) of the model before training, measured on the same
+            text. The report then shows what changed.
+        device_map: Give "auto" for models larger than one device: weights that do not fit stay in
+            main memory or on disk until they are used. This takes one process, and is slower.
+        max_memory: With device_map, how much a device may hold, such as {"0": "10GiB", "cpu":
             "60GiB"}; the rest goes to disk.
 
     Returns:
@@ -119,103 +138,157 @@ def evaluate(
         CheckpointError: parts of other settings, of another model or text, or damaged ones.
     """
     began = time.perf_counter()
-    for name, value, least in (
-        ("block_size", block_size, 4),
-        ("blocks", blocks, 1),
-        ("batch_size", batch_size, 1),
-        ("extra_blocks", extra_blocks, 0),
-    ):
-        check_least(name, value, least)
-    processes = Processes(device)
+    check_counts(4, block_size=block_size)
+    check_counts(1, blocks=blocks, batch_size=batch_size)
+    check_counts(0, extra_blocks=extra_blocks)
+    processes = Processes(run.device)
     check_device_map(device_map, max_memory, processes.count)
-    min_context = block_size // 2
     check_model_directory(model)
+    measuring = _Measuring(
+        model=model, dtype=run.dtype, batch_size=batch_size, extra_blocks=extra_blocks,
+        min_context=block_size // 2, device_map=device_map, max_memory=max_memory,
+    )  # fmt: skip
 
-    def prepare() -> tuple[Tensor, dict[str, Any], Parts, list[Part]]:
-        check_parts_output(out, overwrite, resume)
-        documents = stream_of_side(data, suffixes, exclude, held_out_share, salt)
-        chosen, count = stream_evenly(documents, load_tokenizer(model), block_size, blocks)
-        text = {
-            "data": {
-                "path": data,
-                "documents": count,
-                "sha256": blocks_identity(chosen),
-                "split": f"held out, share {held_out_share:g}" if held_out_share else "all",
-                "salt": salt,
-                "block_size": block_size,
-                "blocks": len(chosen),
-            },
-            "min_context": min_context,
-            "tokens": len(chosen) * (block_size - 1 - min_context),
-        }
-        if base:
-            check_comparable([base, "this run"], [load_density(base), text])
-        settings = settings_of(
-            model, chosen, processes.device, dtype=dtype, batch_size=batch_size,
-            extra_blocks=extra_blocks, min_context=min_context, device_map=device_map,
-            max_memory=max_memory,
-        )  # fmt: skip
-        parts = Parts(out, settings)
-        if not resume:
-            parts.remove()
-        return chosen, text, parts, parts.finished(plan(len(chosen), batch_size))
-
-    chosen, text, parts, finished = processes.from_main(prepare)
+    processes.from_main(partial(check_parts_output, out, run.overwrite, resume))
+    choose = partial(_chosen, measuring, source, block_size, blocks, base)
+    chosen, text = processes.from_main(choose)
     planned = plan(len(chosen), batch_size)
-    missing = [part for part in planned if part not in finished]
-    name = Path(model).name
+    begin = partial(_parts_and_finished, measuring, chosen, planned, out, processes.device, resume)
+    parts, finished = processes.from_main(begin)
+    task = _Task(chosen, text, parts, planned, finished)
+    described = processes.together(partial(_measure_share, measuring, task, processes))
+    density = processes.from_main(partial(_density, task, described, processes, began))
+    processes.from_main(partial(_finish, out, density, measuring, task, base, per_token))
+    return density
 
-    def measured() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
-            options = device_map_options(device_map, max_memory, processes.device, offload_folder)
-            network = load_model(model, dtype=dtype, **options)
-            network.eval()  # type: ignore[no-untyped-call]
-            if device_map is None:
-                network.to(processes.device)  # type: ignore[arg-type]
-            size = parts.batch_size(finished) if finished else batch_size
-            own = missing[processes.index :: processes.count]
-            size = _measure_parts(network, chosen, parts, own, size, min_context, extra_blocks,
-                                  name, quiet=not processes.main)  # fmt: skip
-            if not processes.main:
-                return {}
-            return {
-                "model": describe(network, model),
-                "samples": text_samples(
-                    network, load_tokenizer(model), chosen, min_context=min_context, batch_size=size
-                ),
-            }
 
-    described = processes.together(measured)
+def _chosen(
+    measuring: _Measuring, source: TextSource, block_size: int, blocks: int, base: str | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The blocks of the text that are measured, and what density.json says of them.
 
-    def finish() -> dict[str, Any]:
-        found = parts.read(planned)
-        density = {
-            "version": DENSITY_VERSION,
-            "model": described["model"],
-            **text,
-            "batch_size": found.batch_size,
-            "processes": processes.count,
-            **summarise(found),
-            "intervals": intervals_of(found, len(chosen)),
-            "samples": described["samples"],
-            **provenance(processes.device),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        folder = prepare_output(out, overwrite=True)  # it was checked before the parts came
-        if per_token:
-            write_tokens(folder, parts, planned, chosen, min_context, load_tokenizer(model))
-        else:
-            (folder / TOKENS).unlink(missing_ok=True)  # of an evaluation that is overwritten
-        write_json(folder / "density.json", density)
-        write_plots([(name, density)], folder)
-        _write_report(folder, base)
-        del found  # it maps the files
+    Raises:
+        InvalidInputError: a base that was measured on other tokens.
+    """
+    tokenizer = load_tokenizer(measuring.model)
+    chosen, documents = stream_evenly(source.stream(), tokenizer, block_size, blocks)
+    text = {
+        "data": text_identity(source, chosen, documents),
+        "min_context": measuring.min_context,
+        "tokens": len(chosen) * (block_size - 1 - measuring.min_context),
+    }
+    if base:
+        check_comparable([base, "this run"], [load_density(base), text])
+    return chosen, text
+
+
+def _parts_and_finished(
+    measuring: _Measuring,
+    blocks: Tensor,
+    planned: list[Part],
+    out: str,
+    device: torch.device,
+    resume: bool,
+) -> tuple[Parts, list[Part]]:
+    """Where measurements go, and which are there: of an earlier run, where it is resumed."""
+    parts = Parts(out, settings_of(blocks=blocks, device=device, **vars(measuring)))
+    if not resume:
         parts.remove()
-        print(density_table(density))
-        print(f"\nwritten to {folder}/: density.json, plots and report.html")
-        return density
+    return parts, parts.finished(planned)
 
-    return processes.from_main(finish)
+
+def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> dict[str, Any]:
+    """Measure this process's share of the parts; the main one describes the model and samples."""
+    missing = [part for part in task.planned if part not in task.finished]
+    own = missing[processes.index :: processes.count]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
+        network = _loaded(measuring, processes.device, offload_folder)
+        size = _measure_parts(network, measuring, task, own, quiet=not processes.main)
+        if not processes.main:
+            return {}
+        return {
+            "model": describe(network, measuring.model),
+            "samples": text_samples(
+                network, load_tokenizer(measuring.model), task.blocks,
+                min_context=measuring.min_context, batch_size=size,
+            ),
+        }  # fmt: skip
+
+
+def _loaded(measuring: _Measuring, device: torch.device, offload_folder: str) -> PreTrainedModel:
+    """The model on its device, or spread out as its device map says."""
+    options = device_map_options(measuring.device_map, measuring.max_memory, device, offload_folder)
+    network = load_model(measuring.model, dtype=measuring.dtype, **options)
+    network.eval()  # type: ignore[no-untyped-call]
+    if measuring.device_map is None:
+        network.to(device)  # type: ignore[arg-type]
+    return network
+
+
+def _measure_parts(
+    network: PreTrainedModel, measuring: _Measuring, task: _Task, own: list[Part], *, quiet: bool
+) -> int:
+    """Measure some parts, each written when it is done; the batch size that fitted in the end."""
+    finished, size = task.finished, measuring.batch_size
+    if finished:  # where memory ran out for those, it will for these
+        size = task.parts.batch_size(finished)
+    total = sum(part.end - part.first for part in own)
+    with tqdm(total=total, desc=f"measuring {measuring.name}", unit="block", disable=quiet) as bar:
+        for part in own:
+            found = measure(
+                network,
+                task.blocks[part.first : part.end],
+                min_context=measuring.min_context,
+                batch_size=size,
+                extra_blocks=max(0, measuring.extra_blocks - part.first),
+                progress=bar.update,
+                first=part.first,
+            )
+            size = found.batch_size
+            task.parts.write(part, found)
+    return size
+
+
+def _density(
+    task: _Task, described: dict[str, Any], processes: Processes, began: float
+) -> dict[str, Any]:
+    """What density.json holds, from the files of all parts."""
+    found = task.parts.read(task.planned)
+    return {
+        "version": DENSITY_VERSION,
+        "model": described["model"],
+        **task.text,
+        "batch_size": found.batch_size,
+        "processes": processes.count,
+        **summarise(found),
+        "intervals": intervals_of(found, len(task.blocks)),
+        "samples": described["samples"],
+        **provenance(processes.device),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _finish(
+    out: str,
+    density: dict[str, Any],
+    measuring: _Measuring,
+    task: _Task,
+    base: str | None,
+    per_token: bool,
+) -> None:
+    """Write density.json, plots, the page and, if wanted, tokens.jsonl; then parts may go."""
+    folder = prepare_output(out, overwrite=True)  # it was checked before the parts came
+    if per_token:
+        tokenizer, context = load_tokenizer(measuring.model), measuring.min_context
+        write_tokens(folder, task.parts, task.planned, task.blocks, context, tokenizer)
+    else:
+        (folder / TOKENS).unlink(missing_ok=True)  # of an evaluation that is overwritten
+    write_json(folder / "density.json", density)
+    write_plots([(measuring.name, density)], folder)
+    _write_report(folder, base)
+    task.parts.remove()
+    print(density_table(density))
+    print(f"\nwritten to {folder}/: density.json, plots and report.html")
 
 
 def _write_report(folder: Path, base: str | None) -> None:
@@ -223,36 +296,6 @@ def _write_report(folder: Path, base: str | None) -> None:
     paths = [*([Path(base)] if base else []), folder]
     found = [load_density(path) for path in paths]
     write_report(list(zip(run_labels(paths, found), found, strict=True)), folder)
-
-
-def _measure_parts(
-    network: PreTrainedModel,
-    blocks: Tensor,
-    parts: Parts,
-    own: list[Part],
-    batch_size: int,
-    min_context: int,
-    extra_blocks: int,
-    name: str,
-    *,
-    quiet: bool,
-) -> int:
-    """Measure a process's share of the parts, write each when it is done; the last batch size."""
-    total = sum(part.end - part.first for part in own)
-    with tqdm(total=total, desc=f"measuring {name}", unit="block", disable=quiet) as bar:
-        for part in own:
-            found = measure(
-                network,
-                blocks[part.first : part.end],
-                min_context=min_context,
-                batch_size=batch_size,
-                extra_blocks=max(0, extra_blocks - part.first),
-                progress=bar.update,
-                first=part.first,
-            )
-            batch_size = found.batch_size
-            parts.write(part, found)
-    return batch_size
 
 
 def describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
@@ -266,41 +309,3 @@ def describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
         "heads": anatomy.heads,
         "pattern": anatomy.pattern,
     }
-
-
-def stream_of_side(
-    data: str,
-    suffixes: tuple[str, ...],
-    exclude: tuple[str, ...],
-    held_out_share: float,
-    salt: str,
-) -> Iterator[Document]:
-    """:func:`documents_of_side` one at a time, see :func:`softtrace.data.stream_documents`."""
-    documents = stream_documents(data, suffixes, exclude)
-    if not held_out_share:
-        yield from documents
-        return
-    found = False
-    for document in stream_held_out(documents, held_out_share, salt):
-        found = True
-        yield document
-    if not found:
-        raise DataError(
-            f"{data}: no file is held out at a share of {held_out_share:g}; give more files, "
-            "another share or salt, or held_out_share=0 to take all of them"
-        )
-
-
-def documents_of_side(
-    data: str,
-    suffixes: tuple[str, ...],
-    exclude: tuple[str, ...],
-    held_out_share: float,
-    salt: str,
-) -> list[Document]:
-    """The documents that a split holds out, or all at a share of 0.
-
-    Raises:
-        DataError: text that cannot be read, or none is held out.
-    """
-    return list(stream_of_side(data, suffixes, exclude, held_out_share, salt))

@@ -50,6 +50,11 @@ def write_json(path: Path | str, obj: Any) -> None:
     # Serialise first: an object that is not JSON must not get as far as a file.
     text = json.dumps(finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
     text = _NUMBERS.sub(lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+    write_text(path, text)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write lines (UTF-8) atomically, the last one closed by a line break of its own."""
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from softtrace.evaluation.compare import DENSITY_VERSION
 from softtrace.evaluation.provenance import versions
 from softtrace.load import load_config
+from softtrace.text_source import TextSource
 
 
 def model_identity(model: str) -> str:
@@ -34,6 +35,25 @@ def model_identity(model: str) -> str:
 def blocks_identity(blocks: Tensor) -> str:
     """SHA-256 of ids ``[N, T]``."""
     return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+
+
+def text_identity(source: TextSource, blocks: Tensor, documents: int) -> dict[str, Any]:
+    """Which text was measured: the "data" of a result file.
+
+    Args:
+        source: what was read.
+        blocks: ``[N, T]`` ids that were chosen of it.
+        documents: how many were read.
+    """
+    return {
+        "path": source.data,
+        "documents": documents,
+        "sha256": blocks_identity(blocks),
+        "split": source.split,
+        "salt": source.salt,
+        "block_size": blocks.shape[1],
+        "blocks": len(blocks),
+    }
 
 
 def settings_of(model: str, blocks: Tensor, device: torch.device, **options: Any) -> dict[str, Any]:

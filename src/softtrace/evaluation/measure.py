@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softtrace.attach import attach
 from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
 from softtrace.batch import Batch
-from softtrace.curve import SIZES, curve_of, default_thresholds
+from softtrace.curve import SIZES, DensityCurve, curve_of, default_thresholds
 from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
@@ -33,6 +33,7 @@ from softtrace.metrics.functional import (
     trace_composition,
 )
 from softtrace.placement import device_of_module
+from softtrace.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +178,7 @@ def _measured(
     number: int,
 ) -> Measurements:
     recording = instrument.record(instrument.batch(ids, mask), keep_hidden=True)
-    curve = curve_of(
-        instrument,
-        recording,
-        recording.importance,
-        default_thresholds(),
-        composition=True,
-        nucleus=extra,
-    )
+    curve = trace_curve(instrument, recording, nucleus=extra)
     explained = _explained(recording.batch, min_context)
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
@@ -206,6 +200,33 @@ def _measured(
                 other = curve_of(instrument, recording, scores, baseline_thresholds())
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
+
+
+def trace_curve(
+    instrument: Instrument,
+    recording: Recording,
+    *,
+    nucleus: bool,
+    reader: Callable[[Tensor], Tensor] | None = None,
+    explained: Tensor | None = None,
+) -> DensityCurve:
+    """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
+
+    Args:
+        instrument: of the model.
+        recording: of the batch.
+        nucleus, reader, explained: see :func:`softtrace.curve.curve_of`.
+    """
+    return curve_of(
+        instrument,
+        recording,
+        recording.importance,
+        default_thresholds(),
+        composition=True,
+        nucleus=nucleus,
+        reader=reader,
+        explained=explained,
+    )
 
 
 def _explained(batch: Batch, min_context: int) -> Tensor:

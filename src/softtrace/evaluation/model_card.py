@@ -186,10 +186,10 @@ def card(model: str, density: str, base: str | None = None) -> None:
     """Put the numbers of density.json into the README.md of a model; the rest of it stays.
 
     Args:
-        model: the model's directory.
-        density: density.json of this model, or its folder.
-        base: density.json of the model that it was fine-tuned from, or its folder; measured on the
-            same text.
+        model: Directory of the model.
+        density: The density.json of this model, or its folder.
+        base: The density.json of the model that it was fine-tuned from, or its folder. It has to be
+            measured on the same text.
 
     Raises:
         ModelDirectoryError: no such directory.

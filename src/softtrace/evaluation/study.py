@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.attach import attach
-from softtrace.batch import check_least, check_range
+from softtrace.batch import check_counts, check_least, check_range
 from softtrace.curve import SIZE_BOUND
-from softtrace.data import (
-    DEFAULT_EXCLUDE,
-    DEFAULT_SUFFIXES,
-    Document,
-    evenly,
-    pack,
-    read_documents,
-    split_by_file,
-)
+from softtrace.data import Document, evenly, pack, read_documents, split_by_file
 from softtrace.distortion import NUCLEUS_SHARES
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.bootstrap import (
@@ -32,10 +25,12 @@ from softtrace.evaluation.bootstrap import (
     Statistic,
     intervals,
 )
-from softtrace.evaluation.evaluate import describe, device_of
-from softtrace.evaluation.files import atomic_path, check_output, prepare_output, write_json
-from softtrace.evaluation.identity import blocks_identity
+from softtrace.evaluation.evaluate import describe
+from softtrace.evaluation.files import check_output, prepare_output, write_json, write_text
+from softtrace.evaluation.identity import text_identity
+from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study_measure import (
     STUDY_SIZES,
     Readings,
@@ -48,18 +43,44 @@ from softtrace.evaluation.study_table import study_table
 from softtrace.evaluation.unigram import Unigrams, count_unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.load import check_model_directory, load_model, load_tokenizer
+from softtrace.text_source import TextSource
 
 STUDY_VERSION = 1
 
 
+@dataclass(frozen=True)
+class StudySource(TextSource):
+    """A text of which both sides of the split are used.
+
+    Attributes:
+        held_out_share: Share of the files that is held out. Those are measured, and unigrams are
+            counted on the others.
+    """
+
+    held_out_share: float = 0.05
+
+    def sides(self) -> tuple[list[Document], list[Document]]:
+        """Training and held-out documents.
+
+        Raises:
+            DataError: text that cannot be read, or nothing on one of the sides.
+        """
+        documents = read_documents(self.data, self.suffixes, self.exclude)
+        sides = split_by_file(documents, self.held_out_share, self.salt)
+        for side, what in zip(sides, ("the training", "the held-out"), strict=True):
+            if not side:
+                raise DataError(
+                    f"{self.data}: found no file on {what} side at a held_out_share of "
+                    f"{self.held_out_share:g}; held-out text is measured and the unigrams are "
+                    "those of the training side. Give more files, another share or another salt"
+                )
+        return sides
+
+
 def study(
     models: Sequence[str],
-    data: str,
+    source: StudySource,
     out: str,
-    held_out_share: float = 0.05,
-    salt: str = "",
-    suffixes: tuple[str, ...] = DEFAULT_SUFFIXES,
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE,
     block_size: int = 128,
     blocks: int = 64,
     batch_size: int = 8,
@@ -68,31 +89,25 @@ def study(
     resamples: int = 2000,
     smoothing: float = 1.0,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "float32",
-    overwrite: bool = False,
+    run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Answer the paper's questions of one or two models, with intervals; write them to OUT.
 
     Args:
-        models: one model directory (safetensors) or hub name, or two: before and after training.
-        data: text file, .jsonl file or folder.
-        out: folder to write to; must be new or empty. Gets study.json, study.txt and study.png.
-        held_out_share: of the files; these are measured, unigrams are counted on the others.
-        salt: of the split; has to be that of the training run.
-        suffixes: files of a folder to read.
-        exclude: globs of files or folders to leave out.
-        block_size: tokens per sequence. The first half of each is context, the second explained.
-        blocks: sequences to measure, evenly spaced over the held-out text.
-        batch_size: sequences at a time.
-        lengths: tokens of the windows in which the same tokens are explained again.
-        targets: how many tokens of each sequence windows explain.
-        resamples: of the bootstrap.
-        smoothing: added to the count of every token of the vocabulary.
-        seed: of the bootstrap.
-        device: "auto", "cpu", "cuda", ...
-        dtype: of the weights.
-        overwrite: replace what OUT holds.
+        models: One model directory (safetensors) or hub name, or two: before and after training.
+        source: The text, whose held-out side is measured.
+        out: Folder that study.json, study.txt and study.png are written to. It must be new or
+            empty.
+        block_size: Tokens per sequence. The first half of each is context, the second half is
+            explained.
+        blocks: Number of sequences that are measured, evenly spaced over the held-out text.
+        batch_size: Number of sequences that are measured at a time.
+        lengths: Lengths in tokens of the windows in which the same tokens are explained again.
+        targets: Number of tokens of each sequence that windows explain.
+        resamples: Number of resamples of the bootstrap.
+        smoothing: Number that is added to the count of every token of the vocabulary.
+        seed: Seed of the bootstrap.
+        run: How the models are run.
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: a model.
@@ -101,29 +116,24 @@ def study(
         OutputExistsError: OUT is not empty.
     """
     began = time.perf_counter()
-    lengths = _check(models, lengths, held_out_share, smoothing)
-    for name, value, least in (
-        ("block_size", block_size, 4),
-        ("blocks", blocks, 2),
-        ("batch_size", batch_size, 1),
-        ("targets", targets, 1),
-        ("resamples", resamples, 1),
-    ):
-        check_least(name, value, least)
+    lengths = _check(models, lengths, source.held_out_share, smoothing)
+    check_counts(4, block_size=block_size)
+    check_counts(2, blocks=blocks)
+    check_counts(1, batch_size=batch_size, targets=targets, resamples=resamples)
     first = block_size // 2
     ends = window_ends(block_size, first, lengths[-1], targets)
-    where = device_of(device)
-    check_output(out, overwrite)
+    where = device_of(run.device)
+    check_output(out, run.overwrite)
     for model in models:
         check_model_directory(model)
-    training, held_out = _sides(data, suffixes, exclude, held_out_share, salt)
+    training, held_out = source.sides()
     tokenizer = load_tokenizer(models[0])
     chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
     if len(chosen) < 2:
         raise DataError(
-            f"{data}: found {len(chosen)} block of {block_size} tokens on the held-out side, a "
-            "bootstrap over sequences needs at least 2; give more text, a smaller block_size or a "
-            "larger held_out_share"
+            f"{source.data}: found {len(chosen)} block of {block_size} tokens on the held-out "
+            "side, a bootstrap over sequences needs at least 2; give more text, a smaller "
+            "block_size or a larger held_out_share"
         )
     for model in models[1:]:
         _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
@@ -131,7 +141,7 @@ def study(
     found: list[Readings] = []
     unigrams: Unigrams | None = None
     for label, model in zip(_labels(models), models, strict=True):
-        network = load_model(model, dtype=dtype)
+        network = load_model(model, dtype=run.dtype)
         network.to(where).eval()  # type: ignore[arg-type]
         described.append({"label": label, **_described(network, model)})
         vocabulary = described[-1]["vocabulary"]
@@ -157,15 +167,7 @@ def study(
     result = {
         "version": STUDY_VERSION,
         "models": described,
-        "data": {
-            "path": data,
-            "documents": len(held_out),
-            "sha256": blocks_identity(chosen),
-            "split": f"held out, share {held_out_share:g}",
-            "salt": salt,
-            "block_size": block_size,
-            "blocks": len(chosen),
-        },
+        "data": text_identity(source, chosen, len(held_out)),
         "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
             "min_context": first,
@@ -175,7 +177,7 @@ def study(
             "seed": seed,
             "confidence": CONFIDENCE,
             "interval": "percentile bootstrap over sequences",
-            "dtype": dtype,
+            "dtype": run.dtype,
         },
         "tokens": found[0].whole.size.numel(),
         "axes": {
@@ -191,11 +193,10 @@ def study(
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    folder = prepare_output(out, overwrite)
+    folder = prepare_output(out, run.overwrite)
     table = study_table(result)
     write_json(folder / "study.json", result)
-    with atomic_path(folder / "study.txt") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "study.txt", table)
     write_study_plot(result, folder)
     print(table)
     print(f"\nwritten to {folder}/: study.json, study.txt and study.png")
@@ -252,26 +253,6 @@ def _check(
             f"lengths: found {list(lengths)}, expected at least one, each of them once"
         )
     return tuple(sorted(lengths))
-
-
-def _sides(
-    data: str, suffixes: tuple[str, ...], exclude: tuple[str, ...], share: float, salt: str
-) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents.
-
-    Raises:
-        DataError: text that cannot be read, or nothing on one of the sides.
-    """
-    documents = read_documents(data, suffixes, exclude)
-    sides = split_by_file(documents, share, salt)
-    for side, what in zip(sides, ("the training", "the held-out"), strict=True):
-        if not side:
-            raise DataError(
-                f"{data}: found no file on {what} side at a held_out_share of {share:g}; held-out "
-                "text is measured and the unigrams are those of the training side. Give more "
-                "files, another share or another salt"
-            )
-    return sides
 
 
 def _check_same_tokens(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.attach import attach
-from softtrace.curve import DensityCurve, curve_of, default_thresholds
+from softtrace.curve import DensityCurve
 from softtrace.easiness import loss_score
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.measure import Progress
+from softtrace.evaluation.measure import Progress, trace_curve
 from softtrace.evaluation.unigram import Unigrams
 from softtrace.graph import EDGE_KINDS
 from softtrace.instrument import Instrument
@@ -208,17 +208,14 @@ def _curve(
         target: ``[B]``, the token after the last; None where it is not known.
     """
     recording = instrument.record(instrument.batch(ids))
-    curve = curve_of(
+    curve = trace_curve(
         instrument,
         recording,
-        recording.importance,
-        default_thresholds(),
-        composition=True,
         nucleus=unigrams is not None,
         reader=None if unigrams is None else unigrams.read,
         explained=explained,
     )
-    targets = recording.batch.targets
+    targets = recording.batch.targets.clone()
     if target is not None:
         targets[:, -1] = target
     return curve, loss_score(recording.logits, targets)
