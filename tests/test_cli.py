@@ -36,7 +36,7 @@ def test_help_of_the_penalty_shows_types_and_defaults(capsys: pytest.CaptureFixt
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--penalty.masks {straight,soft}" in text
-    assert "--penalty.strength STRENGTH weight of the term, >= 0" in text
+    assert "--penalty.strength STRENGTH Weight of the term, >= 0" in text
 
 
 def test_unknown_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,18 +54,18 @@ class PackedDataModule(LightningDataModule):
     Every process tokenizes the text for itself, in ``setup``.
 
     Args:
-        path: text file, ``.jsonl`` file or folder; see :func:`softtrace.data.read_documents`.
-        tokenizer: directory or hub name. May be left out here when something sets the attribute
-            before ``setup``, as the command line does from the model.
-        block_size: tokens in a block, at least 2.
-        batch_size: blocks in a batch and rank.
-        held_out_share: share of documents for validation, in [0, 1); 0 means no validation.
-        suffixes: for a folder, which files to read.
-        exclude: for a folder, globs of files and folders to leave out.
-        salt: another salt gives another split; see :func:`softtrace.data.split_by_file`.
-        seed: of the order of training blocks.
-        max_train_blocks: use this many blocks, taken at even distances from all of them.
-        max_held_out_blocks: the same for held-out blocks.
+        path: Text file, ``.jsonl`` file or folder; see :func:`softtrace.data.read_documents`.
+        tokenizer: Directory or name on the hub. May be left out here when something sets the
+            attribute before ``setup``, as the command line does from the model.
+        block_size: Tokens in a block, at least 2.
+        batch_size: Blocks in a batch of one process.
+        held_out_share: Share of documents for validation, in [0, 1); 0 means no validation.
+        suffixes: Which files of a folder are read.
+        exclude: Globs of files and folders of a folder that are left out.
+        salt: Another salt gives another split; see :func:`softtrace.data.split_by_file`.
+        seed: Seed of the order of training blocks.
+        max_train_blocks: Use this many blocks, taken at even distances from all of them.
+        max_held_out_blocks: The same for held-out blocks.
 
     Raises:
         InvalidInputError: an option outside its range.

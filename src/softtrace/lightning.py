@@ -40,8 +40,8 @@ class DensityPenalty(Callback):
     where none was read. Strength 0 is inert: the training step is not even wrapped.
 
     Args:
-        strength: weight of the term, >= 0.
-        allow_untested: run under a strategy that :mod:`softtrace.support` does not list as
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        allow_untested: Run also under a strategy that :mod:`softtrace.support` does not list as
             supported.
         **options: see :class:`softtrace.options.DensityOptions`.
 

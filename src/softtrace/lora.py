@@ -17,11 +17,11 @@ class LoRA:
     """Adapters of low rank beside the matrices of every layer (Hu et al., arXiv 2106.09685).
 
     Args:
-        rank: of the update, >= 1.
-        alpha: the update is multiplied with alpha / rank (alpha / √rank if rslora), > 0.
-        dropout: of what the adapters read, in [0, 1).
-        targets: names of modules, or "all-linear" for all but the head.
-        rslora: scale by the root of the rank.
+        rank: Rank of the update, >= 1.
+        alpha: The update is multiplied with alpha / rank (alpha / √rank if rslora), > 0.
+        dropout: Dropout of what the adapters read, in [0, 1).
+        targets: Names of modules, or "all-linear" for all but the head.
+        rslora: Scale by the root of the rank.
 
     Raises:
         InvalidInputError: a number outside its range.

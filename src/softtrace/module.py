@@ -28,15 +28,15 @@ class CausalLM(LightningModule):
     Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token.
 
     Args:
-        path: model directory (safetensors) or hub name.
-        learning_rate: largest learning rate, > 0.
-        weight_decay: of matrices; biases and norm weights are left alone.
-        betas: of AdamW.
-        warmup_steps: optimiser steps of the linear warm-up.
-        dtype: of the weights: "float32", "bfloat16", "float16" or "auto" (as stored).
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers
-            choose.
-        lora: train adapters of low rank alone; None trains all weights.
+        path: Model directory (safetensors) or name on the hub.
+        learning_rate: Largest learning rate, > 0.
+        weight_decay: Weight decay of matrices, >= 0; biases and norm weights are left alone.
+        betas: The two decay rates of AdamW.
+        warmup_steps: Optimiser steps of the linear warm-up.
+        dtype: Number format of the weights: "float32", "bfloat16", "float16" or "auto" (as stored).
+        attn_implementation: Attention kernel: "sdpa", "eager", "flash_attention_2", ...; None lets
+            transformers choose.
+        lora: Train adapters of low rank alone; None trains all weights.
 
     Raises:
         InvalidInputError: a number outside its range.

@@ -25,43 +25,46 @@ class DensityOptions:
     """Options of the density loss; plain numbers and strings, so that YAML can hold them.
 
     Args:
-        strength: weight of the term, >= 0; 0 runs nothing and changes nothing.
-        start_step: first global step with the term.
-        warmup_steps: steps over which the strength rises linearly.
-        every: masked runs come at every k-th step only, with k times the strength: fewer and larger
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        start_step: First global step with the term.
+        warmup_steps: Steps over which the strength rises linearly.
+        every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
             ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 8
             on an accelerator.
-        masks: ``"straight"`` (hard masks held constant) or ``"soft"`` (differentiable through the
-            importances; the recording run then needs gradients).
-        temperature: of soft masks, nats of importance, > 0.
-        family: ``"both"`` (sparse in the first E layers, only residual edges above), ``"sparse"``
-            (E = L) or ``"shallow"`` (every edge of the first E layers).
-        thresholds: bounds of τ in (0, 1), drawn log-uniformly per window.
-        depths: bounds of E as shares of the layers in (0, 1], drawn uniformly per token.
-        attention: of masked runs, ``"recorded"`` (the full run's probabilities, as the measure has
-            it; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients of the term
-            also reach queries and keys).
-        distance: of the masked prediction from the full one, ``"tv"`` (the measure itself, in
-            [0, 1]; bounded, so that hopeless tokens do not take over), ``"kl"`` (nats), or a
+        masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
+            (differentiable through the importances; the recording run then needs gradients).
+        temperature: Temperature of soft masks in nats of importance, > 0.
+        family: Kind of subgraph: ``"both"`` (sparse in the first E layers, only residual edges
+            above), ``"sparse"`` (E = L) or ``"shallow"`` (every edge of the first E layers).
+        thresholds: Bounds of τ in (0, 1), which is drawn log-uniformly for every window.
+        depths: Bounds of E as shares of the layers in (0, 1], drawn uniformly for every token.
+        attention: Attention probabilities of masked runs: ``"recorded"`` (the full run's, as the
+            measure has them; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients
+            of the term also reach queries and keys).
+        distance: Distance of the masked prediction from the full one: ``"tv"`` (the measure itself,
+            in [0, 1]; bounded, so that hopeless tokens do not take over), ``"kl"`` (nats), or a
             callable ``(full logits [N,V], masked logits [N,V]) -> distances [N]``.
-        easiness: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
+        easiness: What makes a token easy: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
             ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
-        easy_quantile: share of the tokens that are easy, in (0, 1].
-        easy_width: smoothness of the step at the quantile, standard deviations of the score, >= 0.
-        share: of the batch's windows that the term looks at, in (0, 1]; at least one. This is
+        easy_quantile: Share of the tokens that are easy, in (0, 1].
+        easy_width: Smoothness of the step at the quantile, standard deviations of the score, >= 0.
+        share: Share of the batch's windows that the term looks at, in (0, 1]; at least one. This is
             the dial of the cost. None: 0.125 on a CPU, 0.3 on an accelerator.
-        crop: tokens of a window: every sequence is cut into as many as fit, and the term sees each
+        crop: Tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
-        exits: >= 0, adds ``exits · KL(full ‖ early exit)`` (nats) inside the term: some tokens of
-            the training forward itself are read early, easy or not. That forward has to be watched,
-            see :meth:`softtrace.DensityLoss.watching`; Lightning's callback does.
-        exit_tokens: share of the batch's tokens that are read so, in (0, 1].
-        exit_depths: bounds of the layers after which they are read, as shares of all in [0, 1],
+        exits: Weight of early exits, >= 0: adds ``exits · KL(full ‖ early exit)`` (nats) inside the
+            term. Some tokens of the training forward itself are read early, easy or not. That
+            forward has to be watched, see :meth:`softtrace.DensityLoss.watching`; Lightning's
+            callback does.
+        exit_tokens: Share of the batch's tokens that are read so, in (0, 1].
+        exit_depths: Bounds of the layers after which they are read, as shares of all in [0, 1],
             from the first layer to the last but one; narrow them around the exit that shall draft.
-        size_weight: >= 0, adds ``size_weight · soft size`` inside the term, differentiable through
-            the importances. Never without the distortion: alone it is gamed by rescaling.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the term of a step whose logits are not finite.
-        seed: of the random draws, which are a function of (seed, step, rank) alone.
+        size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
+            differentiable through the importances. Never without the distortion: alone it is gamed
+            by rescaling.
+        on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
+            its term.
+        seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
 
     Raises:
         InvalidInputError: a value outside its range, or an unknown name.
