@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss, DensityOptions, DensityTerm
 from softtrace.lightning import DensityPenalty
 from tests.fitting import Batch, Batches, Calls, Tuner, batches, fit, forget_warnings, weights
+from tests.support.waiting import no_collector
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with dropout
 LOGGED = {
@@ -378,5 +379,6 @@ def test_nothing_of_a_step_outlives_it() -> None:
             super()._log(pl_module, task, term)
 
     look = Calls(on_train_batch_end=lambda *_: alive.append(terms[-1]() is not None))
-    fit(Tuner(), Noting(masks="soft"), look)
+    with no_collector():
+        fit(Tuner(), Noting(masks="soft"), look)
     assert alive == [False] * 4

@@ -305,7 +305,7 @@ def fit_in_processes(
     script.write_text(PROCESSES, encoding="utf-8")
     done = warm.run(
         [sys.executable, script, strength, output, world, epochs],
-        env=script_environment(), capture_output=True, timeout=200,
+        env=script_environment(), capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]
