@@ -186,6 +186,7 @@ def fit(corpus: Path, folder: Path, when: dict[str, Any], **options: Any) -> Big
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "limits",
     [

@@ -49,6 +49,7 @@ def assert_equal_states(one: Any, other: Any) -> None:
 # --- what is trained
 
 
+@pytest.mark.thorough
 @FAMILIES
 def test_strength_0_is_inert(family: str) -> None:
     plain, silent, loud = Tuner(family), Tuner(family), Tuner(family)
@@ -105,6 +106,7 @@ def by_hand(
                 step += 1
 
 
+@pytest.mark.thorough
 @FAMILIES
 @pytest.mark.parametrize(
     ("accumulate", "clip"), [(1, None), (2, None), (1, 0.05), (3, 0.05)], ids=str
@@ -202,6 +204,7 @@ class Decorated(Tuner):
         return self.model(**batch).loss * (batch_idx >= 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [Tuner, OnlyBatch, KeywordDefaults, Decorated, DecoratedOnlyBatch])
 def test_training_step_may_be_declared_in_every_way_that_lightning_takes(kind: type[Tuner]) -> None:
     module, expected = kind(), Tuner()

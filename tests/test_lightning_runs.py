@@ -24,6 +24,8 @@ from tests.fitting import Batch, Calls, Tuner, batches, fit, trainer, weights
 from tests.processes import as_rank, script_environment
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.thorough
+
 # --- resuming
 
 

@@ -71,6 +71,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(found.total_variation, wanted.total_variation)
 
 
+@pytest.mark.thorough
 def test_evaluate_with_a_device_map_equals_without(tmp_path: Path) -> None:
     model, text = str(write_model(tmp_path / "model")), str(write_tree(tmp_path / "text"))
     limits = {"cpu": "1KB"}  # of 159 KB, so the embedding is offloaded too

@@ -31,6 +31,8 @@ from softtrace.support import LIGHTNING, check_strategy
 from tests.fitting import Batch, Batches, Tuner, batches, fit, forget_warnings, weights
 from tests.tiny import checkpointed, tiny_model
 
+pytestmark = pytest.mark.thorough
+
 EPOCH = len(batches())
 STEPS = 14  # what a row waits for comes in the first three epochs of four batches
 OPTIONS: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}

@@ -117,6 +117,7 @@ def test_totals_of_a_model_equal_counting_one_by_one(family: str) -> None:
     assert totals.tolist() == [oracle.reachable_edges(graph, t) for t in range(9)]
 
 
+@pytest.mark.thorough
 def test_counts_stay_exact_beyond_float32() -> None:
     """|E| of a real size does not fit float32, neither in one layer nor summed over layers."""
     for heads, length, layers in ((64, 600, 2), (16, 1000, 9)):
@@ -273,6 +274,7 @@ def test_importances_with_gradients_are_fine() -> None:
     assert trace == extract_trace(importance.detach(), size=0.1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("setting", "exact"),
     [

@@ -227,7 +227,11 @@ Wall = Callable[[Path], list[str]]
 READ: tuple[Wall, ...] = (upward, circles, strangers, crowded, long_files)
 
 
-@pytest.mark.parametrize("wall", [*READ, loaded], ids=lambda wall: wall.__name__)
+@pytest.mark.parametrize(
+    "wall",
+    [*READ, pytest.param(loaded, marks=pytest.mark.thorough)],
+    ids=lambda wall: wall.__name__,
+)
 def test_the_house_stands(wall: Wall) -> None:
     assert not (found := wall(HOUSE)), "\n".join(found)
 

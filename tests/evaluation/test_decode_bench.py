@@ -30,6 +30,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(write_model(root / "model")), str(write_tree(root / "text"))
 
 
+@pytest.mark.thorough
 def test_equals_what_is_computed_by_hand(
     sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_text_of_one_block_serves_for_both(sources: tuple[str, str], tmp_path:
     assert found["loops"]["direct"]["identical"] == 1
 
 
+@pytest.mark.thorough
 def test_becomes_a_section_of_the_density_of_the_same_model(
     sources: tuple[str, str], tmp_path: Path
 ) -> None:

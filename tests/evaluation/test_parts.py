@@ -20,6 +20,8 @@ from softtrace.evaluation.parts import FOLDER, Part, Parts, plan
 from softtrace.load import load_model
 from tests.corpus import write_model, write_tree
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS: dict[str, Any] = {
     "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "device": "cpu",
     "per_token": True,

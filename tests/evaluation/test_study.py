@@ -26,6 +26,8 @@ from softtrace.evaluation.study_statistics import ANSWERS
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import END, byte_tokenizer, write_model, write_tree
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS: dict[str, Any] = {
     "held_out_share": 0.5,
     "block_size": 16,

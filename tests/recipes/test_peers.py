@@ -21,6 +21,8 @@ from tests.corpus import write_model, write_tree
 from tests.support.waiting import no_collector
 from tests.tiny import tiny_model, tiny_prompt
 
+pytestmark = pytest.mark.thorough
+
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 
