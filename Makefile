@@ -5,10 +5,11 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-browser check format families bench clean
+.PHONY: help quickstart test-fast test test-all test-browser check format families bench clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
+	@echo "make test-fast   all but the tests marked slow or thorough (under 2 minutes)"
 	@echo "make test        the default tests (a few minutes)"
 	@echo "make test-all    the slow ones too"
 	@echo "make test-browser  the report in headless Chromium"
@@ -24,6 +25,10 @@ help:
 
 quickstart: .venv/installed
 	$(BIN)/python recipes/quickstart.py
+
+# What it names at its end as too slow is to be marked thorough, or made faster.
+test-fast: .venv/installed
+	$(PYTEST) -m 'not thorough and not slow and not quantised and not browser' --durations=10 --durations-min=2
 
 test: .venv/installed
 	$(PYTEST)

@@ -1,10 +1,40 @@
-"""The order of the tests."""
+"""What holds for every test: the order, and that nothing is left to luck."""
 
 from __future__ import annotations
 
+import random
+
+import hypothesis
+import numpy as np
 import pytest
+import torch
+
+# The same examples every time and everywhere, with no deadline: what fails was broken by a change.
+# `--hypothesis-profile search` looks for examples that nobody has seen yet.
+hypothesis.settings.load_profile("ci")
+hypothesis.settings.register_profile(
+    "search", hypothesis.settings.get_profile("ci"), derandomize=False
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow ones first: two run at a time, and nothing should be left to wait for in the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture draws does not depend on what ran before, nor on whom it is made for."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor what a test draws."""
+    _seed()
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the state that all share is what this is about

@@ -61,6 +61,7 @@ def test_bad_input_is_one_line_without_a_traceback(
     assert error.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_fit_evaluate_compare_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, text = write_model(tmp_path / "base"), write_tree(tmp_path / "text")
     common = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.block_size=16"]

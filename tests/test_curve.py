@@ -67,7 +67,7 @@ def literal_crossing(x: np.ndarray, y: np.ndarray, bound: float, first_size: flo
     return math.exp(x[index - 1] + share * (x[index] - x[index - 1]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 100_000), bound=st.floats(0.02, 0.95))
 def test_reading_a_curve_equals_literal_interpolation(seed: int, bound: float) -> None:
     curve = made_up_curve(seed)
@@ -140,7 +140,7 @@ def test_a_masked_run_serves_every_position(family: str) -> None:
     assert len(beyond) > 50  # edges of other traces were kept and did not matter
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(family=st.sampled_from(FAMILIES), seed=st.integers(0, 99), left=st.booleans())
 def test_curves_of_models_keep_their_promises(family: str, seed: int, left: bool) -> None:
     model, ids = tiny_model(family, seed=seed), tiny_prompt(7, seed=seed, batch=3)
@@ -300,7 +300,7 @@ def test_reader_sees_every_masked_prediction_and_the_full_one() -> None:
     assert sweep().readings is None
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 100_000))
 def test_positions_may_be_read_at_sizes_of_their_own(seed: int) -> None:
     curve = made_up_curve(seed)

@@ -19,6 +19,7 @@ from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
 from tests import warm
 from tests.corpus import byte_tokenizer, write_tree
 from tests.processes import script_environment
+from tests.support.waiting import PATIENCE, held_port, port_of
 
 
 class Bigram(LightningModule):
@@ -185,6 +186,7 @@ def fit(corpus: Path, folder: Path, when: dict[str, Any], **options: Any) -> Big
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "limits",
     [
@@ -273,10 +275,12 @@ def fit_in_two_processes(
 ) -> list[dict[str, Any]]:
     script = corpus.parent / "two_processes.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
-    done = by(
-        [sys.executable, script, corpus, output, *ckpt_path],
-        env=script_environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    with held_port() as held:
+        environment = {**script_environment(), "MASTER_PORT": str(port_of(held))}
+        done = by(
+            [sys.executable, script, corpus, output, *ckpt_path],
+            env=environment, capture_output=True, text=True, timeout=PATIENCE,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [torch.load(output / f"log.{rank}", weights_only=True) for rank in range(2)]
 

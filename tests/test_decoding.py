@@ -30,6 +30,7 @@ def no_cache(model: nn.Module, ids: Tensor, count: int, ends: tuple[int, ...] = 
     return tokens
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", EXITING)
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(("draft", "confidence"), [(1, 0.0), (3, 0.0), (6, 0.1)])
@@ -78,6 +79,7 @@ def test_low_confidence_ends_a_draft() -> None:
     assert torch.equal(bold.tokens, timid.tokens)
 
 
+@pytest.mark.thorough
 def test_text_ends_where_plain_decoding_ends() -> None:
     model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     plain = no_cache(model, ids, NEW, ())

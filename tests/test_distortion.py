@@ -32,7 +32,7 @@ def probabilities(logits: Tensor) -> np.ndarray:
     return np.asarray(raised / raised.sum(-1, keepdims=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.1, 20))
 def test_distances_equal_literal_sums(seed: int, scale: float) -> None:
     full, masked = two_predictions(seed, scale)
@@ -120,7 +120,7 @@ def top_list(probability: np.ndarray, share: float) -> list[int]:
     return tokens
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), noise=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
 def test_recovered_nuclei_equal_literal_lists(seed: int, noise: float) -> None:
     full, other = two_predictions(seed)

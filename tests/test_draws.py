@@ -77,7 +77,7 @@ def test_draws_do_not_change_between_versions() -> None:
     assert found.depths[:, 0].tolist() == PINNED[3]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(), step=st.integers(0, 10**6), count=st.integers(1, 9))
 def test_thresholds_and_depths_are_stratified(seed: int, step: int, count: int) -> None:
     found = one(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from softtrace.draws import draw_exits
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(),
     step=st.integers(0, 10**6),

@@ -60,7 +60,7 @@ def test_a_callable_is_taken_as_it_is_and_unknown_names_are_refused() -> None:
         easiness("entropie")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     quantile=st.floats(0.01, 0.99),

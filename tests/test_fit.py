@@ -65,6 +65,7 @@ def test_writes_a_model_directory_that_transformers_reads(
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
+@pytest.mark.thorough
 def test_its_own_yaml_repeats_the_run(sources: tuple[Path, Path], tmp_path: Path) -> None:
     first = fit(arguments(sources, tmp_path / "first", "--penalty.thresholds", "[0.02, 0.4]"))
     options = yaml.safe_load((first / "fit.yaml").read_text())
@@ -83,6 +84,7 @@ class Stop(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout
 def test_an_interrupted_fit_resumes_to_the_same_weights(
     sources: tuple[Path, Path], tmp_path: Path, family: str
@@ -115,6 +117,7 @@ def test_a_fit_bounded_by_time_alone_keeps_its_learning_rate(
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.thorough
 def test_resuming_before_the_first_checkpoint_starts_anew(
     sources: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +129,7 @@ def test_resuming_before_the_first_checkpoint_starts_anew(
     assert torch.equal(trained(out)["lm_head.weight"], trained(whole)["lm_head.weight"])
 
 
+@pytest.mark.thorough
 def test_strength_zero_is_plain_fine_tuning(sources: tuple[Path, Path], tmp_path: Path) -> None:
     inert = fit(arguments(sources, tmp_path / "inert", "--penalty.strength", 0))
     without = FitCLI(arguments(sources, tmp_path / "without"))
@@ -164,6 +168,7 @@ def test_resuming_what_is_not_there_is_refused(sources: tuple[Path, Path], tmp_p
         fit(arguments(sources, tmp_path / "nothing", "--resume", "true"))
 
 
+@pytest.mark.thorough
 def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
     fit(arguments(sources, out))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strength", [0, 1])
 def test_blocks_longer_than_the_learned_positions_are_refused(
     sources: tuple[Path, Path], tmp_path: Path, strength: float
@@ -187,6 +193,7 @@ def test_blocks_longer_than_the_learned_positions_are_refused(
     fit(arguments((model, sources[1]), tmp_path / "a", *words, "--data.block_size", 16))
 
 
+@pytest.mark.thorough
 def test_no_checkpoints_if_the_trainer_shall_make_none(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -252,6 +259,7 @@ def test_any_option_can_come_from_yaml(sources: tuple[Path, Path], tmp_path: Pat
     assert penalty.options.family == "shallow"
 
 
+@pytest.mark.thorough
 def test_the_monitor_logs_densities_and_changes_no_weight(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_equals_the_loop_by_hand(tmp_path: Path, accumulate: int, counted: bool)
     assert (weights(model) - weights(without)).abs().max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_strength_0_is_inert(tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):  # without and with dropout
         plain = train(tmp_path, None, family)
@@ -153,6 +154,7 @@ def test_strength_0_is_inert(tmp_path: Path) -> None:
         assert not any(history)
 
 
+@pytest.mark.thorough
 def test_what_is_logged_adds_up(tmp_path: Path) -> None:
     trainer = train(tmp_path, logging_steps=2, gradient_accumulation_steps=2)
     *entries, _ = trainer.state.log_history
@@ -168,6 +170,7 @@ def test_what_is_logged_adds_up(tmp_path: Path) -> None:
     assert plain.state.log_history[0]["loss"] == pytest.approx(entries[0]["loss/task"], rel=0.2)
 
 
+@pytest.mark.thorough
 def test_evaluation_has_no_term(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -205,6 +208,7 @@ def resumed(folder: Path, step: int, density: Any = OPTIONS) -> Any:
     return trainer
 
 
+@pytest.mark.thorough
 def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> None:
     options = {**OPTIONS, "warmup_steps": 5, "every": 2}
     whole = train(tmp_path, options, "gpt2", save_strategy="steps", save_steps=1)
@@ -216,6 +220,7 @@ def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> Non
     assert not torch.equal(weights(other.model), weights(whole.model))
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
     train(tmp_path, OPTIONS, "gpt2", save_strategy="steps", save_steps=4)
     with pytest.raises(TrainerSetupError, match=r"found a density seed of 3, this run has 4"):
@@ -228,6 +233,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
         resumed(tmp_path, 4)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_without_the_term_is_fine(tmp_path: Path) -> None:
     train(tmp_path, None, "gpt2", save_strategy="steps", save_steps=4)
     trainer = resumed(tmp_path, 4)
@@ -253,6 +259,7 @@ class LikeSFT(Ordered, Trainer):
         super().log({**logs, "mean_token_accuracy": 0.5}, start_time)
 
 
+@pytest.mark.thorough
 def test_composes_with_a_trainer_that_has_a_loss_of_its_own(tmp_path: Path) -> None:
     class Mixed(DensityMixin, LikeSFT):
         pass
@@ -290,6 +297,7 @@ class Broken(TrainerCallback):
             kwargs["model"].model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
 
 
+@pytest.mark.thorough
 def test_logits_that_are_not_finite_follow_the_option(tmp_path: Path) -> None:
     for mode in ("raise", "skip"):
         trainer = DensityTrainer(

@@ -16,6 +16,8 @@ from tests.fitting import weights
 from tests.test_hf import MICRO, OPTIONS, DensityTrainer, arguments, rows, train
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.thorough
+
 
 def trainer_of(folder: Path, density: Any = OPTIONS, model: Any = None, **changes: Any) -> Any:
     torch.manual_seed(0)

@@ -48,7 +48,7 @@ def trained(folder: Path, counted: bool) -> list[dict[str, Any]]:
     script = folder / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, script, folder, counted]
-    for done in run_ranks(command, RANKS, 200, script_environment()):
+    for done in run_ranks(command, RANKS, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 

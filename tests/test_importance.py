@@ -89,7 +89,8 @@ def test_shares_of_a_node_sum_to_one_and_absent_edges_are_zero(family: str) -> N
         assert (part.movedim(2 if part.dim() == 4 else 1, 1)[~valid] == 0).all()
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=12)
 @given(
     family=st.sampled_from(FAMILIES),
     seed=st.integers(0, 50),

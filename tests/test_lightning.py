@@ -26,6 +26,7 @@ from tests.fitting import (
     forget_warnings,
     weights,
 )
+from tests.support.waiting import no_collector
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with dropout
 LOGGED = {
@@ -58,6 +59,7 @@ def assert_equal_states(one: Any, other: Any) -> None:
 # --- what is trained
 
 
+@pytest.mark.thorough
 @FAMILIES
 def test_strength_0_is_inert(family: str) -> None:
     plain, silent, loud = Tuner(family), Tuner(family), Tuner(family)
@@ -114,6 +116,7 @@ def by_hand(
                 step += 1
 
 
+@pytest.mark.thorough
 @FAMILIES
 @pytest.mark.parametrize(
     ("accumulate", "clip"), [(1, None), (2, None), (1, 0.05), (3, 0.05)], ids=str
@@ -206,6 +209,7 @@ class Decorated(Tuner):
         return self.model(**batch).loss * (batch_idx >= 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [Tuner, OnlyBatch, KeywordDefaults, Decorated, DecoratedOnlyBatch])
 def test_training_step_may_be_declared_in_every_way_that_lightning_takes(kind: type[Tuner]) -> None:
     module, expected = kind(), Tuner()
@@ -383,5 +387,6 @@ def test_nothing_of_a_step_outlives_it() -> None:
             super()._log(pl_module, task, term)
 
     look = Calls(on_train_batch_end=lambda *_: alive.append(terms[-1]() is not None))
-    fit(Tuner(), Noting(masks="soft"), look)
+    with no_collector():
+        fit(Tuner(), Noting(masks="soft"), look)
     assert alive == [False] * 4

@@ -153,6 +153,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_interrupts")
 @pytest.mark.parametrize("own_step", [False, True], ids=["method", "instance attribute"])
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS.keys())
@@ -280,6 +281,7 @@ def test_batch_that_another_skips_is_no_error() -> None:
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tidy", ["early", "late"])
 def test_leftovers_of_another_wrapper_do_no_harm(tidy: str) -> None:
     module, again = Tuner(), Tuner()
@@ -371,6 +373,7 @@ def test_two_penalties_are_refused() -> None:
         fit(Tuner(), DensityPenalty(), DensityPenalty())
 
 
+@pytest.mark.thorough
 def test_model_inside_another_module_is_found() -> None:
     class Nested(Tuner):
         def __init__(self) -> None:

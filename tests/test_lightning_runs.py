@@ -24,6 +24,8 @@ from tests.fitting import Batch, Calls, Tuner, batches, fit, trainer, weights
 from tests.processes import as_rank, script_environment
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.thorough
+
 # --- resuming
 
 
@@ -305,7 +307,7 @@ def fit_in_processes(
     script.write_text(PROCESSES, encoding="utf-8")
     done = warm.run(
         [sys.executable, script, strength, output, world, epochs],
-        env=script_environment(), capture_output=True, timeout=200,
+        env=script_environment(), capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]

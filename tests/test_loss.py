@@ -259,6 +259,7 @@ def test_one_token(masks: Any) -> None:
     assert DensityLoss(model)(ids, None, ids).skipped == "no token of the batch has a target"
 
 
+@pytest.mark.thorough
 def test_share_and_crop_choose_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), torch.arange(3, 63).reshape(6, 10)
     seen: list[Tensor] = []

@@ -58,7 +58,7 @@ def test_an_existing_edge_of_importance_zero_is_kept_at_threshold_zero_only() ->
     assert (soft_masks(importance, 0.1, 0.5)[0].attention < 1e-9).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), tau=st.floats(0.001, 0.9))
 def test_soft_masks_become_hard_as_the_temperature_falls(seed: int, tau: float) -> None:
     importance = importance_with_padding(seed)
@@ -76,7 +76,7 @@ def test_soft_masks_become_hard_as_the_temperature_falls(seed: int, tau: float) 
             torch.testing.assert_close(one, there.double() / 2, atol=1e-3, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), taus=st.lists(st.floats(1e-4, 0.99), min_size=2, max_size=5))
 def test_masks_and_sizes_shrink_as_the_threshold_rises(seed: int, taus: list[float]) -> None:
     importance = importance_with_padding(seed)

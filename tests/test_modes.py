@@ -47,6 +47,7 @@ def test_every_module_gets_its_own_flag_back() -> None:
     assert [module.training for module in model.modules()] == before
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what the compiler imports warns of
 def test_compiled_in_place_or_inside_a_wrapper_is_seen() -> None:
     model = _twice()

@@ -50,6 +50,7 @@ def run(module: Tuner, *callbacks: Callback, checkpoint: Any = None, **options: 
     return fitting
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_weights_are_those_of_a_run_without_it(family: str, strength: float | None) -> None:
@@ -123,6 +124,7 @@ def test_history_is_what_the_metrics_say_by_hand() -> None:
     assert found["area_easy"] != monitor.history[0]["area_easy"]
 
 
+@pytest.mark.thorough
 def test_without_blocks_the_first_rows_of_validation_are_kept() -> None:
     monitor = DensityMonitor(max_rows=6)
     module = Validated()
@@ -161,6 +163,7 @@ def test_curves_reach_the_logger_and_checkpoints_can_go_by_them(tmp_path: Path) 
     assert float(best.best_model_score) == pytest.approx(smallest)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4]), (2, [1, 3]), (9, [1])])
 def test_every_keeps_measurements_apart(every: int, steps: list[int]) -> None:
     monitor = DensityMonitor(BLOCKS, every=every)
@@ -168,6 +171,7 @@ def test_every_keeps_measurements_apart(every: int, steps: list[int]) -> None:
     assert [each["step"] for each in monitor.history] == steps
 
 
+@pytest.mark.thorough
 def test_a_resumed_fit_goes_on_with_the_history(tmp_path: Path) -> None:
     whole = DensityMonitor(every=3)
     run(Validated(), whole, val_check_interval=1, max_epochs=2)
@@ -193,6 +197,7 @@ def test_a_second_fit_from_the_start_measures_anew() -> None:
     assert [each["step"] for each in monitor.history] == [2, 2]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [
     {"fast_dev_run": 2},
     {"precision": "bf16-mixed"},

@@ -44,10 +44,15 @@ if __name__ == "__main__":
             fitting.fit(Validated(), batches(), Batches(*batches(6).batches[4:]))
         except Exception as error:
             print(f"rank {fitting.global_rank}: {type(error).__name__}: {error}", file=sys.stderr)
+            sys.stderr.flush()
+            torch.distributed.barrier()  # both have said it before one ends
             sys.exit(3)
         logged = float(fitting.callback_metrics["density/area_easy"])
         found[way] = [monitor.history, logged]
         Path(f"{out}.{fitting.global_rank}").write_text(json.dumps(found))
+    # Only the end of the first process is waited for: by then both files have to be whole.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -56,7 +61,7 @@ def in_processes(folder: Path, *ways: str, world: int = 2) -> CompletedProcess[s
     script.write_text(PROCESSES, encoding="utf-8")
     return warm.run(
         [sys.executable, script, out, world, *ways],
-        env=script_environment(), capture_output=True, timeout=170,
+        env=script_environment(), capture_output=True,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softtrace import DensityOptions, InvalidInputError
@@ -88,7 +88,6 @@ def test_the_ends_of_the_ranges_are_allowed(changes: dict[str, Any]) -> None:
         assert getattr(options, name) == value
 
 
-@settings(deadline=None)
 @given(
     layers=st.integers(1, 80),
     low=st.floats(0.001, 1.0),

@@ -73,6 +73,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(found.total_variation, wanted.total_variation)
 
 
+@pytest.mark.thorough
 def test_evaluate_with_a_device_map_equals_without(tmp_path: Path) -> None:
     model = str(write_model(tmp_path / "model"))
     text = TextSource(str(write_tree(tmp_path / "text")))

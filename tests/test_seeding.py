@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 
 from softtrace.fit import FitCLI
 from tests.corpus import write_model, write_tree
+
+pytestmark = pytest.mark.thorough
 
 
 def test_seeds_of_steps(tmp_path: Path) -> None:

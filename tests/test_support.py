@@ -42,6 +42,8 @@ from tests.fitting import (
 )
 from tests.tiny import checkpointed, tiny_model
 
+pytestmark = pytest.mark.thorough
+
 EPOCH = len(batches())
 STEPS = 14  # what a row waits for comes in the first three epochs of four batches
 OPTIONS: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}

@@ -48,7 +48,8 @@ def test_the_parts_say_what_the_whole_says(family: str, depth: int) -> None:
             torch.testing.assert_close(parts.rest(), wanted[begin:end], **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=5), st.integers(1, 2))
 def test_what_is_forgotten_was_never_read(runs: list[tuple[int, int]], depth: int) -> None:
     model = tiny_model("llama", seed=3, dtype=torch.float64).eval()
@@ -121,6 +122,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
     assert layers[0].forward is others
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("before", [False, True])
 def test_hooks_of_others_count_once(at: int, before: bool) -> None:

@@ -52,6 +52,7 @@ def test_the_term_of_a_window_is_that_of_the_window_alone() -> None:
     assert DensityLoss(model, share=1.0, crop=4)(other, step=3).loss != whole.loss
 
 
+@pytest.mark.thorough
 def test_more_share_is_less_noise_around_the_same_mean() -> None:
     """Every window has the same chance, so that the share moves the spread of the term alone."""
     model, ids = tiny_model("llama"), tiny_prompt(16, batch=4)

@@ -27,6 +27,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tests.processes import script_environment
+from tests.support.waiting import PATIENCE, held_port, port_of
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.preloaded"])
@@ -81,6 +82,10 @@ class Process:
             merged = wanted == subprocess.STDOUT
             numbers.append(file.fileno() if file else numbers[0] if merged else own)
         environment = dict(os.environ if env is None else env)
+        # Where ranks that Lightning starts meet; it would look up a free one and let it go again.
+        self._port = None if "MASTER_PORT" in environment else held_port()
+        if self._port:
+            environment["MASTER_PORT"] = str(port_of(self._port))
         group = os.getpgrp() if process_group is None else process_group
         # The server may have to be started. And a fork would first run the main module of this one.
         with (
@@ -102,14 +107,16 @@ class Process:
         self.returncode = self._process.exitcode
         return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         self._process.join(timeout)
         if self.poll() is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            raise subprocess.TimeoutExpired(self.args, timeout)
         assert self.returncode is not None
+        if self._port:
+            self._port.close()
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str | None, str | None]:
         self.wait(timeout)
         found: list[str | None] = []
         for file in self._files:
@@ -131,12 +138,12 @@ class Process:
 
 def run(
     command: Sequence[object],
-    timeout: float,
+    timeout: float = PATIENCE,
     capture_output: bool = False,
     check: bool = False,
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """As :func:`subprocess.run`."""
+    """As :func:`subprocess.run`; nothing waits without end."""
     if capture_output:
         options["stdout"] = options["stderr"] = subprocess.PIPE
     process = Process(command, **options)
@@ -154,16 +161,17 @@ def run(
 
 
 def run_ranks(
-    command: Sequence[object], count: int, timeout: float, env: Mapping[str, str]
+    command: Sequence[object], count: int, env: Mapping[str, str]
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same command as ``count`` processes that meet, as torchrun starts them."""
-    port = _free_port()
+    held = held_port()
     running = [
         Process(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={
                 **env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port_of(held)),
             },
         )
         for rank in range(count)
@@ -171,7 +179,7 @@ def run_ranks(
     done = []
     try:
         for process in running:
-            said, complained = process.communicate(timeout)
+            said, complained = process.communicate()
             assert process.returncode is not None
             done.append(
                 subprocess.CompletedProcess(
@@ -181,15 +189,8 @@ def run_ranks(
     finally:
         for process in running:
             process.kill()
+        held.close()
     return done
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 def _become(

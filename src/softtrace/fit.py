@@ -42,7 +42,7 @@ from softtrace.load import load_model, load_tokenizer
 from softtrace.lora import merged
 from softtrace.module import CausalLM
 from softtrace.seeding import StepSeed
-from softtrace.signals import EndTogether
+from softtrace.signals import EndTogether, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -250,9 +250,8 @@ class FitCLI(LightningCLI):
 
     def _end_others(self) -> None:
         """Processes that this one started wait for it in a collective: not for ever."""
-        launcher = self.trainer.strategy.launcher
         deadline = time.monotonic() + _GRACE  # most end by themselves, and say why
-        for process in getattr(launcher, "procs", []):
+        for process in let_go(self.trainer):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             if process.poll() is None:

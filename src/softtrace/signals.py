@@ -41,4 +41,18 @@ class EndTogether(Callback):
         if trainer.world_size == 1:
             return
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            let_go(trainer)
+            trainer.strategy.barrier()  # before anybody ends
             raise SIGTERMException
+
+
+def let_go(trainer: Trainer) -> list[Any]:
+    """The processes that Lightning started from this one, which it no longer looks after.
+
+    Its watcher asks every few seconds whether one of them ended with an error, and then kills this
+    process as well, in whatever it is doing: which may be to end by itself and to say why.
+    """
+    processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+    found = list(processes)
+    processes.clear()  # the very list that the watcher goes through
+    return found

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.expected_conditions import presence_of_element_located
+from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.support.waiting import PATIENCE, held_port, port_of
 
 _MISSING = (
     "found no {}: the tests marked `browser` need Chromium and its driver (Debian: apt-get install "
@@ -47,6 +52,11 @@ class Browser:
         """What a script returns in the page."""
         return self.driver.execute_script(script, *values)
 
+    def wait_for(self, selector: str) -> None:
+        """Until the page has made what this selects."""
+        there = presence_of_element_located((By.CSS_SELECTOR, selector))
+        WebDriverWait(self.driver, PATIENCE).until(there)
+
     def complaints(self) -> list[str]:
         """Errors and warnings of the console since the page was opened."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -68,8 +78,11 @@ def chromium() -> Iterator[Browser]:
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options, ChromeService(_found("chromedriver")))
-    try:
-        yield Browser(driver)
-    finally:
-        driver.quit()
+    with held_port() as held:
+        driver = Chrome(options, ChromeService(_found("chromedriver"), port_of(held)))
+        driver.set_page_load_timeout(PATIENCE)
+        driver.set_script_timeout(PATIENCE)
+        try:
+            yield Browser(driver)
+        finally:
+            driver.quit()

@@ -66,7 +66,7 @@ STATISTICS: dict[str, tuple[Callable[[Tensor, Tensor], bootstrap.Statistic], Lit
 
 
 @pytest.mark.parametrize("name", sorted(STATISTICS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sequences=st.integers(2, 6), tokens=st.integers(1, 5), seed=st.integers(0, 10_000))
 def test_counts_give_what_tokens_written_out_give(
     name: str, sequences: int, tokens: int, seed: int
@@ -78,7 +78,7 @@ def test_counts_give_what_tokens_written_out_give(
     np.testing.assert_allclose(make(x, y)(counts).numpy(), expected, atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sequences=st.integers(2, 6), seed=st.integers(0, 10_000))
 def test_ratio_adds_up_before_it_divides(sequences: int, seed: int) -> None:
     above, below = drawn(sequences, 3, seed)
@@ -192,7 +192,7 @@ def test_refusals() -> None:
         intervals({"a": one, "b": mean(torch.ones(3, 3))}, 10, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
 def test_tokens_that_do_not_take_part_are_not_there(seed: int, share: float) -> None:
     x, _ = drawn(5, 4, seed)

@@ -200,6 +200,7 @@ def test_compare_refuses_runs_on_other_tokens(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_models_of_one_name_are_told_apart_by_folder_then_by_number(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / name, synthetic_density("last")) for name in ("seed0", "seed1")]
     assert "seed1" in compare(paths, tmp_path / "out")
@@ -208,6 +209,7 @@ def test_models_of_one_name_are_told_apart_by_folder_then_by_number(tmp_path: Pa
     assert [run["label"] for run in written["runs"]] == ["seed0 (1)", "seed0 (2)"]
 
 
+@pytest.mark.thorough
 def test_compare_keeps_what_a_folder_holds_unless_told(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -33,6 +33,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TextSource]:
     return str(write_model(root / "model")), TextSource(str(write_tree(root / "text")))
 
 
+@pytest.mark.thorough
 def test_equals_what_is_computed_by_hand(
     sources: tuple[str, TextSource], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_text_of_one_block_serves_for_both(
     assert found["loops"]["direct"]["identical"] == 1
 
 
+@pytest.mark.thorough
 def test_becomes_a_section_of_the_density_of_the_same_model(
     sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
     return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None), tokens[None])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("confidence", [0.0, 0.15, 0.25])
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence: float) -> None:

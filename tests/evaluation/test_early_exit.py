@@ -79,6 +79,7 @@ def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
     assert stopped == {1, 2, 3}
 
 
+@pytest.mark.thorough
 def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> None:
     for seed in range(4):
         model, blocks = tiny_model("llama", seed=seed, num_hidden_layers=5), tiny_prompt(8, batch=7)

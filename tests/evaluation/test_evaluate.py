@@ -112,6 +112,7 @@ def test_curves_shares_and_agreement_are_consistent(density: dict[str, Any]) -> 
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_batch_size_changes_no_number(
     density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path, batch_size: int
@@ -125,6 +126,7 @@ def test_batch_size_changes_no_number(
     assert other["nucleus_recovery"] is None
 
 
+@pytest.mark.thorough
 def test_measures_the_files_that_training_held_out(
     sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
@@ -196,6 +198,7 @@ def test_non_finite_weights_are_named(sources: tuple[str, TextSource], tmp_path:
         evaluate(str(tmp_path / "model"), sources[1], str(tmp_path / "out"), **OPTIONS)
 
 
+@pytest.mark.thorough
 def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path) -> None:
     evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
 

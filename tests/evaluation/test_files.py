@@ -77,7 +77,7 @@ def test_output_folders(tmp_path: Path) -> None:
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.recursive(
         _LEAVES, lambda each: st.lists(each) | st.dictionaries(st.text(), each), max_leaves=30

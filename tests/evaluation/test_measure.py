@@ -14,6 +14,8 @@ from softtrace.evaluation import measure as measuring
 from softtrace.evaluation.measure import Measurements, measure, summarise
 from tests.tiny import tiny_model, tiny_prompt
 
+pytestmark = pytest.mark.thorough
+
 LENGTH, CONTEXT, BLOCKS, EXTRA = 8, 3, 5, 3
 MODEL = tiny_model("llama", dtype=torch.float64, num_hidden_layers=2)
 TEXT = tiny_prompt(LENGTH, batch=BLOCKS)

@@ -174,6 +174,7 @@ def test_measured_numbers_lie_inside_their_intervals() -> None:
         measured(tiny_model("llama"), tiny_prompt(3, batch=9), "held out")
 
 
+@pytest.mark.thorough
 def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_card_that_cannot_be_written_costs_no_weights(
     assert "found 1 of <!-- softtrace-fit --> and 0 of" in caplog.text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

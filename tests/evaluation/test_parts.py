@@ -23,6 +23,8 @@ from softtrace.text_source import TextSource
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU, changed
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS: dict[str, Any] = {
     "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "run": CPU,
     "per_token": True,

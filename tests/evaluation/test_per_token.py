@@ -30,6 +30,7 @@ def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:
     assert exit_layers(agreement).tolist() == [1, 2, 3, 4, 4]
 
 
+@pytest.mark.thorough
 def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     model, text = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
     density = evaluate(

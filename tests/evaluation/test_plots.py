@@ -19,6 +19,8 @@ from softtrace.evaluation.drawing import lighter, printable, style
 from softtrace.evaluation.files import atomic_path
 from tests.evaluation.densities import LAYERS, synthetic_density
 
+pytestmark = pytest.mark.thorough
+
 NAMES = [
     "tv_over_size.png",
     "size_against_entropy.png",

@@ -16,9 +16,7 @@ from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU
 from tests.evaluation.test_parts import OPTIONS, contents
 from tests.processes import script_environment
-
-LIMIT = 200  # seconds
-
+from tests.support.waiting import PATIENCE
 
 # MKL rounds by where memory lies, unless told otherwise
 ENVIRONMENT = {**script_environment(), "MKL_CBWR": "COMPATIBLE"}
@@ -30,14 +28,14 @@ def launch(count: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     launcher = several if count > 1 else ()
     return subprocess.run(
         [sys.executable, "-m", *launcher, "softtrace.cli", "evaluate", *words],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
 def ranks(count: int, words: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """``softtrace evaluate`` with what torchrun tells every process, and nobody to end them."""
     command = [sys.executable, "-m", "softtrace.cli", "evaluate", *words]
-    return warm.run_ranks(command, count, LIMIT, ENVIRONMENT)
+    return warm.run_ranks(command, count, ENVIRONMENT)
 
 
 def words_of(model: Path, text: Path, out: Path) -> list[str]:
@@ -133,7 +131,7 @@ def test_nobody_waits_for_a_process_that_failed_and_all_raise_its_kind(
     script = tmp_path / "failing.py"
     script.write_text(FAILING, encoding="utf-8")
     command = [sys.executable, script, failing]
-    for done in warm.run_ranks(command, 2, LIMIT, script_environment()):
+    for done in warm.run_ranks(command, 2, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -163,6 +163,7 @@ def test_tokens_labels_and_paths_are_text_wherever_they_stand(tmp_path: Path) ->
     assert page.text.count(evil) >= 4
 
 
+@pytest.mark.thorough
 def test_a_file_from_before_there_was_text_is_read(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / name, synthetic_density(name)) for name in ("old", "new")]
     density = load_density(paths[1])
@@ -208,6 +209,7 @@ def test_no_run_and_too_many_are_refused(tmp_path: Path, count: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_eight_runs_of_many_tokens_are_under_three_megabytes(tmp_path: Path) -> None:
     density = synthetic_density(points=2000)
     # Digits as a real run has them, not the short ones of round numbers.
@@ -253,6 +255,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_model(root / "model"), write_tree(root / "text")
 
 
+@pytest.mark.thorough
 def test_evaluate_shows_what_changed_against_a_base(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:

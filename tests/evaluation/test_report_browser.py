@@ -149,10 +149,9 @@ def test_every_number_equals_the_file(browser: Browser, tmp_path: Path, count: i
         assert shown == by_key[key].format(value)
     for fold in browser.driver.find_elements(By.TAG_NAME, "summary"):
         browser.run("arguments[0].click()", fold)
-    browser.driver.implicitly_wait(2)  # tables are made when they are opened
     tables = {}
     for figure in ("tv", "agreement", "heat"):
-        browser.driver.find_element(By.CSS_SELECTOR, f"#{figure} .fold table")
+        browser.wait_for(f"#{figure} .fold table")  # made when it is opened
         tables[figure] = browser.run(
             "return [...document.querySelectorAll(`#${arguments[0]} .fold tbody tr`)]"
             ".map((row) => [...row.children].map((cell) => cell.textContent))",

@@ -28,6 +28,8 @@ from softtrace.text_source import TextSource
 from tests.corpus import END, byte_tokenizer, write_model, write_tree
 from tests.evaluation.calls import CPU, changed
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS: dict[str, Any] = {
     "block_size": 16,
     "blocks": 5,

@@ -37,6 +37,7 @@ def test_a_page_of_twelve_panels(models: int) -> None:
         assert axes.get_ylabel() or axes.get_title("left").startswith("Computation against")
 
 
+@pytest.mark.thorough
 def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

@@ -46,7 +46,7 @@ def test_ranks_are_those_of_tokens_that_occur() -> None:
     assert math.isnan(constant.read(torch.tensor([[1.0, 2.0, 3.0]]))[0, 1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 4), size=st.integers(1, 12), seed=st.integers(0, 10_000))
 def test_mid_ranks_equal_their_definition(rows: int, size: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 5, (rows, size))

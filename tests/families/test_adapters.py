@@ -225,10 +225,11 @@ def test_weights_behind_a_parametrisation() -> None:
 def test_a_bias_does_not_round_the_weights_of_half_precision_away() -> None:
     """A projection that is run on the identity gives weight and bias in one sum."""
     model: Any = tiny_model("gpt2", dtype=torch.bfloat16)
+    draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.transformer.h:
             layer.attn.c_proj.weight.mul_(0.2)
-            layer.attn.c_proj.bias.copy_(3 * torch.randn(32))
+            layer.attn.c_proj.bias.copy_(3 * torch.randn(32, generator=draws))
     weight = model.transformer.h[0].attn.c_proj.weight.detach().float()
     wrapped = peft.get_peft_model(model, settings("gpt2"))
     taken = softtrace.attach(wrapped).anatomy

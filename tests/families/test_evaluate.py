@@ -17,6 +17,8 @@ from softtrace.load import load_model
 from tests.corpus import byte_tokenizer, write_tree
 from tests.families.zoo import VERIFIED, tiny
 
+pytestmark = pytest.mark.thorough
+
 #: pattern -> a case of the zoo that has it
 CASES = {
     "sequential pre-norm": "qwen3",

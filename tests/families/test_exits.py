@@ -10,6 +10,8 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.exits import check_cache, check_early_exit
 from tests.families.zoo import VERIFIED, tiny
 
+pytestmark = pytest.mark.thorough
+
 #: of transformers 5.23: forwards that run over all layers whatever the config says
 IGNORING = {
     *("bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere2", "cohere2_moe"),

@@ -14,6 +14,8 @@ import softtrace
 from softtrace.graph import EdgeImportance
 from tests.families.zoo import VERIFIED, tiny
 
+pytestmark = pytest.mark.thorough
+
 #: one case a pattern and a way to reach attention
 PATTERNS = (
     *("llama", "gpt2", "olmo2", "gemma2", "glm4", "cohere", "gpt_neox", "gptj", "bloom", "mpt"),

@@ -21,6 +21,8 @@ from tests.families.reference import Layer
 from tests.families.zoo import REFUSED, VERIFIED, tiny
 from tests.state import state
 
+pytestmark = pytest.mark.thorough
+
 CASES = sorted(VERIFIED)
 ROUNDING = 1e-4  # absolute, of logits: float32 of two routes through three or four layers
 

@@ -25,6 +25,8 @@ from softtrace import fit as fit_module
 from softtrace.evaluation import files
 from softtrace.fit import FitCLI
 
+STARTED_BY = os.getppid()
+
 
 class Planned(RuntimeError):
     pass
@@ -80,6 +82,12 @@ def dawdle(trainer: Trainer, module: Any) -> None:
     time.sleep(3)
 
 
+def stay(trainer: Trainer, module: Any) -> None:
+    """Go no further, until killed; or until whoever would do that is no more."""
+    while os.getppid() == STARTED_BY:
+        time.sleep(0.1)
+
+
 FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "none": lambda *_: None,
     "kill": kill,
@@ -91,6 +99,7 @@ FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "nan": spoil,
     "raise": fail,
     "slow": dawdle,
+    "stay": stay,
 }
 
 
@@ -107,7 +116,8 @@ def main() -> int:
     fault, at, rank, *words = sys.argv[1:]
     # a shell without job control starts what runs in its background deaf to SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    fit_module._GRACE = 3.0  # of its 15 seconds nothing happens in the others
+    if rank == "0":  # which says why itself: of its 15 seconds nothing happens in the others
+        fit_module._GRACE = 3.0
     start = FitCLI.instantiate_trainer
 
     def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:

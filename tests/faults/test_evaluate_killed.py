@@ -18,6 +18,7 @@ from tests.corpus import write_model, write_tree
 from tests.evaluation.test_parts import contents
 from tests.evaluation.test_processes import words_of
 from tests.processes import ROOT, script_environment
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ sys.exit(cli.main(["evaluate", *sys.argv[2:]]))
 def run(at: int, words: list[str], by: Callable[..., Any] = warm.run) -> int:
     """Exit status of an evaluation that is killed at its ``at``-th rename."""
     status: int = by(
-        [sys.executable, "-c", KILLED, str(at), *words], cwd=ROOT, timeout=120,
+        [sys.executable, "-c", KILLED, str(at), *words], cwd=ROOT, timeout=PATIENCE,
         env={**script_environment(), "MKL_CBWR": "COMPATIBLE"}, stdout=subprocess.DEVNULL,
     ).returncode  # fmt: skip
     return status

@@ -24,10 +24,10 @@ from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.errors import CheckpointError
 from tests import warm
 from tests.corpus import write_model, write_tree
+from tests.support.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-LIMIT = 120  # seconds in which everything has to end, imports included
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,6 @@ class End:
 
     code: int
     said: str
-    seconds: float
 
 
 class Jobs:
@@ -84,15 +83,14 @@ class Jobs:
 
 
 def ended(process: Any) -> End:
-    """Wait for the end, within the limit; nothing of its group is left."""
-    began = time.monotonic()
+    """Wait for the end, which comes unless it hangs; nothing of its group is left then."""
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        said, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
-        pytest.fail(f"no end after {LIMIT} s; it said {said[-3000:]}")
-    return End(process.returncode, said, time.monotonic() - began)
+        pytest.fail(f"no end after {PATIENCE:g} s; it said {said[-3000:]}")
+    return End(process.returncode, said)
 
 
 def saved(out: Path) -> dict[str, Tensor]:
@@ -151,17 +149,17 @@ def test_a_run_that_was_cut_resumes_to_the_same_weights(
 def test_killed_at_random_moments_it_always_resumes(
     jobs: Jobs, straight: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    draws, out, kills = random.Random(0), tmp_path / "out", 0
+    draws, out = random.Random(0), tmp_path / "out"
+    last = out / "checkpoints" / "last.ckpt"
     for _ in range(4):
-        process = jobs.start(out, "slow", 7, 0, *(("--resume", "true") if out.exists() else ()))
-        while process.poll() is None and not (out / "checkpoints" / "last.ckpt").exists():
-            time.sleep(0.02)  # the imports are not what is of interest
+        # It stays at the last step: whatever the moment, there is something to kill.
+        process = jobs.start(out, "stay", 7, 0, *(("--resume", "true") if out.exists() else ()))
+        # The imports are not what is of interest.
+        wait_until(lambda p=process: p.poll() is not None or last.exists(), "a checkpoint")
         time.sleep(draws.uniform(0, 1.5))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    assert kills >= 2
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said[-3000:]
     assert_same(resume(jobs, out), straight)
 
 

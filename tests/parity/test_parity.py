@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from softtrace import DensityLoss, DensityOptions
 from softtrace import loss as loss_module
+from tests.support.waiting import PATIENCE
 from tests.test_loss_gradients import replay
 from tests.tiny import FAMILIES, checkpointed, tiny_model, tiny_prompt
 
@@ -28,7 +29,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 IN_PARALLEL = (*OPTIONS, {"share": 0.5, "exits": 0.6, "exit_tokens": 0.5})
 RANKS = 2
-PATIENCE = 120  # seconds for two processes to start, meet and take their gradients
 
 
 def micro_batches(count: int, length: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -180,7 +180,7 @@ def run_ranks(folder: str) -> None:
     end = time.monotonic() + PATIENCE
     try:
         while not context.join(timeout=1):
-            assert time.monotonic() < end, f"no end after {PATIENCE} s"
+            assert time.monotonic() < end, f"no end after {PATIENCE:g} s"
     finally:
         for process in context.processes:
             process.kill()

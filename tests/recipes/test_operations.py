@@ -11,6 +11,8 @@ import torch
 
 from softtrace import DensityOptions
 
+pytestmark = pytest.mark.thorough
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
 
 

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from softtrace.evaluation.files import write_json
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
+from tests.support.waiting import no_collector
 from tests.tiny import tiny_model, tiny_prompt
+
+pytestmark = pytest.mark.thorough
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -123,7 +126,7 @@ def test_distillation_is_the_divergence_of_the_exit_that_is_on(losses: Any) -> N
 
 
 def test_attention_penalties_by_hand(losses: Any) -> None:
-    attention = torch.rand(2, 3, 4, 4).tril()
+    attention = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).tril()
     attention = attention / attention.sum(-1, keepdim=True)
     model = tiny_model("llama")
     entropies = [
@@ -243,7 +246,8 @@ def test_a_method_is_timed_over_a_whole_number_of_its_periods(
         peers, "EVERY", {name: counting(name, every) for name, every in own.items()}
     )
     args = argparse.Namespace(model=model, device="cpu", batch_size=2, rounds=2, bf16=False)
-    found = peers.costs(args, torch.randint(0, 200, (60, 8)), list(own))
+    blocks = torch.randint(0, 200, (60, 8), generator=torch.Generator().manual_seed(0))
+    found = peers.costs(args, blocks, list(own))
     for name, period in {"plain": 8, "each 3rd": 9, "each 8th": 8, "each 10th": 10}.items():
         timed = [
             step for turn in range(3) for step in (1, *range(period * turn, period * (turn + 1)))
@@ -269,7 +273,8 @@ def test_peak_memory_is_that_of_what_is_alive_at_once(peers: Any) -> None:
         third = second * 2
         del second, third
 
-    assert peers.peak_memory(step, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
+    with no_collector():  # what others left behind is not to be let go in between
+        assert peers.peak_memory(step, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
 @pytest.mark.slow

@@ -21,12 +21,12 @@ from softtrace.load import load_model
 from softtrace.lora import LoRA
 from tests import warm
 from tests.fitting import weights
+from tests.support.waiting import PATIENCE, held_port, port_of
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OURS = "pystdlib-4m"
-PATIENCE = 170
 
 
 def run(*words: object, by: Callable[..., Any] = warm.run) -> str:
@@ -136,12 +136,14 @@ def test_the_recipe_for_the_trainer_of_transformers_runs_and_resumes(
 
 @pytest.mark.slow
 def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: Path) -> None:
-    said = run(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
-        "recipes/accelerate_loop.py", "--data", text, "--steps", 4, "--accumulate", 2,
-        "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
-    )  # fmt: skip
+    with held_port() as held:
+        said = run(
+            "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+            "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", port_of(held),
+            "recipes/accelerate_loop.py", "--data", text, "--steps", 4, "--accumulate", 2,
+            "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
+        )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
     assert 1e-4 < moved(tmp_path / "out") < 0.2
 
