@@ -33,15 +33,14 @@ from softtrace import DensityLoss  # noqa: E402
 from softtrace.evaluation.files import write_json  # noqa: E402
 from softtrace.evaluation.provenance import provenance  # noqa: E402
 from softtrace.lightning import DensityPenalty  # noqa: E402
-from tests import test_hf as hf  # noqa: E402
-from tests import test_lightning_runs as lightning_runs  # noqa: E402
 from tests.corpus import byte_tokenizer, write_tree  # noqa: E402
 from tests.faults.mutations import MUTATIONS, run_tests  # noqa: E402
-from tests.faults.test_faults import Jobs, saved  # noqa: E402
 from tests.fitting import weights  # noqa: E402
-from tests.parity import test_parity as parity  # noqa: E402
 from tests.processes import as_rank  # noqa: E402
-from tests.test_support import OPTIONS, WAYS  # noqa: E402
+from tests.support import hf_training as hf  # noqa: E402
+from tests.support import lightning_runs, ways_to_step  # noqa: E402
+from tests.support.jobs import Jobs, saved  # noqa: E402
+from tests.support.ways_to_fit import OPTIONS, WAYS  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
 STEPS = 50
@@ -163,25 +162,25 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
         return difference(one, other) / float(other.abs().max())
 
     with tempfile.TemporaryDirectory() as folder:
-        parity.run_ranks(folder)
+        ways_to_step.run_ranks(folder)
         ranks = [torch.load(Path(folder, f"{r}.pt"), weights_only=True) for r in range(2)]
     worst = 0.0
-    for index, options in enumerate(parity.IN_PARALLEL):
+    for index, options in enumerate(ways_to_step.IN_PARALLEL):
         model = tiny_model("llama", seed=1, dtype=torch.float64)
         penalty, serial = DensityLoss(model, **options), []
-        for rank, (ids, mask) in enumerate(parity.micro_batches(2)):
+        for rank, (ids, mask) in enumerate(ways_to_step.micro_batches(2)):
             with as_rank(rank):
-                task, term = parity.both(model, penalty, ids, mask)
-            serial.append(parity.gradient_of(model, task + term))
+                task, term = ways_to_step.both(model, penalty, ids, mask)
+            serial.append(ways_to_step.gradient_of(model, task + term))
         worst = max(worst, relative(ranks[0][index], (serial[0] + serial[1]) / 2))
     rows["two processes, gradients"] = worst
     rows["between the two processes"] = difference(ranks[0], ranks[1])
     for parts in (2, 4):
-        (terms, gradients), (term, gradient) = parity.accumulated_and_whole(parts)
+        (terms, gradients), (term, gradient) = ways_to_step.accumulated_and_whole(parts)
         rows[f"{parts} accumulated batches against one, term"] = relative(terms, term)
         rows[f"{parts} accumulated batches against one, gradients"] = relative(gradients, gradient)
-    for options in parity.IN_PARALLEL:
-        (term, gradient), (again, recomputed) = parity.with_and_without_checkpointing(options)
+    for options in ways_to_step.IN_PARALLEL:
+        (term, gradient), (again, recomputed) = ways_to_step.with_and_without_checkpointing(options)
         for name, pair in (("term", (again, term)), ("gradients", (recomputed, gradient))):
             key = f"checkpointing on against off, {name}"
             rows[key] = max(rows.get(key, 0.0), relative(*pair))
@@ -189,10 +188,12 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
     for kernel in ("sdpa", "eager"):
         model = tiny_model("llama", seed=2)  # transformers' eager softmax is float32's at most
         model.set_attn_implementation(kernel)
-        task, term = parity.both(
-            model, DensityLoss(model, **parity.IN_PARALLEL[2]), *parity.micro_batches(1)[0]
+        task, term = ways_to_step.both(
+            model,
+            DensityLoss(model, **ways_to_step.IN_PARALLEL[2]),
+            *ways_to_step.micro_batches(1)[0],
         )
-        kernels.append((term.detach(), parity.gradient_of(model, task + term)))
+        kernels.append((term.detach(), ways_to_step.gradient_of(model, task + term)))
     rows["sdpa against eager, term (float32)"] = relative(kernels[0][0], kernels[1][0])
     rows["sdpa against eager, gradients (float32)"] = relative(kernels[0][1], kernels[1][1])
     with tempfile.TemporaryDirectory() as folder:
