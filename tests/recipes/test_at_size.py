@@ -19,7 +19,11 @@ MODELS = ("plain-0", "drafting-after-0.21,-exits-2-0.15")
 
 
 class Scripts:
-    """Stands for the scripts: notes their words, and what runs at the same time."""
+    """Stands for the scripts: notes their words, and what runs at the same time.
+
+    As they do, it writes files that are whole or not there: ``at_size.py`` reads all races that
+    are there while others end.
+    """
 
     def __init__(self, out: Path, broken: str = "") -> None:
         self.out, self.broken = out, broken
@@ -76,7 +80,7 @@ class Scripts:
             "versions": {"torch": "2"},
             "hardware": "a CPU" if device == "cpu" else "a GPU",
         }
-        Path(words[words.index("--out") + 1]).write_text(json.dumps(found))
+        write_json(words[words.index("--out") + 1], found)
         with self.lock:
             self.on_device[device] -= 1
 
