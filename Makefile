@@ -14,7 +14,7 @@ help:
 	@echo "make test-all    the slow ones too"
 	@echo "make test-browser  the report in headless Chromium"
 	@echo "make check       ruff and mypy"
-	@echo "make families    which model types are verified: recipes/benchmarks/families.md (~20 s)"
+	@echo "make families    which model types are verified: recipes/benchmarks/results/families.md (~20 s)"
 
 # Installed anew whenever what is to be installed changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -56,17 +56,17 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 families: .venv/installed
-	$(BIN)/python recipes/benchmarks/families.py
+	$(BIN)/python -m recipes.benchmarks.correctness.families
 
 # About an hour on 2 cores: the figures of the README, and the README itself from them.
 bench: .venv/installed
-	$(BIN)/python recipes/benchmarks/tracing.py
-	$(BIN)/python recipes/benchmarks/evaluating.py
-	$(BIN)/python recipes/benchmarks/effect.py
-	$(BIN)/python recipes/quickstart.py --keep recipes/benchmarks/quickstart
-	$(BIN)/python recipes/benchmarks/decoding.py
-	$(BIN)/python recipes/benchmarks/peers.py --cost
-	$(BIN)/python recipes/benchmarks/figures.py --write
+	$(BIN)/python -m recipes.benchmarks.speed.tracing
+	$(BIN)/python -m recipes.benchmarks.speed.evaluating
+	$(BIN)/python -m recipes.benchmarks.comparison.effect
+	$(BIN)/python recipes/quickstart.py --keep recipes/benchmarks/results/quickstart
+	$(BIN)/python -m recipes.benchmarks.speed.decoding
+	$(BIN)/python -m recipes.benchmarks.comparison.peers --cost
+	$(BIN)/python -m recipes.benchmarks.pages.write_pages --write
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

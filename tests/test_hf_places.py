@@ -13,7 +13,7 @@ import torch
 import softtrace
 from softtrace import CheckpointError, TrainerSetupError
 from tests.fitting import weights
-from tests.test_hf import MICRO, OPTIONS, DensityTrainer, arguments, rows, train
+from tests.support.hf_training import MICRO, OPTIONS, DensityTrainer, arguments, rows, train
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.thorough

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.fitting import weights
 from tests.processes import script_environment
-from tests.test_hf import OPTIONS, by_hand
+from tests.support.hf_training import OPTIONS, by_hand
 from tests.warm import run_ranks
 
 RANKS, ACCUMULATE = 2, 2
@@ -22,7 +22,7 @@ SCRIPT = f"""
 import sys
 import torch
 from tests.fitting import weights
-from tests.test_hf import DensityTrainer, arguments, rows
+from tests.support.hf_training import DensityTrainer, arguments, rows
 from tests.tiny import tiny_model
 
 folder, counted = sys.argv[1], sys.argv[2] == "True"

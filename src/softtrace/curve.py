@@ -51,7 +51,7 @@ def default_thresholds() -> tuple[float, ...]:
     Found by coordinate descent on the error of readings against 150 thresholds, for two models at
     once: the shipped one and one fine-tuned with the penalty. The full graph closes every curve,
     so no point is spent where TV is near 0. How far readings are off, on other text:
-    ``recipes/benchmarks/tracing.json``.
+    ``recipes/benchmarks/results/tracing.json``.
     """
     return _GRID
 

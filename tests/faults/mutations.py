@@ -1,6 +1,6 @@
 """Guards taken out of the source one at a time, and the tests that have to notice.
 
-``recipes/benchmarks/exactness.py --parts mutations`` runs them.
+``python -m recipes.benchmarks.correctness.exactness --parts mutations`` runs them.
 """
 
 from __future__ import annotations

@@ -7,94 +7,20 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.errors import CheckpointError
-from tests import warm
-from tests.corpus import write_model, write_tree
-from tests.support.waiting import PATIENCE, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 8
+from tests.support.jobs import Jobs, saved
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class End:
-    """How a process ended."""
-
-    code: int
-    said: str
-
-
-class Jobs:
-    """Runs of ``softtrace fit`` on one tiny model and text.
-
-    Args:
-        root: where both are written.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.model, self.text = write_model(root / "model", "gpt2"), write_tree(root / "text")
-
-    def command(self, out: Path, fault: str, at: int, rank: int, *more: object) -> list[str]:
-        words = [
-            *("-m", "tests.faults.job", fault, at, rank, "--model.path", self.model),
-            *("--data.path", self.text, "--out", out, "--data.block_size", 16),
-            *("--data.batch_size", 4, "--trainer.accelerator", "cpu"),
-            *("--trainer.max_steps", STEPS, "--model.learning_rate", 0.01),
-            *("--checkpoint_every", 1, "--trainer.limit_val_batches", 0),
-            *("--trainer.enable_progress_bar", "false", "--penalty.warmup_steps", 3),
-            *("--penalty.every", 2, *more),
-        ]
-        return [sys.executable, *map(str, words)]
-
-    def start(
-        self,
-        out: Path,
-        fault: str = "none",
-        at: int = 0,
-        rank: int = 0,
-        *more: object,
-        by: Callable[..., Any] = warm.Process,
-    ) -> Any:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return by(
-            self.command(out, fault, at, rank, *more), cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
-        )  # fmt: skip
-
-    def run(self, *args: object, **kwargs: object) -> End:
-        return ended(self.start(*args, **kwargs))  # type: ignore[arg-type]
-
-
-def ended(process: Any) -> End:
-    """Wait for the end, which comes unless it hangs; nothing of its group is left then."""
-    try:
-        said, _ = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        pytest.fail(f"no end after {PATIENCE:g} s; it said {said[-3000:]}")
-    return End(process.returncode, said)
-
-
-def saved(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "model.safetensors")
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

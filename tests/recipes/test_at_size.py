@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+from recipes.benchmarks.comparison import at_size
+from softtrace.evaluation.files import write_json
+
 RACING = ("plain=plain,0", "fifth=drafting after 0.21, exits 2,0.15")
 MODELS = ("plain-0", "drafting-after-0.21,-exits-2-0.15")
 
 
-@pytest.fixture
-def at_size(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("at_size")
-
-
 class Scripts:
-    """Stands for the scripts: notes their words, and what runs at the same time."""
+    """Stands for the scripts: notes their words, and what runs at the same time.
+
+    As they do, it writes files that are whole or not there: ``at_size.py`` reads all races that
+    are there while others end.
+    """
 
     def __init__(self, out: Path, broken: str = "") -> None:
         self.out, self.broken = out, broken
@@ -33,17 +31,19 @@ class Scripts:
         self.begins: list[str] = []
         self.ends: list[str] = []
         self.on_device: dict[str, int] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
 
     def __call__(self, words: list[str], *, stdout: Any, check: bool, **others: Any) -> None:
-        script = Path(words[1]).stem
+        assert words[:2] == [sys.executable, "-m"]
+        script = words[2].rpartition(".")[2]
+        part = Path(stdout.name).stem
         with self.lock:
-            self.calls.append([script, *words[2:]])
-            part = Path(stdout.name).stem
+            self.calls.append([script, *words[3:]])
             self.begins.append(part)
+            self.lock.notify_all()
         if script == "pretrain":
             (self.out / "model").mkdir()
-            (self.out / "model" / "pretrain.json").write_text("{}")
+            write_json(self.out / "model" / "pretrain.json", {})
         if script == "peers":
             self.train(words)
         if script == "decoding":
@@ -59,17 +59,12 @@ class Scripts:
                 if (keep / f"{name}-{seed}").exists():
                     continue
                 if (name, seed) == (MODELS[-1], 1):
-                    self.wait_for("race-cpu-plain-1")
+                    with self.lock:  # for as long as it takes, or pytest allows
+                        self.lock.wait_for(lambda: "race-cpu-plain-1" in self.begins)
                     if self.broken == "peers":
                         raise subprocess.CalledProcessError(1, words)
                 (keep / f"{name}-{seed}").mkdir(parents=True)
-                (keep / f"{name}-{seed}" / "kept.json").write_text("{}")
-
-    def wait_for(self, part: str) -> None:
-        until = time.monotonic() + 20
-        while part not in self.begins:
-            assert time.monotonic() < until, f"{part} did not begin"
-            time.sleep(0.01)
+                write_json(keep / f"{name}-{seed}" / "kept.json", {})
 
     def race(self, words: list[str], part: str) -> None:
         (device,) = (word.partition("=")[2] for word in words if word.startswith("--device="))
@@ -85,12 +80,12 @@ class Scripts:
             "versions": {"torch": "2"},
             "hardware": "a CPU" if device == "cpu" else "a GPU",
         }
-        Path(words[words.index("--out") + 1]).write_text(json.dumps(found))
+        write_json(words[words.index("--out") + 1], found)
         with self.lock:
             self.on_device[device] -= 1
 
 
-def call(at_size: Any, monkeypatch: pytest.MonkeyPatch, scripts: Scripts) -> None:
+def call(monkeypatch: pytest.MonkeyPatch, scripts: Scripts) -> None:
     monkeypatch.setattr(at_size.subprocess, "run", scripts)
     words = f"at_size.py --out {scripts.out} --seeds 2 --at-once 2 --devices cuda:0 cuda:1 --racing"
     monkeypatch.setattr(sys, "argv", [*words.split(), *RACING])
@@ -98,10 +93,10 @@ def call(at_size: Any, monkeypatch: pytest.MonkeyPatch, scripts: Scripts) -> Non
 
 
 def test_models_decode_as_they_come_and_on_gpus_when_all_else_is_done(
-    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = Scripts(tmp_path)
-    call(at_size, monkeypatch, scripts)
+    call(monkeypatch, scripts)
     assert scripts.begins[:2] == ["pretrain", "peers"]
     (peers,) = (each for each in scripts.calls if each[0] == "peers")
     racing = ["plain=0", "drafting after 0.21, exits 2=0.15"]
@@ -122,46 +117,44 @@ def test_models_decode_as_they_come_and_on_gpus_when_all_else_is_done(
 
 
 def test_what_failed_is_said_and_what_is_there_is_not_done_again(
-    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = Scripts(tmp_path, broken="race-cpu-fifth-1")
     with pytest.raises(subprocess.CalledProcessError):
-        call(at_size, monkeypatch, scripts)
+        call(monkeypatch, scripts)
     assert sorted(scripts.ends) == [
         "peers", "pretrain", "race-cpu-fifth-0", "race-cpu-plain-0", "race-cpu-plain-1"
     ]  # fmt: skip
     assert len(json.loads((tmp_path / "decoding.json").read_text())["races"]) == 3
     (tmp_path / "decoding.json").unlink()  # as if killed before it was written
     again = Scripts(tmp_path)
-    call(at_size, monkeypatch, again)
+    call(monkeypatch, again)
     assert len(again.ends) == 1 + 1 + 4
     assert not {"pretrain", "race-cpu-plain-0"} & set(again.begins)
     assert json.loads((tmp_path / "decoding.json").read_text())["hardware"] == "a CPU; a GPU"
     (tmp_path / "decoding.json").unlink()
-    call(at_size, monkeypatch, Scripts(tmp_path))  # nothing left to do but that
+    call(monkeypatch, Scripts(tmp_path))  # nothing left to do but that
     assert len(json.loads((tmp_path / "decoding.json").read_text())["races"]) == 8
     monkeypatch.setattr(at_size, "SIZES", {"layers": 12})
     with pytest.raises(SystemExit, match="is of other arguments"):
-        call(at_size, monkeypatch, again)
+        call(monkeypatch, again)
 
 
 def test_nobody_waits_for_a_model_that_will_not_come(
-    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = Scripts(tmp_path, broken="peers")
     before = set(threading.enumerate())
     with pytest.raises(subprocess.CalledProcessError):
-        call(at_size, monkeypatch, scripts)
+        call(monkeypatch, scripts)
     assert not set(threading.enumerate()) - before
     assert not [part for part in scripts.begins if "gpu" in part or part == "race-cpu-fifth-1"]
 
 
-def test_a_model_that_was_lost_is_named(
-    at_size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call(at_size, monkeypatch, Scripts(tmp_path))
+def test_a_model_that_was_lost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(monkeypatch, Scripts(tmp_path))
     lost = "models/drafting-after-0.21,-exits-2-0.15-1/kept.json"
     (tmp_path / lost).unlink()
     (tmp_path / "races" / "gpu-fifth-1.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"exits-2-0\.15-1 has no kept\.json"):
-        call(at_size, monkeypatch, Scripts(tmp_path))
+        call(monkeypatch, Scripts(tmp_path))

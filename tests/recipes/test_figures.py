@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from recipes.benchmarks.pages import write_pages
+from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.support import LIGHTNING
 from tests.families.zoo import REFUSED, VERIFIED
 from tests.faults.mutations import MUTATIONS
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "recipes" / "benchmarks"
-
 
 def read(name: str) -> Any:
     """A result file."""
-    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_pages_say_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    made = importlib.import_module("figures")
-    for page in made.PAGES:
-        assert made.filled(page) == (ROOT / page).read_text(encoding="utf-8")
+def test_pages_say_what_the_result_files_say() -> None:
+    for page in write_pages.PAGES:
+        assert write_pages.filled(page) == (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", write_pages.PAGES)
+def test_what_pages_link_to_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_results_say_when_and_with_what_they_were_made() -> None:
     # What pretrain.py wrote of its models has other keys.
-    paths = [path for path in BENCHMARKS.glob("*.json") if not path.name.startswith("pysource-")]
-    assert len(paths) >= 57  # none was lost
+    paths = [path for path in RESULTS.rglob("*.json") if not path.name.startswith("pysource-")]
+    measured = []
     for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        if path.parent.name != "quickstart":
+            result = json.loads(path.read_text(encoding="utf-8"))
+            measured += result.get("measurements", [result])
+    assert len(measured) >= 15 + 27  # none was lost: 15 of the cost of a step, and the other files
+    for result in measured:
         assert {"created", "versions", "hardware", "command"} <= set(result)
         assert result["versions"]["torch"]
+
+
+def test_results_are_named_by_what_they_hold() -> None:
+    for path in RESULTS.rglob("*.*"):
+        words = set(re.split(r"[-_]", path.stem))
+        assert not words & {"again", "first", "longer", "shorter", "quiet", "noisy"}, path.name
 
 
 def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
@@ -53,10 +66,18 @@ def test_the_default_penalty_keeps_its_promise_in_the_recorded_result() -> None:
     assert result["arms"]["penalty"]["exit_easy"]["mean"] >= 0.9
 
 
-@pytest.mark.parametrize("name", ["peers-cost", "peers-cost-longer"])
-def test_the_default_penalty_stays_within_its_budget_in_the_recorded_results(name: str) -> None:
-    result = read(name)
-    cost = result["cost"]["softtrace"]
+def costs(model: str, neighbours: bool) -> list[dict[str, Any]]:
+    """Of the default, in all measurements of one model."""
+    return [
+        each["cost"]["softtrace"]
+        for each in read("cost")["measurements"]
+        if (each["model"], each["neighbours"]) == (model, neighbours)
+    ]
+
+
+@pytest.mark.parametrize("rounds", [8, 24])
+def test_the_default_penalty_stays_within_its_budget_in_the_recorded_results(rounds: int) -> None:
+    cost = next(each for each in costs("pystdlib-4m", False) if each["rounds"] == rounds)
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
 
@@ -77,8 +98,8 @@ def test_a_cpus_default_keeps_the_effect_of_the_whole_batch_in_the_recorded_sear
     options = DensityOptions().on(torch.device("cpu"))
     assert (options.every, options.share, options.strength) == (1, 0.125, 0.35)  # "every step"
     for key in ("area_easy", "size_easy", "exit_easy"):
-        own = over_plain("search-seldom", "every step", 0.35, key)
-        whole = over_plain("search-seldom", "whole batch", 0.35, key)
+        own = over_plain("log/search-seldom", "every step", 0.35, key)
+        whole = over_plain("log/search-seldom", "whole batch", 0.35, key)
         assert (own - 1) / (whole - 1) >= 0.85, key
 
 
@@ -98,16 +119,26 @@ def test_the_larger_model_keeps_the_promise_in_the_recorded_comparison() -> None
 def test_the_default_penalty_stays_within_its_budget_on_a_gpu_in_the_recorded_results(
     size: str,
 ) -> None:
-    result = read(f"peers-{size}-cost-quiet")
-    cost = result["cost"]["softtrace"]
+    (cost,) = costs(f"random-{size}", False)
     assert cost["rounds"] >= 7
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
 
 
+def test_what_a_step_took_beyond_the_budget_is_in_the_recorded_results() -> None:
+    medians = {
+        (model, neighbours): {f"{cost['time']['median']:.2f}" for cost in costs(model, neighbours)}
+        for model in ("pystdlib-4m", "random-107m")
+        for neighbours in (False, True)
+    }
+    assert medians["pystdlib-4m", False] == {"1.24", "1.26", "1.30", "1.35"}
+    assert medians["pystdlib-4m", True] == {"1.33"}
+    assert medians["random-107m", True] == {"1.29", "1.37"}
+
+
 @pytest.mark.parametrize(
     ("name", "peer"),
-    [("peers-157m", ("exit distillation", 0.3)), ("peers-157m-again", ("layerskip", 1.0))],
+    [("peers-157m", ("exit distillation", 0.3)), ("peers-157m-layerskip", ("layerskip", 1.0))],
 )
 def test_one_model_has_all_three_aims_in_the_recorded_comparison(
     name: str, peer: tuple[str, float]
@@ -135,7 +166,7 @@ def test_exits_first_are_level_with_a_distillation_at_the_budget_in_the_recorded
 
 
 def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> None:
-    for name, seeds in (("peers", 3), ("peers-large", 2), ("peers-107m", 3)):
+    for name, seeds in (("peers", 3), ("log/peers-large", 2), ("peers-107m", 3)):
         result = read(name)
         ways = {method for method in result["at_budget"] if method.startswith("softtrace")}
         own = result["at_budget"]["softtrace"]
@@ -149,31 +180,45 @@ def test_no_peer_gets_as_sparse_at_equal_loss_in_the_recorded_comparison() -> No
             assert len({run["seed"] for run in runs}) >= seeds
 
 
+def frozen(name: str) -> tuple[dict[str, dict[str, str]], str]:
+    """A table of the log that is kept as text: its cells by row and column, and its caption."""
+    log = (ROOT / "recipes" / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
+    (section,) = re.findall(f"<!-- frozen: {name} -->\n(.*?)<!-- /frozen: {name} -->", log, re.S)
+    table, _, caption = section.partition("\n\n")
+    head, _, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines())
+    of_gpu = [column.removesuffix(", GPU") for column in head]
+    names = [f"{of_gpu[n - 1]}, {each}" if each == "CPU" else each for n, each in enumerate(head)]
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}, caption
+
+
+def speeds_in(name: str, kind: str) -> dict[str, float]:
+    """Gains over plain decoding, by what a model was fine-tuned with."""
+    rows, _ = frozen(name)
+    return {
+        row: float(cells[f"tokens/s over plain decoding, {kind}"].split()[0])
+        for row, cells in rows.items()
+    }
+
+
 def test_drafting_pays_at_the_larger_size_in_the_recorded_result() -> None:
-    speeds = {}
-    for name in ("8th", "drafting-exits-1", "drafting-exits-3"):
-        result = read(f"decoding-107m-{name}-gpu")
-        for arm in ("plain", "penalty"):
-            loops = result[arm]["loops"]
-            assert all(loop["identical"] == 1.0 for loop in loops.values())
-            speeds[name, arm] = loops["direct"]["speedup"]["median"]
-        assert speeds[name, "penalty"] > 1.15 * speeds[name, "plain"]
-    assert speeds["drafting-exits-3", "penalty"] >= 1.5
+    speeds = speeds_in("decoding_large", "GPU")
+    assert "100% of the texts are identical to plain decoding's" in frozen("decoding_large")[1]
+    for name in ("softtrace, default", "drafting exits 1", "drafting exits 3"):
+        assert speeds[name] > 1.15 * speeds["nothing added"]
+    assert speeds["drafting exits 3"] >= 1.5
 
 
-@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
 def test_drafting_pays_on_other_prompts_in_the_recorded_results(kind: str) -> None:
-    means: dict[str, list[float]] = {}
-    for seed in range(3):
-        for name, found in read(f"decoding-107m-{kind}-{seed}").items():
-            if isinstance(found, dict) and "loops" in found:
-                assert found["prompts_chosen_on"] == found["prompts"]
-                assert all(loop["identical"] == 1.0 for loop in found["loops"].values())
-                gain = found["loops"]["direct"]["speedup"]["median"]
-                means.setdefault(name, []).append(gain)
-    speeds = {name: statistics.mean(of) for name, of in means.items() if len(of) == 3}
-    assert speeds["more"] > speeds["default"] > 1.1 * speeds["plain"]
-    assert speeds["more"] > 1.2
+    speeds, (rows, caption) = speeds_in("decoding_107m", kind), frozen("decoding_107m")
+    assert "all texts are identical to plain decoding's" in caption
+    assert "the median of 8 prompts" in caption
+    assert "were chosen on 8 others" in caption
+    of = ("softtrace, more exits", "softtrace, default", "nothing added")
+    assert all(rows[name]["seeds"] == "3" for name in of)
+    more, default, plain = (speeds[name] for name in of)
+    assert more > default > 1.1 * plain
+    assert more > 1.2
 
 
 def raced(name: str, prompts: int) -> dict[tuple[str, str], list[float]]:
@@ -190,7 +235,7 @@ def raced(name: str, prompts: int) -> dict[tuple[str, str], list[float]]:
 
 
 def test_drafting_by_a_deeper_model_is_half_as_fast_again_in_the_recorded_results() -> None:
-    gains = raced("decoding-157m-again", 20)
+    gains = raced("decoding-157m", 20)
     assert all(len(of) == 3 for key, of in gains.items() if key != ("gpu", "plain"))
     speeds = {key: statistics.mean(of) for key, of in gains.items()}
     for kind in ("gpu", "cpu"):
@@ -198,11 +243,11 @@ def test_drafting_by_a_deeper_model_is_half_as_fast_again_in_the_recorded_result
         assert min(gains[kind, "fifth"]) >= 1.5
         assert speeds[kind, "fifth"] > 1.3 * speeds[kind, "plain"]
     assert speeds["cpu", "first"] > 1.2 * speeds["cpu", "plain"]
-    assert over_plain("peers-157m-again", "drafting after 0.21, exits 2", 0.15, "loss") <= 1.01
+    assert over_plain("peers-157m-layerskip", "drafting after 0.21, exits 2", 0.15, "loss") <= 1.01
 
 
 def test_drafting_paid_before_checks_went_on_from_the_draft_in_the_recorded_results() -> None:
-    gains = raced("decoding-157m", 16)
+    gains = raced("log/decoding-157m-checks-run-all-layers", 16)
     assert all(len(of) == 3 for of in gains.values())
     speeds = {key: statistics.mean(of) for key, of in gains.items()}
     assert speeds["gpu", "x15"] >= 1.5
@@ -252,5 +297,5 @@ def test_the_table_of_families_is_that_of_the_zoo() -> None:
     assert {row["case"] for row in result["refused"]} == set(REFUSED)
     assert result["types_verified"] >= 60
     assert max(row["importance"] for row in result["verified"]) < 1e-5
-    page = (BENCHMARKS / "families.md").read_text(encoding="utf-8")
+    page = (RESULTS / "families.md").read_text(encoding="utf-8")
     assert all(f"| {row['case']} |" in page for row in result["verified"] + result["refused"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import math
@@ -15,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recipes.benchmarks.comparison import exit_variants, paired_runs, peers, step_cost
+from recipes.benchmarks.comparison import peer_losses as losses
 from softtrace.evaluation.files import write_json
 from softtrace.load import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
@@ -23,21 +24,7 @@ from tests.tiny import tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.thorough
 
-BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def losses() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("peer_losses")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def peers(losses: Any) -> Any:
-    return importlib.import_module("peers")
+pytestmark = pytest.mark.thorough
 
 
 def exit_loss(model: Any, ids: torch.Tensor, depth: int) -> torch.Tensor:
@@ -46,7 +33,7 @@ def exit_loss(model: Any, ids: torch.Tensor, depth: int) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def test_every_method_has_the_task_loss_in_it(losses: Any) -> None:
+def test_every_method_has_the_task_loss_in_it() -> None:
     ids = tiny_prompt(8, batch=3)
     for name, method in losses.METHODS.items():
         model = tiny_model("llama", num_hidden_layers=4, attn_implementation="sdpa")
@@ -66,13 +53,12 @@ def test_every_method_has_the_task_loss_in_it(losses: Any) -> None:
             assert found > task, name
 
 
-def test_every_variant_takes_a_step(losses: Any) -> None:
-    variants = importlib.import_module("exit_variants").VARIANTS
+def test_every_variant_takes_a_step() -> None:
     ids = tiny_prompt(64, batch=2)
     # One for all: what a variant leaves behind is the next one's, and each would be proven anew.
     model = tiny_model("llama", num_hidden_layers=4, attn_implementation="sdpa").train()
     own = model(input_ids=ids, labels=ids).loss.detach()
-    for name, variant in variants.items():
+    for name, variant in exit_variants.VARIANTS.items():
         model.zero_grad()
         plain = [10.0] * 2 if variant.needs_plain else None
         found, task = variant(model, 0.5, 0, plain)(ids, 0)
@@ -86,7 +72,7 @@ def test_every_variant_takes_a_step(losses: Any) -> None:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), name
 
 
-def test_layerskip_weighs_exits_as_its_paper_does(losses: Any) -> None:
+def test_layerskip_weighs_exits_as_its_paper_does() -> None:
     model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(8, batch=3)
     method = type("Whole", (losses.LayerSkip,), {"p_max": 0.0})(model, 0.5)
     for step in range(6):
@@ -97,7 +83,7 @@ def test_layerskip_weighs_exits_as_its_paper_does(losses: Any) -> None:
         torch.testing.assert_close(method(ids, step)[0], wanted / (early + last))
 
 
-def test_layerskip_drops_deep_layers_more_often(losses: Any) -> None:
+def test_layerskip_drops_deep_layers_more_often() -> None:
     model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(6, batch=4)
     method = type("Often", (losses.LayerSkip,), {"p_max": 0.9})(model, 0.0)
     dropped, rows = [0] * 4, 0
@@ -113,7 +99,7 @@ def test_layerskip_drops_deep_layers_more_often(losses: Any) -> None:
         assert dropped[layer] / rows == pytest.approx(rate, abs=4 * math.sqrt(rate / rows))
 
 
-def test_distillation_is_the_divergence_of_the_exit_that_is_on(losses: Any) -> None:
+def test_distillation_is_the_divergence_of_the_exit_that_is_on() -> None:
     model, ids = tiny_model("llama", num_hidden_layers=4).train(), tiny_prompt(8, batch=2)
     method = losses.ExitDistillation(model, 0.3)
     for step in (0, 2, 4):
@@ -125,7 +111,7 @@ def test_distillation_is_the_divergence_of_the_exit_that_is_on(losses: Any) -> N
         torch.testing.assert_close(found - task, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_attention_penalties_by_hand(losses: Any) -> None:
+def test_attention_penalties_by_hand() -> None:
     attention = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).tril()
     attention = attention / attention.sum(-1, keepdim=True)
     model = tiny_model("llama")
@@ -152,7 +138,7 @@ def point(loss: float, value: float) -> dict[str, float]:
     return {"loss": loss, "area_easy": value, "exit_easy": value}
 
 
-def test_a_front_is_read_where_it_meets_the_budget(peers: Any) -> None:
+def test_a_front_is_read_where_it_meets_the_budget() -> None:
     falling = [point(1.0, 0.3), point(1.005, 0.25), point(1.02, 0.1)]
     assert peers.at_budget(falling, "area_easy") == pytest.approx(0.25 - 0.15 / 3)
     assert peers.at_budget(falling, "exit_easy") == 0.3  # worse than plain: plain is within budget
@@ -166,7 +152,7 @@ def test_a_front_is_read_where_it_meets_the_budget(peers: Any) -> None:
     assert peers.at_budget(too_dear, "area_easy") == pytest.approx(0.3 - 0.2 * 0.1)
 
 
-def test_every_exit_is_read_at_the_budget_by_itself(peers: Any) -> None:
+def test_every_exit_is_read_at_the_budget_by_itself() -> None:
     # The second exit is best at a strength that the first one gains nothing from.
     points = [
         {"loss": loss, "exits_all": exits}
@@ -179,7 +165,7 @@ def test_every_exit_is_read_at_the_budget_by_itself(peers: Any) -> None:
 
 @pytest.mark.parametrize("by_method", [False, True])
 def test_runs_come_seed_by_seed_or_method_by_method(
-    peers: Any, by_method: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_method: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     monkeypatch.setattr(peers, "perform_all", lambda tasks, *_: asked.extend(tasks) or iter(()))
@@ -200,7 +186,7 @@ def test_runs_come_seed_by_seed_or_method_by_method(
         assert [seed for _, seed in names] == [0] * 4 + [1] * 4
 
 
-def test_points_are_means_of_paired_ratios(peers: Any) -> None:
+def test_points_are_means_of_paired_ratios() -> None:
     def run(method: str, strength: float, seed: int, loss: float, value: float) -> dict[str, Any]:
         measures = dict.fromkeys(peers.MEASURES, value)
         exits = {key: [value / 2, value] for key in peers.EXITS}
@@ -226,7 +212,7 @@ def test_points_are_means_of_paired_ratios(peers: Any) -> None:
 
 
 def test_a_method_is_timed_over_a_whole_number_of_its_periods(
-    peers: Any, losses: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=64)
     steps: dict[str, list[int]] = {}
@@ -243,11 +229,11 @@ def test_a_method_is_timed_over_a_whole_number_of_its_periods(
 
     own = {"plain": 1, "each 3rd": 3, "each 8th": 8, "each 10th": 10}
     monkeypatch.setattr(
-        peers, "EVERY", {name: counting(name, every) for name, every in own.items()}
+        step_cost, "EVERY", {name: counting(name, every) for name, every in own.items()}
     )
     args = argparse.Namespace(model=model, device="cpu", batch_size=2, rounds=2, bf16=False)
     blocks = torch.randint(0, 200, (60, 8), generator=torch.Generator().manual_seed(0))
-    found = peers.costs(args, blocks, list(own))
+    found = step_cost.costs(args, blocks, list(own))
     for name, period in {"plain": 8, "each 3rd": 9, "each 8th": 8, "each 10th": 10}.items():
         timed = [
             step for turn in range(3) for step in (1, *range(period * turn, period * (turn + 1)))
@@ -257,15 +243,51 @@ def test_a_method_is_timed_over_a_whole_number_of_its_periods(
     assert found["plain"]["time"]["median"] == found["plain"]["memory"] == 1.0
 
 
-def test_a_term_comes_again_after_as_many_steps_as_its_masked_runs(losses: Any) -> None:
-    variants = importlib.import_module("exit_variants").EVERY
+def test_a_term_comes_again_after_as_many_steps_as_its_masked_runs() -> None:
     model = tiny_model("llama", attn_implementation="sdpa").train()
     periods = {"plain": 1, "layerskip": 1, "softtrace": 1, "softtrace, every 8th": 8, "10th": 10}
     for name, period in periods.items():
-        assert variants[name](model, 0.1).every == period, name
+        assert exit_variants.EVERY[name](model, 0.1).every == period, name
 
 
-def test_peak_memory_is_that_of_what_is_alive_at_once(peers: Any) -> None:
+def measurement(**changes: Any) -> dict[str, Any]:
+    usual = {
+        "model": "small", "data": "text", "batch_size": 2, "block_size": 8,
+        "precision": "float32", "hardware": "a CPU", "neighbours": False, "created": "then",
+        "cost": {"plain": 1.0, "softtrace": 1.3, "layerskip": 1.1},
+    }  # fmt: skip
+    return {**usual, **changes}
+
+
+def test_a_cost_that_is_measured_anew_replaces_that_of_the_same_loss_and_conditions() -> None:
+    known = [
+        measurement(), measurement(neighbours=True), measurement(hardware="a GPU"),
+        measurement(created="later", cost={"plain": 1.0, "softtrace": 1.4}),
+    ]  # fmt: skip
+    new = measurement(created="now", cost={"plain": 1.0, "softtrace": 1.2})
+    kept = measurement(cost={"plain": 1.0, "layerskip": 1.1})
+    assert step_cost.with_measurement(known, new) == [kept, *known[1:3], new]
+    assert step_cost.with_measurement([], new) == [new]
+
+
+def test_cost_goes_into_the_file_with_its_conditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cost.json"
+    monkeypatch.setattr(step_cost, "costs", lambda args, blocks, names: dict.fromkeys(names, 1.0))
+    monkeypatch.setattr(peers, "blocks_of", lambda *words: (torch.zeros(1),))
+    words = ["peers.py", "--cost", "--device", "cpu", "--out", str(out), "--methods", "softtrace"]
+    for more in ([], ["--neighbours"], []):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        peers.main()
+    quiet, beside = json.loads(out.read_text())["measurements"][::-1]
+    assert (quiet["neighbours"], beside["neighbours"]) == (False, True)
+    assert quiet["tokens_a_step"] == 16 * 128
+    assert set(quiet["cost"]) == {"plain", "softtrace"}
+    assert {*step_cost.CONDITIONS, "created", "versions", "command"} < set(quiet)
+
+
+def test_peak_memory_is_that_of_what_is_alive_at_once() -> None:
     def step() -> None:
         first = torch.ones(1 << 20)
         second = first * 2
@@ -274,12 +296,12 @@ def test_peak_memory_is_that_of_what_is_alive_at_once(peers: Any) -> None:
         del second, third
 
     with no_collector():  # what others left behind is not to be let go in between
-        assert peers.peak_memory(step, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
+        assert step_cost.peak_memory(step, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
 @pytest.mark.slow
 def test_a_comparison_goes_on_where_it_stopped(
-    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "peers.json"
     text = write_tree(tmp_path / "text", lines=20)
@@ -311,8 +333,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert "at +1 % held-out loss" in capsys.readouterr().out
     # A row that was lost comes from the model that was kept.
     write_json(out, {**result, "runs": result["runs"][::2]})
-    runs = importlib.import_module("paired_runs")
-    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(paired_runs, "train", None)
     monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2,1", "--keep", str(tmp_path)])
     peers.main()
     again = json.loads(out.read_text())["runs"]
@@ -320,11 +341,11 @@ def test_a_comparison_goes_on_where_it_stopped(
     kept = json.loads((tmp_path / "plain-0-0" / "kept.json").read_text())
     assert kept["losses"] == again[0]["curve"]
     args = argparse.Namespace(**kept["settings"])
-    assert runs.kept_losses(tmp_path / "plain-0-0", args) == kept["losses"]
-    assert runs.kept_losses(tmp_path / "plain-0-1", args) is None
+    assert paired_runs.kept_losses(tmp_path / "plain-0-0", args) == kept["losses"]
+    assert paired_runs.kept_losses(tmp_path / "plain-0-1", args) is None
     args.steps = 3
     with pytest.raises(ValueError, match=r"'steps': 2, .* allowed .*'steps': 3"):
-        runs.kept_losses(tmp_path / "plain-0-0", args)
+        paired_runs.kept_losses(tmp_path / "plain-0-0", args)
     monkeypatch.setattr(sys, "argv", [*words[:2], "3", *words[3:], "layerskip"])
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         peers.main()

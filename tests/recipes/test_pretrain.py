@@ -11,25 +11,27 @@ from pathlib import Path
 import pytest
 import transformers
 
+from recipes.benchmarks.places import MODEL as SHIPPED
+from recipes.benchmarks.places import ROOT
 from softtrace.data import read_documents, split_by_file
 from softtrace.errors import OutputExistsError
 from softtrace.load import load_model, load_tokenizer
 from tests import warm
 from tests.support.waiting import PATIENCE
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-SHIPPED = RECIPES / "models" / "pystdlib-4m"
-
 
 @pytest.mark.slow
 def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
     text, output = Path(sysconfig.get_paths()["stdlib"]) / "xml", tmp_path / "model"
-    command = [sys.executable, RECIPES / "pretrain.py", "--data", text, "--output", output]
+    command = [sys.executable, "-m", "recipes.benchmarks.comparison.pretrain"]
+    command += ["--data", text, "--output", output]
     command += ["--steps", "3", "--batch-size", "4", "--block-size", "32", "--warmup-steps", "1"]
     command += ["--eval-every", "2", "--eval-blocks", "4", "--device", "cpu"]
     command += ["--layers", "3", "--hidden-size", "96", "--heads", "3", "--kv-heads", "1"]
     command += ["--vocabulary", "512"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE
+    )
     said = done.stdout
     assert "held-out loss of the saved weights" in said
     facts = json.loads((output / "pretrain.json").read_text(encoding="utf-8"))
@@ -46,7 +48,7 @@ def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
         document.name for document in split_by_file(read_documents(text), 0.05, "pystdlib")[1]
     }
     assert set((output / "held_out_files.txt").read_text().split()) == held_out
-    again = warm.run(command, capture_output=True)
+    again = warm.run(command, cwd=ROOT, capture_output=True)
     assert again.returncode != 0
     assert OutputExistsError.__name__ in again.stderr
 

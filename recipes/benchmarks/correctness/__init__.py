@@ -1,0 +1,1 @@
+"""How exact things are: families of models, trainers and interruptions, metrics."""

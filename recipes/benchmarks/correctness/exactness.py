@@ -1,0 +1,279 @@
+"""How exact the penalty is under trainers and interruptions: the figures, not only green or red.
+
+    python -m recipes.benchmarks.correctness.exactness    # all parts, about 20 minutes on 2 cores
+    python -m recipes.benchmarks.correctness.exactness --parts kills --kills 30
+
+Uses the cases of ``tests/`` (which is not installed) and measures what those assert. Writes
+``results/exactness.json``; parts that are not named keep what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recipes.benchmarks.places import RESULTS
+from softtrace import DensityLoss
+from softtrace.evaluation.files import write_json
+from softtrace.evaluation.provenance import provenance
+from softtrace.lightning import DensityPenalty
+from tests.corpus import byte_tokenizer, write_tree
+from tests.faults.mutations import MUTATIONS, run_tests
+from tests.fitting import weights
+from tests.processes import as_rank
+from tests.support import hf_training as hf
+from tests.support import lightning_runs, ways_to_step
+from tests.support.jobs import Jobs, saved
+from tests.support.ways_to_fit import OPTIONS, WAYS
+from tests.tiny import tiny_model
+
+STEPS = 50
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest absolute difference."""
+    return float((one - other).abs().max())
+
+
+def inert(args: argparse.Namespace) -> dict[str, Any]:
+    """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = STEPS // 2  # of two optimiser steps
+        plain, silent, loud = (
+            lightning_runs.fit_in_processes(Path(folder), strength, 2, epochs)[0]["weights"]
+            for strength in (None, 0.0, 0.6)
+        )
+        found = {"DDPStrategy": inert_row(STEPS, plain, silent, loud)}
+        plain, silent, loud = (
+            weights(hf.train(Path(folder), density, "gpt2", max_steps=STEPS).model)
+            for density in (None, {"strength": 0.0}, hf.OPTIONS)
+        )
+        found["Trainer of transformers"] = inert_row(STEPS, plain, silent, loud)
+    for name, way in tqdm(WAYS.items(), desc="strength 0"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain, fitted = way.fit(steps=STEPS)
+            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS), steps=STEPS)
+            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS), steps=STEPS)
+        found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
+    return found
+
+
+def inert_row(
+    steps: int, plain: torch.Tensor, silent: torch.Tensor, loud: torch.Tensor
+) -> dict[str, Any]:
+    """Weights without the penalty, at strength 0, at 0.6."""
+    found = {"strength 0": difference(silent, plain), "strength 0.6": difference(loud, plain)}
+    return {"steps": steps, **found}
+
+
+def resumed(args: argparse.Namespace) -> dict[str, Any]:
+    """Straight runs against runs that were resumed at every step: max |Δw|."""
+    return {"Lightning": resumed_by_lightning(), "Trainer": resumed_by_trainer()}
+
+
+def resumed_by_lightning() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        byte_tokenizer().save_pretrained(Path(folder, "tokenizer"))
+        corpus = write_tree(Path(folder, "tree"))
+        straight = lightning_runs.fit_corpus(corpus)
+        steps = len(list(Path(folder).glob("step=*.ckpt")))
+        worst = 0.0
+        for step in tqdm(range(1, steps), desc="resumed, Lightning"):
+            found = lightning_runs.fit_corpus(corpus, Path(folder, f"step={step}.ckpt"))
+            worst = max(worst, difference(found, straight))
+        other = lightning_runs.fit_corpus(corpus, Path(folder, "step=4.ckpt"), warmup_steps=7)
+    return {"steps": steps - 1, "largest": worst, "control": difference(other, straight)}
+
+
+def resumed_by_trainer() -> dict[str, Any]:
+    options = {**hf.OPTIONS, "warmup_steps": 5, "every": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = hf.train(Path(folder), options, "gpt2", save_strategy="steps", save_steps=1)
+        last = weights(whole.model)
+        steps = range(1, whole.state.global_step)
+        runs = {step: weights(hf.resumed(Path(folder), step, options).model) for step in steps}
+        other = hf.resumed(Path(folder), 1, {**options, "seed": 3, "strength": 0.5})
+    return {
+        "steps": len(runs),
+        "largest": max(difference(found, last) for found in runs.values()),
+        "control": difference(weights(other.model), last),
+    }
+
+
+def kills(args: argparse.Namespace) -> dict[str, Any]:
+    """``softtrace fit`` killed at random moments until it has been killed often enough."""
+    draws, codes = random.Random(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = Jobs(Path(folder))
+        if jobs.run(Path(folder) / "straight").code:
+            raise SystemExit("the straight run failed")
+        straight = saved(Path(folder) / "straight")
+        worst, runs, resumed, number = 0.0, 0, 0, 0
+        bar = tqdm(total=args.kills, desc="kills")
+        while len(codes) < args.kills:
+            out, number = Path(folder) / f"cut{number}", number + 1
+            for _ in range(5):
+                again = ("--resume", "true") if out.exists() else ()
+                process = jobs.start(out, "none", 0, 0, *again)
+                began, last = time.monotonic(), out / "checkpoints" / "last.ckpt"
+                while process.poll() is None and not last.exists():
+                    time.sleep(0.005)
+                time.sleep(draws.uniform(0, 1.0 if not again else time.monotonic() - began + 6))
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                if process.returncode == -signal.SIGKILL:
+                    codes.append(process.returncode)
+                    bar.update()
+                else:
+                    break
+            end, runs = jobs.run(out, "none", 0, 0, "--resume", "true"), runs + 1
+            if end.code:
+                print(f"did not resume: {end.said[-2000:]}")
+                continue
+            final, resumed = saved(out), resumed + 1
+            worst = max(worst, *(difference(final[name], straight[name]) for name in final))
+    return {"kills": len(codes), "runs": runs, "resumed": resumed, "largest": worst}
+
+
+def parallel(args: argparse.Namespace) -> dict[str, Any]:
+    """Two processes against one, accumulation, kernels: largest relative differences, float64."""
+    rows: dict[str, float] = {}
+
+    def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+        return difference(one, other) / float(other.abs().max())
+
+    with tempfile.TemporaryDirectory() as folder:
+        ways_to_step.run_ranks(folder)
+        ranks = [torch.load(Path(folder, f"{r}.pt"), weights_only=True) for r in range(2)]
+    worst = 0.0
+    for index, options in enumerate(ways_to_step.IN_PARALLEL):
+        model = tiny_model("llama", seed=1, dtype=torch.float64)
+        penalty, serial = DensityLoss(model, **options), []
+        for rank, (ids, mask) in enumerate(ways_to_step.micro_batches(2)):
+            with as_rank(rank):
+                task, term = ways_to_step.both(model, penalty, ids, mask)
+            serial.append(ways_to_step.gradient_of(model, task + term))
+        worst = max(worst, relative(ranks[0][index], (serial[0] + serial[1]) / 2))
+    rows["two processes, gradients"] = worst
+    rows["between the two processes"] = difference(ranks[0], ranks[1])
+    for parts in (2, 4):
+        (terms, gradients), (term, gradient) = ways_to_step.accumulated_and_whole(parts)
+        rows[f"{parts} accumulated batches against one, term"] = relative(terms, term)
+        rows[f"{parts} accumulated batches against one, gradients"] = relative(gradients, gradient)
+    for options in ways_to_step.IN_PARALLEL:
+        (term, gradient), (again, recomputed) = ways_to_step.with_and_without_checkpointing(options)
+        for name, pair in (("term", (again, term)), ("gradients", (recomputed, gradient))):
+            key = f"checkpointing on against off, {name}"
+            rows[key] = max(rows.get(key, 0.0), relative(*pair))
+    kernels = []
+    for kernel in ("sdpa", "eager"):
+        model = tiny_model("llama", seed=2)  # transformers' eager softmax is float32's at most
+        model.set_attn_implementation(kernel)
+        task, term = ways_to_step.both(
+            model,
+            DensityLoss(model, **ways_to_step.IN_PARALLEL[2]),
+            *ways_to_step.micro_batches(1)[0],
+        )
+        kernels.append((term.detach(), ways_to_step.gradient_of(model, task + term)))
+    rows["sdpa against eager, term (float32)"] = relative(kernels[0][0], kernels[1][0])
+    rows["sdpa against eager, gradients (float32)"] = relative(kernels[0][1], kernels[1][1])
+    with tempfile.TemporaryDirectory() as folder:
+        options = {**hf.OPTIONS, "exits": 0.4}
+        for accumulate in (1, 2, 3):
+            model = tiny_model("llama", dtype=torch.float64).train()
+            settings = hf.arguments(Path(folder), gradient_accumulation_steps=accumulate)
+            kind: Any = hf.DensityTrainer
+            kind(model=model, args=settings, train_dataset=hf.rows(), density=options).train()
+            wanted = hf.by_hand(accumulate, True, options)
+            rows[f"Trainer, {accumulate} accumulated, against a loop by hand"] = relative(
+                weights(model), weights(wanted)
+            )
+    return rows
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of all tensors that are alive after so many steps of a plain loop."""
+    model = tiny_model("gpt2").train()
+    density = DensityLoss(model, share=0.5, exits=0.3, every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    alive = {}
+    for step in range(200):
+        ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(step))
+        with density.watching():
+            loss = model(input_ids=ids, labels=ids).loss
+        (loss + density(ids).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in (20, 200):
+            del loss
+            gc.collect()
+            held = {
+                each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+                for each in gc.get_objects()
+                if isinstance(each, torch.Tensor) and each.layout == torch.strided
+            }
+            alive[f"after {step + 1} steps"] = sum(held.values())
+    return {"bytes": alive}
+
+
+def mutations(args: argparse.Namespace) -> dict[str, Any]:
+    """Every guard taken out: does its test turn red? Its test is green with all guards in place."""
+    chosen = [each for each in MUTATIONS if each.name in (args.guards or [each.name])]
+    for test in tqdm(sorted({each.test for each in chosen}), desc="guards in place"):
+        code, said = run_tests(None, test)
+        if code:
+            raise SystemExit(f"{test} fails with all guards in place:\n{said[-3000:]}")
+    found = dict(args.known.get("mutations", {})) if args.guards else {}
+    for each in tqdm(chosen, desc="mutations"):
+        code, said = run_tests(each, each.test)
+        if code not in (0, 1):  # 1: tests failed; all else is no answer
+            raise SystemExit(f"{each.name}: pytest ended with {code}\n{said[-3000:]}")
+        found[each.name] = {"test": each.test, "red": code == 1}
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "inert": inert,
+    "resumed": resumed,
+    "kills": kills,
+    "parallel": parallel,
+    "memory": memory,
+    "mutations": mutations,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--guards", nargs="+", help="mutations to run anew, by name (all)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "exactness.json")
+    args = parser.parse_args()
+    result: dict[str, Any] = {}
+    if args.out.exists():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+    args.known = result
+    for name in args.parts:
+        result[name] = PARTS[name](args)
+        print(name, json.dumps(result[name], indent=1), flush=True)
+        write_json(args.out, {**result, **provenance(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the pages say of the cost of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recipes.benchmarks.comparison.peer_losses import METHODS
+from recipes.benchmarks.pages.comparison import quartiles
+from recipes.benchmarks.pages.sources import CARD, link, read, sources
+from softtrace import DensityOptions
+
+#: those of the code that ships
+MODELS = ("pystdlib-4m", "random-107m", "random-157m", "random-270m")
+#: losses as the table calls them; others of the search are in the log
+TITLES = {
+    **{name: name for name in METHODS},
+    "10th": "softtrace, masked runs at every 10th step",
+    "10th, share 0.375": "the same on 37.5 % of the windows",
+}
+
+
+def cost() -> str:
+    """Time and memory of a step with each method's loss, by size of the model."""
+    measured = [each for each in read("cost.json")["measurements"] if each["model"] in MODELS]
+    head = " | ".join(f"{model}: time | memory" for model in MODELS)
+    lines = [
+        f"| loss | neighbours at work | {head} |",
+        "|---" * (2 + 2 * len(MODELS)) + "|",
+    ]
+    for method, title in TITLES.items():
+        for neighbours, shown in ((False, "no"), (True, "yes")):
+            cells = [_cells(measured, model, neighbours, method) for model in MODELS]
+            if any(time for time, _ in cells):
+                found = " | ".join(f"{time} | {memory}" for time, memory in cells)
+                lines.append(f"| {title} | {shown} | {found} |")
+    sizes = "; ".join(
+        dict.fromkeys(
+            f"{each['batch_size']} x {each['block_size']} tokens on {each['hardware']}"
+            + (", bfloat16" if each["precision"].startswith("bfloat16") else "")
+            for each in measured
+            if each["hardware"] == _usual(measured, each["model"])
+        )
+    )
+    script = link(CARD, "comparison/peers.py", "peers.py --cost")
+    lines.append(
+        f"\nInterleaved steps, over plain ones (quartiles): {sizes}; peak memory over plain "
+        f"({script}, {link(CARD, 'results/cost.json')}). A line for each measurement, the earliest "
+        f"first. Medians of the default over all of them: {_ranges(measured)}. On a GPU each was "
+        "timed on a card of its own; neighbours are other work on the machine's others, timings "
+        "of the other sizes left out. Cost does not depend on what a model has learned; "
+        "`pretrain.py --steps 1` makes random ones: 16 and 24 layers of width 768, 24 of width "
+        "1,024."
+    )
+    return "\n".join(lines)
+
+
+def _usual(measured: list[dict[str, Any]], model: str) -> str:
+    """The machine of a model's first measurement; others are named where they come."""
+    first = next(each for each in measured if each["model"] == model)
+    return str(first["hardware"])
+
+
+def _cells(
+    measured: list[dict[str, Any]], model: str, neighbours: bool, method: str
+) -> tuple[str, str]:
+    """Time and memory of a loss, a line for each measurement."""
+    found = []
+    for each in measured:
+        row = each["cost"].get(method)
+        other = (each["model"], each["neighbours"]) != (model, neighbours)
+        if other or row is None or "too_high" in row:
+            continue
+        usual = each["hardware"] == _usual(measured, model)
+        where = "" if usual else f", {each['hardware']}"
+        found.append((quartiles(row["time"]) + where, f"{row['memory']:.2f}"))
+    if method == "plain":
+        found = found[:1]
+    return "<br>".join(time for time, _ in found), "<br>".join(memory for _, memory in found)
+
+
+def _ranges(measured: list[dict[str, Any]]) -> str:
+    """The smallest and the largest median of the default at each size."""
+    found = []
+    for model in MODELS:
+        rows = [each["cost"]["softtrace"] for each in measured if each["model"] == model]
+        medians = [row["time"]["median"] for row in rows]
+        found.append(f"{model} {min(medians):.2f} to {max(medians):.2f} ({len(medians)})")
+    return ", ".join(found)
+
+
+def operations() -> str:
+    """What a step costs where launches are all that counts."""
+    result = read("operations.json")
+    plain, exits, masked = (
+        result["operations"][name]["all"] for name in ("plain", "exits read", "masked runs")
+    )
+    every = DensityOptions().on(torch.device("cuda")).every
+    whole = (exits + (masked - exits) / every) / plain
+    return (
+        f"A plain step of a {result['settings']['pattern']} of {result['settings']['layers']} "
+        f"layers is {plain:,} operations, one whose exits are read {exits:,}, one with masked runs "
+        f"{masked:,}: with masked runs at every {every}th step {whole:.2f} times a plain one's, "
+        "which is what it costs on a GPU where launches are all that counts "
+        f"{sources(CARD, 'speed/operations.py', 'results/operations.json')}."
+    )

@@ -1,0 +1,1 @@
+"""How long things take, and what share of a limit that is."""

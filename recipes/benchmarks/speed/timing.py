@@ -1,0 +1,29 @@
+"""Seconds of a call, and what many of them come to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock time of one call, an accelerator's queue included."""
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and extremes."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
