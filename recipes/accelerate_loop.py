@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 import softtrace
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.load import load_model, load_tokenizer
+from softtrace.model.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 

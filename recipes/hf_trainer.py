@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from softtrace.data import pack, read_documents, split_by_file
 from softtrace.hf import with_density
-from softtrace.load import load_model, load_tokenizer
+from softtrace.model.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,7 +9,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from softtrace.graph import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
+from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
 from tests import oracle
 
 SINGLE = EDGE_KINDS[1:]  # the kinds with one edge a node

@@ -25,7 +25,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from softtrace.graph import Edge
+from softtrace.graph.edges import Edge
 from tests.oracle_blocks import (
     Module,
     blocks,

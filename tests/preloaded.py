@@ -14,9 +14,9 @@ for _name in (
     *(
         f"softtrace.{name}"
         for name in (
-            *("cli", "fit", "hf", "lightning", "decoding", "metrics", "evaluation.evaluate"),
-            *("evaluation.compare", "evaluation.decode_bench", "evaluation.report"),
-            "evaluation.study",
+            *("cli", "cli.fit", "hf", "lightning", "decoding", "metrics", "cli.evaluate"),
+            *("cli.compare", "cli.decode_bench", "report.html_page"),
+            "cli.study",
         )
     ),
 ):

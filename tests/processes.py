@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import softtrace
-from softtrace import loss as loss_module
+from softtrace.loss import density_loss as loss_module
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from softtrace.baselines import baseline_scores, baseline_thresholds
+from softtrace.density.baselines import baseline_scores, baseline_thresholds
 from softtrace.errors import InvalidInputError
-from softtrace.graph import EdgeImportance
-from softtrace.masks import hard_masks
-from softtrace.trace import edge_counts, total_edges
+from softtrace.graph.edges import EdgeImportance
+from softtrace.graph.masks import hard_masks
+from softtrace.graph.trace import edge_counts, total_edges
 from tests import oracle
 from tests.literal import edges_of, every_edge, graph_of, made_up_importance, value_of
 

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtrace.batch import (
-    Batch,
-    check_finite,
-    check_length,
-    check_range,
-    position_ids_of,
-)
 from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
+from softtrace.graph.batch import Batch, check_finite, check_length, check_range, position_ids_of
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.errors import CheckpointError
+from softtrace.lightning import AtomicCheckpointIO
 
 STATE: dict[str, Any] = {"state_dict": {"weight": torch.arange(5000.0)}, "global_step": 3}
 

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace.data import (
-    Document,
-    encode,
-    held_out,
-    pack,
-    read_documents,
-    split_by_file,
-)
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.documents import Document, encode, held_out
 from softtrace.errors import DataError, InvalidInputError
 from tests.corpus import byte_tokenizer, write_tree
 
@@ -93,7 +87,7 @@ def test_undecodable_files_of_a_folder_are_counted_in_one_warning(
     (tmp_path / "latin.py").write_bytes(LATIN)
     (tmp_path / "binary.py").write_bytes(b"a\0b")
     (tmp_path / "broken_link.py").symlink_to(tmp_path / "nowhere.py")
-    with caplog.at_level(logging.WARNING, "softtrace.data"):
+    with caplog.at_level(logging.WARNING, "softtrace.data.documents"):
         assert len(read_documents(tmp_path)) == 4
     (message,) = caplog.messages
     assert "skipped 3 of 7 files" in message
@@ -254,7 +248,7 @@ def test_packing_gives_back_the_texts_with_ends_between() -> None:
 def test_encoding_in_portions_equals_encoding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     whole = encode(documents(30), tokenizer)
-    monkeypatch.setattr("softtrace.data._CHARACTERS_PER_CALL", 25)
+    monkeypatch.setattr("softtrace.data.documents._CHARACTERS_PER_CALL", 25)
     assert torch.equal(encode(documents(30), tokenizer), whole)
 
 

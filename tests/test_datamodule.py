@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from softtrace.datamodule import PackedDataModule
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
+from softtrace.lightning.datamodule import PackedDataModule
 from tests import warm
 from tests.corpus import byte_tokenizer, write_tree
 from tests.processes import script_environment
@@ -392,6 +392,6 @@ def test_blocks_longer_than_the_model_takes_are_warned_of(
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 32
     tokenizer.save_pretrained(corpus.parent / "short")
-    with caplog.at_level(logging.WARNING, "softtrace.datamodule"):
+    with caplog.at_level(logging.WARNING, "softtrace.lightning.datamodule"):
         data_module(corpus, tokenizer=str(corpus.parent / "short")).setup("fit")
     assert "block_size is 64" in caplog.text

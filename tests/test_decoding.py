@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError
-from softtrace.decoding import generate, greedy, recommend_exit, speculate
+from softtrace.decoding import (
+    ProvenExit,
+    check_cache,
+    check_early_exit,
+    generate,
+    greedy,
+    recommend_exit,
+    speculate,
+)
+from softtrace.decoding.exit_checks import EXIT_FIELD, exit_layer_of
 from softtrace.errors import InvalidInputError
-from softtrace.exits import EXIT_FIELD, ProvenExit, check_cache, check_early_exit, exit_layer_of
 from tests.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -162,7 +170,8 @@ def test_a_model_of_any_trainer_can_be_given_a_recommended_exit(
     )
     found = []
     monkeypatch.setattr(
-        "softtrace.decoding.recommended_exit", lambda model, _: found.append(model.training) or 3
+        "softtrace.decoding.speculative.recommended_exit",
+        lambda model, _: found.append(model.training) or 3,
     )
     assert recommend_exit(model, text) == 3
     assert found == [False]  # without dropout
@@ -246,7 +255,7 @@ def test_a_proof_is_not_run_again(
     proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
     wanted = [write(model, ids, exit_layer=2, max_new_tokens=9) for write in (generate, speculate)]
     for proof in ("attach", "check_early_exit", "check_cache"):
-        monkeypatch.delattr(f"softtrace.decoding.{proof}")
+        monkeypatch.delattr(f"softtrace.decoding.speculative.{proof}")
     options: dict[str, Any] = {"exit_layer": 2, "proven_exit": proven_exit}
     assert torch.equal(generate(model, ids, max_new_tokens=9, **options), wanted[0])
     assert torch.equal(speculate(model, ids, max_new_tokens=9, **options).tokens, wanted[1].tokens)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softtrace.distortion import (
+from softtrace.density.distortion import (
     NUCLEUS_SHARES,
     divergence,
     entropy,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softtrace import DensityLoss
-from softtrace.draws import Draw, draw
+from softtrace.loss.draws import Draw, draw
 from tests.tiny import tiny_model, tiny_prompt
 
 ROWS = [0, 2, 3, 5, 7, 8, 11, 12]

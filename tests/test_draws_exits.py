@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtrace.draws import draw_exits
+from softtrace.loss.draws import draw_exits
 
 
 @settings(max_examples=60)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softtrace.easiness import EASINESS, easiness, easy_weights
+from softtrace.density.easiness import EASINESS, easiness, easy_weights
 from softtrace.errors import InvalidInputError
 
 

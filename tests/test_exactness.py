@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import softtrace
-from softtrace.graph import Edge, EdgeImportance
-from softtrace.load import load_model, load_tokenizer
-from softtrace.trace import extract_trace, total_edges
+from softtrace.graph.edges import Edge, EdgeImportance
+from softtrace.graph.trace import extract_trace, total_edges
+from softtrace.model.loading import load_model, load_tokenizer
 from tests import oracle
 from tests.literal import differing_sizes, entry_values, made_up_importance, row_graph
 from tests.tiny import tiny_model, tiny_prompt

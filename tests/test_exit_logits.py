@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.attach import attach
-from softtrace.instrument import Instrument
-from softtrace.masks import hard_masks
+from softtrace.graph.masks import hard_masks
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
 from tests import oracle
 from tests.test_loss import exits
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt

@@ -9,9 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from softtrace import UnsupportedModelError, attach
-from softtrace.decoding import generate, speculate
-from softtrace.exits import check_early_exit, first_layers
+from softtrace import UnsupportedModelError
+from softtrace.decoding import check_early_exit, generate, speculate
+from softtrace.decoding.exit_checks import first_layers
+from softtrace.tracing import attach
 from tests.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

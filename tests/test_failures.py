@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from softtrace.errors import CheckpointError, DataError, SofttraceError
-from softtrace.failures import Told, of_another, raise_everywhere, told
+from softtrace.processes import Told, of_another, raise_everywhere, told
 
 
 class Cut(DataError):

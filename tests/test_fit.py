@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softtrace.cli.fit import FitCLI, fit
+from softtrace.decoding.exit_checks import exit_layer_of
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -21,8 +23,6 @@ from softtrace.errors import (
     OutputExistsError,
     TrainerSetupError,
 )
-from softtrace.exits import exit_layer_of
-from softtrace.fit import FitCLI, fit
 from softtrace.lightning import DensityPenalty
 from tests.corpus import write_model, write_tree
 

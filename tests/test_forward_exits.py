@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softtrace import DensityLoss
-from softtrace.draws import draw_exits
 from softtrace.errors import NonFiniteError
+from softtrace.loss.draws import draw_exits
 from tests.tiny import checkpointed, tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from softtrace.hooks import Hook, on_input, on_output, register
+from softtrace.model.hooks import Hook, on_input, on_output, register
 
 
 class Named(nn.Module):

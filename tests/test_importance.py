@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softtrace
-from softtrace import importance as importances
 from softtrace.errors import InvalidInputError
-from softtrace.graph import EdgeImportance
-from softtrace.importance import LayerNorms, edge_shares, head_value_norms, l1_norm
+from softtrace.graph import importance as importances
+from softtrace.graph.edges import EdgeImportance
+from softtrace.graph.importance import LayerNorms, edge_shares, head_value_norms, l1_norm
 from tests import oracle
 from tests.literal import edges_of, visible_map
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -161,7 +161,7 @@ class Biggest(TorchDispatchMode):
 def test_no_vector_per_edge_is_made(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
     length, width, heads = 48, 64, 8
     model = tiny_model("llama", hidden_size=width, num_attention_heads=heads)
-    softtrace.attach(model)
+    softtrace.tracing.attach(model)
     chunk = 4096
     monkeypatch.setattr(importances, "CHUNK_ELEMENTS", chunk)
     with Biggest() as biggest, torch.set_grad_enabled(gradients):

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import softtrace
-from softtrace.attach import attach
-from softtrace.attention import IMPLEMENTATION
 from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.model.attention_interface import IMPLEMENTATION
+from softtrace.tracing.attach import attach
 from tests.families.zoo import VERIFIED, redraw, tiny
 from tests.state import state
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -141,7 +141,7 @@ def test_code_from_elsewhere_is_taken_apart_or_refused(way: str) -> None:
     else:
         ids, mask = tiny_prompt(6, batch=2), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     model.train()
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     assert instrument.anatomy.route == "interception"
     assert instrument.anatomy.pattern == "sequential pre-norm"
     recording = instrument.record(instrument.batch(ids, mask))
@@ -216,7 +216,7 @@ def test_what_multiplies_the_values_counts() -> None:
         layer.attend.__class__ = Summed
     softtrace.attach(model).detach()
     with pytest.raises(UnsupportedModelError, match=r"a softmax of scores .* no matrix product"):
-        softtrace.attach(model)
+        softtrace.tracing.attach(model)
 
 
 class Masked(TheirAttention):
@@ -313,7 +313,7 @@ def test_logits_that_are_cut_are_refused() -> None:
 
     model.register_forward_hook(cut)
     with pytest.raises(UnsupportedModelError, match=r"the head gives \(2, 6, 67\), the logits are"):
-        softtrace.attach(model)
+        softtrace.tracing.attach(model)
 
 
 @torch.no_grad()
@@ -334,7 +334,7 @@ def test_runs_leave_a_model_as_it_was(case: str) -> None:
     kind, changes = VERIFIED[case]
     model, ids = tiny(kind, **changes).train(), tiny_prompt(5, batch=2)
     before = state(model)
-    handle = softtrace.attach(model)
+    handle = softtrace.tracing.attach(model)
     softtrace.density_curve(model, ids, thresholds=[0.1])
     softtrace.DensityLoss(model)(ids, step=0)
     assert state(model) == before

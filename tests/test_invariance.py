@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import softtrace
-from softtrace.evaluation.early_exit import exit_agreement
+from softtrace.decoding.recommend import exit_agreement
 from tests.tiny import tiny_model, tiny_prompt
 
 IDS = tiny_prompt(12, seed=5, batch=3)
@@ -97,7 +97,7 @@ def model_with_even_norms() -> Any:
 def measured(model: Any) -> dict[str, Tensor]:
     thresholds = (0.4, 0.2, 0.1, 0.05, 0.02)
     curve = softtrace.density_curve(model, IDS, thresholds=thresholds, composition=True)
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     recording = instrument.record(instrument.batch(IDS), keep_hidden=True)
     assert curve.composition is not None
     return {

@@ -142,7 +142,7 @@ def test_every_accumulated_batch_has_draws_of_its_own() -> None:
             return super().__call__(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softtrace.lightning.DensityLoss", Noting)
+        patch.setattr("softtrace.lightning.penalty.DensityLoss", Noting)
         fit(Tuner(), DensityPenalty(), data=batches(5), max_epochs=2, accumulate_grad_batches=2)
     assert drawn == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0)]
 

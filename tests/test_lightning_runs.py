@@ -14,9 +14,10 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
 from softtrace import DensityLoss, DensityOptions
-from softtrace.datamodule import PackedDataModule
 from softtrace.errors import TrainerSetupError
-from softtrace.lightning import STATE_KEY, DensityPenalty
+from softtrace.lightning import DensityPenalty
+from softtrace.lightning.datamodule import PackedDataModule
+from softtrace.lightning.penalty import STATE_KEY
 from tests.corpus import byte_tokenizer, write_tree
 from tests.fitting import Tuner, batches, fit, trainer, weights
 from tests.processes import as_rank

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 import softtrace
 from softtrace.cli import main
 from softtrace.errors import ModelDirectoryError
-from softtrace.load import load_model, load_tokenizer
+from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import write_model
 
 
@@ -87,5 +87,5 @@ def test_code_of_a_models_own_is_not_run_unasked(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     assert instrument.anatomy.pattern == "sequential pre-norm"

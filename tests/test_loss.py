@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 import softtrace
 from softtrace import DensityLoss, DensityOptions, DensityTerm
-from softtrace import loss as loss_module
-from softtrace.attach import attach
-from softtrace.batch import Batch
-from softtrace.distortion import total_variation
-from softtrace.draws import Draw, draw
+from softtrace.density.distortion import total_variation
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.graph import LayerEdges
-from softtrace.instrument import Instrument
-from softtrace.masks import hard_masks
-from softtrace.runs import MaskedRun
+from softtrace.graph.batch import Batch
+from softtrace.graph.edges import LayerEdges
+from softtrace.graph.masks import hard_masks
+from softtrace.loss import density_loss as loss_module
+from softtrace.loss.draws import Draw, draw
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.run import MaskedRun
 from tests import oracle
 from tests.tiny import tiny_model, tiny_prompt
 
@@ -331,7 +331,11 @@ def test_skipped_steps_are_told_of_but_never_in_a_flood(caplog: pytest.LogCaptur
     skips = DensityLoss(model, on_nonfinite="skip", exits=0.0)
     for step in range(9):
         skips(*batch(), step=step)
-    told = [record.getMessage() for record in caplog.records if record.name == "softtrace.loss"]
+    told = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "softtrace.loss.density_loss"
+    ]
     assert [text.split()[1] for text in told] == ["0:", "1:", "3:", "7:"]
     assert all(
         text.endswith(f"so far {n} times.") for text, n in zip(told, (1, 2, 4, 8), strict=True)

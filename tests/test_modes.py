@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from softtrace.modes import all_modules, dropout_off, is_compiled, is_reentrant
+from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant
 from tests.tiny import tiny_model
 
 

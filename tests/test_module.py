@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softtrace.errors import ModelDirectoryError
-from softtrace.module import CausalLM
+from softtrace.lightning.module import CausalLM
 from tests.corpus import write_model
 from tests.fitting import Batches, Calls, batches, trainer
 

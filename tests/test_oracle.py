@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.graph import Edge
-from softtrace.trace import trace_length
+from softtrace.graph.edges import Edge
+from softtrace.graph.trace import trace_length
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 import softtrace
-from softtrace.batch import check_positions, documents_of
 from softtrace.errors import InvalidInputError
-from softtrace.graph import EDGE_KINDS
+from softtrace.graph.batch import check_positions, documents_of
+from softtrace.graph.edges import EDGE_KINDS
 from softtrace.lightning import DensityPenalty
 from tests.families.zoo import VERIFIED, tiny
 from tests.fitting import Batches, Tuner
@@ -155,7 +155,7 @@ def test_positions_that_begin_later_are_the_models_own(family: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     positions = (mask.cumsum(-1) + 4) * mask
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     found = instrument.record(instrument.batch(ids, mask, position_ids=positions))
     torch.testing.assert_close(found.logits[mask.bool()], plain[mask.bool()], atol=2e-5, rtol=1e-4)

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import softtrace
+from softtrace.cli.evaluate import evaluate
+from softtrace.data.text_source import TextSource
 from softtrace.errors import InvalidInputError, UnsupportedModelError
-from softtrace.evaluation.evaluate import evaluate
 from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import hardware
-from softtrace.load import load_model
-from softtrace.offloading import check_device_map, device_map_options
-from softtrace.text_source import TextSource
+from softtrace.model.loading import load_model
+from softtrace.model.offloading import check_device_map, device_map_options
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU
 from tests.tiny import tiny_model, tiny_prompt
@@ -104,7 +104,7 @@ def test_weights_that_nothing_brings_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.\w+ and 2 other mod"):
-        softtrace.attach(model)
+        softtrace.tracing.attach(model)
 
 
 @pytest.mark.parametrize(

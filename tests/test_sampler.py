@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from softtrace.data.loader import BlockLoader, BlockSampler
 from softtrace.errors import InvalidInputError
-from softtrace.sampler import BlockLoader, BlockSampler
 
 BLOCKS = torch.arange(22)[:, None].expand(22, 3).contiguous()  # block i is [i, i, i]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from softtrace.errors import InvalidInputError
-from softtrace.schedule import StrengthSchedule
+from softtrace.loss.schedule import StrengthSchedule
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from softtrace.fit import FitCLI
+from softtrace.cli.fit import FitCLI
 from tests.corpus import write_model, write_tree
 
 pytestmark = pytest.mark.thorough

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from softtrace.signals import EndTogether, let_go
+from softtrace.lightning.sigterm import EndTogether, let_go
 
 
 class Strategy:

@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace import data, reading
-from softtrace.data import (
-    Document,
-    evenly,
-    pack,
-    read_documents,
-    split_by_file,
-    stream_documents,
-    stream_held_out,
-)
+from softtrace.data import documents as documents_module
+from softtrace.data import pack, read_documents, split_by_file, text_files
+from softtrace.data.blocks import stream_evenly
+from softtrace.data.documents import Document, evenly, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.streaming import stream_evenly
 from tests.corpus import byte_tokenizer, write_tree
 
 TOKENIZER = byte_tokenizer()
@@ -42,7 +35,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
     lines = [{"text": f"line {number} " * 20} for number in range(300)]
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    monkeypatch.setattr(data, "_CHARACTERS_PER_CALL", 1000)
+    monkeypatch.setattr(documents_module, "_CHARACTERS_PER_CALL", 1000)
     read, most = 0, 0
 
     def counted() -> Iterator[Document]:
@@ -52,7 +45,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
             yield document
 
     tokens = 0
-    for piece in data.stream_tokens(counted(), TOKENIZER):
+    for piece in documents_module.stream_tokens(counted(), TOKENIZER):
         tokens += len(piece)
         most = max(most, read - tokens)
     assert tokens > 50_000
@@ -89,7 +82,7 @@ def test_a_file_that_is_no_text_in_the_end_gives_nothing_in_the_beginning(tmp_pa
 def test_a_plain_text_file_has_a_largest_size_and_jsonl_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "LARGEST_FILE", 20)
+    monkeypatch.setattr(text_files, "LARGEST_FILE", 20)
     (tmp_path / "a.txt").write_text("x" * 21)
     (tmp_path / "b.txt").write_text("x" * 20)
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n' * 9)

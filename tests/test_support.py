@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityPenalty
-from softtrace.support import LIGHTNING, check_strategy
+from softtrace.lightning.support import LIGHTNING, check_strategy
 from tests.fitting import Batches, Manual, TakesIterator, Tuner, batches, fit, weights
 from tests.support.ways_to_fit import OPTIONS, WAYS, Checkpointed, Closures, Reentrant, Way
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from softtrace.data import read_documents, split_by_file
+from softtrace.data.text_source import TextSource
 from softtrace.errors import DataError
-from softtrace.text_source import TextSource
 from tests.corpus import write_tree
 
 

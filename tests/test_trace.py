@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import softtrace
 from softtrace.errors import InvalidInputError
-from softtrace.graph import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
-from softtrace.masks import hard_masks, soft_masks
-from softtrace.trace import (
+from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
+from softtrace.graph.masks import hard_masks, soft_masks
+from softtrace.graph.trace import (
     Trace,
     closure,
     edge_counts,
@@ -144,7 +144,9 @@ def test_layers_counted_one_by_one_or_together_are_the_same(
     masks = soft_masks(importance, 0.1, 0.5) if soft else hard_masks(importance, 0.1)
     together = edge_counts(masks)
     for layers in (1, 2):
-        monkeypatch.setattr("softtrace.importance.CHUNK_ELEMENTS", layers * PADDED.numel() * 5)
+        monkeypatch.setattr(
+            "softtrace.graph.importance.CHUNK_ELEMENTS", layers * PADDED.numel() * 5
+        )
         assert torch.equal(edge_counts(masks), together)
 
 
@@ -288,7 +290,7 @@ def test_importances_with_gradients_are_fine() -> None:
 def test_any_way_to_ask_for_rounded_products_is_understood(setting: str, exact: bool) -> None:
     # a process of its own: PyTorch cannot take such a setting back
     program = (
-        f"import torch; {setting}; from softtrace.trace import _products_exact as exact; "
+        f"import torch; {setting}; from softtrace.graph.trace import _products_exact as exact; "
         "print(exact(1000, torch.device('cpu')))"
     )
     command = [sys.executable, "-c", program]

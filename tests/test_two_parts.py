@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from softtrace import UnsupportedModelError, attach
-from softtrace.decoding import greedy, speculate
-from softtrace.exits import check_cache, check_early_exit, decoder_layers
-from softtrace.two_parts import TwoParts
+from softtrace import UnsupportedModelError
+from softtrace.decoding import check_cache, check_early_exit, greedy, speculate
+from softtrace.decoding.exit_checks import decoder_layers
+from softtrace.decoding.split_model import TwoParts
+from softtrace.tracing import attach
 from tests.families.zoo import tiny
 from tests.tiny import tiny_model, tiny_prompt
 

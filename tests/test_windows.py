@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from softtrace import DensityLoss
-from softtrace.batch import Batch
-from softtrace.instrument import Instrument
+from softtrace.graph.batch import Batch
+from softtrace.tracing.instrument import Instrument
 from tests.tiny import tiny_model, tiny_prompt
 
 

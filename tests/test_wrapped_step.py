@@ -10,8 +10,8 @@ import torch
 
 from softtrace import DensityLoss
 from softtrace.errors import TrainerSetupError
-from softtrace.inputs import batch_inputs
-from softtrace.wrapped_step import ExpectedGradient, WrappedStep
+from softtrace.lightning.wrapped_step import ExpectedGradient, WrappedStep
+from softtrace.loss.inputs import batch_inputs
 from tests.fitting import Tuner, batches
 
 

@@ -1,7 +1,6 @@
 """softtrace: fine-tune language models so that easy inputs need a sparse, early subgraph."""
 
-from softtrace.attach import attach, edge_importance
-from softtrace.curve import DensityCurve, density_curve
+from softtrace.density.curve import DensityCurve, density_curve
 from softtrace.errors import (
     CheckpointError,
     DataError,
@@ -13,11 +12,12 @@ from softtrace.errors import (
     TrainerSetupError,
     UnsupportedModelError,
 )
-from softtrace.graph import Edge, EdgeImportance, LayerEdges
-from softtrace.instrument import Instrument
-from softtrace.loss import DensityLoss, DensityTerm
-from softtrace.options import DensityOptions
-from softtrace.trace import Trace, extract_trace
+from softtrace.graph.edges import Edge, EdgeImportance, LayerEdges
+from softtrace.graph.trace import Trace, extract_trace
+from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.options import DensityOptions
+from softtrace.tracing.attach import attach, edge_importance
+from softtrace.tracing.instrument import Instrument
 
 __all__ = [
     "CheckpointError",

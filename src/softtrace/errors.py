@@ -12,7 +12,8 @@ class SofttraceError(Exception):
 
 
 class UnsupportedModelError(SofttraceError):
-    """The model's layers are not the sum of the graph's edges (see ``softtrace.attach``)."""
+    """The model's layers are not the sum of the graph's edges (see
+    ``softtrace.tracing.attach``)."""
 
 
 class InvalidInputError(SofttraceError, ValueError):

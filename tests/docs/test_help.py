@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 
-from softtrace.cli import _COMMANDS, _USAGE, main
+from softtrace.cli import main
+from softtrace.cli.main import _COMMANDS, _USAGE
 from tests.docs.pages import parsed
 
 #: what each command has to be given, so that it parses

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from softtrace.distortion import NUCLEUS_SHARES
-from softtrace.evaluation.study_measure import STUDY_SIZES
-from softtrace.evaluation.study_statistics import ANSWERS
-from softtrace.graph import EDGE_KINDS
+from softtrace.density.distortion import NUCLEUS_SHARES
+from softtrace.evaluation.study.answers import ANSWERS
+from softtrace.evaluation.study.readings import STUDY_SIZES
+from softtrace.graph.edges import EDGE_KINDS
 
 AXES: dict[str, list[Any]] = {
     "sizes": list(STUDY_SIZES),

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from softtrace.cli.compare import compare, load_density
 from softtrace.errors import DataError, InvalidInputError, OutputExistsError
-from softtrace.evaluation.compare import compare, load_density
-from softtrace.evaluation.files import prepare_output, write_json
+from softtrace.files import prepare_output, write_json
 from tests.evaluation.densities import synthetic_density, write_run
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from softtrace.cli.decode_bench import decode_bench
+from softtrace.cli.evaluate import evaluate
 from softtrace.data import pack, read_documents
+from softtrace.data.text_source import TextSource
 from softtrace.decoding import greedy
+from softtrace.decoding.replay import Guesses, best_drafting, check_costs
 from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
-from softtrace.evaluation.decode_bench import decode_bench
-from softtrace.evaluation.drafting import Guesses, best_drafting, check_costs
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.load import load_model, load_tokenizer
-from softtrace.text_source import TextSource
+from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU
 from tests.tiny import tiny_model
@@ -162,7 +162,7 @@ def test_refuses_what_it_cannot_do(
             decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
     with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)
-    module = "softtrace.evaluation.decode_bench.load_model"
+    module = "softtrace.cli.decode_bench.load_model"
     monkeypatch.setattr(module, lambda *_, **__: tiny_model("gpt2", vocab_size=300))
     with pytest.raises(UnsupportedModelError, match="would be ignored"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL)

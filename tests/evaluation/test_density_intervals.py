@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from softtrace.evaluation import density_intervals
+from softtrace.evaluation import intervals as intervals_module
 from softtrace.evaluation.bootstrap import Interval, Statistic, intervals
-from softtrace.evaluation.density_intervals import interval, intervals_of
+from softtrace.evaluation.intervals import interval, intervals_of
 from softtrace.evaluation.measure import Measurements, summarise
-from softtrace.evaluation.table import MEASURES
+from softtrace.report.tables import MEASURES
 
 TOKENS, LAYERS = 5, 4
 
@@ -43,8 +43,8 @@ def test_they_are_intervals_of_the_very_numbers(
         seen.update(intervals(statistics, resamples, seed))
         return seen
 
-    monkeypatch.setattr(density_intervals, "intervals", spy)
-    monkeypatch.setattr(density_intervals, "_MOST", most)
+    monkeypatch.setattr(intervals_module, "intervals", spy)
+    monkeypatch.setattr(intervals_module, "_MOST", most)
     found = made_up(blocks)
     bounds = intervals_of(found, blocks)
     summary: Any = summarise(found)

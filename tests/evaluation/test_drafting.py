@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softtrace.attach import attach
 from softtrace.decoding import greedy, speculate
-from softtrace.evaluation.drafting import (
+from softtrace.decoding.recommend import guesses_of
+from softtrace.decoding.replay import (
     CONFIDENCES,
     LONGEST,
     Guesses,
@@ -19,7 +19,7 @@ from softtrace.evaluation.drafting import (
     check_costs,
     replay,
 )
-from softtrace.evaluation.early_exit import guesses_of
+from softtrace.tracing.attach import attach
 from tests.tiny import tiny_model
 
 NEW = 24

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.cli.compare import load_density
+from softtrace.cli.evaluate import evaluate
 from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.text_source import TextSource
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -19,11 +22,8 @@ from softtrace.errors import (
     NonFiniteError,
     OutputExistsError,
 )
-from softtrace.evaluation.compare import load_density
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.table import MEASURES
-from softtrace.load import load_model, load_tokenizer
-from softtrace.text_source import TextSource
+from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.report.tables import MEASURES
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU, changed
 
@@ -144,7 +144,7 @@ def test_an_interrupted_run_leaves_no_density(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softtrace.evaluation.evaluate.measure", fail)
+    monkeypatch.setattr("softtrace.cli.evaluate.measure", fail)
     with pytest.raises(KeyboardInterrupt):
         evaluate(*sources, str(tmp_path / "out"), **OPTIONS)
     assert not (tmp_path / "out").exists()

@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.files import (
-    atomic_path,
-    check_output,
-    finite,
-    prepare_output,
-    write_json,
-)
+from softtrace.files import atomic_path, check_output, finite, prepare_output, write_json
 
 
 def test_writes_whole_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from softtrace.errors import DataError
-from softtrace.evaluation.front_matter import with_metadata
+from softtrace.report.front_matter import with_metadata
 
 METADATA = {"library_name": "transformers", "base_model": "owner/base"}
 REST = "# Mine\n\n---\n\nA rule above.\n"

@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from softtrace.cli import main
+from softtrace.cli.fit import FitCLI, fit
 from softtrace.errors import DataError
-from softtrace.evaluation.model_card import measured, write_density, write_settings
-from softtrace.evaluation.table import MEASURES
-from softtrace.fit import FitCLI, fit
+from softtrace.report.model_card import measured, write_density, write_settings
+from softtrace.report.tables import MEASURES
 from tests.corpus import write_model, write_tree
 from tests.evaluation.densities import synthetic_density, write_run
 from tests.test_fit import arguments
@@ -178,7 +178,7 @@ def test_measured_numbers_lie_inside_their_intervals() -> None:
 def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softtrace.fit._MEASURED", 10)
+    monkeypatch.setattr("softtrace.cli.fit._MEASURED", 10)
     sources = write_model(tmp_path / "base"), write_tree(tmp_path / "text")
     out = fit(arguments(sources, tmp_path / "out"))
     page = (out / "README.md").read_text(encoding="utf-8")
@@ -241,7 +241,7 @@ def test_nothing_of_the_training_is_held_when_the_base_comes(
         held.extend(p.grad for p in cli.model.parameters() if p.grad is not None)
         raise error
 
-    monkeypatch.setattr("softtrace.fit.load_model", load)
+    monkeypatch.setattr("softtrace.cli.fit.load_model", load)
     out = cli.fit()
     assert not held
     assert f"the model card lacks what could not be measured: {reason}" in caplog.text

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from softtrace.cli import evaluate as evaluation
+from softtrace.data.text_source import TextSource
 from softtrace.errors import CheckpointError, OutputExistsError
-from softtrace.evaluation import evaluate as evaluation
 from softtrace.evaluation.measure import Measurements
 from softtrace.evaluation.parts import FOLDER, Part, Parts, plan
-from softtrace.load import load_model
-from softtrace.text_source import TextSource
+from softtrace.model.loading import load_model
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU, changed
 

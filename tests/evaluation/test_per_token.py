@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.data import evenly, pack, read_documents
-from softtrace.evaluation.early_exit import exit_agreement, exit_layers
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.load import load_model, load_tokenizer
-from softtrace.text_source import TextSource
+from softtrace.cli.evaluate import evaluate
+from softtrace.data import pack, read_documents
+from softtrace.data.documents import evenly
+from softtrace.data.text_source import TextSource
+from softtrace.decoding.recommend import exit_agreement, exit_layers
+from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import word_tokenizer, write_model, write_tree
 from tests.evaluation.calls import CPU
 
@@ -46,7 +47,7 @@ def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     places = [(line["sequence"], line["position"]) for line in lines]
     assert places == [(row, at) for row in range(5) for at in range(6, 11)]
     assert len(lines) == density["tokens"]
-    instrument = softtrace.attach(network)
+    instrument = softtrace.tracing.attach(network)
     for row in range(5):
         ids = blocks[row : row + 1]
         curve = softtrace.density_curve(network, ids)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from softtrace.curve import PHASES
+from softtrace.density.curve import PHASES
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation import plots
-from softtrace.evaluation.drawing import lighter, printable, style
-from softtrace.evaluation.files import atomic_path
+from softtrace.files import atomic_path
+from softtrace.report import plots
+from softtrace.report.drawing import lighter, printable, style
 from tests.evaluation.densities import LAYERS, synthetic_density
 
 pytestmark = pytest.mark.thorough

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
+from softtrace.cli.compare import compare, load_density
+from softtrace.cli.evaluate import evaluate
+from softtrace.data.text_source import TextSource
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
-from softtrace.evaluation import report
-from softtrace.evaluation.compare import compare, load_density
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.report import write_report
 from softtrace.evaluation.samples import MOST_TOKENS
-from softtrace.evaluation.table import MEASURES
-from softtrace.text_source import TextSource
+from softtrace.report import html_page
+from softtrace.report.html_page import write_report
+from softtrace.report.tables import MEASURES
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU
 from tests.evaluation.densities import LAYERS, synthetic_density, synthetic_samples, write_run
@@ -120,7 +120,7 @@ def test_a_change_is_better_or_worse_by_its_number(
         other["early_exit"]["agreement"]["easy"][LAYERS // 2 - 1] = value
     else:
         other["entropy_spearman"]["size_at_tv_0.2"] = value
-    first, second = report._row(measure, [("a", synthetic_density()), ("b", other)])["cells"]
+    first, second = html_page._row(measure, [("a", synthetic_density()), ("b", other)])["cells"]
     assert (first["verdict"], second["verdict"]) == ("", verdict)
 
 
@@ -242,7 +242,7 @@ def test_missing_numbers_are_dashes(tmp_path: Path) -> None:
 def test_the_parts_of_the_page_are_in_the_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["softtrace"]
-    parts = [part.name for part in (files("softtrace.evaluation") / "page").iterdir()]
+    parts = [part.name for part in (files("softtrace.report") / "assets").iterdir()]
     assert len(parts) >= 6
     for name in parts:
         path = f"evaluation/page/{name}"
@@ -276,7 +276,7 @@ def test_a_base_on_other_tokens_is_refused_before_anything_is_measured(
     sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(write_run(tmp_path / "base", synthetic_density()))
-    monkeypatch.setattr("softtrace.evaluation.evaluate.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("softtrace.cli.evaluate.load_model", lambda *_, **__: 1 / 0)
     model, text = str(sources[0]), TextSource(str(sources[1]))
     with pytest.raises(InvalidInputError, match=r"data sha256\) differs, .* in this run"):
         evaluate(model, text, str(tmp_path / "out"), base=base, **OPTIONS)

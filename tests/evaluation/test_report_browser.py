@@ -12,11 +12,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from softtrace.evaluation import report
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.report import write_report
-from softtrace.evaluation.table import MEASURES, percent
-from softtrace.text_source import TextSource
+from softtrace.cli.evaluate import evaluate
+from softtrace.data.text_source import TextSource
+from softtrace.report import html_page
+from softtrace.report.html_page import write_report
+from softtrace.report.tables import MEASURES, percent
 from tests.corpus import write_model, write_tree
 from tests.evaluation.browser import Browser, chromium
 from tests.evaluation.calls import CPU
@@ -101,7 +101,7 @@ def test_phases_are_drawn_where_they_are_said_to_be(
 ) -> None:
     """A quarter of the four decades is the first's, then half of them."""
     for change, share in ((1e-3, 0.25), (1e-2, 0.5)):
-        monkeypatch.setattr(report, "PHASES", {"construction": (1e-4, change),
+        monkeypatch.setattr(html_page, "PHASES", {"construction": (1e-4, change),
                                                "refinement": (change, 1.0)})  # fmt: skip
         opened(browser, tmp_path, densities(1))
         widths = browser.run(

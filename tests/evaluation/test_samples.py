@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.decoding.recommend import exit_agreement
 from softtrace.evaluation import samples as module
-from softtrace.evaluation.early_exit import exit_agreement
 from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
 from tests import oracle
 from tests.corpus import END, byte_tokenizer
@@ -71,7 +71,7 @@ def test_measures_are_those_that_evaluate_averages(
     rows = [text["block"] for text in found["texts"]]
     assert rows == torch.linspace(0, len(blocks) - 1, MOST_BLOCKS).long().tolist()
     curve = softtrace.density_curve(model, blocks[rows])
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     agreed = exit_agreement(
         instrument, instrument.record(instrument.batch(blocks[rows]), keep_hidden=True)
     )

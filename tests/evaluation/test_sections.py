@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from softtrace.errors import DataError
-from softtrace.evaluation.sections import with_section
+from softtrace.report.sections import with_section
 
 
 def test_a_section_is_added_once_and_then_replaced() -> None:

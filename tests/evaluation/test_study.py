@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from softtrace.cli import main
+from softtrace.cli.evaluate import evaluate
+from softtrace.cli.study import StudySource, study
 from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.text_source import TextSource
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -20,11 +23,8 @@ from softtrace.errors import (
     OutputExistsError,
     SofttraceError,
 )
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.study import StudySource, study
-from softtrace.evaluation.study_statistics import ANSWERS
-from softtrace.load import load_model, load_tokenizer
-from softtrace.text_source import TextSource
+from softtrace.evaluation.study.answers import ANSWERS
+from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import END, byte_tokenizer, write_model, write_tree
 from tests.evaluation.calls import CPU, changed
 
@@ -75,7 +75,7 @@ def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 def undrawn() -> Iterator[None]:
     """Drawing takes longer than measuring a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softtrace.evaluation.study.write_study_plot", lambda study, folder: None)
+        patch.setattr("softtrace.cli.study.write_study_plot", lambda study, folder: None)
         yield
 
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.distortion import divergence
+from softtrace.density.distortion import divergence
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.study_measure import (
+from softtrace.evaluation.study.readings import (
     STUDY_SIZES,
     Readings,
     read_model,
     window_ends,
     windows_of,
 )
-from softtrace.evaluation.unigram import Unigrams
-from softtrace.masks import hard_masks
+from softtrace.evaluation.study.unigrams import Unigrams
+from softtrace.graph.masks import hard_masks
 from tests.tiny import VOCABULARY, tiny_model, tiny_prompt
 
 BLOCKS = tiny_prompt(16, seed=3, batch=3)
@@ -111,7 +111,7 @@ def test_unigrams_are_compared_with_masked_predictions(readings: Readings) -> No
     model = tiny_model("llama")
     corpus = Unigrams(COUNTS, 1.0)
     with torch.no_grad():
-        instrument = softtrace.attach(model)
+        instrument = softtrace.tracing.attach(model)
         recording = instrument.record(instrument.batch(BLOCKS))
         full = recording.logits[:, 8:15]
         curve = softtrace.density_curve(model, BLOCKS)

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softtrace.evaluation.drawing import style
-from softtrace.evaluation.study_plots import draw_study, write_study_plot
+from softtrace.report.drawing import style
+from softtrace.report.study_plots import draw_study, write_study_plot
 from tests.evaluation.studies import synthetic_study
 from tests.evaluation.test_plots import png_size
 

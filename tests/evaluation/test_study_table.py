@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from softtrace.evaluation.study_measure import STUDY_SIZES
-from softtrace.evaluation.study_table import study_table
+from softtrace.evaluation.study.readings import STUDY_SIZES
+from softtrace.report.study_tables import study_table
 from tests.evaluation.studies import synthetic_study
 
 

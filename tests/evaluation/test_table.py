@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from softtrace.curve import SIZE_BOUND
-from softtrace.evaluation.table import (
+from softtrace.density.curve import SIZE_BOUND
+from softtrace.report.tables import (
     MEASURES,
     comparison_table,
     density_table,

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtrace import data
-from softtrace.data import Document
+from softtrace.data import documents
+from softtrace.data.documents import Document
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation.unigram import Unigrams, count_unigrams, mid_ranks
+from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams, mid_ranks
 from tests.corpus import byte_tokenizer
 from tests.evaluation.test_bootstrap import ranks
 
@@ -66,7 +66,7 @@ def test_counts_bytes_and_ends_of_documents(
         return encode(self, texts, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", counted)
-    monkeypatch.setattr(data, "_CHARACTERS_PER_CALL", characters)
+    monkeypatch.setattr(documents, "_CHARACTERS_PER_CALL", characters)
     corpus = count_unigrams([Document("a", "aab"), Document("b", "a")], tokenizer, 260)
     number = tokenizer.convert_tokens_to_ids
     assert int(corpus.counts[number("a")]) == 3

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import softtrace
-from softtrace.graph import EDGE_KINDS, EdgeImportance, LayerEdges
-from softtrace.instrument import Instrument
+from softtrace.graph.edges import EDGE_KINDS, EdgeImportance, LayerEdges
+from softtrace.tracing.instrument import Instrument
 from tests.families.reference import Layer, Reference, reference
 from tests.families.zoo import VOCABULARY
 
@@ -32,7 +32,7 @@ def inputs_of(instrument: Instrument, ids: Tensor, mask: Tensor) -> dict[str, Te
 
 def literal(case: str, model: PreTrainedModel) -> tuple[Instrument, Reference]:
     """The instrument of a case, and the reference of the padded batch."""
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     return instrument, reference(case, model, inputs_of(instrument, *padded()))
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.anatomy.patterns import LAYOUTS, TRAITS
 from softtrace.cli import main
-from softtrace.families.patterns import LAYOUTS, TRAITS
-from softtrace.load import load_model
+from softtrace.model.loading import load_model
 from tests.corpus import byte_tokenizer, write_tree
 from tests.families.zoo import VERIFIED, tiny
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softtrace.decoding import generate, greedy, speculate
+from softtrace.decoding import check_cache, check_early_exit, generate, greedy, speculate
 from softtrace.errors import UnsupportedModelError
-from softtrace.exits import check_cache, check_early_exit
 from tests.families.zoo import VERIFIED, tiny
 
 pytestmark = pytest.mark.thorough

@@ -12,10 +12,10 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
 import softtrace
-from softtrace.attach import attach
 from softtrace.errors import UnsupportedModelError
-from softtrace.families import independence
-from softtrace.verification import Verification
+from softtrace.tracing import independence
+from softtrace.tracing.attach import attach
+from softtrace.tracing.verification import Verification
 from tests.families.zoo import redraw, tiny
 from tests.test_interception import TheirAttention, TheirConfig, TheirLayer, TheirModel, causal
 
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_ways_around_the_edges_are_found(name: str) -> None:
     build, reason = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=reason):
-        softtrace.attach(build())
+        softtrace.tracing.attach(build())
 
 
 @pytest.mark.parametrize("layer", [TheirLayer, ReadsNodeTwice])

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from softtrace import cli
-from softtrace import fit as fit_module
-from softtrace.evaluation import files
-from softtrace.fit import FitCLI
+from softtrace import cli, files
+from softtrace.cli import fit as fit_module
+from softtrace.cli.fit import FitCLI
 
 STARTED_BY = os.getppid()
 

@@ -43,7 +43,7 @@ _CUT = (
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
-        "functools.wraps dropped", "wrapped_step.py",
+        "functools.wraps dropped", "lightning/wrapped_step.py",
         (
             ("        @functools.wraps(step)\n", ""),
             ('        training_step.__wrapped__ = getattr(step, "__wrapped__", step)\n', ""),
@@ -52,57 +52,57 @@ MUTATIONS: tuple[Mutation, ...] = (
         "test_training_step_may_be_declared_in_every_way_that_lightning_takes",
     ),
     Mutation(
-        "the term detached (Lightning)", "wrapped_step.py",
+        "the term detached (Lightning)", "lightning/wrapped_step.py",
         (("loss = task + term.loss\n", "loss = task + term.loss.detach()\n"),),
         "tests/test_lightning.py::test_equals_the_plain_loop_bit_by_bit",
     ),
     Mutation(
-        "the term detached (Trainer)", "hf.py",
+        "the term detached (Trainer)", "hf/trainer.py",
         (("added = term.loss / (", "added = term.loss.detach() / ("),),
         "tests/test_hf.py::test_equals_the_loop_by_hand",
     ),
     Mutation(
-        "the mask left unregistered", "attention.py",
+        "the mask left unregistered", "model/attention_interface.py",
         (("AttentionMaskInterface.register(IMPLEMENTATION, _visible_mask)\n", ""),),
         "tests/test_interception.py::test_models_of_transformers_interface_are_reached_through_it",
     ),
     Mutation(
-        "scaled by the world size (Lightning)", "wrapped_step.py",
+        "scaled by the world size (Lightning)", "lightning/wrapped_step.py",
         (("loss = task + term.loss\n", "loss = task + term.loss * self._trainer.world_size\n"),),
         _ACROSS,
     ),
     Mutation(
-        "scaled by the world size (Trainer)", "hf.py",
+        "scaled by the world size (Trainer)", "hf/trainer.py",
         (("added = term.loss / (", "added = trainer.args.world_size * term.loss / ("),),
         _HF_ACROSS,
     ),
     Mutation(
-        "not divided by the accumulated batches (Trainer)", "hf.py",
+        "not divided by the accumulated batches (Trainer)", "hf/trainer.py",
         (("(batches if self._is_scaled(num_items_in_batch) else 1)", "1"),),
         "tests/test_hf.py::test_equals_the_loop_by_hand",
     ),
     Mutation(
-        "every process with the draws of the first", "loss.py",
+        "every process with the draws of the first", "loss/density_loss.py",
         (("distributed.get_rank() if distributed", "0 if distributed"),),
         _ACROSS,
     ),
     Mutation(
-        "draws by calls instead of steps", "wrapped_step.py",
+        "draws by calls instead of steps", "lightning/wrapped_step.py",
         (("step=at, micro_step", "micro_step"),),
         _RESUMED,
     ),
     Mutation(
-        "what is logged keeps its graph", "integration.py",
+        "what is logged keeps its graph", "loss/integration.py",
         (("self._added.append(term.loss.detach())", "self._added.append(term.loss)"),),
         "tests/test_lightning.py::test_nothing_of_a_step_outlives_it",
     ),
     Mutation(
-        "the training step is not put back", "wrapped_step.py",
+        "the training step is not put back", "lightning/wrapped_step.py",
         (('vars(self._module).pop("training_step", None)', "pass"),),
         "tests/test_lightning_faults.py::test_nothing_is_left_behind",
     ),
     Mutation(
-        "checkpoints written in place", "checkpoints.py",
+        "checkpoints written in place", "lightning/checkpoint_io.py",
         (
             (
                 'with atomic_path(path) as temporary, temporary.open("wb") as file:',
@@ -112,22 +112,22 @@ MUTATIONS: tuple[Mutation, ...] = (
         _CUT,
     ),
     Mutation(
-        "checksums not looked at", "checkpoints.py",
+        "checksums not looked at", "lightning/checkpoint_io.py",
         (("if (changed := archive.testzip()) is not None:", "if changed := None:"),),
         "tests/test_checkpoints.py",
     ),
     Mutation(
-        "proven under Accelerate's autocast", "attach.py",
+        "proven under Accelerate's autocast", "tracing/attach.py",
         (("exact, own_forward(model), uncompiled", "exact, uncompiled"),),
         "tests/test_hf_places.py::test_mixed_precision_trains",
     ),
     Mutation(
-        "reentrant checkpointing let through", "loss.py",
+        "reentrant checkpointing let through", "loss/density_loss.py",
         (("if model.training and is_reentrant(modules):", "if False:"),),
         "tests/test_support.py::test_refused_modules_say_why",
     ),
     Mutation(
-        "exits wait for the device", "loss.py",
+        "exits wait for the device", "loss/density_loss.py",
         (
             (
                 "watched, batch.counted, drawn_by) if weight else None\n",

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtrace.checkpoints import AtomicCheckpointIO
 from softtrace.errors import CheckpointError
+from softtrace.lightning import AtomicCheckpointIO
 from tests.support.jobs import Jobs, saved
 from tests.support.waiting import wait_until
 

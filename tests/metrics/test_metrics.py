@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 
 import softtrace.metrics
 from softtrace import DensityCurve, InvalidInputError
-from softtrace.graph import EDGE_KINDS
+from softtrace.graph.edges import EDGE_KINDS
 from softtrace.metrics import (
     METRICS,
     ComputationDensity,

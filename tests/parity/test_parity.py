@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace import DensityLoss, DensityOptions
-from softtrace import loss as loss_module
+from softtrace.loss import density_loss as loss_module
 from tests.support.ways_to_step import (
     IN_PARALLEL,
     OPTIONS,

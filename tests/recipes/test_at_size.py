@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from recipes.benchmarks.comparison import at_size
-from softtrace.evaluation.files import write_json
+from softtrace.files import write_json
 
 RACING = ("plain=plain,0", "fifth=drafting after 0.21, exits 2,0.15")
 MODELS = ("plain-0", "drafting-after-0.21,-exits-2-0.15")

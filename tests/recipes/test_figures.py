@@ -13,7 +13,7 @@ import torch
 from recipes.benchmarks.pages import write_pages
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
-from softtrace.support import LIGHTNING
+from softtrace.lightning.support import LIGHTNING
 from tests.families.zoo import REFUSED, VERIFIED
 from tests.faults.mutations import MUTATIONS
 

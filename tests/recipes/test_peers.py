@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from recipes.benchmarks.comparison import exit_variants, paired_runs, peers, step_cost
 from recipes.benchmarks.comparison import peer_losses as losses
-from softtrace.evaluation.files import write_json
-from softtrace.load import load_model, load_tokenizer
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import write_model, write_tree
 from tests.support.waiting import no_collector
 from tests.tiny import tiny_model, tiny_prompt

@@ -16,9 +16,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softtrace.fit import FitCLI
-from softtrace.load import load_model
-from softtrace.lora import LoRA
+from softtrace.cli.fit import FitCLI
+from softtrace.lightning.lora import LoRA
+from softtrace.model.loading import load_model
 from tests import warm
 from tests.fitting import weights
 from tests.support.waiting import PATIENCE, held_port, port_of

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from softtrace.datamodule import PackedDataModule
 from softtrace.lightning import DensityPenalty
+from softtrace.lightning.datamodule import PackedDataModule
 from tests import warm
 from tests.fitting import Batch, Calls, Tuner, trainer, weights
 from tests.processes import script_environment
@@ -66,7 +66,7 @@ def fit_corpus(
 PROCESSES = """
 import sys
 import torch
-from softtrace.lightning import STATE_KEY, DensityPenalty
+from softtrace.lightning.penalty import STATE_KEY; from softtrace.lightning import DensityPenalty
 from tests.fitting import Batches, Calls, Tuner, batches, trainer, weights
 
 strength, output, world, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -27,7 +27,7 @@ import sympy
 import torch
 
 from recipes.benchmarks.comparison.paired_runs import KEPT, folder_of
-from softtrace.evaluation.files import write_json
+from softtrace.files import write_json
 
 PACKAGES, SYMPY = Path(sympy.__file__).parents[1], Path(sympy.__file__).parent
 #: of the model, for pretrain.py

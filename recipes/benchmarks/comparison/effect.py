@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 import softtrace
 from recipes.benchmarks.places import MODEL, RESULTS
-from softtrace.data import evenly, pack, read_documents, split_by_file
-from softtrace.evaluation.files import write_json
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.documents import evenly
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
-from softtrace.load import load_model, load_tokenizer
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

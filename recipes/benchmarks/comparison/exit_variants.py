@@ -14,8 +14,8 @@ from torch import Tensor
 from recipes.benchmarks.comparison.peer_losses import METHODS, Method, MoreExits, Seldom
 from recipes.benchmarks.comparison.variants import MASKED, SHAPES, with_options
 from softtrace import DensityLoss
-from softtrace.distortion import divergence, total_variation
-from softtrace.forward_exits import exit_distance
+from softtrace.density.distortion import divergence, total_variation
+from softtrace.loss.early_exits import exit_distance
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,7 +145,7 @@ class OtherExits(MoreExits):
         return exit_distance(*args)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        with patch("softtrace.loss.exit_distance", self.distances):
+        with patch("softtrace.loss.density_loss.exit_distance", self.distances):
             return super().term(ids, step, task)
 
 
@@ -156,7 +156,7 @@ def judged_by(distance: Distance, weight: float) -> type[Method]:
         options: ClassVar[dict[str, Any]] = {**MoreExits.options, "exits": weight}
 
         def distances(self, *args: Any) -> Tensor:
-            with patch("softtrace.forward_exits.divergence", distance):
+            with patch("softtrace.loss.early_exits.divergence", distance):
                 return exit_distance(*args)
 
     return Judged

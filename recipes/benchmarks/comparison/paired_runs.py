@@ -32,13 +32,12 @@ from recipes.benchmarks.comparison.effect import (
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.comparison.peer_losses import smoothed
 from softtrace import DensityOptions
-from softtrace.data import evenly
-from softtrace.decoding import speculate
-from softtrace.evaluation.files import write_json
+from softtrace.data.documents import evenly
+from softtrace.decoding import check_cache, check_early_exit, speculate
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import hardware
-from softtrace.exits import check_cache, check_early_exit
-from softtrace.load import load_model, load_tokenizer
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
 
 KEPT = "kept.json"  # in the folder of a model: what it was trained with, its training losses
 #: what decides how a model is trained; its data and its start go by their names

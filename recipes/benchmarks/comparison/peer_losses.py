@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softtrace
-from softtrace.distortion import divergence
+from softtrace.density.distortion import divergence
 
 
 class Method:
@@ -154,7 +154,7 @@ class LayerSkip(Method):
 
     def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
         count = len(self.layers)
-        draws = torch.Generator().manual_seed(softtrace.draws.hashed_seed(self.seed, step))
+        draws = torch.Generator().manual_seed(softtrace.loss.draws.hashed_seed(self.seed, step))
 
         def drop(layer: int) -> Any:
             rate = self.p_max * (math.exp(layer * math.log(2) / (count - 1)) - 1)

@@ -45,8 +45,8 @@ from recipes.benchmarks.comparison.paired_runs import DRAFT, NEW, Task, perform_
 from recipes.benchmarks.comparison.peer_losses import METHODS
 from recipes.benchmarks.comparison.step_cost import record_cost
 from recipes.benchmarks.places import MODEL, RESULTS
-from softtrace.evaluation.files import atomic_path, write_json
 from softtrace.evaluation.provenance import provenance
+from softtrace.files import atomic_path, write_json
 
 BUDGET = 1.01
 #: measure, whether lower is better, and what a plot calls it

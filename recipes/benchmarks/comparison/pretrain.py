@@ -39,9 +39,10 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from recipes.benchmarks.comparison.pretrained_card import card
 from recipes.benchmarks.places import MODEL
-from softtrace.data import Document, encode, pack, read_documents, split_by_file
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.documents import Document, encode
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.files import atomic_path, write_json
+from softtrace.files import atomic_path, write_json
 
 END = "<|endoftext|>"
 HELD_OUT_SHARE = 0.05

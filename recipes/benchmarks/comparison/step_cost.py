@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes.benchmarks.comparison.exit_variants import EVERY
-from softtrace.evaluation.decode_bench import quartiles
-from softtrace.evaluation.files import write_json
+from softtrace.cli.decode_bench import quartiles
 from softtrace.evaluation.provenance import provenance
-from softtrace.load import load_model
+from softtrace.files import write_json
+from softtrace.model.loading import load_model
 
 PERIOD = 8  # steps timed together, or as many as one with masked runs comes in
 #: what two measurements have in common where the later one replaces the earlier

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softtrace
-import softtrace.loss
+import softtrace.loss.density_loss
 from recipes.benchmarks.comparison.peer_losses import Method, SoftTrace, smoothed
-from softtrace.distortion import divergence, total_variation
-from softtrace.draws import hashed_seed
-from softtrace.masks import hard_masks
+from softtrace.density.distortion import divergence, total_variation
+from softtrace.graph.masks import hard_masks
+from softtrace.loss.draws import hashed_seed
 
 
 def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator) -> Tensor:
@@ -128,7 +128,7 @@ class AveragedTeacher(Searched):
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         self._follow()
-        instrument = softtrace.attach(self.model)
+        instrument = softtrace.tracing.attach(self.model)
         record = instrument.record
 
         def taught(window: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ class Tilted(Searched):
                 for index, factor in enumerate(factors)
             )
 
-        with patch("softtrace.loss.hard_masks", tilted):
+        with patch("softtrace.loss.density_loss.hard_masks", tilted):
             return super().term(ids, step, task)
 
 
@@ -273,7 +273,7 @@ class Independent(SoftTrace):
         def independent(count: int, generator: torch.Generator) -> Tensor:
             return torch.rand(count, generator=generator)
 
-        with patch("softtrace.draws._stratified", independent):
+        with patch("softtrace.loss.draws._stratified", independent):
             return super().term(ids, step, task)
 
 
@@ -286,11 +286,11 @@ class Even(SoftTrace):
         low, high = self.density.options.thresholds
 
         def evenly(**words: Any) -> Any:
-            drawn = softtrace.draws.draw(**words)
+            drawn = softtrace.loss.draws.draw(**words)
             share = (drawn.thresholds / low).log() / math.log(high / low)
             return replace(drawn, thresholds=low + (high - low) * share)
 
-        with patch("softtrace.loss.draw", evenly):
+        with patch("softtrace.loss.density_loss.draw", evenly):
             return super().term(ids, step, task)
 
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from recipes.benchmarks.places import RESULTS
 from softtrace import DensityLoss
-from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
+from softtrace.files import write_json
 from softtrace.lightning import DensityPenalty
 from tests.corpus import byte_tokenizer, write_tree
 from tests.faults.mutations import MUTATIONS, run_tests

@@ -22,10 +22,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import softtrace
 from recipes.benchmarks.places import RESULTS
+from softtrace.decoding import check_cache, check_early_exit
 from softtrace.errors import UnsupportedModelError
-from softtrace.evaluation.files import atomic_path, write_json
 from softtrace.evaluation.provenance import provenance
-from softtrace.exits import check_cache, check_early_exit
+from softtrace.files import atomic_path, write_json
 from tests.families.matrix import literal_errors, padded
 from tests.families.zoo import REFUSED, VERIFIED, tiny
 
@@ -34,7 +34,7 @@ def verified(case: str) -> dict[str, Any]:
     """Attach and compare; a case of the zoo that fails either raises."""
     kind, changes = VERIFIED[case]
     model = tiny(kind, **changes)
-    instrument = softtrace.attach(model)
+    instrument = softtrace.tracing.attach(model)
     return {
         "case": case,
         "type": kind,
@@ -79,7 +79,7 @@ def refused(case: str) -> dict[str, Any]:
     """The reason why a type is refused."""
     kind, changes, _ = REFUSED[case]
     try:
-        softtrace.attach(tiny(kind, **changes))
+        softtrace.tracing.attach(tiny(kind, **changes))
     except UnsupportedModelError as error:
         return {"case": case, "type": kind, "verdict": "refused", "reason": str(error)}
     raise AssertionError(f"{case} was accepted")

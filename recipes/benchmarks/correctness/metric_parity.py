@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from recipes.benchmarks.places import MODEL, RESULTS
 from recipes.benchmarks.speed.tracing import text_blocks
-from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
-from softtrace.load import load_model
+from softtrace.files import write_json
 from softtrace.metrics import METRICS, readings
+from softtrace.model.loading import load_model
 
 LENGTH, SEQUENCES = 40, 24
 Batch = tuple[Tensor, Tensor]

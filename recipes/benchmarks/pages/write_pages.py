@@ -31,8 +31,8 @@ from recipes.benchmarks.pages.effect import (
 from recipes.benchmarks.pages.sources import CARD, LOG, README, link, read, sources
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
-from softtrace.evaluation.files import atomic_path
-from softtrace.evaluation.sections import with_section
+from softtrace.files import atomic_path
+from softtrace.report.sections import with_section
 
 #: shown first as examples of a pattern
 KNOWN = (
@@ -180,7 +180,8 @@ def exactness() -> str:
         "| | found |",
         "|---|---|",
         f"| strength 0 against none, {len(ways)} ways to fit ([Lightning's]"
-        f"(../src/softtrace/support.py), transformers' Trainer), {ways['32-true']['steps']} steps: "
+        f"(../src/softtrace/lightning/support.py), transformers' Trainer), "
+        f"{ways['32-true']['steps']} steps: "
         f"largest difference of a weight | {silent:g} "
         f"(at strength 0.6 at least {min(way['strength 0.6'] for way in ways.values()):.0e}) |",
     ]

@@ -17,12 +17,12 @@ import matplotlib
 import torch
 
 from recipes.benchmarks.places import QUICKSTART, RESULTS
-from softtrace.evaluation.decode_bench import decode_bench
-from softtrace.evaluation.files import write_json
+from softtrace.cli.decode_bench import decode_bench
+from softtrace.data.text_source import TextSource
 from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import RunOptions
-from softtrace.text_source import TextSource
+from softtrace.files import write_json
 
 
 def main() -> None:

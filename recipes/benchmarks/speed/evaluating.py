@@ -38,16 +38,16 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.places import MODEL, RESULTS
 from recipes.benchmarks.speed.timing import seconds, spread
-from softtrace.baselines import baseline_thresholds
-from softtrace.curve import SIZES, default_thresholds
-from softtrace.evaluation.evaluate import evaluate
-from softtrace.evaluation.files import write_json
+from softtrace.cli.evaluate import evaluate
+from softtrace.data.blocks import stream_evenly
+from softtrace.data.text_source import TextSource
+from softtrace.density.baselines import baseline_thresholds
+from softtrace.density.curve import SIZES, default_thresholds
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
-from softtrace.load import load_model, load_tokenizer
-from softtrace.placement import device_of_module
-from softtrace.streaming import stream_evenly
-from softtrace.text_source import TextSource
+from softtrace.files import write_json
+from softtrace.model.devices import device_of_module
+from softtrace.model.loading import load_model, load_tokenizer
 
 TEXT = Path(matplotlib.__file__).parent  # which the model never saw
 HELD_OUT = 0.1

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import softtrace
 from recipes.benchmarks.places import RESULTS
-from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
+from softtrace.files import write_json
 
 SOURCE = str(Path(softtrace.__file__).parent)
 LAYERS, HEADS, VOCABULARY = 16, 12, 64

@@ -22,15 +22,15 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from recipes.benchmarks.places import QUICKSTART, RESULTS
-from softtrace.data import evenly, pack
-from softtrace.decoding import greedy, speculate
-from softtrace.evaluation.decode_bench import quartiles
-from softtrace.evaluation.files import write_json
+from softtrace.cli.decode_bench import quartiles
+from softtrace.data import pack
+from softtrace.data.documents import evenly
+from softtrace.data.text_source import TextSource
+from softtrace.decoding import check_cache, check_early_exit, greedy, speculate
+from softtrace.decoding.split_model import first_layers, forget
 from softtrace.evaluation.provenance import provenance
-from softtrace.exits import check_cache, check_early_exit
-from softtrace.load import load_model, load_tokenizer
-from softtrace.text_source import TextSource
-from softtrace.two_parts import first_layers, forget
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
 
 NEVER = -1
 

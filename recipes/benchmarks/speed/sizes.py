@@ -22,8 +22,8 @@ import transformers
 
 import softtrace
 from recipes.benchmarks.places import RESULTS
-from softtrace.evaluation.files import write_json
 from softtrace.evaluation.provenance import provenance
+from softtrace.files import write_json
 
 #: name -> (stem of the classes, sizes as the model's card states them)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,8 +84,8 @@ def measured(name: str) -> dict[str, Any]:
     """One model's row."""
     model = build(name)
     ids = torch.randint(50_000, (ROWS, LENGTH), device="cuda")
-    attach_seconds, _ = timed(lambda: softtrace.attach(model))
-    instrument = softtrace.attach(model)
+    attach_seconds, _ = timed(lambda: softtrace.tracing.attach(model))
+    instrument = softtrace.tracing.attach(model)
     runs = {
         "forward": lambda: model(input_ids=ids, use_cache=False),
         "edge_importance": lambda: softtrace.edge_importance(model, ids),

@@ -31,11 +31,11 @@ from tqdm import tqdm
 import softtrace
 from recipes.benchmarks.places import MODEL, RESULTS
 from recipes.benchmarks.speed.timing import seconds, spread
-from softtrace.curve import SIZES, default_thresholds
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.evaluation.files import write_json
+from softtrace.density.curve import SIZES, default_thresholds
 from softtrace.evaluation.provenance import provenance
-from softtrace.load import load_model, load_tokenizer
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
 
 LENGTHS = (256, 512)
 

@@ -1,1 +1,1 @@
-"""Evaluation: measure how much of its graph a model needs, compare runs, draw and tabulate."""
+"""Measure a text: parts, statistics, intervals, and density.json."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrace.evaluation.compare import DENSITY_VERSION
+from softtrace.cli.compare import DENSITY_VERSION
+from softtrace.data.text_source import TextSource
 from softtrace.evaluation.provenance import versions
-from softtrace.load import load_config
-from softtrace.text_source import TextSource
+from softtrace.model.loading import load_config
 
 
 def model_identity(model: str) -> str:

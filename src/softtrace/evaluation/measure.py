@@ -12,16 +12,14 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from softtrace.attach import attach
-from softtrace.baselines import Baseline, baseline_scores, baseline_thresholds
-from softtrace.batch import Batch
-from softtrace.curve import SIZES, DensityCurve, curve_of, default_thresholds
-from softtrace.distortion import NUCLEUS_SHARES
-from softtrace.easiness import loss_score
+from softtrace.decoding.recommend import exit_agreement
+from softtrace.density.baselines import Baseline, baseline_scores, baseline_thresholds
+from softtrace.density.curve import SIZES, DensityCurve, curve_of, default_thresholds
+from softtrace.density.distortion import NUCLEUS_SHARES
+from softtrace.density.easiness import loss_score
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.early_exit import exit_agreement
-from softtrace.graph import EDGE_KINDS
-from softtrace.instrument import Instrument
+from softtrace.graph.batch import Batch
+from softtrace.graph.edges import EDGE_KINDS
 from softtrace.metrics.functional import (
     computation_density,
     density_uncertainty_correlation,
@@ -32,8 +30,10 @@ from softtrace.metrics.functional import (
     quantiles,
     trace_composition,
 )
-from softtrace.placement import device_of_module
-from softtrace.recording import Recording
+from softtrace.model.devices import device_of_module
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def measure(
 
     Raises:
         InvalidInputError: not even one block fits into memory; or a batch that
-            :meth:`softtrace.batch.Batch.of` refuses.
+            :meth:`softtrace.graph.batch.Batch.of` refuses.
     """
     instrument = attach(model)
     device = device_of_module(model)
@@ -215,7 +215,7 @@ def trace_curve(
     Args:
         instrument: of the model.
         recording: of the batch.
-        nucleus, reader, explained: see :func:`softtrace.curve.curve_of`.
+        nucleus, reader, explained: see :func:`softtrace.density.curve.curve_of`.
     """
     return curve_of(
         instrument,

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softtrace.baselines import Baseline
+from softtrace.density.baselines import Baseline
 from softtrace.errors import CheckpointError
-from softtrace.evaluation.files import OVERWRITE, atomic_path, check_output
 from softtrace.evaluation.measure import LISTS, Measurements
+from softtrace.files import OVERWRITE, atomic_path, check_output
 
 FOLDER = "evaluate-parts"
 RESUME = f"--resume true to go on with the parts in it, or {OVERWRITE}"
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def check_parts_output(out: str | Path, overwrite: bool, resume: bool) -> None:
-    """:func:`softtrace.evaluation.files.check_output`, which parts to go on with may be in.
+    """:func:`softtrace.files.check_output`, which parts to go on with may be in.
 
     Raises:
         OutputExistsError: OUT holds other things, or parts and ``resume`` is False.

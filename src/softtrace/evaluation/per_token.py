@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrace.evaluation.early_exit import exit_layers
-from softtrace.evaluation.files import atomic_path
+from softtrace.decoding.recommend import exit_layers
 from softtrace.evaluation.parts import Part, Parts
 from softtrace.evaluation.token_text import TokenText
+from softtrace.files import atomic_path
 
 NAME = "tokens.jsonl"
 
@@ -33,7 +33,7 @@ def write_tokens(
     (what stands there, :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and
     ``next`` (what has to be predicted there), ``entropy`` and ``loss`` in nats,
     ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and ``exit_layer``
-    (:func:`softtrace.evaluation.early_exit.exit_layers`).
+    (:func:`softtrace.decoding.recommend.exit_layers`).
 
     Args:
         folder: to write to.

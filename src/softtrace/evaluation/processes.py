@@ -13,8 +13,8 @@ from accelerate.state import PartialState
 from accelerate.utils.operations import broadcast_object_list
 
 from softtrace.errors import InvalidInputError
-from softtrace.failures import of_another, raise_everywhere, told
-from softtrace.placement import best_device
+from softtrace.model.devices import best_device
+from softtrace.processes import of_another, raise_everywhere, told
 
 T = TypeVar("T")
 

@@ -43,7 +43,7 @@ def hardware(device: torch.device) -> str:
 
 def _command() -> str:
     program = Path(sys.argv[0]).name
-    return shlex.join(["softtrace" if program == "cli.py" else program, *sys.argv[1:]])
+    return shlex.join(["softtrace" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def _version(package: str) -> str | None:

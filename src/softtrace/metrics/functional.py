@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from softtrace.batch import check_range
+from softtrace.graph.batch import check_range
 
 EASY_SHARE = 0.25
 GROUPS = ("all", "easy", "hard")
@@ -159,6 +159,6 @@ def trace_composition(edges: Tensor) -> Tensor:
 
     Returns:
         ``[S, Q, 4]``, adding up to 1 for each size; kinds in the order of
-        :data:`softtrace.graph.EDGE_KINDS`.
+        :data:`softtrace.graph.edges.EDGE_KINDS`.
     """
     return edges / edges.sum((1, 2), keepdim=True).clamp_min(torch.finfo(edges.dtype).tiny)

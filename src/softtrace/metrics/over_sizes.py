@@ -9,17 +9,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from softtrace.curve import DEPTH_QUARTILES, SIZES, DensityCurve
-from softtrace.distortion import NUCLEUS_SHARES
+from softtrace.density.curve import DEPTH_QUARTILES, SIZES, DensityCurve
+from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.errors import InvalidInputError
-from softtrace.graph import EDGE_KINDS
+from softtrace.graph.edges import EDGE_KINDS
 from softtrace.metrics.functional import nucleus_recovery, trace_composition
-from softtrace.metrics.lines import draw_lines
+from softtrace.metrics.plotting import draw_lines
 from softtrace.metrics.readings import counted
 
 
 class _OverSizes(Metric):
-    """Sums what curves hold of every threshold, read at :data:`softtrace.curve.SIZES`.
+    """Sums what curves hold of every threshold, read at :data:`softtrace.density.curve.SIZES`.
 
     Args:
         name: of the state that holds the sums.
@@ -98,7 +98,8 @@ class NucleusRecovery(_OverSizes):
 
     @override
     def compute(self) -> Tensor:
-        """``[26, 8]`` for :data:`softtrace.curve.SIZES` and the p of the paper; NaN if no token."""
+        """``[26, 8]`` for :data:`softtrace.density.curve.SIZES` and the p of the paper; NaN if no
+        token."""
         return nucleus_recovery(self.recovered, self.tokens)
 
     @override

@@ -14,16 +14,16 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
-from softtrace.batch import check_range
-from softtrace.curve import SIZE_BOUND, DensityCurve
+from softtrace.density.curve import SIZE_BOUND, DensityCurve
 from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_range
 from softtrace.metrics.functional import (
     EASY_SHARE,
     computation_density,
     density_uncertainty_correlation,
     early_exit_agreement,
 )
-from softtrace.metrics.lines import draw_lines
+from softtrace.metrics.plotting import draw_lines
 from softtrace.metrics.readings import counted
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.attach import attach
-from softtrace.batch import check_least
-from softtrace.curve import DensityCurve, curve_of, default_thresholds
+from softtrace.decoding.recommend import exit_agreement
+from softtrace.density.curve import DensityCurve, curve_of, default_thresholds
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.early_exit import exit_agreement
+from softtrace.graph.batch import check_least
+from softtrace.tracing.attach import attach
 
 
 @torch.no_grad()

@@ -1,0 +1,133 @@
+"""Norms as linear maps: ``N(v) = scale(v) · linear(v) + bias``, with one scale a token.
+
+Norms of a sub-block's output (OLMo 2, Gemma 2) and the final norm stand between an edge and its
+node. The scale is computed from the full vector and multiplies every part alike; what is linear is
+an elementwise weight, after centring for a LayerNorm. Which of the few known forms a module has is
+found by running it, not by its class. Source: arXiv 2605.27033, section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from softtrace.anatomy.refusals import NOT_MADE_FOR_IT
+from softtrace.errors import UnsupportedModelError
+from softtrace.graph.importance import working_dtype
+from softtrace.model.devices import unhooked, whole
+
+#: what is added to the stored weight before it multiplies; None: the norm has no weight
+OFFSETS: tuple[float | None, ...] = (0.0, 1.0, None)
+
+
+@dataclass(frozen=True)
+class LinearNorm:
+    """A norm that was found to be a scale a token times a fixed linear map.
+
+    Attributes:
+        module: the norm; its weight is read anew at every use.
+        centred: whether the mean over the last dimension is taken off (LayerNorm).
+        weight: name of its weight parameter; None where there is none.
+        offset: added to that weight (1 for Gemma's and Nemotron's norms).
+    """
+
+    module: nn.Module
+    centred: bool
+    weight: str | None
+    offset: float
+
+    def linear(self, part: Tensor) -> Tensor:
+        """The norm without scale and bias, of a part of its input ``[..., d_model]``."""
+        with whole(self.module):
+            weight = None if self.weight is None else getattr(self.module, self.weight)
+        return _linear(part, weight, self.centred, self.offset)
+
+    def scale(self, full: Tensor, normed: Tensor) -> Tensor:
+        """The scale of every token, ``[..., 1]``, from the norm's full input and output."""
+        dtype = working_dtype(full.dtype)
+        direction = self.linear(full.to(dtype))
+        with whole(self.module):
+            bias = getattr(self.module, "bias", None)
+        normed = normed.to(dtype)
+        if isinstance(bias, Tensor):
+            normed = normed - bias.to(dtype)
+        return _fitted_scale(direction, normed)
+
+
+def _linear(part: Tensor, weight: Tensor | None, centred: bool, offset: float) -> Tensor:
+    if centred:
+        part = part - part.mean(-1, keepdim=True)
+    return part if weight is None else part * (weight.to(part.dtype) + offset)
+
+
+def _fitted_scale(direction: Tensor, normed: Tensor) -> Tensor:
+    """Least squares; parts in the range of the norms seen here neither overflow nor vanish."""
+    tiny = torch.finfo(direction.dtype).tiny
+    unit = direction.abs().amax(-1, keepdim=True).detach().clamp_min(tiny)
+    direction = direction / unit
+    along = (normed * direction).sum(-1, keepdim=True)
+    return along / direction.square().sum(-1, keepdim=True).clamp_min(tiny) / unit
+
+
+def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm:
+    """Find the form of a norm by running it on ``sample`` under a random weight.
+
+    A random weight, because many forms agree where the weight is all ones or zeros, as it is in a
+    model that was not trained.
+
+    Args:
+        module: a module of one tensor to another of the same shape.
+        sample: ``[n, d_model]`` inputs.
+        allowed: largest relative mismatch.
+
+    Raises:
+        UnsupportedModelError: no form fits.
+    """
+    width = sample.shape[-1]
+    vectors = {
+        name: parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.shape == (width,)
+    }
+    weights = [name for name in vectors if name != "bias"]
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: (torch.rand(width, generator=generator, device="cpu") + 0.5).to(
+            sample.device, parameter.dtype
+        )
+        for name, parameter in vectors.items()
+    }
+    try:
+        normed = functional_call(
+            unhooked(module), drawn, (sample[None],)
+        )  # some insist on [B, T, d]
+    except NOT_MADE_FOR_IT as error:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not run on single vectors, so it is no norm: {error}"
+        ) from error
+    if not isinstance(normed, Tensor) or normed.shape != (1, *sample.shape):
+        raise UnsupportedModelError(f"{type(module).__name__} is no norm of its input's shape")
+    normed = normed[0]
+    dtype = working_dtype(sample.dtype)
+    full, normed = sample.to(dtype), normed.to(dtype)
+    if "bias" in drawn:
+        normed = normed - drawn["bias"].to(dtype)
+    errors: list[float] = []
+    for centred, offset in itertools.product((False, True), OFFSETS):
+        name = None if offset is None else (weights[0] if len(weights) == 1 else None)
+        if (offset is None) != (name is None) or (offset is None and weights):
+            continue
+        direction = _linear(full, None if name is None else drawn[name], centred, offset or 0.0)
+        rebuilt = _fitted_scale(direction, normed) * direction
+        largest = float(normed.abs().max())
+        errors.append(float((rebuilt - normed).abs().max()) / max(largest, 1e-30))
+        if errors[-1] <= allowed:
+            return LinearNorm(module, centred, name, offset or 0.0)
+    found = f"mismatch {min(errors):.2g}, allowed {allowed:.0e}" if errors else "several weights"
+    raise UnsupportedModelError(
+        f"{type(module).__name__} is not a scale a token times weight · input ({found})"
+    )

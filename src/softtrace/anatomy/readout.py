@@ -1,0 +1,170 @@
+"""From the last node to the logits: final norm, head, and what some families do around the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from softtrace.anatomy.norms import LinearNorm, linear_norm
+from softtrace.anatomy.watch import Call, mismatch
+from softtrace.errors import UnsupportedModelError
+
+
+class LogitMap(NamedTuple):
+    """What a family does to the head's output, by the config field that switches it on."""
+
+    field: str
+    apply: Callable[[Tensor, float], Tensor]
+
+
+#: Cohere multiplies, Granite divides, Gemma 2 caps.
+LOGIT_MAPS: tuple[LogitMap, ...] = (
+    LogitMap("logit_scale", lambda logits, value: logits * value),
+    LogitMap("lm_head_multiplier", lambda logits, value: logits * value),
+    LogitMap("logits_scaling", lambda logits, value: logits / value),
+    LogitMap("final_logit_softcapping", lambda logits, value: value * (logits / value).tanh()),
+    LogitMap("logits_soft_cap", lambda logits, value: value * (logits / value).tanh()),
+)
+
+_PLAIN = LogitMap("", lambda logits, value: logits)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a last node becomes logits.
+
+    Attributes:
+        norm: the final norm.
+        before: multiplies what the norm gives before the head reads it (MiniCPM 3).
+        head: the language-model head.
+        after: what is done to the head's output.
+        value: of the config field that ``after`` names.
+        predicted: V, how many tokens get a logit; the embedding may have other rows.
+    """
+
+    norm: LinearNorm
+    before: float
+    head: nn.Module
+    after: LogitMap
+    value: float
+    predicted: int
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """``[..., d_model]`` as the final norm gives it to ``[..., V]``."""
+        read = normed if self.before == 1 else normed * self.before
+        logits: Tensor = self.head(read)
+        return self.after.apply(logits, self.value)
+
+    def early(self, hidden: Tensor) -> Tensor:
+        """Logits of an exit: a residual stream ``[..., d_model]`` read as if it were the last."""
+        return self.logits(self.norm.module(hidden))
+
+
+def find_readout(
+    model: nn.Module, calls: list[Call], last: Tensor, logits: Tensor, valid: Tensor, allowed: float
+) -> Readout:
+    """Find the final norm and what surrounds the head.
+
+    Args:
+        model: the causal language model.
+        calls: of modules outside the layers, after the last layer.
+        last: ``[B, T, d_model]``, what the last layer gave.
+        logits: ``[B, T, V]``, the model's own.
+        valid: ``[B, T]`` bool.
+        allowed: largest relative mismatch.
+
+    Raises:
+        UnsupportedModelError: no head, no final norm, or logits that are not a known function.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    if not isinstance(head, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; load it with "
+            "AutoModelForCausalLM, not AutoModel"
+        )
+    at_head = [call for call in calls if call.module is head]
+    if len(at_head) != 1 or at_head[0].read is None or at_head[0].gave is None:
+        raise UnsupportedModelError(
+            f"the language-model head ran {len(at_head)} times in one forward; it has to run once"
+        )
+    read, raw = at_head[0].read, at_head[0].gave
+    norms = [
+        call
+        for call in calls
+        if call.reads(last, valid) and call.gave is not None and call.module is not head
+    ]
+    if not norms:
+        raise UnsupportedModelError(
+            "no module outside the layers reads what the last layer gives, so there is no final "
+            "norm to linearise"
+        )
+    for call in norms:
+        for before in (1.0, *_scalars(model)):
+            if call.gave is not None and call.gave.shape == read.shape:
+                error = mismatch(call.gave[valid] * before, read[valid])
+                if error <= allowed:
+                    norm = _final(call.module, last[valid], allowed)
+                    after, value = _map(model, raw, logits, valid, allowed)
+                    return Readout(norm, before, head, after, value, logits.shape[-1])
+    raise UnsupportedModelError(
+        "what the language-model head reads is not the final norm's output (a projection or "
+        "another block stands between)"
+    )
+
+
+def _final(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm:
+    try:
+        return linear_norm(module, sample, allowed)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"the final norm: {error}") from error
+
+
+def _map(
+    model: nn.Module, raw: Tensor, logits: Tensor, valid: Tensor, allowed: float
+) -> tuple[LogitMap, float]:
+    if raw.shape != logits.shape:
+        raise UnsupportedModelError(
+            f"the head gives {tuple(raw.shape)}, the logits are {tuple(logits.shape)}; a part of "
+            "them is cut off or added"
+        )
+    raw, logits = raw[valid], logits[valid]
+    if mismatch(raw, logits) <= allowed:
+        return _PLAIN, 1.0
+    for candidate in LOGIT_MAPS:
+        for owner in (*_configs(model), model):
+            value = getattr(owner, candidate.field, None)
+            if isinstance(value, float | int) and value:
+                found = candidate.apply(raw.float() if raw.itemsize < 4 else raw, float(value))
+                if mismatch(found, logits) <= allowed:
+                    return candidate, float(value)
+    raise UnsupportedModelError(
+        "the logits are not the head's output, nor that scaled or capped as the config says "
+        f"(known fields: {', '.join(each.field for each in LOGIT_MAPS)})"
+    )
+
+
+def _configs(model: nn.Module) -> Iterator[object]:
+    config = getattr(model, "config", None)
+    if config is not None:
+        yield config
+        text = config.get_text_config()
+        if text is not config:
+            yield text
+
+
+def _scalars(model: nn.Module) -> list[float]:
+    """Numbers that a family may multiply with before the head, and their inverses."""
+    found = []
+    for config in _configs(model):
+        width, base = getattr(config, "hidden_size", 0), getattr(config, "dim_model_base", 0)
+        if width and base:
+            found.append(base / width)
+        value = getattr(config, "output_multiplier", None)
+        if isinstance(value, float | int) and value and math.isfinite(value):
+            found += [float(value), 1 / value]
+    return found

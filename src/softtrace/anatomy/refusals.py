@@ -1,0 +1,120 @@
+"""What can be said of a model before anything runs: wrappers to look through, reasons to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.model.devices import execution_devices, unplaced
+
+#: what a forward that wants other inputs raises; other errors pass through
+NOT_MADE_FOR_IT = (
+    *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
+    StopIteration,
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``torch.compile``'s wrapper and PEFT's.
+
+    PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
+
+    Raises:
+        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
+    """
+    model = getattr(model, "_orig_mod", model)
+    settings = getattr(model, "peft_config", None)
+    base = getattr(model, "get_base_model", None)
+    if isinstance(settings, dict) and callable(base):
+        virtual = [name for name, each in settings.items() if each.is_prompt_learning]
+        if virtual:
+            raise UnsupportedModelError(
+                f"PEFT adapter {', '.join(virtual)} adds virtual tokens, which are no tokens of "
+                "the graph; allowed are adapters inside the layers (LoRA, rsLoRA, DoRA, ...)"
+            )
+        inner = base()
+        if isinstance(inner, nn.Module):
+            return inner
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line."""
+    return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """Turn what a forward raises when it is not made for a batch of token ids into a refusal.
+
+    Args:
+        what: the sentence that the error completes.
+    """
+    try:
+        yield
+    except (SofttraceError, torch.OutOfMemoryError):
+        raise
+    except NOT_MADE_FOR_IT as error:
+        if isinstance(error, torch.AcceleratorError) or "DefaultCPUAllocator" in str(error):
+            raise  # the machine's failure, not the model's
+        raise UnsupportedModelError(
+            f"{what}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """The model's forward without the autocast that Accelerate puts around it, for a proof.
+
+    Accelerate replaces ``forward`` where it prepares a model for mixed precision, and keeps the
+    model's own; autocast that is switched off outside is switched on again by the replacement.
+    """
+    own, around = (vars(model).get(name) for name in ("_original_forward", "forward"))
+    if own is None or around is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = around
+
+
+def refuse_early(model: nn.Module) -> None:
+    """Refuse what no run is needed for.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    name = type(model).__name__
+    parameters = list(model.parameters())
+    if not parameters or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{name} is not a transformers causal language model; pass the model that "
+            "AutoModelForCausalLM returns"
+        )
+    lost = unplaced(model)
+    if lost:
+        raise UnsupportedModelError(
+            f"{name}: weights of {lost[0]} and {len(lost) - 1} other modules are on the meta "
+            "device, and Accelerate does not bring them when that module runs by itself; load them "
+            "(from_pretrained without device_map='meta'), or offload every module by itself "
+            "(without preload_module_classes)"
+        )
+    devices = sorted(map(str, execution_devices(model)))
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name}: its layers are computed on {len(devices)} devices ({', '.join(devices)}); "
+            "edges are compared across layers, so one is allowed. Load it with device_map={'': "
+            "device}, or let main memory hold what does not fit: device_map='auto', "
+            "max_memory={device: ..., 'cpu': ...}"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model: its decoder reads a second sequence through "
+            "cross-attention, which the graph of one sequence does not have"
+        )

@@ -1,0 +1,319 @@
+"""One watched run of a model: what every module inside the layers read and gave, and when.
+
+Discovery and the proof read these notes; nothing here knows of patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from softtrace.errors import UnsupportedModelError
+from softtrace.graph.importance import working_dtype
+from softtrace.model.hooks import first_tensor
+
+
+@dataclass(eq=False)  # two calls are never the same one
+class Call:
+    """One call of one module. ``read`` and ``gave`` are its first floating tensors, copied."""
+
+    name: str
+    module: nn.Module
+    begin: int
+    end: int = -1
+    read: Tensor | None = None
+    gave: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        """0 for a child of the layer."""
+        return self.name.count(".")
+
+    def reads(self, expected: Tensor, valid: Tensor) -> bool:
+        """Whether it read ``expected`` ``[B, T, d]``, whatever way it was reshaped."""
+        if self.read is None or self.read.numel() != expected.numel():
+            return False
+        read = self.read.reshape(expected.shape)[valid]
+        return rounding(read, expected[valid]) <= ROUNDINGS
+
+
+@dataclass
+class Attended:
+    """One use of attention: who asked, with what probabilities and values, and when."""
+
+    module: nn.Module
+    probabilities: Tensor
+    value: Tensor
+    visible: Tensor
+    at: int
+
+
+@dataclass
+class LayerSight:
+    """Notes on one layer.
+
+    Attributes:
+        layer: the module.
+        args, kwargs: it was called with.
+        entry: ``[B, T, d_model]``, the node that entered.
+        output: ``[B, T, d_model]``, the node that left.
+        calls: of its modules, by their end.
+        attention: every use of attention inside it.
+    """
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    entry: Tensor
+    output: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+    attention: list[Attended] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """B · T."""
+        return self.entry.shape[0] * self.entry.shape[1]
+
+
+def mismatch(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest difference over the largest expected value (or ``floor``)."""
+    if not expected.numel():
+        return 0.0
+    scale = max(float(expected.abs().max()), floor, 1e-30)
+    return float((found - expected).abs().max()) / scale
+
+
+def typical_mismatch(found: Tensor, expected: Tensor) -> float:
+    """Mismatch of logits ``[N, V]``: of the worst token, in half precision of the median one.
+
+    There rounding sends a token to another expert now and then, and its logits anywhere.
+    """
+    if not expected.numel():
+        return 0.0
+    errors = (found - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-30)
+    return float(errors.median() if expected.dtype.itemsize < 4 else errors.max())
+
+
+#: machine epsilons by which a sum of two or three terms may be off, of the terms' magnitude
+ROUNDINGS = 8
+
+
+def rounding(found: Tensor, expected: Tensor, magnitude: Tensor | None = None) -> float:
+    """Largest difference in machine epsilons of each element's own magnitude.
+
+    A few activations of a trained model are a thousand times larger than all others; a bound
+    relative to the largest would let anything pass elsewhere.
+
+    Args:
+        found, expected: of one shape.
+        magnitude: of what was summed, elementwise; None for that of ``expected``.
+    """
+    if not expected.numel():
+        return 0.0
+    size = expected.abs() if magnitude is None else magnitude
+    return float(((found - expected).abs() / unit(expected, size)).max())
+
+
+def unit(like: Tensor, magnitude: Tensor) -> Tensor:
+    """What one rounding of numbers of this magnitude is, elementwise."""
+    limits = torch.finfo(like.dtype)
+    return (limits.eps * magnitude.to(working_dtype(like.dtype))).clamp_min(limits.tiny)
+
+
+class Watch:
+    """Follows one forward: a stack of running modules, notes a layer, and attention as it comes."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model = model
+        self.layers: list[LayerSight] = []
+        self.outside: list[Call] = []
+        self._stack: list[Call] = []
+        self._current: LayerSight | None = None
+        self._clock = 0
+        self._is_layer = {id(layer) for layer in layers}
+
+    def asking(self) -> nn.Module | None:
+        """The innermost running module with parameters: who a softmax belongs to."""
+        for call in reversed(self._stack):
+            if self._current is not None and any(True for _ in call.module.parameters()):
+                return call.module
+        return None
+
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        """See :class:`softtrace.model.attention_interface.AttentionListener`."""
+        return None
+
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        """See :class:`softtrace.model.attention_interface.AttentionListener`."""
+        if self._current is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} asks for attention outside the stack of layers"
+            )
+        self._current.attention.append(
+            Attended(module, probabilities.clone(), value.clone(), visible, self._tick())
+        )
+        return probabilities
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read = first_tensor(args, kwargs)
+            if id(module) in self._is_layer and self._current is None:
+                if read is None or read.dim() != 3:
+                    raise UnsupportedModelError(
+                        f"layer {len(self.layers)} ({type(module).__name__}) reads no residual "
+                        f"stream of shape [B, T, d_model]: found "
+                        f"{None if read is None else tuple(read.shape)}"
+                    )
+                self._current = LayerSight(module, args, kwargs, read.clone())
+                self.layers.append(self._current)
+            call = Call(name, module, self._tick(), read=None if read is None else read.clone())
+            self._stack.append(call)
+
+        return hook
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call = self._stack.pop()
+        gave = first_tensor(output)
+        call.gave = None if gave is None else gave.clone()
+        call.end = self._tick()
+        if self._current is None:
+            self.outside.append(call)
+        elif module is self._current.layer:
+            self._current.output, self._current = call.gave, None
+        else:
+            self._current.calls.append(call)
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Put hooks on every module of the model; take them back at exit."""
+        handles: list[RemovableHandle] = []
+        prefixes = {id(layer): f"{name}." for name, layer in self.model.named_modules()
+                    if id(layer) in self._is_layer}  # fmt: skip
+        try:
+            for name, module in self.model.named_modules():
+                if module is self.model:
+                    continue
+                inside = [prefix for prefix in prefixes.values() if name.startswith(prefix)]
+                short = name.removeprefix(inside[0]) if inside else name
+                handles.append(
+                    module.register_forward_pre_hook(self._enter(short), with_kwargs=True)
+                )
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """What transformers says is the decoder of a model."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Sequence[nn.Module]]:
+    """The decoder's layers: members of the longest outermost ``ModuleList`` that ran.
+
+    Args:
+        model: a causal language model.
+        run: runs it once.
+
+    Returns:
+        What ``run`` gave, and the layers, first to last.
+
+    Raises:
+        UnsupportedModelError: no decoder, or no list of layers in it.
+    """
+    decoder = decoder_of(model)
+    if decoder is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers causal language model "
+            "(it has no get_decoder()); pass the model that AutoModelForCausalLM returns"
+        )
+    lists = _lists(decoder) or _lists(model)  # ModernBERT's decoder is its head
+    outermost = [
+        module
+        for name, module in lists.items()
+        if not any(name != other and name.startswith(f"{other}.") for other in lists)
+    ]
+    ran: set[int] = set()
+    handles = [
+        member.register_forward_pre_hook(lambda module, args: ran.add(id(module)))
+        for each in outermost
+        for member in each
+    ]
+    try:
+        output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A model of images or sound has other stacks, which token ids do not reach.
+    found = [each for each in outermost if all(id(member) in ran for member in each)] or outermost
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
+        )
+    longest: nn.ModuleList = max(found, key=lambda each: (len(each), _size(each)))
+    return output, tuple(longest)
+
+
+def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def rows_of(values: Tensor | None, sight: LayerSight) -> Tensor | None:
+    """``[B · T, d_model]`` of a tensor that has one vector a token; None for any other."""
+    if values is None or values.numel() != sight.entry.numel():
+        return None
+    if values.shape[-1] != sight.entry.shape[-1]:
+        return None
+    return values.reshape(sight.rows, -1)
+
+
+@dataclass(eq=False)
+class Candidate(Call):
+    """A call that may be a term of what its layer adds up, with what it read and gave as rows.
+
+    Attributes:
+        read_rows: ``[rows, d_model]`` of real tokens; NaN where it read no vector a token.
+        gave_rows: as ``read_rows``, of what it gave.
+    """
+
+    read_rows: Tensor = field(kw_only=True)
+    gave_rows: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, call: Call, sight: LayerSight, kept: Tensor) -> Candidate:
+        """The candidate that a call is.
+
+        Args:
+            call: of a module of the layer.
+            sight: notes on the layer.
+            kept: ``[B · T]`` bool, the rows of real tokens.
+        """
+        like = sight.entry.reshape(sight.rows, -1)[kept]
+
+        def rows(values: Tensor | None) -> Tensor:
+            found = rows_of(values, sight)
+            return torch.full_like(like, torch.nan) if found is None else found[kept].to(like)
+
+        return cls(**vars(call), read_rows=rows(call.read), gave_rows=rows(call.gave))

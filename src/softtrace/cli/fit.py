@@ -1,0 +1,363 @@
+"""``softtrace fit``: Lightning's command line around the module, the data and the penalty."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils.memory import clear_device_cache
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from softtrace.anatomy.discovery import learned_positions
+from softtrace.anatomy.refusals import unwrapped
+from softtrace.data.documents import evenly
+from softtrace.decoding.speculative import recommend_exit
+from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
+from softtrace.files import atomic_path, check_output, sync
+from softtrace.graph.batch import check_least, check_length
+from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
+from softtrace.lightning.datamodule import PackedDataModule
+from softtrace.lightning.lora import merged
+from softtrace.lightning.module import CausalLM
+from softtrace.lightning.penalty import DensityMonitor, DensityPenalty
+from softtrace.lightning.sigterm import EndTogether, let_go
+from softtrace.lightning.step_seed import StepSeed
+from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.report.model_card import measured, write_density, write_settings
+
+logger = logging.getLogger(__name__)
+
+_EXIT_BLOCKS = 32  # enough for a choice between layers
+_MONITOR_BLOCKS = 16
+_MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
+_GRACE = 15.0  # seconds in which other processes may end by themselves
+
+_MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
+# One paragraph: argparse joins the lines of a description.
+_DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
+--model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
+card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
+logs/ with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is
+plain fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with an output folder, the penalty, and a way to go on after an interruption."""
+
+    config_init: Any
+    monitor: DensityMonitor | None = None
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            CausalLM,
+            PackedDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,
+            },
+            parser_kwargs={
+                "prog": "softtrace fit",
+                "usage": "softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]",
+                "description": _DESCRIPTION,
+            },
+            args=None if args is None else list(args),
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; without Lightning's warning that arguments were passed by a program."""
+        # What this command is about comes first in its help, the Trainer's many options last.
+        groups: Any = parser._action_groups
+        groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
+        for action in parser._actions:  # a terminal shows the markup of docstrings as it is
+            action.help = action.help and _MARKUP.sub(r"\1", action.help)
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The penalty's dials and the run's own."""
+        parser.add_lightning_class_args(DensityPenalty, "penalty")
+        parser.add_argument(
+            "--out", type=str, required=True, help="Folder to write to; must be new or empty."
+        )
+        parser.add_argument(
+            "--resume", type=bool, default=False, help="Go on from OUT's last checkpoint."
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=100,
+            help="Optimiser steps between checkpoints; 0 for none.",
+        )
+        parser.add_argument(
+            "--monitor_every",
+            type=int,
+            default=0,
+            help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
+            "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
+            "unless trainer.val_check_interval is given.",
+        )
+        parser.add_argument(
+            "--card_blocks",
+            type=int,
+            default=16,
+            help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
+            "before and after, are measured on; 0 for a card without them.",
+        )
+
+    @property
+    def out(self) -> Path:
+        """Folder of this run."""
+        return Path(self.config["out"])
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the newest checkpoint of this run is, if there is one."""
+        return self.out / "checkpoints" / "last.ckpt"
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what is wrong with options and output folder before a model is loaded."""
+        for name in ("checkpoint_every", "monitor_every", "card_blocks"):
+            check_least(name, self.config[name], 0)
+        DensityPenalty(**self.config["penalty"].as_dict())
+        PackedDataModule(**self.config["data"].as_dict())
+        # The other processes of a distributed run start when the first has written to the folder.
+        if getattr(rank_zero_only, "rank", 0):
+            return
+        if not self.config["resume"]:
+            check_output(self.out, False, "--resume true to go on from its last checkpoint")
+        elif not self.out.is_dir():
+            raise InvalidInputError(
+                f"resume: found no folder {self.out} to go on from; leave --resume out to start"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that logs and saves to OUT, unless the options say otherwise."""
+        options = self.config_init["trainer"]
+        if options.get("logger") in (None, True):
+            kwargs["logger"] = CSVLogger(self.out, name="logs")
+        if options.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.out)
+        if options.get("max_epochs") is None and options.get("max_steps", -1) == -1:
+            kwargs["max_epochs"] = -1 if options.get("max_time") else 1
+        callbacks = _as_list(options.get("callbacks"))
+        # By now True has become the number that was chosen; False asks for no seeding at all.
+        if (seed := self.config["seed_everything"]) is not False:
+            callbacks.append(StepSeed(seed))
+        callbacks.append(EndTogether())
+        if every := self.config["monitor_every"]:
+            self.monitor = DensityMonitor(every=every)
+            callbacks.append(self.monitor)
+            if options.get("val_check_interval") is None:
+                # counted in batches, across epochs
+                kwargs["val_check_interval"] = every * options.get("accumulate_grad_batches", 1)
+                kwargs["check_val_every_n_epoch"] = None
+        every = self.config["checkpoint_every"]
+        wanted = every and options.get("enable_checkpointing") is not False
+        if wanted and not options.get("fast_dev_run"):
+            checkpoint = ModelCheckpoint(
+                self.last_checkpoint.parent,
+                filename="last",
+                every_n_train_steps=every,
+                enable_version_counter=False,
+            )
+            callbacks.append(checkpoint)
+        else:
+            kwargs["enable_checkpointing"] = False
+        kwargs["callbacks"] = callbacks
+        plugins = _as_list(options.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self) -> Path:
+        """Train, save model and tokenizer to OUT, and return OUT."""
+        positions = learned_positions(unwrapped(self.model.model))
+        check_length(self.datamodule.block_size, positions, "data.block_size")
+        if self.datamodule.tokenizer is None:
+            self.datamodule.tokenizer = self.model.path
+        # Text that cannot be read shows before anything is written to the folder.
+        self.datamodule.setup("fit")
+        if self.monitor is not None:
+            held_out = self.datamodule.held_out_blocks
+            if held_out is None:
+                raise InvalidInputError(
+                    "monitor_every: found no held-out blocks to measure (data.held_out_share is "
+                    "0); hold some out, or leave monitor_every out"
+                )
+            self.monitor.blocks = evenly(held_out, _MONITOR_BLOCKS)[:, :_MEASURED]
+        checkpoint = None
+        if self.config["resume"]:
+            self._sweep()
+            if self.last_checkpoint.is_file():
+                checkpoint = str(self.last_checkpoint)
+            else:
+                logger.warning("%s holds no checkpoint yet; starting anew", self.out)
+        if self.trainer.is_global_zero:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.out / "fit.yaml") as temporary:
+                self.parser.save(self.config, temporary, overwrite=True)
+        self._train(checkpoint)
+        if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
+            self._save()
+        return self.out
+
+    def _sweep(self) -> None:
+        """Remove what processes left behind that were killed while they wrote."""
+        if not self.trainer.is_global_zero:
+            return
+        for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
+            half.unlink(missing_ok=True)
+        for half in self.out.glob(".model-*"):
+            shutil.rmtree(half, ignore_errors=True)
+
+    def _train(self, checkpoint: str | None) -> None:
+        """Fit; a run that was stopped from outside ends as its signal says, not as a success."""
+        try:
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except SIGTERMException:  # a SystemExit of Lightning's, with status 0
+            logger.warning("terminated; --resume true goes on from the last checkpoint")
+            raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of one
+                raise KeyboardInterrupt from None
+            raise
+        except BaseException:
+            self._end_others()
+            raise
+
+    def _end_others(self) -> None:
+        """Processes that this one started wait for it in a collective: not for ever."""
+        deadline = time.monotonic() + _GRACE  # most end by themselves, and say why
+        for process in let_go(self.trainer):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
+
+    def _save(self) -> None:
+        """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
+
+        Adapters are added into the weights, so that what OUT holds is a model like any other.
+
+        Raises:
+            CheckpointError: they could not be written, as on a full disk.
+        """
+        fresh = self.out / f".model-{os.getpid()}"
+        model = merged(self.model.model)
+        self._recommend_exit(model)
+        try:
+            model.save_pretrained(fresh)
+            load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
+            readable = (
+                (fresh / "config.json").stat().st_mode
+            )  # safetensors writes for the owner only
+            for file in sorted(fresh.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                file.chmod(readable)
+                sync(file)
+                os.replace(file, self.out / file.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.out}: the model could not be written ({type(error).__name__}: {error}). "
+                "Make room; --resume true goes on from the last checkpoint"
+            ) from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self._write_card(model)
+
+    def _write_card(self, model: PreTrainedModel) -> None:
+        """Say in README.md how the model was made, and how dense it was and is."""
+        try:
+            options = yaml.safe_load((self.out / "fit.yaml").read_text(encoding="utf-8"))
+            write_settings(self.out, options)
+            held_out, wanted = self.datamodule.held_out_blocks, self.config["card_blocks"]
+            if held_out is None or not wanted:
+                return
+            blocks = evenly(held_out, wanted)[:, :_MEASURED]
+            split = f"held out, share {self.datamodule.held_out_share:g}"
+            device = self.trainer.strategy.root_device
+            self._forget_training()
+            own = measured(model.to(device), blocks, split)  # type: ignore[arg-type]
+            model.to("cpu")  # type: ignore[arg-type]
+            clear_device_cache()
+            base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
+            base.to(device)  # type: ignore[arg-type]
+            write_density(self.out, own, measured(base, blocks, split))
+        # The weights are safe already. A MemoryError says nothing but its name.
+        except (SofttraceError, RuntimeError, OSError, ValueError, MemoryError) as reason:
+            kind = type(reason).__name__
+            logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
+
+    def _forget_training(self) -> None:
+        """Let go of gradients, which move with a model, and of optimisers' states: two more models.
+
+        Lightning has moved the states to main memory by now, where the base comes too.
+        """
+        strategy = self.trainer.strategy
+        strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        self.model.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+
+    def _recommend_exit(self, model: PreTrainedModel) -> None:
+        """Write into the model's config which early exit should decode it fastest."""
+        held_out = self.datamodule.held_out_blocks
+        blocks = self.datamodule.train_blocks if held_out is None else held_out
+        if blocks is None:
+            return
+        try:
+            recommend_exit(model, evenly(blocks, _EXIT_BLOCKS))
+        except (SofttraceError, RuntimeError) as reason:  # out of memory: no reason to lose weights
+            logger.info("no early exit is recommended: %s", reason)
+
+
+def fit(args: Sequence[str] | None = None) -> Path:
+    """Run ``softtrace fit`` with command-line arguments and return the output folder.
+
+    Args:
+        args: as on the command line; None takes the process's own.
+
+    Raises:
+        SofttraceError: bad input, named.
+        SystemExit: arguments that do not parse, or ``--help``.
+    """
+    advert = logging.Filter()
+    advert.filter = lambda record: "litlogger" not in record.getMessage()  # type: ignore[method-assign]
+    lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning_logger.addFilter(advert)
+    try:
+        with warnings.catch_warnings():
+            # lightning 2.6.6 asks torch 2.13 for a name that it is about to lose, at every fit
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            # resuming means that there are checkpoints
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
+            return FitCLI(args).fit()
+    finally:
+        lightning_logger.removeFilter(advert)
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks]

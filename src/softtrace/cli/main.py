@@ -1,0 +1,225 @@
+"""The ``softtrace`` command: fit, evaluate, study, compare, decode-bench, card, inspect."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from typing import Any, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+from softtrace.errors import SofttraceError
+
+_USAGE = """usage: softtrace [-h] [--version] COMMAND ...
+
+Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
+
+  fit           fine-tune a model directory on text, with the density penalty
+  evaluate      measure how much of its graph a model needs: density.json, plots, report.html
+  study         answer the paper's questions of one model, or of two: study.json, a table, plots
+  compare       put several density.json of the same text side by side
+  decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
+  card          put density.json into a model's README.md
+  inspect       show how a model is taken apart, and what was verified
+
+softtrace COMMAND --help shows the options of each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        0, 1 for bad input (named on stderr), 2 for arguments that do not parse, 130 if interrupted.
+
+    Raises:
+        SystemExit: 2 with a command's own arguments, 143 if a fit was terminated (SIGTERM).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"softtrace {version('softtrace')}")
+        return 0
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        allowed = ", ".join(_COMMANDS)
+        print(f"softtrace: found command {words[0]!r}, allowed are {allowed}", file=sys.stderr)
+        return 2
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
+    log = logging.getLogger("softtrace")
+    log.addHandler(handler)
+    try:
+        command(words[1:])
+    except SofttraceError as error:
+        print(f"softtrace {words[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"softtrace {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(handler)
+    return 0
+
+
+# Each command imports what it needs when it runs: `softtrace --help` stays quick.
+def _fit(args: list[str]) -> None:
+    from softtrace.cli.fit import fit
+
+    print(f"\nwritten to {fit(args)}/: the model, fit.yaml and logs")
+
+
+def _evaluate(args: list[str]) -> None:
+    from softtrace.cli.evaluate import evaluate
+
+    description = (
+        "Measure how much of its graph a model needs on a text, and write density.json, plots and "
+        "report.html to OUT."
+    )
+    _call(evaluate, "evaluate", description, args)
+
+
+def _decode_bench(args: list[str]) -> None:
+    from softtrace.cli.decode_bench import decode_bench
+
+    description = (
+        "Measure what a model's early exits are worth in decoding: acceptance and speed of "
+        "self-speculation."
+    )
+    _call(decode_bench, "decode-bench", description, args)
+
+
+def _card(args: list[str]) -> None:
+    from softtrace.report.model_card import card
+
+    description = (
+        "Put what evaluate measured into a section of a model's README.md; the rest of it stays."
+    )
+    _call(card, "card", description, args)
+
+
+def _call(
+    function: Callable[..., Any],
+    name: str,
+    description: str,
+    args: list[str],
+    several: Mapping[str, str] | None = None,
+) -> None:
+    """Run a function whose parameters are the command's options.
+
+    Where a parameter is a dataclass, its fields are the options.
+
+    Args:
+        function: what the command runs.
+        name: of the command.
+        description: what its help begins with.
+        args: its words.
+        several: parameters that take one or more words without an option's name, and their help.
+    """
+    parser = ArgumentParser(prog=f"softtrace {name}", description=description)
+    parser.add_argument("-c", "--config", action="config", help="Read options from a YAML file.")
+    groups: dict[str, Any] = {}
+    kinds, parameters = get_type_hints(function), list(signature(function).parameters)
+    for parameter in parameters:  # one by one: help keeps their order
+        if several and parameter in several:
+            parser.add_argument(parameter, nargs="+", type=str, help=several[parameter])
+        elif is_dataclass(kinds[parameter]):
+            groups[parameter] = kinds[parameter]
+            parser.add_class_arguments(groups[parameter], as_group=False)
+        else:
+            others: set[str | int] = {each for each in parameters if each != parameter}
+            parser.add_function_arguments(function, as_group=False, skip=others)
+    options = parser.parse_args(args).as_dict()
+    options.pop("config", None)
+    for parameter, kind in groups.items():
+        options[parameter] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
+    function(**options)
+
+
+def _study(args: list[str]) -> None:
+    from softtrace.cli.study import study
+
+    description = (
+        "Ask the paper's questions of a model, or of two: two phases, uncertainty, shallow "
+        "statistics, length. The answers go to OUT, with intervals."
+    )
+    models = "One model directory (safetensors) or hub name, or two: before and after training."
+    _call(study, "study", description, args, {"models": models})
+
+
+def _compare(args: list[str]) -> None:
+    from softtrace.cli.compare import compare
+
+    parser = ArgumentParser(
+        prog="softtrace compare",
+        description="Compare runs measured on the same text; the others against the first.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", type=str, help="2 to 8 files density.json, or the folders they are in."
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        help="Folder that results are written to. It must be new or empty.",
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=bool,
+        default=False,
+        help="Write into a folder that holds files, and replace those of the same name.",
+    )
+    options = parser.parse_args(args)
+    print(compare(options.paths, options.out, options.overwrite))
+    print(f"\nwritten to {options.out}/: compare.json, compare.txt, plots and report.html")
+
+
+def _inspect(args: list[str]) -> None:
+    import json
+
+    from softtrace.cli.inspect import inspect, report
+
+    parser = ArgumentParser(
+        prog="softtrace inspect",
+        description="Show how a model is taken apart into the edges of its graph, and prove it.",
+    )
+    parser.add_argument("model", type=str, help="Model directory (safetensors) or hub name.")
+    parser.add_argument(
+        "--length",
+        type=int | None,
+        help="Number of tokens of the sequence whose edges are counted, for its last token; by "
+        "default 128, or as many positions as the model learned.",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=str,
+        default="float32",
+        help="Number format of the weights: float32, bfloat16, float16, or auto for the one that "
+        "they were saved in.",
+    )
+    parser.add_argument(
+        "--json", type=bool, default=False, help="Print JSON instead of a text for people."
+    )
+    options = parser.parse_args(args)
+    found = inspect(options.model, options.length, options.dtype)
+    print(json.dumps(found, indent=2) if options.json else report(found))
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "study": _study,
+    "compare": _compare,
+    "decode-bench": _decode_bench,
+    "card": _card,
+    "inspect": _inspect,
+}

@@ -1,0 +1,290 @@
+"""``softtrace study``: the paper's questions of one model, or of one before and after training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softtrace.cli.evaluate import describe
+from softtrace.data.documents import Document, evenly, pack, read_documents, split_by_file
+from softtrace.data.text_source import TextSource
+from softtrace.density.curve import SIZE_BOUND
+from softtrace.density.distortion import NUCLEUS_SHARES
+from softtrace.errors import DataError, InvalidInputError
+from softtrace.evaluation.bootstrap import (
+    CONFIDENCE,
+    Difference,
+    Interval,
+    Statistic,
+    intervals,
+)
+from softtrace.evaluation.identity import text_identity
+from softtrace.evaluation.processes import device_of
+from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
+from softtrace.evaluation.study.answers import ANSWERS
+from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
+from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
+from softtrace.files import check_output, prepare_output, write_json, write_text
+from softtrace.graph.batch import check_counts, check_least, check_range
+from softtrace.graph.edges import EDGE_KINDS
+from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
+from softtrace.report.study_plots import write_study_plot
+from softtrace.report.study_tables import study_table
+from softtrace.tracing.attach import attach
+
+STUDY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StudySource(TextSource):
+    """A text of which both sides of the split are used.
+
+    Attributes:
+        held_out_share: Share of the files that is held out. Those are measured, and unigrams are
+            counted on the others.
+    """
+
+    held_out_share: float = 0.05
+
+    def sides(self) -> tuple[list[Document], list[Document]]:
+        """Training and held-out documents.
+
+        Raises:
+            DataError: text that cannot be read, or nothing on one of the sides.
+        """
+        documents = read_documents(self.data, self.suffixes, self.exclude)
+        sides = split_by_file(documents, self.held_out_share, self.salt)
+        for side, what in zip(sides, ("the training", "the held-out"), strict=True):
+            if not side:
+                raise DataError(
+                    f"{self.data}: found no file on {what} side at a held_out_share of "
+                    f"{self.held_out_share:g}; held-out text is measured and the unigrams are "
+                    "those of the training side. Give more files, another share or another salt"
+                )
+        return sides
+
+
+def study(
+    models: Sequence[str],
+    source: StudySource,
+    out: str,
+    block_size: int = 128,
+    blocks: int = 64,
+    batch_size: int = 8,
+    lengths: tuple[int, ...] = (16, 32, 64),
+    targets: int = 4,
+    resamples: int = 2000,
+    smoothing: float = 1.0,
+    seed: int = 0,
+    run: RunOptions = DEFAULT_RUN,
+) -> dict[str, Any]:
+    """Answer the paper's questions of one or two models, with intervals; write them to OUT.
+
+    Args:
+        models: One model directory (safetensors) or hub name, or two: before and after training.
+        source: The text, whose held-out side is measured.
+        out: Folder that study.json, study.txt and study.png are written to. It must be new or
+            empty.
+        block_size: Tokens per sequence. The first half of each is context, the second half is
+            explained.
+        blocks: Number of sequences that are measured, evenly spaced over the held-out text.
+        batch_size: Number of sequences that are measured at a time.
+        lengths: Lengths in tokens of the windows in which the same tokens are explained again.
+        targets: Number of tokens of each sequence that windows explain.
+        resamples: Number of resamples of the bootstrap.
+        smoothing: Number that is added to the count of every token of the vocabulary.
+        seed: Seed of the bootstrap.
+        run: How the models are run.
+
+    Raises:
+        ModelDirectoryError, UnsupportedModelError: a model.
+        DataError, InvalidInputError: the text, a number, fewer than 2 sequences, no training side,
+            or two models that do not read the text alike.
+        OutputExistsError: OUT is not empty.
+    """
+    began = time.perf_counter()
+    lengths = _check(models, lengths, source.held_out_share, smoothing)
+    check_counts(4, block_size=block_size)
+    check_counts(2, blocks=blocks)
+    check_counts(1, batch_size=batch_size, targets=targets, resamples=resamples)
+    first = block_size // 2
+    ends = window_ends(block_size, first, lengths[-1], targets)
+    where = device_of(run.device)
+    check_output(out, run.overwrite)
+    for model in models:
+        check_model_directory(model)
+    training, held_out = source.sides()
+    tokenizer = load_tokenizer(models[0])
+    chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
+    if len(chosen) < 2:
+        raise DataError(
+            f"{source.data}: found {len(chosen)} block of {block_size} tokens on the held-out "
+            "side, a bootstrap over sequences needs at least 2; give more text, a smaller "
+            "block_size or a larger held_out_share"
+        )
+    for model in models[1:]:
+        _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
+    described: list[dict[str, Any]] = []
+    found: list[Readings] = []
+    unigrams: Unigrams | None = None
+    for label, model in zip(_labels(models), models, strict=True):
+        network = load_model(model, dtype=run.dtype)
+        network.to(where).eval()  # type: ignore[arg-type]
+        described.append({"label": label, **_described(network, model)})
+        vocabulary = described[-1]["vocabulary"]
+        if unigrams is None:
+            unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
+        _check_vocabulary(described)
+        total = len(chosen) * (1 + len(ends) * len(lengths))
+        with tqdm(total=total, desc=f"measuring {label}", unit="sequence") as bar:
+            found.append(
+                read_model(
+                    network,
+                    chosen,
+                    unigrams,
+                    first=first,
+                    ends=ends,
+                    lengths=lengths,
+                    batch_size=batch_size,
+                    progress=bar.update,
+                )
+            )
+        del network  # the next one is loaded into the room that it had
+    assert unigrams is not None
+    result = {
+        "version": STUDY_VERSION,
+        "models": described,
+        "data": text_identity(source, chosen, len(held_out)),
+        "unigrams": {"documents": len(training), **_summary(unigrams)},
+        "settings": {
+            "min_context": first,
+            "total_variation": SIZE_BOUND,
+            "targets": len(ends),
+            "resamples": resamples,
+            "seed": seed,
+            "confidence": CONFIDENCE,
+            "interval": "percentile bootstrap over sequences",
+            "dtype": run.dtype,
+        },
+        "tokens": found[0].whole.size.numel(),
+        "axes": {
+            "sizes": list(STUDY_SIZES),
+            "depth_quartiles": [1, 2, 3, 4],
+            "kinds": list(EDGE_KINDS),
+            "nucleus_p": list(NUCLEUS_SHARES),
+            "lengths": list(lengths),
+            "positions": ends.tolist(),
+            "contexts": [*lengths, "all before"],
+        },
+        "results": _results(found, resamples, seed),
+        **provenance(where),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    folder = prepare_output(out, run.overwrite)
+    table = study_table(result)
+    write_json(folder / "study.json", result)
+    write_text(folder / "study.txt", table)
+    write_study_plot(result, folder)
+    print(table)
+    print(f"\nwritten to {folder}/: study.json, study.txt and study.png")
+    return result
+
+
+def _summary(unigrams: Unigrams) -> dict[str, Any]:
+    return {
+        "tokens": int(unigrams.counts.sum()),
+        "seen": int((unigrams.counts > 0).sum()),
+        "smoothing": f"{unigrams.smoothing:g} added to every count",
+        "entropy_nats": unigrams.entropy,
+        "uniform_kl_nats": unigrams.uniform_divergence,
+    }
+
+
+def _results(found: Sequence[Readings], resamples: int, seed: int) -> dict[str, Any]:
+    """Every answer for every model, and for two the second less the first."""
+    statistics: list[dict[str, Statistic]] = [
+        {answer.key: answer.of(readings) for answer in ANSWERS} for readings in found
+    ]
+    of_models = [intervals(each, resamples, seed) for each in statistics]
+    changes: Mapping[str, Interval] = {}
+    if len(found) == 2:
+        before, after = statistics
+        paired = {key: Difference(after[key], before[key]) for key in before}
+        changes = intervals(paired, resamples, seed)
+    return {
+        answer.key: {
+            "name": answer.name,
+            "unit": answer.unit,
+            "axes": list(answer.axes),
+            "models": [each[answer.key].as_json() for each in of_models],
+            "difference": changes[answer.key].as_json() if changes else None,
+        }
+        for answer in ANSWERS
+    }
+
+
+def _check(
+    models: Sequence[str], lengths: Sequence[int], held_out_share: float, smoothing: float
+) -> tuple[int, ...]:
+    """The lengths, rising, once the numbers are in range."""
+    if not 1 <= len(models) <= 2:
+        raise InvalidInputError(
+            f"models: found {len(models)}, allowed are 1, or 2: before and after training"
+        )
+    check_range("held_out_share", held_out_share, 0.0, 1.0, open_low=True, open_high=True)
+    check_range("smoothing", smoothing, 0.0, float("inf"), open_low=True, open_high=True)
+    for length in lengths:
+        check_least("lengths", length, 2)
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise InvalidInputError(
+            f"lengths: found {list(lengths)}, expected at least one, each of them once"
+        )
+    return tuple(sorted(lengths))
+
+
+def _check_same_tokens(
+    first: str, tokenizer: Any, other: str, held_out: list[Document], size: int, chosen: Tensor
+) -> None:
+    own = load_tokenizer(other)
+    same = own.get_vocab() == tokenizer.get_vocab()
+    if same:
+        same = torch.equal(evenly(pack(held_out, own, size), len(chosen)), chosen)
+        what = "turn the text into other tokens"
+    else:
+        what = f"have other vocabularies ({len(tokenizer)} and {len(own)} tokens)"
+    if not same:
+        raise InvalidInputError(
+            f"models: the tokenizers of {first} and {other} {what}; differences are paired on the "
+            "same tokens, so expected one model before and after training. Study them one by one"
+        )
+
+
+def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
+    first, last = described[0], described[-1]
+    if first["vocabulary"] != last["vocabulary"]:
+        raise InvalidInputError(
+            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
+            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
+            "token"
+        )
+
+
+def _described(network: Any, path: str) -> dict[str, Any]:
+    readout = attach(network).anatomy.readout
+    return {**describe(network, path), "vocabulary": readout.predicted}
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The models' names; where both have one, which was before and which after."""
+    names = [Path(model).resolve().name for model in models]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({when})" for name, when in zip(names, ("before", "after"), strict=True)]

@@ -1,0 +1,335 @@
+"""Text to blocks: read documents, split them by file, tokenize and pack into equal blocks.
+
+Pure functions over :class:`Document`; the Lightning door is ``softtrace.lightning.datamodule``.
+Blocks of one length matter here more than elsewhere: the share of edges that a trace needs depends
+on the length of the sequence, so densities are only comparable between sequences of equal length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softtrace.data.text_files import ALLOWED, texts_of, walk
+from softtrace.errors import DataError, InvalidInputError
+from softtrace.graph.batch import check_least, check_range
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SUFFIXES = (".py",)
+DEFAULT_EXCLUDE = ("site-packages", "dist-packages")
+# Characters handed to the tokenizer at once: enough for its threads, and little enough that the
+# Python lists of ids (some 36 bytes a token) stay small next to the resulting tensor.
+_CHARACTERS_PER_CALL = 4_000_000
+
+
+class Document(NamedTuple):
+    """One text, and the name that decides its side of the split: relative path or ``file:line``."""
+
+    name: str
+    text: str
+
+
+def read_documents(
+    path: str | os.PathLike[str],
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> list[Document]:
+    """Read the documents of a text file, a ``.jsonl`` file or a folder.
+
+    A folder is walked without following links to folders; ``__pycache__`` and hidden files and
+    folders are left out. Files of a folder that are not UTF-8 text are skipped and counted in one
+    logged warning, since a large tree (Python's own library) has a few on purpose; a file named
+    directly must be text. Empty texts are dropped.
+
+    Args:
+        path: file or folder. A file's own suffix only matters when it is ``.jsonl``.
+        suffixes: for a folder, the file suffixes to read, such as ``(".py", ".md", ".txt")``.
+        exclude: for a folder, globs that drop a file or folder when they match its bare name or its
+            path relative to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).
+
+    Returns:
+        Documents sorted by relative POSIX path, then by line. Names are relative to ``path`` and so
+        do not depend on where the tree lies.
+
+    Raises:
+        DataError: nothing there, nothing readable, binary, not UTF-8, or a malformed JSONL line.
+        InvalidInputError: suffixes or globs of the wrong form.
+    """
+    return list(stream_documents(path, suffixes, exclude))
+
+
+def stream_documents(
+    path: str | os.PathLike[str],
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> Iterator[Document]:
+    """:func:`read_documents` one at a time: memory holds one file, or one line of a JSONL file.
+
+    What is wrong is raised where reading meets it; JSONL files are read once before, to be known as
+    text.
+    """
+    _check_patterns(suffixes, exclude)
+    root = Path(path)
+    if root.is_dir():
+        yield from _read_tree(root, suffixes, exclude)
+        return
+    if not root.exists():
+        raise DataError(f"no such file or folder: {root}. Give the path of {ALLOWED}.")
+    found = False
+    for document in texts_of(root.name, root):
+        found = True
+        yield Document(*document)
+    if not found:
+        raise DataError(f"{root} holds no text. Give the path of {ALLOWED} that is not empty.")
+
+
+def _check_patterns(suffixes: Sequence[str], exclude: Sequence[str]) -> None:
+    for name, value in (("suffixes", suffixes), ("exclude", exclude)):
+        if isinstance(value, str):
+            raise InvalidInputError(
+                f"{name} is the string {value!r}, but must be a list of strings: write [{value!r}]."
+            )
+    wrong = [suffix for suffix in suffixes if not suffix.startswith(".")]
+    if wrong or not suffixes:
+        raise InvalidInputError(
+            f"suffixes are {list(suffixes)}; give at least one, each with its dot, such as '.py'."
+        )
+
+
+def _read_tree(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[Document]:
+    found = False
+    skipped: list[str] = []
+    names = sorted(walk(root, suffixes, exclude))
+    for name in names:
+        try:
+            documents = texts_of(name, root / name)
+        except DataError as error:
+            skipped.append(str(error))
+            continue
+        for document in documents:
+            found = True
+            yield Document(*document)
+    if skipped:
+        logger.warning(
+            "skipped %d of %d files under %s that are not readable UTF-8 text; the first: %s",
+            len(skipped), len(names), root, skipped[0],
+        )  # fmt: skip
+    if not found:
+        seen = f"{len(names)} such files, {len(skipped)} of them unreadable, the rest empty"
+        raise DataError(
+            f"the folder {root} gives no text: {seen if names else 'no file'} with a suffix in "
+            f"{list(suffixes)} outside of hidden folders and {list(exclude)}. "
+            "Check the path, or give other suffixes or exclude globs."
+        )
+
+
+def held_out(name: str, share: float, salt: str) -> bool:
+    """Whether the document of this name is held out: its hash, read as a number in [0, 1), < share.
+
+    A function of the name alone: other files never move it, and a larger share only adds files.
+    """
+    digest = hashlib.sha256((salt + name).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split_by_file(
+    documents: Sequence[Document], held_out_share: float, salt: str = ""
+) -> tuple[list[Document], list[Document]]:
+    """Split documents by :func:`held_out` of their names: files of a folder, lines of a JSONL file.
+
+    A single document cannot be split by name. Its tail is held out instead, cut where a paragraph
+    ends (else a line) next to the wanted share; head and tail get ``" (head)"`` and ``" (tail)"``
+    added to the name.
+
+    With few documents one side may come out empty, since making it otherwise would have to look at
+    the other documents; check for it.
+
+    Args:
+        documents: what :func:`read_documents` returned.
+        held_out_share: expected share of documents (of characters, for one document), in [0, 1).
+        salt: another salt gives another split.
+
+    Returns:
+        ``(train, held_out)``, each in the order of ``documents``.
+
+    Raises:
+        InvalidInputError: the share is not in [0, 1).
+        DataError: a single document of a single line, with a share above 0.
+    """
+    check_share(held_out_share)
+    if held_out_share == 0:
+        return list(documents), []
+    if len(documents) == 1:
+        return _split_tail(documents[0], held_out_share)
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in documents:
+        sides[held_out(document.name, held_out_share, salt)].append(document)
+    return sides
+
+
+def check_share(held_out_share: float) -> None:
+    """Raise :class:`InvalidInputError` where the share that is held out is not in [0, 1)."""
+    check_range("held_out_share", held_out_share, 0, 1, open_high=True)
+
+
+def stream_held_out(
+    documents: Iterable[Document], held_out_share: float, salt: str = ""
+) -> Iterator[Document]:
+    """The held-out side of :func:`split_by_file`, one document at a time."""
+    check_share(held_out_share)
+    rest = iter(documents)
+    begin = list(islice(rest, 2))
+    if len(begin) < 2:
+        yield from split_by_file(begin, held_out_share, salt)[1]
+        return
+    for document in chain(begin, rest):
+        if held_out(document.name, held_out_share, salt):
+            yield document
+
+
+def _split_tail(document: Document, share: float) -> tuple[list[Document], list[Document]]:
+    name, text = document
+    wanted = round(len(text) * (1 - share))
+    # A paragraph's end may move the cut by half of the tail at most; a line's end by any distance.
+    for boundary, reach in (("\n\n", (len(text) - wanted) // 2), ("\n", len(text))):
+        before = text.rfind(boundary, 0, wanted)
+        after = text.find(boundary, max(wanted - len(boundary), 0))
+        cuts = [
+            cut
+            for cut in (found + len(boundary) for found in (before, after) if found >= 0)
+            if abs(cut - wanted) <= reach and text[:cut].strip() and text[cut:].strip()
+        ]
+        if cuts:
+            cut = min(cuts, key=lambda cut: abs(cut - wanted))
+            head = Document(f"{name} (head)", text[:cut])
+            return [head], [Document(f"{name} (tail)", text[cut:])]
+    raise DataError(
+        f"{name} is a single document of a single line, so no part of it can be held out. "
+        "Give more documents (a folder or a JSONL file), text with line breaks, or "
+        "held_out_share=0."
+    )
+
+
+def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids of all documents in a row, the end-of-sequence token between each two.
+
+    Special tokens spelled out in a text are encoded as the plain characters they are there, so that
+    only real borders look like borders.
+
+    Returns:
+        ``[tokens]`` int64 on the CPU.
+
+    Raises:
+        DataError: no documents, or the tokenizer has no end-of-sequence token.
+    """
+    return torch.cat(list(stream_tokens(documents, tokenizer)))
+
+
+def stream_tokens(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Tensor]:
+    """:func:`encode` in pieces: memory holds some four million characters, or one document.
+
+    Yields:
+        ``[tokens]`` int64 on the CPU.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError(
+            "the tokenizer has no end-of-sequence token to put between documents. Set one, such as "
+            "tokenizer.eos_token = '<|endoftext|>', and save the tokenizer."
+        )
+    separator = None
+    for texts in _portions(document.text for document in documents):
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # or it warns of every document that is longer than the model's context
+        )
+        for ids in encoded["input_ids"]:
+            if separator is not None:
+                yield separator
+            separator = torch.tensor([end])
+            yield torch.tensor(ids, dtype=torch.int64)
+    if separator is None:
+        raise DataError("there are no documents to encode. Check the path and the held-out share.")
+
+
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    portion: list[str] = []
+    size = 0
+    for text in texts:
+        portion.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_PER_CALL:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def pack(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Tensor:
+    """Encode the documents and cut the row of tokens into full blocks, dropping the remainder.
+
+    Args:
+        documents: at least one.
+        tokenizer: with an end-of-sequence token.
+        block_size: tokens in a block, at least 2 (the first has nothing to be predicted from).
+
+    Returns:
+        ``[N, block_size]`` int64, N >= 1.
+
+    Raises:
+        DataError: not one full block, or what :func:`encode` refuses.
+        InvalidInputError: the block size is below 2.
+    """
+    check_block_size(block_size)
+    tokens = encode(documents, tokenizer)
+    blocks = full_blocks(len(documents), len(tokens), block_size)
+    return tokens[: blocks * block_size].view(blocks, block_size)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise :class:`InvalidInputError` where a block has nothing to be predicted."""
+    check_least("block_size", block_size, 2)
+
+
+def full_blocks(documents: int, tokens: int, block_size: int) -> int:
+    """How many full blocks a row of tokens gives.
+
+    Raises:
+        DataError: not one.
+    """
+    if tokens < block_size:
+        raise DataError(
+            f"{documents} documents give {tokens} tokens, less than one block of "
+            f"{block_size}. Give more text, or a block_size of at most {tokens}."
+        )
+    return tokens // block_size
+
+
+def evenly(blocks: Tensor, count: int) -> Tensor:
+    """``count`` blocks evenly spaced over all, or all if there are fewer."""
+    return blocks if len(blocks) <= count else blocks[even_places(len(blocks), count)]
+
+
+def even_places(total: int, count: int) -> Tensor:
+    """``[count]`` int64, which of ``total`` blocks :func:`evenly` takes; all if there are fewer."""
+    return torch.arange(total) if total <= count else torch.linspace(0, total - 1, count).long()

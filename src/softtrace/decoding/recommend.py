@@ -1,0 +1,133 @@
+"""Early exits: what the model would say if it stopped after a layer.
+
+The residual stream after each layer is read with the model's own final norm and head, as
+self-speculation does (LayerSkip, arXiv 2404.16710).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.decoding.replay import LONGEST, Guesses, best_drafting
+from softtrace.graph.importance import working_dtype
+from softtrace.model.devices import device_of_module
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.recording import Recording
+
+
+@torch.no_grad()
+def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
+    """Whether the exit after each layer has the full model's most likely token.
+
+    Args:
+        instrument: of the model.
+        recording: made with ``keep_hidden=True``.
+
+    Returns:
+        ``[L, B, T]`` bool; the last layer is the full model and always agrees.
+    """
+    wanted = recording.logits.argmax(-1)
+    found = [
+        instrument.anatomy.readout.early(hidden).argmax(-1) == wanted
+        for hidden in _hidden(recording)[1:-1]
+    ]
+    return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+
+
+@torch.no_grad()
+def guesses_of(
+    instrument: Instrument, recording: Recording, explained: slice, written: Tensor, row: int = 0
+) -> Guesses:
+    """What the exit after each layer but the last guesses of one sequence.
+
+    Args:
+        instrument: of the model.
+        recording: made with ``keep_hidden=True``.
+        explained: positions to look at.
+        written: ``[B, T']`` ids, what follows each of them.
+        row: which sequence.
+    """
+    right, sure = [], []
+    for hidden in _hidden(recording)[1:-1]:
+        logits = instrument.anatomy.readout.early(hidden[row, explained])
+        likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)
+        right.append((logits.argmax(-1) == written[row]).tolist())
+        sure.append(likely.tolist())
+    return Guesses(right, sure)
+
+
+def _hidden(recording: Recording) -> Sequence[Tensor]:
+    if recording.hidden is None:
+        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
+    return recording.hidden
+
+
+@torch.no_grad()
+def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> int:
+    """The exit layer that should decode fastest, judged on a text.
+
+    By replay (:mod:`softtrace.decoding.replay`) of the second half of every block as if the
+    model had written it, with a guess that costs its share of the layers and a check that costs the
+    others; ``softtrace decode-bench`` measures both on what the model writes itself.
+
+    Args:
+        model: a causal language model with at least two layers.
+        blocks: ``[N, T]`` ids.
+        batch_size: blocks a forward.
+    """
+    instrument, texts = attach(model), []
+    device, explained = device_of_module(model), slice(blocks.shape[1] // 2, None)
+    for ids in torch.split(blocks, batch_size):
+        batch = instrument.batch(ids.to(device))
+        recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
+        said = recording.logits[:, explained].argmax(-1)
+        texts += [
+            guesses_of(instrument, recording, explained, said, row) for row in range(len(ids))
+        ]
+    layers = len(instrument.anatomy.layers)
+    costs = {layer: layer / layers for layer in range(1, layers)}
+    checks = {layer: (1 - cost,) * LONGEST for layer, cost in costs.items()}
+    return best_drafting(texts, costs, costs, checks).exit_layer
+
+
+GATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Confidences that a gated exit is reported for."""
+
+
+def gated_exits(texts: Sequence[Guesses], confidence: float) -> tuple[float, float]:
+    """Stop at the first layer whose exit is sure enough: mean layers used, share of tokens right.
+
+    Not lossless: a sure exit can be wrong. Source: CALM (arXiv 2207.07061), softmax response.
+
+    Args:
+        texts: what the exits said about each.
+        confidence: the least probability of the exit's most likely token, in [0, 1].
+    """
+    used, right = [], []
+    for text in texts:
+        whole = len(text.sure) + 1
+        for sure, agrees in zip(
+            zip(*text.sure, strict=True), zip(*text.right, strict=True), strict=True
+        ):
+            depth = next((d for d, each in enumerate(sure, 1) if each >= confidence), whole)
+            used.append(depth)
+            right.append(depth == whole or agrees[depth - 1])
+    return statistics.mean(used), statistics.mean(right)
+
+
+def exit_layers(agreed: Tensor) -> Tensor:
+    """The first layer from which on every exit agrees: later ones do not change their mind.
+
+    Args:
+        agreed: ``[L, ...]`` bool, see :func:`exit_agreement`; the last layer always agrees.
+
+    Returns:
+        ``[...]`` int64, 1 to L.
+    """
+    from_here_on = agreed.flip(0).int().cummin(0).values
+    return len(agreed) + 1 - from_here_on.sum(0)

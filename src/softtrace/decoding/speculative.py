@@ -1,0 +1,266 @@
+"""Faster lossless decoding: a model drafts with its first layers and checks with all of them.
+
+Self-speculation (LayerSkip, arXiv 2404.16710): after E layers the residual stream is read with the
+model's own final norm and head. Drafts made so are checked by one run of the other layers over all
+of them, so the output is that of plain greedy decoding, token for token (up to ties that rounding
+decides: a run over several tokens and a run over one add up in different orders).
+
+Two loops: transformers' own ``generate(assistant_early_exit=E)``, whose checks run all layers, and
+:func:`speculate`, which keeps one cache, goes on from what the draft computed, and calls the model
+directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from softtrace.decoding.exit_checks import (
+    EXIT_FIELD,
+    ProvenExit,
+    check_cache,
+    check_early_exit,
+    check_exit_layer,
+    decoder_layers,
+    exit_layer_of,
+    refuse_moving_rotations,
+)
+from softtrace.decoding.recommend import recommended_exit
+from softtrace.decoding.split_model import TwoParts, counter, first_layers
+from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_least, check_range
+from softtrace.model.state import dropout_off, uncompiled
+from softtrace.tracing.attach import attach
+
+_LEAST = 8  # tokens of a row to judge exits by: half of it is replayed
+_USUAL = 20  # new tokens that generate writes if it is not told
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a decoding loop wrote, and what it took.
+
+    Attributes:
+        tokens: ``[N]`` int64, the new tokens.
+        drafted: tokens that were guessed.
+        accepted: of them, how many the whole model agreed to.
+        checks: runs of the layers above the exit after the one over the prompt, of all layers
+            where nothing was drafted.
+    """
+
+    tokens: Tensor
+    drafted: int
+    accepted: int
+    checks: int
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that were accepted; NaN if none was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def accepted_per_draft(self) -> float:
+        """Accepted tokens a draft; the last one of a text is cut to what is left of it."""
+        return self.accepted / self.checks if self.drafted else float("nan")
+
+
+def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
+    """Write into the model's config which early exit should decode it fastest.
+
+    What ``softtrace fit`` does at its end, for models that were trained otherwise;
+    ``save_pretrained`` keeps it, and :func:`speculate` and :func:`generate` take it. Judged by a
+    replay of the second half of every row, with costs in proportion to layers; ``softtrace
+    decode-bench`` measures them, on what the model writes itself.
+
+    Args:
+        model: a causal language model of transformers with at least two layers, in either mode.
+        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 8.
+
+    Returns:
+        The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
+
+    Raises:
+        UnsupportedModelError: its early exits are no exits.
+        InvalidInputError: ids of another shape, or outside the vocabulary.
+    """
+    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < _LEAST:
+        raise InvalidInputError(
+            f"input_ids: found {tuple(input_ids.shape)}, allowed is [N, T] with N at least 1 and "
+            f"T at least {_LEAST}"
+        )
+    with dropout_off(model), uncompiled(model):
+        check_early_exit(model)
+        layer = recommended_exit(model, input_ids)
+    setattr(model.config, EXIT_FIELD, layer)
+    return layer
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    exit_layer: int | None = None,
+    *,
+    proven_exit: ProvenExit | None = None,
+    **options: Any,
+) -> Tensor:
+    """Greedy decoding by transformers' own loop with an early exit that was proven to be one.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: ``[1, T]``; transformers' assisted loop takes one sequence.
+        exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        proven_exit: what :func:`softtrace.decoding.check_early_exit` returned for the model; None
+            proves it anew for every text.
+        options: of ``model.generate``.
+
+    Returns:
+        ``[1, T + N]``, prompt and new tokens.
+
+    Raises:
+        UnsupportedModelError: no exits, or a text over which rotary frequencies change; see
+            :mod:`softtrace.decoding.exit_checks`.
+        InvalidInputError: an exit layer that is none, several sequences, or a ``proven_exit`` of
+            another model.
+    """
+    _, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
+    limit = options.get("max_length", input_ids.shape[1] + _USUAL) - input_ids.shape[1]
+    refuse_moving_rotations(model, input_ids.shape[1], options.get("max_new_tokens") or limit)
+    options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
+    # transformers leaves the model cut off where its draft is interrupted.
+    with first_layers(model, counter(model).num_hidden_layers):
+        found: Tensor = model.generate(input_ids, assistant_early_exit=depth, **options)
+    return found
+
+
+def _exit_of(
+    model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
+) -> tuple[ProvenExit, int]:
+    """What is proven of the model's exits, here unless it was before, and the exit to take."""
+    if input_ids.dim() != 2 or len(input_ids) != 1:
+        raise InvalidInputError(f"input_ids: found {tuple(input_ids.shape)}, allowed is [1, T]")
+    if proven_exit is None:
+        attach(model).batch(input_ids)
+        proven_exit = check_early_exit(model)
+    else:
+        proven_exit.check_model(model)
+        proven_exit.instrument.batch(input_ids)
+    depth = exit_layer_of(model) if exit_layer is None else exit_layer
+    check_exit_layer(depth, proven_exit.layers)
+    return proven_exit, depth
+
+
+Ends = int | Sequence[int] | None
+
+
+def _ends(model: nn.Module, eos_token_id: Ends) -> set[int]:
+    if eos_token_id is None:
+        eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos_token_id is None:
+        return set()
+    return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+
+
+@torch.inference_mode()
+def greedy(
+    model: nn.Module, input_ids: Tensor, max_new_tokens: int, eos_token_id: Ends = None
+) -> Generation:
+    """Plain greedy decoding by the same direct calls as :func:`speculate`: what it is timed by.
+
+    Args:
+        model, input_ids, max_new_tokens, eos_token_id: see :func:`speculate`.
+    """
+    _check_decoding(model, max_new_tokens)
+    cache, ends = DynamicCache(), _ends(model, eos_token_id)
+    tokens = [_next(model, input_ids, cache)]
+    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+        tokens.append(_next(model, input_ids.new_tensor([tokens[-1:]]), cache))
+    return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
+
+
+def _check_decoding(model: nn.Module, max_new_tokens: int) -> None:
+    check_least("max_new_tokens", max_new_tokens, 1)
+    if model.training:
+        raise InvalidInputError("model: found one in train mode; call model.eval() first")
+
+
+def _next(model: nn.Module, input_ids: Tensor, cache: DynamicCache) -> int:
+    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+    return int(logits[0, -1].argmax())
+
+
+@torch.inference_mode()
+def speculate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    exit_layer: int | None = None,
+    max_new_tokens: int = 64,
+    draft_tokens: int = 6,
+    confidence: float = 0.5,
+    eos_token_id: Ends = None,
+    proven_exit: ProvenExit | None = None,
+) -> Generation:
+    """Greedy decoding, drafted by the first layers and checked by the others, over one cache.
+
+    Of a draft whose guesses are all right the last is what the check would have written, so that
+    drafts of one guess are plain decoding; what follows it is the next draft's. While it runs, the
+    model is cut off and put together again: no other thread may use it.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        input_ids: ``[1, T]``, no padding.
+        exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        max_new_tokens: how many to write at most, >= 1.
+        draft_tokens: how many to guess at most before a check, >= 1.
+        confidence: a guess with less probability than this is the last of its draft, in [0, 1].
+        eos_token_id: one or several that end the text; None takes the generation config's.
+        proven_exit: what :func:`softtrace.decoding.check_cache` returned for the model; None proves
+            it anew for every text. What depends on the text is checked all the same.
+
+    Raises:
+        UnsupportedModelError: no exits, no cache that can be cut, or a text over which rotary
+            frequencies change; see :mod:`softtrace.decoding.exit_checks`.
+        InvalidInputError: a number outside its range, several sequences, a model in train mode,
+            or a ``proven_exit`` of another model or without a proof for this exit layer.
+    """
+    _check_decoding(model, max_new_tokens)
+    check_least("draft_tokens", draft_tokens, 1)
+    check_range("confidence", confidence, 0, 1)
+    found, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
+    refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
+    if proven_exit is None:
+        found = check_cache(found, (depth,))
+    found.check_resumable(depth)
+    ends = _ends(model, eos_token_id)
+    drafted = accepted = checks = 0
+    parts = TwoParts(model, decoder_layers(found.instrument), depth)
+    tokens = [int(parts.whole(input_ids)[-1].argmax())]
+    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+        room = min(draft_tokens, max_new_tokens - len(tokens))
+        draft = _draft(parts, input_ids.new_tensor([tokens[-1:]]), room, confidence, ends)
+        best: list[int] = parts.rest().argmax(-1).tolist()
+        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+        written = best[: right + 1]  # the guesses that are right, and what comes for the next
+        parts.forget(len(draft) - len(written))
+        drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
+        tokens += written  # an end can only be the last
+    return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks)
+
+
+def _draft(
+    parts: TwoParts, token: Tensor, room: int, confidence: float, ends: set[int]
+) -> list[int]:
+    """Guess up to ``room`` tokens with the first layers, the first of them after ``token``."""
+    draft: list[int] = []
+    while True:
+        logits = parts.first(token)
+        draft.append(int(logits.argmax()))
+        sure = not confidence or float(logits.float().softmax(-1)[draft[-1]]) >= confidence
+        if not sure or len(draft) == room or draft[-1] in ends:
+            return draft
+        token = token.new_tensor([draft[-1:]])

@@ -1,0 +1,134 @@
+"""A model run in two parts: its first layers a token at a time, those above over several at once.
+
+What self-speculation runs (LayerSkip, arXiv 2404.16710, section 4.3: the check goes on from what
+the draft computed). transformers exits early by ``config.num_hidden_layers``; it has no way to go
+on from there, so for that run the first layers are made to give what they gave before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from softtrace.errors import UnsupportedModelError
+
+
+def counter(model: nn.Module) -> Any:
+    """The config whose ``num_hidden_layers`` transformers changes for an early exit."""
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    config = getattr(base, "config", None)
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: found no base model with config.num_hidden_layers, which "
+            "early exits change; decode it without assistant_early_exit"
+        )
+    return config
+
+
+@contextmanager
+def first_layers(model: nn.Module, count: int) -> Iterator[None]:
+    """Let a model run its first layers only, the way transformers' early exit does.
+
+    Has an effect only on models that :func:`softtrace.decoding.check_early_exit` accepts.
+    """
+    config = counter(model)
+    own = config.num_hidden_layers
+    try:
+        config.num_hidden_layers = count
+        yield
+    finally:
+        config.num_hidden_layers = own
+
+
+@contextmanager
+def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let layers compute nothing and return this output, whatever they read.
+
+    Hooks that others put on them run as ever, and see this output.
+    """
+    own = [vars(layer).get("forward") for layer in layers]  # of hooks that others put there
+    try:
+        for layer in layers:
+            layer.forward = lambda *args, **kwargs: output
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+class TwoParts:
+    """The first layers of a model and the rest of it, over one cache.
+
+    Args:
+        model: a causal language model of transformers that :mod:`softtrace.decoding.exit_checks`
+            accepts.
+        layers: its decoder layers.
+        depth: how many are the first part, 1 to L - 1.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], depth: int) -> None:
+        self.model, self.layers, self.depth = model, layers, depth
+        self.cache = DynamicCache()
+        self._lower, self._upper = DynamicCache(), DynamicCache()
+        self._read: list[Tensor] = []  # tokens that the first part has read and the rest has not
+        self._gave: list[Any] = []  # and what its last layer gave for them
+
+    def whole(self, input_ids: Tensor) -> Tensor:
+        """Read a text ``[1, T]`` with all layers, before anything else; logits ``[T, V]``."""
+        logits = self._run(input_ids, self.cache)
+        layers = self.cache.layers
+        self._lower.layers = layers[: self.depth]
+        # Positions and masks come from the length of a cache's first layers, which have read more
+        # than those above: in their place stands one that has not.
+        self._upper.layers = [layers[self.depth]] * self.depth + layers[self.depth :]
+        return logits
+
+    def first(self, token: Tensor) -> Tensor:
+        """Read one more token ``[1, 1]`` with the first layers; logits ``[V]`` of their exit."""
+
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
+            self._gave.append(output)
+
+        # First of all hooks: what others make of the output they will make of it again.
+        handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
+        try:
+            with first_layers(self.model, self.depth):
+                logits = self._run(token, self._lower)[-1]
+        finally:
+            handle.remove()
+        self._read.append(token)
+        return logits
+
+    def rest(self) -> Tensor:
+        """Read with the other layers what :meth:`first` has read since; logits ``[N, V]``."""
+        tokens, gave = torch.cat(self._read, dim=1), self._gave
+        if isinstance(gave[0], Tensor):
+            output: Any = torch.cat(gave, dim=1)
+        else:  # the stream first, then what nobody reads where attention is not asked for
+            output = (torch.cat([each[0] for each in gave], dim=1), *gave[0][1:])
+        self._read, self._gave = [], []
+        with giving(self.layers[: self.depth], output):
+            return self._run(tokens, self._upper)
+
+    def forget(self, tokens: int) -> None:
+        """Take the newest tokens out of the cache of all layers."""
+        forget(self.cache.layers, tokens)
+
+    def _run(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def forget(layers: Sequence[Any], tokens: int) -> None:
+    """Take the newest tokens out of layers of a cache."""
+    if tokens:
+        for layer in layers:
+            layer.crop(-tokens)

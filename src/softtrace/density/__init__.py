@@ -1,0 +1,1 @@
+"""The measure: how much of its graph a model needs, token by token."""

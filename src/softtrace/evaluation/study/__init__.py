@@ -1,0 +1,1 @@
+"""What the study reads of a model, and the answers it gives."""

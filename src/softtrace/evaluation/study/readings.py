@@ -1,0 +1,241 @@
+"""What ``softtrace study`` measures of one model: sums and numbers of every sequence.
+
+Sequences are the unit that intervals are made of, so nothing is added up over them. Of every token
+only a few numbers are kept, of everything over sizes only sums over a sequence's tokens: memory
+does not grow with the vocabulary or with the number of masked runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.density.curve import DensityCurve
+from softtrace.density.easiness import loss_score
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation.measure import Progress, trace_curve
+from softtrace.evaluation.study.unigrams import Unigrams
+from softtrace.graph.edges import EDGE_KINDS
+from softtrace.model.devices import device_of_module
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+
+STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
+"""25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What tokens need, one number each; ``N`` sequences, ``M`` tokens of each.
+
+    Attributes:
+        size: ``[N, M]`` share of all edges at TV 0.2.
+        edges: ``[N, M]`` their number.
+        area: ``[N, M]`` mean TV over log10 of the size.
+        attention: ``[N, M]`` share of attention edges among them; NaN for an empty trace.
+        entropy, surprisal: ``[N, M]`` nats, of the full prediction.
+    """
+
+    size: Tensor
+    edges: Tensor
+    area: Tensor
+    attention: Tensor
+    entropy: Tensor
+    surprisal: Tensor
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One model on all sequences.
+
+    Attributes:
+        whole: the explained tokens of the sequences, each with all that stands before it.
+        variation: ``[N, 25]`` TV at :data:`STUDY_SIZES`, summed over a sequence's tokens.
+        composition: ``[N, 25, 4, 4]`` edges by depth quartile and kind, summed.
+        nucleus: ``[N, 25, 8]`` recovered top-p lists, summed.
+        unigram: ``[N, 25, 2]`` comparisons with the corpus' unigrams, summed.
+        ends: ``[P]`` places in the sequence of the tokens that windows explain.
+        first: place of the first explained token.
+        windows: length to the tokens at ``ends``, each seen with just so many tokens, its own
+            included.
+    """
+
+    whole: Computation
+    variation: Tensor
+    composition: Tensor
+    nucleus: Tensor
+    unigram: Tensor
+    ends: Tensor
+    first: int
+    windows: dict[int, Computation]
+
+    def whole_at_ends(self) -> Computation:
+        """The tokens at ``ends``, with all that stands before them: ``[N, P]``."""
+        places = self.ends - self.first
+        return Computation(**{name: values[:, places] for name, values in vars(self.whole).items()})
+
+
+def window_ends(block_size: int, first: int, longest: int, count: int) -> Tensor:
+    """Where windows end: places in a block that have ``longest`` tokens and are explained.
+
+    Args:
+        block_size: tokens of a block; the last one's target is not known.
+        first: the first place that is explained.
+        longest: tokens of the longest window.
+        count: how many places, evenly spaced; fewer if there are not as many.
+
+    Returns:
+        ``[P]`` int64, rising.
+
+    Raises:
+        InvalidInputError: no place has that many tokens before it.
+    """
+    low, high = max(first, longest - 1), block_size - 2
+    if low > high:
+        raise InvalidInputError(
+            f"lengths: found {longest}, allowed are at most {block_size - 1}, so that a token of a "
+            f"block of {block_size} has a window before it and a target after it; take shorter "
+            "lengths or a larger block_size"
+        )
+    places = torch.linspace(low, high, count).round().long().tolist()
+    return torch.tensor(sorted(set(places)))
+
+
+def windows_of(blocks: Tensor, ends: Tensor, length: int) -> Tensor:
+    """Windows of one length that end at given places, ``[N, P, length]``.
+
+    Args:
+        blocks: ``[N, T]`` ids.
+        ends: ``[P]``, each at least ``length - 1``.
+        length: of a window.
+    """
+    return blocks.unfold(1, length, 1)[:, ends - length + 1]
+
+
+@torch.no_grad()
+def read_model(
+    model: nn.Module,
+    blocks: Tensor,
+    unigrams: Unigrams,
+    *,
+    first: int,
+    ends: Tensor,
+    lengths: tuple[int, ...],
+    batch_size: int,
+    progress: Progress,
+) -> Readings:
+    """Measure one model on blocks of one length, without padding.
+
+    Args:
+        model: a causal language model.
+        blocks: ``[N, T]`` ids.
+        unigrams: of the corpus, over the model's vocabulary.
+        first: explained are the tokens from this place to the last but one.
+        ends: see :func:`window_ends`.
+        lengths: of the windows.
+        batch_size: sequences a forward.
+        progress: called with the number of sequences and windows that were run.
+    """
+    instrument = attach(model)
+    device = device_of_module(model)
+    explained = slice(first, blocks.shape[1] - 1)
+    tokens: list[Computation] = []
+    sums: list[tuple[Tensor, ...]] = []
+    for batch in torch.split(blocks, batch_size):
+        chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
+        chosen[:, explained] = True
+        curve, surprisal = _curve(instrument, batch.to(device), unigrams, chosen)
+        tokens.append(_computation(curve, surprisal, explained))
+        over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
+        sums.append(
+            tuple(
+                curve.at_sizes(STUDY_SIZES, values)[:, :, explained].sum(2).transpose(0, 1).cpu()
+                for values in over_sizes
+            )
+        )
+        progress(len(batch))
+    windows = {
+        length: _windows(instrument, blocks, ends, length, batch_size, device, progress)
+        for length in lengths
+    }
+    variation, composition, nucleus, unigram = map(torch.cat, zip(*sums, strict=True))
+    return Readings(_joined(tokens), variation, composition, nucleus, unigram, ends, first, windows)
+
+
+def _windows(
+    instrument: Instrument,
+    blocks: Tensor,
+    ends: Tensor,
+    length: int,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress,
+) -> Computation:
+    """``[N, P]`` readings of the last token of every window."""
+    rows = windows_of(blocks, ends, length).flatten(0, 1)
+    targets = blocks[:, ends + 1].flatten()
+    last = slice(length - 1, length)
+    found = []
+    for batch, target in _together(rows, targets, batch_size):
+        curve, surprisal = _curve(instrument, batch.to(device), target=target.to(device))
+        found.append(_computation(curve, surprisal, last))
+        progress(len(batch))
+    joined = vars(_joined(found))
+    return Computation(**{name: v.reshape(len(blocks), len(ends)) for name, v in joined.items()})
+
+
+def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(rows, batch_size), torch.split(targets, batch_size), strict=True)
+
+
+def _curve(
+    instrument: Instrument,
+    ids: Tensor,
+    unigrams: Unigrams | None = None,
+    explained: Tensor | None = None,
+    target: Tensor | None = None,
+) -> tuple[DensityCurve, Tensor]:
+    """The curves of a batch, and the surprisal ``[B, T]`` of the token after each.
+
+    Args:
+        instrument: of the model.
+        ids: ``[B, T]``.
+        unigrams: what predictions are compared with; None also leaves out nucleus recovery.
+        explained: ``[B, T]`` bool, where they are compared.
+        target: ``[B]``, the token after the last; None where it is not known.
+    """
+    recording = instrument.record(instrument.batch(ids))
+    curve = trace_curve(
+        instrument,
+        recording,
+        nucleus=unigrams is not None,
+        reader=None if unigrams is None else unigrams.read,
+        explained=explained,
+    )
+    targets = recording.batch.targets.clone()
+    if target is not None:
+        targets[:, -1] = target
+    return curve, loss_score(recording.logits, targets)
+
+
+def _computation(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
+    size = curve.size_at()
+    edges = curve.at_sizes(size[None], curve.composition)[0].sum(2)
+    attention = edges[..., EDGE_KINDS.index("attention")] / edges.sum(-1)  # 0 / 0 if it is empty
+    found = {
+        "size": size,
+        "edges": size * curve.edges,
+        "area": curve.area(),
+        "attention": attention,
+        "entropy": curve.entropy,
+        "surprisal": surprisal,
+    }
+    return Computation(**{name: values[:, places].cpu() for name, values in found.items()})
+
+
+def _joined(parts: list[Computation]) -> Computation:
+    names = vars(parts[0])
+    return Computation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})

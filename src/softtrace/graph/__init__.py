@@ -1,0 +1,1 @@
+"""Pure tensors: edges, batches, importances, traces, their sizes, and masks."""

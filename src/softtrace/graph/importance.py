@@ -1,0 +1,144 @@
+"""Identity 1: importances from norms, ‖A·V·W_O‖₁ = A·‖V·W_O‖₁, without a vector per edge.
+
+Source: Kervadec et al., arXiv 2605.27033, section 3: an edge's importance is the L1 norm of what it
+carries over the sum of those norms at its node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from softtrace.graph.edges import LayerEdges
+
+# Elements of a product ([B, H, chunk, d_model], say) that exist at one time: 16 MiB in float32 stay
+# in a CPU's caches; on a GPU 128 MiB, where a launch costs more than the memory.
+CHUNK_ELEMENTS = 1 << 22
+_MORE_ON_CUDA = 8
+
+
+def chunk_elements(like: Tensor) -> int:
+    """Elements of a product that may exist at one time on the device of ``like``."""
+    return CHUNK_ELEMENTS * (_MORE_ON_CUDA if like.is_cuda else 1)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: norms, logs and softmax never run in half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_value_norms(value: Tensor, weight: Tensor) -> Tensor:
+    """‖V[h, s] · W_O[h]‖₁ for every query head and source.
+
+    Args:
+        value: ``[B, H_kv, S, d_head]``, values as the attention uses them.
+        weight: ``[H, d_head, d_model]``; H is a multiple of H_kv, and query head h reads value head
+            ``h // (H / H_kv)`` (grouped-query attention).
+
+    Returns:
+        ``[B, H, S]`` in float32 (float64 for float64). The product ``[B, H, chunk, d_model]`` is
+        taken in chunks over S; with gradients it is recomputed in the backward pass.
+    """
+    batch, kv_heads, length, head_dim = value.shape
+    heads, _, width = weight.shape
+    dtype = working_dtype(value.dtype)
+    with torch.autocast(value.device.type, enabled=False):
+        value = value.to(dtype)
+        grouped = weight.to(dtype).view(kv_heads, heads // kv_heads, head_dim, width)
+        step = max(1, chunk_elements(value) // max(1, batch * heads * width))
+        pieces = []
+        for start in range(0, length, step):
+            piece = value[:, :, start : start + step]
+            if torch.is_grad_enabled() and (piece.requires_grad or grouped.requires_grad):
+                norms = checkpoint(
+                    _chunk_norms, piece, grouped, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                norms = _chunk_norms(piece, grouped)
+            pieces.append(norms)
+        return torch.cat(pieces, dim=-1)
+
+
+def _chunk_norms(value: Tensor, weight: Tensor) -> Tensor:
+    """``[B, K, S, e] x [K, G, e, d] -> [B, K·G, S]``."""
+    product = torch.einsum("bkse,kged->bkgsd", value, weight)
+    return l1_norm(product).flatten(1, 2)
+
+
+def l1_norm(vectors: Tensor) -> Tensor:
+    """L1 norm over the last dimension, in the working dtype."""
+    # One kernel where abs and sum are two, and the cast a third.
+    dtype = working_dtype(vectors.dtype)
+    norms: Tensor = torch.linalg.vector_norm(vectors, ord=1, dim=-1, dtype=dtype)
+    return norms
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """L1 norms of what the edges of one layer carry, float32 or float64.
+
+    Attributes:
+        attention: ``[B, H, T, S]``, 0 where there is no edge.
+        entry: ``[B, T]``, the residual stream that enters the layer.
+        mlp: ``[B, T]``, what the MLP adds.
+        middle: ``[B, T]``, the residual stream after attention; None in a parallel layer, whose
+            attention and MLP add into one node.
+    """
+
+    attention: Tensor
+    entry: Tensor
+    mlp: Tensor
+    middle: Tensor | None
+
+
+def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Identity 1 for every attention edge, ``[B, H, T, S]``.
+
+    Args:
+        probabilities: ``[B, H, T, S]`` after the softmax, 0 where there is no edge.
+        norms: ``[B, H, S]`` from :func:`head_value_norms`.
+        scale: ``[B, T]`` >= 0, what every attention edge of a target is multiplied with (a norm
+            after the projection, a residual multiplier); None for 1.
+    """
+    carried = probabilities.to(norms.dtype) * norms[:, :, None, :]
+    return carried if scale is None else carried * scale.to(norms.dtype)[:, None, :, None]
+
+
+def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ...]:
+    """Every edge's share of its node; 0 where the node is zero, and at padding.
+
+    Args:
+        layers: one a layer; taken apart as it is read, so that no two maps of a layer exist.
+        valid: ``[B, T]`` bool, False at padding.
+    """
+    # One number a token, of all layers at once: on a GPU each operation is a launch.
+    sums = torch.stack([layer.attention.sum((1, 3)) for layer in layers])
+    tiny = torch.finfo(sums.dtype).tiny
+    nought = torch.zeros_like(sums[0])
+    parallel = [layer.middle is None for layer in layers]
+    entry, mlp, middle = (
+        torch.stack(of) * valid
+        for of in (
+            [layer.entry for layer in layers],
+            [layer.mlp for layer in layers],
+            [nought if layer.middle is None else layer.middle for layer in layers],
+        )
+    )
+    beside = entry
+    if any(parallel):
+        into = [each if one else nought for each, one in zip(mlp, parallel, strict=True)]
+        beside = entry + torch.stack(into)
+    total, later = (beside + sums).clamp_min(tiny), (middle + mlp).clamp_min(tiny)
+    ends = [a if one else b for a, b, one in zip(total, later, parallel, strict=True)]
+    shares = (entry / total, mlp / torch.stack(ends), middle / later)
+    found = []
+    for residual, of_mlp, of_middle, node in zip(*shares, total, strict=True):
+        layer = layers.pop(0)
+        node = node[:, None, :, None]
+        own = layer.attention
+        attention = own / node if own.requires_grad else own.div_(node)
+        found.append(LayerEdges(attention, residual, of_mlp, of_middle, layer.middle is None))
+    return tuple(found)

@@ -1,0 +1,88 @@
+"""Masks over edges: hard and soft.
+
+A mask is a tuple of :class:`LayerEdges` with values in [0, 1]. Absent edges are 0. An early-phase
+subgraph needs no mask of its own: a run under these masks is read before it ends, see
+:meth:`softtrace.tracing.instrument.Instrument.exit_logits`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softtrace.graph.batch import check_range
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+
+
+def per_sequence(threshold: Tensor, values: Tensor) -> Tensor:
+    """Shape ``[B]`` (or a scalar) so that it broadcasts over ``[B, ...]``."""
+    return threshold.reshape(-1, *(1 for _ in values.shape[1:])) if threshold.dim() else threshold
+
+
+def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[LayerEdges, ...]:
+    """Keep every existing edge of importance >= threshold (identity 3).
+
+    Args:
+        importance: of a batch.
+        threshold: one number for all or ``[B]``, one a sequence.
+
+    Returns:
+        bool masks: constants, through which no gradient reaches the importances.
+    """
+    layers, existing = importance.layers, importance.existing()
+    # The three edges a token of all layers at once: on a GPU each comparison is a launch.
+    nodes, there = (
+        torch.stack([part for layer in each for part in layer.nodes()])
+        for each in (layers, existing)
+    )
+    cut = threshold if isinstance(threshold, Tensor) else nodes.new_tensor(threshold)
+    kept = iter(((nodes >= cut[..., None]) & there).unbind())
+    return tuple(
+        LayerEdges(
+            (layer.attention >= per_sequence(cut, layer.attention)) & exists.attention,
+            next(kept),
+            next(kept),
+            next(kept),
+            layer.parallel,
+        )
+        for layer, exists in zip(layers, existing, strict=True)
+    )
+
+
+def soft_masks(
+    importance: EdgeImportance, threshold: Tensor | float, temperature: float
+) -> tuple[LayerEdges, ...]:
+    """sigmoid((log importance - log threshold) / temperature), differentiable in the importances.
+
+    Args:
+        importance: of a batch.
+        threshold: in (0, 1], one number or ``[B]``.
+        temperature: in nats of importance, > 0; towards 0 the masks become hard.
+
+    Raises:
+        InvalidInputError: temperature not positive.
+    """
+    check_range("temperature", temperature, 0.0, float("inf"), open_low=True)
+
+    def soften(scores: Tensor, there: Tensor, cut: Tensor | float) -> Tensor:
+        tiny = torch.finfo(scores.dtype).tiny
+        log_cut = torch.as_tensor(cut, dtype=scores.dtype, device=scores.device).log()
+        # Only existing edges reach the log, so that no gradient is 0 · infinity.
+        log_scores = scores.masked_fill(~there, 1.0).clamp_min(tiny).log()
+        return ((log_scores - log_cut) / temperature).sigmoid() * there
+
+    with torch.autocast(importance.valid.device.type, enabled=False):
+        return tuple(
+            _zip(layer, exists, soften, threshold)
+            for layer, exists in zip(importance.layers, importance.existing(), strict=True)
+        )
+
+
+def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: ignore[no-untyped-def]
+    def cut(values: Tensor) -> Tensor | float:
+        return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
+
+    attention, attention_residual, mlp, mlp_residual = (
+        function(values, there, cut(values)) for values, there in zip(layer, exists, strict=True)
+    )
+    return LayerEdges(attention, attention_residual, mlp, mlp_residual, layer.parallel)

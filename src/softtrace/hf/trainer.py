@@ -1,0 +1,226 @@
+"""The door for transformers' ``Trainer`` and its subclasses: ``with_density(Trainer)``.
+
+A Trainer divides its loss by what all accumulated batches of all processes hold together, where the
+model takes ``num_items_in_batch``, and by the number of accumulated batches where not; only in the
+first case is what ``compute_loss`` returns not divided again. The term is a mean over its own
+windows, so it is divided by the number of accumulated batches in both (transformers #48690), and
+the processes' gradients are averaged as those of the task are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from softtrace.errors import TrainerSetupError
+from softtrace.hf.checkpoints import newest_checkpoint
+from softtrace.lightning.support import check_sharding
+from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.inputs import batch_inputs
+from softtrace.loss.integration import STATE_VERSION, TermLog, check_state
+from softtrace.loss.options import DensityOptions
+from softtrace.model.wrappers import find_causal_lm
+
+
+class DensityMixin:
+    """Adds the density term to the loss of a Trainer; to be named before it among the bases.
+
+    ``class MyTrainer(DensityMixin, SFTTrainer)``, or :func:`with_density`. What is logged has the
+    names of :class:`softtrace.lightning.DensityPenalty`, as means since the last log: ``loss/task``
+    and ``loss/density`` add up to the Trainer's own ``loss``.
+
+    Args:
+        *args: of the Trainer.
+        density: the term's options, or a mapping of some of them; None for the defaults.
+        allow_untested: run also where weights or sequences are sharded (FSDP, DeepSpeed, tensor,
+            context or sequence parallelism), which was never tested.
+        **kwargs: of the Trainer.
+
+    Raises:
+        InvalidInputError: an option outside its range.
+        TrainerSetupError: at the first step: no or several causal language models, several GPUs in
+            one process (``DataParallel``), sharding, a checkpoint of another seed.
+        UnsupportedModelError: at the first step; see :func:`softtrace.tracing.attach`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        density: DensityOptions | Mapping[str, Any] | None = None,
+        allow_untested: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        given = {} if density is None else density
+        self.density_options = (
+            given if isinstance(given, DensityOptions) else DensityOptions(**given)
+        )
+        self.allow_untested = allow_untested
+        self._density: DensityLoss | None = None
+        self._begun = True
+        self._place = (-1, 0)  # global step, and which of its accumulated batches comes next
+        self._logged = 0
+        self._sums: dict[str, Tensor] = {}  # of each name two numbers: a sum, and of how many
+        self._term_log = TermLog(self.density_options)
+        super().__init__(*args, **kwargs)
+        self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's training; the term begins with its first step.
+
+        ``True`` goes on from the newest checkpoint that is whole: the Trainer writes into a
+        checkpoint's folder file by file, ``trainer_state.json`` last, and takes the newest folder.
+        """
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._forget()
+            self._begun = True
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Once a try: with auto_find_batch_size one train() runs several.
+        self._forget()
+        self._begun = False
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _forget(self) -> None:
+        self._density = None
+        self._sums.clear()
+        self._term_log = TermLog(self.density_options)
+
+    def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss reads of a batch; override for batches of other shapes.
+
+        Raises:
+            InvalidInputError: no ``input_ids`` among the inputs.
+        """
+        return batch_inputs(inputs, who=None)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, and in training the term."""
+
+        def own() -> Any:
+            return super(DensityMixin, self).compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            )
+
+        trainer: Any = self
+        if not model.training:
+            return own()
+        if not self._begun:
+            self._begin()
+        if self._density is None:
+            return own()
+        step = trainer.state.global_step
+        micro_step = self._place[1] if self._place[0] == step else 0
+        self._place = (step, micro_step + 1)
+        read = self.inputs_of(inputs)  # before the Trainer takes the labels out
+        with self._density.watching(model, step) as watched:
+            found = own()
+        with trainer.accelerator.autocast():  # the model's forward has it inside, heads of ours not
+            term = self._density(**read, step=step, micro_step=micro_step, watched=watched)
+        batches = trainer.current_gradient_accumulation_steps
+        self._note(term, batches)
+        added = term.loss / (batches if self._is_scaled(num_items_in_batch) else 1)
+        if return_outputs:
+            loss, outputs = found
+            return loss + added.to(loss.device), outputs
+        return found + added.to(found.device)
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer leaves the loss undivided: its own question, asked once more."""
+        trainer: Any = self
+        if trainer.loss_is_scaled_for_ga is not None:
+            return bool(trainer.loss_is_scaled_for_ga)
+        counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(counted or trainer.compute_loss_func is not None)
+
+    def _note(self, term: DensityTerm, batches: int) -> None:
+        values = self._term_log.of(term)
+        values["loss/density"] = values["loss/density"] / batches
+        for name, value in values.items():
+            known = torch.isfinite(value).float()
+            added = torch.stack((value.float().nan_to_num(), torch.ones_like(known)))
+            self._sums[name] = self._sums.get(name, 0) + added * known
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log, and what the term was since the last one, over all processes."""
+        trainer: Any = self
+        if "loss" in logs and self._sums:
+            steps = trainer.state.global_step - self._logged
+            self._logged = trainer.state.global_step
+            names = list(self._sums)
+            own = torch.stack([self._sums[name] for name in names])[None]
+            self._sums.clear()
+            # Means of each process, and their mean, as the Trainer takes it of its own loss.
+            total, count = trainer.accelerator.gather(own).unbind(-1)
+            means = dict(zip(names, (total / count).nanmean(0).tolist(), strict=True))
+            means["loss/density"] = float(total[:, names.index("loss/density")].mean()) / max(
+                1, steps
+            )
+            logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _begin(self) -> None:
+        """Attach to the model that is trained, before anything of it is compiled."""
+        trainer: Any = self
+        self._begun, self._place, self._logged = True, (-1, 0), trainer.state.global_step
+        options = self.density_options
+        # Of a checkpoint that was made without the term there is none, and saving would miss it.
+        kept = trainer.state.stateful_callbacks.setdefault(
+            DensityState.__name__, DensityState(options.seed).state()
+        )["attributes"]
+        found = "a density {name} of {value}"
+        check_state(kept, options.seed, found=found, resumed="a run")
+        if options.strength == 0:
+            return
+        if trainer.args.n_gpu > 1:
+            raise TrainerSetupError(
+                f"found {trainer.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
+                "start one process a GPU with torchrun or accelerate launch"
+            )
+        check_sharding(trainer, self.allow_untested)
+        self._density = DensityLoss(find_causal_lm(trainer.model), options)
+
+
+class DensityState(TrainerCallback, ExportableState):
+    """Keeps the term's seed in ``trainer_state.json``; all else is a function of the step.
+
+    Args:
+        seed: of the term.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.version = seed, STATE_VERSION
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the term."""
+        return {"args": {}, "attributes": {"version": self.version, "seed": self.seed}}
+
+
+def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:
+    """A Trainer class with the density term.
+
+    Args:
+        trainer: ``Trainer`` or a class made of it (``SFTTrainer``).
+
+    Returns:
+        The class; its constructor takes ``density`` besides what it took, see
+        :class:`DensityMixin`.
+    """
+    return type(f"Density{trainer.__name__}", (DensityMixin, trainer), {})

@@ -1,0 +1,7 @@
+"""The callbacks for Lightning, and what ``softtrace fit`` trains with."""
+
+from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
+from softtrace.lightning.monitor import DensityMonitor
+from softtrace.lightning.penalty import DensityPenalty
+
+__all__ = ["AtomicCheckpointIO", "DensityMonitor", "DensityPenalty"]

@@ -1,0 +1,193 @@
+"""The Lightning door to ``softtrace.data``: a data module of packed blocks, resumable mid-epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from softtrace.data.documents import (
+    DEFAULT_EXCLUDE,
+    DEFAULT_SUFFIXES,
+    Document,
+    check_share,
+    pack,
+    read_documents,
+    split_by_file,
+)
+from softtrace.data.loader import BlockLoader, BlockSampler
+from softtrace.errors import DataError, InvalidInputError
+from softtrace.graph.batch import check_least
+from softtrace.model.loading import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class _TrainerSampler(BlockSampler):
+    """Counts epochs as ``trainer.current_epoch`` does, whatever number Lightning passes.
+
+    It passes the number of processed epochs. With ``max_steps`` set and a checkpoint saved at the
+    end of an epoch, lightning 2.6.6 counts that epoch as processed once more on resuming, and every
+    order after it would be the next epoch's. ``current_epoch`` (completed epochs) stays right.
+    """
+
+    trainer: Trainer | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch if self.trainer is None else self.trainer.current_epoch)
+
+
+class PackedDataModule(LightningDataModule):
+    """Text, split by file and packed into blocks of one length.
+
+    Batches are dicts of ``[batch_size, block_size]`` int64 tensors: ``input_ids``,
+    ``attention_mask`` and ``labels``. The order of training batches is a function of (seed, epoch)
+    alone, and a fit resumed from a checkpoint taken in mid-epoch sees exactly the batches that the
+    interrupted one had left. In distributed runs every rank takes its own share of each epoch; the
+    data module shards by itself, so ``Trainer(use_distributed_sampler=...)`` makes no difference.
+
+    Every process tokenizes the text for itself, in ``setup``.
+
+    Args:
+        path: Text file, ``.jsonl`` file or folder; see :func:`softtrace.data.read_documents`.
+        tokenizer: Directory or name on the hub. May be left out here when something sets the
+            attribute before ``setup``, as the command line does from the model.
+        block_size: Tokens in a block, at least 2.
+        batch_size: Blocks in a batch of one process.
+        held_out_share: Share of documents for validation, in [0, 1); 0 means no validation.
+        suffixes: Which files of a folder are read.
+        exclude: Globs of files and folders of a folder that are left out.
+        salt: Another salt gives another split; see :func:`softtrace.data.split_by_file`.
+        seed: Seed of the order of training blocks.
+        max_train_blocks: Use this many blocks, taken at even distances from all of them.
+        max_held_out_blocks: The same for held-out blocks.
+
+    Raises:
+        InvalidInputError: an option outside its range.
+        DataError: in ``setup``: text that cannot be read, or a side without a single full block.
+        ModelDirectoryError: in ``setup``: the directory holds no tokenizer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: str | None = None,
+        block_size: int = 128,
+        batch_size: int = 8,
+        held_out_share: float = 0.05,
+        suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+        exclude: Sequence[str] = DEFAULT_EXCLUDE,
+        salt: str = "",
+        seed: int = 0,
+        max_train_blocks: int | None = None,
+        max_held_out_blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_least("block_size", block_size, 2)
+        check_least("batch_size", batch_size, 1)
+        check_least("max_train_blocks", max_train_blocks, 1, optional=True)
+        check_least("max_held_out_blocks", max_held_out_blocks, 1, optional=True)
+        check_share(held_out_share)
+        self.path = path
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.held_out_share = held_out_share
+        self.suffixes = suffixes
+        self.exclude = exclude
+        self.salt = salt
+        self.seed = seed
+        self.max_train_blocks = max_train_blocks
+        self.max_held_out_blocks = max_held_out_blocks
+        self.train_blocks: Tensor | None = None
+        self.held_out_blocks: Tensor | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch the tokenizer once a machine, before all of its processes want it."""
+        self._load_tokenizer()
+
+    def setup(self, stage: str) -> None:
+        """Read, split, tokenize and pack; a second call finds it done."""
+        if self.train_blocks is not None or (stage != "fit" and self.held_out_blocks is not None):
+            return
+        documents = read_documents(self.path, self.suffixes, self.exclude)
+        train, held_out = split_by_file(documents, self.held_out_share, self.salt)
+        tokenizer = self._load_tokenizer()
+        if self.block_size > tokenizer.model_max_length:
+            logger.warning(
+                "block_size is %d, but the tokenizer says that its model takes at most %d tokens",
+                self.block_size, tokenizer.model_max_length,
+            )  # fmt: skip
+        if self.held_out_share > 0 and self.held_out_blocks is None:
+            self.held_out_blocks = self._pack(
+                "held-out", held_out, tokenizer, self.max_held_out_blocks
+            )
+        if stage == "fit":
+            self.train_blocks = self._pack("training", train, tokenizer, self.max_train_blocks)
+
+    def _load_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                "the data module has no tokenizer. Give tokenizer=... (a directory or hub name), "
+                "usually the model's."
+            )
+        return load_tokenizer(self.tokenizer)
+
+    def _pack(
+        self, side: str, documents: list[Document], tokenizer: Any, limit: int | None
+    ) -> Tensor:
+        """Blocks of one side, ``[N, block_size]`` int64, with errors that name the side."""
+        if not documents:
+            raise DataError(
+                f"no document of {self.path} is on the {side} side. The split goes by the hash of "
+                f"each name at held_out_share={self.held_out_share}, so with few documents a side "
+                "can come out empty: give more documents, another share or salt, or "
+                "held_out_share=0 to train without validation."
+            )
+        try:
+            blocks = pack(documents, tokenizer, self.block_size)
+        except DataError as error:
+            raise DataError(f"the {side} side of {self.path}: {error}") from error
+        if limit is None or limit >= len(blocks):
+            return blocks
+        # From everywhere, since neighbours come from the same file or folder.
+        return blocks[torch.arange(limit) * len(blocks) // limit]
+
+    def _loader(self, blocks: Tensor, shuffle: bool) -> BlockLoader:
+        # What the strategy gives, not the world size: under tensor parallelism several ranks have
+        # to see the same data.
+        share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        share = share or {"num_replicas": 1, "rank": 0}
+        sampler = _TrainerSampler(
+            len(blocks),
+            shuffle=shuffle,
+            seed=self.seed,
+            ranks=int(share["num_replicas"]),
+            rank=int(share["rank"]),
+        )
+        sampler.trainer = self.trainer
+        return BlockLoader(blocks, self.batch_size, sampler)
+
+    def train_dataloader(self) -> BlockLoader:
+        """Training blocks, in another order every epoch (but under ``overfit_batches``)."""
+        if self.train_blocks is None:
+            raise InvalidInputError("there are no training blocks yet; call setup('fit') first.")
+        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
+        return self._loader(self.train_blocks, shuffle=not overfitting)
+
+    def val_dataloader(self) -> BlockLoader | list[Any]:
+        """Held-out blocks in order; an empty list for a share of 0.
+
+        Lightning then skips validation, with a warning that every way of having none gives rise to;
+        ``Trainer(limit_val_batches=0)`` avoids it.
+        """
+        if self.held_out_share == 0:
+            return []
+        if self.held_out_blocks is None:
+            raise InvalidInputError("there are no held-out blocks yet; call setup('fit') first.")
+        return self._loader(self.held_out_blocks, shuffle=False)

@@ -1,0 +1,107 @@
+"""A LightningModule around any causal LM of transformers: what ``softtrace fit`` trains.
+
+Nothing here knows of densities; the penalty is a callback. People with a module of their own keep
+it and add the callback alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from softtrace.graph.batch import check_least, check_range
+from softtrace.lightning.lora import LoRA
+from softtrace.model.loading import load_model
+
+
+class CausalLM(LightningModule):
+    """Fine-tunes a causal language model with AdamW, linear warm-up and cosine decay to 0.
+
+    Without a number of steps or epochs (only a ``max_time``) the learning rate stays constant after
+    the warm-up.
+
+    Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token.
+
+    Args:
+        path: Model directory (safetensors) or name on the hub.
+        learning_rate: Largest learning rate, > 0.
+        weight_decay: Weight decay of matrices, >= 0; biases and norm weights are left alone.
+        betas: The two decay rates of AdamW.
+        warmup_steps: Optimiser steps of the linear warm-up.
+        dtype: Number format of the weights: "float32", "bfloat16", "float16" or "auto" (as stored).
+        attn_implementation: Attention kernel: "sdpa", "eager", "flash_attention_2", ...; None lets
+            transformers choose.
+        lora: Train adapters of low rank alone; None trains all weights.
+
+    Raises:
+        InvalidInputError: a number outside its range.
+        ModelDirectoryError: see :func:`softtrace.model.loading.load_model`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 20,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        lora: LoRA | None = None,
+    ) -> None:
+        super().__init__()
+        infinity = float("inf")
+        check_range("learning_rate", learning_rate, 0, infinity, open_low=True, open_high=True)
+        check_range("weight_decay", weight_decay, 0, infinity, open_high=True)
+        for beta in betas:
+            check_range("betas", beta, 0, 1, open_high=True)
+        check_least("warmup_steps", warmup_steps, 0)
+        self.path = path
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_steps = warmup_steps
+        options = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
+        # from_pretrained returns it in eval mode; what is fine-tuned is in train mode.
+        model = load_model(path, dtype=dtype, **options)
+        self.model = (model if lora is None else lora.wrap(model)).train()
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of the batch, nats per token."""
+        loss = self._loss(batch)
+        self.log("loss/train", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        """Log the mean held-out loss, nats per token."""
+        rows = batch["input_ids"].shape[0]
+        self.log("loss/held_out", self._loss(batch), prog_bar=True, batch_size=rows, sync_dist=True)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(**batch, use_cache=False).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped with the optimiser."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [w for w in trained if w.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # only max_time ends this fit
+            schedule = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
+        else:
+            schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

@@ -1,0 +1,268 @@
+"""A callback that measures while others train: densities of a fixed small set, at validation.
+
+It takes no part in training: nothing is drawn, no gradient is taken, flags are put back, and a run
+with it ends with the weights of one without, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.graph.batch import check_least
+from softtrace.lightning.support import check_strategy
+from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
+from softtrace.metrics import (
+    ComputationDensity,
+    DensityUncertaintyCorrelation,
+    EarlyExitAgreement,
+    readings,
+)
+from softtrace.metrics.functional import half_depth
+from softtrace.model.wrappers import find_causal_lm
+from softtrace.processes import raise_everywhere
+
+STATE_VERSION = 1
+
+Inputs = dict[str, Any]
+
+
+class DensityMonitor(Callback):
+    """Measures a fixed small set during validation and logs how its densities move.
+
+    Logs ``density/area_easy``, ``density/size_easy`` (median share of edges at TV 0.2),
+    ``density/exit_agreement_easy`` (exits at half depth), each also as ``_all`` and ``_hard``, and
+    ``density/entropy_spearman_area`` and ``_size``: all through ``LightningModule.log``, so to
+    whatever logger there is, and for ``ModelCheckpoint(monitor=...)``. In several processes each
+    measures its share of the set; ranks and quantiles are then taken of all tokens at once.
+
+    The set is measured in the precision of the validation. Weights that another callback swaps in
+    for validation (weight averaging) are seen if that callback comes after this one.
+
+    Attributes:
+        history: a dict a measurement, in order: what was logged, without the ``density/``, and
+            ``step`` (optimiser steps so far) and ``tokens`` (explained positions). Kept in
+            checkpoints; a fit that resumes goes on with it.
+
+    Args:
+        blocks: ``[N, T]`` ids to measure, without padding. None keeps the first rows of the first
+            validation; give blocks where validation batches are in another order each time.
+        every: optimiser steps that lie between two measurements at least; 1 measures at every
+            validation.
+        max_rows: of validation batches to keep, over all processes; given blocks are all measured.
+        batch_size: rows a forward; memory grows with it and with the square of their length.
+        min_context: real tokens that stand before a position that counts; None for half of each
+            row's.
+        allow_untested: run under a strategy that :mod:`softtrace.lightning.support` does not list
+            as supported.
+
+    Raises:
+        InvalidInputError: an argument outside its range; a validation batch that is not a mapping
+            with ``input_ids`` (override :meth:`inputs_of`).
+        TrainerSetupError: at the start of fit: no or several causal language models, a strategy
+            that is not supported, no validation.
+        UnsupportedModelError, NonFiniteError: at a measurement; see
+            :func:`softtrace.tracing.attach`.
+        SofttraceError: in the other processes, where measuring failed in one: of the class that it
+            has there, where softtrace raised it.
+    """
+
+    def __init__(
+        self,
+        blocks: Tensor | None = None,
+        *,
+        every: int = 1,
+        max_rows: int = 16,
+        batch_size: int = 8,
+        min_context: int | None = None,
+        allow_untested: bool = False,
+    ) -> None:
+        check_least("every", every, 1)
+        check_least("max_rows", max_rows, 1)
+        check_least("batch_size", batch_size, 1)
+        check_least("min_context", min_context, 0, optional=True)
+        if blocks is not None and (
+            blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
+        ):
+            raise InvalidInputError(
+                f"blocks: found {blocks.dtype} of shape {tuple(blocks.shape)}, allowed are token "
+                "ids [N, T], integers, at least one row"
+            )
+        self.blocks = blocks
+        self.every = every
+        self.max_rows = max_rows
+        self.batch_size = batch_size
+        self.min_context = min_context
+        self.allow_untested = allow_untested
+        self.history: list[dict[str, float]] = []
+        self._kept: list[Inputs] = []
+        self._full = False
+        self._last: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy that is not supported; a checkpoint is read after this."""
+        self._last = None
+        if stage in ("fit", "validate"):
+            name = type(trainer.strategy).__name__
+            check_strategy(name, self.allow_untested, "DensityMonitor")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model, and the validation, before time is spent."""
+        self._model_of(pl_module)
+        if not trainer.enable_validation:
+            raise TrainerSetupError(
+                "DensityMonitor measures during validation, and this fit has none; give it "
+                "validation data, a validation_step and limit_val_batches above 0, or leave the "
+                "monitor out"
+            )
+
+    @staticmethod
+    def _model_of(pl_module: LightningModule) -> Any:
+        return find_causal_lm(
+            pl_module, "DensityMonitor", "For others call softtrace.metrics.readings(model, ...)"
+        )
+
+    def inputs_of(self, batch: Any) -> dict[str, Any]:
+        """What is read of a validation batch; override for batches of other shapes.
+
+        That is ``input_ids`` and, where there are any, ``attention_mask`` and ``position_ids``
+        (which keep packed documents apart).
+
+        Raises:
+            InvalidInputError: no mapping, or no ``input_ids`` in it.
+        """
+        return batch_inputs(batch, "DensityMonitor")
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first rows that pass by, once; no loader is asked for more than it would give.
+
+        A sanity check before training leaves the set alone: it may see fewer batches.
+        """
+        if self.blocks is not None or self._full or dataloader_idx or trainer.sanity_checking:
+            return
+        wanted = -(-self.max_rows // trainer.world_size) - self._rows_kept()
+        if wanted <= 0:
+            return
+        # Copies made here are usable where gradients are taken; those of Lightning's are not.
+        with torch.inference_mode(False):
+            found = self.inputs_of(batch)
+            rows = {name: found.get(name) for name in MODEL_INPUTS}
+            self._kept.append({
+                name: None if each is None else each[:wanted].detach().cpu().clone()
+                for name, each in rows.items()
+            })  # fmt: skip
+
+    def _rows_kept(self) -> int:
+        return sum(len(inputs["input_ids"]) for inputs in self._kept)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log, unless too few steps lie behind."""
+        if trainer.sanity_checking:
+            return
+        self._full = True
+        step = trainer.global_step
+        if self._last is not None and step < self._last + self.every:
+            return
+        found = self._measure(trainer, pl_module)
+        self._last = step
+        self.history.append({"step": step, **found})
+        # The numbers are those of all processes already; their mean is what each has.
+        pl_module.log_dict(
+            {f"density/{name}": value for name, value in found.items() if name != "tokens"},
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
+        )
+
+    # Tensors of inference mode could not be part of a backward; attaching may keep some.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        metrics: tuple[Metric, ...] = (
+            ComputationDensity(),
+            DensityUncertaintyCorrelation(),
+            EarlyExitAgreement(),
+        )
+        for metric in metrics:
+            metric.to(pl_module.device)
+        tokens = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+        failure: Exception | None = None
+        try:
+            model = self._model_of(pl_module)
+            for inputs in self._share(trainer):
+                with trainer.precision_plugin.val_step_context():
+                    read = self._read(model, inputs, pl_module.device)
+                tokens += read["positions"].sum()
+                exits = read.pop("exits")
+                for metric in metrics[:2]:
+                    metric.update(**read)
+                metrics[2].update(**read, exits=exits)
+        except Exception as error:
+            failure = error
+        # A process that raised alone would leave the others waiting for its numbers.
+        raise_everywhere(failure)
+        density, correlation, exits = (metric.compute() for metric in metrics)
+        total = trainer.strategy.reduce(tokens, reduce_op="sum")
+        return {
+            "tokens": int(total),
+            **{name: float(value) for name, value in density.items()},
+            **{
+                f"exit_agreement_{name}": float(shares[half_depth(len(shares)) - 1])
+                for name, shares in exits.items()
+            },
+            **{f"entropy_spearman_{name}": float(value) for name, value in correlation.items()},
+        }
+
+    def _share(self, trainer: Trainer) -> Iterator[Inputs]:
+        """This process's share of the set, in batches."""
+        kept: list[Inputs] = self._kept
+        if self.blocks is not None:
+            own = self.blocks[trainer.global_rank :: trainer.world_size]
+            kept = [{**dict.fromkeys(MODEL_INPUTS), "input_ids": own}]
+        for inputs in kept:
+            for start in range(0, len(inputs["input_ids"]), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                yield {name: None if each is None else each[rows] for name, each in inputs.items()}
+
+    def _read(self, model: Any, inputs: Inputs, device: torch.device) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            name: None if each is None else each.to(device) for name, each in inputs.items()
+        }
+        options["min_context"] = self.min_context or 0
+        read = readings(model, **options, composition=False)
+        if self.min_context is None:
+            real = read["positions"]
+            read["positions"] = real & (real.cumsum(-1) > real.sum(-1, keepdim=True) // 2)
+        return read
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far."""
+        return {"version": STATE_VERSION, "history": [dict(each) for each in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of the interrupted fit.
+
+        Raises:
+            TrainerSetupError: a state of another layout.
+        """
+        if state_dict.get("version") != STATE_VERSION:
+            raise TrainerSetupError(
+                f"checkpoint: found DensityMonitor version {state_dict.get('version')!r}, this is "
+                f"{STATE_VERSION}; resume with the softtrace that wrote it"
+            )
+        self.history = [dict(each) for each in state_dict["history"]]
+        self._last = int(self.history[-1]["step"]) if self.history else None

@@ -1,0 +1,160 @@
+"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])``; ``DensityMonitor`` only measures.
+
+The training step is wrapped (:mod:`softtrace.lightning.wrapped_step`) from ``on_train_start`` on
+and put back at the end, also after an exception.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from softtrace.errors import TrainerSetupError
+from softtrace.lightning.monitor import DensityMonitor
+from softtrace.lightning.support import check_strategy
+from softtrace.lightning.wrapped_step import WrappedStep
+from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.inputs import batch_inputs
+from softtrace.loss.integration import TermLog, check_state, state_of
+from softtrace.loss.options import DensityOptions
+from softtrace.model.wrappers import find_causal_lm
+
+__all__ = ["DensityMonitor", "DensityPenalty"]
+
+STATE_KEY = "softtrace.DensityPenalty"
+
+
+class DensityPenalty(Callback):
+    """Adds the density term to the loss of any LightningModule that holds one causal LM.
+
+    The batch has to be a mapping with ``input_ids`` ``[B, T]`` and, where there are any,
+    ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.
+
+    Logs every step ``loss/task`` and ``loss/density`` (mean of what the last ``every`` batches had
+    added), and of the last masked run ``density/soft_size`` (share of edges),
+    ``density/distortion`` (in units of the chosen distance) and ``density/easy_share``; NaN before
+    the first and where it was skipped. With ``exits`` also ``density/exit_distance`` (nats), NaN
+    where none was read. Strength 0 is inert: the training step is not even wrapped.
+
+    Args:
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        allow_untested: Run also under a strategy that :mod:`softtrace.lightning.support` does not
+            list as supported.
+        **options: see :class:`softtrace.loss.DensityOptions`.
+
+    Raises:
+        InvalidInputError: an option outside its range.
+        TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
+            language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
+            that is not supported.
+        UnsupportedModelError: at the start of training; see :func:`softtrace.tracing.attach`.
+    """
+
+    def __init__(
+        self, strength: float = 0.35, allow_untested: bool = False, **options: Any
+    ) -> None:
+        self.options = DensityOptions(strength=strength, **options)
+        self.allow_untested = allow_untested
+        self._wrapped: WrappedStep | None = None
+        self._term_log = TermLog(self.options)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything runs, what can be seen without the model."""
+        if stage != "fit":
+            return
+        twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
+        if len(twins) > 1:
+            raise TrainerSetupError(
+                f"found {len(twins)} DensityPenalty callbacks, allowed is one: their terms would "
+                "add up unseen. Keep one and raise its strength"
+            )
+        if self.options.strength == 0:
+            return
+        check_strategy(type(trainer.strategy).__name__, self.allow_untested)
+        if not pl_module.automatic_optimization:
+            raise TrainerSetupError(
+                f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "
+                "automatic optimisation only. Use the plain-loop door inside your training_step: "
+                "loss = loss + softtrace.DensityLoss(model, ...)(input_ids, attention_mask).loss"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise TrainerSetupError(
+                f"{type(pl_module).__name__}.training_step takes dataloader_iter, so the batch "
+                "never passes the callback; take (batch) or (batch, batch_idx)"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model early, before sanity checks spend time."""
+        if self.options.strength > 0:
+            find_causal_lm(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the model and wrap the bound training step."""
+        if self.options.strength == 0:
+            return
+        self._restore()  # of a fit that ended without saying so: never two terms
+        density = DensityLoss(find_causal_lm(pl_module), self.options)
+        self._term_log = TermLog(self.options, self.options.on(pl_module.device).schedule.every)
+        self._wrapped = WrappedStep(trainer, pl_module, density, self.inputs_of, self._log)
+
+    def inputs_of(self, batch: Any) -> dict[str, Any]:
+        """What the loss reads of a batch; override for batches of other shapes.
+
+        That is ``input_ids`` and, where there are any, ``attention_mask``, ``labels`` and
+        ``position_ids`` (which keep packed documents apart).
+
+        Raises:
+            InvalidInputError: no mapping, or no ``input_ids`` in it.
+        """
+        return batch_inputs(batch)
+
+    def _log(self, pl_module: LightningModule, task: Tensor, term: DensityTerm) -> None:
+        values = {"loss/task": task.detach(), **self._term_log.of(term)}
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Forget a term whose batch something after training_step skipped by returning None."""
+        if self._wrapped is not None:
+            self._wrapped.forget_terms()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prove that the term was part of what was differentiated."""
+        if self._wrapped is not None:
+            self._wrapped.check_used()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the training step back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._wrapped is not None:
+            self._wrapped.restore()
+            self._wrapped = None
+
+    # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep a version and the seed; draws and strength are functions of the step."""
+        checkpoint[STATE_KEY] = state_of(self.options.seed)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of another layout or seed; one made without the penalty is fine."""
+        if (kept := checkpoint.get(STATE_KEY)) is not None:
+            found = "DensityPenalty {name} {value}"
+            check_state(kept, self.options.seed, found=found, resumed="a fit")

@@ -1,0 +1,399 @@
+"""The density loss: on a sub-batch, the distortion of easy tokens under a sparse, early mask.
+
+    strength · (Σ_t easy_t · TV(p_t, q_t) / Σ_t easy_t + exits · mean_u KL(p_u ‖ exit_u))
+
+p is the full prediction (held constant), q that of a masked run with a threshold τ drawn for every
+window of the batch that is looked at, read after a number of layers E drawn for every token. A
+separate pass on a sub-batch leaves the user's own forward untouched and makes the cost a dial. What
+exits of all tokens can learn needs more tokens than such a pass affords; they are read in the
+user's forward, which is looked at and not changed (:mod:`softtrace.loss.early_exits`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.anatomy.refusals import unwrapped
+from softtrace.density.distortion import DISTANCES
+from softtrace.density.easiness import easiness, easy_weights
+from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.graph.batch import Batch, check_finite
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.importance import working_dtype
+from softtrace.graph.masks import hard_masks, soft_masks
+from softtrace.graph.trace import soft_size
+from softtrace.loss.draws import draw, draw_exits
+from softtrace.loss.early_exits import Watched, exit_distance, watching
+from softtrace.loss.options import DensityOptions
+from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DensityTerm:
+    """The added term of one step, and what it was made of.
+
+    Attributes:
+        loss: scalar to add to the task loss (in units of the distance, times strength). Without a
+            graph, and 0, if nothing was run or read.
+        distortion: Σ easy·distance / Σ easy (nats for KL), detached. This and the next two are NaN
+            if nothing was run, as between the steps that ``every`` leaves.
+        soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
+            before the depth cut, detached.
+        easy_share: Σ easy / number of counted tokens, detached.
+        strength: weight of the distortion at this step.
+        skipped: why nothing was run although the strength is positive; None otherwise.
+        exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; None if
+            none was: without ``exits``, or where no forward was watched.
+    """
+
+    loss: Tensor
+    distortion: Tensor
+    soft_size: Tensor
+    easy_share: Tensor
+    strength: float
+    skipped: str | None = None
+    exit_distance: Tensor | None = None
+
+    @classmethod
+    def of_no_run(
+        cls, device: torch.device, strength: float = 0.0, skipped: str | None = None
+    ) -> DensityTerm:
+        """The term of a step at which nothing was run: 0, and the rest unknown.
+
+        Args:
+            device: of the batch.
+            strength: that the step would have had.
+            skipped: why nothing was run although that is positive.
+        """
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        unknown = torch.full_like(zero, torch.nan)
+        return cls(zero, unknown, unknown, unknown, strength, skipped)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What a step looks at: windows ``[n, window]`` of a batch, with what was drawn for each."""
+
+    batch: Batch
+    thresholds: Tensor
+    depths: Tensor
+
+
+class DensityLoss:
+    """Computes the density term for batches of one model: the plain-loop door.
+
+    Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
+    read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
+    task loss before the backward pass. With several processes the draws differ by rank; average
+    gradients as usual.
+
+    Args:
+        model: a causal language model of transformers; attached (and proven) here unless the
+            strength is 0.
+        options: a ready :class:`softtrace.loss.DensityOptions`; None for the defaults.
+        **changes: any of its fields, by name.
+
+    Raises:
+        UnsupportedModelError: see :func:`softtrace.tracing.attach`.
+        InvalidInputError: an option outside its range.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: DensityOptions | None = None, **changes: Any
+    ) -> None:
+        self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
+        self.model = model
+        self.step = 0
+        self.skipped_steps = 0
+        self._watched = Watched()
+        self._said: set[str] = set()
+        if self.options.strength > 0:
+            attach(model)
+
+    @contextmanager
+    def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
+        """Look at the training forward inside, for the exits of the call that is given the handle.
+
+        Nothing about the forward changes; residual streams and logits are held until that call. A
+        call that is given none takes the handle of the newest block. Nothing is watched without
+        ``options.exits``, and where something is compiled: hooks would compile it anew.
+
+        Args:
+            host: the module whose forward is run, where that is not the model itself.
+            step: as in the call, if given there; at a step without exits nothing is watched.
+
+        Raises:
+            InvalidInputError: layers are checkpointed in the reentrant way, which runs them without
+                a graph.
+        """
+        self._watched.forget()
+        watched = self._watched = Watched()
+        model = unwrapped(self.model)
+        schedule = self.options.exit_schedule
+        if not schedule.strength:
+            yield watched
+            return
+        modules = all_modules(self.model, *() if host is None else (host,))
+        if model.training and is_reentrant(modules):
+            raise InvalidInputError(
+                "exits: found activation checkpointing with use_reentrant=True, under which layers "
+                "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(the default of transformers), or set exits=0"
+            )
+        if step is not None and not schedule(step):
+            yield watched
+            return
+        if is_compiled(modules):
+            self._say_once("exits: the model is compiled, so its forward is not watched")
+            yield watched
+            return
+        try:
+            with watching(model, attach(model).anatomy, watched):
+                yield watched
+        except BaseException:
+            watched.forget()  # out of memory, say: nobody will ask for them
+            raise
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        step: int | None = None,
+        micro_step: int = 0,
+        position_ids: Tensor | None = None,
+        watched: Watched | None = None,
+    ) -> DensityTerm:
+        """The term of one step.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]`` of 0 and 1, or None. Rows of padding alone are left out.
+            labels: ``[B, T]``, -100 where the task loss looks away; positions whose next label is
+                -100 do not count. None counts every real token.
+            step: global step for the schedule and the draws; None counts the calls.
+            micro_step: which of the batches accumulated into this step, for the draws.
+            position_ids: ``[B, T]``, needed where rows are packed: they start anew with every
+                document, and no edge crosses from one document into another.
+            watched: what :meth:`watching` gave, with the forward whose exits are read; None for
+                that of the newest block. What it holds is let go.
+
+        Raises:
+            InvalidInputError: a malformed batch.
+            NonFiniteError: logits are not finite and ``on_nonfinite`` is ``"raise"``.
+        """
+        if step is None:
+            step, self.step = self.step, self.step + 1
+        options, device = self.options.on(input_ids.device), input_ids.device
+        strength, weight = options.schedule(step), options.exit_schedule(step)
+        watched = self._watched if watched is None else watched
+        try:
+            if strength == weight == 0:
+                return DensityTerm.of_no_run(device)
+            batch = self._batch(input_ids, attention_mask, labels, position_ids)
+            drawn_by = (step, micro_step)
+            # First what reads nothing from the device, which may still be busy with the forward.
+            instrument = attach(self.model)
+            exits = self._exits(instrument, watched, batch.counted, drawn_by) if weight else None
+            instrument.check(batch)
+            if not bool(batch.counted.any()):
+                return DensityTerm.of_no_run(device, strength, "no token of the batch has a target")
+            distance = None if exits is None else _mean_distance(*exits)
+            if strength:  # once for all runs in it: switching modules takes longer than asking
+                with dropout_off(instrument.model), uncompiled(instrument.model):
+                    term = self._density(instrument, batch, drawn_by, options, strength)
+            else:
+                term = DensityTerm.of_no_run(device)
+            if distance is None:
+                return term
+            loss = term.loss + weight * distance
+            return replace(term, loss=loss, exit_distance=distance.detach())
+        except NonFiniteError as error:
+            named = f"step {step}: {error}"
+            if self.options.on_nonfinite == "raise":
+                raise NonFiniteError(named) from error
+            self._warn_of_skip(named)
+            return DensityTerm.of_no_run(device, strength, named)
+        finally:
+            watched.forget()
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(what)
+
+    def _warn_of_skip(self, why: str) -> None:
+        """At the 1st, 2nd, 4th, 8th, ... skipped step: seen from the start, never a flood."""
+        self.skipped_steps += 1
+        if self.skipped_steps.bit_count() == 1:
+            logger.warning(
+                "%s The density term was left out; so far %d times.", why, self.skipped_steps
+            )
+
+    def _batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Batch:
+        """Which tokens a call looks at; what it says of ids and mask is checked later."""
+        return Batch.of(input_ids, attention_mask, position_ids, labels)
+
+    def _density(
+        self,
+        instrument: Instrument,
+        batch: Batch,
+        step: tuple[int, int],
+        options: DensityOptions,
+        strength: float,
+    ) -> DensityTerm:
+        """The term without exits."""
+        device = batch.valid.device
+        windows = self._windows(batch, step, options, len(instrument.anatomy.layers))
+        if windows is None:
+            return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
+            recording = instrument.record(windows.batch)
+        full = recording.logits.detach()
+        easy, inside = self._easy(full, windows.batch)
+        traces, masks = self._masks(recording.importance, windows.thresholds)
+        places = (easy > 0).flatten().nonzero()[:, 0]
+        if not len(places):
+            return DensityTerm.of_no_run(
+                device, strength, "no token of the windows has a finite easiness"
+            )
+        recorded = recording.attention if options.attention == "recorded" else None
+        masked = instrument.exit_logits(windows.batch, masks, windows.depths, places, recorded)
+        distances = self._distances(full.flatten(0, 1).index_select(0, places), masked)
+        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
+        distortion = (easy.flatten().index_select(0, places) * distances).sum() / total
+        size = self._size(recording.importance, traces, easy / total)
+        term = distortion + options.size_weight * size if options.size_weight else distortion
+        return DensityTerm(
+            loss=strength * term,
+            distortion=distortion.detach(),
+            soft_size=size.detach(),
+            easy_share=(total / inside.sum()).detach(),
+            strength=strength,
+        )
+
+    @staticmethod
+    def _windows(
+        batch: Batch, step: tuple[int, int], options: DensityOptions, layers: int
+    ) -> _Windows | None:
+        """Draw what a step looks at; None where no token of it has a target."""
+        length = batch.valid.shape[1]
+        window = length if options.crop is None else min(options.crop, length)
+        chosen = draw(
+            seed=options.seed,
+            step=step,
+            rank=_rank(),
+            counted=batch.counted,
+            share=options.window_share,
+            window=window,
+            thresholds=options.thresholds,
+            depths=options.depth_bounds(layers),
+        )
+        if chosen is None:
+            return None
+        part = batch.part(lambda values: chosen.of(values, window))
+        return _Windows(part, chosen.thresholds, chosen.depths)
+
+    def _easy(self, full: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``[n, window]`` weights of easy tokens, and bool: which tokens were ranked for them."""
+        score = easiness(self.options.easiness)(full, batch.targets)
+        score = score.detach().to(working_dtype(full.dtype))
+        inside = batch.counted & torch.isfinite(score)  # of a callable: infinite where never easy
+        options = self.options
+        return easy_weights(score, inside, options.easy_quantile, options.easy_width), inside
+
+    def _distances(self, full: Tensor, masked: Tensor) -> Tensor:
+        """``[N]`` distances of masked predictions from the full ones, logits ``[N, V]`` both."""
+        check_finite(masked.detach(), "logits of the masked run")
+        chosen = self.options.distance
+        distance = chosen if callable(chosen) else DISTANCES[chosen]
+        distances = distance(full, masked)
+        if distances.shape != masked.shape[:1]:
+            raise InvalidInputError(
+                f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
+                f"allowed is [{len(masked)}], one number a token"
+            )
+        return distances
+
+    def _exits(
+        self, instrument: Instrument, watched: Watched, counted: Tensor, step: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """``[n]`` distances of exits in the last watched forward of this batch, and which count.
+
+        None without a forward.
+        """
+        anatomy = instrument.anatomy
+        layers = len(anatomy.layers)
+        if layers < 2:
+            return None
+        seen = watched.last_of(counted.shape, layers)
+        if seen is None:
+            self._say_once(
+                "exits: no forward of this batch was watched, so none is read early; run it inside "
+                "'with density_loss.watching():', with gradients, or set exits=0"
+            )
+            return None
+        drawn = draw_exits(
+            seed=self.options.seed,
+            step=step,
+            rank=_rank(),
+            counted=counted,
+            share=self.options.exit_tokens,
+            bounds=self.options.exit_bounds(layers),
+        )
+        found = exit_distance(seen, anatomy.readout, drawn.places, drawn.depths)
+        return found, drawn.used
+
+    def _masks(
+        self, importance: EdgeImportance, thresholds: Tensor
+    ) -> tuple[Sequence[LayerEdges], Sequence[LayerEdges]]:
+        """Traces at the drawn thresholds as the size term sees them, and as the run is masked."""
+        options = self.options
+        if options.family == "shallow":
+            every = hard_masks(importance, 0.0)
+            return every, every
+        hard = options.masks == "straight"
+        masks = (
+            hard_masks(importance, thresholds)
+            if hard
+            else soft_masks(importance, thresholds, options.temperature)
+        )
+        if hard and options.size_weight > 0:
+            return soft_masks(importance, thresholds, options.temperature), masks
+        return masks, masks
+
+    def _size(
+        self, importance: EdgeImportance, traces: Sequence[LayerEdges], weights: Tensor
+    ) -> Tensor:
+        """Weighted mean size of the traces; with gradients only if a size term wants them."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
+            return soft_size(importance, traces, weights).to(weights.dtype)
+
+
+def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:
+    check_finite(distances.detach(), "distances of early exits", used)
+    return torch.where(used, distances, 0.0).sum() / used.sum()
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return (
+        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    )

@@ -1,0 +1,134 @@
+"""Early exits read in the training forward itself, where all layers run anyway.
+
+The distillation of exits (Zhang et al., arXiv 1905.08094, the deepest classifier as teacher), on
+some tokens, each read after a random number of layers: KL(full ‖ exit), the full prediction held
+constant. It costs the vocabulary of those tokens and nothing else, so it can look at tokens of the
+whole batch, easy or not, which a second pass cannot afford. A forward with a fused loss (Liger,
+TRL) gives no logits; there the full prediction of those tokens is read from the last stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from softtrace.anatomy.anatomy import Anatomy
+from softtrace.anatomy.readout import Readout
+from softtrace.density.distortion import divergence
+from softtrace.model.hooks import Hook, on_input, register
+
+
+@dataclass
+class Seen:
+    """What one forward of the model let be seen.
+
+    Attributes:
+        streams: residual streams ``[B, T, d_model]`` that entered each layer.
+        last: the one that the final norm read, ``[B, T, d_model]``.
+        logits: ``[B, T, V]``; None where the forward gave none.
+        ended: whether the forward did.
+    """
+
+    streams: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
+    logits: Tensor | None = None
+    ended: bool = False
+
+
+@dataclass
+class Watched:
+    """The forwards that ran inside one block of :func:`watching`, in order.
+
+    Attributes:
+        forwards: those with gradients; the last one may not have ended.
+    """
+
+    forwards: list[Seen] = field(default_factory=list)
+
+    def last_of(self, shape: torch.Size, layers: int) -> Seen | None:
+        """The last forward of a batch ``(B, T)`` that went through all layers; None without one."""
+        fitting = [
+            each for each in self.forwards
+            if each.ended and len(each.streams) == layers and each.streams[0].shape[:2] == shape
+        ]  # fmt: skip
+        return fitting[-1] if fitting else None
+
+    def forget(self) -> None:
+        """Let go of the streams and logits that are held."""
+        self.forwards.clear()
+
+
+@contextmanager
+def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[None]:
+    """Collect what every forward of ``model`` inside gives, for nothing but looking.
+
+    A forward without gradients is left out.
+    """
+    seen = watched.forwards
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(Seen())
+
+    def enter(hidden: Tensor) -> None:
+        if seen and not seen[-1].ended:  # not a layer that somebody calls on its own
+            seen[-1].streams.append(hidden)
+
+    def leave(hidden: Tensor) -> None:
+        if seen and not seen[-1].ended:
+            seen[-1].last = hidden
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not seen:
+            return
+        logits = getattr(output, "logits", None)
+        found = replace(seen.pop(), logits=logits if isinstance(logits, Tensor) else None)
+        result = found.last if found.logits is None else found.logits
+        if result is not None and result.requires_grad:
+            seen.append(replace(found, ended=True))
+
+    hooks = [Hook(model, begin, before=True), Hook(model, end, before=False)]
+    hooks.append(Hook(anatomy.readout.norm.module, on_input(leave), before=True))
+    hooks += [Hook(modules.layer, on_input(enter), before=True) for modules in anatomy.layers]
+    handles: list[RemovableHandle] = []
+    try:
+        register(hooks, handles)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) -> Tensor:
+    """KL of the full prediction from exits, one number a chosen token, nats.
+
+    Args:
+        seen: a forward that ended.
+        readout: the model's final norm and head.
+        places: ``[n]`` int64, tokens as numbers into ``[B·T]``.
+        depths: ``[n]`` int64, layers after which each is read, 1 to L - 1, ascending, on the CPU.
+
+    Returns:
+        ``[n]``.
+    """
+    if seen.last is None:
+        raise ValueError("a forward that has not ended")
+    by_depth = torch.split(places, depths.bincount().tolist())
+    read = [
+        # index_select: the backward pass of indexing with a tensor sorts, this one adds
+        seen.streams[depth].flatten(0, 1).index_select(0, chosen)
+        for depth, chosen in enumerate(by_depth)
+        if len(chosen)
+    ]
+    with torch.no_grad():
+        full = (
+            readout.early(seen.last.flatten(0, 1).index_select(0, places))
+            if seen.logits is None
+            else seen.logits.flatten(0, 1).index_select(0, places)
+        )
+    return divergence(full.detach(), readout.early(torch.cat(read)))

@@ -1,0 +1,75 @@
+"""What every trainer that is given the term does alike: what is logged of it, and what is saved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrace.errors import TrainerSetupError
+from softtrace.loss.density_loss import DensityTerm
+from softtrace.loss.options import DensityOptions
+
+STATE_VERSION = 1
+
+
+class TermLog:
+    """Names and values of what is logged of the term in one training.
+
+    What masked runs measure stays as the last one gave it: loggers look at every 50th step or so,
+    where the masked runs of ``every`` seldom are. NaN before the first and where it was skipped.
+
+    Args:
+        options: of the term.
+        terms: the mean of how many is logged as ``loss/density``.
+    """
+
+    def __init__(self, options: DensityOptions, terms: int = 1) -> None:
+        self._has_exits = options.exits > 0
+        self._added: deque[Tensor] = deque(maxlen=terms)
+        self._measured: dict[str, Tensor] = {}
+
+    def of(self, term: DensityTerm) -> dict[str, Tensor]:
+        """What to log at the step of this term; scalars without a graph."""
+        self._added.append(term.loss.detach())
+        if term.strength > 0 or not self._measured:
+            self._measured = {
+                "density/soft_size": term.soft_size,
+                "density/distortion": term.distortion,
+                "density/easy_share": term.easy_share,
+            }
+        values = {"loss/density": torch.stack(list(self._added)).mean(), **self._measured}
+        if self._has_exits:
+            read = term.exit_distance
+            unread = torch.full_like(term.soft_size, torch.nan)
+            values["density/exit_distance"] = unread if read is None else read
+        return values
+
+
+def state_of(seed: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the term; draws and strength are functions of the step."""
+    return {"version": STATE_VERSION, "seed": seed}
+
+
+def check_state(kept: Mapping[str, Any], seed: int, *, found: str, resumed: str) -> None:
+    """Refuse a checkpoint of another layout or seed.
+
+    Args:
+        kept: of the term in the checkpoint.
+        seed: of this training.
+        found: says in the error what it was, with ``{name}`` and ``{value}``.
+        resumed: what is, for the error.
+
+    Raises:
+        TrainerSetupError: which of them differs, and from what.
+    """
+    for name, own in state_of(seed).items():
+        if kept.get(name) != own:
+            was = found.format(name=name, value=repr(kept.get(name)))
+            raise TrainerSetupError(
+                f"checkpoint: found {was}, this run has {own!r}; {resumed} resumes only with what "
+                "it was started with"
+            )

@@ -1,0 +1,202 @@
+"""The dials of the density loss, in one place for every door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from softtrace.density.easiness import easiness
+from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_range
+from softtrace.loss.schedule import StrengthSchedule
+
+MaskKind = Literal["straight", "soft"]
+Family = Literal["both", "sparse", "shallow"]
+MaskedAttention = Literal["recorded", "recomputed"]
+Distance = Literal["kl", "tv"]
+OnNonFinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class DensityOptions:
+    """Options of the density loss; plain numbers and strings, so that YAML can hold them.
+
+    Args:
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        start_step: First global step with the term.
+        warmup_steps: Steps over which the strength rises linearly.
+        every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
+            ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 8
+            on an accelerator.
+        masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
+            (differentiable through the importances; the recording run then needs gradients).
+        temperature: Temperature of soft masks in nats of importance, > 0.
+        family: Kind of subgraph: ``"both"`` (sparse in the first E layers, only residual edges
+            above), ``"sparse"`` (E = L) or ``"shallow"`` (every edge of the first E layers).
+        thresholds: Bounds of τ in (0, 1), which is drawn log-uniformly for every window.
+        depths: Bounds of E as shares of the layers in (0, 1], drawn uniformly for every token.
+        attention: Attention probabilities of masked runs: ``"recorded"`` (the full run's, as the
+            measure has them; cheaper) or ``"recomputed"`` (the masked run's own, so that gradients
+            of the term also reach queries and keys).
+        distance: Distance of the masked prediction from the full one: ``"tv"`` (the measure itself,
+            in [0, 1]; bounded, so that hopeless tokens do not take over), ``"kl"`` (nats), or a
+            callable ``(full logits [N,V], masked logits [N,V]) -> distances [N]``.
+        easiness: What makes a token easy: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
+            ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
+        easy_quantile: Share of the tokens that are easy, in (0, 1].
+        easy_width: Smoothness of the step at the quantile, standard deviations of the score, >= 0.
+        share: Share of the batch's windows that the term looks at, in (0, 1]; at least one. This is
+            the dial of the cost. None: 0.125 on a CPU, 0.3 on an accelerator.
+        crop: Tokens of a window: every sequence is cut into as many as fit, and the term sees each
+            as a sequence of its own. None for whole sequences.
+        exits: Weight of early exits, >= 0: adds ``exits · KL(full ‖ early exit)`` (nats) inside the
+            term. Some tokens of the training forward itself are read early, easy or not. That
+            forward has to be watched, see :meth:`softtrace.DensityLoss.watching`; Lightning's
+            callback does.
+        exit_tokens: Share of the batch's tokens that are read so, in (0, 1].
+        exit_depths: Bounds of the layers after which they are read, as shares of all in [0, 1],
+            from the first layer to the last but one; narrow them around the exit that shall draft.
+        size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
+            differentiable through the importances. Never without the distortion: alone it is gamed
+            by rescaling.
+        on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
+            its term.
+        seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
+
+    Raises:
+        InvalidInputError: a value outside its range, or an unknown name.
+    """
+
+    strength: float = 0.35
+    start_step: int = 0
+    warmup_steps: int = 0
+    every: int | None = None
+    masks: MaskKind = "straight"
+    temperature: float = 0.5
+    family: Family = "both"
+    thresholds: tuple[float, float] = (0.02, 0.5)
+    depths: tuple[float, float] = (0.5, 1.0)
+    attention: MaskedAttention = "recorded"
+    distance: Distance | Callable[[Any, Any], Any] = "tv"
+    easiness: str | Callable[[Any, Any], Any] = "entropy"
+    easy_quantile: float = 0.35
+    easy_width: float = 0.1
+    share: float | None = None
+    crop: int | None = 64
+    exits: float = 0.2
+    exit_tokens: float = 0.125
+    exit_depths: tuple[float, float] = (0.25, 1.0)
+    size_weight: float = 0.0
+    on_nonfinite: OnNonFinite = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._schedule(1 if self.every is None else self.every)
+        easiness(self.easiness)
+        _one_of("masks", self.masks, get_args(MaskKind))
+        _one_of("family", self.family, get_args(Family))
+        if not callable(self.distance):
+            _one_of("distance", self.distance, get_args(Distance))
+        _one_of("attention", self.attention, get_args(MaskedAttention))
+        _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
+        infinity = float("inf")
+        check_range("temperature", self.temperature, 0, infinity, open_low=True, open_high=True)
+        check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
+        check_range("easy_width", self.easy_width, 0, infinity, open_high=True)
+        if self.share is not None:
+            check_range("share", self.share, 0, 1, open_low=True)
+        check_range("exits", self.exits, 0, infinity, open_high=True)
+        check_range("exit_tokens", self.exit_tokens, 0, 1, open_low=True)
+        check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
+        _pair("thresholds", self.thresholds, open_high=True)
+        _pair("depths", self.depths)
+        _pair("exit_depths", self.exit_depths, open_low=False)
+        integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
+        if self.crop is not None and not (integer and self.crop >= 1):
+            raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
+        if self.size_weight > 0 and self.family == "shallow":
+            raise InvalidInputError(
+                "size_weight: the family 'shallow' has no threshold and so no trace size; "
+                "use family 'both' or 'sparse'"
+            )
+
+    def on(self, device: torch.device) -> DensityOptions:
+        """The same options with ``every`` and ``share`` as they are on this device.
+
+        A masked run is many small operations: on an accelerator their number is what it costs, on a
+        CPU their size.
+        """
+        every, share = (1, 0.125) if device.type == "cpu" else (8, 0.3)
+        return replace(
+            self,
+            every=every if self.every is None else self.every,
+            share=share if self.share is None else self.share,
+        )
+
+    @property
+    def schedule(self) -> StrengthSchedule:
+        """Strength of the masked runs as a function of the global step.
+
+        Raises:
+            ValueError: ``every`` depends on the device; ask what :meth:`on` gives.
+        """
+        if self.every is None:
+            raise ValueError("every is None: take options.on(device).schedule")
+        return self._schedule(self.every)
+
+    @property
+    def window_share(self) -> float:
+        """``share`` as a number.
+
+        Raises:
+            ValueError: it depends on the device; ask what :meth:`on` gives.
+        """
+        if self.share is None:
+            raise ValueError("share is None: take options.on(device).window_share")
+        return self.share
+
+    def _schedule(self, every: int) -> StrengthSchedule:
+        return StrengthSchedule(self.strength, self.start_step, self.warmup_steps, every)
+
+    @property
+    def exit_schedule(self) -> StrengthSchedule:
+        """Strength times ``exits``, the weight of early exits, likewise."""
+        return StrengthSchedule(self.strength * self.exits, self.start_step, self.warmup_steps)
+
+    @property
+    def through_importances(self) -> bool:
+        """Whether gradients flow through the importances, so that the recording run needs them."""
+        return (self.masks == "soft" and self.family != "shallow") or self.size_weight > 0
+
+    def depth_bounds(self, layers: int) -> tuple[int, int]:
+        """Smallest and largest E for a model of this many layers."""
+        if self.family == "sparse":
+            return layers, layers
+        low, high = (min(layers, max(1, round(share * layers))) for share in self.depths)
+        return low, high
+
+    def exit_bounds(self, layers: int) -> tuple[int, int]:
+        """Smallest and largest number of layers before an exit, for a model of 2 or more."""
+        low, high = (min(layers - 1, max(1, round(share * layers))) for share in self.exit_depths)
+        return low, high
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidInputError(
+            f"{name}: found {value!r}, allowed are {', '.join(map(repr, allowed))}"
+        )
+
+
+def _pair(
+    name: str, value: tuple[float, float], *, open_low: bool = True, open_high: bool = False
+) -> None:
+    if not isinstance(value, tuple | list) or len(value) != 2 or value[0] > value[1]:
+        raise InvalidInputError(f"{name}: found {value!r}, expected (low, high) with low <= high")
+    for bound in value:
+        check_range(name, bound, 0, 1, open_low=open_low, open_high=open_high)

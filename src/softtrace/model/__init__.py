@@ -1,0 +1,1 @@
+"""One live model: how it is loaded, where it lies, its state, hooks and attention."""

@@ -1,0 +1,155 @@
+"""The attention function that our own runs put in place of the user's, and its registration.
+
+transformers looks attention up by name, process-wide; a mask function has to be registered under
+the same name or the mask becomes None and attention silently turns non-causal. Outside
+:func:`softtrace_attention_active` no model ever has this name in its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from softtrace.graph.importance import working_dtype
+
+IMPLEMENTATION = "softtrace"
+
+
+class AttentionListener(Protocol):
+    """What a run does with the attention probabilities of a layer."""
+
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        """Probabilities to use instead of the softmax, ``[B, H, T, S]``; None computes them."""
+
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        """Return the probabilities to use. Shapes: [B,H,T,S], [B,H_kv,S,d_head], [B,T,S]."""
+
+
+_LISTENER: ContextVar[AttentionListener] = ContextVar("softtrace_listener")
+
+
+def _visible_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as causal."""
+    kwargs["allow_is_causal_skip"] = False
+    kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax of the scores, ``[B, H, T, S]`` in float32 or float64, 0 where there is no edge.
+
+    Args:
+        query: ``[B, H, T, d]``.
+        key: ``[B, H_kv, S, d]``.
+        visible: ``[B, T, S]`` bool.
+        scale: of the scores.
+        softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2).
+        sinks: ``[H]``, a score a head that takes its share of the softmax and carries nothing
+            (GPT-OSS).
+        bias: added to the scores, broadcastable to ``[B, H, T, S]``.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, sources = key.shape[1:3]
+    if query.dtype == torch.float16:  # scores of large keys overflow it before they are scaled
+        query, key = query.float(), key.float()
+    # Query heads of a group share a key head: fold the group into the target axis, repeat nothing.
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    scores = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, sources)
+    scores = scores.to(working_dtype(scores.dtype)) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    seen = visible[:, None]
+    scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    # A row that sees nothing (left padding) is uniform after the softmax; it has no edges.
+    return torch.where(seen, scores.softmax(-1)[..., :sources], 0.0)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with probabilities in the open: ``[B, H, T, d]`` in, ``[B, T, H, d]`` out.
+
+    Dropout is ignored: a recording and a masked run must be the same function.
+    """
+    if attention_mask is None:
+        raise RuntimeError("no attention mask reached softtrace: attention would not be causal")
+    batch, heads, length, head_dim = query.shape
+    kv_heads, sources = key.shape[1:3]
+    visible = attention_mask[:, 0, :length, :sources].expand(batch, -1, -1)
+    probabilities = _LISTENER.get().attention_probabilities(module)
+    if probabilities is None:
+        probabilities = attention_probabilities(
+            query,
+            key,
+            visible,
+            head_dim**-0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            bias=position_bias,
+        )
+    probabilities = _LISTENER.get().on_attention(module, probabilities, value, visible)
+    mixed = probabilities.to(value.dtype).reshape(batch, kv_heads, -1, sources) @ value
+    return mixed.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _visible_mask)
+
+
+@contextmanager
+def configured(configs: Sequence[PretrainedConfig], implementation: str) -> Iterator[None]:
+    """Name an attention implementation in these configs; put back at exit what they named."""
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = implementation
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
+
+
+@contextmanager
+def softtrace_attention_active(
+    configs: Sequence[PretrainedConfig], listener: AttentionListener
+) -> Iterator[None]:
+    """Send the attention of the models with these configs to ``listener``; put all back at exit."""
+    token = _LISTENER.set(listener)
+    try:
+        with configured(configs, IMPLEMENTATION):
+            yield
+    finally:
+        _LISTENER.reset(token)

@@ -1,0 +1,1 @@
+"""Tables, plots, the HTML page and the model card: all that is shown of results."""

@@ -1,0 +1,202 @@
+"""``report.html``: one or several ``density.json`` as one page that needs nothing but a browser.
+
+The page holds the numbers themselves, as JSON, and draws them; what is written out before it is
+opened (headline, table, foot) is formatted from the same JSON. Nothing is fetched: a policy in the
+page forbids it, and allows no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from softtrace.density.curve import PHASES, SIZE_BOUND
+from softtrace.evaluation.intervals import MEANING, interval
+from softtrace.files import atomic_path, finite
+from softtrace.report.drawing import COLOURS, GREY, Runs, check_count
+from softtrace.report.plots import binned_medians, scatter_points
+from softtrace.report.tables import (
+    MEASURES,
+    Density,
+    Measure,
+    change,
+    count,
+    half_depth,
+    is_held_out,
+    percent,
+    percent_change,
+)
+
+NOTHING = "–"
+"""What stands for a number that could not be measured."""
+
+_PAGE = "assets"
+_SCRIPTS = ("draw.js", "charts.js", "maps.js", "text.js")
+_HEADLINES = {
+    "size_at_tv_0.2_easy": ("Edges needed", "median size at TV 0.2, easy tokens"),
+    "area_easy": ("Cost of dropping edges", "area under distortion, easy tokens"),
+    "early_exit_half_easy": (
+        "Early exits that agree",
+        "after {half} of {layers} layers, easy tokens",
+    ),
+    "loss_all": ("{Held_out}", "nats per token, all tokens"),
+}
+_BY_KEY = {measure.key: measure for measure in MEASURES}
+
+
+def write_report(runs: Runs, folder: Path | str) -> Path:
+    """Write ``report.html`` into an existing folder, atomically.
+
+    Args:
+        runs: label and content of each ``density.json`` as :func:`load_density` reads it, 1 to
+            ``MAX_RUNS`` of ``drawing``; changes are against the first. Files without ``samples``
+            (from before there were any) give a page without text.
+        folder: gets ``report.html``.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        InvalidInputError: no run, or too many.
+    """
+    check_count(runs)
+    path = Path(folder) / "report.html"
+    page = render(runs)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(runs: Runs) -> str:
+    """The page of these runs; see :func:`write_report`."""
+    environment = Environment(
+        loader=PackageLoader("softtrace.report", _PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False,
+        "separators": (",", ":"),
+        "allow_nan": False,
+    }
+    environment.filters |= {"percent": percent, "count": count}
+    script = "\n".join(_resource(name) for name in _SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    first = runs[0][1]
+    return environment.get_template("report.html.j2").render(
+        title=_title(runs),
+        runs=[{"label": label, "density": density} for label, density in runs],
+        first=first,
+        held_out=_all_held_out(runs),
+        lead=_lead(runs),
+        headlines=[_headline(key, runs) for key in _HEADLINES],
+        measures=[_row(measure, runs) for measure in MEASURES],
+        data=_data(runs),
+        intervals=MEANING,
+        colours=COLOURS,
+        # JSON escapes what HTML would read; a digest of the script is all that may run.
+        script=Markup(script),
+        style=Markup(_resource("report.css")),
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        nothing=NOTHING,
+    )
+
+
+def _resource(name: str) -> str:
+    return (files("softtrace.report") / _PAGE / name).read_text(encoding="utf-8")
+
+
+def _data(runs: Runs) -> dict[str, Any]:
+    """What the page draws: every run whole, and the medians that the plots show."""
+    points, floor = scatter_points(runs)
+    medians = [[part.tolist() for part in binned_medians(*pair)] for pair in points]
+    data = {
+        "runs": [
+            {"label": label, "density": density, "medians": line}
+            for (label, density), line in zip(runs, medians, strict=True)
+        ],
+        "floor": floor,
+        "bound": SIZE_BOUND,
+        "phases": [{"name": name, "from": low, "to": high} for name, (low, high) in PHASES.items()],
+        "grey": GREY,
+    }
+    whole: dict[str, Any] = finite(data)
+    return whole
+
+
+def _title(runs: Runs) -> str:
+    first, *others = [label for label, _ in runs]
+    if not others:
+        return first
+    return f"{' and '.join(others) if len(others) < 3 else f'{len(others)} runs'} against {first}"
+
+
+def _all_held_out(runs: Runs) -> bool:
+    return all(is_held_out(density) for _, density in runs)
+
+
+def _lead(runs: Runs) -> str:
+    """The first number as a sentence; with several runs the sparsest against the first."""
+    measure = _BY_KEY["size_at_tv_0.2_easy"]
+    sizes = [(size, label) for label, d in runs if (size := measure.read(d)) is not None]
+    if not sizes:
+        return "How many edges an easy token needs could not be measured on this text."
+    least, label = min(sizes, key=lambda found: found[0])
+    lead = f"Half of the easy tokens need no more than {measure.format(least)} of the edges"
+    if len(runs) == 1:
+        return f"{lead} to come close to the full prediction."
+    base = measure.read(runs[0][1])
+    if label == runs[0][0] or base is None:
+        return f"{lead} in {label}, which needs the fewest."
+    return f"{lead} in {label}; in {runs[0][0]} it was {measure.format(base)}."
+
+
+def _headline(key: str, runs: Runs) -> dict[str, Any]:
+    title, note = _HEADLINES[key]
+    first: Density = runs[0][1]
+    words = {
+        "half": half_depth(first),
+        "layers": len(first["early_exit"]["layers"]),
+        "Held_out": "Held-out loss" if _all_held_out(runs) else "Loss",
+    }
+    row = _row(_BY_KEY[key], runs)
+    return {**row, "title": title.format(**words), "note": note.format(**words)}
+
+
+def _row(measure: Measure, runs: Runs) -> dict[str, Any]:
+    """One measure of every run, each with its change against the first and what that means."""
+    base = measure.read(runs[0][1])
+    cells: list[Mapping[str, Any]] = []
+    for number, (label, density) in enumerate(runs):
+        value = measure.read(density)
+        changed = change(measure, value, base) if number else ""
+        bounds = interval(density, measure.key)
+        cells.append(
+            {
+                "label": label,
+                "value": value,
+                "shown": NOTHING if value is None else measure.format(value),
+                "interval": bounds and " to ".join(measure.format(end) for end in bounds),
+                "change": changed.replace("n/a", NOTHING).replace("-", "\N{MINUS SIGN}"),
+                "verdict": _verdict(measure, value, base) if number else "",
+            }
+        )
+    return {"key": measure.key, "name": measure.name, "better": measure.better, "cells": cells}
+
+
+def _verdict(measure: Measure, value: float | None, base: float | None) -> str:
+    changed = percent_change(measure, value, base)
+    if not measure.better or changed is None:
+        return ""
+    if changed == 0:
+        return "same"
+    return "better" if (changed < 0) == (measure.better == "lower") else "worse"

@@ -1,0 +1,254 @@
+"""The page of plots of a ``study.json``: a panel a question, intervals as bands and whiskers.
+
+Models are told apart by line style and marker, and by colour where nothing else needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from softtrace.report import drawing
+from softtrace.report.drawing import COLOURS, GREY, MARKERS, Array
+from softtrace.report.study_tables import Study
+from softtrace.report.tables import shorten
+
+_SIZE = "size of the trace (log scale)"
+_LINES: tuple[Any, ...] = ("-", "--")
+_NUCLEI = (0.1, 0.4, 0.9)
+
+
+def write_study_plot(study: Study, folder: Path | str) -> Path:
+    """Draw ``study.png`` into an existing folder, atomically; the same numbers, the same bytes.
+
+    Args:
+        study: the content of a ``study.json``.
+        folder: where to.
+
+    Returns:
+        The path that was written.
+    """
+    with drawing.style():
+        return drawing.save(draw_study(study), Path(folder) / "study.png")
+
+
+def draw_study(study: Study) -> Figure:
+    """The page, twelve panels; to be called within :func:`softtrace.report.drawing.style`."""
+    models = study["models"]
+    handles: list[Any] = [
+        Line2D([], [], color=_colour(at, models), marker=MARKERS[at], linestyle=_LINES[at],
+               linewidth=2, label=shorten(drawing.printable(model["label"]), 40))
+        for at, model in enumerate(models)
+    ]  # fmt: skip
+    confidence = f"{100 * study['settings']['confidence']:g} % interval"
+    handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
+    figure = drawing.new_figure(21.0, [[handle] for handle in handles])
+    grid = figure.subplots(6, 2).ravel()
+    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
+    for axes, panel in zip(grid, _PANELS, strict=True):
+        axes.set_title(panel[0], fontsize=11, pad=20 if panel[1] is _variation else 6)
+        panel[1](axes, study)
+        axes.grid(axis="y", color="#E0E0E0", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _variation(axes: Axes, study: Study) -> None:
+    drawing.shade_phases(axes)
+    for at, ends in _each(study, "phases/tv"):
+        _band(axes, study, at, ends, _colour(at, study["models"]))
+    axes.set(ylim=(0, 1), ylabel="mean TV from the full prediction")
+
+
+def _kinds(axes: Axes, study: Study) -> None:
+    names = [drawing.KIND_NAMES[kind] for kind in study["axes"]["kinds"]]
+    _several(axes, study, "phases/kinds", range(len(names)), names)
+    axes.set_ylabel("edges of the trace (%)")
+
+
+def _depths(axes: Axes, study: Study) -> None:
+    names = [f"{name} quarter of the layers" for name in ("first", "second", "third", "last")]
+    _several(axes, study, "phases/depths", range(4), names)
+    axes.set_ylabel("edges of the trace (%)")
+
+
+def _nucleus(axes: Axes, study: Study) -> None:
+    places = [study["axes"]["nucleus_p"].index(p) for p in _NUCLEI]
+    names = [f"p = {p:g}" for p in _NUCLEI]
+    _several(axes, study, "phases/nucleus", places, names)
+    axes.set_ylabel("top-p lists recovered (%)")
+
+
+def _uncertainty(axes: Axes, study: Study) -> None:
+    rows = [("size", "entropy"), ("size", "surprisal"), ("area", "entropy"), ("area", "surprisal")]
+    names = {"size": "edges needed", "area": "area", "surprisal": "loss", "entropy": "entropy"}
+    count = len(study["models"])
+    for row, (what, against) in enumerate(rows):
+        for at, ends in _each(study, f"uncertainty/{what}_{against}"):
+            height = row + 0.24 * (at - (count - 1) / 2)
+            _whiskers(axes, study, at, [ends["value"]], ends, [height], flat=True)
+    axes.set_yticks(range(4), [f"{names[a]},\n{names[b]}" for a, b in rows])
+    axes.set(ylim=(3.6, -0.6), xlabel="rank correlation")
+    axes.axvline(0, color=GREY, linewidth=0.8)
+
+
+def _spearman(axes: Axes, study: Study) -> None:
+    for at, ends in _each(study, "shallow/unigram_spearman"):
+        _band(axes, study, at, ends, _colour(at, study["models"]))
+    axes.set_ylabel("rank correlation with the unigrams")
+
+
+def _divergence(axes: Axes, study: Study) -> None:
+    for at, ends in _each(study, "shallow/unigram_kl"):
+        _band(axes, study, at, ends, _colour(at, study["models"]))
+    uniform = study["unigrams"]["uniform_kl_nats"]
+    axes.axhline(uniform, color=GREY, linewidth=1, linestyle=":")
+    where = axes.get_yaxis_transform()
+    label = "all tokens equally likely"
+    axes.text(0.99, uniform, label, transform=where, ha="right", va="bottom", fontsize=9)
+    axes.set(ylabel="KL from the unigrams (nats)", ylim=(0, None))
+
+
+def _length_size(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "size")
+    axes.set_ylabel("edges needed (share of all, median)")
+    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+
+
+def _length_edges(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "edges")
+    axes.set_ylabel("edges needed (number, median)")
+
+
+def _length_area(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "area")
+    axes.set_ylabel("area under distortion")
+
+
+def _length_attention(axes: Axes, study: Study) -> None:
+    _over_lengths(axes, study, "attention")
+    axes.set_ylabel("attention among the edges needed")
+    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+
+
+def _position(axes: Axes, study: Study) -> None:
+    contexts, positions = study["axes"]["contexts"], study["axes"]["positions"]
+    beside = 0.022 * max(1, positions[-1] - positions[0])
+    handles = []
+    for line, context in enumerate((contexts[-2], contexts[-1])):
+        at_context = len(contexts) - 2 + line
+        colour, marker = ((COLOURS[2], "^"), (COLOURS[4], "D"))[line]
+        for at, ends in _each(study, "position/size"):
+            x = [place + beside * (2 * line + at - 1) for place in positions]
+            y, low, high = (ends[name][:, at_context] for name in ("value", "low", "high"))
+            _whiskers(
+                axes, study, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker
+            )
+        label = f"window of {context}" if line == 0 else "all tokens before it"
+        handles.append(Line2D([], [], color=colour, marker=marker, label=label))
+    axes.legend(handles=handles, fontsize=9)
+    axes.set(xlabel="position in the sequence", ylabel="edges needed (share of all, median)")
+    axes.set_xticks(positions)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+_PANELS = (
+    ("Two phases: how far off a trace is", _variation),
+    ("Two phases: kinds of edges", _kinds),
+    ("Two phases: how deep the edges lie", _depths),
+    ("Two phases: most likely tokens recovered", _nucleus),
+    ("Computation against uncertainty", _uncertainty),
+    ("Shallow statistics: ranks of tokens", _spearman),
+    ("Shallow statistics: distance", _divergence),
+    ("The same tokens in windows: share of edges", _length_size),
+    ("The same tokens in windows: number of edges", _length_edges),
+    ("The same tokens in windows: area", _length_area),
+    ("The same tokens in windows: attention", _length_attention),
+    ("By position, at matched length and not", _position),
+)
+
+
+def _each(study: Study, key: str) -> Iterator[tuple[int, dict[str, Array]]]:
+    for at, found in enumerate(study["results"][key]["models"]):
+        yield at, {name: drawing.array(values) for name, values in found.items()}
+
+
+def _colour(at: int, models: Sequence[Any]) -> str:
+    return COLOURS[at] if len(models) > 1 else COLOURS[0]
+
+
+def _band(
+    axes: Axes,
+    study: Study,
+    at: int,
+    ends: dict[str, Array],
+    colour: str,
+    marker: str = "",
+    offset: int = 0,
+) -> None:
+    """A line over sizes, its interval as a band; ``offset``: so that no marker hides another."""
+    sizes = study["axes"]["sizes"]
+    axes.fill_between(sizes, ends["low"], ends["high"], color=colour, alpha=0.25, linewidth=0)
+    look: dict[str, Any] = {"color": colour, "linestyle": _LINES[at]}
+    look |= {"marker": marker or MARKERS[at], "markevery": ((2 * at + offset) % 4, 4)}
+    axes.plot(sizes, ends["value"], linewidth=1.8, markersize=5, **look)
+    drawing.size_axis(axes)
+    axes.set_xlabel(_SIZE)
+
+
+def _several(
+    axes: Axes, study: Study, key: str, places: Sequence[int], names: Sequence[str]
+) -> None:
+    """Lines over sizes in per cent, told apart by marker and colour; models by line style."""
+    handles = []
+    for index, (place, name) in enumerate(zip(places, names, strict=True)):
+        colour, marker = COLOURS[index], MARKERS[index]
+        for at, ends in _each(study, key):
+            part = {end: 100 * values[:, place] for end, values in ends.items()}
+            _band(axes, study, at, part, colour, marker, offset=index)
+        handles.append(Line2D([], [], color=colour, marker=marker, label=name))
+    axes.legend(handles=handles, fontsize=9)
+    axes.set_ylim(0, 102)
+
+
+def _over_lengths(axes: Axes, study: Study, what: str) -> None:
+    lengths = study["axes"]["lengths"]
+    for at, ends in _each(study, f"length/{what}"):
+        x = [length * 1.03**at for length in lengths]  # beside each other, not over
+        _whiskers(axes, study, at, ends["value"], ends, x)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)")
+
+
+def _whiskers(
+    axes: Axes,
+    study: Study,
+    at: int,
+    values: Any,
+    ends: dict[str, Array],
+    x: Sequence[float],
+    *,
+    colour: str | None = None,
+    marker: str = "",
+    flat: bool = False,
+) -> None:
+    """Markers with their intervals as whiskers; ``flat``: values along x, ``x`` along y."""
+    middle, reach = (ends["high"] + ends["low"]) / 2, (ends["high"] - ends["low"]) / 2
+    colour = colour or _colour(at, study["models"])
+    if flat:
+        axes.errorbar(middle, x, xerr=reach, fmt="none", ecolor=colour, capsize=4)
+    else:
+        axes.errorbar(x, middle, yerr=reach, fmt="none", ecolor=colour, capsize=4)
+    line = "" if flat else _LINES[at]
+    points = (values, x) if flat else (x, values)
+    axes.plot(*points, color=colour, marker=marker or MARKERS[at], linewidth=1.8, linestyle=line)

@@ -1,0 +1,163 @@
+"""What ``study.json`` says, as a plain-text table: a row a number, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from softtrace.report.tables import aligned, percent, shorten
+
+Study = Mapping[str, Any]
+"""The content of a ``study.json``."""
+
+_SIZES = (1e-4, 1e-3, 1e-2, 1e-1)
+_NUCLEI = (0.1, 0.9)
+
+_LEGEND = (
+    "In brackets: {confidence:g} % percentile intervals, bootstrap over sequences "
+    "({resamples:,} resamples, seed {seed}).\n"
+    "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
+    "with a TV of at most {bound:g}.\n"
+    "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
+    "Unigrams: how frequent tokens are in the {unigram_tokens:,} tokens of the training side, "
+    "{smoothing};\ntheir rank correlation is over the {seen:,} tokens that occur there. Their "
+    "entropy is {entropy:.2f} nats; all tokens equally likely: KL {uniform_kl:.2f}.\n"
+    "Window of n: the same {targets} tokens of every sequence, each seen with just n tokens (its "
+    "own included).\n"
+    "Position: its place in the sequence; with all before it, its context grows with it."
+)
+
+Row = tuple[str, str, tuple[int, ...]]
+"""What a row is called, the key of a result, and where in it the row's number is."""
+
+
+def study_table(study: Study) -> str:
+    """The main numbers of a study: one column a model, and of two the change."""
+    models, data, settings = study["models"], study["data"], study["settings"]
+    head = [shorten(model["label"], 34) for model in models]
+    if len(models) == 2:
+        head.append("change")
+    blocks = []
+    for title, rows in _sections(study):
+        cells = [[title, *head]]
+        for name, key, place in rows:
+            result = study["results"][key]
+            found = [*result["models"], *([result["difference"]] if len(models) == 2 else [])]
+            unit = result["unit"]
+            cells.append(
+                [name]
+                + [
+                    _cell({end: _at(part[end], place) for end in part}, unit, signed=at == 2)
+                    for at, part in enumerate(found)
+                ]
+            )
+        blocks.append(cells)
+    # One table, so that the columns of all questions stand under each other.
+    lines = iter(aligned([row for cells in blocks for row in cells]).split("\n"))
+    text = []
+    rule = ""
+    for number, cells in enumerate(blocks):
+        text.append(next(lines))
+        rule = next(lines) if number == 0 else rule
+        text += [rule, *(next(lines) for _ in cells[1:]), ""]
+    unigrams = study["unigrams"]
+    header = (
+        f"{' and '.join(model['path'] for model in models)}\n"
+        f"{study['tokens']:,} tokens of {data['blocks']:,} sequences of {data['block_size']}, "
+        f"{data['split']}; at least {settings['min_context']} tokens of context"
+    )
+    legend = _LEGEND.format(
+        confidence=100 * settings["confidence"],
+        resamples=settings["resamples"],
+        seed=settings["seed"],
+        bound=settings["total_variation"],
+        unigram_tokens=unigrams["tokens"],
+        smoothing=unigrams["smoothing"],
+        seen=unigrams["seen"],
+        entropy=unigrams["entropy_nats"],
+        uniform_kl=unigrams["uniform_kl_nats"],
+        targets=settings["targets"],
+    )
+    return "\n".join([header, "", *text, legend])
+
+
+def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:
+    results, axes = study["results"], study["axes"]
+
+    def rows(*keys: str) -> list[Row]:
+        return [(results[key]["name"], key, ()) for key in keys]
+
+    sizes = [(_nearest(axes["sizes"], size), size) for size in _SIZES]
+    full = (len(axes["sizes"]) - 1, 1.0)
+    yield "Overall", rows("overall/loss", "overall/entropy", "overall/area", "overall/size")
+
+    found: list[Row] = [(f"mean TV at {_size(s)}", "phases/tv", (at,)) for at, s in sizes]
+    found += rows("phases/construction")
+    attention = axes["kinds"].index("attention")
+    for at, s in (*sizes[::2], full):
+        found.append((f"attention among the edges at {_size(s)}", "phases/kinds", (at, attention)))
+    for at, s in (*sizes[::2], full):
+        found.append((f"first quarter of the layers at {_size(s)}", "phases/depths", (at, 0)))
+    for p in _NUCLEI:
+        for at, s in sizes[1:]:
+            place = (at, axes["nucleus_p"].index(p))
+            found.append((f"top-{p:g} lists recovered at {_size(s)}", "phases/nucleus", place))
+    yield "Two phases", found
+
+    keys = [f"uncertainty/{a}_{b}" for a in ("size", "area") for b in ("entropy", "surprisal")]
+    names = [f"{a}, {b}" for a in ("edges needed", "area") for b in ("entropy", "loss")]
+    yield "Uncertainty: rank correlations", [(n, k, ()) for n, k in zip(names, keys, strict=True)]
+
+    found = []
+    for key, name in (("unigram_kl", "KL from"), ("unigram_spearman", "rank correlation with")):
+        for at, s in (*sizes, full):
+            found.append((f"{name} the unigrams at {_size(s)}", f"shallow/{key}", (at,)))
+        found.append(("   at the smallest less in full", f"shallow/{key}_change", ()))
+    yield "Shallow statistics", found
+
+    found = []
+    for key in ("size", "edges", "area", "attention", "surprisal"):
+        name = results[f"length/{key}"]["name"]
+        for at, length in enumerate(axes["lengths"]):
+            found.append((f"{name}, window of {length}", f"length/{key}", (at,)))
+        if len(axes["lengths"]) > 1:
+            found.append(("   longest less shortest", f"length/{key}_change", ()))
+    yield "Length", found
+
+    found = []
+    for key, name in (("size", "edges needed"), ("area", "area")):
+        for at, context in enumerate(axes["contexts"]):
+            where = context if isinstance(context, str) else f"window of {context}"
+            found.append((f"{name}, {where}", f"position/{key}_spearman", (at,)))
+    yield "Position: rank correlations", found
+
+
+def _nearest(sizes: list[float], wanted: float) -> int:
+    return min(range(len(sizes)), key=lambda at: abs(sizes[at] / wanted - 1))
+
+
+def _size(size: float) -> str:
+    return "full size" if size == 1 else f"{100 * size:g} %"
+
+
+def _at(values: Any, place: tuple[int, ...]) -> float | None:
+    for index in place:
+        values = values[index]
+    value: float | None = values
+    return value
+
+
+def _cell(ends: Mapping[str, float | None], unit: str, signed: bool) -> str:
+    value, low, high = (_number(ends[name], unit, signed) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _number(value: float | None, unit: str, signed: bool) -> str:
+    if value is None or value != value:
+        return "n/a"
+    sign = "-" if value < 0 else "+" if signed or unit == "correlation" else ""
+    if unit == "share":
+        return sign + percent(abs(value)).replace(" %", "%")
+    if unit == "correlation":
+        return f"{sign}{abs(value):.2f}"
+    return f"{sign}{abs(value):,.0f}" if unit == "edges" else f"{sign}{abs(value):.3f}"

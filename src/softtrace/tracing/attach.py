@@ -1,0 +1,126 @@
+"""``attach(model)``: the proof that a model is the sum of its edges, and what it gives at once."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
+from softtrace.anatomy.refusals import own_forward, refuse_early, running, unwrapped
+from softtrace.anatomy.watch import running_layers
+from softtrace.errors import UnsupportedModelError
+from softtrace.graph.batch import check_finite
+from softtrace.graph.edges import EdgeImportance
+from softtrace.model.devices import device_of_module
+from softtrace.model.state import dropout_off, uncompiled
+from softtrace.tracing.instrument import Instrument, attached
+from softtrace.tracing.proof import prove, tolerance
+from softtrace.tracing.runner import Runner, forward_parameters
+from softtrace.tracing.verification import Verification
+
+_TINY = 6  # tokens of the batch that a model is proven on
+
+
+def attach(model: nn.Module) -> Instrument:
+    """Prove that ``model`` is the sum of its edges, and return the instrument that runs it.
+
+    A tiny batch is run (no gradients, no change to the global random state) and every layer must
+    satisfy ``out == in + Σ edges``, also with edges masked. Attaching twice returns the same
+    instrument, unless modules of the model were replaced in between: then it is proven anew. What
+    is proven holds for the weights at that time; where all output projections are still zero, a
+    wrong reading can fit.
+
+    Args:
+        model: a causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
+
+    Raises:
+        UnsupportedModelError: names the layer and the mismatch.
+        NonFiniteError: its logits are not finite, so that nothing can be proven.
+    """
+    model = unwrapped(model)
+    known = attached(model)
+    if known is not None:
+        return known
+    refuse_early(model)
+    device = device_of_module(model).type
+    # Autocast rounds every product, which is no mismatch of the model's layout.
+    exact = torch.autocast(device, enabled=False)
+    with torch.no_grad(), exact, own_forward(model), uncompiled(model), dropout_off(model):
+        return Instrument.of(*_proven(model))
+
+
+def _proven(model: nn.Module) -> tuple[Runner, Verification]:
+    """Take a model apart and prove that it was taken apart rightly."""
+    configs = tuple({id(each): each for each in map(_config_of, model.modules()) if each}.values())
+    parameters, batch = forward_parameters(model), tiny_batch(model, _TINY)
+    inputs = batch.forward_inputs(parameters)
+    plain, layers = running_layers(model, lambda: _plain(model, inputs))
+    check_finite(plain, "logits of the model on a tiny batch, run to attach", batch.valid)
+    allowed = tolerance(next(model.parameters()).dtype)
+    anatomy = take_apart(PlainRun(model, inputs, plain, layers, configs, allowed))
+    runner = Runner(weakref.ref(model), anatomy, configs, parameters)
+    try:
+        return runner, prove(runner, batch, plain)
+    except UnsupportedModelError:
+        if not any(modules.score_projections for modules in anatomy.layers):
+            raise
+    # Keys that are values too, or shared between layers, cannot be left out of masked runs.
+    narrower = tuple(replace(modules, score_projections=()) for modules in anatomy.layers)
+    runner = replace(runner, anatomy=replace(anatomy, layers=narrower))
+    return runner, prove(runner, batch, plain)
+
+
+def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The model's own logits ``[B, T, V]`` on a tiny batch."""
+    with running(f"{type(model).__name__} does not run on a batch of token ids alone"):
+        logits = getattr(model(**inputs), "logits", None)
+    shape = inputs["input_ids"].shape
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives logits of shape {found} for token ids {tuple(shape)}; "
+            "a causal language model gives [B, T, V], one row a token (no language-model head, or "
+            "logits of the last token alone?)"
+        )
+    return logits
+
+
+def _config_of(module: nn.Module) -> PretrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PretrainedConfig) else None
+
+
+def edge_importance(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> EdgeImportance:
+    """Importance of every edge of a batch (identity 1).
+
+    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure.
+
+    Args:
+        model: a causal language model; attached on the fly.
+        input_ids: ``[B, T]`` integers.
+        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+        position_ids: ``[B, T]`` of packed rows, starting anew with every document: no edge crosses
+            from one document into another. None for one document a row.
+
+    Returns:
+        Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
+        ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T].
+
+    Raises:
+        UnsupportedModelError: see :func:`attach`.
+        InvalidInputError: ids outside the vocabulary, wrong shapes.
+        NonFiniteError: the model's logits are not finite.
+    """
+    instrument = attach(model)
+    batch = instrument.batch(input_ids, attention_mask, position_ids)
+    return instrument.record(batch, keep_attention=False).importance

@@ -1,0 +1,57 @@
+"""A model that was proven to be the sum of its edges, and which models are."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from dataclasses import dataclass
+
+from torch import nn
+
+from softtrace.model.state import all_modules
+from softtrace.tracing.runner import Runner
+from softtrace.tracing.verification import Verification
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Instrument(Runner):
+    """A model that was proven to be the sum of its edges. Made by :func:`softtrace.tracing.attach`.
+
+    Attributes:
+        verification: what was proven, and how exactly.
+        parts: modules that it was proven with, all but the model itself.
+    """
+
+    verification: Verification
+    parts: tuple[nn.Module, ...]  # held, not numbered: ids of freed modules come back
+
+    @classmethod
+    def of(cls, runner: Runner, verification: Verification) -> Instrument:
+        """The instrument of a runner that was proven; from now on :func:`attached` finds it."""
+        model = runner.model
+        instrument = cls(**vars(runner), verification=verification, parts=_parts(model))
+        _ATTACHED[model] = instrument
+        return instrument
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has the modules that were proven, none added or replaced."""
+        parts = _parts(model)
+        return len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+
+    def detach(self) -> None:
+        """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
+        model = self.reference()
+        if model is not None:
+            _ATTACHED.pop(model, None)
+
+
+def attached(model: nn.Module) -> Instrument | None:
+    """The instrument that a model has; None where it has none, or was changed since."""
+    known = _ATTACHED.get(model)
+    return known if known is not None and known.fits(model) else None
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(part for part in all_modules(model) if part is not model)

@@ -1,0 +1,258 @@
+"""Recording and masked runs on an unmodified transformers model that was taken apart.
+
+Nothing is installed between runs. Hooks, the attention implementation and eval mode are put in
+place around each run of ours and taken back after it, also after an exception; the user's own
+forward, attention kernel, checkpointing and compiled code never meet them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
+
+from softtrace.anatomy.anatomy import Anatomy
+from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.graph.batch import Batch, check_finite, check_length
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.model.attention_interception import interception_active
+from softtrace.model.attention_interface import softtrace_attention_active
+from softtrace.model.hooks import register, watched
+from softtrace.model.state import dropout_off, uncompiled
+from softtrace.tracing.recording import Recording
+from softtrace.tracing.run import DeepEnough, MaskedRun, RecordingRun, Run
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Runner:
+    """Runs a model that was taken apart. :class:`softtrace.Instrument` is one that was proven.
+
+    Attributes:
+        reference: to the model, which is not kept alive by it.
+        anatomy: which module computes which edge.
+        configs: of the model and its modules, in which attention is switched during a run.
+        forward_parameters: names that the model's forward takes.
+    """
+
+    reference: weakref.ref[nn.Module]
+    anatomy: Anatomy
+    configs: tuple[PretrainedConfig, ...]
+    forward_parameters: tuple[str, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself.
+
+        Raises:
+            UnsupportedModelError: it was deleted.
+        """
+        model = self.reference()
+        if model is None:
+            raise UnsupportedModelError("the attached model no longer exists")
+        return model
+
+    def batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Batch:
+        """The checked batch that all runs take; for arguments see :meth:`softtrace.Batch.of`.
+
+        Raises:
+            InvalidInputError: what :meth:`Batch.of` and :meth:`check` refuse.
+        """
+        batch = Batch.of(input_ids, attention_mask, position_ids, labels)
+        self.check(batch)
+        return batch
+
+    def check(self, batch: Batch) -> None:
+        """Check a batch against the model.
+
+        Raises:
+            InvalidInputError: ids outside the vocabulary, a mask of other values than 0 and 1,
+                padding before real tokens where the model looks at it, more tokens than it has
+                learned positions.
+        """
+        batch.check_values(self.anatomy.vocabulary)
+        valid, limit = batch.valid, self.anatomy.positions
+        if self.anatomy.looks_at_padding and bool((~valid[:, :-1] & valid[:, 1:]).any()):
+            raise InvalidInputError(
+                "attention_mask: padding stands before real tokens, and this model's attention "
+                "looks at it all the same; pad on the right, or not at all"
+            )
+        if limit is None:
+            return
+        longest = int(valid.sum(-1).max())
+        if "position_ids" not in self.forward_parameters:
+            longest = valid.shape[1]  # its own code numbers the columns
+        elif batch.positions is not None:
+            longest = int(batch.positions[valid].max()) + 1
+        check_length(longest, limit)
+
+    def record(
+        self, batch: Batch, *, keep_hidden: bool = False, keep_attention: bool = True
+    ) -> Recording:
+        """Run the full model and measure every edge; differentiable unless gradients are off.
+
+        Args:
+            batch: from :meth:`batch`, or a part of one.
+            keep_hidden: also keep the residual stream at every layer.
+            keep_attention: keep the attention probabilities, which masked runs need.
+
+        Raises:
+            NonFiniteError: a logit at a real token is NaN or infinite.
+        """
+        run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention)
+        logits = self.forward(run)
+        check_finite(logits.detach(), "logits of the full model", batch.valid)
+        importance = EdgeImportance(run.importances(), tuple(run.visible), batch.valid)
+        hidden = None if run.hidden is None else tuple(run.hidden)
+        return Recording(batch, logits, importance, tuple(run.attention), hidden)
+
+    def masked_logits(
+        self,
+        batch: Batch,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1].
+
+        Args:
+            batch: from :meth:`batch`, or that of a recording.
+            masks: one :class:`LayerEdges` a layer.
+            attention: probabilities of the recording run; None computes the masked run's own
+                (see :mod:`softtrace.tracing.run` for the difference).
+        """
+        return self.forward(MaskedRun(self.anatomy, batch, masks, attention))
+
+    def masked_hidden(
+        self,
+        batch: Batch,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
+        *,
+        exact: bool = False,
+    ) -> Tensor:
+        """What the final norm gives in :meth:`masked_logits`, ``[B, T, d_model]``.
+
+        Logits of a large vocabulary are the largest thing in a run; made from this in portions,
+        they never exist whole. ``exact`` computes every node beside the model's own sums.
+        """
+        found: list[Tensor] = []
+        norm = self.anatomy.readout.norm.module
+        run = MaskedRun(self.anatomy, batch, masks, attention, exact=exact)
+        handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            self.forward(run, **self._one_logit)
+        finally:
+            handle.remove()
+        return found[-1]
+
+    def exit_logits(
+        self,
+        batch: Batch,
+        masks: Sequence[LayerEdges],
+        depths: Tensor,
+        places: Tensor,
+        attention: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits of an early-phase masked run: masks in the first E layers, residuals above.
+
+        Nothing but residual edges lies above E, so a position is read right there, as decoding with
+        early exits reads it: constants of the layers above (biases of output projections) are not
+        added. The run ends at the deepest exit, and only chosen positions reach the vocabulary.
+
+        Args:
+            batch, masks, attention: see :meth:`masked_logits`.
+            depths: ``[B, T]`` integers, E of each position, 1 to L.
+            places: ``[N]`` int64, the positions that are read, as numbers into ``[B·T]``.
+
+        Returns:
+            ``[N, V]``.
+        """
+        levels, order = depths.flatten().index_select(0, places).sort(stable=True)
+        layers = len(self.anatomy.layers)
+        numbers = torch.arange(layers + 1, device=levels.device)
+        counts = (levels == numbers[:, None]).sum(1).tolist()  # once: it waits for the device
+        deepest = max(level for level, count in enumerate(counts) if count)
+        counts = counts[: deepest + 1]
+        whole = deepest == layers or watched(self.model)
+        run = MaskedRun(
+            self.anatomy,
+            batch,
+            masks,
+            attention,
+            keep_hidden=True,
+            stop=None if whole else deepest,
+        )
+        with suppress(DeepEnough):
+            self.forward(run, **self._one_logit)
+        hidden = run.hidden or []
+        read = [
+            hidden[level].flatten(0, 1).index_select(0, chosen)
+            for level, chosen in enumerate(torch.split(places.index_select(0, order), counts))
+            if len(chosen)
+        ]
+        with dropout_off(self.model), uncompiled(self.model):
+            logits: Tensor = self.anatomy.readout.early(torch.cat(read))
+        return logits.index_select(0, order.argsort())
+
+    def forward(self, run: Run, **options: int) -> Tensor:
+        """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.
+
+        Args:
+            run: what listens, to the forward of its own batch.
+            options: of the model's own forward.
+        """
+        inputs = run.batch.forward_inputs(self.forward_parameters)
+        with self._running(run):
+            output = self.model(**inputs, **options)
+        logits: Tensor = output.logits
+        return logits
+
+    @property
+    def _one_logit(self) -> dict[str, int]:
+        """Options with which the forward computes as few logits as it can."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
+
+    @contextmanager
+    def _running(self, run: Run) -> Iterator[None]:
+        """Put a run's hooks, attention and eval mode in place; take them back at exit."""
+        handles: list[RemovableHandle] = []
+        try:
+            register(run.hooks(), handles)
+            attention = self._attention_of(run, handles)
+            with uncompiled(self.model), dropout_off(self.model), attention:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attention_of(
+        self, run: Run, handles: list[RemovableHandle]
+    ) -> AbstractContextManager[Any]:
+        if self.anatomy.route == "interface":
+            return softtrace_attention_active(self.configs, run)
+        asking: list[nn.Module] = []
+        for modules in self.anatomy.layers:
+            attention = modules.attention
+            handles.append(attention.register_forward_pre_hook(lambda m, _: asking.append(m)))
+            handles.append(attention.register_forward_hook(lambda m, _, out: asking.clear()))
+        return interception_active(
+            self.configs, run, lambda: asking[-1] if asking else None, run.valid.shape
+        )
+
+
+def forward_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names that the forward of a model takes."""
+    return tuple(inspect.signature(model.forward).parameters)
