@@ -12,7 +12,7 @@ from softtrace.density.baselines import baseline_scores, baseline_thresholds
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.trace import edge_counts, total_edges
+from softtrace.graph.sizes import edge_counts, total_edges
 from tests import oracle
 from tests.literal import edges_of, every_edge, graph_of, made_up_importance, value_of
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from softtrace.checks import check_range
 from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
-from softtrace.graph.batch import Batch, check_finite, check_length, check_range, position_ids_of
+from softtrace.graph.batch import Batch, check_finite, check_length, position_ids_of
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

@@ -18,7 +18,7 @@ from softtrace.density.distortion import NUCLEUS_SHARES, nucleus_recovered
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EDGE_KINDS, Edge
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.trace import edge_counts
+from softtrace.graph.sizes import edge_counts
 from tests import oracle
 from tests.literal import edges_of
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_prompt

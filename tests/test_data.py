@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.data.documents import Document, encode, held_out
+from softtrace.data.blocks import encode
+from softtrace.data.documents import Document, held_out
 from softtrace.errors import DataError, InvalidInputError
 from tests.corpus import byte_tokenizer, write_tree
 
@@ -248,7 +249,7 @@ def test_packing_gives_back_the_texts_with_ends_between() -> None:
 def test_encoding_in_portions_equals_encoding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     whole = encode(documents(30), tokenizer)
-    monkeypatch.setattr("softtrace.data.documents._CHARACTERS_PER_CALL", 25)
+    monkeypatch.setattr("softtrace.data.blocks._CHARACTERS_PER_CALL", 25)
     assert torch.equal(encode(documents(30), tokenizer), whole)
 
 

@@ -170,7 +170,7 @@ def test_a_model_of_any_trainer_can_be_given_a_recommended_exit(
     )
     found = []
     monkeypatch.setattr(
-        "softtrace.decoding.speculative.recommended_exit",
+        "softtrace.decoding.recommend.recommended_exit",
         lambda model, _: found.append(model.training) or 3,
     )
     assert recommend_exit(model, text) == 3

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import softtrace
 from softtrace.graph.edges import Edge, EdgeImportance
-from softtrace.graph.trace import extract_trace, total_edges
+from softtrace.graph.sizes import total_edges
+from softtrace.graph.trace import extract_trace
 from softtrace.model.loading import load_model, load_tokenizer
 from tests import oracle
 from tests.literal import differing_sizes, entry_values, made_up_importance, row_graph

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError
 from softtrace.decoding import check_early_exit, generate, speculate
-from softtrace.decoding.exit_checks import first_layers
+from softtrace.decoding.split_model import first_layers
 from softtrace.tracing import attach
 from tests.tiny import tiny_model, tiny_prompt
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import softtrace
-from softtrace.decoding.recommend import exit_agreement
+from softtrace.density.exits import exit_agreement
 from tests.tiny import tiny_model, tiny_prompt
 
 IDS = tiny_prompt(12, seed=5, batch=3)

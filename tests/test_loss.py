@@ -21,7 +21,7 @@ from softtrace.loss import density_loss as loss_module
 from softtrace.loss.draws import Draw, draw
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
-from softtrace.tracing.run import MaskedRun
+from softtrace.tracing.masking import MaskedRun
 from tests import oracle
 from tests.tiny import tiny_model, tiny_prompt
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss, DensityOptions
 from softtrace.density.distortion import divergence, total_variation
 from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.trace import soft_size
+from softtrace.graph.sizes import soft_size
 from softtrace.tracing.attach import attach
 from tests.test_loss import batch, drawn, exits, literal_weights
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt

@@ -14,7 +14,7 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.trace import edge_counts, soft_size
+from softtrace.graph.sizes import edge_counts, soft_size
 from tests.literal import edges_of, every_edge, made_up_importance, value_of
 
 PADDED = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)

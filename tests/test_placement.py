@@ -18,8 +18,8 @@ from softtrace.data.text_source import TextSource
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import hardware
+from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import load_model
-from softtrace.model.offloading import check_device_map, device_map_options
 from tests.corpus import write_model, write_tree
 from tests.evaluation.calls import CPU
 from tests.tiny import tiny_model, tiny_prompt

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace.data import documents as documents_module
+from softtrace.data import blocks as blocks_module
 from softtrace.data import pack, read_documents, split_by_file, text_files
-from softtrace.data.blocks import stream_evenly
-from softtrace.data.documents import Document, evenly, stream_documents, stream_held_out
+from softtrace.data.blocks import evenly, stream_evenly
+from softtrace.data.documents import Document, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
 from tests.corpus import byte_tokenizer, write_tree
 
@@ -35,7 +35,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
     lines = [{"text": f"line {number} " * 20} for number in range(300)]
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    monkeypatch.setattr(documents_module, "_CHARACTERS_PER_CALL", 1000)
+    monkeypatch.setattr(blocks_module, "_CHARACTERS_PER_CALL", 1000)
     read, most = 0, 0
 
     def counted() -> Iterator[Document]:
@@ -45,7 +45,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
             yield document
 
     tokens = 0
-    for piece in documents_module.stream_tokens(counted(), TOKENIZER):
+    for piece in blocks_module.stream_tokens(counted(), TOKENIZER):
         tokens += len(piece)
         most = max(most, read - tokens)
     assert tokens > 50_000

@@ -15,14 +15,8 @@ import softtrace
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
 from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.trace import (
-    Trace,
-    closure,
-    edge_counts,
-    extract_trace,
-    total_edges,
-    trace_length,
-)
+from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.graph.trace import Trace, closure, extract_trace, trace_length
 from tests import oracle, warm
 from tests.literal import (
     edges_of,
@@ -290,7 +284,7 @@ def test_importances_with_gradients_are_fine() -> None:
 def test_any_way_to_ask_for_rounded_products_is_understood(setting: str, exact: bool) -> None:
     # a process of its own: PyTorch cannot take such a setting back
     program = (
-        f"import torch; {setting}; from softtrace.graph.trace import _products_exact as exact; "
+        f"import torch; {setting}; from softtrace.graph.sizes import _products_exact as exact; "
         "print(exact(1000, torch.device('cpu')))"
     )
     command = [sys.executable, "-c", program]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from softtrace.cli.compare import compare, load_density
+from softtrace.cli.compare import compare
 from softtrace.errors import DataError, InvalidInputError, OutputExistsError
+from softtrace.evaluation.density_file import load_density
 from softtrace.files import prepare_output, write_json
 from tests.evaluation.densities import synthetic_density, write_run
 

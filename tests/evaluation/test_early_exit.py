@@ -6,15 +6,9 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.decoding.recommend import (
-    GATES,
-    exit_agreement,
-    exit_layers,
-    gated_exits,
-    guesses_of,
-    recommended_exit,
-)
+from softtrace.decoding.recommend import GATES, gated_exits, guesses_of, recommended_exit
 from softtrace.decoding.replay import Guesses, best_drafting
+from softtrace.density.exits import exit_agreement, exit_layers
 from tests import oracle
 from tests.tiny import FAMILIES, tiny_model, tiny_prompt
 

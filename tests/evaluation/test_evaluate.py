@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.cli.compare import load_density
 from softtrace.cli.evaluate import evaluate
 from softtrace.data import pack, read_documents, split_by_file
 from softtrace.data.text_source import TextSource
@@ -22,6 +21,7 @@ from softtrace.errors import (
     NonFiniteError,
     OutputExistsError,
 )
+from softtrace.evaluation.density_file import load_density
 from softtrace.model.loading import load_model, load_tokenizer
 from softtrace.report.tables import MEASURES
 from tests.corpus import write_model, write_tree

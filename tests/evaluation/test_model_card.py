@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from softtrace.cli import main
 from softtrace.cli.fit import FitCLI, fit
 from softtrace.errors import DataError
-from softtrace.report.model_card import measured, write_density, write_settings
+from softtrace.evaluation.held_out import measured
+from softtrace.report.model_card import write_density, write_settings
 from softtrace.report.tables import MEASURES
 from tests.corpus import write_model, write_tree
 from tests.evaluation.densities import synthetic_density, write_run

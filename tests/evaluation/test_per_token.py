@@ -11,9 +11,9 @@ import torch
 import softtrace
 from softtrace.cli.evaluate import evaluate
 from softtrace.data import pack, read_documents
-from softtrace.data.documents import evenly
+from softtrace.data.blocks import evenly
 from softtrace.data.text_source import TextSource
-from softtrace.decoding.recommend import exit_agreement, exit_layers
+from softtrace.density.exits import exit_agreement, exit_layers
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.corpus import word_tokenizer, write_model, write_tree
 from tests.evaluation.calls import CPU

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from softtrace.cli.compare import compare, load_density
+from softtrace.cli.compare import compare
 from softtrace.cli.evaluate import evaluate
 from softtrace.data.text_source import TextSource
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
+from softtrace.evaluation.density_file import load_density
 from softtrace.evaluation.samples import MOST_TOKENS
 from softtrace.report import html_page
 from softtrace.report.html_page import write_report

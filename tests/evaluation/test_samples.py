@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.decoding.recommend import exit_agreement
+from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
 from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
 from tests import oracle

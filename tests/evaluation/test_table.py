@@ -11,7 +11,7 @@ from softtrace.report.tables import (
     MEASURES,
     comparison_table,
     density_table,
-    half_depth,
+    half_depth_exit,
     percent,
     ratio,
 )
@@ -121,7 +121,7 @@ def test_missing_numbers_are_said_to_be_missing() -> None:
 def test_half_depth_rounds_down_but_runs_a_layer(layers: int, half: int) -> None:
     density = synthetic_density()
     density["early_exit"]["layers"] = list(range(1, layers + 1))
-    assert half_depth(density) == half
+    assert half_depth_exit(density) == half
 
 
 @pytest.mark.parametrize(

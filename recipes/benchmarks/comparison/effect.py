@@ -33,7 +33,7 @@ from tqdm import tqdm
 import softtrace
 from recipes.benchmarks.places import MODEL, RESULTS
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.data.documents import evenly
+from softtrace.data.blocks import evenly
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json

@@ -32,7 +32,7 @@ from recipes.benchmarks.comparison.effect import (
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.comparison.peer_losses import smoothed
 from softtrace import DensityOptions
-from softtrace.data.documents import evenly
+from softtrace.data.blocks import evenly
 from softtrace.decoding import check_cache, check_early_exit, speculate
 from softtrace.evaluation.measure import measure, summarise
 from softtrace.evaluation.provenance import hardware

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes.benchmarks.comparison.exit_variants import EVERY
-from softtrace.cli.decode_bench import quartiles
+from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.loading import load_model

@@ -19,10 +19,10 @@ import torch
 from recipes.benchmarks.places import QUICKSTART, RESULTS
 from softtrace.cli.decode_bench import decode_bench
 from softtrace.data.text_source import TextSource
-from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import RunOptions
 from softtrace.files import write_json
+from softtrace.model.devices import device_of
 
 
 def main() -> None:

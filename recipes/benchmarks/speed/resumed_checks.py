@@ -22,12 +22,12 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from recipes.benchmarks.places import QUICKSTART, RESULTS
-from softtrace.cli.decode_bench import quartiles
 from softtrace.data import pack
-from softtrace.data.documents import evenly
+from softtrace.data.blocks import evenly
 from softtrace.data.text_source import TextSource
 from softtrace.decoding import check_cache, check_early_exit, greedy, speculate
 from softtrace.decoding.split_model import first_layers, forget
+from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer

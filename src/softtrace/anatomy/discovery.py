@@ -15,7 +15,8 @@ from softtrace.anatomy.anatomy import Anatomy, LayerModules, Route
 from softtrace.anatomy.decomposition import decompose
 from softtrace.anatomy.readout import find_readout
 from softtrace.anatomy.refusals import running
-from softtrace.anatomy.watch import Watch, decoder_of, mismatch, typical_mismatch
+from softtrace.anatomy.tolerances import mismatch, typical_mismatch
+from softtrace.anatomy.watch import Watch, decoder_of
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.batch import Batch
 from softtrace.model.attention_interception import Interception, interception_active

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from softtrace.anatomy.norms import LinearNorm, linear_norm
-from softtrace.anatomy.watch import Call, mismatch
+from softtrace.anatomy.tolerances import mismatch
+from softtrace.anatomy.watch import Call
 from softtrace.errors import UnsupportedModelError
 
 

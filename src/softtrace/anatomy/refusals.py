@@ -18,30 +18,6 @@ NOT_MADE_FOR_IT = (
 )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside ``torch.compile``'s wrapper and PEFT's.
-
-    PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
-
-    Raises:
-        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
-    """
-    model = getattr(model, "_orig_mod", model)
-    settings = getattr(model, "peft_config", None)
-    base = getattr(model, "get_base_model", None)
-    if isinstance(settings, dict) and callable(base):
-        virtual = [name for name, each in settings.items() if each.is_prompt_learning]
-        if virtual:
-            raise UnsupportedModelError(
-                f"PEFT adapter {', '.join(virtual)} adds virtual tokens, which are no tokens of "
-                "the graph; allowed are adapters inside the layers (LoRA, rsLoRA, DoRA, ...)"
-            )
-        inner = base()
-        if isinstance(inner, nn.Module):
-            return inner
-    return model
-
-
 def first_line(error: BaseException) -> str:
     """What an error says in one line."""
     return str(error).strip().partition("\n")[0]
@@ -64,24 +40,6 @@ def running(what: str) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{what}: {type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-@contextmanager
-def own_forward(model: nn.Module) -> Iterator[None]:
-    """The model's forward without the autocast that Accelerate puts around it, for a proof.
-
-    Accelerate replaces ``forward`` where it prepares a model for mixed precision, and keeps the
-    model's own; autocast that is switched off outside is switched on again by the replacement.
-    """
-    own, around = (vars(model).get(name) for name in ("_original_forward", "forward"))
-    if own is None or around is None:
-        yield
-        return
-    model.forward = own
-    try:
-        yield
-    finally:
-        model.forward = around
 
 
 def refuse_early(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from softtrace.anatomy.tolerances import ROUNDINGS, rounding
 from softtrace.errors import UnsupportedModelError
-from softtrace.graph.importance import working_dtype
 from softtrace.model.hooks import first_tensor
 
 
@@ -79,51 +79,6 @@ class LayerSight:
     def rows(self) -> int:
         """B · T."""
         return self.entry.shape[0] * self.entry.shape[1]
-
-
-def mismatch(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Largest difference over the largest expected value (or ``floor``)."""
-    if not expected.numel():
-        return 0.0
-    scale = max(float(expected.abs().max()), floor, 1e-30)
-    return float((found - expected).abs().max()) / scale
-
-
-def typical_mismatch(found: Tensor, expected: Tensor) -> float:
-    """Mismatch of logits ``[N, V]``: of the worst token, in half precision of the median one.
-
-    There rounding sends a token to another expert now and then, and its logits anywhere.
-    """
-    if not expected.numel():
-        return 0.0
-    errors = (found - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-30)
-    return float(errors.median() if expected.dtype.itemsize < 4 else errors.max())
-
-
-#: machine epsilons by which a sum of two or three terms may be off, of the terms' magnitude
-ROUNDINGS = 8
-
-
-def rounding(found: Tensor, expected: Tensor, magnitude: Tensor | None = None) -> float:
-    """Largest difference in machine epsilons of each element's own magnitude.
-
-    A few activations of a trained model are a thousand times larger than all others; a bound
-    relative to the largest would let anything pass elsewhere.
-
-    Args:
-        found, expected: of one shape.
-        magnitude: of what was summed, elementwise; None for that of ``expected``.
-    """
-    if not expected.numel():
-        return 0.0
-    size = expected.abs() if magnitude is None else magnitude
-    return float(((found - expected).abs() / unit(expected, size)).max())
-
-
-def unit(like: Tensor, magnitude: Tensor) -> Tensor:
-    """What one rounding of numbers of this magnitude is, elementwise."""
-    limits = torch.finfo(like.dtype)
-    return (limits.eps * magnitude.to(working_dtype(like.dtype))).clamp_min(limits.tiny)
 
 
 class Watch:

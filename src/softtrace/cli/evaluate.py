@@ -14,9 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from softtrace.cli.compare import DENSITY_VERSION, check_comparable, load_density, run_labels
 from softtrace.data.blocks import stream_evenly
 from softtrace.data.text_source import TextSource
+from softtrace.evaluation.density_file import (
+    DENSITY_VERSION,
+    check_comparable,
+    describe,
+    load_density,
+    run_labels,
+)
 from softtrace.evaluation.identity import settings_of, text_identity
 from softtrace.evaluation.intervals import intervals_of
 from softtrace.evaluation.measure import measure, summarise
@@ -29,12 +35,11 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.samples import text_samples
 from softtrace.files import prepare_output, write_json
 from softtrace.graph.batch import check_counts
+from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
-from softtrace.model.offloading import check_device_map, device_map_options
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
 from softtrace.report.tables import density_table
-from softtrace.tracing.attach import attach
 
 
 @dataclass(frozen=True)
@@ -291,16 +296,3 @@ def _write_report(folder: Path, base: str | None) -> None:
     paths = [*([Path(base)] if base else []), folder]
     found = [load_density(path) for path in paths]
     write_report(list(zip(run_labels(paths, found), found, strict=True)), folder)
-
-
-def describe(network: PreTrainedModel, path: str) -> dict[str, Any]:
-    """The "model" of density.json."""
-    config, anatomy = network.config, attach(network).anatomy
-    return {
-        "path": path,
-        "type": config.model_type,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "layers": len(anatomy.layers),
-        "heads": anatomy.heads,
-        "pattern": anatomy.pattern,
-    }

@@ -28,21 +28,24 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions
-from softtrace.anatomy.refusals import unwrapped
-from softtrace.data.documents import evenly
-from softtrace.decoding.speculative import recommend_exit
+from softtrace.checks import check_least
+from softtrace.data.blocks import evenly
+from softtrace.decoding.recommend import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
+from softtrace.evaluation.held_out import measured
 from softtrace.files import atomic_path, check_output, sync
-from softtrace.graph.batch import check_least, check_length
+from softtrace.graph.batch import check_length
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
-from softtrace.lightning.penalty import DensityMonitor, DensityPenalty
+from softtrace.lightning.monitor import DensityMonitor
+from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.sigterm import EndTogether, let_go
 from softtrace.lightning.step_seed import StepSeed
 from softtrace.model.loading import load_model, load_tokenizer
-from softtrace.report.model_card import measured, write_density, write_settings
+from softtrace.model.wrappers import unwrapped
+from softtrace.report.model_card import write_density, write_settings
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from softtrace.anatomy.anatomy import LayerModules
 from softtrace.anatomy.norms import LinearNorm
-from softtrace.graph.batch import check_least, check_length
+from softtrace.checks import check_least
+from softtrace.graph.batch import check_length
 from softtrace.graph.edges import EDGE_KINDS
-from softtrace.graph.trace import edge_counts
+from softtrace.graph.sizes import edge_counts
 from softtrace.model.devices import device_of_module
 from softtrace.model.loading import load_model
 from softtrace.tracing.attach import attach

@@ -99,7 +99,7 @@ def _decode_bench(args: list[str]) -> None:
 
 
 def _card(args: list[str]) -> None:
-    from softtrace.report.model_card import card
+    from softtrace.cli.card import card
 
     description = (
         "Put what evaluate measured into a section of a model's README.md; the rest of it stays."

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softtrace.cli.evaluate import describe
-from softtrace.data.documents import Document, evenly, pack, read_documents, split_by_file
+from softtrace.checks import check_least, check_range
+from softtrace.data.blocks import evenly, pack
+from softtrace.data.documents import Document, read_documents, split_by_file
 from softtrace.data.text_source import TextSource
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -25,16 +26,17 @@ from softtrace.evaluation.bootstrap import (
     Statistic,
     intervals,
 )
+from softtrace.evaluation.density_file import describe
 from softtrace.evaluation.identity import text_identity
-from softtrace.evaluation.processes import device_of
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.files import check_output, prepare_output, write_json, write_text
-from softtrace.graph.batch import check_counts, check_least, check_range
+from softtrace.graph.batch import check_counts
 from softtrace.graph.edges import EDGE_KINDS
+from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.study_plots import write_study_plot
 from softtrace.report.study_tables import study_table

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtrace.checks import check_least
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_least
 
 STATE_VERSION = 1
 

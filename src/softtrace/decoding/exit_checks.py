@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.anatomy.refusals import running, unwrapped
-from softtrace.anatomy.watch import mismatch
+from softtrace.anatomy.refusals import running
+from softtrace.anatomy.tolerances import mismatch, tolerance
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.state import dropout_off
+from softtrace.model.wrappers import unwrapped
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
-from softtrace.tracing.proof import tolerance
 
 EXIT_FIELD = "softtrace_exit_layer"
 """Field of a model's config that holds the recommended exit layer."""
@@ -60,7 +60,8 @@ class ProvenExit:
             proven = ", ".join(map(str, sorted(self.resumable))) or "none"
             raise InvalidInputError(
                 f"proven_exit: found one without a proof that the model goes on after {depth} "
-                f"layers (proven exit layers: {proven}); softtrace.decoding.check_cache gives it one"
+                f"layers (proven exit layers: {proven}); softtrace.decoding.check_cache "
+                "gives it one"
             )
 
 

@@ -1,4 +1,4 @@
-"""Early exits: what the model would say if it stopped after a layer.
+"""Which early exit decodes fastest, judged by a replay of what the exits would have guessed.
 
 The residual stream after each layer is read with the model's own final norm and head, as
 self-speculation does (LayerSkip, arXiv 2404.16710).
@@ -12,31 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from softtrace.decoding.exit_checks import EXIT_FIELD, check_early_exit
 from softtrace.decoding.replay import LONGEST, Guesses, best_drafting
+from softtrace.density.exits import hidden_states
+from softtrace.errors import InvalidInputError
 from softtrace.graph.importance import working_dtype
 from softtrace.model.devices import device_of_module
+from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.recording import Recording
 
-
-@torch.no_grad()
-def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
-    """Whether the exit after each layer has the full model's most likely token.
-
-    Args:
-        instrument: of the model.
-        recording: made with ``keep_hidden=True``.
-
-    Returns:
-        ``[L, B, T]`` bool; the last layer is the full model and always agrees.
-    """
-    wanted = recording.logits.argmax(-1)
-    found = [
-        instrument.anatomy.readout.early(hidden).argmax(-1) == wanted
-        for hidden in _hidden(recording)[1:-1]
-    ]
-    return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+_LEAST = 8  # tokens of a row to judge exits by: half of it is replayed
 
 
 @torch.no_grad()
@@ -53,18 +40,12 @@ def guesses_of(
         row: which sequence.
     """
     right, sure = [], []
-    for hidden in _hidden(recording)[1:-1]:
+    for hidden in hidden_states(recording)[1:-1]:
         logits = instrument.anatomy.readout.early(hidden[row, explained])
         likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)
         right.append((logits.argmax(-1) == written[row]).tolist())
         sure.append(likely.tolist())
     return Guesses(right, sure)
-
-
-def _hidden(recording: Recording) -> Sequence[Tensor]:
-    if recording.hidden is None:
-        raise ValueError("the recording has no hidden states; record with keep_hidden=True")
-    return recording.hidden
 
 
 @torch.no_grad()
@@ -120,14 +101,32 @@ def gated_exits(texts: Sequence[Guesses], confidence: float) -> tuple[float, flo
     return statistics.mean(used), statistics.mean(right)
 
 
-def exit_layers(agreed: Tensor) -> Tensor:
-    """The first layer from which on every exit agrees: later ones do not change their mind.
+def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
+    """Write into the model's config which early exit should decode it fastest.
+
+    What ``softtrace fit`` does at its end, for models that were trained otherwise;
+    ``save_pretrained`` keeps it, and :func:`speculate` and :func:`generate` take it. Judged by a
+    replay of the second half of every row, with costs in proportion to layers; ``softtrace
+    decode-bench`` measures them, on what the model writes itself.
 
     Args:
-        agreed: ``[L, ...]`` bool, see :func:`exit_agreement`; the last layer always agrees.
+        model: a causal language model of transformers with at least two layers, in either mode.
+        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 8.
 
     Returns:
-        ``[...]`` int64, 1 to L.
+        The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
+
+    Raises:
+        UnsupportedModelError: its early exits are no exits.
+        InvalidInputError: ids of another shape, or outside the vocabulary.
     """
-    from_here_on = agreed.flip(0).int().cummin(0).values
-    return len(agreed) + 1 - from_here_on.sum(0)
+    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < _LEAST:
+        raise InvalidInputError(
+            f"input_ids: found {tuple(input_ids.shape)}, allowed is [N, T] with N at least 1 and "
+            f"T at least {_LEAST}"
+        )
+    with dropout_off(model), uncompiled(model):
+        check_early_exit(model)
+        layer = recommended_exit(model, input_ids)
+    setattr(model.config, EXIT_FIELD, layer)
+    return layer

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import (
-    EXIT_FIELD,
     ProvenExit,
     check_cache,
     check_early_exit,
@@ -30,14 +30,10 @@ from softtrace.decoding.exit_checks import (
     exit_layer_of,
     refuse_moving_rotations,
 )
-from softtrace.decoding.recommend import recommended_exit
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_least, check_range
-from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.attach import attach
 
-_LEAST = 8  # tokens of a row to judge exits by: half of it is replayed
 _USUAL = 20  # new tokens that generate writes if it is not told
 
 
@@ -67,37 +63,6 @@ class Generation:
     def accepted_per_draft(self) -> float:
         """Accepted tokens a draft; the last one of a text is cut to what is left of it."""
         return self.accepted / self.checks if self.drafted else float("nan")
-
-
-def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
-    """Write into the model's config which early exit should decode it fastest.
-
-    What ``softtrace fit`` does at its end, for models that were trained otherwise;
-    ``save_pretrained`` keeps it, and :func:`speculate` and :func:`generate` take it. Judged by a
-    replay of the second half of every row, with costs in proportion to layers; ``softtrace
-    decode-bench`` measures them, on what the model writes itself.
-
-    Args:
-        model: a causal language model of transformers with at least two layers, in either mode.
-        input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 8.
-
-    Returns:
-        The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
-
-    Raises:
-        UnsupportedModelError: its early exits are no exits.
-        InvalidInputError: ids of another shape, or outside the vocabulary.
-    """
-    if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < _LEAST:
-        raise InvalidInputError(
-            f"input_ids: found {tuple(input_ids.shape)}, allowed is [N, T] with N at least 1 and "
-            f"T at least {_LEAST}"
-        )
-    with dropout_off(model), uncompiled(model):
-        check_early_exit(model)
-        layer = recommended_exit(model, input_ids)
-    setattr(model.config, EXIT_FIELD, layer)
-    return layer
 
 
 def generate(

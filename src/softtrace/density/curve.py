@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from softtrace.checks import check_range
 from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_range
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.trace import edge_counts, total_edges
+from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.recording import Recording

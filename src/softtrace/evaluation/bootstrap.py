@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softtrace.checks import check_least
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_least
 
 CONFIDENCE = 0.95
 """Share of the resamples between the two ends of an interval."""

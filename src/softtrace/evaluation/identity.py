@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrace.cli.compare import DENSITY_VERSION
 from softtrace.data.text_source import TextSource
+from softtrace.evaluation.density_file import DENSITY_VERSION
 from softtrace.evaluation.provenance import versions
 from softtrace.model.loading import load_config
 

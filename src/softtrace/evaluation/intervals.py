@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softtrace.evaluation.bootstrap import CONFIDENCE, Median, Statistic, intervals, mean
+from softtrace.evaluation.bootstrap import Median, Statistic, intervals, mean
 from softtrace.evaluation.measure import Measurements
 from softtrace.metrics.functional import entropy_groups, half_depth
-from softtrace.report.tables import Density
 
 _LEAST = 2  # units, of which something can be drawn
 _MOST = 2048  # each resample holds a count for each unit
-_RESAMPLES = 1000
-
-MEANING = (
-    f"{100 * CONFIDENCE:.0f} % of {_RESAMPLES:,} bootstrap samples of the blocks, in all of which "
-    "the same tokens count as easy or hard"
-)
-"""What the intervals are, for whoever reads them."""
+RESAMPLES = 1000
 
 
 def intervals_of(found: Measurements, blocks: int) -> dict[str, list[float]]:
@@ -66,19 +59,5 @@ def intervals_of(found: Measurements, blocks: int) -> dict[str, list[float]]:
                 if name == "size_at_tv_0.2"
                 else mean(each, there)
             )
-    bounds = intervals(statistics, _RESAMPLES, seed=0)
+    bounds = intervals(statistics, RESAMPLES, seed=0)
     return {key: [float(bound.low), float(bound.high)] for key, bound in bounds.items()}
-
-
-def interval(density: Density, key: str) -> tuple[float, float] | None:
-    """The interval of one measure; None where the run has none, or not both its ends.
-
-    Args:
-        density: as :func:`~softtrace.cli.compare.load_density` reads it, or as it was
-            measured.
-        key: of the measure.
-    """
-    low, high = (density.get("intervals") or {}).get(key) or (None, None)
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return None
-    return low, high

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrace.decoding.recommend import exit_layers
+from softtrace.density.exits import exit_layers
 from softtrace.evaluation.parts import Part, Parts
 from softtrace.evaluation.token_text import TokenText
 from softtrace.files import atomic_path
@@ -33,7 +33,7 @@ def write_tokens(
     (what stands there, :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and
     ``next`` (what has to be predicted there), ``entropy`` and ``loss`` in nats,
     ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and ``exit_layer``
-    (:func:`softtrace.decoding.recommend.exit_layers`).
+    (:func:`softtrace.density.exits.exit_layers`).
 
     Args:
         folder: to write to.

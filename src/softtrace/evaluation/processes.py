@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils.operations import broadcast_object_list
 
 from softtrace.errors import InvalidInputError
-from softtrace.model.devices import best_device
+from softtrace.model.devices import best_device, device_of
 from softtrace.processes import of_another, raise_everywhere, told
 
 T = TypeVar("T")
@@ -115,21 +115,3 @@ def _leave() -> None:
     """Or the process group complains when the process ends."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name, or the best one for "auto".
-
-    Raises:
-        InvalidInputError: this machine has no such device.
-    """
-    if name == "auto":
-        return best_device()
-    try:
-        return torch.empty(0, device=name).device  # a device that can be named may not be there
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidInputError(
-            f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
-            "'auto', 'cpu' and the accelerators that torch finds"
-        ) from error

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.data.documents import evenly
-from softtrace.decoding.recommend import exit_agreement, exit_layers
+from softtrace.data.blocks import evenly
 from softtrace.density.curve import SIZES, curve_of, default_thresholds
 from softtrace.density.distortion import variation_from
 from softtrace.density.easiness import loss_score
+from softtrace.density.exits import exit_agreement, exit_layers
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.trace import edge_counts, total_edges
+from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -58,7 +58,7 @@ def text_samples(
         of ``blocks``), ``context`` (the tokens before, the nearest 160) and ``tokens``. A token is
         the one that was to be predicted: ``entropy`` and ``loss`` in nats, ``area``, ``size`` (at
         TV 0.2, share of all edges), ``exit_layer`` (see
-        :func:`~softtrace.decoding.recommend.exit_layers`), ``edges`` (|E|), ``full`` and, one
+        :func:`~softtrace.density.exits.exit_layers`), ``edges`` (|E|), ``full`` and, one
         for each of ``sizes``, ``traces``: the real ``size`` of the trace, its ``tv`` and ``top``.
         ``full`` and ``top`` are the 5 most likely tokens, each with its probability.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtrace.checks import check_least
 from softtrace.errors import InvalidInputError, NonFiniteError
 
 
@@ -232,40 +232,10 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
         )
 
 
-def check_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
-    """Raise :class:`InvalidInputError` for what is no integer, below ``least`` or, else, None."""
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        allowed = f"integers from {least}" + (", None" if optional else "")
-        raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}")
-
-
 def check_counts(least: int, **counts: int) -> None:
     """:func:`check_least` of several numbers that have the same bound, each under its own name."""
     for name, value in counts.items():
         check_least(name, value, least)
-
-
-def check_range(
-    name: str,
-    value: float,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> float:
-    """Return ``value`` if it lies in the range, else raise :class:`InvalidInputError`."""
-    number = (
-        isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    )
-    above = number and (value > low if open_low else value >= low)
-    below = number and (value < high if open_high else value <= high)
-    if not (above and below):
-        left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise InvalidInputError(f"{name}: found {value!r}, allowed {left}{low:g}, {high:g}{right}")
-    return value
 
 
 def _next_tokens(

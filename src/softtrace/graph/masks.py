@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softtrace.graph.batch import check_range
+from softtrace.checks import check_range
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 
 

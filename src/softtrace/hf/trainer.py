@@ -19,7 +19,6 @@ from transformers.trainer_callback import ExportableState
 
 from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
-from softtrace.lightning.support import check_sharding
 from softtrace.loss.density_loss import DensityLoss, DensityTerm
 from softtrace.loss.inputs import batch_inputs
 from softtrace.loss.integration import STATE_VERSION, TermLog, check_state
@@ -224,3 +223,35 @@ def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:
         :class:`DensityMixin`.
     """
     return type(f"Density{trainer.__name__}", (DensityMixin, trainer), {})
+
+
+def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
+    """Refuse a training by transformers' Trainer whose weights or sequences are sharded.
+
+    Args:
+        trainer: of transformers.
+        allow_untested: let it pass.
+
+    Raises:
+        TrainerSetupError: what shards them, what is supported, and the way past.
+    """
+    found = _sharding(trainer)
+    if found is None or allow_untested:
+        return
+    raise TrainerSetupError(
+        f"found {found}, under which weights or sequences are not whole where an edge's "
+        "importance reads them; supported are one process and data parallelism (DDP). "
+        "allow_untested=True runs it all the same"
+    )
+
+
+def _sharding(trainer: Any) -> str | None:
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if getattr(layout, f"{name}_size", 1) > 1:
+            return f"{name.upper()} (parallelism_config.{name}_size > 1)"
+    return None

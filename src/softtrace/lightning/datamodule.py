@@ -11,18 +11,18 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
+from softtrace.checks import check_least
+from softtrace.data.blocks import pack
 from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
     check_share,
-    pack,
     read_documents,
     split_by_file,
 )
 from softtrace.data.loader import BlockLoader, BlockSampler
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.graph.batch import check_least
 from softtrace.model.loading import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from softtrace.checks import check_least, check_range
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_least, check_range
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from softtrace.graph.batch import check_least, check_range
+from softtrace.checks import check_least, check_range
 from softtrace.lightning.lora import LoRA
 from softtrace.model.loading import load_model
 

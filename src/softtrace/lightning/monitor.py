@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from softtrace.checks import check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
-from softtrace.graph.batch import check_least
 from softtrace.lightning.support import check_strategy
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
 from softtrace.metrics import (

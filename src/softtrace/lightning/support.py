@@ -7,7 +7,7 @@ refused by name; ``DensityPenalty(allow_untested=True)`` goes past that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from softtrace.errors import TrainerSetupError
 
@@ -96,35 +96,3 @@ def check_strategy(name: str, allow_untested: bool = False, who: str = "DensityP
         f"strategy: found {name} ({row.refused}), supported are {allowed}. "
         f"{who}(allow_untested=True) runs it all the same"
     )
-
-
-def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
-    """Refuse a training by transformers' Trainer whose weights or sequences are sharded.
-
-    Args:
-        trainer: of transformers.
-        allow_untested: let it pass.
-
-    Raises:
-        TrainerSetupError: what shards them, what is supported, and the way past.
-    """
-    found = _sharding(trainer)
-    if found is None or allow_untested:
-        return
-    raise TrainerSetupError(
-        f"found {found}, under which weights or sequences are not whole where an edge's "
-        "importance reads them; supported are one process and data parallelism (DDP). "
-        "allow_untested=True runs it all the same"
-    )
-
-
-def _sharding(trainer: Any) -> str | None:
-    if trainer.is_fsdp_enabled:
-        return "FSDP"
-    if trainer.is_deepspeed_enabled:
-        return "DeepSpeed"
-    layout = getattr(trainer.accelerator, "parallelism_config", None)
-    for name in ("tp", "cp", "sp"):
-        if getattr(layout, f"{name}_size", 1) > 1:
-            return f"{name.upper()} (parallelism_config.{name}_size > 1)"
-    return None

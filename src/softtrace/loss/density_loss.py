@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.anatomy.refusals import unwrapped
 from softtrace.density.distortion import DISTANCES
 from softtrace.density.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
@@ -28,11 +27,12 @@ from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.trace import soft_size
+from softtrace.graph.sizes import soft_size
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
 from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
+from softtrace.model.wrappers import unwrapped
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from softtrace.checks import check_range
 from softtrace.density.easiness import easiness
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_range
 from softtrace.loss.schedule import StrengthSchedule
 
 MaskKind = Literal["straight", "soft"]

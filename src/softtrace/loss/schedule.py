@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from softtrace.graph.batch import check_least, check_range
+from softtrace.checks import check_least, check_range
 
 
 @dataclass(frozen=True)

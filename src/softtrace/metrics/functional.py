@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from softtrace.graph.batch import check_range
+from softtrace.checks import check_range
 
 EASY_SHARE = 0.25
 GROUPS = ("all", "easy", "hard")

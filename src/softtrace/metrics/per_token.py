@@ -14,9 +14,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
+from softtrace.checks import check_range
 from softtrace.density.curve import SIZE_BOUND, DensityCurve
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_range
 from softtrace.metrics.functional import (
     EASY_SHARE,
     computation_density,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.decoding.recommend import exit_agreement
+from softtrace.checks import check_least
 from softtrace.density.curve import DensityCurve, curve_of, default_thresholds
+from softtrace.density.exits import exit_agreement
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_least
 from softtrace.tracing.attach import attach
 
 

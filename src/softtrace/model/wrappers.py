@@ -1,12 +1,14 @@
-"""The causal language model inside of what is trained."""
+"""The causal language model inside of what is trained, freed of what is wrapped around it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from softtrace.anatomy.refusals import unwrapped
-from softtrace.errors import TrainerSetupError
+from softtrace.errors import TrainerSetupError, UnsupportedModelError
 
 
 def find_causal_lm(
@@ -42,3 +44,45 @@ def find_causal_lm(
             f"{instead}"
         )
     return next(iter(found.values()))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``torch.compile``'s wrapper and PEFT's.
+
+    PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
+
+    Raises:
+        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
+    """
+    model = getattr(model, "_orig_mod", model)
+    settings = getattr(model, "peft_config", None)
+    base = getattr(model, "get_base_model", None)
+    if isinstance(settings, dict) and callable(base):
+        virtual = [name for name, each in settings.items() if each.is_prompt_learning]
+        if virtual:
+            raise UnsupportedModelError(
+                f"PEFT adapter {', '.join(virtual)} adds virtual tokens, which are no tokens of "
+                "the graph; allowed are adapters inside the layers (LoRA, rsLoRA, DoRA, ...)"
+            )
+        inner = base()
+        if isinstance(inner, nn.Module):
+            return inner
+    return model
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """The model's forward without the autocast that Accelerate puts around it, for a proof.
+
+    Accelerate replaces ``forward`` where it prepares a model for mixed precision, and keeps the
+    model's own; autocast that is switched off outside is switched on again by the replacement.
+    """
+    own, around = (vars(model).get(name) for name in ("_original_forward", "forward"))
+    if own is None or around is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = around

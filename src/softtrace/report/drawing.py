@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from softtrace.density.curve import PHASES
 from softtrace.errors import InvalidInputError
+from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path
-from softtrace.report.tables import Density, shorten
+from softtrace.report.tables import shorten
 
 MAX_RUNS = 8
 """As many runs as there are colours that can be told apart."""

@@ -18,17 +18,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from softtrace.density.curve import PHASES, SIZE_BOUND
-from softtrace.evaluation.intervals import MEANING, interval
+from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path, finite
 from softtrace.report.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.report.plots import binned_medians, scatter_points
 from softtrace.report.tables import (
+    MEANING,
     MEASURES,
-    Density,
     Measure,
     change,
     count,
-    half_depth,
+    half_depth_exit,
+    interval,
     is_held_out,
     percent,
     percent_change,
@@ -164,7 +165,7 @@ def _headline(key: str, runs: Runs) -> dict[str, Any]:
     title, note = _HEADLINES[key]
     first: Density = runs[0][1]
     words = {
-        "half": half_depth(first),
+        "half": half_depth_exit(first),
         "layers": len(first["early_exit"]["layers"]),
         "Held_out": "Held-out loss" if _all_held_out(runs) else "Loss",
     }

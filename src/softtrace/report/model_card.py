@@ -13,23 +13,18 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from softtrace.cli.compare import check_comparable, load_density
 from softtrace.decoding.exit_checks import EXIT_FIELD
-from softtrace.errors import DataError, ModelDirectoryError
-from softtrace.evaluation.intervals import MEANING, interval, intervals_of
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.errors import DataError
+from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import atomic_path
 from softtrace.report.front_matter import with_metadata
 from softtrace.report.sections import with_section
-from softtrace.report.tables import MEASURES, Density, Measure
+from softtrace.report.tables import MEANING, MEASURES, Measure, interval
 
 _HOME = "https://arxiv.org/abs/2605.27033"
 _SHOWN = tuple(m for m in MEASURES if m.unit != "correlation" and not m.key.endswith("_hard"))
-_LEAST = 4  # tokens in a block: half is context, and the last one's target is not known
 _BYTE_ORDER = "\ufeff"
 
 #: of a fit's options, what says how the model was made; paths stay private
@@ -147,63 +142,6 @@ def _exit_advice(folder: Path) -> tuple[str, ...]:
         "plain greedy decoding writes.",
         "",
     )
-
-
-def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int = 8) -> Density:
-    """What a card says of a model, measured on a few blocks, with intervals.
-
-    Args:
-        model: a causal language model.
-        blocks: ``[N, T]`` ids; the first half of each is context.
-        split: what the blocks are of.
-        batch_size: blocks a forward.
-
-    Raises:
-        DataError: blocks of fewer than 4 tokens.
-        UnsupportedModelError, NonFiniteError: see :func:`softtrace.density_curve`.
-    """
-    if blocks.shape[1] < _LEAST:
-        raise DataError(
-            f"blocks: found {blocks.shape[1]} tokens in each, allowed are {_LEAST} or more; take a "
-            "larger block_size"
-        )
-    found = measure(
-        model,
-        blocks,
-        min_context=blocks.shape[1] // 2,
-        batch_size=batch_size,
-        extra_blocks=0,
-        progress=lambda _: None,
-    )
-    return {
-        **summarise(found),
-        "data": {"blocks": len(blocks), "block_size": blocks.shape[1], "split": split},
-        "intervals": intervals_of(found, len(blocks)),
-    }
-
-
-def card(model: str, density: str, base: str | None = None) -> None:
-    """Put the numbers of density.json into the README.md of a model; the rest of it stays.
-
-    Args:
-        model: Directory of the model.
-        density: The density.json of this model, or its folder.
-        base: The density.json of the model that it was fine-tuned from, or its folder. It has to be
-            measured on the same text.
-
-    Raises:
-        ModelDirectoryError: no such directory.
-        DataError: a file cannot be read.
-        InvalidInputError: the two were measured on other tokens.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ModelDirectoryError(f"{model}: no such directory; expected a model directory")
-    own, other = load_density(density), None if base is None else load_density(base)
-    if other is not None:
-        check_comparable([str(density), str(base)], [own, other])
-    write_density(folder, own, other)
-    print(f"written to {folder / 'README.md'}")
 
 
 def _update(folder: Path, name: str, body: str, base_model: str | None) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from softtrace.evaluation.bootstrap import CONFIDENCE
+from softtrace.evaluation.density_file import Density
+from softtrace.evaluation.intervals import RESAMPLES
 from softtrace.metrics import functional
-
-Density = Mapping[str, Any]
-"""The content of a ``density.json``."""
 
 Unit = Literal["nats", "share", "tv", "correlation"]
 
 GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
 _SEPARATOR = "  "
+
+MEANING = (
+    f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
+    "the same tokens count as easy or hard"
+)
+"""What the intervals are, for whoever reads them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def shorten(label: str, length: int = 20) -> str:
     return f"{label[: length - 1 - tail]}…{label[-tail:]}"
 
 
-def half_depth(density: Density) -> int:
+def half_depth_exit(density: Density) -> int:
     """How many layers of its model half the depth is."""
     return functional.half_depth(len(density["early_exit"]["layers"]))
 
@@ -76,7 +83,9 @@ def _group(field: str, group: str) -> Callable[[Density], float | None]:
 
 def _exit(group: str) -> Callable[[Density], float | None]:
     def read(density: Density) -> float | None:
-        value: float | None = density["early_exit"]["agreement"][group][half_depth(density) - 1]
+        value: float | None = density["early_exit"]["agreement"][group][
+            half_depth_exit(density) - 1
+        ]
         return value
 
     return read
@@ -112,7 +121,7 @@ def ratio(value: float | None, first: float | None) -> float | None:
 def density_table(density: Density) -> str:
     """The main numbers of one run: a row each for loss, area, size and early exit, by group."""
     model, data = density["model"], density["data"]
-    half = half_depth(density)
+    half = half_depth_exit(density)
     exits = density["early_exit"]["agreement"]
     numbers: tuple[tuple[str, Unit, Mapping[str, float | None]], ...] = (
         ("loss (nats/token)", "nats", density["loss_nats"]),
@@ -233,3 +242,17 @@ def count(number: int) -> str:
 
 def _nats(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f} nats"
+
+
+def interval(density: Density, key: str) -> tuple[float, float] | None:
+    """The interval of one measure; None where the run has none, or not both its ends.
+
+    Args:
+        density: as :func:`~softtrace.evaluation.density_file.load_density` reads it, or as it was
+            measured.
+        key: of the measure.
+    """
+    low, high = (density.get("intervals") or {}).get(key) or (None, None)
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return None
+    return low, high

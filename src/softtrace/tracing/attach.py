@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
-from softtrace.anatomy.refusals import own_forward, refuse_early, running, unwrapped
+from softtrace.anatomy.refusals import refuse_early, running
+from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.batch import check_finite
 from softtrace.graph.edges import EdgeImportance
 from softtrace.model.devices import device_of_module
 from softtrace.model.state import dropout_off, uncompiled
+from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
-from softtrace.tracing.proof import prove, tolerance
+from softtrace.tracing.proof import prove
 from softtrace.tracing.runner import Runner, forward_parameters
 from softtrace.tracing.verification import Verification
 

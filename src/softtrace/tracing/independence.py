@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softtrace.anatomy.watch import mismatch
+from softtrace.anatomy.tolerances import mismatch
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import EDGE_KINDS, EdgeImportance, LayerEdges
 from softtrace.graph.trace import closure

@@ -12,7 +12,7 @@ from softtrace.model.state import all_modules
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +32,7 @@ class Instrument(Runner):
         """The instrument of a runner that was proven; from now on :func:`attached` finds it."""
         model = runner.model
         instrument = cls(**vars(runner), verification=verification, parts=_parts(model))
-        _ATTACHED[model] = instrument
+        ATTACHED[model] = instrument
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
@@ -44,12 +44,12 @@ class Instrument(Runner):
         """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
         model = self.reference()
         if model is not None:
-            _ATTACHED.pop(model, None)
+            ATTACHED.pop(model, None)
 
 
 def attached(model: nn.Module) -> Instrument | None:
     """The instrument that a model has; None where it has none, or was changed since."""
-    known = _ATTACHED.get(model)
+    known = ATTACHED.get(model)
     return known if known is not None and known.fits(model) else None
 
 

@@ -15,24 +15,21 @@ from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.anatomy.refusals import running
-from softtrace.anatomy.watch import ROUNDINGS, mismatch, rounding, typical_mismatch
+from softtrace.anatomy.tolerances import ROUNDINGS, mismatch, rounding, tolerance, typical_mismatch
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.tracing.independence import check_independence
-from softtrace.tracing.run import MaskedRun, RecordingRun, Run
+from softtrace.tracing.masking import MaskedRun
+from softtrace.tracing.recording import RecordingRun
+from softtrace.tracing.run import Run
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
 #: norms of transformers compute in float32 even in a float64 model
 _NORMS = 1e-6
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative mismatch accepted for a model of this dtype."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}.get(dtype, 5e-2)
 
 
 class _Witness(MaskedRun):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
 
-from softtrace.graph.batch import Batch
-from softtrace.graph.edges import EdgeImportance
+from softtrace.anatomy.anatomy import Anatomy
+from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import Batch, documents_of
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.importance import (
+    LayerNorms,
+    carried_norms,
+    edge_shares,
+    head_value_norms,
+    l1_norm,
+    working_dtype,
+)
+from softtrace.tracing.run import Run
 
 
 @dataclass(frozen=True)
@@ -29,3 +42,129 @@ class Recording:
     importance: EdgeImportance
     attention: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...] | None
+
+
+@dataclass
+class _LayerNotes:
+    """What one layer has given so far, in the order in which its sub-blocks run."""
+
+    probabilities: Tensor | None = None
+    values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms
+    attended: bool = False
+    scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
+    added: list[Tensor] = field(default_factory=list)  # by the parts of its MLP
+
+
+class RecordingRun(Run):
+    """Computes importances while the full model runs. Nothing of size H·T·T·d exists."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batch: Batch,
+        keep_hidden: bool = False,
+        keep_attention: bool = True,
+    ) -> None:
+        super().__init__(anatomy, batch, keep_hidden)
+        self.keep_attention = keep_attention
+        packed = batch.positions if batch.packed else None
+        self._documents = None if packed is None else documents_of(packed)
+        self.attention: list[Tensor] = []
+        self.visible: list[Tensor] = []
+        self._masks: list[tuple[Tensor, Tensor]] = []
+        self._notes = [_LayerNotes() for _ in anatomy.layers]
+        self._norms: list[LayerNorms] = []
+
+    @override
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        layer = self.layer_of(module)
+        visible, notes = self._existing(visible), self._notes[layer]
+        with torch.autocast(value.device.type, enabled=False):
+            notes.values = head_value_norms(value, self.anatomy.carried_weight(layer))
+            notes.probabilities = torch.where(visible[:, None], probabilities, 0.0)
+        self.visible.append(visible)
+        if self.keep_attention:
+            self.attention.append(probabilities)
+        return probabilities
+
+    @staticmethod
+    def _require_apart(visible: Tensor, documents: Tensor) -> None:
+        if bool((visible & (documents[:, :, None] != documents[:, None, :])).any()):
+            raise InvalidInputError(
+                "position_ids: they start anew inside a row (packed documents), but this model "
+                "lets a token look at the document before its own; give each document a row"
+            )
+
+    def _existing(self, visible: Tensor) -> Tensor:
+        """Which edges exist. Layers with the same window share one tensor: L maps would add up."""
+        # Most models hand all layers one mask; comparing values would wait for the device.
+        memory = (visible.data_ptr(), visible.shape, visible.stride())
+        for given, existing in self._masks:
+            if (given.data_ptr(), given.shape, given.stride()) == memory:
+                return existing
+        existing = visible & self.valid[:, :, None] & self.valid[:, None, :]
+        if self._documents is not None:
+            self._require_apart(existing, self._documents)
+        existing = next((e for _, e in self._masks if torch.equal(e, existing)), existing)
+        # The last two stay alive, so that their addresses are not given away.
+        self._masks = [*self._masks[-1:], (visible, existing)]
+        return existing
+
+    @override
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        modules, notes = self.anatomy.layers[layer], self._notes[layer]
+        if modules.attention_norm is not None:
+            with torch.autocast(output.device.type, enabled=False):
+                normed = modules.attention_norm.scale(read, output)[..., 0].abs()
+                notes.scale = normed * abs(modules.attention_scale)
+        elif modules.attention_scale != 1:
+            size = abs(modules.attention_scale)
+            notes.scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
+        notes.attended = True
+        self._finish(layer)
+        return output
+
+    @override
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        self._notes[layer].added.append(output)
+        self._finish(layer)
+        # Falcon adds attention's output to this tensor in place, which autograd would not forgive.
+        writes = self.anatomy.layers[layer].parallel and torch.is_grad_enabled()
+        return output.clone() if writes else output
+
+    def _finish(self, layer: int) -> None:
+        """Put the layer's norms together once both sub-blocks have run."""
+        modules, notes = self.anatomy.layers[layer], self._notes[layer]
+        if not notes.attended or len(notes.added) < len(modules.mlp_out):
+            return
+        if notes.probabilities is None or notes.values is None:
+            raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
+        with torch.autocast(notes.values.device.type, enabled=False):
+            added, *more = notes.added
+            if more:
+                added = sum(more, added.to(working_dtype(added.dtype)))
+            mlp = self._norm_at(layer, added)
+            # A parallel layer's residual goes into the same node as its MLP.
+            entry = self._norm_at(layer, self.entry) if modules.parallel else l1_norm(self.entry)
+            self._norms.append(
+                LayerNorms(
+                    carried_norms(notes.probabilities, notes.values, notes.scale),
+                    entry,
+                    mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
+                    None if modules.parallel else self._norm_at(layer, self.middle),
+                )
+            )
+        self._notes[layer] = _LayerNotes()  # what it held is not needed any more
+
+    def _norm_at(self, layer: int, part: Tensor) -> Tensor:
+        """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
+        if layer == len(self.anatomy.layers) - 1:
+            part = self.anatomy.readout.norm.linear(part.to(working_dtype(part.dtype)))
+        return l1_norm(part)
+
+    def importances(self) -> tuple[LayerEdges, ...]:
+        """Of every layer, once the forward has ended; asked for once."""
+        with torch.autocast(self.valid.device.type, enabled=False):
+            return edge_shares(self._norms, self.valid)

@@ -27,8 +27,9 @@ from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.hooks import register, watched
 from softtrace.model.state import dropout_off, uncompiled
-from softtrace.tracing.recording import Recording
-from softtrace.tracing.run import DeepEnough, MaskedRun, RecordingRun, Run
+from softtrace.tracing.masking import MaskedRun
+from softtrace.tracing.recording import Recording, RecordingRun
+from softtrace.tracing.run import DeepEnough, Run
 
 
 @dataclass(frozen=True, eq=False, repr=False)

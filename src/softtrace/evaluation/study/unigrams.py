@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softtrace.data.documents import Document, stream_tokens
+from softtrace.checks import check_range
+from softtrace.data.blocks import stream_tokens
+from softtrace.data.documents import Document
 from softtrace.density.distortion import log_probabilities
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.graph.batch import check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

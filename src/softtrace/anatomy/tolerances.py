@@ -1,0 +1,57 @@
+"""How far two computations of the same thing may lie apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softtrace.graph.importance import working_dtype
+
+#: machine epsilons by which a sum of two or three terms may be off, of the terms' magnitude
+ROUNDINGS = 8
+
+
+def mismatch(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest difference over the largest expected value (or ``floor``)."""
+    if not expected.numel():
+        return 0.0
+    scale = max(float(expected.abs().max()), floor, 1e-30)
+    return float((found - expected).abs().max()) / scale
+
+
+def typical_mismatch(found: Tensor, expected: Tensor) -> float:
+    """Mismatch of logits ``[N, V]``: of the worst token, in half precision of the median one.
+
+    There rounding sends a token to another expert now and then, and its logits anywhere.
+    """
+    if not expected.numel():
+        return 0.0
+    errors = (found - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-30)
+    return float(errors.median() if expected.dtype.itemsize < 4 else errors.max())
+
+
+def rounding(found: Tensor, expected: Tensor, magnitude: Tensor | None = None) -> float:
+    """Largest difference in machine epsilons of each element's own magnitude.
+
+    A few activations of a trained model are a thousand times larger than all others; a bound
+    relative to the largest would let anything pass elsewhere.
+
+    Args:
+        found, expected: of one shape.
+        magnitude: of what was summed, elementwise; None for that of ``expected``.
+    """
+    if not expected.numel():
+        return 0.0
+    size = expected.abs() if magnitude is None else magnitude
+    return float(((found - expected).abs() / unit(expected, size)).max())
+
+
+def unit(like: Tensor, magnitude: Tensor) -> Tensor:
+    """What one rounding of numbers of this magnitude is, elementwise."""
+    limits = torch.finfo(like.dtype)
+    return (limits.eps * magnitude.to(working_dtype(like.dtype))).clamp_min(limits.tiny)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative mismatch accepted for a model of this dtype."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}.get(dtype, 5e-2)

@@ -1,0 +1,37 @@
+"""Checks of numbers that users hand in."""
+
+from __future__ import annotations
+
+import math
+
+from softtrace.errors import InvalidInputError
+
+
+def check_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
+    """Raise :class:`InvalidInputError` for what is no integer, below ``least`` or, else, None."""
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        allowed = f"integers from {least}" + (", None" if optional else "")
+        raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}")
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` if it lies in the range, else raise :class:`InvalidInputError`."""
+    number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    )
+    above = number and (value > low if open_low else value >= low)
+    below = number and (value < high if open_high else value <= high)
+    if not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise InvalidInputError(f"{name}: found {value!r}, allowed {left}{low:g}, {high:g}{right}")
+    return value

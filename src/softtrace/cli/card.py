@@ -1,0 +1,33 @@
+"""``softtrace card``: put what was measured into a model's README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softtrace.errors import ModelDirectoryError
+from softtrace.evaluation.density_file import check_comparable, load_density
+from softtrace.report.model_card import write_density
+
+
+def card(model: str, density: str, base: str | None = None) -> None:
+    """Put the numbers of density.json into the README.md of a model; the rest of it stays.
+
+    Args:
+        model: Directory of the model.
+        density: The density.json of this model, or its folder.
+        base: The density.json of the model that it was fine-tuned from, or its folder. It has to be
+            measured on the same text.
+
+    Raises:
+        ModelDirectoryError: no such directory.
+        DataError: a file cannot be read.
+        InvalidInputError: the two were measured on other tokens.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ModelDirectoryError(f"{model}: no such directory; expected a model directory")
+    own, other = load_density(density), None if base is None else load_density(base)
+    if other is not None:
+        check_comparable([str(density), str(base)], [own, other])
+    write_density(folder, own, other)
+    print(f"written to {folder / 'README.md'}")

@@ -1,0 +1,199 @@
+"""Race ways to decode the same texts: plain, speculative, and transformers' own loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from softtrace.decoding.exit_checks import ProvenExit
+from softtrace.decoding.recommend import guesses_of
+from softtrace.decoding.replay import Drafting, Guesses
+from softtrace.decoding.speculative import Generation, generate, greedy, speculate
+from softtrace.decoding.split_model import first_layers, forget
+from softtrace.tracing.attach import attach
+
+_NEVER = -1  # no token: both loops write as many tokens as were asked for
+_REPEATS = 15
+
+
+def is_of(density: Path, model: str) -> bool:
+    """Whether a ``density.json`` is of this model, however its path was written."""
+    try:
+        measured = json.loads(density.read_text(encoding="utf-8"))["model"]["path"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    same: bool = measured == model or Path(measured).resolve() == Path(model).resolve()
+    return same
+
+
+@torch.no_grad()
+def guesses_on(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> list[Guesses]:
+    """What exits say about what the model writes."""
+    instrument, texts = attach(network), []
+    for row in tqdm(rows, desc="looking at exits", unit="prompt"):
+        tokens = greedy(network, row, new_tokens, _NEVER).tokens
+        # The last token is nobody's context; its prediction was never asked for.
+        whole = torch.cat((row, tokens[None, :-1]), dim=1)
+        batch = instrument.batch(whole)
+        recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
+        texts.append(guesses_of(instrument, recording, slice(row.shape[1] - 1, None), tokens[None]))
+    return texts
+
+
+@torch.inference_mode()
+def costs_of(
+    network: nn.Module, row: Tensor, layers: int, longest: int
+) -> tuple[dict[int, float], list[float]]:
+    """Time of a guess by each number of layers, and of the whole model over 1, 2, ... tokens.
+
+    Both over the time of one token through all layers, which is taken before and after each;
+    medians of these ratios, several tokens no cheaper than one. With what the loop does besides
+    running the model: reading the choice, and how sure a guess is, and after a check taking tokens
+    out of the cache again.
+    """
+    cache = DynamicCache()
+    network(input_ids=row, past_key_values=cache, use_cache=True)
+
+    def seconds(depth: int, count: int) -> float:
+        read = row[:, :1].expand(1, count)
+        began = _now(row)
+        with first_layers(network, depth):
+            logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
+        best = logits[0].argmax(-1)
+        if depth < layers:
+            float(logits[0, -1].float().softmax(-1)[best[-1]])
+        best.tolist()
+        spent = _now(row) - began
+        forget(cache.layers[:depth], count)
+        return spent if count == 1 else _now(row) - began
+
+    kinds = [(depth, 1) for depth in range(1, layers)]
+    kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
+    ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    for turn in range(_REPEATS):
+        before = seconds(layers, 1)
+        for kind, found in ratios.items():
+            spent = seconds(*kind)
+            after = seconds(layers, 1)
+            if turn:  # the first call of anything is slow
+                found.append(2 * spent / (before + after))
+            before = after
+    middle = {kind: statistics.median(found) for kind, found in ratios.items()}
+    guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
+    return guesses, [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
+
+
+def _now(like: Tensor) -> float:
+    if like.device.type != "cpu":
+        torch.accelerator.synchronize(like.device)
+    return time.perf_counter()
+
+
+def race(
+    network: nn.Module,
+    proven_exit: ProvenExit,
+    rows: Sequence[Tensor],
+    way: Drafting,
+    new_tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Each loop against plain decoding by the same loop, prompt by prompt in turns."""
+
+    def direct(row: Tensor) -> Generation:
+        return speculate(
+            network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
+            draft_tokens=way.draft_tokens, confidence=way.confidence, eos_token_id=_NEVER,
+            proven_exit=proven_exit,
+        )  # fmt: skip
+
+    loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
+        "direct": (lambda row: greedy(network, row, new_tokens, _NEVER), direct),
+        "transformers": (
+            lambda row: _stock(network, row, way, new_tokens, None),
+            lambda row: _stock(network, row, way, new_tokens, proven_exit),
+        ),
+    }
+    results = {}
+    for name, pair in loops.items():
+        ratios: list[float] = []
+        speeds: tuple[list[float], list[float]] = ([], [])
+        same, found = 0, []
+        with tqdm(total=rounds * len(rows), desc=f"decoding, {name} loop", unit="prompt") as bar:
+            for turn in range(rounds + 1):  # the first one warms up
+                for row in rows if turn else rows[:1]:
+                    outputs, seconds = [], []
+                    for loop in pair:
+                        began = _now(row)
+                        outputs.append(loop(row))
+                        seconds.append(_now(row) - began)
+                    if not turn:
+                        continue
+                    ratios.append(seconds[0] / seconds[1])
+                    for speed, spent in zip(speeds, seconds, strict=True):
+                        speed.append(new_tokens / spent)
+                    same += torch.equal(outputs[0].tokens, outputs[1].tokens)
+                    found.append(outputs[1])
+                    bar.update()
+        results[name] = {
+            "plain_tokens_per_second": statistics.median(speeds[0]),
+            "tokens_per_second": statistics.median(speeds[1]),
+            "speedup": quartiles(ratios),
+            "identical": same / len(ratios),
+        }
+        if name == "direct":
+            drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
+            results[name] |= {
+                "drafted": drafted,
+                "accepted": accepted,
+                "checks": sum(g.checks for g in found),
+                "acceptance": accepted / drafted,
+            }
+    return results
+
+
+def _stock(
+    network: Any, row: Tensor, way: Drafting, new_tokens: int, proven_exit: ProvenExit | None
+) -> Generation:
+    """transformers' own loop, plain where no exit is given; what it drafts it does not say."""
+    own = network.generation_config
+    kept = {
+        name: getattr(own, name)
+        for name in ("eos_token_id", "num_assistant_tokens", "assistant_confidence_threshold")
+    }
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        # The loop reads these from the model's own config alone.
+        own.num_assistant_tokens = way.draft_tokens
+        own.assistant_confidence_threshold = way.confidence
+        own.eos_token_id = None
+        options = {"max_new_tokens": new_tokens, "do_sample": False}
+        if proven_exit is not None:
+            whole = generate(network, row, way.exit_layer, proven_exit=proven_exit, **options)
+        else:
+            mask = torch.ones_like(row)
+            whole = network.generate(row, attention_mask=mask, **options)
+    finally:
+        transformers_logging.set_verbosity(level)
+        for name, value in kept.items():
+            setattr(own, name, value)
+    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of at least one number."""
+    if len(values) < 2:
+        return {"median": values[0], "q25": values[0], "q75": values[0]}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "q25": low, "q75": high}

@@ -1,0 +1,142 @@
+"""Sizes of the traces of all positions at once, from reachability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.importance import chunk_elements
+
+
+def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
+    """How many masked edges of each layer and kind reach the output node of every position.
+
+    One backward sweep (identity 4): a ``[T_out, T]`` reachability is propagated through the edges,
+    times in-degrees. With masks of 0 and 1 the counts are exact; with soft masks they are the soft
+    size, differentiable, where the union over paths and heads is a sum clamped at 1 (equal to "or"
+    for 0 and 1, and cheap: one matrix product a layer).
+
+    Args:
+        masks: per layer, bool or floating ``[B, H, T, S]`` and ``[B, T]``; 0 at absent edges.
+
+    Returns:
+        ``[B, T, L, 4]`` edges by layer and kind (order of :data:`EDGE_KINDS`); for bool masks in
+        float64.
+    """
+    first = masks[0].attention
+    soft = first.is_floating_point()
+    batch, heads, length, _ = first.shape
+    dtype = first.dtype if soft else torch.float32
+    wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
+    reach = torch.eye(length, dtype=dtype, device=first.device).expand(batch, -1, -1)
+    # On a GPU each operation is a launch: several layers at once, fewer where they are large.
+    together = max(1, chunk_elements(first) // (batch * length**2))
+    counted: list[Tensor] = []
+    with torch.autocast(first.device.type, enabled=False):
+        for end in range(len(masks), 0, -together):
+            counts, reach = _counts_of(masks[max(0, end - together) : end], reach, wide)
+            counted.insert(0, counts)
+        stacked = torch.cat(counted).permute(1, 2, 0, 3)
+    return stacked if soft or first.device.type == "mps" else stacked.double()
+
+
+def _counts_of(
+    masks: Sequence[LayerEdges], reach: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``[L, B, T, 4]`` counts in neighbouring layers, and who reaches the nodes before them.
+
+    Args:
+        masks: of these layers.
+        reach: ``[B, T_out, T]``, how far each node after them reaches each output node.
+        wide: dtype in which counts are exact.
+    """
+    parallel = [layer.parallel for layer in masks]
+    nodes = torch.stack([part for layer in masks for part in layer.nodes()]).to(reach.dtype)
+    residual, mlp, mlp_residual = nodes.view(-1, 3, *nodes.shape[1:]).unbind(1)
+    through_mlp = (mlp + mlp_residual).clamp(max=1)[:, :, None]
+    into = residual
+    if any(parallel):  # there the MLP reads the node that enters the layer
+        both = (residual + mlp).unbind()
+        into = torch.stack(
+            [a if one else b for a, b, one in zip(both, residual, parallel, strict=True)]
+        )
+    over_heads = torch.stack([layer.attention.sum(1, dtype=reach.dtype) for layer in masks])
+    steps = (over_heads.clamp(max=1) + torch.diag_embed(into)).clamp(max=1).unbind()
+    at_nodes, at_attention = [], []
+    for index in reversed(range(len(masks))):
+        at_nodes.append(reach)
+        if not parallel[index]:
+            reach = reach * through_mlp[index]
+        at_attention.append(reach)
+        reach = (reach @ steps[index]).clamp(max=1)
+    sides = ((at_attention, (over_heads.sum(-1), residual)), (at_nodes, (mlp, mlp_residual)))
+    counts = [
+        torch.stack(at[::-1]).to(wide) @ torch.stack(edges, dim=-1).to(wide) for at, edges in sides
+    ]
+    return torch.cat(counts, dim=-1), reach
+
+
+def _products_exact(largest: int, device: torch.device) -> bool:
+    """Whether float32 matrix products of counts up to this are exact: they stop at 2^24.
+
+    TF32 and the like, which users switch on for speed, stop well before.
+    """
+    if device.type == "mps":  # has no float64
+        return True
+    if largest >= 1 << 24:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # what PyTorch raises where fp32_precision of a backend was set instead
+        return False
+
+
+def total_edges(importance: EdgeImportance) -> Tensor:
+    """|E| of every position, ``[B, T]`` int64: existing edges that can reach its output node.
+
+    What :func:`edge_counts` gives for the existing edges, in a third of its operations: a token's
+    nodes all exist, so one reachability serves both nodes of a layer.
+    """
+    _, batch, heads, length = importance.shape
+    device = importance.valid.device
+    exact = _products_exact(heads * length**2, device)
+    wide = torch.float32 if exact else torch.float64
+    reach = torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
+    summed = torch.float32 if device.type == "mps" else torch.float64
+    count = torch.zeros(batch, length, dtype=summed, device=device)
+    known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # layers of one window share one
+    with torch.autocast(device.type, enabled=False):
+        for layer, seen in zip(
+            reversed(importance.layers), reversed(importance.visible), strict=True
+        ):
+            kind = (id(seen), layer.parallel)
+            if kind not in known:
+                step = (seen | torch.diag_embed(importance.valid)).float()
+                others = importance.valid * (2 if layer.parallel else 3)
+                known[kind] = step, (heads * seen.sum(-1, dtype=wide) + others)[..., None]
+            step, degrees = known[kind]
+            count = count + (reach.to(wide) @ degrees)[..., 0]
+            reach = (reach @ step).clamp(max=1)
+    return (count * importance.valid).round().long()
+
+
+def soft_size(
+    importance: EdgeImportance, masks: Sequence[LayerEdges], weights: Tensor | None = None
+) -> Tensor:
+    """Size of the traces that masks leave, as shares of |E|: soft reachability times in-degree.
+
+    Args:
+        importance: of the batch, for |E|.
+        masks: see :mod:`softtrace.graph.masks`.
+        weights: ``[B, T]`` to sum with; None returns every position.
+
+    Returns:
+        ``[B, T]`` (0 at padding), or a scalar with ``weights``.
+    """
+    with torch.autocast(importance.valid.device.type, enabled=False):
+        counts = edge_counts(masks).sum((2, 3))
+        size = counts / total_edges(importance).clamp_min(1) * importance.valid
+        return size if weights is None else (size * weights).sum()

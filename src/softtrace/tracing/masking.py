@@ -1,0 +1,134 @@
+"""Masked runs: every edge times its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from softtrace.anatomy.anatomy import Anatomy
+from softtrace.graph.batch import Batch
+from softtrace.graph.edges import LayerEdges
+from softtrace.model.hooks import Hook, on_output
+from softtrace.tracing.run import DeepEnough, Run
+from softtrace.tracing.skipping import KeptRows, Unread, kept_rows
+
+
+class MaskedRun(Run):
+    """Multiplies every edge by its mask; attention is not renormalised."""
+
+    own_sums = False  # whether the model's own sums are right even where nobody reads them
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batch: Batch,
+        masks: Sequence[LayerEdges],
+        attention: Sequence[Tensor] | None = None,
+        keep_hidden: bool = False,
+        exact: bool = False,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(anatomy, batch, keep_hidden)
+        self.masks = masks
+        self.recorded = attention
+        self.exact = exact
+        self.stop = stop
+        self._node: Tensor | None = None
+        self._cast: tuple[Tensor, ...] | None = None
+
+    @override
+    def listeners(self) -> list[Hook]:
+        hooks = super().listeners()
+        for index, modules in enumerate(self.anatomy.layers):
+            hooks.append(Hook(modules.layer, on_output(partial(self._leave, index)), False))
+        return hooks
+
+    @override
+    def hooks(self) -> list[Hook]:
+        hooks = self.listeners()
+        kept = kept_rows([masks.mlp for masks in self.masks])
+        for modules, rows in zip(self.anatomy.layers, kept, strict=True):
+            for module in modules.token_wise:
+                hooks += KeptRows(module, rows).hooks()
+            if self.recorded is not None:
+                for projection in modules.score_projections:
+                    hooks += Unread(projection).hooks()
+        return hooks
+
+    @override
+    def _enter(self, hidden: Tensor) -> Tensor | None:
+        super()._enter(hidden)
+        if self.stop is not None and len(self.hidden or ()) > self.stop:
+            raise DeepEnough
+        return None
+
+    @override
+    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
+        return None if self.recorded is None else self.recorded[self.layer_of(module)]
+
+    @override
+    def on_attention(
+        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        mask = self.masks[self.layer_of(module)].attention
+        if mask.dtype == torch.bool:
+            return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
+        return probabilities * mask
+
+    def _rounds(self, layer: int) -> bool:
+        """Whether the model's own sums round where an edge is masked (see the module's notes)."""
+        modules = self.anatomy.layers[layer]
+        scaled = modules.attention_scale != 1 or modules.mlp_scale != 1
+        half = self.entry.dtype.itemsize < 4
+        return self.exact or scaled or half or torch.is_autocast_enabled(self.entry.device.type)
+
+    def _gates(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
+        """``[B, T, 1]`` masks of the attention residual, the MLP and the MLP residual."""
+        if self._cast is None or self._cast[0].dtype != like.dtype:
+            # Of all layers at once: on a GPU each operation is a launch.
+            nodes = torch.stack([part for masks in self.masks for part in masks.nodes()])
+            self._cast = nodes.to(like.dtype)[..., None].unbind()
+        return self._cast[3 * layer : 3 * layer + 3]
+
+    @override
+    def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        gate, scale = self._gates(layer, output)[0], self.anatomy.layers[layer].attention_scale
+        if self._rounds(layer):
+            self._add(gate * self.entry + (output if scale == 1 else scale * output))
+            if not self.own_sums:
+                return output
+        return torch.addcmul(output, gate - 1, self.entry, value=1 / scale)
+
+    @override
+    def _reach_middle(self, hidden: Tensor) -> Tensor | None:
+        if self._node is None:
+            return super()._reach_middle(hidden)
+        if self._middle is None:
+            self._middle = self._node
+        return self.middle.reshape(hidden.shape)
+
+    @override
+    def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
+        modules, (_, gate, beside) = self.anatomy.layers[layer], self._gates(layer, output)
+        scale = modules.mlp_scale
+        kept = gate * output
+        first = part == 0 and not modules.parallel
+        rounds = self._rounds(layer)
+        if rounds:
+            if first:
+                self._node = beside * self.middle
+            self._add(kept if scale == 1 else scale * kept)
+        if not first or (rounds and not self.own_sums):
+            return kept
+        return torch.addcmul(kept, beside - 1, self.middle, value=1 / scale)
+
+    def _add(self, part: Tensor) -> None:
+        self._node = part if self._node is None else self._node + part
+
+    def _leave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
+        node, self._node = self._node, None
+        return output if node is None else node.to(output.dtype)
