@@ -35,11 +35,11 @@ test: .venv/installed
 
 test-all: .venv/installed .venv/quantised
 	$(PYTEST) -m 'not quantised and not browser'
-	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/families/test_quantised.py
+	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/anatomy/test_quantised.py
 
 # Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 test-browser: .venv/installed
-	$(PYTEST) -m browser tests/evaluation/test_report_browser.py
+	$(PYTEST) -m browser tests/report/test_html_page_browser.py
 
 # Beside the environment, not in it: importing transformers imports both, slowly and loudly.
 .venv/quantised: .venv/installed

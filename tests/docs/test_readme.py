@@ -17,10 +17,10 @@ from transformers import TrainingArguments
 
 import softtrace
 from softtrace.cli import main
-from tests.corpus import write_model, write_tree
 from tests.docs.pages import PAGES, ROOT, command_lines, parsed, python_blocks
-from tests.fitting import Tuner, batches
-from tests.tiny import tiny_model, tiny_prompt
+from tests.support.corpus import write_model, write_tree
+from tests.support.fitting import Tuner, batches
+from tests.support.tiny import tiny_model, tiny_prompt
 
 TUTORIAL = "recipes/TUTORIAL.md"
 BLOCKS = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import measure as measuring
 from softtrace.evaluation.measure import Measurements, measure, summarise
-from tests.tiny import tiny_model, tiny_prompt
+from tests.support.tiny import tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.thorough
 

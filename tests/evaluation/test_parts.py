@@ -20,8 +20,8 @@ from softtrace.errors import CheckpointError, OutputExistsError
 from softtrace.evaluation.measure import Measurements
 from softtrace.evaluation.parts import FOLDER, Part, Parts, plan
 from softtrace.model.loading import load_model
-from tests.corpus import write_model, write_tree
-from tests.evaluation.calls import CPU, changed
+from tests.support.calls import CPU, changed
+from tests.support.corpus import write_model, write_tree
 
 pytestmark = pytest.mark.thorough
 

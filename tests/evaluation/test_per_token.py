@@ -15,8 +15,8 @@ from softtrace.data.blocks import evenly
 from softtrace.data.text_source import TextSource
 from softtrace.density.exits import exit_agreement, exit_layers
 from softtrace.model.loading import load_model, load_tokenizer
-from tests.corpus import word_tokenizer, write_model, write_tree
-from tests.evaluation.calls import CPU
+from tests.support.calls import CPU
+from tests.support.corpus import word_tokenizer, write_model, write_tree
 
 
 def test_the_exit_layer_is_where_the_prediction_has_come_to_stay() -> None:

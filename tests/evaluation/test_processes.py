@@ -11,11 +11,11 @@ import pytest
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.parts import FOLDER
 from softtrace.evaluation.processes import Processes
-from tests import warm
-from tests.corpus import write_model, write_tree
-from tests.evaluation.calls import CPU
 from tests.evaluation.test_parts import OPTIONS, contents
-from tests.processes import script_environment
+from tests.support import warm
+from tests.support.calls import CPU
+from tests.support.corpus import write_model, write_tree
+from tests.support.processes import script_environment
 from tests.support.waiting import PATIENCE
 
 # MKL rounds by where memory lies, unless told otherwise

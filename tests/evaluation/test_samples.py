@@ -11,9 +11,9 @@ import softtrace
 from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
 from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
-from tests import oracle
-from tests.corpus import END, byte_tokenizer
-from tests.tiny import tiny_model
+from tests.support import oracle
+from tests.support.corpus import END, byte_tokenizer
+from tests.support.tiny import tiny_model
 
 LENGTH, CONTEXT = 10, 4
 

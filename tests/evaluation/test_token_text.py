@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from softtrace.evaluation.token_text import TokenText
-from tests.corpus import END, byte_tokenizer, word_tokenizer
+from tests.support.corpus import END, byte_tokenizer, word_tokenizer
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, word_tokenizer])

@@ -33,9 +33,11 @@ class Mutation:
     test: str
 
 
-_ACROSS = "tests/test_lightning_runs.py::test_processes_equal_the_loop_by_hand"
-_HF_ACROSS = "tests/test_hf_processes.py::test_two_processes_equal_the_loop_by_hand"
-_RESUMED = "tests/test_lightning_runs.py::test_resumed_fit_ends_as_the_straight_one_bit_by_bit"
+_ACROSS = "tests/lightning/test_penalty_runs.py::test_processes_equal_the_loop_by_hand"
+_HF_ACROSS = "tests/hf/test_trainer_processes.py::test_two_processes_equal_the_loop_by_hand"
+_RESUMED = (
+    "tests/lightning/test_penalty_runs.py::test_resumed_fit_ends_as_the_straight_one_bit_by_bit"
+)
 _CUT = (
     "tests/faults/test_faults.py::test_a_run_that_was_cut_resumes_to_the_same_weights"
     "[kill in write--9-]"
@@ -48,23 +50,23 @@ MUTATIONS: tuple[Mutation, ...] = (
             ("        @functools.wraps(step)\n", ""),
             ('        training_step.__wrapped__ = getattr(step, "__wrapped__", step)\n', ""),
         ),
-        "tests/test_lightning.py::"
+        "tests/lightning/test_penalty.py::"
         "test_training_step_may_be_declared_in_every_way_that_lightning_takes",
     ),
     Mutation(
         "the term detached (Lightning)", "lightning/wrapped_step.py",
         (("loss = task + term.loss\n", "loss = task + term.loss.detach()\n"),),
-        "tests/test_lightning.py::test_equals_the_plain_loop_bit_by_bit",
+        "tests/lightning/test_penalty.py::test_equals_the_plain_loop_bit_by_bit",
     ),
     Mutation(
         "the term detached (Trainer)", "hf/trainer.py",
         (("added = term.loss / (", "added = term.loss.detach() / ("),),
-        "tests/test_hf.py::test_equals_the_loop_by_hand",
+        "tests/hf/test_trainer.py::test_equals_the_loop_by_hand",
     ),
     Mutation(
         "the mask left unregistered", "model/attention_interface.py",
         (("AttentionMaskInterface.register(IMPLEMENTATION, _visible_mask)\n", ""),),
-        "tests/test_interception.py::test_models_of_transformers_interface_are_reached_through_it",
+        "tests/model/test_attention_interception.py::test_models_of_transformers_interface_are_reached_through_it",
     ),
     Mutation(
         "scaled by the world size (Lightning)", "lightning/wrapped_step.py",
@@ -79,7 +81,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "not divided by the accumulated batches (Trainer)", "hf/trainer.py",
         (("(batches if self._is_scaled(num_items_in_batch) else 1)", "1"),),
-        "tests/test_hf.py::test_equals_the_loop_by_hand",
+        "tests/hf/test_trainer.py::test_equals_the_loop_by_hand",
     ),
     Mutation(
         "every process with the draws of the first", "loss/density_loss.py",
@@ -94,12 +96,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "what is logged keeps its graph", "loss/integration.py",
         (("self._added.append(term.loss.detach())", "self._added.append(term.loss)"),),
-        "tests/test_lightning.py::test_nothing_of_a_step_outlives_it",
+        "tests/lightning/test_penalty.py::test_nothing_of_a_step_outlives_it",
     ),
     Mutation(
         "the training step is not put back", "lightning/wrapped_step.py",
         (('vars(self._module).pop("training_step", None)', "pass"),),
-        "tests/test_lightning_faults.py::test_nothing_is_left_behind",
+        "tests/lightning/test_penalty_faults.py::test_nothing_is_left_behind",
     ),
     Mutation(
         "checkpoints written in place", "lightning/checkpoint_io.py",
@@ -114,17 +116,17 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "checksums not looked at", "lightning/checkpoint_io.py",
         (("if (changed := archive.testzip()) is not None:", "if changed := None:"),),
-        "tests/test_checkpoints.py",
+        "tests/lightning/test_checkpoint_io.py",
     ),
     Mutation(
         "proven under Accelerate's autocast", "tracing/attach.py",
         (("exact, own_forward(model), uncompiled", "exact, uncompiled"),),
-        "tests/test_hf_places.py::test_mixed_precision_trains",
+        "tests/hf/test_trainer_places.py::test_mixed_precision_trains",
     ),
     Mutation(
         "reentrant checkpointing let through", "loss/density_loss.py",
         (("if model.training and is_reentrant(modules):", "if False:"),),
-        "tests/test_support.py::test_refused_modules_say_why",
+        "tests/lightning/test_support.py::test_refused_modules_say_why",
     ),
     Mutation(
         "exits wait for the device", "loss/density_loss.py",
@@ -134,7 +136,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "watched, batch.counted, drawn_by) if weight * batch.counted.any() else None\n",
             ),
         ),
-        "tests/test_forward_exits.py::"
+        "tests/loss/test_early_exits.py::"
         "test_exits_are_on_their_way_before_anything_waits_for_the_device",
     ),
 )  # fmt: skip

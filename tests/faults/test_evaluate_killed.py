@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from softtrace.evaluation.parts import FOLDER
-from tests import warm
-from tests.corpus import write_model, write_tree
 from tests.evaluation.test_parts import contents
 from tests.evaluation.test_processes import words_of
-from tests.processes import ROOT, script_environment
+from tests.support import warm
+from tests.support.corpus import write_model, write_tree
+from tests.support.processes import ROOT, script_environment
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow

@@ -27,9 +27,9 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import entropy_bounds
-from tests.processes import script_environment
-from tests.tiny import tiny_model, tiny_prompt
-from tests.warm import run_ranks
+from tests.support.processes import script_environment
+from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.warm import run_ranks
 
 
 def collection() -> MetricCollection:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from softtrace import DensityLoss, DensityOptions
 from softtrace.loss import density_loss as loss_module
+from tests.loss.test_gradients import replay
+from tests.support.tiny import FAMILIES, tiny_model
 from tests.support.ways_to_step import (
     IN_PARALLEL,
     OPTIONS,
@@ -27,8 +29,6 @@ from tests.support.ways_to_step import (
     task_loss,
     with_and_without_checkpointing,
 )
-from tests.test_loss_gradients import replay
-from tests.tiny import FAMILIES, tiny_model
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

@@ -14,8 +14,8 @@ from recipes.benchmarks.pages import write_pages
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.lightning.support import LIGHTNING
-from tests.families.zoo import REFUSED, VERIFIED
 from tests.faults.mutations import MUTATIONS
+from tests.support.zoo import REFUSED, VERIFIED
 
 
 def read(name: str) -> Any:

@@ -18,9 +18,9 @@ from recipes.benchmarks.comparison import exit_variants, paired_runs, peers, ste
 from recipes.benchmarks.comparison import peer_losses as losses
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
-from tests.corpus import write_model, write_tree
+from tests.support.corpus import write_model, write_tree
+from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.waiting import no_collector
-from tests.tiny import tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.thorough
 

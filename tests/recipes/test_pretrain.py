@@ -16,7 +16,7 @@ from recipes.benchmarks.places import ROOT
 from softtrace.data import read_documents, split_by_file
 from softtrace.errors import OutputExistsError
 from softtrace.model.loading import load_model, load_tokenizer
-from tests import warm
+from tests.support import warm
 from tests.support.waiting import PATIENCE
 
 

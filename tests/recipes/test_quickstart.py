@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from tests import warm
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softtrace.cli.fit import FitCLI
 from softtrace.lightning.lora import LoRA
 from softtrace.model.loading import load_model
-from tests import warm
-from tests.fitting import weights
+from tests.support import warm
+from tests.support.fitting import weights
+from tests.support.tiny import tiny_model
 from tests.support.waiting import PATIENCE, held_port, port_of
-from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -13,9 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from softtrace import DensityLoss
 from softtrace.hf import with_density
-from tests.fitting import batches
-from tests.processes import as_rank
-from tests.tiny import tiny_model
+from tests.support.fitting import batches
+from tests.support.processes import as_rank
+from tests.support.tiny import tiny_model
 
 ROWS, MICRO = 16, 2
 OPTIONS: dict[str, Any] = {"strength": 0.6, "share": 1.0, "crop": 6, "seed": 3}

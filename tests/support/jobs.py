@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import warm
-from tests.corpus import write_model, write_tree
+from tests.support import warm
+from tests.support.corpus import write_model, write_tree
 from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]

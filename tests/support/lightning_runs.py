@@ -12,10 +12,10 @@ from torch import Tensor
 
 from softtrace.lightning import DensityPenalty
 from softtrace.lightning.datamodule import PackedDataModule
-from tests import warm
-from tests.fitting import Batch, Calls, Tuner, trainer, weights
-from tests.processes import script_environment
-from tests.tiny import tiny_model
+from tests.support import warm
+from tests.support.fitting import Batch, Calls, Tuner, trainer, weights
+from tests.support.processes import script_environment
+from tests.support.tiny import tiny_model
 
 
 class ByteTuner(Tuner):
@@ -67,7 +67,7 @@ PROCESSES = """
 import sys
 import torch
 from softtrace.lightning.penalty import STATE_KEY; from softtrace.lightning import DensityPenalty
-from tests.fitting import Batches, Calls, Tuner, batches, trainer, weights
+from tests.support.fitting import Batches, Calls, Tuner, batches, trainer, weights
 
 strength, output, world, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 penalty = [] if strength == "None" else [DensityPenalty(float(strength))]

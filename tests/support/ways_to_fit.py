@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from tests.fitting import Batch, OnlyBatch, Tuner, batches, fit, forget_warnings
-from tests.tiny import checkpointed, tiny_model
+from tests.support.fitting import Batch, OnlyBatch, Tuner, batches, fit, forget_warnings
+from tests.support.tiny import checkpointed, tiny_model
 
 EPOCH = len(batches())
 STEPS = 14  # what a row waits for comes in the first three epochs of four batches

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softtrace import DensityLoss
+from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
 from tests.support.waiting import PATIENCE
-from tests.tiny import checkpointed, tiny_model, tiny_prompt
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"share": 0.5, "crop": 6},

@@ -2,9 +2,9 @@
 
     python -m recipes.benchmarks.correctness.families
 
-Builds a tiny random model of every case of ``tests/families/zoo.py``, attaches to it and, where it
+Builds a tiny random model of every case of ``tests/support/zoo.py``, attaches to it and, where it
 is accepted, compares importances and a masked run with a literal reference
-(``tests/families/reference.py``) on a padded batch. Writes ``families.json`` and ``families.md`` in
+(``tests/support/reference.py``) on a padded batch. Writes ``families.json`` and ``families.md`` in
 ``results/``.
 """
 
@@ -26,8 +26,8 @@ from softtrace.decoding import check_cache, check_early_exit
 from softtrace.errors import UnsupportedModelError
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import atomic_path, write_json
-from tests.families.matrix import literal_errors, padded
-from tests.families.zoo import REFUSED, VERIFIED, tiny
+from tests.support.matrix import literal_errors, padded
+from tests.support.zoo import REFUSED, VERIFIED, tiny
 
 
 def verified(case: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def page(result: dict[str, Any]) -> Iterator[str]:
         f"{result['types_verified']} of the {result['types_of_transformers']} causal-LM types of "
         f"transformers {versions['transformers']} are verified, as tiny random models built from "
         f"their configs (torch {versions['torch']}, {result['created'][:10]}, float32). Written by "
-        "`make families`; tested by `tests/families/test_zoo.py`."
+        "`make families`; tested by `tests/anatomy/test_zoo.py`."
     )
     yield ""
     yield (

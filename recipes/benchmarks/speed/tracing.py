@@ -3,9 +3,10 @@
     python -m recipes.benchmarks.speed.tracing
 
 1. Speed: a ``density_curve`` of 16 x 40 tokens on one thread, against the full curve of a slow
-   literal oracle (``tests/oracle.py``: every edge vector materialised, a networkx multigraph, heap
-   search, one masked run a size), interleaved, per explained position. The oracle explains every
-   fifth position of a prompt (early ones have smaller graphs), ours all of all prompts.
+   literal oracle (``tests/support/oracle.py``: every edge vector materialised, a networkx
+   multigraph, heap search, one masked run a size), interleaved, per explained position. The oracle
+   explains every fifth position of a prompt (early ones have smaller graphs), ours all of all
+   prompts.
 2. Precision: what reading curves from the default thresholds changes against 211 thresholds.
 3. Memory: peak resident memory of ``edge_importance`` at two lengths, in processes of their own.
 4. Cost of the penalty: a training step with the default penalty over a plain one, interleaved.
@@ -50,7 +51,7 @@ def text_blocks(length: int, count: int) -> Tensor:
 
 def speed(model: torch.nn.Module, rounds: int) -> dict[str, Any]:
     """Ratio of the oracle's mean time for one position to ours for one of 640."""
-    from tests.oracle import full_curve
+    from tests.support.oracle import full_curve
 
     torch.set_num_threads(1)
     batch, length = 16, 40

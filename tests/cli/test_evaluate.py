@@ -1,0 +1,210 @@
+"""``softtrace evaluate``: density.json against literal statistics, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import softtrace
+from softtrace.cli.evaluate import evaluate
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.text_source import TextSource
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    ModelDirectoryError,
+    NonFiniteError,
+    OutputExistsError,
+)
+from softtrace.evaluation.density_file import load_density
+from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.report.tables import MEASURES
+from tests.support.calls import CPU, changed
+from tests.support.corpus import write_model, write_tree
+
+OPTIONS: dict[str, Any] = {"block_size": 16, "blocks": 6, "batch_size": 4, "run": CPU}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TextSource]:
+    root = tmp_path_factory.mktemp("sources")
+    return str(write_model(root / "model")), TextSource(str(write_tree(root / "text")))
+
+
+@pytest.fixture(scope="module")
+def density(
+    sources: tuple[str, TextSource], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("evaluated")
+    evaluate(*sources, str(out), extra_blocks=2, **OPTIONS)
+    assert len(list(out.glob("*.png"))) == 4
+    return load_density(out)
+
+
+def test_equals_statistics_computed_by_hand(
+    density: dict[str, Any], sources: tuple[str, TextSource]
+) -> None:
+    model = load_model(sources[0]).eval()
+    blocks = pack(read_documents(sources[1].data), load_tokenizer(sources[0]), 16)
+    chosen = blocks[torch.linspace(0, len(blocks) - 1, 6).long()]
+    explained = slice(8, 15)
+    curve = softtrace.density_curve(model, chosen)
+    entropy = curve.entropy[:, explained].flatten().double()
+    with torch.no_grad():
+        logs = model(input_ids=chosen).logits.log_softmax(-1)
+    targets = chosen[:, 1:, None]
+    loss = -logs[:, :-1].gather(-1, targets)[:, explained, 0].flatten()
+    easy, hard = entropy <= entropy.quantile(0.25), entropy >= entropy.quantile(0.75)
+    area, size = (v[:, explained].flatten() for v in (curve.area(), curve.size_at(0.2)))
+    assert density["tokens"] == 6 * 7 == len(entropy)
+    for name, rows in (("all", entropy >= 0), ("easy", easy), ("hard", hard)):
+        assert density["loss_nats"][name] == pytest.approx(float(loss[rows].mean()), rel=1e-5)
+        assert density["area"][name] == pytest.approx(float(area[rows].mean()), rel=1e-4)
+        expected = float(size[rows].median())
+        assert density["size_at_tv_0.2"][name] == pytest.approx(expected, rel=1e-3)
+    rank = torch.corrcoef(torch.stack((_ranks(area), _ranks(entropy))))[0, 1]
+    assert density["entropy_spearman"]["area"] == pytest.approx(float(rank), abs=1e-3)
+
+
+def test_numbers_lie_inside_their_intervals(density: dict[str, Any]) -> None:
+    assert len(density["intervals"]) == len(MEASURES) - 1
+    for measure in MEASURES:
+        if measure.key in density["intervals"]:
+            low, high = density["intervals"][measure.key]
+            value = measure.read(density)
+            assert value is not None
+            assert low <= value <= high, measure.key
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    return values.argsort().argsort().double()
+
+
+def test_curves_shares_and_agreement_are_consistent(density: dict[str, Any]) -> None:
+    curve = density["curve"]
+    assert len(curve["sizes"]) == 26
+    assert curve["sizes"][0] == pytest.approx(1e-4)
+    assert curve["sizes"][-1] == pytest.approx(1.0)
+    assert curve["all"]["mean"][-1] == 0.0  # the full graph
+    assert curve["baseline_tokens"] == 2 * 7  # two blocks
+    for kind in ("random_connected", "inverse"):
+        for values in curve["baselines"][kind].values():
+            assert values[-1] == 0.0
+            assert all(0 <= value <= 1 for value in values)
+    for shares in density["topology"]["shares"]:
+        total = sum(sum(row) for row in shares)
+        assert total == pytest.approx(1.0) or total == 0.0
+    agreement = density["early_exit"]["agreement"]
+    assert agreement["all"][-1] == agreement["easy"][-1] == 1.0
+    assert density["nucleus_recovery"]["recovered"][-1] == [1.0] * 8
+    assert density["model"] | {"path": ""} == {
+        "path": "",
+        "type": "llama",
+        "parameters": density["model"]["parameters"],
+        "layers": 3,
+        "heads": 4,
+        "pattern": "sequential pre-norm",
+    }
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_batch_size_changes_no_number(
+    density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path, batch_size: int
+) -> None:
+    options = {**OPTIONS, "batch_size": batch_size}
+    other = evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **options)
+    for key in ("loss_nats", "area", "size_at_tv_0.2"):
+        assert other[key] == pytest.approx(density[key], rel=1e-4)
+    assert other["data"]["sha256"] == density["data"]["sha256"]
+    assert other["curve"]["baselines"] is None
+    assert other["nucleus_recovery"] is None
+
+
+@pytest.mark.thorough
+def test_measures_the_files_that_training_held_out(
+    sources: tuple[str, TextSource], tmp_path: Path
+) -> None:
+    model, text = sources
+    half = replace(text, held_out_share=0.5, salt="x")
+    found = evaluate(model, half, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
+    held_out = split_by_file(read_documents(text.data), 0.5, "x")[1]
+    assert found["data"]["documents"] == len(held_out) < 40
+    assert found["data"]["split"] == "held out, share 0.5"
+
+
+def test_an_interrupted_run_leaves_no_density(
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softtrace.cli.evaluate.measure", fail)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*sources, str(tmp_path / "out"), **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "{root}/none"}, ModelDirectoryError, "no such directory"),
+        ({"data": "{root}/none"}, DataError, "no such file or folder"),
+        ({"out": "{root}"}, OutputExistsError, "expected a new or empty folder"),
+        ({"block_size": 3}, InvalidInputError, "block_size: found 3, allowed are integers from 4"),
+        ({"blocks": 0}, InvalidInputError, "blocks: found 0, allowed"),
+        ({"batch_size": 0}, InvalidInputError, "batch_size: found 0, allowed are integers from 1"),
+        ({"extra_blocks": -1}, InvalidInputError, "extra_blocks: found -1, allowed .* from 0"),
+        ({"device": "abacus"}, InvalidInputError, "device: found 'abacus', which .* cannot use"),
+        ({"device": "xpu"}, InvalidInputError, "device: found 'xpu', which this machine cannot"),
+        ({"dtype": "int3"}, ModelDirectoryError, "dtype: found 'int3'"),
+        (
+            {"held_out_share": 1e-9},
+            DataError,
+            "no file is held out at a share of 1e-09; give more files, another share or salt",
+        ),
+    ],
+)
+def test_refusals(
+    sources: tuple[str, TextSource],
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("x")
+    words = {
+        key: value.format(root=tmp_path) if isinstance(value, str) else value
+        for key, value in change.items()
+    }
+    where = {"model": sources[0], "source": sources[1], "out": str(tmp_path / "out")}
+    with pytest.raises(error, match=message):
+        evaluate(**changed({**where, **OPTIONS}, words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_non_finite_weights_are_named(sources: tuple[str, TextSource], tmp_path: Path) -> None:
+    model = load_model(sources[0])
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(sources[0]).save_pretrained(tmp_path / "model")
+    with pytest.raises(NonFiniteError, match="logits of the model on a tiny batch"):
+        evaluate(str(tmp_path / "model"), sources[1], str(tmp_path / "out"), **OPTIONS)
+
+
+@pytest.mark.thorough
+def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path) -> None:
+    evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    text = (tmp_path / "out" / "density.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    assert {"created", "versions", "hardware", "command", "seconds"} <= set(found)

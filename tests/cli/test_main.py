@@ -1,0 +1,94 @@
+"""The ``softtrace`` command as a shell sees it: exit status, stdout, stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from softtrace.cli import main
+from tests.support.corpus import write_model, write_tree
+from tests.support.densities import synthetic_density, write_run
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {command} " in output for command in ("fit", "evaluate", "study", "compare"))
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "study", "compare", "decode-bench", "card"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert f"usage: softtrace {command}" in output
+    assert "--out" in output or command == "card"
+    assert "``" not in output
+    assert ":`" not in output
+
+
+def test_help_of_the_penalty_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--penalty.masks {straight,soft}" in text
+    assert "--penalty.strength STRENGTH Weight of the term, >= 0" in text
+
+
+def test_unknown_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert (
+        "found command 'train', allowed are fit, evaluate, study, compare"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "a", "b", "--out", "c", "--nonsense", "1"])
+    assert stop.value.code == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    assert main(["compare", str(missing), str(missing), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"softtrace compare: {missing}: found no such file")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.thorough
+def test_fit_evaluate_compare_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = write_model(tmp_path / "base"), write_tree(tmp_path / "text")
+    common = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.block_size=16"]
+    common += ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+    for name, strength in (("plain", 0), ("penalty", 1)):
+        out = tmp_path / name
+        words = ["fit", "--model.path", model, "--data.path", text, "--out", out / "model"]
+        assert main([*map(str, words), *common, f"--penalty.strength={strength}"]) == 0
+        words = ["evaluate", "--model", out / "model", "--data", text, "--out", out / "density"]
+        words += ["--block_size", 16, "--blocks", 4, "--extra_blocks", 2, "--device", "cpu"]
+        assert main([str(word) for word in words]) == 0
+    words = ["compare", tmp_path / "plain/density", tmp_path / "penalty/density/density.json"]
+    capsys.readouterr()
+    assert main([*map(str, words), "--out", str(tmp_path / "compare")]) == 0
+    table = capsys.readouterr().out
+    assert "area under distortion" in table
+    compared = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert len(compared["runs"]) == 2
+    assert len(list((tmp_path / "compare").glob("*.png"))) == 4
+
+
+def test_runs_on_other_text_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = synthetic_density("other")
+    other["data"]["sha256"] = "f" * 64
+    runs = [write_run(tmp_path / "a", synthetic_density()), write_run(tmp_path / "b", other)]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 1
+    assert "data sha256) differs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,307 @@
+"""``softtrace study``: intervals of one model, paired differences of two, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from softtrace.cli import main
+from softtrace.cli.evaluate import evaluate
+from softtrace.cli.study import StudySource, study
+from softtrace.data import pack, read_documents, split_by_file
+from softtrace.data.text_source import TextSource
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    ModelDirectoryError,
+    OutputExistsError,
+    SofttraceError,
+)
+from softtrace.evaluation.study.answers import ANSWERS
+from softtrace.model.loading import load_model, load_tokenizer
+from tests.support.calls import CPU, changed
+from tests.support.corpus import END, byte_tokenizer, write_model, write_tree
+
+pytestmark = pytest.mark.thorough
+
+OPTIONS: dict[str, Any] = {
+    "block_size": 16,
+    "blocks": 5,
+    "batch_size": 4,
+    "lengths": (3, 6),
+    "targets": 2,
+    "resamples": 60,
+    "run": CPU,
+}
+
+
+def half(text: str | Path) -> StudySource:
+    """A text of which half is measured."""
+    return StudySource(str(text), held_out_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two models of one tokenizer, and a text."""
+    root = tmp_path_factory.mktemp("sources")
+    before, after = root / "before", root / "after"
+    write_model(before)
+    model = load_model(before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(after)
+    load_tokenizer(before).save_pretrained(after)
+    text = write_tree(root / "text")
+    return {"before": str(before), "after": str(after), "text": str(text)}
+
+
+@pytest.fixture(scope="module")
+def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("alone")
+    study([sources["before"]], half(sources["text"]), str(out), **OPTIONS)
+    assert sorted(path.name for path in out.iterdir()) == ["study.json", "study.png", "study.txt"]
+    found: dict[str, Any] = json.loads((out / "study.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Drawing takes longer than measuring a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softtrace.cli.study.write_study_plot", lambda study, folder: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def both(
+    alone: dict[str, Any],
+    undrawn: None,
+    sources: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("both")
+    models = [sources["before"], sources["after"]]
+    study(models, half(sources["text"]), str(out), **OPTIONS)
+    found: dict[str, Any] = json.loads((out / "study.json").read_text())
+    return found
+
+
+def array(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=float)
+
+
+def test_every_answer_has_the_shape_of_its_axes_and_holds_its_value(alone: dict[str, Any]) -> None:
+    assert set(alone["results"]) == {answer.key for answer in ANSWERS}
+    for key, result in alone["results"].items():
+        shape = tuple(len(alone["axes"][axis]) for axis in result["axes"])
+        assert len(result["models"]) == 1
+        assert result["difference"] is None
+        value, low, high = (array(result["models"][0][end]) for end in ("value", "low", "high"))
+        assert value.shape == low.shape == high.shape == shape, key
+        assert (low <= high)[~np.isnan(low)].all(), key
+    tv = alone["results"]["phases/tv"]["models"][0]
+    assert tv["value"][-1] == tv["low"][-1] == tv["high"][-1] == 0.0
+    edges = array(alone["results"]["phases/edges"]["models"][0]["value"])
+    np.testing.assert_allclose(edges.sum((1, 2)), 1.0)
+    for axis, key in ((1, "phases/kinds"), (2, "phases/depths")):
+        values = array(alone["results"][key]["models"][0]["value"])
+        np.testing.assert_allclose(edges.sum(axis), values)
+
+
+def test_agrees_with_evaluate_on_the_same_tokens(
+    alone: dict[str, Any], sources: dict[str, str], tmp_path: Path
+) -> None:
+    options = {name: OPTIONS[name] for name in ("block_size", "blocks", "batch_size", "run")}
+    source, out = TextSource(sources["text"], held_out_share=0.5), str(tmp_path / "out")
+    density = evaluate(sources["before"], source, out, extra_blocks=0, **options)
+    assert alone["data"]["sha256"] == density["data"]["sha256"]
+    assert alone["tokens"] == density["tokens"]
+    value = {key: result["models"][0]["value"] for key, result in alone["results"].items()}
+    assert value["overall/loss"] == pytest.approx(density["loss_nats"]["all"], rel=1e-4)
+    assert value["overall/area"] == pytest.approx(density["area"]["all"], rel=1e-4)
+    assert value["overall/size"] == pytest.approx(density["size_at_tv_0.2"]["all"], rel=1e-3)
+    for what, name in (("area", "area"), ("size", "size_at_tv_0.2")):
+        expected = density["entropy_spearman"][name]
+        assert value[f"uncertainty/{what}_entropy"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_unigrams_are_those_of_the_training_side(
+    alone: dict[str, Any], sources: dict[str, str]
+) -> None:
+    training, held_out = split_by_file(read_documents(sources["text"]), 0.5)
+    expected = sum(len(document.text) + 1 for document in training)  # a token a byte, and an end
+    assert alone["unigrams"]["tokens"] == expected
+    assert alone["unigrams"]["documents"] == len(training)
+    assert alone["data"]["documents"] == len(held_out)
+
+
+@pytest.mark.usefixtures("alone", "undrawn")
+def test_a_model_less_itself_is_exactly_zero(sources: dict[str, str], tmp_path: Path) -> None:
+    models = [sources["before"], sources["before"]]
+    found = study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
+    assert [model["label"] for model in found["models"]] == ["before (before)", "before (after)"]
+    for key, result in found["results"].items():
+        for values in result["difference"].values():
+            defined = array(values)
+            assert (defined[~np.isnan(defined)] == 0.0).all(), key
+    assert found["results"]["overall/area"]["difference"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_differences_are_after_less_before_and_paired(
+    both: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert [model["label"] for model in both["models"]] == ["before", "after"]
+    for key, result in both["results"].items():
+        first, second = result["models"]
+        # the same seed, and another model beside it: the same numbers to the last bit
+        assert first == alone["results"][key]["models"][0], key
+        change = array(second["value"]) - array(first["value"])
+        np.testing.assert_allclose(array(result["difference"]["value"]), change, atol=1e-12)
+    loss = both["results"]["overall/loss"]
+    assert loss["difference"]["value"] != 0
+    spans = [part["high"] - part["low"] for part in (*loss["models"], loss["difference"])]
+    assert spans[2] < min(spans[:2])  # the same sequences are hard for both
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_seed_moves_intervals_alone(
+    alone: dict[str, Any], sources: dict[str, str], tmp_path: Path
+) -> None:
+    where = [sources["before"]], half(sources["text"]), str(tmp_path / "out")
+    other = study(*where, **{**OPTIONS, "seed": 1})
+    before, after = (run["results"]["overall/loss"]["models"][0] for run in (alone, other))
+    assert before["value"] == after["value"]
+    assert (before["low"], before["high"]) != (after["low"], after["high"])
+
+
+def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
+    assert alone["version"] == 1
+    assert {"created", "command", "versions", "hardware", "seconds"} <= set(alone)
+    assert alone["settings"]["resamples"] == 60
+    assert alone["settings"]["confidence"] == 0.95
+    assert alone["axes"]["positions"] == [8, 14]
+    assert alone["axes"]["contexts"] == [3, 6, "all before"]
+    assert alone["models"][0]["vocabulary"] == 257
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"models": []}, InvalidInputError, "models: found 0, allowed are 1, or 2"),
+        ({"models": ["a", "b", "c"]}, InvalidInputError, "models: found 3, allowed are 1, or 2"),
+        ({"models": ["./none"]}, ModelDirectoryError, "no such directory"),
+        (
+            {"held_out_share": 0.0},
+            InvalidInputError,
+            r"held_out_share: found 0.0, allowed \(0, 1\)",
+        ),
+        ({"held_out_share": 1e-9}, DataError, "no file on the held-out side"),
+        ({"held_out_share": 1 - 1e-9}, DataError, "no file on the training side"),
+        ({"blocks": 1}, InvalidInputError, "blocks: found 1, allowed are integers from 2"),
+        ({"block_size": 4000}, DataError, "less than one block|needs at least 2"),
+        ({"lengths": ()}, InvalidInputError, "lengths: found .*, expected at least one"),
+        ({"lengths": (4, 4)}, InvalidInputError, "lengths: found .*, each of them once"),
+        ({"lengths": (1,)}, InvalidInputError, "lengths: found 1, allowed are integers from 2"),
+        ({"lengths": (16,)}, InvalidInputError, "lengths: found 16, allowed are at most 15"),
+        ({"targets": 0}, InvalidInputError, "targets: found 0"),
+        ({"resamples": 0}, InvalidInputError, "resamples: found 0"),
+        ({"smoothing": 0.0}, InvalidInputError, "smoothing: found 0.0"),
+        ({"out": "{root}"}, OutputExistsError, "expected a new or empty folder"),
+    ],
+)
+def test_refusals(
+    sources: dict[str, str],
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[SofttraceError],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("x")
+    change = {
+        key: value.format(root=tmp_path) if isinstance(value, str) else value
+        for key, value in change.items()
+    }
+    where: dict[str, Any] = {"models": [sources["before"]], "source": half(sources["text"])}
+    where["out"] = str(tmp_path / "out")
+    with pytest.raises(error, match=message):
+        study(**changed({**where, **OPTIONS}, change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_block_is_no_sample(sources: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line\n" * 8)
+    with pytest.raises(DataError, match=r"found 1 block of 16 tokens .* at least 2"):
+        study([sources["before"]], half(tmp_path / "a.txt"), str(tmp_path / "out"), **OPTIONS)
+
+
+def other_tokenizer(kind: str) -> Any:
+    tokenizer = byte_tokenizer()
+    if kind == "larger":
+        tokenizer.add_tokens(["value"])
+    else:
+        tokenizer.backend_tokenizer.normalizer = _lowercase()
+    return tokenizer
+
+
+def _lowercase() -> Any:
+    from tokenizers.normalizers import Replace
+
+    return Replace("value", "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("larger", r"other vocabularies \(257 and 258"), ("other text", "text into other tokens")],
+)
+def test_two_models_have_to_read_alike(
+    sources: dict[str, str], tmp_path: Path, kind: str, message: str
+) -> None:
+    load_model(sources["after"]).save_pretrained(tmp_path / "model")
+    other_tokenizer(kind).save_pretrained(tmp_path / "model")
+    models = [sources["before"], str(tmp_path / "model")]
+    with pytest.raises(InvalidInputError, match=message):
+        study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_models_have_to_predict_the_same_tokens(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    model = load_model(sources["after"])
+    model.resize_token_embeddings(264, mean_resizing=False)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(sources["after"]).save_pretrained(tmp_path / "model")
+    models = [sources["before"], str(tmp_path / "model")]
+    with pytest.raises(
+        InvalidInputError, match=r"predicts 257 tokens and .* 264; expected the same"
+    ):
+        study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
+
+
+def test_on_the_command_line(
+    sources: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["study", sources["before"], sources["after"], "--data", sources["text"]]
+    words += ["--out", str(tmp_path / "out"), "--held_out_share", "0.5", "--block_size", "16"]
+    words += ["--blocks", "3", "--lengths", "[4,8]", "--resamples", "20", "--device", "cpu"]
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert (tmp_path / "out" / "study.txt").read_text().strip() in output
+    assert "before" in output
+    assert "change" in output
+    assert main(words) == 1
+    assert "expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_blocks_are_those_of_pack(alone: dict[str, Any], sources: dict[str, str]) -> None:
+    held_out = split_by_file(read_documents(sources["text"]), 0.5)[1]
+    tokenizer = load_tokenizer(sources["before"])
+    assert tokenizer.eos_token == END
+    assert len(pack(held_out, tokenizer, 16)) > alone["data"]["blocks"] == 5

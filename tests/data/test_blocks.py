@@ -1,0 +1,93 @@
+"""Streamed text gives the very blocks of the text read whole, and holds little of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from softtrace.data import blocks as blocks_module
+from softtrace.data import pack, read_documents, split_by_file, text_files
+from softtrace.data.blocks import evenly, stream_evenly
+from softtrace.data.documents import Document, stream_documents, stream_held_out
+from softtrace.errors import DataError, InvalidInputError
+from tests.support.corpus import byte_tokenizer, write_tree
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.mark.parametrize("count", [1, 5, 100_000])
+@pytest.mark.parametrize("block_size", [2, 17])
+def test_blocks_are_those_of_the_whole_text(tmp_path: Path, count: int, block_size: int) -> None:
+    documents = read_documents(write_tree(tmp_path))
+    blocks, seen = stream_evenly(iter(documents), TOKENIZER, block_size, count)
+    assert seen == len(documents)
+    assert blocks.dtype == torch.int64
+    assert torch.equal(blocks, evenly(pack(documents, TOKENIZER, block_size), count))
+
+
+def test_text_is_read_as_the_tokenizer_gets_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"text": f"line {number} " * 20} for number in range(300)]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    monkeypatch.setattr(blocks_module, "_CHARACTERS_PER_CALL", 1000)
+    read, most = 0, 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal read
+        for document in stream_documents(file):
+            read += len(document.text)
+            yield document
+
+    tokens = 0
+    for piece in blocks_module.stream_tokens(counted(), TOKENIZER):
+        tokens += len(piece)
+        most = max(most, read - tokens)
+    assert tokens > 50_000
+    assert most < 2000  # characters that were read and not given on
+
+
+def test_a_text_without_one_block() -> None:
+    with pytest.raises(DataError, match="1 documents give 5 tokens, less than one block of 8"):
+        stream_evenly([Document("a", "12345")], TOKENIZER, 8, 4)
+    with pytest.raises(DataError, match="there are no documents to encode"):
+        stream_evenly([], TOKENIZER, 8, 4)
+    with pytest.raises(InvalidInputError, match="block_size: found 1, allowed are integers from 2"):
+        stream_evenly([Document("a", "12345")], TOKENIZER, 1, 4)
+
+
+@pytest.mark.parametrize("files", [1, 2, 40])
+def test_the_held_out_side_is_the_same(tmp_path: Path, files: int) -> None:
+    documents = read_documents(write_tree(tmp_path, files))
+    assert list(stream_held_out(iter(documents), 0.3, "x")) == split_by_file(documents, 0.3, "x")[1]
+    with pytest.raises(InvalidInputError, match=r"held_out_share: found 1, allowed \[0, 1\)"):
+        list(stream_held_out(iter(documents), 1, "x"))
+
+
+def test_a_file_that_is_no_text_in_the_end_gives_nothing_in_the_beginning(tmp_path: Path) -> None:
+    good, bad = json.dumps({"text": "good"}).encode(), json.dumps({"text": "bad"}).encode()
+    (tmp_path / "a.jsonl").write_bytes(bad + b"\n\xff\n")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\n" + good)
+    found = list(stream_documents(tmp_path, (".jsonl",)))
+    assert found == [Document("b.jsonl:1", "good"), Document("b.jsonl:3", "good")]
+    with pytest.raises(DataError, match=rf"byte 0xff at offset {len(bad) + 1} "):
+        list(stream_documents(tmp_path / "a.jsonl"))
+
+
+def test_a_plain_text_file_has_a_largest_size_and_jsonl_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "LARGEST_FILE", 20)
+    (tmp_path / "a.txt").write_text("x" * 21)
+    (tmp_path / "b.txt").write_text("x" * 20)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n' * 9)
+    with pytest.raises(DataError, match=r"a.txt has 21 bytes, allowed are 20: .* a .jsonl with"):
+        list(stream_documents(tmp_path / "a.txt"))
+    assert len(list(stream_documents(tmp_path / "b.txt"))) == 1
+    assert len(list(stream_documents(tmp_path / "c.jsonl"))) == 9
+    assert len(list(stream_documents(tmp_path, suffixes=(".txt",)))) == 1  # the other is skipped

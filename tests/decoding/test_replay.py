@@ -1,0 +1,126 @@
+"""Replayed drafting against drafting, and the choice among ways to draft against all of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softtrace.decoding import greedy, speculate
+from softtrace.decoding.recommend import guesses_of
+from softtrace.decoding.replay import (
+    CONFIDENCES,
+    LONGEST,
+    Guesses,
+    best_drafting,
+    check_costs,
+    replay,
+)
+from softtrace.tracing.attach import attach
+from tests.support.tiny import tiny_model
+
+NEW = 24
+
+
+def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
+    tokens = greedy(model, prompt, NEW, -1).tokens
+    instrument = attach(model)
+    whole = torch.cat((prompt, tokens[None, :-1]), dim=1)
+    recording = instrument.record(instrument.batch(whole), keep_hidden=True, keep_attention=False)
+    return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None), tokens[None])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("confidence", [0.0, 0.15, 0.25])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence: float) -> None:
+    model = tiny_model("llama", num_hidden_layers=3).double().eval()
+    with torch.no_grad():  # so that some guesses are right and some are not
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    draws = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(model.config.vocab_size, (1, 5), generator=draws) for _ in range(4)]
+    texts = [_text_of(model, prompt) for prompt in prompts]
+    sure = torch.tensor([text.sure for text in texts])
+    for gate in (0.15, 0.25):  # so that drafts end, and not at once
+        assert 0.1 < (sure >= gate).double().mean() < 0.9
+    for depth in (1, 2):
+        found = replay(texts, depth, count, confidence, 0.3, [1.0] * count)
+        runs = [
+            speculate(
+                model, prompt, exit_layer=depth, max_new_tokens=NEW, draft_tokens=count,
+                confidence=confidence, eos_token_id=-1,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+        assert found.accepted == sum(run.accepted for run in runs)
+        assert found.checks == sum(run.checks for run in runs)
+        assert found.accepted <= 4 * (NEW - 1) <= found.accepted + found.checks
+        if not confidence:  # else it is not known how long a wrong draft goes on
+            assert found.drafted == sum(run.drafted for run in runs)
+    assert 0 < found.accepted < found.drafted or confidence or count == 1
+
+
+def test_what_is_spent_is_counted() -> None:
+    right = [[True, True, False, True, True, True]]
+    sure = [[0.9, 0.9, 0.8, 0.1, 0.9, 0.9]]
+    found = replay([Guesses(right, sure)], 1, 2, 0.0, 0.25, [1.5, 2.0])
+    # tokens 1 (right) and 2 (wrong, so the check writes it); 3 and 4 (right); 5, for one is left
+    assert (found.drafted, found.accepted, found.checks) == (5, 4, 3)
+    assert found.speedup == 5 / (2 * (2.0 + 2 * 0.25) + 1.5 + 0.25)
+
+
+def test_a_guess_below_the_confidence_ends_its_draft() -> None:
+    right = [[True] * 8]
+    sure = [[0.9, 0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]]
+    found = replay([Guesses(right, sure)], 1, 6, 0.5, 0.25, [1.0] * 6)
+    # guess 1; 2, 3 and 4; 5, 6 and 7, the last of the text
+    assert (found.drafted, found.accepted, found.checks) == (7, 7, 3)
+    assert replay([Guesses(right, sure)], 1, 6, 0.0, 0.25, [1.0] * 6).checks == 2
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 0.9), st.floats(1, 1.6))
+def test_the_best_way_is_the_best_of_all(seed: int, cost: float, check: float) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    right = torch.rand(2, 12, generator=draws) < torch.tensor([[0.5], [0.8]])
+    texts = [Guesses(right.tolist(), torch.rand(2, 12, generator=draws).tolist())]
+    costs = {1: cost, 2: 1.5 * cost}
+    checks = {layer: [check / layer + 0.05 * n for n in range(LONGEST)] for layer in costs}
+    found = best_drafting(texts, (1, 2), costs, checks)
+    ways = itertools.product((1, 2), range(1, LONGEST + 1), CONFIDENCES)
+    every = [replay(texts, d, k, c, costs[d], checks[d]).speedup for d, k, c in ways]
+    assert found.speedup == max(every)
+    again = replay(
+        texts, found.exit_layer, found.draft_tokens, found.confidence, costs[found.exit_layer],
+        checks[found.exit_layer],
+    )  # fmt: skip
+    assert again == found
+    fixed = best_drafting(texts, (2,), costs, checks, draft_tokens=3, confidence=0.5)
+    assert fixed == replay(texts, 2, 3, 0.5, costs[2], checks[2])
+
+
+@given(st.integers(2, 40), st.floats(0, 0.5), st.floats(0, 0.3), st.floats(-0.002, 0.002))
+def test_a_check_costs_what_the_layers_above_take(
+    layers: int, besides: float, each: float, noise: float
+) -> None:
+    """A run of a layers over n tokens takes besides + (1 - besides) a (1 + each (n - 1)) / L."""
+
+    def run(depth: int, tokens: int) -> float:
+        return besides + (1 - besides) * depth * (1 + each * (tokens - 1)) / layers
+
+    costs = {depth: run(depth, 1) + noise * (-1) ** depth for depth in range(1, layers)}
+    found = check_costs(costs, [run(layers, n) for n in range(1, 6)])
+    assert list(found) == list(costs)
+    for depth, checks in found.items():
+        wanted = [run(layers - depth, n) for n in range(1, 6)]
+        assert checks == pytest.approx(wanted, abs=0.01)
+
+
+def test_an_unsure_guess_is_none_too_sure() -> None:
+    """As ``speculate`` has it, a confidence that is not a number ends the draft."""
+    text = Guesses([[True] * 6], [[float("nan")] * 6])
+    assert replay([text], 1, 4, 0.5, 0.25, [1.0] * 4).checks == 5

@@ -1,0 +1,298 @@
+"""Decoding that is lossless: the same tokens as without a draft, and without a cache."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softtrace import UnsupportedModelError
+from softtrace.decoding import (
+    ProvenExit,
+    check_cache,
+    check_early_exit,
+    generate,
+    greedy,
+    recommend_exit,
+    speculate,
+)
+from softtrace.decoding.exit_checks import EXIT_FIELD, exit_layer_of
+from softtrace.errors import InvalidInputError
+from tests.support.tiny import tiny_model, tiny_prompt
+
+EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+NEW = 24
+
+
+def no_cache(model: nn.Module, ids: Tensor, count: int, ends: tuple[int, ...] = (2,)) -> list[int]:
+    """Greedy decoding without any cache, one whole forward a token."""
+    tokens: list[int] = []
+    while len(tokens) < count and (not tokens or tokens[-1] not in ends):
+        seen = torch.cat((ids, ids.new_tensor([tokens])), dim=1) if tokens else ids
+        tokens.append(int(model(input_ids=seen).logits[0, -1].argmax()))
+    return tokens
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", EXITING)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("draft", "confidence"), [(1, 0.0), (3, 0.0), (6, 0.1)])
+def test_speculation_writes_what_plain_decoding_writes(
+    family: str, depth: int, draft: int, confidence: float
+) -> None:
+    model = tiny_model(family, seed=2, dtype=torch.float64)
+    for seed in range(3):
+        ids = tiny_prompt(5, seed=seed)
+        wanted = no_cache(model, ids, NEW)
+        assert greedy(model, ids, NEW).tokens.tolist() == wanted
+        found = speculate(
+            model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
+            confidence=confidence,
+        )  # fmt: skip
+        assert found.tokens.tolist() == wanted
+        assert 0 <= found.accepted <= found.drafted <= draft * found.checks
+        assert 1 + found.accepted <= len(wanted) <= 1 + found.accepted + found.checks
+        if draft == 1:
+            assert len(wanted) == 1 + found.checks  # a guess is right, or what the check says
+
+
+def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
+    model = tiny_model("llama", seed=3, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    ids = tiny_prompt(5, seed=1)
+    found = speculate(
+        model, ids, exit_layer=1, max_new_tokens=21, draft_tokens=4, confidence=0.0, eos_token_id=-1
+    )
+    assert found.tokens.tolist() == no_cache(model, ids, 21, ())
+    assert (found.drafted, found.accepted, found.checks) == (20, 20, 5)
+    assert found.acceptance == 1
+    assert found.accepted_per_draft == 4
+    assert math.isnan(greedy(model, ids, 3).acceptance)
+
+
+def test_low_confidence_ends_a_draft() -> None:
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(5)
+    bold = speculate(model, ids, exit_layer=1, max_new_tokens=NEW, draft_tokens=5, confidence=0.0)
+    timid = speculate(model, ids, exit_layer=1, max_new_tokens=NEW, draft_tokens=5, confidence=1.0)
+    assert timid.drafted <= timid.checks  # every draft ended at its first guess
+    assert bold.drafted > bold.checks
+    assert torch.equal(bold.tokens, timid.tokens)
+
+
+@pytest.mark.thorough
+def test_text_ends_where_plain_decoding_ends() -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    plain = no_cache(model, ids, NEW, ())
+    for end in set(plain):
+        wanted = no_cache(model, ids, NEW, (end,))
+        for depth, draft in itertools.product((1, 2), (1, 7)):
+            found = speculate(
+                model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
+                confidence=0, eos_token_id=end,
+            )  # fmt: skip
+            assert found.tokens.tolist() == wanted
+    several = speculate(model, ids, exit_layer=1, eos_token_id=plain[1:3])
+    assert several.tokens.tolist() == plain[:2]
+    model.generation_config.eos_token_id = [plain[1], plain[2]]
+    assert speculate(model, ids, exit_layer=1).tokens.tolist() == plain[:2]
+
+
+def test_transformers_own_loop_writes_the_same() -> None:
+    model, ids = tiny_model("llama", seed=4, dtype=torch.float64), tiny_prompt(6)
+    wanted = no_cache(model, ids, 12)
+    found = generate(model, ids, 2, max_new_tokens=12)
+    assert found[0].tolist() == [*ids[0].tolist(), *wanted]
+    assert model.config.num_hidden_layers == 3
+
+
+def test_bad_input_is_named() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(5)
+    for wrong in (0, 3, -1, True, 1.0):
+        with pytest.raises(InvalidInputError, match=r"exit_layer: found .*, allowed 1 to 2"):
+            speculate(model, ids, exit_layer=wrong)  # type: ignore[arg-type]
+    for proven_exit in (check_cache(check_early_exit(model)), None):
+        with pytest.raises(InvalidInputError, match=r"found \(2, 5\), allowed is \[1, T\]"):
+            speculate(model, tiny_prompt(5, batch=2), exit_layer=1, proven_exit=proven_exit)
+        with pytest.raises(InvalidInputError, match="exit_layer: found 7, allowed 1 to 2"):
+            speculate(model, ids, exit_layer=7, proven_exit=proven_exit)
+    with pytest.raises(InvalidInputError, match="draft_tokens: found 0"):
+        speculate(model, ids, exit_layer=1, draft_tokens=0)
+    with pytest.raises(InvalidInputError, match=r"confidence: found 1\.5"):
+        speculate(model, ids, exit_layer=1, confidence=1.5)
+    with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
+        speculate(model, ids, exit_layer=1, max_new_tokens=0)
+    with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
+        greedy(model, ids, 0)
+    model.train()
+    for write in (lambda: speculate(model, ids, exit_layer=1), lambda: greedy(model, ids, 3)):
+        with pytest.raises(InvalidInputError, match="found one in train mode"):
+            write()
+    assert model.training
+
+
+def test_the_config_can_recommend_an_exit(tmp_path: Any) -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    with pytest.raises(InvalidInputError, match=f"config has no {EXIT_FIELD}"):
+        speculate(model, ids)
+    setattr(model.config, EXIT_FIELD, 2)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert exit_layer_of(again) == 2
+    assert torch.equal(speculate(again, ids).tokens, greedy(model, ids, 64).tokens)
+
+
+def test_a_model_of_any_trainer_can_be_given_a_recommended_exit(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=4, attention_dropout=0.5, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:  # all is said after two layers
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+    text = tiny_prompt(12, batch=6)
+    model.train()
+    assert recommend_exit(model, text) == 2 == model.config.softtrace_exit_layer
+    assert all(module.training for module in model.modules())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert speculate(again, text[:1], eos_token_id=-1).acceptance == 1
+    assert torch.equal(
+        generate(again, text[:1], max_new_tokens=9),
+        generate(again, text[:1], exit_layer=2, max_new_tokens=9),
+    )
+    found = []
+    monkeypatch.setattr(
+        "softtrace.decoding.recommend.recommended_exit",
+        lambda model, _: found.append(model.training) or 3,
+    )
+    assert recommend_exit(model, text) == 3
+    assert found == [False]  # without dropout
+    for wrong in (text[0], text[:0], text[:, :7]):
+        with pytest.raises(InvalidInputError, match=r"input_ids: found .* allowed is \[N, T\]"):
+            recommend_exit(model, wrong)
+
+
+def test_no_exit_is_recommended_where_there_is_none() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers"):
+        recommend_exit(model, tiny_prompt(8, batch=2))
+    assert not hasattr(model.config, EXIT_FIELD)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_short_texts(new: int) -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    found = speculate(model, ids, exit_layer=1, max_new_tokens=new, confidence=0, eos_token_id=-1)
+    assert found.tokens.tolist() == no_cache(model, ids, new, ())
+    assert found.checks <= new - 1 <= found.drafted
+    assert math.isnan(found.accepted_per_draft) == (new == 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "prompt", "refused"),
+    [
+        ("dynamic", {"factor": 2.0}, 8, True),
+        ("dynamic", {"factor": 2.0}, 40, True),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}, 8, True),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}, 17, False),
+    ],
+)
+def test_rotations_that_change_with_the_length_are_refused(
+    kind: str, changes: dict[str, Any], prompt: int, refused: bool
+) -> None:
+    """A check over the boundary would rotate its first tokens otherwise than one-token steps do."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16, **changes}
+    model = tiny_model("llama", seed=2, rope_parameters=rope, max_position_embeddings=64)
+    ids, options = tiny_prompt(prompt), {"exit_layer": 1, "confidence": 0, "eos_token_id": -1}
+    assert len(speculate(model, tiny_prompt(4), max_new_tokens=12, **options).tokens) == 12
+    if not refused:
+        found = speculate(model, ids, max_new_tokens=NEW, **options)
+        assert torch.equal(found.tokens, greedy(model, ids, NEW, -1).tokens)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"rotary frequencies .{kind}. beyond 16"):
+        speculate(model, ids, max_new_tokens=NEW, **options)
+    with pytest.raises(UnsupportedModelError, match="decode plainly"):
+        generate(model, ids, 1, max_new_tokens=NEW)
+    with pytest.raises(UnsupportedModelError, match="decode plainly"):
+        generate(model, ids, 1, max_length=prompt + NEW)
+
+
+def test_an_interrupted_draft_leaves_the_model_whole() -> None:
+    """transformers cuts the model off for a draft and does not put it back after an exception."""
+    model, ids = tiny_model("llama", seed=4), tiny_prompt(6)
+
+    def stop(*_: Any) -> None:
+        if model.config.num_hidden_layers == 1 and stopping:
+            raise KeyboardInterrupt
+
+    stopping: list[bool] = []
+    model.lm_head.register_forward_hook(stop)
+    proven_exit = check_early_exit(model)
+    stopping.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, 1, max_new_tokens=12, proven_exit=proven_exit)
+    assert model.config.num_hidden_layers == 3
+
+
+@pytest.fixture
+def model_and_exit() -> tuple[nn.Module, ProvenExit]:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    return model, check_early_exit(model)
+
+
+def test_a_proof_is_not_run_again(
+    model_and_exit: tuple[nn.Module, ProvenExit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, proven_exit = model_and_exit
+    proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
+    wanted = [write(model, ids, exit_layer=2, max_new_tokens=9) for write in (generate, speculate)]
+    for proof in ("attach", "check_early_exit", "check_cache"):
+        monkeypatch.delattr(f"softtrace.decoding.speculative.{proof}")
+    options: dict[str, Any] = {"exit_layer": 2, "proven_exit": proven_exit}
+    assert torch.equal(generate(model, ids, max_new_tokens=9, **options), wanted[0])
+    assert torch.equal(speculate(model, ids, max_new_tokens=9, **options).tokens, wanted[1].tokens)
+    for write in (generate, speculate):  # what depends on the text is checked all the same
+        with pytest.raises(InvalidInputError, match="input_ids"):
+            write(model, ids + 1000, exit_layer=2, proven_exit=proven_exit)
+
+
+def test_a_proof_of_another_model_is_refused(
+    model_and_exit: tuple[nn.Module, ProvenExit],
+) -> None:
+    model, proven_exit = model_and_exit
+    proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
+    refused = pytest.raises(InvalidInputError, match="proven_exit: found one of another model")
+    for write in (generate, speculate):
+        for other in (copy.deepcopy(model), copy.copy(model)):  # which shares all modules
+            with refused:
+                write(other, ids, exit_layer=1, proven_exit=proven_exit)
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    for write in (generate, speculate):
+        with refused:
+            write(model, ids, exit_layer=1, proven_exit=proven_exit)
+    with refused:
+        check_cache(proven_exit)
+
+
+def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
+    model_and_exit: tuple[nn.Module, ProvenExit],
+) -> None:
+    model, proven_exit = model_and_exit
+    ids = tiny_prompt(5)
+    with pytest.raises(InvalidInputError, match=r"goes on after 1 layers .*: none.; .*check_cache"):
+        speculate(model, ids, exit_layer=1, proven_exit=proven_exit)
+    of_one = check_cache(proven_exit, (1,))
+    assert speculate(model, ids, exit_layer=1, proven_exit=of_one).checks
+    with pytest.raises(InvalidInputError, match=r"after 2 layers .proven exit layers: 1."):
+        speculate(model, ids, exit_layer=2, proven_exit=of_one)
+    both = check_cache(of_one, (2,))
+    assert both.resumable == {1, 2} == check_cache(proven_exit).resumable
+    assert speculate(model, ids, exit_layer=2, proven_exit=both).checks

@@ -1,0 +1,102 @@
+"""Early exits against a literal pass through the layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import softtrace
+from softtrace.decoding.recommend import GATES, gated_exits, guesses_of, recommended_exit
+from softtrace.decoding.replay import Guesses, best_drafting
+from softtrace.density.exits import exit_agreement, exit_layers
+from tests.support import oracle
+from tests.support.tiny import FAMILIES, tiny_model, tiny_prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_equals_reading_transformers_hidden_states(family: str) -> None:
+    model, ids = tiny_model(family), tiny_prompt(10, batch=3)
+    instrument = softtrace.tracing.attach(model)
+    found = exit_agreement(instrument, instrument.record(instrument.batch(ids), keep_hidden=True))
+    output = model(input_ids=ids, output_hidden_states=True)
+    wanted = output.logits.argmax(-1)
+    final_norm = oracle.final_norm(model)
+    for layer, hidden in enumerate(output.hidden_states[1:-1]):  # the last one is normed already
+        expected = model.lm_head(final_norm(hidden)).argmax(-1) == wanted
+        assert torch.equal(found[layer], expected)
+    assert found.shape == (3, 3, 10)
+    assert found[-1].all()
+    assert not found[0].all()
+
+
+def test_needs_hidden_states() -> None:
+    model = tiny_model("llama")
+    instrument = softtrace.tracing.attach(model)
+    with pytest.raises(ValueError, match="keep_hidden=True"):
+        exit_agreement(instrument, instrument.record(instrument.batch(tiny_prompt(4))))
+    with pytest.raises(ValueError, match="keep_hidden=True"):
+        guesses_of(
+            instrument,
+            instrument.record(instrument.batch(tiny_prompt(4))),
+            slice(None),
+            tiny_prompt(4),
+        )
+
+
+@torch.no_grad()
+def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(10, batch=3)
+    model.lm_head.weight.mul_(2)  # surer
+    instrument = softtrace.tracing.attach(model)
+    recording = instrument.record(instrument.batch(ids), keep_hidden=True)
+    output = model(input_ids=ids, output_hidden_states=True)
+    written = output.logits.argmax(-1)[:, 3:9]
+    texts = [guesses_of(instrument, recording, slice(3, 9), written, row) for row in range(3)]
+    exits = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[1:-1]]
+    stopped = set()
+    for gate in GATES:
+        layers, rights = [], []
+        for row in range(3):
+            for position in range(3, 9):
+                layer, logits = 3, output.logits[row, position]
+                for depth, early in enumerate(exits, start=1):
+                    if early[row, position].softmax(-1).max() >= gate:
+                        layer, logits = depth, early[row, position]
+                        break
+                layers.append(layer)
+                rights.append(bool(logits.argmax() == output.logits[row, position].argmax()))
+                stopped.add(layer)
+        used, right = gated_exits(texts, gate)
+        assert used == pytest.approx(sum(layers) / 18)
+        assert right == pytest.approx(sum(rights) / 18)
+    assert stopped == {1, 2, 3}
+
+
+@pytest.mark.thorough
+def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> None:
+    for seed in range(4):
+        model, blocks = tiny_model("llama", seed=seed, num_hidden_layers=5), tiny_prompt(8, batch=7)
+        instrument = softtrace.tracing.attach(model)
+        with torch.no_grad():
+            agreed = exit_agreement(
+                instrument, instrument.record(instrument.batch(blocks), keep_hidden=True)
+            )
+            hidden = model(input_ids=blocks, output_hidden_states=True).hidden_states
+        sure = [model.lm_head(model.model.norm(h)).softmax(-1).amax(-1) for h in hidden[1:-1]]
+        texts = [
+            Guesses(agreed[:4, row, 4:].tolist(), [each[row, 4:].tolist() for each in sure])
+            for row in range(7)
+        ]
+        costs = {layer: layer / 5 for layer in range(1, 5)}
+        checks = {layer: [1 - layer / 5] * 12 for layer in costs}
+        wanted = best_drafting(texts, costs, costs, checks)
+        assert recommended_exit(model, blocks, batch_size=3) == wanted.exit_layer
+
+
+def test_an_exit_counts_from_where_all_later_ones_agree() -> None:
+    agreed = torch.tensor(
+        [[True, True, False, False], [True, False, False, False], [True, True, True, False],
+         [True, True, True, True]]
+    )  # fmt: skip
+    assert exit_layers(agreed).tolist() == [1, 3, 3, 4]

@@ -1,0 +1,205 @@
+"""The door for transformers' Trainer: scaled as by hand, inert at 0, resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from softtrace import InvalidInputError, NonFiniteError, TrainerSetupError
+from softtrace.hf import DensityMixin, with_density
+from tests.support.fitting import weights
+from tests.support.hf_training import (
+    OPTIONS,
+    DensityTrainer,
+    Ordered,
+    OrderedTrainer,
+    arguments,
+    by_hand,
+    resumed,
+    rows,
+    train,
+)
+from tests.support.tiny import tiny_model
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["num_items_in_batch", "batch means"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])  # 8 batches: the last group of 3 has two
+def test_equals_the_loop_by_hand(tmp_path: Path, accumulate: int, counted: bool) -> None:
+    options = {**OPTIONS, "warmup_steps": 2, "exits": 0.4, "every": 2}
+
+    class Asked(DensityTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = counted
+
+    model = tiny_model("llama", dtype=torch.float64).train()
+    settings = arguments(tmp_path, gradient_accumulation_steps=accumulate)
+    Asked(model=model, args=settings, train_dataset=rows(), density=options).train()
+    wanted = by_hand(accumulate, counted, options)
+    torch.testing.assert_close(weights(model), weights(wanted), atol=1e-10, rtol=0)
+    without = by_hand(accumulate, counted, {**options, "strength": 0.0})
+    assert (weights(model) - weights(without)).abs().max() > 1e-3
+
+
+@pytest.mark.thorough
+def test_strength_0_is_inert(tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):  # without and with dropout
+        plain = train(tmp_path, None, family)
+        silent = train(tmp_path, {"strength": 0.0}, family)
+        loud = train(tmp_path, OPTIONS, family)
+        assert torch.equal(weights(silent.model), weights(plain.model))
+        assert not torch.equal(weights(loud.model), weights(plain.model))
+        history = [{k for k in entry if "/" in k} for entry in silent.state.log_history]
+        assert not any(history)
+
+
+@pytest.mark.thorough
+def test_what_is_logged_adds_up(tmp_path: Path) -> None:
+    trainer = train(tmp_path, logging_steps=2, gradient_accumulation_steps=2)
+    *entries, _ = trainer.state.log_history
+    assert [entry["step"] for entry in entries] == [2, 4]
+    for entry in entries:
+        assert entry["loss/task"] + entry["loss/density"] == pytest.approx(entry["loss"])
+        assert entry["loss/density"] == pytest.approx(
+            0.6 * (entry["density/distortion"] + 0.2 * entry["density/exit_distance"]), rel=1e-5
+        )
+        assert 0 < entry["density/soft_size"] < 1
+        assert 0 < entry["density/easy_share"] < 1
+    plain = train(tmp_path, None, logging_steps=2, gradient_accumulation_steps=2)
+    assert plain.state.log_history[0]["loss"] == pytest.approx(entries[0]["loss/task"], rel=0.2)
+
+
+@pytest.mark.thorough
+def test_evaluation_has_no_term(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    class Counting(DensityTrainer):
+        def inputs_of(self, inputs: Any) -> dict[str, Any]:
+            calls.append(self.state.global_step)
+            return super().inputs_of(inputs)
+
+    model = tiny_model("llama").train()
+    settings = arguments(tmp_path, eval_strategy="steps", eval_steps=5, max_steps=8)
+    trainer = Counting(
+        model=model, args=settings, train_dataset=rows(), eval_dataset=rows()[:4], density=OPTIONS
+    )
+    trainer.train()
+    assert calls == list(range(8))
+    own = trainer.evaluate()["eval_loss"]
+    plain = OrderedTrainer(model=model, args=settings, eval_dataset=rows()[:4]).evaluate()
+    assert own == plain["eval_loss"]
+
+
+def test_label_smoothing_takes_the_labels_after_us(tmp_path: Path) -> None:
+    smoothed = train(tmp_path, label_smoothing_factor=0.1)
+    assert smoothed.state.log_history[0]["loss/density"] > 0
+
+
+@pytest.mark.thorough
+def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> None:
+    options = {**OPTIONS, "warmup_steps": 5, "every": 2}
+    whole = train(tmp_path, options, "gpt2", save_strategy="steps", save_steps=1)
+    last = whole.state.global_step
+    for step in range(1, last):
+        again = resumed(tmp_path, step, options)
+        assert torch.equal(weights(again.model), weights(whole.model)), step
+    other = resumed(tmp_path, 1, {**options, "strength": 0.5})
+    assert not torch.equal(weights(other.model), weights(whole.model))
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, OPTIONS, "gpt2", save_strategy="steps", save_steps=4)
+    with pytest.raises(TrainerSetupError, match=r"found a density seed of 3, this run has 4"):
+        resumed(tmp_path, 4, {**OPTIONS, "seed": 4})
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    kept = json.loads(state.read_text())
+    kept["stateful_callbacks"]["DensityState"]["attributes"]["version"] = 99
+    state.write_text(json.dumps(kept))
+    with pytest.raises(TrainerSetupError, match=r"found a density version of 99, this run has 1"):
+        resumed(tmp_path, 4)
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_without_the_term_is_fine(tmp_path: Path) -> None:
+    train(tmp_path, None, "gpt2", save_strategy="steps", save_steps=4)
+    trainer = resumed(tmp_path, 4)
+    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["DensityState"]["attributes"]["seed"] == 3
+    assert trainer.state.global_step == 8
+
+
+class LikeSFT(Ordered, Trainer):
+    """What TRL's SFTTrainer does around the loss: its signature, a changed batch, metrics."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs["use_cache"] = False
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self.seen = outputs.logits.shape
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "mean_token_accuracy": 0.5}, start_time)
+
+
+@pytest.mark.thorough
+def test_composes_with_a_trainer_that_has_a_loss_of_its_own(tmp_path: Path) -> None:
+    class Mixed(DensityMixin, LikeSFT):
+        pass
+
+    found = []
+    for kind in (Mixed, with_density(LikeSFT), DensityTrainer):
+        torch.manual_seed(0)
+        model = tiny_model("llama", dtype=torch.float64).train()
+        trainer = kind(model=model, args=arguments(tmp_path), train_dataset=rows(), density=OPTIONS)
+        trainer.train()
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_batches_without_token_ids_are_refused(tmp_path: Path) -> None:
+    class Renamed(DensityTrainer):
+        def inputs_of(self, inputs: Any) -> dict[str, Any]:
+            return super().inputs_of({"ids": inputs["input_ids"]})
+
+    model = tiny_model("llama").train()
+    trainer = Renamed(model=model, args=arguments(tmp_path), train_dataset=rows(), density=OPTIONS)
+    with pytest.raises(InvalidInputError, match=r"found \['ids'\], expected 'input_ids'"):
+        trainer.train()
+    assert trainer._density is None
+    with pytest.raises(InvalidInputError, match="strength: found -1"):
+        DensityTrainer(model=model, args=arguments(tmp_path), density={"strength": -1.0})
+
+
+class Broken(TrainerCallback):
+    """Breaks a weight after the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            kwargs["model"].model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+
+
+@pytest.mark.thorough
+def test_logits_that_are_not_finite_follow_the_option(tmp_path: Path) -> None:
+    for mode in ("raise", "skip"):
+        trainer = DensityTrainer(
+            model=tiny_model("llama").train(), args=arguments(tmp_path, max_steps=2),
+            train_dataset=rows(), density={**OPTIONS, "on_nonfinite": mode}, callbacks=[Broken],
+        )  # fmt: skip
+        if mode == "raise":
+            with pytest.raises(NonFiniteError, match=r"step 1: .* NaN or inf"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert trainer.state.log_history[1]["loss/density"] == 0

@@ -1,0 +1,256 @@
+"""Whole runs with the penalty: resumed, from the command line, in two processes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+
+from softtrace import DensityLoss, DensityOptions
+from softtrace.errors import TrainerSetupError
+from softtrace.lightning import DensityPenalty
+from softtrace.lightning.datamodule import PackedDataModule
+from softtrace.lightning.penalty import STATE_KEY
+from tests.support.corpus import byte_tokenizer, write_tree
+from tests.support.fitting import Tuner, batches, fit, trainer, weights
+from tests.support.lightning_runs import ByteTuner, fit_corpus, fit_in_processes
+from tests.support.processes import as_rank
+from tests.support.tiny import tiny_model
+
+pytestmark = pytest.mark.thorough
+
+# --- resuming
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return write_tree(tmp_path / "tree")
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "steps"),
+    [(1, (1, 4, 6, 9)), (4, (1, 3))],  # in mid-epoch, after an epoch; before, in, after the rise
+)
+def test_resumed_fit_ends_as_the_straight_one_bit_by_bit(
+    corpus: Path, accumulate: int, steps: tuple[int, ...]
+) -> None:
+    straight = fit_corpus(corpus, accumulate=accumulate)
+    for step in steps:
+        resumed = fit_corpus(corpus, corpus.parent / f"step={step}.ckpt", accumulate)
+        assert torch.equal(resumed, straight), step
+    # What the comparison would notice: another strength from there on.
+    other = fit_corpus(corpus, corpus.parent / f"step={steps[1]}.ckpt", accumulate, warmup_steps=7)
+    assert not torch.equal(other, straight)
+
+
+def test_state_is_plain_and_versioned(corpus: Path) -> None:
+    fit_corpus(corpus)
+    checkpoint = torch.load(corpus.parent / "step=4.ckpt", weights_only=True)
+    assert checkpoint[STATE_KEY] == {"version": 1, "seed": 3}
+    for version in (2, "1", None):
+        checkpoint[STATE_KEY]["version"] = version
+        torch.save(checkpoint, corpus.parent / "other.ckpt")
+        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 1"):
+            fit_corpus(corpus, corpus.parent / "other.ckpt")
+
+
+def test_resuming_with_another_seed_is_refused(corpus: Path) -> None:
+    fit_corpus(corpus)
+    with pytest.raises(TrainerSetupError, match="found DensityPenalty seed 3, this run has 4"):
+        fit_corpus(corpus, corpus.parent / "step=4.ckpt", seed=4)
+
+
+def test_checkpoint_without_the_penalty_can_be_continued_with_it(tmp_path: Path) -> None:
+    module = Tuner()
+    fit(module).save_checkpoint(tmp_path / "plain.ckpt")
+    before = weights(module).clone()
+    continued = trainer(DensityPenalty(), max_epochs=2)
+    continued.fit(module, batches(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    assert continued.global_step == 8
+    assert continued.callback_metrics["loss/density"] > 0
+    assert not torch.equal(weights(module), before)
+
+
+# --- the command line
+
+PENALTY = "softtrace.lightning.DensityPenalty"
+QUIET = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+DATA = ("--data.path=nowhere",)
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, *args: str, run: bool = False) -> Any:
+    """A command line as users of LightningCLI write it; with ``run``, its ``fit``."""
+    monkeypatch.setattr(sys, "argv", ["train"])  # it warns if there are arguments in both places
+    quiet = [f"--trainer.{switch}=false" for switch in QUIET]
+    return LightningCLI(
+        ByteTuner,
+        PackedDataModule,
+        run=run,
+        args=[*(["fit"] if run else []), *quiet, *args],
+        save_config_callback=None,
+        seed_everything_default=False,
+    )
+
+
+def penalty_of(cli: Any) -> DensityPenalty:
+    (penalty,) = cli.trainer.callbacks
+    assert isinstance(penalty, DensityPenalty)
+    return penalty
+
+
+def test_options_from_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"strength": "0.3", "thresholds": "[0.01,0.3]", "easiness": "margin", "crop": "7"}
+    flags = [f"--trainer.callbacks.{name}={value}" for name, value in given.items()]
+    cli = command_line(monkeypatch, *DATA, f"--trainer.callbacks+={PENALTY}", *flags)
+    assert penalty_of(cli).options == DensityOptions(
+        strength=0.3, thresholds=(0.01, 0.3), easiness="margin", crop=7
+    )
+    cli = command_line(monkeypatch, *DATA, f"--trainer.callbacks+={PENALTY}")
+    assert penalty_of(cli).options == DensityOptions()
+
+
+CONFIG = f"""
+trainer:
+  callbacks:
+    - class_path: {PENALTY}
+      init_args:
+        strength: 0.4
+        warmup_steps: 3
+        masks: soft
+        thresholds: [0.02, 0.2]
+        depths: [0.25, 0.75]
+        crop: 12
+        on_nonfinite: skip
+"""
+CONFIGURED = DensityOptions(
+    strength=0.4,
+    warmup_steps=3,
+    masks="soft",
+    thresholds=(0.02, 0.2),
+    depths=(0.25, 0.75),
+    crop=12,
+    on_nonfinite="skip",
+)
+
+
+def test_options_from_yaml_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given, saved = tmp_path / "given.yaml", tmp_path / "saved.yaml"
+    given.write_text(CONFIG, encoding="utf-8")
+    cli = command_line(monkeypatch, f"--config={given}", *DATA)
+    assert penalty_of(cli).options == CONFIGURED
+    # As Lightning saves it next to a run: defaults are spelled out, and it can be read again.
+    cli.parser.save(cli.config, saved)
+    text = saved.read_text(encoding="utf-8")
+    # what the device decides is left to it
+    named = [f.name for f in fields(DensityOptions) if getattr(CONFIGURED, f.name) is not None]
+    assert all(f"      {name}:" in text for name in named)
+    cli = command_line(monkeypatch, f"--config={saved}")
+    assert penalty_of(cli).options == CONFIGURED
+
+
+def test_fit_from_yaml(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    config = corpus.parent / "config.yaml"
+    data = {"path": corpus, "tokenizer": corpus.parent / "tokenizer", "block_size": 16}
+    lines = "".join(f"  {name}: {value}\n" for name, value in data.items())
+    config.write_text(f"{CONFIG}  fast_dev_run: 2\ndata:\n{lines}", encoding="utf-8")
+    cli = command_line(monkeypatch, f"--config={config}", run=True)
+    assert cli.trainer.global_step == 2
+    assert cli.trainer.callback_metrics["loss/density"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("strengt", "1", "strengt"),
+        ("masks", "blue", "blue"),
+        ("thresholds", "[0.1]", "thresholds"),
+        ("crop", "many", "many"),
+        ("seed", "1.5", "1.5"),
+        ("share", "2", r"share: found 2.0, allowed \(0, 1\]"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    part: str,
+) -> None:
+    flags = [f"--trainer.callbacks+={PENALTY}", f"--trainer.callbacks.{name}={value}"]
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        command_line(monkeypatch, *DATA, *flags)
+    assert re.search(part, capsys.readouterr().err + str(refusal.value))
+
+
+def test_help_shows_every_option_with_its_meaning_type_and_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, f"--trainer.callbacks.help={PENALTY}")
+    text = capsys.readouterr().out.replace("\n", "  ")
+    hints = get_type_hints(DensityOptions)
+    for field in fields(DensityOptions):
+        flag = rf"  --trainer\.callbacks\.{field.name} \S+"
+        shown = re.search(rf"{flag} +(\S.*?) \(type: (.*?), default: (.*?)\)  ", text)
+        assert shown, field.name
+        assert len(shown[1]) > 10
+        hint = hints[field.name]
+        of_type = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+        assert shown[2] == re.sub(r"typing\.|collections\.abc\.", "", of_type).replace(
+            "None", "null"
+        )
+        assert shown[3] == str(field.default).replace("None", "null")
+
+
+# --- two processes
+
+
+def fit_by_hand(strength: float, world: int) -> Tensor:
+    """Every process's batches one after the other, gradients averaged; no Lightning, no DDP."""
+    model = tiny_model("llama").train()
+    density = DensityLoss(model, strength=strength)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    every = batches(4 * world).batches
+    every[world + 1]["labels"].fill_(-100)
+    for step in range(4):
+        first = step % 2 * 2 * world
+        for number, batch in enumerate(every[first : first + 2 * world]):
+            with density.watching():
+                task = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+            with as_rank(number % world):
+                term = density(**batch, step=step, micro_step=number // world).loss
+            ((task + term) / (2 * world)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_the_loop_by_hand(tmp_path: Path, world: int) -> None:
+    ranks = fit_in_processes(tmp_path, 0.75, world)
+    assert all(torch.equal(rank["weights"], ranks[0]["weights"]) for rank in ranks)
+    assert all(rank["clean"] for rank in ranks)
+    wanted, plain = (fit_by_hand(strength, world) for strength in (0.75, 0.0))
+    torch.testing.assert_close(ranks[0]["weights"], wanted, atol=1e-4, rtol=0)
+    assert (wanted - plain).abs().max() > 0.01
+    for number, rank in enumerate(ranks):
+        found = [noted["loss/density"] > 0 for noted in rank["noted"]]
+        assert found == [True, number != 1, True, True] * 2
+
+
+@pytest.mark.slow
+def test_strength_0_is_inert_in_two_processes(tmp_path: Path) -> None:
+    silent, plain = (fit_in_processes(tmp_path, strength, 2) for strength in (0.0, None))
+    assert torch.equal(silent[0]["weights"], silent[1]["weights"])
+    assert torch.equal(silent[0]["weights"], plain[0]["weights"])
+    assert not any("loss/density" in noted for noted in silent[0]["noted"])

@@ -1,0 +1,33 @@
+"""What processes of tests import, to be imported once: see :mod:`tests.support.warm`.
+
+Nothing but imports: whatever ran here would have run in every one of those processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+for _name in (
+    *("lightning.pytorch.cli", "lightning.pytorch.strategies.launchers.subprocess_script"),
+    *("matplotlib.pyplot", "peft", "torch.distributed", "transformers.generation"),
+    # what softtrace.cli imports only when a command runs
+    *(
+        f"softtrace.{name}"
+        for name in (
+            *("cli", "cli.fit", "hf", "lightning", "decoding", "metrics", "cli.evaluate"),
+            *("cli.compare", "cli.decode_bench", "report.html_page"),
+            "cli.study",
+        )
+    ),
+):
+    importlib.import_module(_name)
+
+# Lazy: each is in a module that is not there until it is asked for.
+from transformers import (  # noqa: E402, F401
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
