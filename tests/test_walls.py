@@ -163,7 +163,8 @@ def circles(root: Path) -> list[str]:
     found = []
     for circle in nx.strongly_connected_components(graph):
         if len(circle) > 1:
-            edges = nx.find_cycle(graph.subgraph(sorted(circle)))
+            # A subgraph lists its nodes in the order of hashes; where to begin is told instead.
+            edges = nx.find_cycle(graph.subgraph(circle), source=min(circle))
             found.append("a circle: " + "; ".join(graph.edges[edge]["said"] for edge in edges))
     return sorted(found)
 

@@ -13,7 +13,7 @@ class SofttraceError(Exception):
 
 class UnsupportedModelError(SofttraceError):
     """The model's layers are not the sum of the graph's edges (see
-    ``softtrace.tracing.attach``)."""
+    ``softtrace.attach``)."""
 
 
 class InvalidInputError(SofttraceError, ValueError):

@@ -123,7 +123,7 @@ def test_merged_unmerged_switched_and_disabled_adapters() -> None:
     model.add_adapter("other", settings("llama"))
     redraw(model, "other", seed=1)
     first = importance_of(model)
-    handle = softtrace.tracing.attach(model)
+    handle = softtrace.attach(model)
     model.merge_adapter()
     assert_same(importance_of(model), first)
     model.unmerge_adapter()
@@ -137,18 +137,18 @@ def test_merged_unmerged_switched_and_disabled_adapters() -> None:
         assert_same(importance_of(model), importance_of(tiny_model("llama")))
     model.set_adapter("default")
     assert_same(importance_of(model), first)
-    assert softtrace.tracing.attach(model) is handle  # nothing had to be proven anew
+    assert softtrace.attach(model) is handle  # nothing had to be proven anew
 
 
 def test_attaching_before_and_after_get_peft_model() -> None:
     model = tiny_model("llama")
-    before = softtrace.tracing.attach(model)
+    before = softtrace.attach(model)
     penalty = softtrace.DensityLoss(model, share=1.0)
     plain = importance_of(model)
     wrapped = peft.get_peft_model(model, settings("llama"))
     redraw(wrapped)
-    assert softtrace.tracing.attach(wrapped) is not before
-    assert softtrace.tracing.attach(wrapped) is softtrace.tracing.attach(model)
+    assert softtrace.attach(wrapped) is not before
+    assert softtrace.attach(wrapped) is softtrace.attach(model)
     assert differ(plain, importance_of(wrapped))
     penalty(IDS, step=0).loss.backward()  # made before, goes on after
     assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora" in n)
@@ -160,7 +160,7 @@ def test_prompts_before_the_tokens_are_refused(kind: str) -> None:
     config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_model("llama"), config)
     with pytest.raises(UnsupportedModelError, match="PEFT adapter default adds virtual tokens"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
     with pytest.raises(UnsupportedModelError, match="virtual tokens"):
         Trainer(
             max_steps=1,

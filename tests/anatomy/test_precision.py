@@ -128,7 +128,7 @@ def test_large_activations_of_float16_give_no_nan() -> None:
 def test_a_node_without_edges_is_zero_also_in_half_precision(case: str, dtype: torch.dtype) -> None:
     """residual + (output - residual) rounds; what a norm reads must be zero all the same."""
     _, half = pair(case, dtype)
-    instrument = softtrace.tracing.attach(half)
+    instrument = softtrace.attach(half)
     recording = instrument.record(instrument.batch(IDS))
     none = [layer.map(torch.zeros_like) for layer in recording.importance.layers]
     seen: list[Tensor] = []
@@ -151,7 +151,7 @@ def test_masked_residuals_leak_nothing_under_autocast(case: str) -> None:
     """Falcon adds two half-precision outputs in place, whatever its residual stream is."""
     kind, changes = VERIFIED[case]
     model = tiny(kind, **changes)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     ids = IDS[:1]
     other = (ids + 7) % 64 + 3
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -184,7 +184,7 @@ def test_sub_blocks_of_mixed_precision_under_autocast(case: str) -> None:
     """A projection that is kept in float32 beside an MLP in bfloat16 loses no part of the node."""
     kind, changes = VERIFIED[case]
     model = tiny(kind, **changes)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     for modules in instrument.anatomy.layers:
         plain = modules.projection.forward
 

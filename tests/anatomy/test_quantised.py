@@ -63,7 +63,7 @@ def test_bitsandbytes_through_the_module(bits: int, tmp_path: Path) -> None:
     exact = load(torch.float32)
     projection = exact.model.layers[0].self_attn.o_proj
     try:
-        softtrace.tracing.attach(exact)
+        softtrace.attach(exact)
         refusal = ""
     except UnsupportedModelError as error:
         refusal = str(error)

@@ -112,7 +112,7 @@ def test_exits_are_read_where_they_are(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_reach_what_the_plain_loss_reaches(case: str) -> None:
     model, (ids, mask) = model_of(case), padded()
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     model.zero_grad()
     logits = model(**inputs_of(instrument, ids, mask)).logits
     target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
@@ -151,7 +151,7 @@ def test_types_that_are_not_the_sum_of_their_edges_are_refused(case: str) -> Non
     model = tiny(kind, **changes)
     before = state(model)
     with pytest.raises(UnsupportedModelError, match=reason):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
     assert state(model) == before
 
 

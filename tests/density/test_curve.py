@@ -118,7 +118,7 @@ def test_an_empty_trace_under_the_bound_has_size_zero() -> None:
 def test_a_masked_run_serves_every_position(family: str) -> None:
     """Identity 3: the edges of another position's trace, kept too, reach no further."""
     model, input_ids = tiny_model(family, seed=2), tiny_prompt(8, seed=2)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     run = oracle.run_full(model, input_ids)
     graph = oracle.build_graph(run)
     beyond: set[Edge] = set()
@@ -181,7 +181,7 @@ def test_composition_and_nucleus() -> None:
     curve = density_curve(model, ids, mask, taus, composition=True, nucleus=True)
     assert curve.composition is not None
     assert curve.nucleus is not None
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     with torch.no_grad():
         recording = instrument.record(instrument.batch(ids, mask))
         kept = [hard_masks(recording.importance, tau) for tau in taus]
@@ -268,7 +268,7 @@ def test_numbers_out_of_range_are_refused(call: Any, message: str) -> None:
 
 def test_reader_sees_every_masked_prediction_and_the_full_one() -> None:
     model, ids = tiny_model("llama"), tiny_prompt(9, batch=2)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     explained = torch.zeros(2, 9, dtype=torch.bool)
     explained[0, 4:], explained[1, 2] = True, True
     with torch.no_grad():

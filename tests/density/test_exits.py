@@ -17,7 +17,7 @@ from tests.support.tiny import FAMILIES, tiny_model, tiny_prompt
 @torch.no_grad()
 def test_equals_reading_transformers_hidden_states(family: str) -> None:
     model, ids = tiny_model(family), tiny_prompt(10, batch=3)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     found = exit_agreement(instrument, instrument.record(instrument.batch(ids), keep_hidden=True))
     output = model(input_ids=ids, output_hidden_states=True)
     wanted = output.logits.argmax(-1)
@@ -32,7 +32,7 @@ def test_equals_reading_transformers_hidden_states(family: str) -> None:
 
 def test_needs_hidden_states() -> None:
     model = tiny_model("llama")
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     with pytest.raises(ValueError, match="keep_hidden=True"):
         exit_agreement(instrument, instrument.record(instrument.batch(tiny_prompt(4))))
     with pytest.raises(ValueError, match="keep_hidden=True"):
@@ -48,7 +48,7 @@ def test_needs_hidden_states() -> None:
 def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
     model, ids = tiny_model("llama", seed=2), tiny_prompt(10, batch=3)
     model.lm_head.weight.mul_(2)  # surer
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     recording = instrument.record(instrument.batch(ids), keep_hidden=True)
     output = model(input_ids=ids, output_hidden_states=True)
     written = output.logits.argmax(-1)[:, 3:9]
@@ -77,7 +77,7 @@ def test_gated_exits_stop_at_the_first_layer_that_is_sure() -> None:
 def test_the_recommended_exit_is_the_best_by_agreement_on_second_halves() -> None:
     for seed in range(4):
         model, blocks = tiny_model("llama", seed=seed, num_hidden_layers=5), tiny_prompt(8, batch=7)
-        instrument = softtrace.tracing.attach(model)
+        instrument = softtrace.attach(model)
         with torch.no_grad():
             agreed = exit_agreement(
                 instrument, instrument.record(instrument.batch(blocks), keep_hidden=True)

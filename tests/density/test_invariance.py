@@ -97,7 +97,7 @@ def model_with_even_norms() -> Any:
 def measured(model: Any) -> dict[str, Tensor]:
     thresholds = (0.4, 0.2, 0.1, 0.05, 0.02)
     curve = softtrace.density_curve(model, IDS, thresholds=thresholds, composition=True)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     recording = instrument.record(instrument.batch(IDS), keep_hidden=True)
     assert curve.composition is not None
     return {

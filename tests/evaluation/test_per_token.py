@@ -47,7 +47,7 @@ def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     places = [(line["sequence"], line["position"]) for line in lines]
     assert places == [(row, at) for row in range(5) for at in range(6, 11)]
     assert len(lines) == density["tokens"]
-    instrument = softtrace.tracing.attach(network)
+    instrument = softtrace.attach(network)
     for row in range(5):
         ids = blocks[row : row + 1]
         curve = softtrace.density_curve(network, ids)

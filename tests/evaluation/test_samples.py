@@ -71,7 +71,7 @@ def test_measures_are_those_that_evaluate_averages(
     rows = [text["block"] for text in found["texts"]]
     assert rows == torch.linspace(0, len(blocks) - 1, MOST_BLOCKS).long().tolist()
     curve = softtrace.density_curve(model, blocks[rows])
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     agreed = exit_agreement(
         instrument, instrument.record(instrument.batch(blocks[rows]), keep_hidden=True)
     )

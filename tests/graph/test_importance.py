@@ -161,7 +161,7 @@ class Biggest(TorchDispatchMode):
 def test_no_vector_per_edge_is_made(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
     length, width, heads = 48, 64, 8
     model = tiny_model("llama", hidden_size=width, num_attention_heads=heads)
-    softtrace.tracing.attach(model)
+    softtrace.attach(model)
     chunk = 4096
     monkeypatch.setattr(importances, "CHUNK_ELEMENTS", chunk)
     with Biggest() as biggest, torch.set_grad_enabled(gradients):

@@ -43,7 +43,7 @@ def test_a_model_that_accelerate_prepared_can_be_attached(tmp_path: Path) -> Non
     trainer = trainer_of(tmp_path, {"strength": 0.0}, bf16=True, max_steps=1)
     trainer.train()
     around = vars(trainer.model)["forward"]
-    softtrace.tracing.attach(trainer.model)
+    softtrace.attach(trainer.model)
     assert vars(trainer.model)["forward"] is around
 
 

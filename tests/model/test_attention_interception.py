@@ -141,7 +141,7 @@ def test_code_from_elsewhere_is_taken_apart_or_refused(way: str) -> None:
     else:
         ids, mask = tiny_prompt(6, batch=2), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     model.train()
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     assert instrument.anatomy.route == "interception"
     assert instrument.anatomy.pattern == "sequential pre-norm"
     recording = instrument.record(instrument.batch(ids, mask))
@@ -216,7 +216,7 @@ def test_what_multiplies_the_values_counts() -> None:
         layer.attend.__class__ = Summed
     softtrace.attach(model).detach()
     with pytest.raises(UnsupportedModelError, match=r"a softmax of scores .* no matrix product"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
 
 
 class Masked(TheirAttention):
@@ -313,7 +313,7 @@ def test_logits_that_are_cut_are_refused() -> None:
 
     model.register_forward_hook(cut)
     with pytest.raises(UnsupportedModelError, match=r"the head gives \(2, 6, 67\), the logits are"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
 
 
 @torch.no_grad()
@@ -334,7 +334,7 @@ def test_runs_leave_a_model_as_it_was(case: str) -> None:
     kind, changes = VERIFIED[case]
     model, ids = tiny(kind, **changes).train(), tiny_prompt(5, batch=2)
     before = state(model)
-    handle = softtrace.tracing.attach(model)
+    handle = softtrace.attach(model)
     softtrace.density_curve(model, ids, thresholds=[0.1])
     softtrace.DensityLoss(model)(ids, step=0)
     assert state(model) == before

@@ -104,7 +104,7 @@ def test_weights_that_nothing_brings_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.\w+ and 2 other mod"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
 
 
 @pytest.mark.parametrize(

@@ -87,5 +87,5 @@ def test_code_of_a_models_own_is_not_run_unasked(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     assert instrument.anatomy.pattern == "sequential pre-norm"

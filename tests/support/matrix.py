@@ -32,7 +32,7 @@ def inputs_of(instrument: Instrument, ids: Tensor, mask: Tensor) -> dict[str, Te
 
 def literal(case: str, model: PreTrainedModel) -> tuple[Instrument, Reference]:
     """The instrument of a case, and the reference of the padded batch."""
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     return instrument, reference(case, model, inputs_of(instrument, *padded()))
 
 

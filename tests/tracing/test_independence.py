@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_ways_around_the_edges_are_found(name: str) -> None:
     build, reason = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=reason):
-        softtrace.tracing.attach(build())
+        softtrace.attach(build())
 
 
 @pytest.mark.parametrize("layer", [TheirLayer, ReadsNodeTwice])

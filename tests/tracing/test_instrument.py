@@ -144,13 +144,13 @@ def test_fractions_weigh_the_vectors_of_the_edges(family: str, overrides: Any) -
 
 def test_attaching_twice_gives_the_same_instrument() -> None:
     model = tiny_model("llama")
-    handle = softtrace.tracing.attach(model)
-    assert softtrace.tracing.attach(model) is handle
+    handle = softtrace.attach(model)
+    assert softtrace.attach(model) is handle
     assert handle.model is model
     handle.detach()
     handle.detach()
-    assert softtrace.tracing.attach(model) is not handle
-    assert softtrace.tracing.attach(tiny_model("llama")) is not softtrace.tracing.attach(model)
+    assert softtrace.attach(model) is not handle
+    assert softtrace.attach(tiny_model("llama")) is not softtrace.attach(model)
 
 
 class Doubled(nn.Module):
@@ -169,7 +169,7 @@ class Doubled(nn.Module):
 
 def test_a_replaced_module_is_proven_anew() -> None:
     model, ids = tiny_model("llama"), tiny_prompt(4)
-    handle = softtrace.tracing.attach(model)
+    handle = softtrace.attach(model)
     layers = model.model.layers  # type: ignore[union-attr]
     layers[0].mlp = copy.deepcopy(layers[0].mlp)
     with torch.no_grad():
@@ -177,8 +177,8 @@ def test_a_replaced_module_is_proven_anew() -> None:
         found, expected = (
             softtrace.edge_importance(m, ids).layers[0].mlp for m in (model, copy.deepcopy(model))
         )
-    assert softtrace.tracing.attach(model) is not handle
-    assert softtrace.tracing.attach(model) is softtrace.tracing.attach(model)
+    assert softtrace.attach(model) is not handle
+    assert softtrace.attach(model) is softtrace.attach(model)
     torch.testing.assert_close(found, expected)
     layers[1] = Doubled(layers[1])
     with pytest.raises(UnsupportedModelError, match="layer 1"):
@@ -188,23 +188,23 @@ def test_a_replaced_module_is_proven_anew() -> None:
 def test_compiled_models_share_the_instrument_of_what_they_wrap() -> None:
     model = tiny_model("llama")
     compiled = torch.compile(model, backend="eager")
-    assert softtrace.tracing.attach(compiled) is softtrace.tracing.attach(model)
+    assert softtrace.attach(compiled) is softtrace.attach(model)
 
 
 def test_a_copy_of_an_attached_model_is_a_model_of_its_own() -> None:
     model, ids = tiny_model("gpt2"), tiny_prompt(4)
-    handle = softtrace.tracing.attach(model)
+    handle = softtrace.attach(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.lm_head.weight.mul_(-1)
-        assert softtrace.tracing.attach(twin) is not handle
+        assert softtrace.attach(twin) is not handle
         found, expected = attach(twin).record(attach(twin).batch(ids)).logits, twin(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_instruments_do_not_keep_a_model_alive() -> None:
     model = tiny_model("llama")
-    handle, watched = softtrace.tracing.attach(model), weakref.ref(model)
+    handle, watched = softtrace.attach(model), weakref.ref(model)
     with torch.no_grad():
         softtrace.edge_importance(model, tiny_prompt(4))
     del model
@@ -235,7 +235,7 @@ def test_runs_leave_everything_as_it_was(family: str) -> None:
     handle = oracle.blocks(model)[1].mlp.register_forward_hook(lambda m, i, o: ours.append(o))
     before = state(model)
     assert len(HOOKS) >= 8
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     assert state(model) == before
     importance = softtrace.edge_importance(model, ids, mask)
     assert importance.layers[0].mlp.requires_grad
@@ -264,7 +264,7 @@ def test_an_exception_in_a_run_leaves_everything_as_it_was(
 ) -> None:
     model, (ids, mask) = mixed_flags("llama"), padded("right")
     calls = {
-        "attach": lambda: softtrace.tracing.attach(model),
+        "attach": lambda: softtrace.attach(model),
         "record": lambda: softtrace.edge_importance(model, ids, mask),
         "masked": lambda: attach(model).masked_logits(
             attach(model).batch(ids, mask), all_masks(model, 3, 8, 1.0)
@@ -273,7 +273,7 @@ def test_an_exception_in_a_run_leaves_everything_as_it_was(
         "loss": lambda: softtrace.DensityLoss(model)(ids, mask),
     }
     if during != "attach":
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
     layer: Any = oracle.blocks(model)[1]
     if where == "hook":
         layer.attention.register_forward_hook(fail)
@@ -308,15 +308,15 @@ def test_failures_of_the_machine_are_no_refusals(error: BaseException) -> None:
 
     handle = model.model.layers[1].register_forward_hook(fail_so)  # type: ignore[union-attr, index]
     with pytest.raises(type(error)) as caught:
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
     assert caught.value is error
     handle.remove()
-    softtrace.tracing.attach(model)
+    softtrace.attach(model)
 
 
 def test_bad_ids_are_refused_before_anything_runs() -> None:
     model = mixed_flags("gpt2")
-    instrument, before = softtrace.tracing.attach(model), state(model)
+    instrument, before = softtrace.attach(model), state(model)
     with pytest.raises(InvalidInputError, match="found ids from 3 to 67"):
         instrument.record(instrument.batch(torch.tensor([[3, 67]])))
     with pytest.raises(InvalidInputError, match="values other than 0 and 1"):

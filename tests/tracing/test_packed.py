@@ -155,7 +155,7 @@ def test_positions_that_begin_later_are_the_models_own(family: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     positions = (mask.cumsum(-1) + 4) * mask
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     found = instrument.record(instrument.batch(ids, mask, position_ids=positions))
     torch.testing.assert_close(found.logits[mask.bool()], plain[mask.bool()], atol=2e-5, rtol=1e-4)

@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_sequential_pre_norm_models_pass_in_every_dtype(family: str, dtype: torch.dtype) -> None:
     for seed, layers in enumerate((3, 3, 12)):
         model = tiny_model(family, seed=seed, num_hidden_layers=layers).to(dtype)
-        instrument = softtrace.tracing.attach(model)
+        instrument = softtrace.attach(model)
         assert instrument.anatomy.pattern == "sequential pre-norm"
         assert len(instrument.anatomy.layers) == layers
 
@@ -29,12 +29,12 @@ def test_sequential_pre_norm_models_pass_in_every_dtype(family: str, dtype: torc
 def test_the_surroundings_of_attach_play_no_part(family: str) -> None:
     """Autocast rounds and a default device moves what is made without one; gradients are on."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        softtrace.tracing.attach(tiny_model(family))
+        softtrace.attach(tiny_model(family))
         with pytest.raises(UnsupportedModelError):
-            softtrace.tracing.attach(odd_layer(1, 1, 1, 0.999))
+            softtrace.attach(odd_layer(1, 1, 1, 0.999))
     model, ids = tiny_model(family, seed=1), tiny_prompt(5)
     with torch.device("meta"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
         term = softtrace.DensityLoss(model)(ids, step=0)
     assert term.loss.device.type == "cpu"
     assert term == softtrace.DensityLoss(model)(ids, step=0)
@@ -53,7 +53,7 @@ def test_models_of_the_same_layout_pass_without_being_on_a_list(stem: str) -> No
 
 def test_an_odd_layer_without_factors_passes() -> None:
     model = odd_layer(1, 1, 1, 1)
-    softtrace.tracing.attach(model)
+    softtrace.attach(model)
 
 
 def test_projections_that_values_need_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_projections_that_values_need_are_not_left_out(monkeypatch: pytest.Monke
     usual = softtrace.attach(tiny_model("llama")).anatomy.layers[0].score_projections
     assert len(usual) == 2
     monkeypatch.setattr(decomposition, "_SCORES", ("q_proj", "v_proj"))
-    instrument = softtrace.tracing.attach(tiny_model("llama"))
+    instrument = softtrace.attach(tiny_model("llama"))
     assert all(modules.score_projections == () for modules in instrument.anatomy.layers)
 
 
@@ -77,7 +77,7 @@ def test_multipliers_are_found_by_what_adds_up() -> None:
     model = built("Granite", num_key_value_heads=2, residual_multiplier=0.3, **scales)()
     ids = tiny_prompt(5)
     with torch.no_grad():
-        instrument = softtrace.tracing.attach(model)
+        instrument = softtrace.attach(model)
         recording = instrument.record(instrument.batch(ids))
         torch.testing.assert_close(recording.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     found = instrument.anatomy.layers[0]

@@ -104,7 +104,7 @@ def test_a_model_that_is_not_the_sum_of_its_edges_is_refused_by_name(name: str) 
     before = state(model) if watched else None
     for _ in range(2):  # a refusal is not remembered as a success
         with pytest.raises(UnsupportedModelError, match=message):
-            softtrace.tracing.attach(model)
+            softtrace.attach(model)
     assert (state(model) if watched else None) == before
     with pytest.raises(UnsupportedModelError):
         softtrace.edge_importance(model, tiny_prompt(3))
@@ -148,7 +148,7 @@ SPOKEN = {"num_codebooks": 2, "ffn_dim": 48, "hidden_size": 32, "vocab_size": 67
 )
 def test_models_of_more_or_other_than_tokens(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        softtrace.tracing.attach(build())
+        softtrace.attach(build())
 
 
 class LatentValues(LlamaAttention):
@@ -174,11 +174,11 @@ def test_latent_attention_whose_heads_share_their_values_is_refused() -> None:
     model: Any = tiny_model("llama")
     model.model.layers[1].self_attn.__class__ = LatentValues
     with pytest.raises(UnsupportedModelError, match="values shared in a latent between heads"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)
 
 
 def test_weights_that_are_not_finite_are_named_as_that() -> None:
     model = tiny_model("llama")
     not_finite(model)
     with pytest.raises(NonFiniteError, match="logits of the model on a tiny batch, run to attach"):
-        softtrace.tracing.attach(model)
+        softtrace.attach(model)

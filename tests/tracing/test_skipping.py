@@ -78,7 +78,7 @@ def test_what_nobody_reads_runs_on_one_row_and_keeps_its_shape() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_of_the_user_see_full_shapes(family: str) -> None:
     model, ids = tiny_model(family), tiny_prompt(5, batch=2)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     layer = instrument.anatomy.layers[1]
     seen: list[tuple[Any, ...]] = []
     for module in (*layer.token_wise, *layer.score_projections):
@@ -109,7 +109,7 @@ def test_masked_runs_are_the_same_with_nothing_left_out(
     model, ids = tiny_model(family, dtype=torch.float64), tiny_prompt(7, batch=3)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     recording = instrument.record(instrument.batch(ids, mask))
     attention = recording.attention if recorded else None
 

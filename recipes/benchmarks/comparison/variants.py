@@ -128,7 +128,7 @@ class AveragedTeacher(Searched):
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         self._follow()
-        instrument = softtrace.tracing.attach(self.model)
+        instrument = softtrace.attach(self.model)
         record = instrument.record
 
         def taught(window: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def verified(case: str) -> dict[str, Any]:
     """Attach and compare; a case of the zoo that fails either raises."""
     kind, changes = VERIFIED[case]
     model = tiny(kind, **changes)
-    instrument = softtrace.tracing.attach(model)
+    instrument = softtrace.attach(model)
     return {
         "case": case,
         "type": kind,
@@ -79,7 +79,7 @@ def refused(case: str) -> dict[str, Any]:
     """The reason why a type is refused."""
     kind, changes, _ = REFUSED[case]
     try:
-        softtrace.tracing.attach(tiny(kind, **changes))
+        softtrace.attach(tiny(kind, **changes))
     except UnsupportedModelError as error:
         return {"case": case, "type": kind, "verdict": "refused", "reason": str(error)}
     raise AssertionError(f"{case} was accepted")

@@ -84,8 +84,8 @@ def measured(name: str) -> dict[str, Any]:
     """One model's row."""
     model = build(name)
     ids = torch.randint(50_000, (ROWS, LENGTH), device="cuda")
-    attach_seconds, _ = timed(lambda: softtrace.tracing.attach(model))
-    instrument = softtrace.tracing.attach(model)
+    attach_seconds, _ = timed(lambda: softtrace.attach(model))
+    instrument = softtrace.attach(model)
     runs = {
         "forward": lambda: model(input_ids=ids, use_cache=False),
         "edge_importance": lambda: softtrace.edge_importance(model, ids),

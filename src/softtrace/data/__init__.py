@@ -1,6 +1,32 @@
 """From text to blocks of tokens."""
 
-from softtrace.data.blocks import pack
-from softtrace.data.documents import read_documents, split_by_file
+from softtrace.data.blocks import encode, even_places, evenly, full_blocks, pack, stream_tokens
+from softtrace.data.documents import (
+    DEFAULT_EXCLUDE,
+    DEFAULT_SUFFIXES,
+    Document,
+    held_out,
+    read_documents,
+    split_by_file,
+    stream_documents,
+    stream_held_out,
+)
+from softtrace.data.text_source import TextSource
 
-__all__ = ["pack", "read_documents", "split_by_file"]
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "DEFAULT_SUFFIXES",
+    "Document",
+    "TextSource",
+    "encode",
+    "even_places",
+    "evenly",
+    "full_blocks",
+    "held_out",
+    "pack",
+    "read_documents",
+    "split_by_file",
+    "stream_documents",
+    "stream_held_out",
+    "stream_tokens",
+]

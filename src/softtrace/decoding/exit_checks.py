@@ -78,7 +78,7 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
     Raises:
         UnsupportedModelError: the exit is ignored, or gives something else than the residual
             stream after that layer, normed and read by the head; or see
-            :func:`softtrace.tracing.attach`.
+            :func:`softtrace.attach`.
     """
     instrument = attach(model)
     layers = len(instrument.anatomy.layers)

@@ -2,7 +2,7 @@
 
 All edges of importance >= τ are kept everywhere; the output at position t then depends only on the
 kept edges that reach t, and those are t's own s-Trace at threshold τ. This is exact because masked
-runs use the attention probabilities of the full run (see :mod:`softtrace.tracing.run`).
+runs use the attention probabilities of the full run (see :mod:`softtrace.tracing.masking`).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class DensityMixin:
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the first step: no or several causal language models, several GPUs in
             one process (``DataParallel``), sharding, a checkpoint of another seed.
-        UnsupportedModelError: at the first step; see :func:`softtrace.tracing.attach`.
+        UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
     """
 
     def __init__(

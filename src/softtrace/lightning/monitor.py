@@ -68,7 +68,7 @@ class DensityMonitor(Callback):
         TrainerSetupError: at the start of fit: no or several causal language models, a strategy
             that is not supported, no validation.
         UnsupportedModelError, NonFiniteError: at a measurement; see
-            :func:`softtrace.tracing.attach`.
+            :func:`softtrace.attach`.
         SofttraceError: in the other processes, where measuring failed in one: of the class that it
             has there, where softtrace raised it.
     """

@@ -50,7 +50,7 @@ class DensityPenalty(Callback):
         TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
             language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
             that is not supported.
-        UnsupportedModelError: at the start of training; see :func:`softtrace.tracing.attach`.
+        UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ class DensityLoss:
         **changes: any of its fields, by name.
 
     Raises:
-        UnsupportedModelError: see :func:`softtrace.tracing.attach`.
+        UnsupportedModelError: see :func:`softtrace.attach`.
         InvalidInputError: an option outside its range.
     """
 

@@ -91,7 +91,7 @@ def _named(name_or_path: str | Path) -> Iterator[None]:
         raise ModelDirectoryError(
             f"{name_or_path}: it needs code of its own, which softtrace does not run. Where you "
             "trust it, load it yourself (AutoModelForCausalLM.from_pretrained(..., "
-            "trust_remote_code=True)) and hand it to softtrace.tracing.attach, DensityLoss or "
+            "trust_remote_code=True)) and hand it to softtrace.attach, DensityLoss or "
             "DensityPenalty"
         ) from error
     except OSError as error:

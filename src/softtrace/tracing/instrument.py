@@ -17,7 +17,7 @@ ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDict
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Instrument(Runner):
-    """A model that was proven to be the sum of its edges. Made by :func:`softtrace.tracing.attach`.
+    """A model that was proven to be the sum of its edges. Made by :func:`softtrace.attach`.
 
     Attributes:
         verification: what was proven, and how exactly.

@@ -1,4 +1,4 @@
-"""What a recording run saw: all that masked runs, exits and measures are made from."""
+"""Recording runs: importances while the full model runs, and all that is made from them later."""
 
 from __future__ import annotations
 

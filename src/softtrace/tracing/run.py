@@ -1,16 +1,7 @@
-"""The two kinds of run: one records importances, the other masks edges. Hooks, no model code.
+"""A run: one forward of a model that is followed from half-layer to half-layer by hooks.
 
-A masked run can use the attention probabilities of the recording run or compute its own. Recorded
-ones make identity 3 exact: an edge is A·V·W_O with the full model's A, so masking elsewhere cannot
-reach a position through the softmax's denominator, to which the keys of all visible tokens
-contribute, also of tokens whose edges are all absent.
-
-Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
-``mask·residual + output``, so residual edges are masked without touching the model's forward. Where
-the output is multiplied by a constant before the sum, what is added is divided by it. Then, and in
-half precision, the sum rounds: a node none of whose edges is kept is not zero but rounding error,
-which a norm blows up. There the node is computed exactly beside the model's own sum, and put in its
-place where it is read: at the input of the MLP's norm and at the layer's output.
+Two kinds are made of it: :mod:`softtrace.tracing.recording` measures what every edge carries,
+:mod:`softtrace.tracing.masking` multiplies edges by masks. Neither touches the model's code.
 """
 
 from __future__ import annotations

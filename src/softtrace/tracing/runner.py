@@ -132,7 +132,7 @@ class Runner:
             batch: from :meth:`batch`, or that of a recording.
             masks: one :class:`LayerEdges` a layer.
             attention: probabilities of the recording run; None computes the masked run's own
-                (see :mod:`softtrace.tracing.run` for the difference).
+                (see :mod:`softtrace.tracing.masking` for the difference).
         """
         return self.forward(MaskedRun(self.anatomy, batch, masks, attention))
 

@@ -111,7 +111,7 @@ def test_unigrams_are_compared_with_masked_predictions(readings: Readings) -> No
     model = tiny_model("llama")
     corpus = Unigrams(COUNTS, 1.0)
     with torch.no_grad():
-        instrument = softtrace.tracing.attach(model)
+        instrument = softtrace.attach(model)
         recording = instrument.record(instrument.batch(BLOCKS))
         full = recording.logits[:, 8:15]
         curve = softtrace.density_curve(model, BLOCKS)
