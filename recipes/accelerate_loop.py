@@ -53,9 +53,9 @@ def main() -> None:
     while step < args.steps:
         for ids in loader:
             with accelerator.accumulate(model):
-                with density_loss.watching(model, step):
+                with density_loss.watching(model, step) as watched:
                     task = model(input_ids=ids, labels=ids).loss
-                term = density_loss(ids, step=step, micro_step=micro_step)
+                term = density_loss(ids, step=step, micro_step=micro_step, watched=watched)
                 accelerator.backward(task + term.loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -318,7 +318,8 @@ BROKEN: dict[str, tuple[dict[str, str], Wall, str]] = {
     "a circle through a wing's own face": (
         {"loss/a.py": "from softtrace.loss import DensityLoss",
          "loss/__init__.py": "from softtrace.loss.a import DensityLoss"}, circles,
-        "softtrace/loss/a.py:1 imports softtrace.loss; ",
+        "a circle: softtrace/loss/__init__.py:1 imports softtrace.loss.a; "
+        "softtrace/loss/a.py:1 imports softtrace.loss",
     ),
     "Lightning": (
         {"hf/a.py": "def f():\n    from lightning.pytorch import Trainer"}, strangers,

@@ -30,7 +30,9 @@ def cost() -> str:
         "|---" * (2 + 2 * len(MODELS)) + "|",
     ]
     for method, title in TITLES.items():
-        for neighbours, shown in ((False, "no"), (True, "yes")):
+        for neighbours, shown in ((False, "no"), (True, "yes"), (None, "not noted")):
+            if method == "plain" and neighbours is not False:
+                continue  # 1 by definition
             cells = [_cells(measured, model, neighbours, method) for model in MODELS]
             if any(time for time, _ in cells):
                 found = " | ".join(f"{time} | {memory}" for time, memory in cells)
@@ -63,7 +65,7 @@ def _usual(measured: list[dict[str, Any]], model: str) -> str:
 
 
 def _cells(
-    measured: list[dict[str, Any]], model: str, neighbours: bool, method: str
+    measured: list[dict[str, Any]], model: str, neighbours: bool | None, method: str
 ) -> tuple[str, str]:
     """Time and memory of a loss, a line for each measurement."""
     found = []
