@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -165,6 +166,14 @@ class Doubled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs) * 2
+
+
+def test_an_instrument_is_finished_and_frozen() -> None:
+    instrument = softtrace.attach(tiny_model("llama"))
+    assert instrument.verification.errors
+    for name in ("anatomy", "verification", "configs", "parts"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(instrument, name, getattr(instrument, name))
 
 
 def test_a_replaced_module_is_proven_anew() -> None:
