@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softtrace import UnsupportedModelError
 from softtrace.decoding import check_early_exit, generate, speculate
 from softtrace.decoding.split_model import first_layers
-from softtrace.tracing import attach
+from softtrace.tracing.attach import attach
 from tests.support.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -15,7 +15,7 @@ from softtrace import UnsupportedModelError
 from softtrace.decoding import check_cache, check_early_exit, greedy, speculate
 from softtrace.decoding.exit_checks import decoder_layers
 from softtrace.decoding.split_model import TwoParts
-from softtrace.tracing import attach
+from softtrace.tracing.attach import attach
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.zoo import tiny
 
