@@ -246,7 +246,7 @@ def test_the_parts_of_the_page_are_in_the_package() -> None:
     parts = [part.name for part in (files("softtrace.report") / "assets").iterdir()]
     assert len(parts) >= 6
     for name in parts:
-        path = f"evaluation/page/{name}"
+        path = f"report/assets/{name}"
         assert any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 

@@ -20,8 +20,10 @@ import softtrace
 import softtrace.loss.density_loss
 from recipes.benchmarks.comparison.peer_losses import Method, SoftTrace, smoothed
 from softtrace.density.distortion import divergence, total_variation
+from softtrace.graph.batch import Batch
 from softtrace.graph.masks import hard_masks
 from softtrace.loss.draws import hashed_seed
+from softtrace.tracing.instrument import Instrument
 
 
 def some_windows(ids: Tensor, window: int, share: float, draws: torch.Generator) -> Tensor:
@@ -128,15 +130,14 @@ class AveragedTeacher(Searched):
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         self._follow()
-        instrument = softtrace.attach(self.model)
-        record = instrument.record
+        record = Instrument.record
 
-        def taught(window: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def taught(instrument: Instrument, batch: Batch, **options: Any) -> Any:
             with torch.no_grad():
-                logits = self.teacher(input_ids=window).logits
-            return replace(record(window, *args, **kwargs), logits=logits)
+                logits = self.teacher(input_ids=batch.input_ids).logits
+            return replace(record(instrument, batch, **options), logits=logits)
 
-        with patch.object(instrument, "record", taught):
+        with patch.object(Instrument, "record", taught):
             return super().term(ids, step, task)
 
 
