@@ -14,8 +14,9 @@ from softtrace.errors import (
 )
 from softtrace.graph.edges import Edge, EdgeImportance, LayerEdges
 from softtrace.graph.trace import Trace, extract_trace
-from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.term import DensityTerm
 from softtrace.tracing.attach import attach, edge_importance
 from softtrace.tracing.instrument import Instrument
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 KILLED = """
 import os, signal, sys
 from softtrace import cli
-from softtrace.evaluation import files
+from softtrace import files
 
 renamed, rename = [], os.replace
 

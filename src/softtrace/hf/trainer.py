@@ -19,10 +19,11 @@ from transformers.trainer_callback import ExportableState
 
 from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
-from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
 from softtrace.loss.integration import STATE_VERSION, TermLog, check_state
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
 
 

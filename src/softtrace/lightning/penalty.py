@@ -16,10 +16,11 @@ from softtrace.errors import TrainerSetupError
 from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.support import check_strategy
 from softtrace.lightning.wrapped_step import WrappedStep
-from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
 from softtrace.loss.integration import TermLog, check_state, state_of
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
 
 __all__ = ["DensityMonitor", "DensityPenalty"]

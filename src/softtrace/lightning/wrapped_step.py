@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
-from softtrace.loss.density_loss import DensityLoss, DensityTerm
+from softtrace.loss.density_loss import DensityLoss
+from softtrace.loss.term import DensityTerm
 
 
 class ExpectedGradient:

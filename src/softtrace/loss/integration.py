@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
-from softtrace.loss.density_loss import DensityTerm
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.term import DensityTerm
 
 STATE_VERSION = 1
 
