@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -90,3 +93,40 @@ def test_a_list_of_numbers_is_one_line(tmp_path: Path) -> None:
     assert lines[1] == ' "n": [1, -2.5e-07, null],'
     assert lines[3] == "  [1],"
     assert json.loads("\n".join(lines))["of"] == [[1], ["[\n 1\n]"]]
+
+
+def test_prepare_output_makes_parents_and_refuses_a_file(tmp_path: Path) -> None:
+    assert prepare_output(tmp_path / "a" / "b", overwrite=False).is_dir()
+    assert prepare_output(tmp_path / "a" / "b", overwrite=False).is_dir()  # still empty
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputExistsError, match="found a file"):
+        prepare_output(tmp_path / "file", overwrite=True)
+
+
+def test_write_json_has_no_nan_and_the_usual_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": [math.nan, math.inf, 1.5], "é": (True, None)})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "x": [None, None, 1.5],
+        "é": [True, None],
+    }
+    (tmp_path / "plain").write_text("")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+
+    def fail(*_: object) -> None:
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk is gone"):
+        write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtrace.checks import check_range
 from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
 from softtrace.graph.batch import Batch, check_finite, check_length, position_ids_of
 
@@ -82,26 +81,3 @@ def test_values_that_are_not_finite_are_counted_where_they_matter() -> None:
         check_finite(values, "logits", valid)
     valid[0, 2] = False
     check_finite(values, "logits", valid)
-
-
-@pytest.mark.parametrize("value", [0, 1, 0.5, 0.0, 1.0])
-def test_numbers_in_a_closed_range_come_back(value: float) -> None:
-    assert check_range("x", value, 0, 1) == value
-
-
-@pytest.mark.parametrize(
-    ("value", "options", "message"),
-    [
-        (-0.1, {}, r"x: found -0.1, allowed \[0, 1\]"),
-        (1.1, {}, r"allowed \[0, 1\]"),
-        (0, {"open_low": True}, r"x: found 0, allowed \(0, 1\]"),
-        (1, {"open_high": True}, r"x: found 1, allowed \[0, 1\)"),
-        (math.nan, {}, "found nan"),
-        (True, {}, "found True"),
-        ("0.5", {}, "found '0.5'"),
-        (None, {}, "found None"),
-    ],
-)
-def test_numbers_outside_a_range_are_refused(value: Any, options: Any, message: str) -> None:
-    with pytest.raises(InvalidInputError, match=message):
-        check_range("x", value, 0, 1, **options)

@@ -13,16 +13,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from softtrace.cli import main
 from softtrace.cli.fit import FitCLI, fit
 from softtrace.errors import DataError
-from softtrace.evaluation.held_out import measured
 from softtrace.report.model_card import write_density, write_settings
 from softtrace.report.tables import MEASURES
 from tests.cli.test_fit import arguments
 from tests.support.corpus import write_model, write_tree
-from tests.support.densities import synthetic_density, write_run
-from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.densities import synthetic_density
 
 METADATA = """---
 license: mit # chosen with care
@@ -157,24 +154,6 @@ def test_no_brackets_without_both_bounds(tmp_path: Path, bounds: dict[str, Any] 
     assert "in brackets" not in page
 
 
-def test_measured_numbers_lie_inside_their_intervals() -> None:
-    found = measured(tiny_model("llama"), tiny_prompt(16, batch=9), "held out")
-    assert found["tokens"] == 9 * 7
-    assert set(found["intervals"]) == {m.key for m in MEASURES if m.unit != "correlation"}
-    for measure in MEASURES:
-        if measure.key in found["intervals"]:
-            low, high = found["intervals"][measure.key]
-            value = measure.read(found)
-            assert value is not None
-            assert low <= value <= high, measure.key
-            assert low < high, measure.key
-    assert found == measured(tiny_model("llama"), tiny_prompt(16, batch=9), "held out")
-    alone = measured(tiny_model("llama"), tiny_prompt(16, batch=1), "held out")
-    assert alone["intervals"] == {}
-    with pytest.raises(DataError, match="blocks: found 3 tokens in each, allowed are 4 or more"):
-        measured(tiny_model("llama"), tiny_prompt(3, batch=9), "held out")
-
-
 @pytest.mark.thorough
 def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,25 +235,3 @@ def test_a_readme_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -
     with pytest.raises(DataError, match=r"README.md: [\s\S]*; (save it as UTF-8|repair it)"):
         write_density(tmp_path, synthetic_density())
     assert (tmp_path / "README.md").read_bytes() == content
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = write_run(tmp_path / "a", synthetic_density())
-    own = write_run(tmp_path / "b", synthetic_density("penalty", 0.5))
-    model = tmp_path / "model"
-    words = ["card", "--model", str(model), "--density", str(own), "--base", str(base.parent)]
-    assert main(words) == 1
-    assert "no such directory" in capsys.readouterr().err
-    model.mkdir()
-    assert main(words) == 0
-    assert "| 0.300 | 0.150 |" in (model / "README.md").read_text()
-    bounds = {"area_easy": [0.125, 0.175], "loss_all": [None, None]}
-    write_run(tmp_path / "b", {**synthetic_density("penalty", 0.5), "intervals": bounds})
-    assert main(words) == 0
-    assert "| 0.300 | 0.150 (0.125 to 0.175) |" in (model / "README.md").read_text()
-    assert "| lower | 3.000 | 3.000 |" in (model / "README.md").read_text()
-    other = synthetic_density()
-    other["data"]["sha256"] = "f" * 64
-    write_run(tmp_path / "a", other)
-    assert main(words) == 1
-    assert "these runs cannot be compared" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Sizes of the traces of all positions at once, from reachability."""
+"""Identity 4: sizes of the traces of all positions at once, from reachability."""
 
 from __future__ import annotations
 

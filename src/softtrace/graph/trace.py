@@ -1,4 +1,4 @@
-"""Identities 2 and 4: traces as a bottleneck closure, and their sizes from reachability.
+"""Identity 2: traces as a bottleneck closure, and in the order of the search.
 
 Source: Kervadec et al., arXiv 2605.27033, section 3: the s-Trace is found by best-first search
 backwards from the output node.

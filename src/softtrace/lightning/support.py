@@ -1,4 +1,4 @@
-"""What the doors work with; for Lightning a table that the tests walk, row by row.
+"""What works with Lightning: a table that the tests walk, row by row.
 
 A strategy that is not in it, or that could not be tested on the machines that run the tests, is
 refused by name; ``DensityPenalty(allow_untested=True)`` goes past that.

@@ -3,6 +3,7 @@
 ``device_map`` and ``accelerate.cpu_offload`` wrap the forward of every module that has weights of
 its own: they come to the execution device before it and go back to the ``meta`` device after it.
 Hooks of ours stand outside of that forward, so what reads a weight there has to bring it first.
+:func:`device_map_options` loads a model larger than one device so that one computes all layers.
 """
 
 from __future__ import annotations

@@ -67,10 +67,12 @@ class Runner:
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Batch:
-        """The checked batch that all runs take; for arguments see :meth:`softtrace.Batch.of`.
+        """The checked batch that all runs take.
+
+        Arguments are those of :meth:`softtrace.graph.batch.Batch.of`.
 
         Raises:
-            InvalidInputError: what :meth:`Batch.of` and :meth:`check` refuse.
+            InvalidInputError: what that and :meth:`check` refuse.
         """
         batch = Batch.of(input_ids, attention_mask, position_ids, labels)
         self.check(batch)
