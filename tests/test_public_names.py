@@ -16,14 +16,17 @@ NAMES = {
         "OutputExistsError SofttraceError Trace TrainerSetupError UnsupportedModelError attach "
         "density_curve edge_importance extract_trace"
     ),
-    "softtrace.lightning": "AtomicCheckpointIO DensityMonitor DensityPenalty",
-    "softtrace.hf": "DensityMixin with_density",
+    "softtrace.lightning": "STATE_KEY AtomicCheckpointIO DensityMonitor DensityPenalty",
+    "softtrace.hf": "DensityMixin DensityState with_density",
     "softtrace.metrics": (
         "METRICS ComputationDensity DensityUncertaintyCorrelation EarlyExitAgreement "
         "NucleusRecovery TraceComposition readings"
     ),
     "softtrace.metrics.functional": "computation_density density_uncertainty_correlation",
-    "softtrace.decoding": "Generation generate greedy recommend_exit speculate",
+    "softtrace.decoding": (
+        "EXIT_FIELD Generation ProvenExit check_cache check_early_exit exit_layer_of generate "
+        "greedy recommend_exit speculate"
+    ),
     "softtrace.data": (
         "DEFAULT_EXCLUDE DEFAULT_SUFFIXES Document encode evenly pack read_documents "
         "split_by_file stream_documents stream_held_out"

@@ -35,3 +35,9 @@ def check_range(
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise InvalidInputError(f"{name}: found {value!r}, allowed {left}{low:g}, {high:g}{right}")
     return value
+
+
+def check_counts(least: int, **counts: int) -> None:
+    """:func:`check_least` of several numbers that have the same bound, each under its own name."""
+    for name, value in counts.items():
+        check_least(name, value, least)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.faults.mutations import MUTATIONS, ROOT, Mutation, mutated
+from tests.support.mutations import MUTATIONS, ROOT, Mutation, mutated
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -216,28 +215,23 @@ def test_one_block_may_span_several_batches() -> None:
 
 def test_a_call_reads_the_exits_of_the_handle_it_is_given() -> None:
     model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
-    density = DensityLoss(model, **OPTIONS)
-    with density.watching() as first:
-        model(input_ids=ids, attention_mask=mask)
-    usual = density(ids, mask, step=0).exit_distance
-    assert usual is not None
-    assert not first.forwards  # a call without a handle takes that of the newest block
+    density, wanted = DensityLoss(model, **OPTIONS), []
+    for rows, real in ((ids, mask), (ids.flip(0), mask)):
+        with density.watching() as alone:
+            model(input_ids=rows, attention_mask=real)
+        wanted.append(density(ids, mask, step=0).exit_distance)  # that of the newest block
+        assert not alone.forwards
+    assert wanted[0] != wanted[1]
     with density.watching() as first:
         output = model(input_ids=ids, attention_mask=mask)
     kept = weakref.ref(output.logits)
     del output
-    seen = list(first.forwards)
-    with density.watching():  # forgets what the block before it left behind
-        model(input_ids=ids, attention_mask=mask)
-    assert not first.forwards
-    first.forwards[:] = [replace(seen[0], logits=seen[0].logits * 0)]
-    of_first = density(ids, mask, step=0, watched=first).exit_distance
-    assert of_first is not None
-    assert of_first != usual
-    assert density(ids, mask, step=0).exit_distance == usual  # the newest block's was not touched
-    seen.clear()
-    gc.collect()
-    assert kept() is None
+    with density.watching() as second:
+        model(input_ids=ids.flip(0), attention_mask=mask)
+    assert density(ids, mask, step=0, watched=first).exit_distance == wanted[0]
+    assert kept() is None  # a call lets go of what its handle holds, and of nothing else
+    assert len(second.forwards) == 1
+    assert density(ids, mask, step=0, watched=second).exit_distance == wanted[1]
 
 
 def test_steps_without_exits_are_not_watched() -> None:

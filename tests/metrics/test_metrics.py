@@ -27,6 +27,7 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import entropy_bounds
+from tests.support.numbers import flat
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.warm import run_ranks
@@ -69,13 +70,6 @@ def batch(rows: int, seed: int, length: int = 6, layers: int = 3) -> dict[str, A
 
 
 BATCHES = [batch(rows, seed) for seed, rows in enumerate((3, 1, 2, 4))]
-
-
-def flat(found: Any) -> Tensor:
-    """Every number of a collection's result, in a fixed order."""
-    if isinstance(found, Tensor):
-        return found.double().flatten()
-    return torch.cat([flat(found[name]) for name in sorted(found)])
 
 
 def of(batches: list[dict[str, Any]]) -> Tensor:

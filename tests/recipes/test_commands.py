@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from recipes.benchmarks.places import ROOT
 
 RECIPES = ROOT / "recipes"
-SHOWN = ("Makefile", "README.md", "CONTRIBUTING.md", "tests/faults/mutations.py")
+SHOWN = ("Makefile", "README.md", "CONTRIBUTING.md", "tests/support/mutations.py")
 
 
 def test_modules_that_are_shown_are_there() -> None:

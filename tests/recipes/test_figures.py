@@ -14,7 +14,7 @@ from recipes.benchmarks.pages import write_pages
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.lightning.support import LIGHTNING
-from tests.faults.mutations import MUTATIONS
+from tests.support.mutations import MUTATIONS
 from tests.support.zoo import REFUSED, VERIFIED
 
 
@@ -75,10 +75,11 @@ def costs(model: str, neighbours: bool | None) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("rounds", [8, 24])
-def test_the_default_penalty_stays_within_its_budget_in_the_recorded_results(rounds: int) -> None:
-    measured = [*costs("pystdlib-4m", False), *costs("pystdlib-4m", None)]
-    cost = next(each for each in measured if each["rounds"] == rounds)
+@pytest.mark.parametrize("neighbours", [False, None])
+def test_the_default_penalty_stays_within_its_budget_in_the_recorded_results(
+    neighbours: bool | None,
+) -> None:
+    cost = max(costs("pystdlib-4m", neighbours), key=lambda each: int(each["rounds"]))
     assert cost["time"]["median"] <= 1.25
     assert cost["memory"] <= 1.25
 
@@ -130,9 +131,8 @@ def test_what_a_step_took_beyond_the_budget_is_in_the_recorded_results() -> None
     medians = {
         (model, neighbours): {f"{cost['time']['median']:.2f}" for cost in costs(model, neighbours)}
         for model in ("pystdlib-4m", "random-107m")
-        for neighbours in (False, True, None)
+        for neighbours in (True, None)
     }
-    assert medians["pystdlib-4m", False] == {"1.24"}
     assert medians["pystdlib-4m", None] == {"1.24", "1.26", "1.30", "1.35"}
     assert medians["pystdlib-4m", True] == {"1.33"}
     assert medians["random-107m", True] == {"1.29", "1.37"}

@@ -277,11 +277,12 @@ def test_cost_goes_into_the_file_with_its_conditions(
     monkeypatch.setattr(step_cost, "costs", lambda args, blocks, names: dict.fromkeys(names, 1.0))
     monkeypatch.setattr(peers, "blocks_of", lambda *words: (torch.zeros(1),))
     words = ["peers.py", "--cost", "--device", "cpu", "--out", str(out), "--methods", "softtrace"]
-    for more in ([], ["--neighbours"], []):
+    for more in ([], ["--neighbours", "no"], ["--neighbours", "yes"], ["--neighbours", "no"]):
         monkeypatch.setattr(sys, "argv", [*words, *more])
         peers.main()
-    quiet, beside = json.loads(out.read_text())["measurements"][::-1]
-    assert (quiet["neighbours"], beside["neighbours"]) == (False, True)
+    quiet, beside, unsaid = json.loads(out.read_text())["measurements"][::-1]
+    found = (quiet["neighbours"], beside["neighbours"], unsaid["neighbours"])
+    assert found == (False, True, None)
     assert quiet["tokens_a_step"] == 16 * 128
     assert set(quiet["cost"]) == {"plain", "softtrace"}
     assert {*step_cost.CONDITIONS, "created", "versions", "command"} < set(quiet)

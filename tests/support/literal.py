@@ -15,12 +15,6 @@ from tests.support import oracle
 SINGLE = EDGE_KINDS[1:]  # the kinds with one edge a node
 
 
-def shape_of(layers: Sequence[LayerEdges]) -> tuple[int, int, int, int]:
-    """``(L, B, H, T)`` of masks."""
-    batch, heads, length, _ = layers[0].attention.shape
-    return len(layers), batch, heads, length
-
-
 def every_edge(layers: int, heads: int, length: int) -> Iterator[Edge]:
     """All edges that the tensors have room for, the impossible ones included."""
     for layer, target in itertools.product(range(layers), range(length)):

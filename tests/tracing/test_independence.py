@@ -15,7 +15,7 @@ import softtrace
 from softtrace.errors import UnsupportedModelError
 from softtrace.tracing import independence
 from softtrace.tracing.attach import attach
-from softtrace.tracing.verification import Verification
+from softtrace.tracing.verification import Checks
 from tests.model.test_attention_interception import (
     TheirAttention,
     TheirConfig,
@@ -177,6 +177,6 @@ def test_the_rows_of_the_check_differ_where_they_should(
         return kept(instrument, rows, attention, device)
 
     monkeypatch.setattr(independence, "_hidden", unmasked)
-    independence.check_independence(instrument, Verification(), 1e-4, torch.device("cpu"))
+    independence.check_independence(instrument, Checks(), 1e-4, torch.device("cpu"))
     assert len(seen) == 2
     assert min(seen) > 0.1

@@ -174,6 +174,8 @@ def test_an_instrument_is_finished_and_frozen() -> None:
     for name in ("anatomy", "verification", "configs", "parts"):
         with pytest.raises(FrozenInstanceError):
             setattr(instrument, name, getattr(instrument, name))
+    with pytest.raises(TypeError):
+        instrument.verification.errors["more"] = 0.0  # type: ignore[index]
 
 
 def test_a_replaced_module_is_proven_anew() -> None:

@@ -198,7 +198,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, list[float]]]:
     parser.add_argument("--rounds", type=int, default=8, help="of timing")
     parser.add_argument("--cost", action="store_true", help="time and memory alone")
     parser.add_argument(
-        "--neighbours", action="store_true", help="say with --cost that other work runs beside it"
+        "--neighbours",
+        choices=["yes", "no"],
+        help="say with --cost whether other work runs beside it; left out, it is not noted",
     )
     parser.add_argument(
         "--keep",

@@ -45,7 +45,7 @@ def record_cost(args: argparse.Namespace, blocks: Tensor, names: list[str]) -> N
         "block_size": args.block_size,
         "tokens_a_step": args.batch_size * args.block_size,
         "precision": "bfloat16 autocast" if args.bf16 else "float32",
-        "neighbours": args.neighbours,
+        "neighbours": {"yes": True, "no": False, None: None}[args.neighbours],
         **provenance(torch.device(args.device)),
         "cost": found,
     }

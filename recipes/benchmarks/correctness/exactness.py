@@ -30,12 +30,12 @@ from softtrace import DensityLoss
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.lightning import DensityPenalty
-from tests.faults.mutations import MUTATIONS, run_tests
 from tests.support import hf_training as hf
 from tests.support import lightning_runs, ways_to_step
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import weights
 from tests.support.jobs import Jobs, saved
+from tests.support.mutations import MUTATIONS, run_tests
 from tests.support.processes import as_rank
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_fit import OPTIONS, WAYS

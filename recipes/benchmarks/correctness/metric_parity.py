@@ -27,6 +27,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.metrics import METRICS, readings
 from softtrace.model.loading import load_model
+from tests.support.numbers import flat
 
 LENGTH, SEQUENCES = 40, 24
 Batch = tuple[Tensor, Tensor]
@@ -59,13 +60,6 @@ def computed(model: Any, given: list[Batch], title: str) -> dict[str, Tensor]:
     for ids, mask in tqdm(given, desc=title, leave=False):
         metrics.update(**readings(model, ids, mask, min_context=8, nucleus=True))
     return {name: flat(metric.compute()) for name, metric in metrics.items()}
-
-
-def flat(found: Any) -> Tensor:
-    """A metric's result, a tensor or a mapping of such, in a fixed order."""
-    if isinstance(found, Tensor):
-        return found.double().flatten()
-    return torch.cat([flat(found[name]) for name in sorted(found)])
 
 
 def as_process(rank: int, world: int, folder: str, blocks: Tensor, dtype: str) -> None:

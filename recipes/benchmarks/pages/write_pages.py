@@ -202,7 +202,7 @@ def exactness() -> str:
         f"| bytes of all tensors alive after 20 and 200 steps | {held['after 20 steps']:,} and "
         f"{held['after 200 steps']:,} |",
         f"| guards taken out of the source one at a time: tests that turned red | {red} of "
-        f"{len(guards)} ([mutations.py](../tests/faults/mutations.py)) |",
+        f"{len(guards)} ([mutations.py](../tests/support/mutations.py)) |",
         "\nTiny models on one thread of a CPU, float64 where nothing else is said "
         f"{sources(CARD, 'correctness/exactness.py', 'results/exactness.json')}.",
     ]

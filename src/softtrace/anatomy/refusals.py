@@ -1,4 +1,4 @@
-"""What can be said of a model before anything runs: wrappers to look through, reasons to refuse."""
+"""What can be said of a model before anything runs: the reasons to refuse it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softtrace.anatomy.discovery import learned_positions
-from softtrace.checks import check_least, check_range
+from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.text_source import TextSource
 from softtrace.decoding.exit_checks import (
@@ -28,7 +28,7 @@ from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.files import OVERWRITE, check_output, prepare_output, write_json
-from softtrace.graph.batch import check_counts, check_length
+from softtrace.graph.batch import check_length
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.decoding_table import decoding_table

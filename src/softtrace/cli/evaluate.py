@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from softtrace.checks import check_counts
 from softtrace.data.blocks import stream_evenly
 from softtrace.data.text_source import TextSource
 from softtrace.evaluation.density_file import (
@@ -34,7 +35,6 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.samples import text_samples
 from softtrace.files import prepare_output, write_json
-from softtrace.graph.batch import check_counts
 from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.html_page import write_report

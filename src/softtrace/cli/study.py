@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softtrace.checks import check_least, check_range
+from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, read_documents, split_by_file
 from softtrace.data.text_source import TextSource
@@ -34,7 +34,6 @@ from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.files import check_output, prepare_output, write_json, write_text
-from softtrace.graph.batch import check_counts
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer

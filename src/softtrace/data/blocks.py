@@ -157,7 +157,7 @@ def pack(
 
 
 def check_block_size(block_size: int) -> None:
-    """Raise :class:`InvalidInputError` where a block has nothing to be predicted."""
+    """Raise :class:`softtrace.InvalidInputError` where a block has nothing to be predicted."""
     check_least("block_size", block_size, 2)
 
 

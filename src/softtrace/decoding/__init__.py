@@ -1,14 +1,22 @@
 """Early exits that are proven, and lossless decoding with them."""
 
-from softtrace.decoding.exit_checks import ProvenExit, check_cache, check_early_exit
+from softtrace.decoding.exit_checks import (
+    EXIT_FIELD,
+    ProvenExit,
+    check_cache,
+    check_early_exit,
+    exit_layer_of,
+)
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
 
 __all__ = [
+    "EXIT_FIELD",
     "Generation",
     "ProvenExit",
     "check_cache",
     "check_early_exit",
+    "exit_layer_of",
     "generate",
     "greedy",
     "recommend_exit",

@@ -105,9 +105,10 @@ def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
     """Write into the model's config which early exit should decode it fastest.
 
     What ``softtrace fit`` does at its end, for models that were trained otherwise;
-    ``save_pretrained`` keeps it, and :func:`speculate` and :func:`generate` take it. Judged by a
-    replay of the second half of every row, with costs in proportion to layers; ``softtrace
-    decode-bench`` measures them, on what the model writes itself.
+    ``save_pretrained`` keeps it, and :func:`softtrace.decoding.speculate` and
+    :func:`softtrace.decoding.generate` take it. Judged by a replay of the second half of every row,
+    with costs in proportion to layers; ``softtrace decode-bench`` measures them, on what the model
+    writes itself.
 
     Args:
         model: a causal language model of transformers with at least two layers, in either mode.

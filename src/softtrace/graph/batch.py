@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrace.checks import check_least
 from softtrace.errors import InvalidInputError, NonFiniteError
 
 
@@ -230,12 +229,6 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
             f"{what}: {wrong} of {counted.numel()} values are NaN or infinite. Lower the learning "
             "rate, clip gradients, or train in bfloat16 or float32 instead of float16."
         )
-
-
-def check_counts(least: int, **counts: int) -> None:
-    """:func:`check_least` of several numbers that have the same bound, each under its own name."""
-    for name, value in counts.items():
-        check_least(name, value, least)
 
 
 def _next_tokens(

@@ -23,8 +23,8 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
         masks: per layer, bool or floating ``[B, H, T, S]`` and ``[B, T]``; 0 at absent edges.
 
     Returns:
-        ``[B, T, L, 4]`` edges by layer and kind (order of :data:`EDGE_KINDS`); for bool masks in
-        float64.
+        ``[B, T, L, 4]`` edges by layer and kind (order of
+        :data:`softtrace.graph.edges.EDGE_KINDS`); for bool masks in float64.
     """
     first = masks[0].attention
     soft = first.is_floating_point()

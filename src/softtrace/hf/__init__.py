@@ -1,5 +1,5 @@
 """The door for transformers' Trainer."""
 
-from softtrace.hf.trainer import DensityMixin, with_density
+from softtrace.hf.trainer import DensityMixin, DensityState, with_density
 
-__all__ = ["DensityMixin", "with_density"]
+__all__ = ["DensityMixin", "DensityState", "with_density"]

@@ -2,6 +2,6 @@
 
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.monitor import DensityMonitor
-from softtrace.lightning.penalty import DensityPenalty
+from softtrace.lightning.penalty import STATE_KEY, DensityPenalty
 
-__all__ = ["AtomicCheckpointIO", "DensityMonitor", "DensityPenalty"]
+__all__ = ["STATE_KEY", "AtomicCheckpointIO", "DensityMonitor", "DensityPenalty"]

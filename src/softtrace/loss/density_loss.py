@@ -96,7 +96,6 @@ class DensityLoss:
             InvalidInputError: layers are checkpointed in the reentrant way, which runs them without
                 a graph.
         """
-        self._watched.forget()
         watched = self._watched = Watched()
         model = unwrapped(self.model)
         schedule = self.options.exit_schedule

@@ -56,9 +56,10 @@ def write_report(runs: Runs, folder: Path | str) -> Path:
     """Write ``report.html`` into an existing folder, atomically.
 
     Args:
-        runs: label and content of each ``density.json`` as :func:`load_density` reads it, 1 to
-            ``MAX_RUNS`` of ``drawing``; changes are against the first. Files without ``samples``
-            (from before there were any) give a page without text.
+        runs: label and content of each ``density.json`` as
+            :func:`softtrace.evaluation.density_file.load_density` reads it, 1 to ``MAX_RUNS`` of
+            ``drawing``; changes are against the first. Files without ``samples`` (from before there
+            were any) give a page without text.
         folder: gets ``report.html``.
 
     Returns:

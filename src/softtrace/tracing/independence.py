@@ -18,7 +18,7 @@ from softtrace.graph.batch import Batch
 from softtrace.graph.edges import EDGE_KINDS, EdgeImportance, LayerEdges
 from softtrace.graph.trace import closure
 from softtrace.tracing.runner import Runner
-from softtrace.tracing.verification import Verification
+from softtrace.tracing.verification import Checks
 
 _LENGTH = 6
 _ROWS = 64  # of one run
@@ -34,9 +34,7 @@ class _Row:
     masks: Sequence[LayerEdges]
 
 
-def check_independence(
-    runner: Runner, found: Verification, allowed: float, device: torch.device
-) -> None:
+def check_independence(runner: Runner, found: Checks, allowed: float, device: torch.device) -> None:
     """Cut every layer's nodes off their edges; then keep random edges, and those that matter alone.
 
     Args:

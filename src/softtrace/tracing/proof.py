@@ -26,7 +26,7 @@ from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.recording import RecordingRun
 from softtrace.tracing.run import Run
 from softtrace.tracing.runner import Runner
-from softtrace.tracing.verification import Verification
+from softtrace.tracing.verification import Checks, Verification
 
 #: norms of transformers compute in float32 even in a float64 model
 _NORMS = 1e-6
@@ -42,11 +42,11 @@ class _Witness(MaskedRun):
         anatomy: Anatomy,
         batch: Batch,
         masks: Sequence[LayerEdges],
-        verification: Verification,
+        checks: Checks,
         attention: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(anatomy, batch, masks, attention, keep_hidden=True)
-        self.verification = verification
+        self.checks = checks
         self.mlp_runs: list[tuple[int, nn.Module, Tensor, Tensor]] = []
         self.last_output: Tensor | None = None
         self._mixed: tuple[Tensor, Tensor] | None = None
@@ -172,7 +172,7 @@ class _Witness(MaskedRun):
         self._require(where, error, ROUNDINGS * eps, "of the terms of its sum")
 
     def _require(self, where: str, error: float, allowed: float, relative: str) -> None:
-        self.verification.require(
+        self.checks.require(
             where,
             error,
             allowed,
@@ -193,7 +193,7 @@ def prove(runner: Runner, batch: Batch, plain: Tensor) -> Verification:
     Raises:
         UnsupportedModelError: naming the layer, the place and the mismatch.
     """
-    anatomy, found, valid = runner.anatomy, Verification(), batch.valid
+    anatomy, found, valid = runner.anatomy, Checks(), batch.valid
     masks = _masks(anatomy, batch, None)
     run = _Witness(anatomy, batch, masks, found)
     logits = runner.forward(run)
@@ -215,7 +215,7 @@ def prove(runner: Runner, batch: Batch, plain: Tensor) -> Verification:
     runner.forward(run)
     run.finish()
     check_independence(runner, found, max(tolerance(last.dtype), _NORMS), valid.device)
-    return found
+    return found.verification()
 
 
 def _masks(
@@ -242,7 +242,7 @@ def _masks(
 
 
 def _check_mlps(
-    found: Verification, runs: Sequence[tuple[int, nn.Module, Tensor, Tensor]], valid: Tensor
+    found: Checks, runs: Sequence[tuple[int, nn.Module, Tensor, Tensor]], valid: Tensor
 ) -> None:
     """An MLP edge carries one token's MLP alone, so masked runs skip the tokens not kept."""
     some = valid.flatten().nonzero()[::2, 0]
@@ -262,7 +262,7 @@ def _check_mlps(
         )
 
 
-def _check_tokens(runner: Runner, found: Verification, batch: Batch) -> None:
+def _check_tokens(runner: Runner, found: Checks, batch: Batch) -> None:
     """Where an MLP cannot be run by itself: noise on the first token's node changes no other's."""
     valid = batch.valid
     for index, modules in enumerate(runner.anatomy.layers):
@@ -321,18 +321,16 @@ def _disturbed(runner: Runner, batch: Batch, index: int, noise: float) -> Tensor
     return sum(gave[1:], gave[0])
 
 
-def _same_logits(found: Verification, what: str, one: Tensor, other: Tensor) -> None:
+def _same_logits(found: Checks, what: str, one: Tensor, other: Tensor) -> None:
     """Logits ``[N, V]`` of two runs: each layer of them rounds differently, and that adds up."""
     _require_small(found, what, typical_mismatch(one, other), 4 * tolerance(other.dtype), what)
 
 
-def _same(
-    found: Verification, what: str, one: Tensor, other: Tensor, name: str | None = None
-) -> None:
+def _same(found: Checks, what: str, one: Tensor, other: Tensor, name: str | None = None) -> None:
     _require_small(found, what, mismatch(one, other), tolerance(other.dtype), name or what)
 
 
-def _require_small(found: Verification, what: str, error: float, allowed: float, name: str) -> None:
+def _require_small(found: Checks, what: str, error: float, allowed: float, name: str) -> None:
     allowed = max(allowed, _NORMS)
     message = f"{what}: they differ by {error:.2g} of the largest value, allowed {allowed:.0e}"
     found.require(name, error, allowed, message)
