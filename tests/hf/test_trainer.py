@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softtrace import InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
@@ -111,6 +111,18 @@ def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> Non
         assert torch.equal(weights(again.model), weights(whole.model)), step
     other = resumed(tmp_path, 1, {**options, "strength": 0.5})
     assert not torch.equal(weights(other.model), weights(whole.model))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_without_a_checkpoint_the_trainer_says_so_itself(tmp_path: Path, strength: float) -> None:
+    said = []
+    for kind, options in ((Trainer, {}), (DensityTrainer, {"density": {"strength": strength}})):
+        args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)
+        with pytest.raises(ValueError, match="No valid checkpoint") as raised:
+            kind(tiny_model("llama"), args, **options).train(resume_from_checkpoint=True)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
 
 
 @pytest.mark.thorough

@@ -22,7 +22,7 @@ from softtrace.loss.draws import Draw, draw
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import MaskedRun
-from tests.support import oracle
+from tests.support import oracle, zoo
 from tests.support.tiny import tiny_model, tiny_prompt
 
 LAYERS = 3
@@ -396,3 +396,42 @@ def test_a_callable_easiness_sees_the_sub_batch() -> None:
     assert term.easy_share.item() == pytest.approx(round(0.5 * int(mask.sum())) / mask.sum().item())
     with torch.no_grad():
         assert not softtrace.DensityLoss(model)(ids, mask).loss.requires_grad
+
+
+def test_a_term_without_any_gradient_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, (ids, mask) = tiny_model("llama"), batch()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name or "k_proj" in name)
+    silent = DensityLoss(model, exits=0.0, attention="recomputed")
+    density = DensityLoss(model, exits=0.0)
+    with caplog.at_level("WARNING"):
+        assert silent(ids, mask, step=0).loss.requires_grad
+        with torch.no_grad():
+            density(ids, mask, step=0)  # nobody asked for one
+        assert not caplog.records
+        for step in range(2):
+            assert not density(ids, mask, step=step).loss.requires_grad
+    [record] = caplog.records
+    assert "no gradient" in record.getMessage()
+    assert "attention='recomputed'" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "flex_olmo"]
+)
+def test_a_mixtures_loss_of_its_routers_is_no_part_of_our_runs(kind: str) -> None:
+    """``output_router_logits``, which trl turns on: their own runs would count rows left out."""
+    ids, mask = batch()
+    labels, found = ids.masked_fill(mask == 0, -100), []
+    for routers in (False, True):
+        model = zoo.tiny(kind, output_router_logits=routers).train()
+        density = DensityLoss(model, share=1.0, crop=4)
+        torch.manual_seed(0)  # PhiMoE's routers draw noise in training
+        with density.watching() as watched:
+            task = model(input_ids=ids, attention_mask=mask, labels=labels)
+        assert (getattr(task, "router_logits", None) is not None) == routers
+        term = density(ids, mask, labels, step=0, watched=watched)
+        (task.loss + term.loss).backward()
+        assert model.config.output_router_logits == routers
+        found.append((term.loss.detach(), term.exit_distance))
+    torch.testing.assert_close(found[0], found[1])

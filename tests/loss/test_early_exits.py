@@ -88,6 +88,22 @@ def test_a_forward_without_logits_gives_the_same(family: str) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("keep", [1, 4])
+def test_logits_of_some_tokens_alone_are_not_read(keep: int) -> None:
+    """``logits_to_keep``: places are those of the whole row, which such logits do not have."""
+    model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
+    ids, mask = batch()
+    density, found = DensityLoss(model, **OPTIONS), []
+    for kept in (0, keep):
+        with density.watching() as watched:
+            model(input_ids=ids, attention_mask=mask, logits_to_keep=kept)
+        assert (watched.forwards[-1].logits is None) == bool(kept)
+        term = density(ids, mask, step=1, watched=watched)
+        gradients = torch.autograd.grad(term.loss, list(model.parameters()), materialize_grads=True)
+        found.append([term.exit_distance, *gradients])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_gradients_equal_those_of_the_literal_term() -> None:
     model = tiny_model("llama", seed=4, dtype=torch.float64, num_hidden_layers=4).train()
     ids, mask = batch()

@@ -154,6 +154,20 @@ def test_attaching_twice_gives_the_same_instrument() -> None:
     assert softtrace.attach(tiny_model("llama")) is not softtrace.attach(model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_proven_anew(tied: bool) -> None:
+    """Tied embeddings change in place: the modules are the same, and the vocabulary is not."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    before = softtrace.attach(model)
+    model.resize_token_embeddings(75, mean_resizing=False)
+    after = softtrace.attach(model)
+    assert after is not before
+    assert (before.anatomy.vocabulary, after.anatomy.vocabulary) == (67, 75)
+    ids = tiny_prompt(6)
+    ids[0, 3] = 74
+    assert softtrace.edge_importance(model, ids).shape[-1] == 6
+
+
 class Doubled(nn.Module):
     """A layer whose output is no sum of its edges."""
 

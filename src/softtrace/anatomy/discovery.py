@@ -128,7 +128,7 @@ def _by_route(plain: PlainRun, route: Route) -> Anatomy:
         layers=tuple(modules for _, modules in decomposed),
         readout=find_readout(model, watch.outside, last, logits, valid, allowed),
         heads=heads.pop(),
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary_of(model),
         positions=learned_positions(model),
         looks_at_padding=any(
             bool((s.attention[0].visible & valid[:, :, None] & ~valid[:, None, :]).any())
@@ -151,7 +151,7 @@ def _require_own(model: nn.Module, layers: Sequence[LayerModules]) -> None:
                 )
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
     """Rows of the embedding of token ids."""
     find = getattr(model, "get_input_embeddings", None)
     try:
@@ -170,7 +170,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 def tiny_batch(model: nn.Module, length: int) -> Batch:
     """Two rows of random ids, one of them left-padded by two, on the model's device."""
-    vocabulary, device = _vocabulary(model), device_of_module(model)
+    vocabulary, device = vocabulary_of(model), device_of_module(model)
     generator = torch.Generator().manual_seed(0)  # the global random state stays untouched
     ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
     mask = torch.ones_like(ids)

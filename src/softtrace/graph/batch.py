@@ -102,9 +102,10 @@ class Batch:
         )
 
     def forward_inputs(self, parameters: Sequence[str]) -> dict[str, Any]:
-        """Keyword arguments of a model's forward.
+        """Keyword arguments of a model's forward, for its logits and nothing besides.
 
         Packed rows get no attention mask: without one transformers keeps their documents apart.
+        What a config may ask for in training (the routers' own loss) is left out.
 
         Args:
             parameters: names that the forward takes.
@@ -116,8 +117,9 @@ class Batch:
             inputs["position_ids"] = (
                 position_ids_of(self.valid) if self.positions is None else self.positions
             )
-        if "use_cache" in parameters:
-            inputs["use_cache"] = False
+        for extra in ("use_cache", "output_router_logits"):
+            if extra in parameters:
+                inputs[extra] = False
         return inputs
 
 

@@ -11,14 +11,14 @@ from softtrace.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def newest_checkpoint(folder: str | Path) -> str:
-    """The newest ``checkpoint-N`` of a Trainer that is whole.
+def newest_checkpoint(folder: str | Path) -> str | None:
+    """The newest ``checkpoint-N`` of a Trainer that is whole; None where there never was one.
 
     Args:
         folder: its ``output_dir``.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: all that there are were cut short.
     """
     found = {
         int(path.name.rpartition("-")[2]): path
@@ -32,6 +32,8 @@ def newest_checkpoint(folder: str | Path) -> str:
             logger.warning("%s was cut short while it was written; taking an older one", path)
             continue
         return str(path)
+    if not found:
+        return None
     raise CheckpointError(
         f"resume_from_checkpoint: found no whole checkpoint in {folder}; leave it out to start anew"
     )

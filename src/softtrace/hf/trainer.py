@@ -76,10 +76,11 @@ class DensityMixin:
 
         ``True`` goes on from the newest checkpoint that is whole: the Trainer writes into a
         checkpoint's folder file by file, ``trainer_state.json`` last, and takes the newest folder.
+        Where there never was one the Trainer says so itself.
         """
         trainer: Any = self
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir)
+            resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:

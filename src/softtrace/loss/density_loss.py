@@ -173,10 +173,12 @@ class DensityLoss:
                     term = self._density(instrument, batch, drawn_by, options, strength)
             else:
                 term = DensityTerm.of_no_run(device)
-            if distance is None:
-                return term
-            loss = term.loss + weight * distance
-            return replace(term, loss=loss, exit_distance=distance.detach())
+            if distance is not None:
+                loss = term.loss + weight * distance
+                term = replace(term, loss=loss, exit_distance=distance.detach())
+            elif term.strength and term.skipped is None and not term.loss.requires_grad:
+                self._say_without_gradient()
+            return term
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
@@ -190,6 +192,16 @@ class DensityLoss:
         if what not in self._said:
             self._said.add(what)
             logger.warning(what)
+
+    def _say_without_gradient(self) -> None:
+        """The term is added all the same, and nothing learns from it."""
+        trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        if torch.is_grad_enabled() and trained:
+            self._say_once(
+                "the density term has no gradient: none of the weights that are trained has a part "
+                "in it. Recorded attention gives none to queries and keys; set "
+                "attention='recomputed' or exits above 0, or train other weights too"
+            )
 
     def _warn_of_skip(self, why: str) -> None:
         """At the 1st, 2nd, 4th, 8th, ... skipped step: seen from the start, never a flood."""

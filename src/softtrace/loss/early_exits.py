@@ -31,7 +31,8 @@ class Seen:
     Attributes:
         streams: residual streams ``[B, T, d_model]`` that entered each layer.
         last: the one that the final norm read, ``[B, T, d_model]``.
-        logits: ``[B, T, V]``; None where the forward gave none.
+        logits: ``[B, T, V]``; None where the forward gave none, or not those of every token
+            (``logits_to_keep``, a fused loss).
         ended: whether the forward did.
     """
 
@@ -86,8 +87,10 @@ def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[N
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not seen:
             return
-        logits = getattr(output, "logits", None)
-        found = replace(seen.pop(), logits=logits if isinstance(logits, Tensor) else None)
+        logits, found = getattr(output, "logits", None), seen.pop()
+        last = found.last
+        if isinstance(logits, Tensor) and last is not None and logits.shape[:2] == last.shape[:2]:
+            found = replace(found, logits=logits)
         result = found.last if found.logits is None else found.logits
         if result is not None and result.requires_grad:
             seen.append(replace(found, ended=True))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from softtrace.anatomy.discovery import vocabulary_of
 from softtrace.model.state import all_modules
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
@@ -36,9 +37,13 @@ class Instrument(Runner):
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the modules that were proven, none added or replaced."""
+        """Whether ``model`` still has the modules that were proven, none added or replaced.
+
+        Its vocabulary is the same too: ``resize_token_embeddings`` can change it in place.
+        """
         parts = _parts(model)
-        return len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+        same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+        return same and vocabulary_of(model) == self.anatomy.vocabulary
 
     def detach(self) -> None:
         """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
