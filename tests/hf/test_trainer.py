@@ -25,7 +25,7 @@ from tests.support.hf_training import (
     rows,
     train,
 )
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_prompt
 
 
 @pytest.mark.parametrize("counted", [True, False], ids=["num_items_in_batch", "batch means"])
@@ -111,6 +111,28 @@ def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> Non
         assert torch.equal(weights(again.model), weights(whole.model)), step
     other = resumed(tmp_path, 1, {**options, "strength": 0.5})
     assert not torch.equal(weights(other.model), weights(whole.model))
+
+
+@pytest.mark.thorough
+def test_a_subclass_that_leaves_the_term_out_is_told(tmp_path: Path) -> None:
+    class Leaves(with_density(Trainer)):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return model(**inputs).loss
+
+    class Drops(with_density(Trainer)):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            return super().compute_loss(model, inputs, *rest, **options).detach() + sum(
+                parameter.sum() for parameter in model.parameters()
+            )
+
+    ids = tiny_prompt(8, batch=4)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    for kind, said in ((Leaves, "does not call super"), (Drops, "no gradient reached it")):
+        args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)
+        trained = kind(tiny_model("llama"), args, train_dataset=rows, density={"strength": 0.0})
+        trained.train()  # inert
+        with pytest.raises(TrainerSetupError, match=said):
+            kind(tiny_model("llama"), args, train_dataset=rows, density={"strength": 0.7}).train()
 
 
 @pytest.mark.thorough

@@ -10,8 +10,9 @@ import torch
 
 from softtrace import DensityLoss
 from softtrace.errors import TrainerSetupError
-from softtrace.lightning.wrapped_step import ExpectedGradient, WrappedStep
+from softtrace.lightning.wrapped_step import WrappedStep
 from softtrace.loss.inputs import batch_inputs
+from softtrace.loss.integration import ExpectedGradient
 from tests.support.fitting import Tuner, batches
 
 

@@ -21,7 +21,7 @@ from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
-from softtrace.loss.integration import STATE_VERSION, TermLog, check_state
+from softtrace.loss.integration import STATE_VERSION, ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
@@ -66,6 +66,8 @@ class DensityMixin:
         self._logged = 0
         self._sums: dict[str, Tensor] = {}  # of each name two numbers: a sum, and of how many
         self._term_log = TermLog(self.density_options)
+        self._computed = False  # whether compute_loss of this class ran in the current step
+        self._expected: ExpectedGradient | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
 
@@ -123,6 +125,7 @@ class DensityMixin:
         trainer: Any = self
         if not model.training:
             return own()
+        self._computed = True
         if not self._begun:
             self._begin()
         if self._density is None:
@@ -135,6 +138,8 @@ class DensityMixin:
             found = own()
         with trainer.accelerator.autocast():  # the model's forward has it inside, heads of ours not
             term = self._density(**read, step=step, micro_step=micro_step, watched=watched)
+        if term.loss.requires_grad:
+            self._expected = ExpectedGradient(term.loss)
         batches = trainer.current_gradient_accumulation_steps
         self._note(term, batches)
         added = term.loss / (batches if self._is_scaled(num_items_in_batch) else 1)
@@ -142,6 +147,27 @@ class DensityMixin:
             loss, outputs = found
             return loss + added.to(loss.device), outputs
         return found + added.to(found.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's step, and the proof that the term was part of what it differentiated.
+
+        Raises:
+            TrainerSetupError: a subclass's ``compute_loss`` leaves this one out, or drops the term.
+        """
+        self._computed, self._expected = False, None
+        found = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.density_options.strength > 0 and not self._computed:
+            raise TrainerSetupError(
+                f"{type(self).__name__}.compute_loss does not call super().compute_loss, so the "
+                "density term is not computed. Call it there, or name DensityMixin before the "
+                "class that has a loss of its own: class Mine(DensityMixin, Own)"
+            )
+        if self._expected is not None and not self._expected.arrived:
+            raise TrainerSetupError(
+                f"{type(self).__name__}: the density term was computed but no gradient reached it; "
+                "something after compute_loss dropped or replaced the loss it returned"
+            )
+        return found
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer leaves the loss undivided: its own question, asked once more."""

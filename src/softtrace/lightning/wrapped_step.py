@@ -16,22 +16,8 @@ from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
 from softtrace.loss.density_loss import DensityLoss
+from softtrace.loss.integration import ExpectedGradient
 from softtrace.loss.term import DensityTerm
-
-
-class ExpectedGradient:
-    """A gradient other than 0 that has to arrive at a loss.
-
-    Args:
-        loss: scalar with a graph; it is not held.
-    """
-
-    def __init__(self, loss: Tensor) -> None:
-        self.arrived = False
-        loss.register_hook(self._arrive)  # type: ignore[no-untyped-call]
-
-    def _arrive(self, gradient: Tensor) -> None:
-        self.arrived = self.arrived or bool(gradient != 0)
 
 
 class WrappedStep:

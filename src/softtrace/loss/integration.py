@@ -1,4 +1,4 @@
-"""What every trainer that is given the term does alike: what is logged of it, and what is saved."""
+"""What every trainer that is given the term does alike: it proves its use, logs it and saves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 
 STATE_VERSION = 1
+
+
+class ExpectedGradient:
+    """A gradient other than 0 that has to arrive at a loss.
+
+    Args:
+        loss: scalar with a graph; it is not held.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self.arrived = False
+        loss.register_hook(self._arrive)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, gradient: Tensor) -> None:
+        self.arrived = self.arrived or bool(gradient != 0)
 
 
 class TermLog:
