@@ -142,6 +142,41 @@ def test_folder_without_text_is_refused(tmp_path: Path, files: dict[str, bytes],
         read_documents(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "A.JSONL", "lines.json"])
+def test_lines_of_json_are_read_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    path = write_lines(tmp_path / name, '{"text": "one"}', '{"text": "two", "id": 2}')
+    assert read_documents(path) == [Document(f"{name}:1", "one"), Document(f"{name}:2", "two")]
+
+
+def test_a_list_of_json_objects_is_a_document_each(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.json", "[", '{"text": "one"},', '{"text": " "}, {"text": "x"}]'
+    )
+    assert read_documents(path) == [Document("a.json:1", "one"), Document("a.json:3", "x")]
+    path = write_lines(tmp_path / "b.json", '{"text":', '"one"}')
+    assert read_documents(path) == [Document("b.json", "one")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", '[{"text": "x"}, {"instruction": "y"}]', "object 2: 'text' is missing"),
+        ("a.json", '["x"]', "object 1 holds a JSON str"),
+        ("a.json", '{"instruction": "y"}', "'text' is missing"),
+        ("a.json", "not json", "is not JSON .*name the file .txt"),
+        ("a.json", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
+        ("a.parquet", "PAR1", r"\.parquet files are not read"),
+        ("a.jsonl.gz", "x", r"\.gz files are not read"),
+    ],
+)
+def test_files_of_data_without_texts_are_refused(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_documents(tmp_path / name)
+
+
 def test_malformed_jsonl_in_a_folder_is_not_skipped(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", '{"text": "x"}', "oops")
     with pytest.raises(DataError, match="line 2"):

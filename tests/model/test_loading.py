@@ -89,3 +89,10 @@ def test_code_of_a_models_own_is_not_run_unasked(
     assert type(model).__module__.startswith("transformers_modules")
     instrument = softtrace.attach(model)
     assert instrument.anatomy.pattern == "sequential pre-norm"
+
+
+def test_an_adapter_alone_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ModelDirectoryError, match=r"holds a PEFT adapter.*merge_and_unload"):
+        load_model(tmp_path)

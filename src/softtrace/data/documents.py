@@ -43,7 +43,8 @@ def read_documents(
     directly must be text. Empty texts are dropped.
 
     Args:
-        path: file or folder. A file's own suffix only matters when it is ``.jsonl``.
+        path: file or folder. Of a single file the suffix only matters where it is one of JSON
+            (``.jsonl``, ``.ndjson``, ``.json``), or of what is not read (``.parquet``, ``.gz``).
         suffixes: for a folder, the file suffixes to read, such as ``(".py", ".md", ".txt")``.
         exclude: for a folder, globs that drop a file or folder when they match its bare name or its
             path relative to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).

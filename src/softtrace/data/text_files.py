@@ -14,7 +14,13 @@ from softtrace.errors import DataError
 LARGEST_FILE = 1 << 30
 """Bytes of a plain text file: it is one document, and held whole."""
 
-ALLOWED = "a UTF-8 text file, a .jsonl file (one object with a string 'text' a line) or a folder"
+ALLOWED = (
+    "a UTF-8 text file, a .jsonl or .ndjson file (one object with a string 'text' a line), a .json "
+    "file (a list of such objects, or one a line) or a folder"
+)
+
+_LINES = (".jsonl", ".ndjson")
+_PACKED = (".parquet", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 
 
 def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
@@ -39,20 +45,55 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
     """Names and texts of the documents of one file, which was found to be text; no empty ones.
 
     Args:
-        name: of the file. A JSONL file's documents are ``name:line``, and come one at a time.
+        name: of the file; its ending, in capitals or not, says how it is read. A JSONL file's
+            documents are ``name:line``, and come one at a time; those of a JSON list are
+            ``name:number``.
         path: where it lies.
 
     Raises:
-        DataError: not a regular file, binary, not UTF-8 or too large; later, a malformed JSONL
-            line.
+        DataError: not a regular file, binary, packed, not UTF-8 or too large; a malformed JSON
+            file; later, a malformed JSONL line.
     """
-    if not name.endswith(".jsonl"):
-        _check_size(path)
-        text = "".join(_pieces(path, by_line=False))
-        return [(name, text)] if text.strip() else []
-    for _ in _pieces(path):
+    suffix = Path(name).suffix.lower()
+    if suffix in _PACKED:
+        raise DataError(
+            f"{path}: {suffix} files are not read. Give {ALLOWED}; unpack it, or write its texts "
+            "to a .jsonl file first."
+        )
+    if suffix in _LINES:
+        return _of_whole_lines(name, path)
+    _check_size(path)
+    text = "".join(_pieces(path, by_line=False))
+    if not text.strip():
+        return []
+    return _of_json(name, path, text) if suffix == ".json" else [(name, text)]
+
+
+def _of_whole_lines(name: str, path: Path) -> Iterable[tuple[str, str]]:
+    for _ in _pieces(path):  # found to be text before the first document is handed out
         pass
     return _of_lines(name, path)
+
+
+def _of_json(name: str, path: Path, text: str) -> Iterable[tuple[str, str]]:
+    """Of a list of objects, of one object, or of lines that were named .json."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{"):
+            return _of_whole_lines(name, path)
+        raise DataError(f"{path} is not JSON ({error}). {_FIX_JSON}") from error
+    if not isinstance(value, list):
+        return _kept([(name, _text_of(value, f"{path}", _FIX_JSON))])
+    rows = enumerate(value, start=1)
+    return _kept([
+        (f"{name}:{number}", _text_of(row, f"{path}, object {number}", _FIX_JSON))
+        for number, row in rows
+    ])  # fmt: skip
+
+
+def _kept(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in documents if text.strip()]
 
 
 def _check_size(path: Path) -> None:
@@ -112,12 +153,21 @@ def _decoded(content: bytes, path: Path, offset: int) -> str:
         ) from error
 
 
+_FIX_LINES = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
+_FIX_JSON = """Give a list of JSON objects with a string 'text', such as [{"text": "..."}]; to train
+on JSON itself, name the file .txt.""".replace("\n", " ")
+
+
 def _jsonl_text(line: str, where: str) -> str:
-    fix = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}). {fix}") from error
+        raise DataError(f"{where} is not JSON ({error}). {_FIX_LINES}") from error
+    return _text_of(value, where, _FIX_LINES)
+
+
+def _text_of(value: object, where: str, fix: str) -> str:
+    """The text of one object of a file."""
     if not isinstance(value, dict):
         raise DataError(f"{where} holds a JSON {type(value).__name__}. {fix}")
     text = value.get("text")

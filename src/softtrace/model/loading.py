@@ -122,6 +122,12 @@ def check_model_directory(name_or_path: str | Path) -> None:
         return
     if not path.is_dir():
         raise ModelDirectoryError(f"{name_or_path}: is a file; expected a model directory")
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        raise ModelDirectoryError(
+            f"{name_or_path}: holds a PEFT adapter and no model. Merge it into its base model "
+            "first: peft.AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()"
+            ".save_pretrained(directory), and save the tokenizer there too"
+        )
     if not (path / "config.json").is_file():
         raise ModelDirectoryError(f"{name_or_path}: found no config.json in it")
     if any(path.glob("*.safetensors")):
