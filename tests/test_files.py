@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtrace.errors import OutputExistsError
+from softtrace.errors import OutputExistsError, OutputNotWritableError
 from softtrace.files import atomic_path, check_output, finite, prepare_output, write_json
 
 
@@ -130,3 +130,21 @@ def test_write_json_leaves_the_old_file_when_it_fails(
         write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["there", "not/there"])
+def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    asked: list[Path] = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append(path)
+        return not mode & os.W_OK
+
+    monkeypatch.setattr(os, "access", access)  # who is root may write anywhere
+    with pytest.raises(OutputNotWritableError, match="may not be written to; choose another"):
+        check_output(tmp_path / name, False)
+    assert asked == [tmp_path / "there" if name == "there" else tmp_path]
+    assert not (tmp_path / "not").exists()

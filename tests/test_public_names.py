@@ -13,8 +13,8 @@ NAMES = {
     "softtrace": (
         "CheckpointError DataError DensityCurve DensityLoss DensityOptions DensityTerm Edge "
         "EdgeImportance Instrument InvalidInputError LayerEdges ModelDirectoryError NonFiniteError "
-        "OutputExistsError SofttraceError Trace TrainerSetupError UnsupportedModelError attach "
-        "density_curve edge_importance extract_trace"
+        "OutputExistsError OutputNotWritableError SofttraceError Trace TrainerSetupError "
+        "UnsupportedModelError attach density_curve edge_importance extract_trace"
     ),
     "softtrace.lightning": "STATE_KEY AtomicCheckpointIO DensityMonitor DensityPenalty",
     "softtrace.hf": "DensityMixin DensityState with_density",

@@ -36,6 +36,10 @@ class OutputExistsError(SofttraceError, FileExistsError):
     """An output folder already holds files that the run would overwrite."""
 
 
+class OutputNotWritableError(SofttraceError, PermissionError):
+    """An output folder, or the one that it would be made in, may not be written to."""
+
+
 class TrainerSetupError(SofttraceError, RuntimeError):
     """The callback was put into a Trainer or LightningModule it cannot work with."""
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from softtrace.errors import OutputExistsError
+from softtrace.errors import OutputExistsError, OutputNotWritableError
 
 _NUMBER = r"(?:-?[0-9][0-9.eE+-]*|null)"
 # Inside a string of JSON there is no line break, so this finds lists alone.
@@ -79,6 +79,12 @@ def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE
             f"{folder}: found {held} {'entry' if held == 1 else 'entries'}, expected a new or "
             f"empty folder; choose another one, or pass {otherwise}"
         )
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputNotWritableError(
+            f"{folder}: found that {nearest} may not be written to; choose another folder, or "
+            "change its permissions"
+        )
     return folder
 
 
@@ -92,6 +98,7 @@ def prepare_output(folder: Path | str, overwrite: bool) -> Path:
 
     Raises:
         OutputExistsError: ``folder`` is a file, or holds files and ``overwrite`` is False.
+        OutputNotWritableError: nothing may be written to it, or where it would be made.
     """
     folder = check_output(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
