@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MaxTimeCriteria, StoppingCriteria
 
 from softtrace import UnsupportedModelError
 from softtrace.decoding import (
@@ -23,6 +24,7 @@ from softtrace.decoding import (
 )
 from softtrace.decoding.exit_checks import EXIT_FIELD, exit_layer_of
 from softtrace.errors import InvalidInputError
+from tests.support.corpus import byte_tokenizer
 from tests.support.tiny import tiny_model, tiny_prompt
 
 EXITING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -296,3 +298,49 @@ def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
     both = check_cache(of_one, (2,))
     assert both.resumable == {1, 2} == check_cache(proven_exit).resumable
     assert speculate(model, ids, exit_layer=2, proven_exit=both).checks
+
+
+class _StopAt(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_nothing_is_written_past_a_stop() -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():  # upper layers that change little: drafts are accepted
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight *= 0.01
+            layer.mlp.down_proj.weight *= 0.01
+    ids, past = tiny_prompt(6), 0
+    for length in range(8, 16):
+        options = {
+            "max_new_tokens": NEW,
+            "stopping_criteria": [_StopAt(length), MaxTimeCriteria(600)],
+        }
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+        own = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, assistant_early_exit=2,
+            **options,
+        )  # fmt: skip
+        past += own.shape[1] > length
+        assert generate(model, ids, 2, **options).tolist() == plain.tolist()
+        assert plain.shape[1] == length
+    assert past  # transformers' own loop does
+
+
+def test_a_stop_string_ends_a_text_where_plain_decoding_ends_it() -> None:
+    model, tokenizer, ids = tiny_model("llama"), byte_tokenizer(), tiny_prompt(6)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": NEW, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    whole = model.generate(ids, **options)
+    stop = tokenizer.decode(whole[0, 12:14])
+    options |= {"stop_strings": [stop], "tokenizer": tokenizer}
+    plain = model.generate(ids, **options)
+    assert plain.shape[1] < whole.shape[1]
+    assert generate(model, ids, 2, **options).tolist() == plain.tolist()
+    with pytest.raises(InvalidInputError, match="no tokenizer"):
+        generate(model, ids, 2, stop_strings=[stop])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import (
@@ -81,7 +81,9 @@ def generate(
         exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
         proven_exit: what :func:`softtrace.decoding.check_early_exit` returned for the model; None
             proves it anew for every text.
-        options: of ``model.generate``.
+        options: of ``model.generate``. What ends a text (``stopping_criteria``, ``stop_strings``)
+            is asked again of every token: transformers' assisted loop asks once a draft, and writes
+            past the end.
 
     Returns:
         ``[1, T + N]``, prompt and new tokens.
@@ -96,9 +98,22 @@ def generate(
     limit = options.get("max_length", input_ids.shape[1] + _USUAL) - input_ids.shape[1]
     refuse_moving_rotations(model, input_ids.shape[1], options.get("max_new_tokens") or limit)
     options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
+    criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or ())
+    strings, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
+    if strings:  # the drafting loop would look for a tokenizer of its own
+        if tokenizer is None:
+            raise InvalidInputError("stop_strings: found no tokenizer beside them; pass tokenizer")
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     # transformers leaves the model cut off where its draft is interrupted.
     with first_layers(model, counter(model).num_hidden_layers):
-        found: Tensor = model.generate(input_ids, assistant_early_exit=depth, **options)
+        found: Tensor = model.generate(
+            input_ids, assistant_early_exit=depth, stopping_criteria=criteria, **options
+        )
+    # Time that is up now was not up then.
+    asked = [each for each in criteria if not isinstance(each, MaxTimeCriteria)]
+    for end in range(input_ids.shape[1] + 1, found.shape[1]):
+        if any(bool(each(found[:, :end], None)) for each in asked):
+            return found[:, :end]
     return found
 
 
