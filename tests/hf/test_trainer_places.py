@@ -131,6 +131,10 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     assert "checkpoint-8 was cut short" in caplog.text
     assert torch.equal(weights(again.model), weights(whole.model))
     for path in tmp_path.glob("checkpoint-*"):
-        shutil.rmtree(path)
+        (path / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match="found no whole checkpoint"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    for path in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="No valid checkpoint"):  # the Trainer's own words
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
