@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from softtrace.metrics import (
     TraceComposition,
     readings,
 )
-from softtrace.metrics.functional import entropy_bounds
+from softtrace.metrics.functional import density_uncertainty_correlation, entropy_bounds
 from tests.support.numbers import flat
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -296,3 +297,32 @@ def test_processes_with_unequal_shares_compute_what_one_does(tmp_path: Path, wor
     wanted = of(BATCHES)
     for found in over_processes(tmp_path, world):
         assert (found - wanted).abs().max() < 1e-12
+
+
+def literal_correlation(one: list[int], other: list[int]) -> float:
+    """Spearman's, token by token: a rank is the mean of the places of all equal values."""
+
+    def ranks(values: list[int]) -> list[float]:
+        ordered = sorted(values)
+        return [ordered.index(v) + (ordered.count(v) + 1) / 2 for v in values]
+
+    x, y = ranks(one), ranks(other)
+    middle = (len(x) + 1) / 2
+    both = sum((a - middle) * (b - middle) for a, b in zip(x, y, strict=True))
+    size = sum((a - middle) ** 2 for a in x) * sum((b - middle) ** 2 for b in y)
+    return both / math.sqrt(size) if size else 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
+def test_rank_correlation_is_the_literal_one_in_float64(pairs: list[tuple[int, int]]) -> None:
+    one, other = map(list, zip(*pairs, strict=True))
+    values = torch.tensor(one, dtype=torch.float32)
+    found = density_uncertainty_correlation(torch.tensor(other), values, values)["area"]
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(literal_correlation(one, other), abs=1e-12)
+
+
+def test_two_equal_rankings_correlate_by_one_exactly() -> None:
+    values = torch.tensor([0.3, 0.1])
+    found = density_uncertainty_correlation(values, values, -values)
+    assert (float(found["area"]), float(found["size"])) == (1.0, -1.0)

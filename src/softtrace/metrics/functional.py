@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from softtrace.checks import check_range
 
@@ -126,14 +125,30 @@ def density_uncertainty_correlation(
         entropy, area, size: ``[n]``, as in :func:`computation_density`.
 
     Returns:
-        ``area`` and ``size``: float64 scalars; NaN for fewer than two tokens.
+        ``area`` and ``size``: float64 scalars in [-1, 1]; 0 where all values of one of them are
+        equal, NaN for fewer than two tokens.
     """
     if len(entropy) < 2:
         return dict.fromkeys(("area", "size"), _unknown(entropy))
     return {
-        name: spearman_corrcoef(values.double(), entropy.double())
+        name: _rank_correlation(values, entropy)
         for name, values in (("area", area), ("size", size))
     }
+
+
+def _rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman's, in float64: torchmetrics' ranks are float32, and stop being exact at 2^24."""
+    first, second = (ranks - ranks.mean() for ranks in (_ranks(one), _ranks(other)))
+    size = (first.square().sum() * second.square().sum()).sqrt()
+    found = (first * second).sum() / size
+    return torch.where(size > 0, found, 0.0).clamp(-1, 1)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """``[n]`` float64 ranks from 1 on; those of equal values are the mean of their places."""
+    _, which, count = torch.unique(values.double(), return_inverse=True, return_counts=True)
+    places: Tensor = count.cumsum(0).double() - (count - 1) / 2
+    return places[which]
 
 
 def _unknown(like: Tensor) -> Tensor:
