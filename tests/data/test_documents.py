@@ -177,6 +177,13 @@ def test_files_of_data_without_texts_are_refused(
         read_documents(tmp_path / name)
 
 
+def test_json_without_texts_in_a_folder_is_not_skipped(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.json", '[{"text": "x"}]')
+    write_lines(tmp_path / "b.json", '[{"instruction": "y"}]')
+    with pytest.raises(DataError, match=r"b\.json, object 1: 'text' is missing"):
+        read_documents(tmp_path, suffixes=(".json",))
+
+
 def test_malformed_jsonl_in_a_folder_is_not_skipped(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", '{"text": "x"}', "oops")
     with pytest.raises(DataError, match="line 2"):

@@ -51,8 +51,8 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
         path: where it lies.
 
     Raises:
-        DataError: not a regular file, binary, packed, not UTF-8 or too large; a malformed JSON
-            file; later, a malformed JSONL line.
+        DataError: not a regular file, binary, packed, not UTF-8 or too large; later, malformed
+            JSON.
     """
     suffix = Path(name).suffix.lower()
     if suffix in _PACKED:
@@ -61,7 +61,9 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
             "to a .jsonl file first."
         )
     if suffix in _LINES:
-        return _of_whole_lines(name, path)
+        for _ in _pieces(path):  # found to be text before the first document is handed out
+            pass
+        return _of_lines(name, path)
     _check_size(path)
     text = "".join(_pieces(path, by_line=False))
     if not text.strip():
@@ -69,31 +71,25 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
     return _of_json(name, path, text) if suffix == ".json" else [(name, text)]
 
 
-def _of_whole_lines(name: str, path: Path) -> Iterable[tuple[str, str]]:
-    for _ in _pieces(path):  # found to be text before the first document is handed out
-        pass
-    return _of_lines(name, path)
-
-
-def _of_json(name: str, path: Path, text: str) -> Iterable[tuple[str, str]]:
+def _of_json(name: str, path: Path, text: str) -> Iterator[tuple[str, str]]:
     """Of a list of objects, of one object, or of lines that were named .json."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("{"):
-            return _of_whole_lines(name, path)
-        raise DataError(f"{path} is not JSON ({error}). {_FIX_JSON}") from error
-    if not isinstance(value, list):
-        return _kept([(name, _text_of(value, f"{path}", _FIX_JSON))])
-    rows = enumerate(value, start=1)
-    return _kept([
-        (f"{name}:{number}", _text_of(row, f"{path}, object {number}", _FIX_JSON))
-        for number, row in rows
-    ])  # fmt: skip
-
-
-def _kept(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, text) for name, text in documents if text.strip()]
+        if not text.lstrip().startswith("{"):
+            raise DataError(f"{path} is not JSON ({error}). {_FIX_JSON}") from error
+        yield from _of_lines(name, path)
+        return
+    rows = [(name, f"{path}", value)]
+    if isinstance(value, list):
+        rows = [
+            (f"{name}:{number}", f"{path}, object {number}", row)
+            for number, row in enumerate(value, start=1)
+        ]
+    for label, where, row in rows:
+        content = _text_of(row, where, _FIX_JSON)
+        if content.strip():
+            yield label, content
 
 
 def _check_size(path: Path) -> None:
@@ -154,8 +150,10 @@ def _decoded(content: bytes, path: Path, offset: int) -> str:
 
 
 _FIX_LINES = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
-_FIX_JSON = """Give a list of JSON objects with a string 'text', such as [{"text": "..."}]; to train
-on JSON itself, name the file .txt.""".replace("\n", " ")
+_FIX_JSON = (
+    """Give a list of JSON objects with a string 'text', such as [{"text": "..."}]; to train on """
+    "JSON itself, name the file .txt."
+)
 
 
 def _jsonl_text(line: str, where: str) -> str:

@@ -23,7 +23,7 @@ class TextSource:
     of them.
 
     Attributes:
-        data: Text file, .jsonl file or folder that is read.
+        data: Text file, .jsonl or .json file, or folder that is read.
         held_out_share: Only the files that a split with this share and salt holds out are read; at
             0 all of them are.
         salt: Salt of the split. It has to be that of the training run.

@@ -91,8 +91,8 @@ def generate(
     Raises:
         UnsupportedModelError: no exits, or a text over which rotary frequencies change; see
             :mod:`softtrace.decoding.exit_checks`.
-        InvalidInputError: an exit layer that is none, several sequences, or a ``proven_exit`` of
-            another model.
+        InvalidInputError: an exit layer that is none, several sequences, a ``proven_exit`` of
+            another model, or ``stop_strings`` without a ``tokenizer``.
     """
     _, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
     limit = options.get("max_length", input_ids.shape[1] + _USUAL) - input_ids.shape[1]

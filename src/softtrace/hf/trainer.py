@@ -44,7 +44,8 @@ class DensityMixin:
     Raises:
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the first step: no or several causal language models, several GPUs in
-            one process (``DataParallel``), sharding, a checkpoint of another seed.
+            one process (``DataParallel``), sharding, a checkpoint of another seed, a
+            ``compute_loss`` of a subclass that leaves the term out or drops it.
         UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
     """
 

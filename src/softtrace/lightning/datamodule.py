@@ -54,7 +54,8 @@ class PackedDataModule(LightningDataModule):
     Every process tokenizes the text for itself, in ``setup``.
 
     Args:
-        path: Text file, ``.jsonl`` file or folder; see :func:`softtrace.data.read_documents`.
+        path: Text file, ``.jsonl`` or ``.json`` file, or folder; see
+            :func:`softtrace.data.read_documents`.
         tokenizer: Directory or name on the hub. May be left out here when something sets the
             attribute before ``setup``, as the command line does from the model.
         block_size: Tokens in a block, at least 2.

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from softtrace.checks import check_least
+from softtrace.checks import check_counts, check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.support import check_strategy
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
@@ -83,9 +83,7 @@ class DensityMonitor(Callback):
         min_context: int | None = None,
         allow_untested: bool = False,
     ) -> None:
-        check_least("every", every, 1)
-        check_least("max_rows", max_rows, 1)
-        check_least("batch_size", batch_size, 1)
+        check_counts(1, every=every, max_rows=max_rows, batch_size=batch_size)
         check_least("min_context", min_context, 0, optional=True)
         if blocks is not None and (
             blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
