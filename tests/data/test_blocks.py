@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace.data import blocks as blocks_module
-from softtrace.data import pack, read_documents, split_by_file, text_files
+from softtrace.data import encoding, pack, read_documents, split_by_file, text_files
 from softtrace.data.blocks import evenly, stream_evenly
 from softtrace.data.documents import Document, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
@@ -35,7 +34,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
     lines = [{"text": f"line {number} " * 20} for number in range(300)]
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    monkeypatch.setattr(blocks_module, "_CHARACTERS_PER_CALL", 1000)
+    monkeypatch.setattr(encoding, "_CHARACTERS_PER_CALL", 1000)
     read, most = 0, 0
 
     def counted() -> Iterator[Document]:
@@ -45,7 +44,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
             yield document
 
     tokens = 0
-    for piece in blocks_module.stream_tokens(counted(), TOKENIZER):
+    for piece in encoding.stream_tokens(counted(), TOKENIZER):
         tokens += len(piece)
         most = max(most, read - tokens)
     assert tokens > 50_000
@@ -53,7 +52,7 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
 
 
 def test_a_text_without_one_block() -> None:
-    with pytest.raises(DataError, match="1 documents give 5 tokens, less than one block of 8"):
+    with pytest.raises(DataError, match="the text gives 5 tokens, less than one block of 8"):
         stream_evenly([Document("a", "12345")], TOKENIZER, 8, 4)
     with pytest.raises(DataError, match="there are no documents to encode"):
         stream_evenly([], TOKENIZER, 8, 4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.data.blocks import encode
 from softtrace.data.documents import Document, held_out
+from softtrace.data.encoding import encode
 from softtrace.errors import DataError, InvalidInputError
 from tests.support.corpus import byte_tokenizer, write_tree
 
@@ -291,7 +291,7 @@ def test_packing_gives_back_the_texts_with_ends_between() -> None:
 def test_encoding_in_portions_equals_encoding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     whole = encode(documents(30), tokenizer)
-    monkeypatch.setattr("softtrace.data.blocks._CHARACTERS_PER_CALL", 25)
+    monkeypatch.setattr("softtrace.data.encoding._CHARACTERS_PER_CALL", 25)
     assert torch.equal(encode(documents(30), tokenizer), whole)
 
 
@@ -305,7 +305,7 @@ def test_spelled_out_special_tokens_are_plain_text() -> None:
 
 
 def test_text_short_of_a_block_is_refused() -> None:
-    with pytest.raises(DataError, match="give 6 tokens, less than one block of 8"):
+    with pytest.raises(DataError, match="gives 6 tokens, less than one block of 8"):
         pack([Document("a", "abcdef")], byte_tokenizer(), 8)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
-from softtrace.data.documents import Document, read_documents, split_by_file
+from softtrace.data.documents import Document, split_by_file
 from softtrace.data.text_source import TextSource
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -61,7 +61,7 @@ class StudySource(TextSource):
         Raises:
             DataError: text that cannot be read, or nothing on one of the sides.
         """
-        documents = read_documents(self.data, self.suffixes, self.exclude)
+        documents = list(self.stream_all())
         sides = split_by_file(documents, self.held_out_share, self.salt)
         for side, what in zip(sides, ("the training", "the held-out"), strict=True):
             if not side:

@@ -1,6 +1,6 @@
 """From text to blocks of tokens."""
 
-from softtrace.data.blocks import encode, even_places, evenly, full_blocks, pack, stream_tokens
+from softtrace.data.blocks import even_places, evenly, pack
 from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -11,6 +11,7 @@ from softtrace.data.documents import (
     stream_documents,
     stream_held_out,
 )
+from softtrace.data.encoding import beginning, encode, stream_tokens
 from softtrace.data.text_source import TextSource
 
 __all__ = [
@@ -18,10 +19,10 @@ __all__ = [
     "DEFAULT_SUFFIXES",
     "Document",
     "TextSource",
+    "beginning",
     "encode",
     "even_places",
     "evenly",
-    "full_blocks",
     "held_out",
     "pack",
     "read_documents",

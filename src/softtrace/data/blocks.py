@@ -4,6 +4,9 @@ A text of any size is tokenized once and kept on disk, few of its blocks in memo
 chosen evenly depends on how many there are, which is known at the end of the text only. Blocks of
 one length matter here more than elsewhere: the share of edges that a trace needs depends on the
 length of the sequence, so densities are only comparable between sequences of equal length.
+
+A block begins as the tokenizer begins a text: a model that was trained with ``<bos>`` in front of
+every text predicts badly without one. That token takes the first place of the block.
 """
 
 from __future__ import annotations
@@ -17,16 +20,13 @@ from torch import Tensor
 
 from softtrace.checks import check_least
 from softtrace.data.documents import Document
-from softtrace.errors import DataError
+from softtrace.data.encoding import beginning, stream_tokens
+from softtrace.errors import DataError, InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTES = 4  # of a token in the file: no vocabulary reaches 2^31
-
-# Characters handed to the tokenizer at once: enough for its threads, and little enough that the
-# Python lists of ids (some 36 bytes a token) stay small next to the resulting tensor.
-_CHARACTERS_PER_CALL = 4_000_000
 
 
 def stream_evenly(
@@ -48,7 +48,7 @@ def stream_evenly(
         DataError, InvalidInputError: see :func:`softtrace.data.pack`.
         OSError: no space for the temporary file (TMPDIR names another place).
     """
-    check_block_size(block_size)
+    check_block_size(block_size, tokenizer)
     seen = 0
 
     def counted() -> Iterator[Document]:
@@ -59,11 +59,11 @@ def stream_evenly(
 
     with tempfile.TemporaryFile() as opened:
         file = cast("BinaryIO", opened)
-        tokens = 0
-        for piece in stream_tokens(counted(), tokenizer):
-            file.write(piece.to(torch.int32).numpy().tobytes())
-            tokens += len(piece)
-        places = even_places(full_blocks(seen, tokens, block_size), count)
+        total = 0
+        for block in _blocks(counted(), tokenizer, block_size):
+            file.write(block.to(torch.int32).numpy().tobytes())
+            total += 1
+        places = even_places(total, count)
         blocks = torch.empty(len(places), block_size, dtype=torch.int64)
         for row, place in zip(blocks, places.tolist(), strict=True):
             file.seek(place * block_size * _BYTES)
@@ -72,107 +72,65 @@ def stream_evenly(
     return blocks, seen
 
 
-def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids of all documents in a row, the end-of-sequence token between each two.
-
-    Special tokens spelled out in a text are encoded as the plain characters they are there, so that
-    only real borders look like borders.
-
-    Returns:
-        ``[tokens]`` int64 on the CPU.
-
-    Raises:
-        DataError: no documents, or the tokenizer has no end-of-sequence token.
-    """
-    return torch.cat(list(stream_tokens(documents, tokenizer)))
-
-
-def stream_tokens(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Tensor]:
-    """:func:`encode` in pieces: memory holds some four million characters, or one document.
-
-    Yields:
-        ``[tokens]`` int64 on the CPU.
-    """
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise DataError(
-            "the tokenizer has no end-of-sequence token to put between documents. Set one, such as "
-            "tokenizer.eos_token = '<|endoftext|>', and save the tokenizer."
-        )
-    separator = None
-    for texts in _portions(document.text for document in documents):
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # or it warns of every document that is longer than the model's context
-        )
-        for ids in encoded["input_ids"]:
-            if separator is not None:
-                yield separator
-            separator = torch.tensor([end])
-            yield torch.tensor(ids, dtype=torch.int64)
-    if separator is None:
-        raise DataError("there are no documents to encode. Check the path and the held-out share.")
-
-
-def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
-    portion: list[str] = []
-    size = 0
-    for text in texts:
-        portion.append(text)
-        size += len(text)
-        if size >= _CHARACTERS_PER_CALL:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
-
-
 def pack(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> Tensor:
     """Encode the documents and cut the row of tokens into full blocks, dropping the remainder.
 
+    Each block begins with the tokens that the tokenizer puts in front of a text (:func:`beginning`,
+    counted in ``block_size``), but where the row itself has them there.
+
     Args:
         documents: at least one.
         tokenizer: with an end-of-sequence token.
-        block_size: tokens in a block, at least 2 (the first has nothing to be predicted from).
+        block_size: tokens in a block, at least 2 (the first has nothing to be predicted from), and
+            one more than the tokenizer puts in front.
 
     Returns:
         ``[N, block_size]`` int64, N >= 1.
 
     Raises:
         DataError: not one full block, or what :func:`encode` refuses.
-        InvalidInputError: the block size is below 2.
+        InvalidInputError: the block size is too small.
     """
-    check_block_size(block_size)
-    tokens = encode(documents, tokenizer)
-    blocks = full_blocks(len(documents), len(tokens), block_size)
-    return tokens[: blocks * block_size].view(blocks, block_size)
+    check_block_size(block_size, tokenizer)
+    return torch.stack(list(_blocks(documents, tokenizer, block_size)))
 
 
-def check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise :class:`softtrace.InvalidInputError` where a block has nothing to be predicted."""
     check_least("block_size", block_size, 2)
-
-
-def full_blocks(documents: int, tokens: int, block_size: int) -> int:
-    """How many full blocks a row of tokens gives.
-
-    Raises:
-        DataError: not one.
-    """
-    if tokens < block_size:
-        raise DataError(
-            f"{documents} documents give {tokens} tokens, less than one block of "
-            f"{block_size}. Give more text, or a block_size of at most {tokens}."
+    added = len(beginning(tokenizer))
+    if block_size <= added:
+        raise InvalidInputError(
+            f"block_size: found {block_size}, allowed are integers from {added + 1}: the tokenizer "
+            f"puts {added} tokens in front of every text"
         )
-    return tokens // block_size
+
+
+def _blocks(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Iterator[Tensor]:
+    """The full blocks one by one, ``[block_size]`` int64; at least one, or a DataError."""
+    first = beginning(tokenizer)
+    row = torch.empty(0, dtype=torch.int64)
+    tokens = count = 0
+    for piece in stream_tokens(documents, tokenizer):
+        row = torch.cat((row, piece))
+        tokens += len(piece)
+        while len(row) >= block_size - len(first):
+            added = first[:0] if torch.equal(row[: len(first)], first) else first
+            taken = block_size - len(added)
+            if len(row) < taken:
+                break
+            yield torch.cat((added, row[:taken]))
+            row = row[taken:]
+            count += 1
+    if not count:
+        raise DataError(
+            f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text, "
+            f"or a block_size of at most {tokens + len(first)}."
+        )
 
 
 def evenly(blocks: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from softtrace.checks import check_range
 from softtrace.data.text_files import ALLOWED, texts_of, walk
@@ -23,17 +23,31 @@ DEFAULT_SUFFIXES = (".py",)
 DEFAULT_EXCLUDE = ("site-packages", "dist-packages")
 
 
+SpecialTokens = Literal["auto", "characters", "tokens"]
+"""How special tokens that are spelled out in a text are read, see :class:`Document`."""
+
+
 class Document(NamedTuple):
-    """One text, and the name that decides its side of the split: relative path or ``file:line``."""
+    """One text, and how it is read.
+
+    Attributes:
+        name: relative path or ``file:line``, which decides the side of a split.
+        text: what is tokenized.
+        special_tokens: what ``<|im_start|>`` and the like in the text are: ``"tokens"``, as in what
+            a chat template rendered; ``"characters"``, as in a text that speaks of them; or
+            ``"auto"``, tokens where the text begins or ends with one, and characters elsewhere.
+    """
 
     name: str
     text: str
+    special_tokens: SpecialTokens = "auto"
 
 
 def read_documents(
     path: str | os.PathLike[str],
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    special_tokens: SpecialTokens = "auto",
 ) -> list[Document]:
     """Read the documents of a text file, a ``.jsonl`` file or a folder.
 
@@ -48,6 +62,8 @@ def read_documents(
         suffixes: for a folder, the file suffixes to read, such as ``(".py", ".md", ".txt")``.
         exclude: for a folder, globs that drop a file or folder when they match its bare name or its
             path relative to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).
+        special_tokens: how special tokens that are spelled out in a text are read, see
+            :class:`Document`.
 
     Returns:
         Documents sorted by relative POSIX path, then by line. Names are relative to ``path`` and so
@@ -57,13 +73,14 @@ def read_documents(
         DataError: nothing there, nothing readable, binary, not UTF-8, or a malformed JSONL line.
         InvalidInputError: suffixes or globs of the wrong form.
     """
-    return list(stream_documents(path, suffixes, exclude))
+    return list(stream_documents(path, suffixes, exclude, special_tokens))
 
 
 def stream_documents(
     path: str | os.PathLike[str],
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    special_tokens: SpecialTokens = "auto",
 ) -> Iterator[Document]:
     """:func:`read_documents` one at a time: memory holds one file, or one line of a JSONL file.
 
@@ -71,16 +88,20 @@ def stream_documents(
     text.
     """
     _check_patterns(suffixes, exclude)
+    if special_tokens not in get_args(SpecialTokens):
+        raise InvalidInputError(
+            f"special_tokens: found {special_tokens!r}, allowed are {get_args(SpecialTokens)}"
+        )
     root = Path(path)
     if root.is_dir():
-        yield from _read_tree(root, suffixes, exclude)
+        yield from _read_tree(root, suffixes, exclude, special_tokens)
         return
     if not root.exists():
         raise DataError(f"no such file or folder: {root}. Give the path of {ALLOWED}.")
     found = False
     for document in texts_of(root.name, root):
         found = True
-        yield Document(*document)
+        yield Document(*document, special_tokens)
     if not found:
         raise DataError(f"{root} holds no text. Give the path of {ALLOWED} that is not empty.")
 
@@ -98,7 +119,9 @@ def _check_patterns(suffixes: Sequence[str], exclude: Sequence[str]) -> None:
         )
 
 
-def _read_tree(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[Document]:
+def _read_tree(
+    root: Path, suffixes: Sequence[str], exclude: Sequence[str], special_tokens: SpecialTokens
+) -> Iterator[Document]:
     found = False
     skipped: list[str] = []
     names = sorted(walk(root, suffixes, exclude))
@@ -110,7 +133,7 @@ def _read_tree(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> I
             continue
         for document in documents:
             found = True
-            yield Document(*document)
+            yield Document(*document, special_tokens)
     if skipped:
         logger.warning(
             "skipped %d of %d files under %s that are not readable UTF-8 text; the first: %s",
@@ -190,7 +213,7 @@ def stream_held_out(
 
 
 def _split_tail(document: Document, share: float) -> tuple[list[Document], list[Document]]:
-    name, text = document
+    name, text = document.name, document.text
     wanted = round(len(text) * (1 - share))
     # A paragraph's end may move the cut by half of the tail at most; a line's end by any distance.
     for boundary, reach in (("\n\n", (len(text) - wanted) // 2), ("\n", len(text))):
@@ -203,8 +226,11 @@ def _split_tail(document: Document, share: float) -> tuple[list[Document], list[
         ]
         if cuts:
             cut = min(cuts, key=lambda cut: abs(cut - wanted))
-            head = Document(f"{name} (head)", text[:cut])
-            return [head], [Document(f"{name} (tail)", text[cut:])]
+            head, tail = (
+                document._replace(name=f"{name} ({side})", text=part)
+                for side, part in (("head", text[:cut]), ("tail", text[cut:]))
+            )
+            return [head], [tail]
     raise DataError(
         f"{name} is a single document of a single line, so no part of it can be held out. "
         "Give more documents (a folder or a JSONL file), text with line breaks, or "

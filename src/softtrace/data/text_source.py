@@ -9,6 +9,7 @@ from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
+    SpecialTokens,
     stream_documents,
     stream_held_out,
 )
@@ -29,6 +30,9 @@ class TextSource:
         salt: Salt of the split. It has to be that of the training run.
         suffixes: Suffixes of the files of a folder that are read.
         exclude: Globs of files or folders that are left out.
+        special_tokens: How special tokens that are spelled out in a text are read: as tokens, as
+            what a chat template rendered is to be read, or as plain characters. With auto they
+            are tokens in a text that begins or ends with one, and characters in any other.
     """
 
     data: str
@@ -36,11 +40,16 @@ class TextSource:
     salt: str = ""
     suffixes: tuple[str, ...] = DEFAULT_SUFFIXES
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    special_tokens: SpecialTokens = "auto"
 
     @property
     def split(self) -> str:
         """Which side of the split is read, as result files say it."""
         return f"held out, share {self.held_out_share:g}" if self.held_out_share else "all"
+
+    def stream_all(self) -> Iterator[Document]:
+        """The documents of both sides of the split, one at a time."""
+        return stream_documents(self.data, self.suffixes, self.exclude, self.special_tokens)
 
     def stream(self) -> Iterator[Document]:
         """The documents that the split holds out, or all at a share of 0, one at a time.
@@ -48,7 +57,7 @@ class TextSource:
         Raises:
             DataError: text that cannot be read, or none is held out.
         """
-        documents = stream_documents(self.data, self.suffixes, self.exclude)
+        documents = self.stream_all()
         if not self.held_out_share:
             yield from documents
             return

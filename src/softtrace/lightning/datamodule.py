@@ -17,6 +17,7 @@ from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
     Document,
+    SpecialTokens,
     check_share,
     read_documents,
     split_by_file,
@@ -67,6 +68,9 @@ class PackedDataModule(LightningDataModule):
         seed: Seed of the order of training blocks.
         max_train_blocks: Use this many blocks, taken at even distances from all of them.
         max_held_out_blocks: The same for held-out blocks.
+        special_tokens: How special tokens that are spelled out in a text are read: as tokens, as
+            what a chat template rendered is to be read, or as plain characters. With auto they
+            are tokens in a text that begins or ends with one, and characters in any other.
 
     Raises:
         InvalidInputError: an option outside its range.
@@ -87,6 +91,7 @@ class PackedDataModule(LightningDataModule):
         seed: int = 0,
         max_train_blocks: int | None = None,
         max_held_out_blocks: int | None = None,
+        special_tokens: SpecialTokens = "auto",
     ) -> None:
         super().__init__()
         check_least("block_size", block_size, 2)
@@ -105,6 +110,7 @@ class PackedDataModule(LightningDataModule):
         self.seed = seed
         self.max_train_blocks = max_train_blocks
         self.max_held_out_blocks = max_held_out_blocks
+        self.special_tokens = special_tokens
         self.train_blocks: Tensor | None = None
         self.held_out_blocks: Tensor | None = None
 
@@ -116,7 +122,7 @@ class PackedDataModule(LightningDataModule):
         """Read, split, tokenize and pack; a second call finds it done."""
         if self.train_blocks is not None or (stage != "fit" and self.held_out_blocks is not None):
             return
-        documents = read_documents(self.path, self.suffixes, self.exclude)
+        documents = read_documents(self.path, self.suffixes, self.exclude, self.special_tokens)
         train, held_out = split_by_file(documents, self.held_out_share, self.salt)
         tokenizer = self._load_tokenizer()
         if self.block_size > tokenizer.model_max_length:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtrace.data import blocks
+from softtrace.data import encoding
 from softtrace.data.documents import Document
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams, mid_ranks
@@ -66,7 +66,7 @@ def test_counts_bytes_and_ends_of_documents(
         return encode(self, texts, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", counted)
-    monkeypatch.setattr(blocks, "_CHARACTERS_PER_CALL", characters)
+    monkeypatch.setattr(encoding, "_CHARACTERS_PER_CALL", characters)
     corpus = count_unigrams([Document("a", "aab"), Document("b", "a")], tokenizer, 260)
     number = tokenizer.convert_tokens_to_ids
     assert int(corpus.counts[number("a")]) == 3

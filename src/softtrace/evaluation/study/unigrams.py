@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from softtrace.checks import check_range
-from softtrace.data.blocks import stream_tokens
 from softtrace.data.documents import Document
+from softtrace.data.encoding import stream_tokens
 from softtrace.density.distortion import log_probabilities
 from softtrace.errors import DataError, InvalidInputError
 
