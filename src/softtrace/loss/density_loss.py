@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,21 +32,13 @@ from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
+from softtrace.loss.windows import Windows, first_token_of
 from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
 from softtrace.model.wrappers import unwrapped
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """What a step looks at: windows ``[n, window]`` of a batch, with what was drawn for each."""
-
-    batch: Batch
-    thresholds: Tensor
-    depths: Tensor
 
 
 class DensityLoss:
@@ -231,7 +223,7 @@ class DensityLoss:
     ) -> DensityTerm:
         """The term without exits."""
         device = batch.valid.device
-        windows = self._windows(batch, step, options, len(instrument.anatomy.layers))
+        windows = self._windows(instrument, batch, step, options)
         if windows is None:
             return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
@@ -261,8 +253,8 @@ class DensityLoss:
 
     @staticmethod
     def _windows(
-        batch: Batch, step: tuple[int, int], options: DensityOptions, layers: int
-    ) -> _Windows | None:
+        instrument: Instrument, batch: Batch, step: tuple[int, int], options: DensityOptions
+    ) -> Windows | None:
         """Draw what a step looks at; None where no token of it has a target."""
         length = batch.valid.shape[1]
         window = length if options.crop is None else min(options.crop, length)
@@ -274,12 +266,11 @@ class DensityLoss:
             share=options.window_share,
             window=window,
             thresholds=options.thresholds,
-            depths=options.depth_bounds(layers),
+            depths=options.depth_bounds(len(instrument.anatomy.layers)),
         )
         if chosen is None:
             return None
-        part = batch.part(lambda values: chosen.of(values, window))
-        return _Windows(part, chosen.thresholds, chosen.depths)
+        return Windows.of(batch, chosen, window, first_token_of(instrument.model))
 
     def _easy(self, full: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """``[n, window]`` weights of easy tokens, and bool: which tokens were ranked for them."""
