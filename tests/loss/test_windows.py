@@ -143,7 +143,7 @@ def test_nothing_is_put_in_front_where_no_text_begins_so() -> None:
     assert cut(batch, 2, [1], [2]).batch.input_ids.tolist() == [[BOS, 7, 8]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", ""])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_term_predicts_as_the_model_does_with_bos_in_front(
     monkeypatch: pytest.MonkeyPatch, family: str, packed: bool

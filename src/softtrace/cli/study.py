@@ -15,6 +15,7 @@ from tqdm import tqdm
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, split_by_file
+from softtrace.data.encoding import beginning
 from softtrace.data.text_source import TextSource
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -98,7 +99,8 @@ def study(
             explained.
         blocks: Number of sequences that are measured, evenly spaced over the held-out text.
         batch_size: Number of sequences that are measured at a time.
-        lengths: Lengths in tokens of the windows in which the same tokens are explained again.
+        lengths: Lengths in tokens of the windows in which the same tokens are explained again. The
+            token that the tokenizer puts in front of a text is one of them.
         targets: Number of tokens of each sequence that windows explain.
         resamples: Number of resamples of the bootstrap.
         smoothing: Number that is added to the count of every token of the vocabulary.
@@ -124,6 +126,8 @@ def study(
         check_model_directory(model)
     training, held_out = source.sides()
     tokenizer = load_tokenizer(models[0])
+    begun = beginning(tokenizer)
+    check_least("lengths", lengths[0], len(begun) + 1)
     chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
     if len(chosen) < 2:
         raise DataError(
@@ -156,6 +160,7 @@ def study(
                     lengths=lengths,
                     batch_size=batch_size,
                     progress=bar.update,
+                    beginning=begun,
                 )
             )
         del network  # the next one is loaded into the room that it had

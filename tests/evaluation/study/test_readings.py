@@ -37,6 +37,7 @@ def read(batch_size: int = 3, **options: Any) -> Readings:
         lengths=LENGTHS,
         batch_size=batch_size,
         progress=lambda count: None,
+        **options,
     )
 
 
@@ -49,11 +50,31 @@ def test_windows_of_all_lengths_end_at_the_same_tokens() -> None:
     blocks = torch.arange(60).reshape(3, 20)  # every token is one of its kind
     ends = window_ends(20, first=10, longest=8, count=4)
     assert ends.tolist() == [10, 13, 15, 18]
-    windows = {length: windows_of(blocks, ends, length) for length in (2, 5, 8)}
+    nothing = blocks.new_empty(0)
+    windows = {length: windows_of(blocks, ends, length, nothing) for length in (2, 5, 8)}
     for length, found in windows.items():
         assert found.shape == (3, 4, length)
         assert torch.equal(found[..., -1], blocks[:, ends])
         assert torch.equal(found, windows[8][..., 8 - length :])  # and what is seen is nested
+
+
+def test_windows_begin_as_a_text_begins() -> None:
+    blocks = torch.arange(60).reshape(3, 20)
+    ends = torch.tensor([7, 12])
+    found = windows_of(blocks, ends, 5, torch.tensor([98, 99]))
+    assert found[1].tolist() == [[98, 99, 25, 26, 27], [98, 99, 30, 31, 32]]
+    assert blocks.max() == 59  # the blocks themselves are left as they are
+
+
+def test_windows_are_read_with_their_beginning() -> None:
+    begun, other = (read(beginning=torch.tensor(each)) for each in ([5], [6]))
+    for length in LENGTHS:
+        rows = windows_of(BLOCKS, ENDS, length, torch.tensor([5])).flatten(0, 1)
+        curve = softtrace.density_curve(tiny_model("llama"), rows)
+        expected = curve.entropy[:, -1].reshape(3, 2)
+        torch.testing.assert_close(begun.windows[length].entropy, expected)
+        assert not torch.equal(other.windows[length].entropy, expected)
+    assert torch.equal(begun.whole.entropy, other.whole.entropy)
 
 
 def test_ends_have_a_window_before_and_a_target_after() -> None:

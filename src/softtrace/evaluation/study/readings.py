@@ -104,15 +104,19 @@ def window_ends(block_size: int, first: int, longest: int, count: int) -> Tensor
     return torch.tensor(sorted(set(places)))
 
 
-def windows_of(blocks: Tensor, ends: Tensor, length: int) -> Tensor:
+def windows_of(blocks: Tensor, ends: Tensor, length: int, beginning: Tensor) -> Tensor:
     """Windows of one length that end at given places, ``[N, P, length]``.
 
     Args:
         blocks: ``[N, T]`` ids.
         ends: ``[P]``, each at least ``length - 1``.
         length: of a window.
+        beginning: tokens that the tokenizer puts in front of a text, ``[length - 1]`` at most: a
+            window begins with them, in the place of its first ones, as the block does.
     """
-    return blocks.unfold(1, length, 1)[:, ends - length + 1]
+    windows = blocks.unfold(1, length, 1)[:, ends - length + 1].clone()
+    windows[..., : len(beginning)] = beginning
+    return windows
 
 
 @torch.no_grad()
@@ -126,6 +130,7 @@ def read_model(
     lengths: tuple[int, ...],
     batch_size: int,
     progress: Progress,
+    beginning: Tensor | None = None,
 ) -> Readings:
     """Measure one model on blocks of one length, without padding.
 
@@ -138,6 +143,7 @@ def read_model(
         lengths: of the windows.
         batch_size: sequences a forward.
         progress: called with the number of sequences and windows that were run.
+        beginning: of texts, see :func:`windows_of`; None for nothing.
     """
     instrument = attach(model)
     device = device_of_module(model)
@@ -157,8 +163,16 @@ def read_model(
             )
         )
         progress(len(batch))
+    begun = blocks.new_empty(0) if beginning is None else beginning
     windows = {
-        length: _windows(instrument, blocks, ends, length, batch_size, device, progress)
+        length: _windows(
+            instrument,
+            windows_of(blocks, ends, length, begun),
+            blocks[:, ends + 1],
+            batch_size,
+            device,
+            progress,
+        )
         for length in lengths
     }
     variation, composition, nucleus, unigram = map(torch.cat, zip(*sums, strict=True))
@@ -167,24 +181,29 @@ def read_model(
 
 def _windows(
     instrument: Instrument,
-    blocks: Tensor,
-    ends: Tensor,
-    length: int,
+    windows: Tensor,
+    targets: Tensor,
     batch_size: int,
     device: torch.device,
     progress: Progress,
 ) -> Computation:
-    """``[N, P]`` readings of the last token of every window."""
-    rows = windows_of(blocks, ends, length).flatten(0, 1)
-    targets = blocks[:, ends + 1].flatten()
+    """``[N, P]`` readings of the last token of every window.
+
+    Args:
+        instrument: of the model.
+        windows: ``[N, P, length]`` ids.
+        targets: ``[N, P]``, the token after each.
+        batch_size, device, progress: see :func:`read_model`.
+    """
+    length = windows.shape[-1]
     last = slice(length - 1, length)
     found = []
-    for batch, target in _together(rows, targets, batch_size):
+    for batch, target in _together(windows.flatten(0, 1), targets.flatten(), batch_size):
         curve, surprisal = _curve(instrument, batch.to(device), target=target.to(device))
         found.append(_computation(curve, surprisal, last))
         progress(len(batch))
     joined = vars(_joined(found))
-    return Computation(**{name: v.reshape(len(blocks), len(ends)) for name, v in joined.items()})
+    return Computation(**{name: v.reshape(targets.shape) for name, v in joined.items()})
 
 
 def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
