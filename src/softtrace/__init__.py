@@ -1,6 +1,7 @@
 """softtrace: fine-tune language models so that easy inputs need a sparse, early subgraph."""
 
-from softtrace.density.curve import DensityCurve, density_curve
+from softtrace.density.curve import DensityCurve
+from softtrace.density.sweep import density_curve
 from softtrace.errors import (
     CheckpointError,
     DataError,

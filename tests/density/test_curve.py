@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import softtrace
 from softtrace.density import curve as curve_module
-from softtrace.density.curve import SIZES, DensityCurve, default_thresholds, density_curve
+from softtrace.density.curve import SIZES, DensityCurve, default_thresholds
 from softtrace.density.distortion import NUCLEUS_SHARES, nucleus_recovered
+from softtrace.density.sweep import density_curve
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EDGE_KINDS, Edge
 from softtrace.graph.masks import hard_masks

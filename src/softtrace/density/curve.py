@@ -1,28 +1,15 @@
-"""Identity 3: one masked run serves every position, so a grid of runs gives every density curve.
-
-All edges of importance >= τ are kept everywhere; the output at position t then depends only on the
-kept edges that reach t, and those are t's own s-Trace at threshold τ. This is exact because masked
-runs use the attention probabilities of the full run (see :mod:`softtrace.tracing.masking`).
-"""
+"""Distortion over trace size, and what is read of it: the area, and the size at a bound of TV."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softtrace.checks import check_range
-from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
-from softtrace.errors import InvalidInputError
-from softtrace.graph.edges import EdgeImportance
-from softtrace.graph.importance import working_dtype
-from softtrace.graph.masks import hard_masks
-from softtrace.graph.sizes import edge_counts, total_edges
-from softtrace.tracing.attach import attach
-from softtrace.tracing.instrument import Instrument
-from softtrace.tracing.recording import Recording
+from softtrace.tracing.masking import AttentionKind
 
 SIZES: tuple[float, ...] = tuple(10 ** (-4 + 4 * step / 25) for step in range(26))
 """26 sizes, log-spaced from 1e-4 to 1: both of the :data:`PHASES`."""
@@ -34,10 +21,6 @@ SIZE_BOUND = 0.2
 """TV of the size that a token is said to need, its "size at TV 0.2"."""
 
 DEPTH_QUARTILES = 4
-
-_CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
-_PORTION = 1 << 26  # logits that fit beside a model on an accelerator
-
 
 _GRID = (
     *(0.448, 0.343, 0.161, 0.0987, 0.0723),
@@ -72,6 +55,8 @@ class DensityCurve:
             True) last; None unless asked for.
         readings: ``[K + 1, B, T, X]`` what a caller's function read of the masked predictions, of
             the full one last; None unless asked for.
+        attention: where the masked runs took their attention probabilities from.
+        exact: whether each position was run with its own trace alone.
     """
 
     thresholds: Tensor
@@ -82,6 +67,8 @@ class DensityCurve:
     composition: Tensor | None = None
     nucleus: Tensor | None = None
     readings: Tensor | None = None
+    attention: AttentionKind = "recorded"
+    exact: bool = True
 
     def at_sizes(
         self, sizes: Iterable[float] | Tensor = SIZES, values: Tensor | None = None
@@ -162,177 +149,7 @@ class DensityCurve:
         return torch.cat((variation, torch.zeros_like(variation[:1])))
 
 
-def density_curve(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    thresholds: Sequence[float] | Tensor | None = None,
-    *,
-    position_ids: Tensor | None = None,
-    composition: bool = False,
-    nucleus: bool = False,
-) -> DensityCurve:
-    """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
-
-    Args:
-        model: a causal language model; attached on the fly.
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
-        thresholds: importances in (0, 1); None for :func:`default_thresholds`.
-        position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
-            position's |E| is then that of its own document.
-        composition: also count edges by depth quartile and kind.
-        nucleus: also compare ordered top-p lists (sorts the vocabulary once a run: slow).
-
-    Raises:
-        UnsupportedModelError, InvalidInputError, NonFiniteError: see
-            :func:`softtrace.edge_importance`; thresholds outside (0, 1) or none at all.
-    """
-    instrument = attach(model)
-    grid = default_thresholds() if thresholds is None else _numbers(thresholds)
-    for tau in grid:
-        check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
-    with torch.no_grad():
-        recording = instrument.record(instrument.batch(input_ids, attention_mask, position_ids))
-        return curve_of(
-            instrument,
-            recording,
-            recording.importance,
-            grid,
-            composition=composition,
-            nucleus=nucleus,
-        )
-
-
-def _numbers(thresholds: Sequence[float] | Tensor) -> list[float]:
-    try:
-        return [float(tau) for tau in thresholds]
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"thresholds: found {thresholds!r}, expected a sequence or [K] tensor of numbers"
-        ) from error
-
-
-@torch.no_grad()
-def curve_of(
-    instrument: Instrument,
-    recording: Recording,
-    scores: EdgeImportance,
-    thresholds: Sequence[float],
-    *,
-    composition: bool = False,
-    nucleus: bool = False,
-    reader: Callable[[Tensor], Tensor] | None = None,
-    explained: Tensor | None = None,
-) -> DensityCurve:
-    """Sweep thresholds over any score of the edges; the importances give the s-Traces.
-
-    Args:
-        instrument: of the model.
-        recording: of a batch.
-        scores: what the search goes by (importances, or a baseline's scores).
-        thresholds: edges of score >= threshold are kept.
-        composition, nucleus: see :func:`density_curve`.
-        reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
-            of every masked prediction, so that logits of all thresholds need not be kept.
-        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
-            are wanted, which sort the vocabulary; they are 0 elsewhere. None for everywhere.
-    """
-    if not len(thresholds):
-        raise InvalidInputError("thresholds: found none, at least one is needed")
-    valid = scores.valid
-    grid = torch.tensor(sorted(thresholds, reverse=True), dtype=torch.float64, device=valid.device)
-    total = total_edges(scores)
-    full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
-    padding = ~valid
-    explained = torch.ones_like(valid) if explained is None else explained
-    sizes, variations, compositions, nuclei, readings = [], [], [], [], []
-    for tau in grid.tolist():
-        masks = hard_masks(scores, tau)
-        counts = edge_counts(masks)
-        read = instrument.masked_hidden(recording.batch, masks, recording.attention)
-        share = counts.double().sum((2, 3)) / total.clamp_min(1)
-        sizes.append(share.masked_fill(padding, torch.nan))
-        variation, recovered, others = _distortion(
-            instrument, read, full, recording.logits, explained, nucleus, reader
-        )
-        variations.append(variation.masked_fill(padding, torch.nan))
-        nuclei += recovered
-        readings += others
-        if composition:
-            compositions.append(_by_quartile(counts))
-    if composition:
-        compositions.append(_by_quartile(edge_counts(scores.existing())))
-    if nucleus:
-        nuclei.append(torch.ones_like(nuclei[-1]))
-    if reader is not None:
-        parts = torch.split(recording.logits[explained], _portion(full))
-        readings.append(_placed([reader(part) for part in parts], explained))
-    return DensityCurve(
-        thresholds=grid,
-        size=torch.stack(sizes),
-        total_variation=torch.stack(variations),
-        edges=total,
-        entropy=entropy(recording.logits).masked_fill(padding, torch.nan),
-        composition=torch.stack(compositions) if composition else None,
-        nucleus=torch.stack(nuclei) if nucleus else None,
-        readings=torch.stack(readings) if reader is not None else None,
-    )
-
-
-def _distortion(
-    instrument: Instrument,
-    read: Tensor,
-    full: Tensor,
-    logits: Tensor,
-    explained: Tensor,
-    nucleus: bool,
-    reader: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """TV ``[B, T]``, nucleus recovery ``[B, T, P]`` or nothing, what ``reader`` reads or nothing.
-
-    In portions of positions.
-
-    Args:
-        instrument: of the model.
-        read: ``[B, T, d_model]``, what the final norm gives in a masked run.
-        full, logits: ``[B, T, V]``, the full model's probabilities and logits.
-        nucleus: whether nucleus recovery is wanted.
-        explained, reader: see :func:`curve_of`.
-    """
-    shape, rows = full.shape[:-1], _portion(full)
-    variations, recovered, others = [], [], []
-    for part, p, own, chosen in zip(
-        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits, explained)),
-        strict=True,
-    ):
-        masked = instrument.anatomy.readout.logits(part)
-        variations.append(variation_from(p, masked))
-        if nucleus and bool(chosen.any()):
-            recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
-        if reader is not None and bool(chosen.any()):
-            others.append(reader(masked[chosen]))
-    variation = torch.cat(variations).reshape(shape)
-    nuclei, readings = (
-        [_placed(parts, explained)] if parts else [] for parts in (recovered, others)
-    )
-    return variation, nuclei, readings
-
-
-def _placed(parts: list[Tensor], explained: Tensor) -> Tensor:
-    """Rows of the explained positions ``[n, X]`` at their places, ``[B, T, X]``; 0 elsewhere."""
-    rows = torch.cat(parts)
-    placed = rows.new_zeros(*explained.shape, rows.shape[-1])
-    placed[explained] = rows
-    return placed
-
-
-def _portion(logits: Tensor) -> int:
-    """How many positions' logits are looked at together."""
-    return max(1, (_CACHED if logits.device.type == "cpu" else _PORTION) // logits.shape[-1])
-
-
-def _by_quartile(counts: Tensor) -> Tensor:
+def by_quartile(counts: Tensor) -> Tensor:
     """``[B, T, L, 4]`` to ``[B, T, Q, 4]``: layer l belongs to quartile ⌊4·l / L⌋."""
     layers = counts.shape[2]
     quartile = torch.arange(layers, device=counts.device) * DEPTH_QUARTILES // layers

@@ -13,10 +13,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from softtrace.density.baselines import Baseline, baseline_scores, baseline_thresholds
-from softtrace.density.curve import SIZES, DensityCurve, curve_of, default_thresholds
+from softtrace.density.curve import SIZES, DensityCurve, default_thresholds
 from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement
+from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import EDGE_KINDS

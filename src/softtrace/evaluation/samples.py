@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.data.blocks import evenly
-from softtrace.density.curve import SIZES, curve_of, default_thresholds
+from softtrace.density.curve import SIZES, default_thresholds
 from softtrace.density.distortion import variation_from
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement, exit_layers
+from softtrace.density.sweep import curve_of
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks

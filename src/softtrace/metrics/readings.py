@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.checks import check_least
-from softtrace.density.curve import DensityCurve, curve_of, default_thresholds
+from softtrace.density.curve import DensityCurve, default_thresholds
 from softtrace.density.exits import exit_agreement
+from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError
 from softtrace.tracing.attach import attach
 

@@ -1,9 +1,13 @@
 """Masked runs: every edge times its mask.
 
-A masked run can use the attention probabilities of the recording run or compute its own. Recorded
-ones make identity 3 exact: an edge is A·V·W_O with the full model's A, so masking elsewhere cannot
-reach a position through the softmax's denominator, to which the keys of all visible tokens
-contribute, also of tokens whose edges are all absent.
+Where a masked run takes its attention probabilities from is a choice with a name
+(:data:`AttentionKind`). Those ``"recorded"`` in the full run make identity 3 exact: an edge is
+A·V·W_O with the full model's A, so masking elsewhere cannot reach a position through the softmax's
+denominator, to which the keys of all visible tokens contribute, also of tokens whose edges are all
+absent. ``"recomputed"`` ones are those of the masked states, which a masked model really computes,
+and which the hooks of the authors of arXiv 2605.27033 give. With ``"kept"`` they are recomputed too
+and no attention edge is masked, as in the authors' released model files, whose mask never reaches
+the attention function.
 
 Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
 ``mask·residual + output``, so residual edges are masked without touching the model's forward. Where
@@ -16,18 +20,47 @@ place where it is read: at the input of the MLP's norm and at the layer's output
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
+from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.model.hooks import Hook, on_output
 from softtrace.tracing.run import DeepEnough, Run
 from softtrace.tracing.skipping import KeptRows, Unread, kept_rows
+
+AttentionKind = Literal["recorded", "recomputed", "kept"]
+"""Where a masked run takes its attention probabilities from (see the module's notes)."""
+
+
+def check_attention(attention: str) -> None:
+    """Raise :class:`InvalidInputError` for an unknown :data:`AttentionKind`."""
+    if attention not in get_args(AttentionKind):
+        raise InvalidInputError(
+            f"attention: found {attention!r}, allowed are {get_args(AttentionKind)}"
+        )
+
+
+def with_attention_kept(
+    masks: Sequence[LayerEdges], visible: Sequence[Tensor]
+) -> tuple[LayerEdges, ...]:
+    """The masks with every attention edge that exists left in, for ``"kept"``.
+
+    Args:
+        masks: per layer.
+        visible: ``[B, T, S]`` bool a layer, which attention edges exist.
+    """
+    return tuple(
+        replace(layer, attention=seen[:, None].expand_as(layer.attention))
+        for layer, seen in zip(masks, visible, strict=True)
+    )
 
 
 class MaskedRun(Run):

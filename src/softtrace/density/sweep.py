@@ -1,0 +1,258 @@
+"""Identity 3: one masked run serves every position, so a grid of runs gives every density curve.
+
+All edges of importance >= τ are kept everywhere; the output at position t then depends only on the
+kept edges that reach t, and those are t's own s-Trace at threshold τ. That is exact where masked
+runs use the attention probabilities of the full run. Where they compute their own, those depend on
+nodes outside of the trace too, and one run for all positions is an approximation; exact is a run of
+its own for every position and threshold (:mod:`softtrace.density.exact`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.checks import check_range
+from softtrace.density.curve import DensityCurve, by_quartile, default_thresholds
+from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
+from softtrace.density.exact import check_runs, exact_hidden
+from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_same_shape
+from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.importance import working_dtype
+from softtrace.graph.masks import hard_masks
+from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
+from softtrace.tracing.recording import Recording
+
+_CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
+_PORTION = 1 << 26  # logits that fit beside a model on an accelerator
+
+
+def density_curve(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    thresholds: Sequence[float] | Tensor | None = None,
+    *,
+    attention: AttentionKind = "recorded",
+    exact: bool = False,
+    positions: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    composition: bool = False,
+    nucleus: bool = False,
+) -> DensityCurve:
+    """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
+
+    Args:
+        model: a causal language model; attached on the fly.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
+        thresholds: importances in (0, 1); None for :func:`default_thresholds`.
+        attention: where masked runs take their attention probabilities from:
+            ``"recorded"`` in the full run, ``"recomputed"`` from the masked states, or ``"kept"``,
+            recomputed with no attention edge masked (:mod:`softtrace.tracing.masking`).
+        exact: run every position with its own trace alone, one sequence a position and threshold.
+            Recorded attention is exact in any case.
+        positions: ``[B, T]`` bool, which positions are measured; the others are NaN. None for all.
+        position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
+            position's |E| is then that of its own document.
+        composition: also count edges by depth quartile and kind.
+        nucleus: also compare ordered top-p lists (sorts the vocabulary once a run: slow).
+
+    Raises:
+        UnsupportedModelError, InvalidInputError, NonFiniteError: see
+            :func:`softtrace.edge_importance`; an unknown kind of attention; thresholds outside
+            (0, 1) or none at all; positions of another shape, or so many exact runs that they would
+            take hours.
+    """
+    check_attention(attention)
+    instrument = attach(model)
+    grid = default_thresholds() if thresholds is None else _numbers(thresholds)
+    for tau in grid:
+        check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
+    with torch.no_grad():
+        batch = instrument.batch(input_ids, attention_mask, position_ids)
+        if positions is not None:
+            check_same_shape("positions", positions, input_ids)
+            positions = positions.bool() & batch.valid
+            if not bool(positions.any()):
+                raise InvalidInputError("positions: found no real token among them")
+        recording = instrument.record(batch, keep_attention=attention == "recorded")
+        return curve_of(
+            instrument,
+            recording,
+            recording.importance,
+            grid,
+            attention=attention,
+            exact=exact,
+            positions=positions,
+            composition=composition,
+            nucleus=nucleus,
+        )
+
+
+def _numbers(thresholds: Iterable[float]) -> list[float]:
+    try:
+        return [float(tau) for tau in thresholds]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"thresholds: found {thresholds!r}, expected a sequence or [K] tensor of numbers"
+        ) from error
+
+
+@torch.no_grad()
+def curve_of(
+    instrument: Instrument,
+    recording: Recording,
+    scores: EdgeImportance,
+    thresholds: Sequence[float],
+    *,
+    attention: AttentionKind = "recorded",
+    exact: bool = False,
+    positions: Tensor | None = None,
+    composition: bool = False,
+    nucleus: bool = False,
+    reader: Callable[[Tensor], Tensor] | None = None,
+    explained: Tensor | None = None,
+) -> DensityCurve:
+    """Sweep thresholds over any score of the edges; the importances give the s-Traces.
+
+    Args:
+        instrument: of the model.
+        recording: of a batch, with its attention probabilities where they are used.
+        scores: what the search goes by (importances, or a baseline's scores).
+        thresholds: edges of score >= threshold are kept.
+        attention, exact, positions, composition, nucleus: see :func:`density_curve`.
+        reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
+            of every masked prediction, so that logits of all thresholds need not be kept.
+        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
+            are wanted, which sort the vocabulary; they are 0 elsewhere. None for all that is
+            measured.
+    """
+    if not len(thresholds):
+        raise InvalidInputError("thresholds: found none, at least one is needed")
+    measured = scores.valid if positions is None else positions
+    grid = torch.tensor(
+        sorted(thresholds, reverse=True), dtype=torch.float64, device=measured.device
+    )
+    total = total_edges(scores)
+    full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
+    others = ~measured
+    explained = measured if explained is None else explained & measured
+    exact = exact and attention != "recorded"
+    if exact:
+        check_runs(instrument, recording, measured, len(grid))
+    sizes, variations, compositions, nuclei, readings = [], [], [], [], []
+    for tau in grid.tolist():
+        masks = hard_masks(scores, tau)
+        counts = edge_counts(masks)
+        read = _read(instrument, recording, scores, masks, attention, measured if exact else None)
+        share = counts.double().sum((2, 3)) / total.clamp_min(1)
+        sizes.append(share.masked_fill(others, torch.nan))
+        variation, recovered, more = _distortion(
+            instrument, read, full, recording.logits, explained, nucleus, reader
+        )
+        variations.append(variation.masked_fill(others, torch.nan))
+        nuclei += recovered
+        readings += more
+        if composition:
+            compositions.append(by_quartile(counts))
+    if composition:
+        compositions.append(by_quartile(edge_counts(scores.existing())))
+    if nucleus:
+        nuclei.append(torch.ones_like(nuclei[-1]))
+    if reader is not None:
+        parts = torch.split(recording.logits[explained], _portion(full))
+        readings.append(_placed([reader(part) for part in parts], explained))
+    return DensityCurve(
+        thresholds=grid,
+        size=torch.stack(sizes),
+        total_variation=torch.stack(variations),
+        edges=total,
+        entropy=entropy(recording.logits).masked_fill(others, torch.nan),
+        composition=torch.stack(compositions) if composition else None,
+        nucleus=torch.stack(nuclei) if nucleus else None,
+        readings=torch.stack(readings) if reader is not None else None,
+        attention=attention,
+        exact=exact or attention == "recorded",
+    )
+
+
+def _read(
+    instrument: Instrument,
+    recording: Recording,
+    scores: EdgeImportance,
+    masks: tuple[LayerEdges, ...],
+    attention: AttentionKind,
+    exact: Tensor | None,
+) -> Tensor:
+    """``[B, T, d_model]``, what the final norm gives in masked runs at one threshold.
+
+    Args:
+        instrument, recording, scores, attention: see :func:`curve_of`.
+        masks: at the threshold.
+        exact: ``[B, T]`` bool, positions that get runs of their own; None for one run of all.
+    """
+    if exact is not None:
+        return exact_hidden(instrument, recording, masks, attention, exact)
+    if attention == "kept":
+        masks = with_attention_kept(masks, scores.visible)
+    recorded = recording.attention if attention == "recorded" else None
+    return instrument.masked_hidden(recording.batch, masks, recorded)
+
+
+def _distortion(
+    instrument: Instrument,
+    read: Tensor,
+    full: Tensor,
+    logits: Tensor,
+    explained: Tensor,
+    nucleus: bool,
+    reader: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """TV ``[B, T]``, nucleus recovery ``[B, T, P]`` or nothing, what ``reader`` reads or nothing.
+
+    In portions of positions.
+
+    Args:
+        instrument: of the model.
+        read: ``[B, T, d_model]``, what the final norm gives in a masked run.
+        full, logits: ``[B, T, V]``, the full model's probabilities and logits.
+        nucleus: whether nucleus recovery is wanted.
+        explained, reader: see :func:`curve_of`.
+    """
+    shape, rows = full.shape[:-1], _portion(full)
+    variations, recovered, others = [], [], []
+    for part, p, own, chosen in zip(
+        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits, explained)),
+        strict=True,
+    ):
+        masked = instrument.anatomy.readout.logits(part)
+        variations.append(variation_from(p, masked))
+        if nucleus and bool(chosen.any()):
+            recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
+        if reader is not None and bool(chosen.any()):
+            others.append(reader(masked[chosen]))
+    variation = torch.cat(variations).reshape(shape)
+    nuclei, readings = (
+        [_placed(parts, explained)] if parts else [] for parts in (recovered, others)
+    )
+    return variation, nuclei, readings
+
+
+def _placed(parts: list[Tensor], explained: Tensor) -> Tensor:
+    """Rows of the explained positions ``[n, X]`` at their places, ``[B, T, X]``; 0 elsewhere."""
+    rows = torch.cat(parts)
+    placed = rows.new_zeros(*explained.shape, rows.shape[-1])
+    placed[explained] = rows
+    return placed
+
+
+def _portion(logits: Tensor) -> int:
+    """How many positions' logits are looked at together."""
+    return max(1, (_CACHED if logits.device.type == "cpu" else _PORTION) // logits.shape[-1])
