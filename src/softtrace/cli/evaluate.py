@@ -40,6 +40,7 @@ from softtrace.model.loading import check_model_directory, load_model, load_toke
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
 from softtrace.report.tables import density_table
+from softtrace.tracing.masking import AttentionKind, check_attention
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Measuring:
     dtype: str
     batch_size: int
     extra_blocks: int
+    attention: AttentionKind
     min_context: int
     device_map: str | None
     max_memory: dict[str, str] | None
@@ -87,6 +89,7 @@ def evaluate(
     blocks: int = 64,
     batch_size: int = 16,
     extra_blocks: int = 16,
+    attention: AttentionKind = "recomputed",
     run: RunOptions = DEFAULT_RUN,
     resume: bool = False,
     per_token: bool = False,
@@ -116,6 +119,10 @@ def evaluate(
             out. Processes divide batches: more of them than batches have nothing to do.
         extra_blocks: Number of the sequences that also get baselines and nucleus recovery, which
             are slow.
+        attention: Where masked runs take their attention probabilities from: recomputed from the
+            masked states, as a masked model really computes them; recorded in the full run, which
+            is faster and exact for every token at once; or kept, recomputed with no attention edge
+            masked.
         run: How the model is run.
         resume: Go on with the parts that a run with the same settings left in OUT.
         per_token: Also write tokens.jsonl, a line for every explained token: entropy, loss, size at
@@ -141,12 +148,14 @@ def evaluate(
     check_counts(4, block_size=block_size)
     check_counts(1, blocks=blocks, batch_size=batch_size)
     check_counts(0, extra_blocks=extra_blocks)
+    check_attention(attention)
     processes = Processes(run.device)
     check_device_map(device_map, max_memory, processes.count)
     check_model_directory(model)
     measuring = _Measuring(
         model=model, dtype=run.dtype, batch_size=batch_size, extra_blocks=extra_blocks,
-        min_context=block_size // 2, device_map=device_map, max_memory=max_memory,
+        attention=attention, min_context=block_size // 2,
+        device_map=device_map, max_memory=max_memory,
     )  # fmt: skip
 
     processes.from_main(partial(check_parts_output, out, run.overwrite, resume))
@@ -174,6 +183,7 @@ def _chosen(
     chosen, documents = stream_evenly(source.stream(), tokenizer, block_size, blocks)
     text = {
         "data": text_identity(source, chosen, documents),
+        "attention": measuring.attention,
         "min_context": measuring.min_context,
         "tokens": len(chosen) * (block_size - 1 - measuring.min_context),
     }
@@ -211,6 +221,7 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
             "samples": text_samples(
                 network, load_tokenizer(measuring.model), task.blocks,
                 min_context=measuring.min_context, batch_size=size,
+                attention=measuring.attention,
             ),
         }  # fmt: skip
 
@@ -242,6 +253,7 @@ def _measure_parts(
                 batch_size=size,
                 extra_blocks=max(0, measuring.extra_blocks - part.first),
                 progress=bar.update,
+                attention=measuring.attention,
                 first=part.first,
             )
             size = found.batch_size

@@ -41,6 +41,7 @@ from softtrace.model.loading import check_model_directory, load_model, load_toke
 from softtrace.report.study_plots import write_study_plot
 from softtrace.report.study_tables import study_table
 from softtrace.tracing.attach import attach
+from softtrace.tracing.masking import AttentionKind, check_attention
 
 STUDY_VERSION = 1
 
@@ -86,6 +87,7 @@ def study(
     resamples: int = 2000,
     smoothing: float = 1.0,
     seed: int = 0,
+    attention: AttentionKind = "recomputed",
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Answer the paper's questions of one or two models, with intervals; write them to OUT.
@@ -105,6 +107,8 @@ def study(
         resamples: Number of resamples of the bootstrap.
         smoothing: Number that is added to the count of every token of the vocabulary.
         seed: Seed of the bootstrap.
+        attention: Where masked runs take their attention probabilities from: recomputed, recorded
+            or kept, see softtrace evaluate.
         run: How the models are run.
 
     Raises:
@@ -114,6 +118,7 @@ def study(
         OutputExistsError: OUT is not empty.
     """
     began = time.perf_counter()
+    check_attention(attention)
     lengths = _check(models, lengths, source.held_out_share, smoothing)
     check_counts(4, block_size=block_size)
     check_counts(2, blocks=blocks)
@@ -161,6 +166,7 @@ def study(
                     batch_size=batch_size,
                     progress=bar.update,
                     beginning=begun,
+                    attention=attention,
                 )
             )
         del network  # the next one is loaded into the room that it had
@@ -171,6 +177,7 @@ def study(
         "data": text_identity(source, chosen, len(held_out)),
         "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
+            "attention": attention,
             "min_context": first,
             "total_variation": SIZE_BOUND,
             "targets": len(ends),

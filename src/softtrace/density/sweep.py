@@ -151,7 +151,8 @@ def curve_of(
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
-        read = _read(instrument, recording, scores, masks, attention, measured if exact else None)
+        own = measured if exact else None
+        read = read_masked(instrument, recording, masks, attention, own)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
@@ -183,25 +184,24 @@ def curve_of(
     )
 
 
-def _read(
+def read_masked(
     instrument: Instrument,
     recording: Recording,
-    scores: EdgeImportance,
     masks: tuple[LayerEdges, ...],
     attention: AttentionKind,
-    exact: Tensor | None,
+    exact: Tensor | None = None,
 ) -> Tensor:
     """``[B, T, d_model]``, what the final norm gives in masked runs at one threshold.
 
     Args:
-        instrument, recording, scores, attention: see :func:`curve_of`.
-        masks: at the threshold.
+        instrument, recording, attention: see :func:`curve_of`.
+        masks: bool, at the threshold.
         exact: ``[B, T]`` bool, positions that get runs of their own; None for one run of all.
     """
     if exact is not None:
         return exact_hidden(instrument, recording, masks, attention, exact)
     if attention == "kept":
-        masks = with_attention_kept(masks, scores.visible)
+        masks = with_attention_kept(masks, recording.importance.visible)
     recorded = recording.attention if attention == "recorded" else None
     return instrument.masked_hidden(recording.batch, masks, recorded)
 

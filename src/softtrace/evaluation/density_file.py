@@ -28,6 +28,7 @@ _EXPECTED: dict[str, Any] = {
     "data": {"sha256": str, "split": str, "block_size": int, "blocks": int},
     "tokens": int,
     "min_context": int,
+    "attention": str,
     "easy": {"entropy_bound": (int, float)},
     "hard": {"entropy_bound": (int, float)},
     "loss_nats": _GROUPS,
@@ -63,6 +64,7 @@ _MUST_AGREE = (
     (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
     (("data", "block_size"), "block_size", "block_size; sizes depend on the length"),
     (("min_context",), "min_context", "block_size; sizes depend on the length"),
+    (("attention",), "the attention of masked runs", "--attention"),
     (("tokens",), "the number of explained tokens", "number of blocks"),
 )
 
@@ -105,6 +107,7 @@ def load_density(path: Path | str) -> dict[str, Any]:
             f"{path}: found version {density['version']!r}, this softtrace reads version "
             f"{DENSITY_VERSION}; evaluate the model again"
         )
+    density.setdefault("attention", "recorded")  # what files before this choice were measured with
     problem = _problem(density, _EXPECTED, "")
     problem = problem or _problem(density.get("samples"), (None, _SAMPLES), "samples")
     if problem := problem or _interval_problem(density.get("intervals")):

@@ -34,6 +34,7 @@ from softtrace.metrics.functional import (
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def measure(
     batch_size: int,
     extra_blocks: int,
     progress: Progress,
+    attention: AttentionKind = "recomputed",
     attention_mask: Tensor | None = None,
     first: int = 0,
 ) -> Measurements:
@@ -110,6 +112,8 @@ def measure(
         batch_size: sequences a forward, to begin with.
         extra_blocks: how many of the first blocks also get baselines and nucleus recovery.
         progress: called with the number of blocks that were finished.
+        attention: where masked runs take their attention probabilities from, see
+            :func:`softtrace.density_curve`.
         attention_mask: ``[N, T]`` of 0 and 1, padding on either side; None for no padding.
         first: number of the first block, where these blocks are a part of more.
 
@@ -128,7 +132,7 @@ def measure(
             batch = _attempt(
                 partial(
                     _measured, instrument, blocks[start:end].to(device), mask, min_context,
-                    start < extra_blocks, first + start,
+                    start < extra_blocks, first + start, attention,
                 )
             )  # fmt: skip
             if batch is None:
@@ -177,9 +181,12 @@ def _measured(
     min_context: int,
     extra: bool,
     number: int,
+    attention: AttentionKind,
 ) -> Measurements:
-    recording = instrument.record(instrument.batch(ids, mask), keep_hidden=True)
-    curve = trace_curve(instrument, recording, nucleus=extra)
+    recording = instrument.record(
+        instrument.batch(ids, mask), keep_hidden=True, keep_attention=attention == "recorded"
+    )
+    curve = trace_curve(instrument, recording, attention=attention, nucleus=extra)
     explained = _explained(recording.batch, min_context)
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
@@ -198,7 +205,9 @@ def _measured(
         for kind in get_args(Baseline):
             for keep in (True, False):
                 scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
-                other = curve_of(instrument, recording, scores, baseline_thresholds())
+                other = curve_of(
+                    instrument, recording, scores, baseline_thresholds(), attention=attention
+                )
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
 
@@ -207,6 +216,7 @@ def trace_curve(
     instrument: Instrument,
     recording: Recording,
     *,
+    attention: AttentionKind,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
     explained: Tensor | None = None,
@@ -216,13 +226,14 @@ def trace_curve(
     Args:
         instrument: of the model.
         recording: of the batch.
-        nucleus, reader, explained: see :func:`softtrace.density.curve.curve_of`.
+        attention, nucleus, reader, explained: see :func:`softtrace.density.sweep.curve_of`.
     """
     return curve_of(
         instrument,
         recording,
         recording.importance,
         default_thresholds(),
+        attention=attention,
         composition=True,
         nucleus=nucleus,
         reader=reader,

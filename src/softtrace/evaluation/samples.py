@@ -18,7 +18,7 @@ from softtrace.density.curve import SIZES, default_thresholds
 from softtrace.density.distortion import variation_from
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement, exit_layers
-from softtrace.density.sweep import curve_of
+from softtrace.density.sweep import curve_of, read_masked
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
@@ -26,6 +26,7 @@ from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
 SAMPLE_SIZES = SIZES[::3]
@@ -42,7 +43,13 @@ _THRESHOLDS = tuple(0.6 * 600 ** (-step / 23) for step in range(24))  # 0.6 down
 
 @torch.no_grad()
 def text_samples(
-    model: nn.Module, tokenizer: Any, blocks: Tensor, *, min_context: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    blocks: Tensor,
+    *,
+    min_context: int,
+    batch_size: int,
+    attention: AttentionKind = "recomputed",
 ) -> dict[str, Any]:
     """The ``samples`` of ``density.json``: text, measures and predictions of a few blocks.
 
@@ -52,6 +59,8 @@ def text_samples(
         blocks: ``[N, T]`` ids of all measured blocks, without padding.
         min_context: positions before this one are context only.
         batch_size: sequences a forward.
+        attention: where masked runs take their attention probabilities from, see
+            :func:`softtrace.density_curve`.
 
     Returns:
         ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (of each token that
@@ -75,9 +84,11 @@ def text_samples(
     texts = []
     for part in torch.split(rows, batch_size):
         ids = blocks[part].to(device)
-        recording = instrument.record(instrument.batch(ids), keep_hidden=True)
-        measured = _measures(instrument, recording, explained)
-        predicted = _predictions(instrument, recording, explained, pieces)
+        recording = instrument.record(
+            instrument.batch(ids), keep_hidden=True, keep_attention=attention == "recorded"
+        )
+        measured = _measures(instrument, recording, explained, attention)
+        predicted = _predictions(instrument, recording, explained, attention, pieces)
         length = explained.stop - explained.start
         for number, block in enumerate(part.tolist()):
             before, shown = (pieces.of_block(blocks[block], places) for places in (known, targets))
@@ -94,10 +105,12 @@ def text_samples(
 
 
 def _measures(
-    instrument: Instrument, recording: Recording, explained: slice
+    instrument: Instrument, recording: Recording, explained: slice, attention: AttentionKind
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what is measured of all; one sequence after another."""
-    curve = curve_of(instrument, recording, recording.importance, default_thresholds())
+    curve = curve_of(
+        instrument, recording, recording.importance, default_thresholds(), attention=attention
+    )
     columns = {
         "entropy": curve.entropy,
         "loss": loss_score(recording.logits, recording.batch.targets),
@@ -114,7 +127,11 @@ def _measures(
 
 
 def _predictions(
-    instrument: Instrument, recording: Recording, explained: slice, pieces: _Pieces
+    instrument: Instrument,
+    recording: Recording,
+    explained: slice,
+    attention: AttentionKind,
+    pieces: _Pieces,
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what the full model and its traces nearest to each size predict."""
     logits = recording.logits[:, explained].flatten(0, 1)
@@ -124,7 +141,7 @@ def _predictions(
     sizes, variations, tops, chances = [], [], [], []
     for tau in _THRESHOLDS:
         masks = hard_masks(recording.importance, tau)
-        read = instrument.masked_hidden(recording.batch, masks, recording.attention)
+        read = read_masked(instrument, recording, masks, attention)
         masked = instrument.anatomy.readout.logits(read[:, explained].flatten(0, 1))
         best = masked.to(full.dtype).softmax(-1).topk(count)
         kept = edge_counts(masks)[:, explained].flatten(0, 1).double().sum((1, 2))

@@ -27,6 +27,7 @@ from softtrace.metrics import (
 from softtrace.metrics.functional import half_depth
 from softtrace.model.wrappers import find_causal_lm
 from softtrace.processes import raise_everywhere
+from softtrace.tracing.masking import AttentionKind, check_attention
 
 STATE_VERSION = 1
 
@@ -59,6 +60,8 @@ class DensityMonitor(Callback):
         batch_size: rows a forward; memory grows with it and with the square of their length.
         min_context: real tokens that stand before a position that counts; None for half of each
             row's.
+        attention: where masked runs take their attention probabilities from, see
+            :func:`softtrace.density_curve`.
         allow_untested: run under a strategy that :mod:`softtrace.lightning.support` does not list
             as supported.
 
@@ -81,10 +84,12 @@ class DensityMonitor(Callback):
         max_rows: int = 16,
         batch_size: int = 8,
         min_context: int | None = None,
+        attention: AttentionKind = "recomputed",
         allow_untested: bool = False,
     ) -> None:
         check_counts(1, every=every, max_rows=max_rows, batch_size=batch_size)
         check_least("min_context", min_context, 0, optional=True)
+        check_attention(attention)
         if blocks is not None and (
             blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
         ):
@@ -97,6 +102,7 @@ class DensityMonitor(Callback):
         self.max_rows = max_rows
         self.batch_size = batch_size
         self.min_context = min_context
+        self.attention = attention
         self.allow_untested = allow_untested
         self.history: list[dict[str, float]] = []
         self._kept: list[Inputs] = []
@@ -240,7 +246,7 @@ class DensityMonitor(Callback):
         options: dict[str, Any] = {
             name: None if each is None else each.to(device) for name, each in inputs.items()
         }
-        options["min_context"] = self.min_context or 0
+        options.update(min_context=self.min_context or 0, attention=self.attention)
         read = readings(model, **options, composition=False)
         if self.min_context is None:
             real = read["positions"]

@@ -14,6 +14,7 @@ from softtrace.density.exits import exit_agreement
 from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError
 from softtrace.tracing.attach import attach
+from softtrace.tracing.masking import AttentionKind, check_attention
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def readings(
     *,
     position_ids: Tensor | None = None,
     min_context: int = 0,
+    attention: AttentionKind = "recorded",
     thresholds: Sequence[float] | None = None,
     composition: bool = True,
     nucleus: bool = False,
@@ -37,7 +39,7 @@ def readings(
         position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`.
         min_context: real tokens of its document that have to stand before a position that counts:
             the number of edges grows with the length, so sizes compare at similar length only.
-        thresholds: see :func:`softtrace.density_curve`.
+        attention, thresholds: see :func:`softtrace.density_curve`.
         composition: count edges by depth and kind, for ``TraceComposition``.
         nucleus: compare top-p lists, for ``NucleusRecovery`` (slow).
 
@@ -50,9 +52,10 @@ def readings(
             :func:`softtrace.density_curve`.
     """
     check_least("min_context", min_context, 0)
+    check_attention(attention)
     instrument = attach(model)
     batch = instrument.batch(input_ids, attention_mask, position_ids)
-    recording = instrument.record(batch, keep_hidden=True)
+    recording = instrument.record(batch, keep_hidden=True, keep_attention=attention == "recorded")
     valid = batch.valid
     before = valid.cumsum(-1) - 1 if batch.positions is None else batch.positions
     curve = curve_of(
@@ -60,6 +63,7 @@ def readings(
         recording,
         recording.importance,
         default_thresholds() if thresholds is None else thresholds,
+        attention=attention,
         composition=composition,
         nucleus=nucleus,
     )

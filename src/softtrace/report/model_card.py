@@ -68,7 +68,8 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         *lines,
         "",
         f"{density['tokens']:,} tokens ({data['split']}) in {data['blocks']:,} blocks of "
-        f"{data['block_size']}{brackets}. Easy: the quarter of "
+        f"{data['block_size']}{brackets}; attention of masked runs {density['attention']}. "
+        "Easy: the quarter of "
         "the tokens with the lowest entropy of the model's own prediction. Sizes depend on the "
         "length: compare at equal length only.",
     ))  # fmt: skip

@@ -64,7 +64,8 @@ def study_table(study: Study) -> str:
     header = (
         f"{' and '.join(model['path'] for model in models)}\n"
         f"{study['tokens']:,} tokens of {data['blocks']:,} sequences of {data['block_size']}, "
-        f"{data['split']}; at least {settings['min_context']} tokens of context"
+        f"{data['split']}; at least {settings['min_context']} tokens of context; "
+        f"attention of masked runs {settings.get('attention', 'recorded')}"
     )
     legend = _LEGEND.format(
         confidence=100 * settings["confidence"],

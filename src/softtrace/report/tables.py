@@ -140,7 +140,8 @@ def density_table(density: Density) -> str:
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
-        f"{data['block_size']}; at least {density['min_context']} tokens of context"
+        f"{data['block_size']}; at least {density['min_context']} tokens of context; attention "
+        f"of masked runs {density['attention']}"
     )
     legend = (
         f"Easy, hard: the quarters of the tokens with the lowest (to "

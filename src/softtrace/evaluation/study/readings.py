@@ -22,6 +22,7 @@ from softtrace.graph.edges import EDGE_KINDS
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
+from softtrace.tracing.masking import AttentionKind
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
@@ -131,6 +132,7 @@ def read_model(
     batch_size: int,
     progress: Progress,
     beginning: Tensor | None = None,
+    attention: AttentionKind = "recomputed",
 ) -> Readings:
     """Measure one model on blocks of one length, without padding.
 
@@ -144,6 +146,7 @@ def read_model(
         batch_size: sequences a forward.
         progress: called with the number of sequences and windows that were run.
         beginning: of texts, see :func:`windows_of`; None for nothing.
+        attention: of masked runs, see :func:`softtrace.density_curve`.
     """
     instrument = attach(model)
     device = device_of_module(model)
@@ -153,7 +156,7 @@ def read_model(
     for batch in torch.split(blocks, batch_size):
         chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
         chosen[:, explained] = True
-        curve, surprisal = _curve(instrument, batch.to(device), unigrams, chosen)
+        curve, surprisal = _curve(instrument, batch.to(device), attention, unigrams, chosen)
         tokens.append(_computation(curve, surprisal, explained))
         over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
         sums.append(
@@ -172,6 +175,7 @@ def read_model(
             batch_size,
             device,
             progress,
+            attention,
         )
         for length in lengths
     }
@@ -186,6 +190,7 @@ def _windows(
     batch_size: int,
     device: torch.device,
     progress: Progress,
+    attention: AttentionKind,
 ) -> Computation:
     """``[N, P]`` readings of the last token of every window.
 
@@ -193,13 +198,13 @@ def _windows(
         instrument: of the model.
         windows: ``[N, P, length]`` ids.
         targets: ``[N, P]``, the token after each.
-        batch_size, device, progress: see :func:`read_model`.
+        batch_size, device, progress, attention: see :func:`read_model`.
     """
     length = windows.shape[-1]
     last = slice(length - 1, length)
     found = []
     for batch, target in _together(windows.flatten(0, 1), targets.flatten(), batch_size):
-        curve, surprisal = _curve(instrument, batch.to(device), target=target.to(device))
+        curve, surprisal = _curve(instrument, batch.to(device), attention, target=target.to(device))
         found.append(_computation(curve, surprisal, last))
         progress(len(batch))
     joined = vars(_joined(found))
@@ -213,6 +218,7 @@ def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[
 def _curve(
     instrument: Instrument,
     ids: Tensor,
+    attention: AttentionKind,
     unigrams: Unigrams | None = None,
     explained: Tensor | None = None,
     target: Tensor | None = None,
@@ -222,14 +228,16 @@ def _curve(
     Args:
         instrument: of the model.
         ids: ``[B, T]``.
+        attention: of masked runs.
         unigrams: what predictions are compared with; None also leaves out nucleus recovery.
         explained: ``[B, T]`` bool, where they are compared.
         target: ``[B]``, the token after the last; None where it is not known.
     """
-    recording = instrument.record(instrument.batch(ids))
+    recording = instrument.record(instrument.batch(ids), keep_attention=attention == "recorded")
     curve = trace_curve(
         instrument,
         recording,
+        attention=attention,
         nucleus=unigrams is not None,
         reader=None if unigrams is None else unigrams.read,
         explained=explained,
