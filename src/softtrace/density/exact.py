@@ -8,6 +8,7 @@ but its trace is kept; several of them are one batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from softtrace.graph.masks import hard_masks
 from softtrace.graph.reach import rows_at_once, traces_of
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, with_attention_kept
+from softtrace.tracing.means import LayerMeans
 from softtrace.tracing.recording import Recording
 
 MOST_RUNS = 50_000
@@ -63,6 +65,7 @@ def exact_hidden(
     masks: tuple[LayerEdges, ...],
     attention: AttentionKind,
     positions: Tensor,
+    means: Sequence[LayerMeans] | None = None,
 ) -> Tensor:
     """What the final norm gives at each position when only its own trace is kept.
 
@@ -72,6 +75,7 @@ def exact_hidden(
         masks: bool, of all positions at one threshold.
         attention: ``"recomputed"`` or ``"kept"``.
         positions: ``[B, T]`` bool, at least one.
+        means: that stand in for absent edges; None for nothing.
 
     Returns:
         ``[B, T, d_model]``; 0 at other positions.
@@ -87,7 +91,7 @@ def exact_hidden(
         if attention == "kept":
             visible = [seen[own_rows] for seen in recording.importance.visible]
             traces = with_attention_kept(traces, visible)
-        read = instrument.masked_hidden(batch, traces)
+        read = instrument.masked_hidden(batch, traces, means=means)
         found.append(read[torch.arange(len(read), device=read.device), own_places])
     hidden = torch.cat(found)
     placed = hidden.new_zeros(*positions.shape, hidden.shape[-1])

@@ -27,6 +27,7 @@ from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
+from softtrace.tracing.means import LayerMeans
 from softtrace.tracing.recording import Recording
 
 _CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
@@ -114,6 +115,7 @@ def curve_of(
     *,
     attention: AttentionKind = "recorded",
     exact: bool = False,
+    means: Sequence[LayerMeans] | None = None,
     positions: Tensor | None = None,
     composition: bool = False,
     nucleus: bool = False,
@@ -128,6 +130,8 @@ def curve_of(
         scores: what the search goes by (importances, or a baseline's scores).
         thresholds: edges of score >= threshold are kept.
         attention, exact, positions, composition, nucleus: see :func:`density_curve`.
+        means: of :meth:`softtrace.Instrument.means_of`, which stand in for absent edges; None for
+            nothing, as in the paper.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
         explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
@@ -152,7 +156,7 @@ def curve_of(
         masks = hard_masks(scores, tau)
         counts = edge_counts(masks)
         own = measured if exact else None
-        read = read_masked(instrument, recording, masks, attention, own)
+        read = read_masked(instrument, recording, masks, attention, own, means)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
@@ -190,6 +194,7 @@ def read_masked(
     masks: tuple[LayerEdges, ...],
     attention: AttentionKind,
     exact: Tensor | None = None,
+    means: Sequence[LayerMeans] | None = None,
 ) -> Tensor:
     """``[B, T, d_model]``, what the final norm gives in masked runs at one threshold.
 
@@ -197,13 +202,14 @@ def read_masked(
         instrument, recording, attention: see :func:`curve_of`.
         masks: bool, at the threshold.
         exact: ``[B, T]`` bool, positions that get runs of their own; None for one run of all.
+        means: that stand in for absent edges; None for nothing.
     """
     if exact is not None:
-        return exact_hidden(instrument, recording, masks, attention, exact)
+        return exact_hidden(instrument, recording, masks, attention, exact, means)
     if attention == "kept":
         masks = with_attention_kept(masks, recording.importance.visible)
     recorded = recording.attention if attention == "recorded" else None
-    return instrument.masked_hidden(recording.batch, masks, recorded)
+    return instrument.masked_hidden(recording.batch, masks, recorded, means=means)
 
 
 def _distortion(

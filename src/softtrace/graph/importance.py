@@ -7,17 +7,30 @@ carries over the sum of those norms at its node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import LayerEdges
 
 # Elements of a product ([B, H, chunk, d_model], say) that exist at one time: 16 MiB in float32 stay
 # in a CPU's caches; on a GPU 128 MiB, where a launch costs more than the memory.
 CHUNK_ELEMENTS = 1 << 22
 _MORE_ON_CUDA = 8
+
+
+Norm = Literal["l1", "l2", "ifr"]
+"""How large an edge is: a norm of what it carries, or by how much it brings the rest nearer to its
+node (information flow routes, :mod:`softtrace.graph.proximity`)."""
+
+
+def check_norm(norm: str) -> None:
+    """Raise :class:`InvalidInputError` for an unknown :data:`Norm`."""
+    if norm not in get_args(Norm):
+        raise InvalidInputError(f"norm: found {norm!r}, allowed are {get_args(Norm)}")
 
 
 def chunk_elements(like: Tensor) -> int:
@@ -30,13 +43,14 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_value_norms(value: Tensor, weight: Tensor) -> Tensor:
-    """‖V[h, s] · W_O[h]‖₁ for every query head and source.
+def head_value_norms(value: Tensor, weight: Tensor, order: int = 1) -> Tensor:
+    """‖V[h, s] · W_O[h]‖ for every query head and source.
 
     Args:
         value: ``[B, H_kv, S, d_head]``, values as the attention uses them.
         weight: ``[H, d_head, d_model]``; H is a multiple of H_kv, and query head h reads value head
             ``h // (H / H_kv)`` (grouped-query attention).
+        order: of the norm, 1 or 2.
 
     Returns:
         ``[B, H, S]`` in float32 (float64 for float64). The product ``[B, H, chunk, d_model]`` is
@@ -54,31 +68,41 @@ def head_value_norms(value: Tensor, weight: Tensor) -> Tensor:
             piece = value[:, :, start : start + step]
             if torch.is_grad_enabled() and (piece.requires_grad or grouped.requires_grad):
                 norms = checkpoint(
-                    _chunk_norms, piece, grouped, use_reentrant=False, preserve_rng_state=False
+                    _chunk_norms,
+                    piece,
+                    grouped,
+                    order,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                norms = _chunk_norms(piece, grouped)
+                norms = _chunk_norms(piece, grouped, order)
             pieces.append(norms)
         return torch.cat(pieces, dim=-1)
 
 
-def _chunk_norms(value: Tensor, weight: Tensor) -> Tensor:
+def _chunk_norms(value: Tensor, weight: Tensor, order: int) -> Tensor:
     """``[B, K, S, e] x [K, G, e, d] -> [B, K·G, S]``."""
     product = torch.einsum("bkse,kged->bkgsd", value, weight)
-    return l1_norm(product).flatten(1, 2)
+    return norm_of(product, order).flatten(1, 2)
+
+
+def norm_of(vectors: Tensor, order: int) -> Tensor:
+    """L1 or L2 norm over the last dimension, in the working dtype."""
+    # One kernel where abs and sum are two, and the cast a third.
+    dtype = working_dtype(vectors.dtype)
+    norms: Tensor = torch.linalg.vector_norm(vectors, ord=order, dim=-1, dtype=dtype)
+    return norms
 
 
 def l1_norm(vectors: Tensor) -> Tensor:
     """L1 norm over the last dimension, in the working dtype."""
-    # One kernel where abs and sum are two, and the cast a third.
-    dtype = working_dtype(vectors.dtype)
-    norms: Tensor = torch.linalg.vector_norm(vectors, ord=1, dim=-1, dtype=dtype)
-    return norms
+    return norm_of(vectors, 1)
 
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """L1 norms of what the edges of one layer carry, float32 or float64.
+    """Norms of what the edges of one layer carry, or their proximities, float32 or float64.
 
     Attributes:
         attention: ``[B, H, T, S]``, 0 where there is no edge.

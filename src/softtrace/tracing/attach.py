@@ -17,6 +17,7 @@ from softtrace.anatomy.watch import running_layers
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.batch import check_finite
 from softtrace.graph.edges import EdgeImportance
+from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.model.wrappers import own_forward, unwrapped
@@ -102,6 +103,8 @@ def edge_importance(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    *,
+    norm: Norm = "l1",
 ) -> EdgeImportance:
     """Importance of every edge of a batch (identity 1).
 
@@ -113,6 +116,9 @@ def edge_importance(
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
         position_ids: ``[B, T]`` of packed rows, starting anew with every document: no edge crosses
             from one document into another. None for one document a row.
+        norm: how large an edge is: the ``"l1"`` norm of what it carries, as in arXiv 2605.27033,
+            its ``"l2"`` norm, or ``"ifr"``, by how much it brings the rest of its node nearer to
+            it (:mod:`softtrace.graph.proximity`), which takes H·T² vectors of d_model a layer.
 
     Returns:
         Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
@@ -120,9 +126,10 @@ def edge_importance(
 
     Raises:
         UnsupportedModelError: see :func:`attach`.
-        InvalidInputError: ids outside the vocabulary, wrong shapes.
+        InvalidInputError: ids outside the vocabulary, wrong shapes, an unknown norm.
         NonFiniteError: the model's logits are not finite.
     """
+    check_norm(norm)
     instrument = attach(model)
     batch = instrument.batch(input_ids, attention_mask, position_ids)
-    return instrument.record(batch, keep_attention=False).importance
+    return instrument.record(batch, keep_attention=False, norm=norm).importance

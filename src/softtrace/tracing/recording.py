@@ -14,12 +14,14 @@ from softtrace.graph.batch import Batch, documents_of
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import (
     LayerNorms,
+    Norm,
     carried_norms,
     edge_shares,
     head_value_norms,
-    l1_norm,
+    norm_of,
     working_dtype,
 )
+from softtrace.graph.proximity import attention_proximity, proximity
 from softtrace.tracing.run import Run
 
 
@@ -49,8 +51,8 @@ class _LayerNotes:
     """What one layer has given so far, in the order in which its sub-blocks run."""
 
     probabilities: Tensor | None = None
-    values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms
-    attended: bool = False
+    values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms; values for proximity
+    attended: Tensor | None = None  # what attention adds, before ``attention_scale``
     scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
     added: list[Tensor] = field(default_factory=list)  # by the parts of its MLP
 
@@ -64,8 +66,11 @@ class RecordingRun(Run):
         batch: Batch,
         keep_hidden: bool = False,
         keep_attention: bool = True,
+        norm: Norm = "l1",
     ) -> None:
         super().__init__(anatomy, batch, keep_hidden)
+        self.norm = norm
+        self._order = 2 if norm == "l2" else 1
         self.keep_attention = keep_attention
         packed = batch.positions if batch.packed else None
         self._documents = None if packed is None else documents_of(packed)
@@ -82,7 +87,11 @@ class RecordingRun(Run):
         layer = self.layer_of(module)
         visible, notes = self._existing(visible), self._notes[layer]
         with torch.autocast(value.device.type, enabled=False):
-            notes.values = head_value_norms(value, self.anatomy.carried_weight(layer))
+            notes.values = (
+                value
+                if self.norm == "ifr"
+                else head_value_norms(value, self.anatomy.carried_weight(layer), self._order)
+            )
             notes.probabilities = torch.where(visible[:, None], probabilities, 0.0)
         self.visible.append(visible)
         if self.keep_attention:
@@ -122,7 +131,7 @@ class RecordingRun(Run):
         elif modules.attention_scale != 1:
             size = abs(modules.attention_scale)
             notes.scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
-        notes.attended = True
+        notes.attended = output
         self._finish(layer)
         return output
 
@@ -137,7 +146,7 @@ class RecordingRun(Run):
     def _finish(self, layer: int) -> None:
         """Put the layer's norms together once both sub-blocks have run."""
         modules, notes = self.anatomy.layers[layer], self._notes[layer]
-        if not notes.attended or len(notes.added) < len(modules.mlp_out):
+        if notes.attended is None or len(notes.added) < len(modules.mlp_out):
             return
         if notes.probabilities is None or notes.values is None:
             raise RuntimeError(f"layer {layer}: its attention did not ask for our function")
@@ -145,24 +154,58 @@ class RecordingRun(Run):
             added, *more = notes.added
             if more:
                 added = sum(more, added.to(working_dtype(added.dtype)))
-            mlp = self._norm_at(layer, added)
-            # A parallel layer's residual goes into the same node as its MLP.
-            entry = self._norm_at(layer, self.entry) if modules.parallel else l1_norm(self.entry)
-            self._norms.append(
-                LayerNorms(
-                    carried_norms(notes.probabilities, notes.values, notes.scale),
-                    entry,
-                    mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
-                    None if modules.parallel else self._norm_at(layer, self.middle),
-                )
+            found = (
+                self._proximities(layer, notes, added)
+                if self.norm == "ifr"
+                else self._norms_of(layer, notes.probabilities, notes.values, notes.scale, added)
             )
+            self._norms.append(found)
         self._notes[layer] = _LayerNotes()  # what it held is not needed any more
 
-    def _norm_at(self, layer: int, part: Tensor) -> Tensor:
-        """``[B, T]`` norm of a part of an after-MLP node, the last as the final norm reads it."""
+    def _norms_of(
+        self,
+        layer: int,
+        probabilities: Tensor,
+        values: Tensor,
+        scale: Tensor | None,
+        added: Tensor,
+    ) -> LayerNorms:
+        modules = self.anatomy.layers[layer]
+        mlp, entry = (self._as_read(layer, each) for each in (added, self.entry))
+        mlp_norm = norm_of(mlp, self._order)
+        middle = None if modules.parallel else self._as_read(layer, self.middle)
+        return LayerNorms(
+            carried_norms(probabilities, values, scale),
+            # A parallel layer's residual goes into the same node as its MLP.
+            norm_of(entry if modules.parallel else self.entry, self._order),
+            mlp_norm if modules.mlp_scale == 1 else mlp_norm * abs(modules.mlp_scale),
+            None if middle is None else norm_of(middle, self._order),
+        )
+
+    def _proximities(self, layer: int, notes: _LayerNotes, added: Tensor) -> LayerNorms:
+        modules = self.anatomy.layers[layer]
+        assert notes.probabilities is not None
+        assert notes.values is not None
+        assert notes.attended is not None
+        mlp = modules.mlp_scale * added
+        after = self.entry + modules.attention_scale * notes.attended
+        end = self._as_read(layer, after + mlp)
+        node, entry = after, self.entry
+        if modules.parallel:
+            node, entry = end, self._as_read(layer, self.entry)
+        weight = self.anatomy.carried_weight(layer)
+        return LayerNorms(
+            attention_proximity(notes.probabilities, notes.values, weight, notes.scale, node),
+            proximity(entry, node),
+            proximity(self._as_read(layer, mlp), end),
+            None if modules.parallel else proximity(self._as_read(layer, after), end),
+        )
+
+    def _as_read(self, layer: int, part: Tensor) -> Tensor:
+        """A part of an after-MLP node, the last layer's as the final norm reads it."""
         if layer == len(self.anatomy.layers) - 1:
-            part = self.anatomy.readout.norm.linear(part.to(working_dtype(part.dtype)))
-        return l1_norm(part)
+            return self.anatomy.readout.norm.linear(part.to(working_dtype(part.dtype)))
+        return part
 
     def importances(self) -> tuple[LayerEdges, ...]:
         """Of every layer, once the forward has ended; asked for once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,13 @@ from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.batch import Batch, check_finite, check_length
 from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.importance import Norm
 from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.hooks import register, watched
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.masking import MaskedRun
+from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
 from softtrace.tracing.run import DeepEnough, Run
 
@@ -103,7 +105,12 @@ class Runner:
         check_length(longest, limit)
 
     def record(
-        self, batch: Batch, *, keep_hidden: bool = False, keep_attention: bool = True
+        self,
+        batch: Batch,
+        *,
+        keep_hidden: bool = False,
+        keep_attention: bool = True,
+        norm: Norm = "l1",
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -111,11 +118,12 @@ class Runner:
             batch: from :meth:`batch`, or a part of one.
             keep_hidden: also keep the residual stream at every layer.
             keep_attention: keep the attention probabilities, which masked runs need.
+            norm: how large an edge is, see :data:`softtrace.graph.importance.Norm`.
 
         Raises:
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
-        run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention)
+        run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention, norm)
         logits = self.forward(run)
         check_finite(logits.detach(), "logits of the full model", batch.valid)
         importance = EdgeImportance(run.importances(), tuple(run.visible), batch.valid)
@@ -145,21 +153,47 @@ class Runner:
         attention: Sequence[Tensor] | None = None,
         *,
         exact: bool = False,
+        means: Sequence[LayerMeans] | None = None,
     ) -> Tensor:
         """What the final norm gives in :meth:`masked_logits`, ``[B, T, d_model]``.
 
         Logits of a large vocabulary are the largest thing in a run; made from this in portions,
-        they never exist whole. ``exact`` computes every node beside the model's own sums.
+        they never exist whole. ``exact`` computes every node beside the model's own sums; ``means``
+        (:meth:`means_of`) stand in for absent edges.
         """
         found: list[Tensor] = []
         norm = self.anatomy.readout.norm.module
-        run = MaskedRun(self.anatomy, batch, masks, attention, exact=exact)
+        run = (
+            MaskedRun(self.anatomy, batch, masks, attention, exact=exact)
+            if means is None
+            else MeanMaskedRun(self.anatomy, batch, masks, means, attention)
+        )
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             self.forward(run, **self._one_logit)
         finally:
             handle.remove()
         return found[-1]
+
+    @torch.no_grad()
+    def means_of(self, batches: Iterable[Batch]) -> tuple[LayerMeans, ...]:
+        """Means of what every edge carries over the real tokens of a text, one a layer.
+
+        Args:
+            batches: from :meth:`batch`, at least one.
+        """
+        totals: list[dict[str, Tensor]] = [{} for _ in self.anatomy.layers]
+        tokens, run = 0, None
+        for batch in batches:
+            run = MeansRun(self.anatomy, batch)
+            self.forward(run, **self._one_logit)
+            tokens += int(batch.valid.sum())
+            for total, found in zip(totals, run.sums, strict=True):
+                for name, values in found.items():
+                    total[name] = values + total.get(name, 0)
+        if run is None or not tokens:
+            raise InvalidInputError("means: found no real token; give a text to take them over")
+        return tuple(run.means(layer, total, tokens) for layer, total in enumerate(totals))
 
     def exit_logits(
         self,
