@@ -53,7 +53,7 @@ def test_equals_statistics_computed_by_hand(
     blocks = pack(read_documents(sources[1].data), load_tokenizer(sources[0]), 16)
     chosen = blocks[torch.linspace(0, len(blocks) - 1, 6).long()]
     explained = slice(8, 15)
-    curve = softtrace.density_curve(model, chosen)
+    curve = softtrace.density_curve(model, chosen, attention="recomputed")
     entropy = curve.entropy[:, explained].flatten().double()
     with torch.no_grad():
         logs = model(input_ids=chosen).logits.log_softmax(-1)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import softtrace
-from softtrace.density import curve as curve_module
+from softtrace.density import sweep
 from softtrace.density.curve import SIZES, DensityCurve, default_thresholds
 from softtrace.density.distortion import NUCLEUS_SHARES, nucleus_recovered
-from softtrace.density.sweep import density_curve
+from softtrace.density.sweep import curve_of, density_curve
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EDGE_KINDS, Edge
 from softtrace.graph.masks import hard_masks
@@ -213,7 +213,7 @@ def test_portions_of_the_vocabulary_do_not_show(
     mask[1, :3] = 0
     whole = density_curve(model, ids, mask, nucleus=True)
     for rows in (1, 4):
-        monkeypatch.setattr(curve_module, "_CACHED", rows * VOCABULARY)
+        monkeypatch.setattr(sweep, "_CACHED", rows * VOCABULARY)
         parts = density_curve(model, ids, mask, nucleus=True)
         torch.testing.assert_close(
             parts.total_variation, whole.total_variation, equal_nan=True, atol=1e-6, rtol=0
@@ -277,9 +277,7 @@ def test_reader_sees_every_masked_prediction_and_the_full_one() -> None:
 
         def sweep(**options: Any) -> DensityCurve:
             grid = (0.3, 0.05)
-            return curve_module.curve_of(
-                instrument, recording, recording.importance, grid, **options
-            )
+            return curve_of(instrument, recording, recording.importance, grid, **options)
 
         everywhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True)
         somewhere = sweep(reader=lambda logits: logits[:, :5], nucleus=True, explained=explained)

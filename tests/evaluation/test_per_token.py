@@ -50,7 +50,7 @@ def test_every_line_is_the_tokens_own(tmp_path: Path) -> None:
     instrument = softtrace.attach(network)
     for row in range(5):
         ids = blocks[row : row + 1]
-        curve = softtrace.density_curve(network, ids)
+        curve = softtrace.density_curve(network, ids, attention="recomputed")
         recording = instrument.record(instrument.batch(ids), keep_hidden=True)
         logs = recording.logits.log_softmax(-1)[0].detach()
         agreed = exit_agreement(instrument, recording)[:, 0]

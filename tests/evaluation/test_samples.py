@@ -33,7 +33,9 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def found(model: Any, blocks: torch.Tensor) -> dict[str, Any]:
-    return text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4)
+    return text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4, attention="recorded"
+    )
 
 
 def test_predictions_are_those_of_the_tokens_own_trace_of_that_size(
@@ -126,7 +128,9 @@ def test_of_a_block_that_ends_inside_of_a_character_nothing_is_lost() -> None:
 
 
 def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
-    other = text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3)
+    other = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3, attention="recorded"
+    )
     for mine, same in zip(other["texts"], found["texts"], strict=True):
         for a, b in zip(mine["tokens"], same["tokens"], strict=True):
             assert other["vocabulary"][a["token"]] == found["vocabulary"][b["token"]]
@@ -140,9 +144,18 @@ def test_a_page_has_room_for_so_many_tokens(
     model: Any, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_TOKENS", 3 * MOST_BLOCKS)
-    found = text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=16)
+    found = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=16, attention="recorded"
+    )
     assert [len(text["tokens"]) for text in found["texts"]] == [3] * MOST_BLOCKS
-    alone = text_samples(model, byte_tokenizer(), blocks[:1, :6], min_context=CONTEXT, batch_size=1)
+    alone = text_samples(
+        model,
+        byte_tokenizer(),
+        blocks[:1, :6],
+        min_context=CONTEXT,
+        batch_size=1,
+        attention="recorded",
+    )
     assert [len(text["tokens"]) for text in alone["texts"]] == [1]
 
 
@@ -154,3 +167,12 @@ def test_the_nearest_run_by_log_size() -> None:
     # An empty trace stands at half an edge, 0.0005, and 0.0028 is nearer to 0.01.
     assert chosen[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert chosen[:, 1].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2]  # equal traces: the first
+
+
+def test_attention_is_recomputed_unless_told_otherwise(model: Any, blocks: torch.Tensor) -> None:
+    found = text_samples(model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4)
+    curve = softtrace.density_curve(model, blocks, attention="recomputed")
+    for text in found["texts"]:
+        areas = [token["area"] for token in text["tokens"]]
+        row = curve.area()[text["block"], CONTEXT : CONTEXT + len(areas)]
+        assert areas == pytest.approx(row.tolist(), rel=1e-4)

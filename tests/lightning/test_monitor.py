@@ -94,7 +94,7 @@ def by_hand(model: nn.Module, rows: list[tuple[Tensor, Tensor | None]]) -> dict[
     """The same numbers, every row by itself."""
     entropy, area, size, agreed = [], [], [], []
     for ids, mask in rows:
-        read = readings(model, ids, mask)
+        read = readings(model, ids, mask, attention="recomputed")
         real = read["positions"][0].nonzero().flatten()
         late = real[len(real) // 2 :]
         entropy.append(read["curve"].entropy[0, late])
@@ -275,9 +275,9 @@ def test_batches_of_other_shapes() -> None:
 def test_packed_rows_keep_their_documents_apart() -> None:
     ids, packed = tiny_prompt(12, seed=3), torch.tensor([[*range(7), *range(5)]])
     model = tiny_model("llama")
-    found = readings(model, ids, position_ids=packed, min_context=3)
+    found = readings(model, ids, position_ids=packed, min_context=3, attention="recomputed")
     assert found["positions"].sum() == 4 + 2
-    apart = readings(model, ids[:, 7:], min_context=3)
+    apart = readings(model, ids[:, 7:], min_context=3, attention="recomputed")
     torch.testing.assert_close(
         found["curve"].area()[:, 7:], apart["curve"].area(), atol=1e-6, rtol=1e-5
     )

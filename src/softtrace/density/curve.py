@@ -39,6 +39,12 @@ def default_thresholds() -> tuple[float, ...]:
     return _GRID
 
 
+def fine_thresholds() -> tuple[float, ...]:
+    """90 thresholds, 0.98 to 8e-7, evenly spaced by their logit: for readings of single sizes."""
+    grid: list[float] = torch.linspace(4, -14, 90, dtype=torch.float64).sigmoid().tolist()
+    return tuple(grid)
+
+
 @dataclass(frozen=True)
 class DensityCurve:
     """Distortion over trace size for every position of a batch.

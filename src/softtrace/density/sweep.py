@@ -10,12 +10,18 @@ its own for every position and threshold (:mod:`softtrace.density.exact`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from softtrace.checks import check_range
-from softtrace.density.curve import DensityCurve, by_quartile, default_thresholds
+from softtrace.density.curve import (
+    DensityCurve,
+    by_quartile,
+    default_thresholds,
+    fine_thresholds,
+)
 from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
 from softtrace.density.exact import check_runs, exact_hidden
 from softtrace.errors import InvalidInputError
@@ -38,7 +44,7 @@ def density_curve(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    thresholds: Sequence[float] | Tensor | None = None,
+    thresholds: Sequence[float] | Tensor | Literal["fine"] | None = None,
     *,
     attention: AttentionKind = "recorded",
     exact: bool = False,
@@ -53,7 +59,8 @@ def density_curve(
         model: a causal language model; attached on the fly.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
-        thresholds: importances in (0, 1); None for :func:`default_thresholds`.
+        thresholds: importances in (0, 1); None for the 11 of :func:`default_thresholds`, ``"fine"``
+            for the 90 of :func:`fine_thresholds`, where TV at single sizes matters.
         attention: where masked runs take their attention probabilities from:
             ``"recorded"`` in the full run, ``"recomputed"`` from the masked states, or ``"kept"``,
             recomputed with no attention edge masked (:mod:`softtrace.tracing.masking`).
@@ -73,7 +80,7 @@ def density_curve(
     """
     check_attention(attention)
     instrument = attach(model)
-    grid = default_thresholds() if thresholds is None else _numbers(thresholds)
+    grid = _numbers(default_thresholds() if thresholds is None else thresholds)
     for tau in grid:
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
     with torch.no_grad():
@@ -97,12 +104,15 @@ def density_curve(
         )
 
 
-def _numbers(thresholds: Iterable[float]) -> list[float]:
+def _numbers(thresholds: Iterable[float] | str) -> list[float]:
     try:
+        if isinstance(thresholds, str) and thresholds == "fine":
+            return list(fine_thresholds())
         return [float(tau) for tau in thresholds]
     except (TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"thresholds: found {thresholds!r}, expected a sequence or [K] tensor of numbers"
+            f"thresholds: found {thresholds!r}, expected a sequence or [K] tensor of numbers, or "
+            "'fine'"
         ) from error
 
 
@@ -145,7 +155,8 @@ def curve_of(
         sorted(thresholds, reverse=True), dtype=torch.float64, device=measured.device
     )
     total = total_edges(scores)
-    full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
+    logits = recording.logits[measured]
+    full = logits.to(working_dtype(logits.dtype)).softmax(-1)
     others = ~measured
     explained = measured if explained is None else explained & measured
     exact = exact and attention != "recorded"
@@ -160,11 +171,13 @@ def curve_of(
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
-            instrument, read, full, recording.logits, explained, nucleus, reader
+            instrument, read[measured], full, logits, explained[measured], nucleus, reader
         )
-        variations.append(variation.masked_fill(others, torch.nan))
-        nuclei += recovered
-        readings += more
+        variations.append(_placed([variation[:, None]], measured, torch.nan)[..., 0])
+        if recovered:
+            nuclei.append(_placed(recovered, explained))
+        if more:
+            readings.append(_placed(more, explained))
         if composition:
             compositions.append(by_quartile(counts))
     if composition:
@@ -221,22 +234,21 @@ def _distortion(
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """TV ``[B, T]``, nucleus recovery ``[B, T, P]`` or nothing, what ``reader`` reads or nothing.
-
-    In portions of positions.
+    """TV ``[n]`` of measured positions; of those that are explained the rows of nucleus recovery
+    ``[m, P]`` and of what ``reader`` reads, or nothing. In portions of positions.
 
     Args:
         instrument: of the model.
-        read: ``[B, T, d_model]``, what the final norm gives in a masked run.
-        full, logits: ``[B, T, V]``, the full model's probabilities and logits.
+        read: ``[n, d_model]``, what the final norm gives in a masked run.
+        full, logits: ``[n, V]``, the full model's probabilities and logits.
+        explained: ``[n]`` bool.
         nucleus: whether nucleus recovery is wanted.
-        explained, reader: see :func:`curve_of`.
+        reader: see :func:`curve_of`.
     """
-    shape, rows = full.shape[:-1], _portion(full)
+    rows = _portion(full)
     variations, recovered, others = [], [], []
     for part, p, own, chosen in zip(
-        *(torch.split(every.flatten(0, 1), rows) for every in (read, full, logits, explained)),
-        strict=True,
+        *(torch.split(every, rows) for every in (read, full, logits, explained)), strict=True
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
@@ -244,18 +256,14 @@ def _distortion(
             recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
         if reader is not None and bool(chosen.any()):
             others.append(reader(masked[chosen]))
-    variation = torch.cat(variations).reshape(shape)
-    nuclei, readings = (
-        [_placed(parts, explained)] if parts else [] for parts in (recovered, others)
-    )
-    return variation, nuclei, readings
+    return torch.cat(variations), recovered, others
 
 
-def _placed(parts: list[Tensor], explained: Tensor) -> Tensor:
-    """Rows of the explained positions ``[n, X]`` at their places, ``[B, T, X]``; 0 elsewhere."""
+def _placed(parts: list[Tensor], places: Tensor, elsewhere: float = 0) -> Tensor:
+    """Rows of some positions ``[n, X]`` at their places ``[B, T]`` bool, as ``[B, T, X]``."""
     rows = torch.cat(parts)
-    placed = rows.new_zeros(*explained.shape, rows.shape[-1])
-    placed[explained] = rows
+    placed = rows.new_full((*places.shape, rows.shape[-1]), elsewhere)
+    placed[places] = rows
     return placed
 
 

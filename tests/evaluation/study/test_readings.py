@@ -70,7 +70,7 @@ def test_windows_are_read_with_their_beginning() -> None:
     begun, other = (read(beginning=torch.tensor(each)) for each in ([5], [6]))
     for length in LENGTHS:
         rows = windows_of(BLOCKS, ENDS, length, torch.tensor([5])).flatten(0, 1)
-        curve = softtrace.density_curve(tiny_model("llama"), rows)
+        curve = softtrace.density_curve(tiny_model("llama"), rows, attention="recomputed")
         expected = curve.entropy[:, -1].reshape(3, 2)
         torch.testing.assert_close(begun.windows[length].entropy, expected)
         assert not torch.equal(other.windows[length].entropy, expected)
@@ -91,7 +91,9 @@ def test_windows_equal_curves_of_each_window_alone(readings: Readings) -> None:
         for row in range(3):
             for place, end in enumerate(ENDS.tolist()):
                 window = BLOCKS[row : row + 1, end - length + 1 : end + 1]
-                curve = softtrace.density_curve(model, window, composition=True)
+                curve = softtrace.density_curve(
+                    model, window, composition=True, attention="recomputed"
+                )
                 size = float(curve.size_at(0.2)[0, -1])
                 assert float(found.size[row, place]) == pytest.approx(size, rel=1e-4)
                 assert float(found.area[row, place]) == pytest.approx(
@@ -114,7 +116,9 @@ def test_windows_equal_curves_of_each_window_alone(readings: Readings) -> None:
 
 def test_whole_sequences_equal_density_curves(readings: Readings) -> None:
     model = tiny_model("llama")
-    curve = softtrace.density_curve(model, BLOCKS, composition=True, nucleus=True)
+    curve = softtrace.density_curve(
+        model, BLOCKS, composition=True, nucleus=True, attention="recomputed"
+    )
     explained = slice(8, 15)
     torch.testing.assert_close(readings.whole.size, curve.size_at(0.2)[:, explained])
     torch.testing.assert_close(readings.whole.entropy, curve.entropy[:, explained])
@@ -135,11 +139,11 @@ def test_unigrams_are_compared_with_masked_predictions(readings: Readings) -> No
         instrument = softtrace.attach(model)
         recording = instrument.record(instrument.batch(BLOCKS))
         full = recording.logits[:, 8:15]
-        curve = softtrace.density_curve(model, BLOCKS)
+        curve = softtrace.density_curve(model, BLOCKS, attention="recomputed")
         levels = []
         for tau in curve.thresholds.tolist():
             masks = hard_masks(recording.importance, tau)
-            masked = instrument.masked_logits(recording.batch, masks, recording.attention)
+            masked = instrument.masked_logits(recording.batch, masks)
             unigrams = corpus.probabilities.log().float().expand_as(masked)
             levels.append(divergence(masked, unigrams))
         levels.append(divergence(recording.logits, corpus.probabilities.log().float()))
