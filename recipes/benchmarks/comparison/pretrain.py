@@ -40,8 +40,8 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from recipes.benchmarks.comparison.pretrained_card import card
 from recipes.benchmarks.places import MODEL
 from softtrace.data import pack, read_documents, split_by_file
-from softtrace.data.encoding import encode
 from softtrace.data.documents import Document
+from softtrace.data.encoding import encode
 from softtrace.errors import OutputExistsError
 from softtrace.files import atomic_path, write_json
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.checks import check_counts, check_least, check_range
+from softtrace.cli.sensitivity import sensitivity as measure_sensitivity
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, split_by_file
 from softtrace.data.encoding import beginning
@@ -88,6 +89,7 @@ def study(
     smoothing: float = 1.0,
     seed: int = 0,
     attention: AttentionKind = "recomputed",
+    sensitivity: bool = False,
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Answer the paper's questions of one or two models, with intervals; write them to OUT.
@@ -109,6 +111,9 @@ def study(
         seed: Seed of the bootstrap.
         attention: Where masked runs take their attention probabilities from: recomputed, recorded
             or kept, see softtrace evaluate.
+        sensitivity: Instead of answering the questions, measure by every kind of attention, norm of
+            edges, stand-in for absent edges and grid of thresholds, and tell which conclusions
+            survive: sensitivity.json and sensitivity.txt.
         run: How the models are run.
 
     Raises:
@@ -142,6 +147,18 @@ def study(
         )
     for model in models[1:]:
         _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
+    data = text_identity(source, chosen, len(held_out))
+    if sensitivity:
+        return measure_sensitivity(
+            models,
+            chosen,
+            data,
+            out,
+            batch_size=batch_size,
+            resamples=resamples,
+            seed=seed,
+            run=run,
+        )
     described: list[dict[str, Any]] = []
     found: list[Readings] = []
     unigrams: Unigrams | None = None
@@ -174,7 +191,7 @@ def study(
     result = {
         "version": STUDY_VERSION,
         "models": described,
-        "data": text_identity(source, chosen, len(held_out)),
+        "data": data,
         "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
             "attention": attention,
