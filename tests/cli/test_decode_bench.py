@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from softtrace.cli.decode_bench import decode_bench
 from softtrace.cli.evaluate import evaluate
@@ -118,6 +119,35 @@ def test_a_text_of_one_block_serves_for_both(
     assert (found["prompts"], found["prompts_chosen_on"]) == (1, 1)
     assert len(found["check_cost"]) == 1  # no more than such a text has guesses
     assert found["loops"]["direct"]["identical"] == 1
+
+
+@pytest.mark.thorough
+def test_what_the_generation_config_changes_is_measured(
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replay and race agree on one block, and no end cuts a text short."""
+    model: Any = tiny_model("llama", seed=2, vocab_size=300, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, eos_token_id=list(range(3, 200)), stop_strings=["a"],
+        exponential_decay_length_penalty=(1, 2.0), repetition_penalty=1.5, no_repeat_ngram_size=1,
+    )  # fmt: skip
+    monkeypatch.setattr("softtrace.cli.decode_bench.load_model", lambda *_, **__: model)
+    text = tmp_path / "text.txt"
+    text.write_text("x = 1 + 22")
+    found = decode_bench(
+        sources[0], TextSource(str(text)), str(tmp_path / "out"), exit_layer=2, draft_tokens=4,
+        confidence=0.0, **{**SMALL, "new_tokens": 24},
+    )  # fmt: skip
+    direct = found["loops"]["direct"]
+    assert [found["expected"][name] for name in ("drafted", "accepted", "checks")] == [
+        direct[name] for name in ("drafted", "accepted", "checks")
+    ]
+    assert 0 < direct["accepted"] < direct["drafted"]
+    assert [loop["identical"] for loop in found["loops"].values()] == [1, 1]
 
 
 @pytest.mark.thorough

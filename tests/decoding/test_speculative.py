@@ -225,6 +225,9 @@ def test_rotations_that_change_with_the_length_are_refused(
         generate(model, ids, 1, max_new_tokens=NEW)
     with pytest.raises(UnsupportedModelError, match="decode plainly"):
         generate(model, ids, 1, max_length=prompt + NEW)
+    model.generation_config.max_new_tokens = NEW
+    with pytest.raises(UnsupportedModelError, match="decode plainly"):
+        generate(model, ids, 1)
 
 
 def test_an_interrupted_draft_leaves_the_model_whole() -> None:

@@ -113,6 +113,70 @@ def test_resumed_at_every_step_ends_with_the_same_weights(tmp_path: Path) -> Non
     assert not torch.equal(weights(other.model), weights(whole.model))
 
 
+def logged(trainer: Any, *beginnings: str) -> list[dict[str, float]]:
+    """What a training logged of its loss, of those names."""
+    return [
+        {name: entry[name] for name in sorted(entry) if name.startswith(("step", *beginnings))}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def same(one: list[dict[str, float]], other: list[dict[str, float]]) -> bool:
+    return repr(one) == repr(other)  # NaN is NaN
+
+
+MASKED_SELDOM: dict[str, Any] = {**OPTIONS, "start_step": 1, "every": 3, "share": 0.5}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("restore", [False, True])
+def test_resumed_between_masked_runs_it_logs_what_the_straight_one_does(
+    tmp_path: Path, restore: bool
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    whole = train(tmp_path, MASKED_SELDOM, "gpt2", **settings)
+    sizes = [entry["density/soft_size"] for entry in logged(whole, "density")]
+    assert math.isnan(sizes[0])  # the masked runs are at steps 1, 4 and 7
+    assert len(set(sizes[1:])) == 3
+    for step in range(1, whole.state.global_step):
+        again = resumed(
+            tmp_path, step, MASKED_SELDOM, restore_callback_states_from_checkpoint=restore
+        )
+        assert same(logged(again, "loss", "density"), logged(whole, "loss", "density")), step
+
+
+@pytest.mark.thorough
+def test_resumed_between_two_logs_it_logs_the_same_means(tmp_path: Path) -> None:
+    """But of the loss, of which the Trainer itself logs the mean since it was resumed."""
+    whole = train(
+        tmp_path, MASKED_SELDOM, "gpt2", save_strategy="steps", save_steps=1, logging_steps=4
+    )
+    for step in (1, 2, 3, 5, 6):
+        again = resumed(tmp_path, step, MASKED_SELDOM, logging_steps=4)
+        assert same(logged(again, "density"), logged(whole, "density")), step
+        for entry in logged(again, "loss"):
+            assert entry["loss/task"] + entry["loss/density"] == pytest.approx(entry["loss"])
+
+
+@pytest.mark.thorough
+def test_older_checkpoints_are_read_and_a_new_training_begins_anew(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    whole = train(tmp_path, MASKED_SELDOM, "gpt2", **settings)
+    state = tmp_path / "checkpoint-3" / "trainer_state.json"
+    kept = json.loads(state.read_text())
+    attributes = kept["stateful_callbacks"]["DensityState"]["attributes"]
+    assert attributes.keys() == {"version", "seed", "log"}
+    kept["stateful_callbacks"]["DensityState"]["attributes"] = {"version": 1, "seed": 3}
+    state.write_text(json.dumps(kept))
+    older = resumed(tmp_path, 3, MASKED_SELDOM)
+    assert torch.equal(weights(older.model), weights(whole.model))
+    assert math.isnan(logged(older, "density")[3]["density/soft_size"])  # which is not known
+    assert logged(older, "density")[4:] == logged(whole, "density")[4:]
+    whole.train()  # once more, from the first step
+    assert math.isnan(logged(whole, "density")[0]["density/soft_size"])
+
+
 @pytest.mark.thorough
 def test_a_subclass_that_leaves_the_term_out_is_told(tmp_path: Path) -> None:
     class Leaves(with_density(Trainer)):  # type: ignore[misc]
@@ -156,7 +220,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
     kept = json.loads(state.read_text())
     kept["stateful_callbacks"]["DensityState"]["attributes"]["version"] = 99
     state.write_text(json.dumps(kept))
-    with pytest.raises(TrainerSetupError, match=r"found a density version of 99, this run has 1"):
+    with pytest.raises(TrainerSetupError, match=r"found a density version of 99, this run has 2"):
         resumed(tmp_path, 4)
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer on two processes: its weights are those of the loop written out."""
+"""transformers' Trainer on two processes: the loop written out, and a resumed training's log."""
 
 from __future__ import annotations
 
@@ -72,3 +72,44 @@ def test_two_processes_equal_the_loop_by_hand(tmp_path: Path, counted: bool) -> 
     assert [entry["step"] for entry in first["history"]] == [1, 2]
     for entry in first["history"]:
         assert entry["loss/task"] + entry["loss/density"] == pytest.approx(entry["loss"])
+
+
+RESUMED = """
+import sys
+import torch
+from tests.support.hf_training import OPTIONS, DensityTrainer, arguments, rows
+from tests.support.tiny import tiny_model
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+histories = {}
+for step in (None, 1, 2):  # the masked runs are at the steps 0 and 3
+    torch.manual_seed(0)
+    trainer = DensityTrainer(
+        model=tiny_model("llama", dtype=torch.float64).train(),
+        args=arguments(folder, save_strategy="steps", save_steps=1),
+        train_dataset=rows(), density={**OPTIONS, "every": 3},
+    )
+    trainer.train(step and f"{folder}/checkpoint-{step}")
+    histories[step] = [entry for entry in trainer.state.log_history if "loss" in entry]
+if trainer.args.process_index == 0:
+    torch.save(histories, f"{folder}/histories.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_resumed_training_logs_the_mean_of_what_both_processes_measured(tmp_path: Path) -> None:
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED, encoding="utf-8")
+    for done in run_ranks([sys.executable, script, tmp_path], RANKS, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+    histories = torch.load(tmp_path / "histories.pt", weights_only=True)
+    straight = histories.pop(None)
+    names = [name for name in straight[0] if name.startswith(("loss", "density"))]
+    assert len({entry["density/soft_size"] for entry in straight}) == 2
+    for resumed in histories.values():
+        assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
+        for entry, wanted in zip(resumed, straight, strict=True):
+            assert [entry[name] for name in names] == [wanted[name] for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import fields
@@ -19,8 +20,8 @@ from softtrace.lightning import DensityPenalty
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.penalty import STATE_KEY
 from tests.support.corpus import byte_tokenizer, write_tree
-from tests.support.fitting import Tuner, batches, fit, trainer, weights
-from tests.support.lightning_runs import ByteTuner, fit_corpus, fit_in_processes
+from tests.support.fitting import Calls, Tuner, batches, fit, trainer, weights
+from tests.support.lightning_runs import ByteTuner, data_module, fit_corpus, fit_in_processes
 from tests.support.processes import as_rank
 from tests.support.tiny import tiny_model
 
@@ -51,15 +52,68 @@ def test_resumed_fit_ends_as_the_straight_one_bit_by_bit(
     assert not torch.equal(other, straight)
 
 
+LOGGED = ("loss/task", "loss/density", "density/soft_size", "density/distortion",
+          "density/easy_share", "density/exit_distance")  # fmt: skip
+
+
+MASKED_SELDOM = {"start_step": 1, "every": 3, "crop": 12, "exits": 0.3}
+
+
+def fit_and_note(corpus: Path, ckpt_path: Path | None = None) -> dict[int, list[float]]:
+    """What is logged at every step of two epochs, each of which leaves a checkpoint once."""
+    noted = {}
+
+    def note(fitting: Any, *_: Any) -> None:
+        noted[fitting.global_step] = [float(fitting.callback_metrics[name]) for name in LOGGED]
+        if ckpt_path is None:
+            fitting.save_checkpoint(corpus.parent / f"step={fitting.global_step}.ckpt")
+
+    torch.manual_seed(0)
+    penalty = DensityPenalty(0.5, **MASKED_SELDOM)
+    fitting = trainer(penalty, Calls(on_train_batch_end=note), max_epochs=2)
+    fitting.fit(ByteTuner(), data_module(corpus), ckpt_path=ckpt_path, weights_only=True)
+    return noted
+
+
+def test_resumed_between_masked_runs_it_logs_what_the_straight_one_does(corpus: Path) -> None:
+    straight = fit_and_note(corpus)
+    assert list(straight) == list(range(1, 13))
+    sizes = [values[2] for values in straight.values()]
+    assert math.isnan(sizes[0])  # masked runs are at the second step, the fifth, ...
+    assert len(set(sizes[1:])) == 4
+    for step in range(1, 12):
+        resumed = fit_and_note(corpus, corpus.parent / f"step={step}.ckpt")
+        assert list(resumed) == list(range(step + 1, 13))
+        for at, values in resumed.items():
+            assert values == pytest.approx(straight[at], rel=0, abs=0, nan_ok=True), (step, at)
+
+
+def test_what_another_fit_logged_is_not_gone_on_from(corpus: Path) -> None:
+    fit_and_note(corpus)
+    kept = torch.load(corpus.parent / "step=4.ckpt", weights_only=True)
+    penalty, sizes = DensityPenalty(0.5, **MASKED_SELDOM), []
+    penalty.on_load_checkpoint(trainer(), Tuner(), kept)
+    note = Calls(
+        on_train_batch_end=lambda t, *_: sizes.append(float(t.callback_metrics[LOGGED[2]]))
+    )
+    fit(Tuner(), penalty, note)
+    assert math.isnan(sizes[0])
+
+
 def test_state_is_plain_and_versioned(corpus: Path) -> None:
-    fit_corpus(corpus)
+    straight = fit_corpus(corpus)
     checkpoint = torch.load(corpus.parent / "step=4.ckpt", weights_only=True)
-    assert checkpoint[STATE_KEY] == {"version": 1, "seed": 3}
-    for version in (2, "1", None):
-        checkpoint[STATE_KEY]["version"] = version
+    state = checkpoint[STATE_KEY]
+    assert (state["version"], state["seed"]) == (2, 3)
+    assert set(state["log"]["measured"]) == set(LOGGED[2:5])
+    for version in (3, "1", None):
+        checkpoint[STATE_KEY] = {**state, "version": version}
         torch.save(checkpoint, corpus.parent / "other.ckpt")
-        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 1"):
+        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 2"):
             fit_corpus(corpus, corpus.parent / "other.ckpt")
+    checkpoint[STATE_KEY] = {"version": 1, "seed": 3}  # as it was before the log was kept
+    torch.save(checkpoint, corpus.parent / "older.ckpt")
+    assert torch.equal(fit_corpus(corpus, corpus.parent / "older.ckpt"), straight)
 
 
 def test_resuming_with_another_seed_is_refused(corpus: Path) -> None:

@@ -120,12 +120,12 @@ def by_hand(
     return model
 
 
-def resumed(folder: Path, step: int, density: Any = OPTIONS) -> Any:
+def resumed(folder: Path, step: int, density: Any = OPTIONS, **changes: Any) -> Any:
     """A new trainer that goes on from the checkpoint of a step."""
     torch.manual_seed(99)
     trainer = DensityTrainer(
         model=tiny_model("gpt2", seed=5, dtype=torch.float64).train(),
-        args=arguments(folder, save_strategy="steps", save_steps=1),
+        args=arguments(folder, **{"save_strategy": "steps", "save_steps": 1, **changes}),
         train_dataset=rows(), density=density,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))

@@ -24,7 +24,7 @@ from softtrace.decoding.exit_checks import (
 from softtrace.decoding.recommend import GATES, gated_exits
 from softtrace.decoding.replay import LONGEST, best_drafting, check_costs
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race
+from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.files import OVERWRITE, check_output, prepare_output, write_json
@@ -99,6 +99,7 @@ def decode_bench(
         check_exit_layer(exit_layer, layers)
     rows = [row[None].to(where) for row in starts[::2]]
     chosen_on = [row[None].to(where) for row in starts[1::2]] or rows
+    write_past_ends(network)
     texts = guesses_on(network, chosen_on, new_tokens)
     by_exit = zip(*(text.right for text in texts), strict=True)
     gated = [gated_exits(texts, gate) for gate in GATES]

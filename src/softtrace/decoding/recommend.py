@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.decoding.exit_checks import EXIT_FIELD, check_early_exit
+from softtrace.decoding.greedy_choice import GreedyChoice
 from softtrace.decoding.replay import LONGEST, Guesses, best_drafting
 from softtrace.density.exits import hidden_states
 from softtrace.errors import InvalidInputError
@@ -28,7 +29,12 @@ _LEAST = 8  # tokens of a row to judge exits by: half of it is replayed
 
 @torch.no_grad()
 def guesses_of(
-    instrument: Instrument, recording: Recording, explained: slice, written: Tensor, row: int = 0
+    instrument: Instrument,
+    recording: Recording,
+    explained: slice,
+    written: Tensor,
+    row: int = 0,
+    choice: GreedyChoice | None = None,
 ) -> Guesses:
     """What the exit after each layer but the last guesses of one sequence.
 
@@ -38,10 +44,14 @@ def guesses_of(
         explained: positions to look at.
         written: ``[B, T']`` ids, what follows each of them.
         row: which sequence.
+        choice: what the generation config changes, where the positions begin at the end of its
+            prompt; None takes the logits as they are.
     """
     right, sure = [], []
     for hidden in hidden_states(recording)[1:-1]:
         logits = instrument.anatomy.readout.early(hidden[row, explained])
+        if choice is not None:
+            logits = choice.scores(logits, written[row, :-1].tolist())
         likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)
         right.append((logits.argmax(-1) == written[row]).tolist())
         sure.append(likely.tolist())

@@ -12,7 +12,8 @@ directly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from softtrace.decoding.exit_checks import (
     exit_layer_of,
     refuse_moving_rotations,
 )
+from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.tracing.attach import attach
@@ -83,7 +85,7 @@ def generate(
             proves it anew for every text.
         options: of ``model.generate``. What ends a text (``stopping_criteria``, ``stop_strings``)
             is asked again of every token: transformers' assisted loop asks once a draft, and writes
-            past the end.
+            past the end. Options that it does not say are the generation config's.
 
     Returns:
         ``[1, T + N]``, prompt and new tokens.
@@ -92,29 +94,46 @@ def generate(
         UnsupportedModelError: no exits, or a text over which rotary frequencies change; see
             :mod:`softtrace.decoding.exit_checks`.
         InvalidInputError: an exit layer that is none, several sequences, a ``proven_exit`` of
-            another model, or ``stop_strings`` without a ``tokenizer``.
+            another model, ``stop_strings`` without a ``tokenizer``, or an option that a draft
+            cannot honour (``num_beams``, ``guidance_scale``, ...).
     """
     _, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
-    limit = options.get("max_length", input_ids.shape[1] + _USUAL) - input_ids.shape[1]
-    refuse_moving_rotations(model, input_ids.shape[1], options.get("max_new_tokens") or limit)
+    refuse_options(model, options)
+    start, new_tokens = input_ids.shape[1], option_of(model, options, "max_new_tokens")
+    if new_tokens is None:
+        new_tokens = (option_of(model, options, "max_length") or start + _USUAL) - start
+    refuse_moving_rotations(model, start, new_tokens)
     options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
     criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or ())
-    strings, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
-    if strings:  # the drafting loop would look for a tokenizer of its own
+    strings, tokenizer = option_of(model, options, "stop_strings"), options.pop("tokenizer", None)
+    if strings:
         if tokenizer is None:
             raise InvalidInputError("stop_strings: found no tokenizer beside them; pass tokenizer")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     # transformers leaves the model cut off where its draft is interrupted.
-    with first_layers(model, counter(model).num_hidden_layers):
+    with first_layers(model, counter(model).num_hidden_layers), _no_stop_strings(model):
         found: Tensor = model.generate(
-            input_ids, assistant_early_exit=depth, stopping_criteria=criteria, **options
-        )
+            input_ids, assistant_early_exit=depth, stopping_criteria=criteria,
+            **{**options, "stop_strings": None},
+        )  # fmt: skip
     # Time that is up now was not up then.
     asked = [each for each in criteria if not isinstance(each, MaxTimeCriteria)]
     for end in range(input_ids.shape[1] + 1, found.shape[1]):
         if any(bool(each(found[:, :end], None)) for each in asked):
             return found[:, :end]
     return found
+
+
+@contextmanager
+def _no_stop_strings(model: Any) -> Iterator[None]:
+    """Hide a model's own stop strings, for which its draft would look for a tokenizer."""
+    own = model.generation_config
+    kept = own.stop_strings
+    try:
+        own.stop_strings = None
+        yield
+    finally:
+        own.stop_strings = kept
 
 
 def _exit_of(
@@ -153,12 +172,19 @@ def greedy(
 
     Args:
         model, input_ids, max_new_tokens, eos_token_id: see :func:`speculate`.
+
+    Raises:
+        InvalidInputError: see :func:`speculate`.
     """
     _check_decoding(model, max_new_tokens)
     cache, ends = DynamicCache(), _ends(model, eos_token_id)
-    tokens = [_next(model, input_ids, cache)]
-    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
-        tokens.append(_next(model, input_ids.new_tensor([tokens[-1:]]), cache))
+    choice = greedy_choice(model, input_ids, max_new_tokens, ends)
+    tokens: list[int] = []
+    read = input_ids
+    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
+        logits = model(input_ids=read, past_key_values=cache, use_cache=True).logits
+        tokens.append(int(choice.scores(logits[0, -1:], tokens).argmax()))
+        read = input_ids.new_tensor([tokens[-1:]])
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
 
 
@@ -166,11 +192,6 @@ def _check_decoding(model: nn.Module, max_new_tokens: int) -> None:
     check_least("max_new_tokens", max_new_tokens, 1)
     if model.training:
         raise InvalidInputError("model: found one in train mode; call model.eval() first")
-
-
-def _next(model: nn.Module, input_ids: Tensor, cache: DynamicCache) -> int:
-    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
-    return int(logits[0, -1].argmax())
 
 
 @torch.inference_mode()
@@ -191,6 +212,10 @@ def speculate(
     drafts of one guess are plain decoding; what follows it is the next draft's. While it runs, the
     model is cut off and put together again: no other thread may use it.
 
+    What the model's generation config changes about greedy decoding (``repetition_penalty``,
+    ``no_repeat_ngram_size``, ``suppress_tokens``, ``min_new_tokens``, ...) is applied to guesses
+    and checks, so that the text is the one of ``model.generate(do_sample=False)``.
+
     Args:
         model: a causal language model of transformers, in eval mode.
         input_ids: ``[1, T]``, no padding.
@@ -206,24 +231,28 @@ def speculate(
         UnsupportedModelError: no exits, no cache that can be cut, or a text over which rotary
             frequencies change; see :mod:`softtrace.decoding.exit_checks`.
         InvalidInputError: a number outside its range, several sequences, a model in train mode,
-            or a ``proven_exit`` of another model or without a proof for this exit layer.
+            a ``proven_exit`` of another model or without a proof for this exit layer, or a
+            generation config that a draft cannot honour (``num_beams``, ``guidance_scale``,
+            ``stop_strings``, ...).
     """
     _check_decoding(model, max_new_tokens)
     check_least("draft_tokens", draft_tokens, 1)
     check_range("confidence", confidence, 0, 1)
     found, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
+    ends = _ends(model, eos_token_id)
+    choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     if proven_exit is None:
         found = check_cache(found, (depth,))
     found.check_resumable(depth)
-    ends = _ends(model, eos_token_id)
     drafted = accepted = checks = 0
     parts = TwoParts(model, decoder_layers(found.instrument), depth)
-    tokens = [int(parts.whole(input_ids)[-1].argmax())]
+    tokens = [int(choice.scores(parts.whole(input_ids)[-1:], ()).argmax())]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         room = min(draft_tokens, max_new_tokens - len(tokens))
-        draft = _draft(parts, input_ids.new_tensor([tokens[-1:]]), room, confidence, ends)
-        best: list[int] = parts.rest().argmax(-1).tolist()
+        draft = _draft(parts, choice, tokens, room, confidence, ends)
+        scores = choice.scores(parts.rest(), tokens + draft[:-1])
+        best: list[int] = scores.argmax(-1).tolist()
         right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
         written = best[: right + 1]  # the guesses that are right, and what comes for the next
         parts.forget(len(draft) - len(written))
@@ -233,14 +262,20 @@ def speculate(
 
 
 def _draft(
-    parts: TwoParts, token: Tensor, room: int, confidence: float, ends: set[int]
+    parts: TwoParts,
+    choice: GreedyChoice,
+    written: list[int],
+    room: int,
+    confidence: float,
+    ends: set[int],
 ) -> list[int]:
-    """Guess up to ``room`` tokens with the first layers, the first of them after ``token``."""
+    """Guess up to ``room`` tokens after those ``written`` with the first layers."""
     draft: list[int] = []
     while True:
-        logits = parts.first(token)
-        draft.append(int(logits.argmax()))
-        sure = not confidence or float(logits.float().softmax(-1)[draft[-1]]) >= confidence
+        tokens = written + draft
+        logits = parts.first(choice.prompt.new_tensor([tokens[-1:]]))
+        scores = choice.scores(logits[None], tokens)[0]
+        draft.append(int(scores.argmax()))
+        sure = not confidence or float(scores.float().softmax(-1)[draft[-1]]) >= confidence
         if not sure or len(draft) == room or draft[-1] in ends:
             return draft
-        token = token.new_tensor([draft[-1:]])

@@ -17,13 +17,13 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from softtrace.decoding.exit_checks import ProvenExit
+from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.recommend import guesses_of
 from softtrace.decoding.replay import Drafting, Guesses
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
 from softtrace.decoding.split_model import first_layers, forget
 from softtrace.tracing.attach import attach
 
-_NEVER = -1  # no token: both loops write as many tokens as were asked for
 _REPEATS = 15
 
 
@@ -37,17 +37,25 @@ def is_of(density: Path, model: str) -> bool:
     return same
 
 
+def write_past_ends(network: Any) -> None:
+    """Let every text be as long as asked for: nothing in the generation config ends it before."""
+    for name in ("eos_token_id", "stop_strings", "max_time", "exponential_decay_length_penalty"):
+        setattr(network.generation_config, name, None)
+
+
 @torch.no_grad()
 def guesses_on(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> list[Guesses]:
-    """What exits say about what the model writes."""
+    """What exits say about what the model writes, which no end of text may cut short."""
     instrument, texts = attach(network), []
     for row in tqdm(rows, desc="looking at exits", unit="prompt"):
-        tokens = greedy(network, row, new_tokens, _NEVER).tokens
+        tokens = greedy(network, row, new_tokens).tokens
+        choice = greedy_choice(network, row, new_tokens, ())
         # The last token is nobody's context; its prediction was never asked for.
         whole = torch.cat((row, tokens[None, :-1]), dim=1)
         batch = instrument.batch(whole)
         recording = instrument.record(batch, keep_hidden=True, keep_attention=False)
-        texts.append(guesses_of(instrument, recording, slice(row.shape[1] - 1, None), tokens[None]))
+        explained = slice(row.shape[1] - 1, None)
+        texts.append(guesses_of(instrument, recording, explained, tokens[None], choice=choice))
     return texts
 
 
@@ -108,17 +116,25 @@ def race(
     new_tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Each loop against plain decoding by the same loop, prompt by prompt in turns."""
+    """Each loop against plain decoding by the same loop, prompt by prompt in turns.
+
+    Args:
+        network: writes past ends (:func:`write_past_ends`), so that all texts are equally long.
+        proven_exit: of it.
+        rows: prompts, ``[1, T]`` each.
+        way: how it drafts.
+        new_tokens: tokens that are written for each prompt.
+        rounds: how often every prompt is timed.
+    """
 
     def direct(row: Tensor) -> Generation:
         return speculate(
             network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
-            draft_tokens=way.draft_tokens, confidence=way.confidence, eos_token_id=_NEVER,
-            proven_exit=proven_exit,
+            draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
         )  # fmt: skip
 
     loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
-        "direct": (lambda row: greedy(network, row, new_tokens, _NEVER), direct),
+        "direct": (lambda row: greedy(network, row, new_tokens), direct),
         "transformers": (
             lambda row: _stock(network, row, way, new_tokens, None),
             lambda row: _stock(network, row, way, new_tokens, proven_exit),
@@ -169,7 +185,7 @@ def _stock(
     own = network.generation_config
     kept = {
         name: getattr(own, name)
-        for name in ("eos_token_id", "num_assistant_tokens", "assistant_confidence_threshold")
+        for name in ("num_assistant_tokens", "assistant_confidence_threshold")
     }
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -177,7 +193,6 @@ def _stock(
         # The loop reads these from the model's own config alone.
         own.num_assistant_tokens = way.draft_tokens
         own.assistant_confidence_threshold = way.confidence
-        own.eos_token_id = None
         options = {"max_new_tokens": new_tokens, "do_sample": False}
         if proven_exit is not None:
             whole = generate(network, row, way.exit_layer, proven_exit=proven_exit, **options)

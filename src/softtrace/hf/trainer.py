@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.operations import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -21,7 +22,7 @@ from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
-from softtrace.loss.integration import STATE_VERSION, ExpectedGradient, TermLog, check_state
+from softtrace.loss.integration import ExpectedGradient, TermLog, check_state, state_of
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
@@ -100,6 +101,7 @@ class DensityMixin:
         self._density = None
         self._sums.clear()
         self._term_log = TermLog(self.density_options)
+        self._keep(None)
 
     def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss reads of a batch; override for batches of other shapes.
@@ -204,6 +206,48 @@ class DensityMixin:
             logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's checkpoint, with what is logged next."""
+        self._keep(self._log_state())
+        return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _log_state(self) -> list[dict[str, Any]] | None:
+        """Of each process what the last masked run gave, and what was added up since the last log.
+
+        None where nothing was. The added loss is left out: the Trainer forgets the sum of its own
+        loss, and what is logged of both has to add up.
+        """
+        trainer: Any = self
+        measured = self._term_log.measured
+        if not measured:
+            return None
+        own = {
+            "measured": {name: float(value) for name, value in measured.items()},
+            "sums": {
+                name: value.tolist() for name, value in self._sums.items() if name != "loss/density"
+            },
+        }
+        # A checkpoint that a signal asked for does not wait for other processes.
+        found: list[dict[str, Any]] = gather_object([own]) if trainer.control.should_save else [own]
+        return found
+
+    def _keep(self, log: list[dict[str, Any]] | None) -> None:
+        trainer: Any = self
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, DensityState):
+                callback.log = log
+
+    def _go_on_from(self, log: list[dict[str, Any]]) -> None:
+        """Log on from what :meth:`_log_state` gave."""
+        trainer: Any = self
+        rank, device = trainer.args.process_index, trainer.args.device
+        own = log[rank if rank < len(log) else 0]
+        measured = {name: torch.tensor(value) for name, value in own["measured"].items()}
+        self._term_log.load({"added": [], "measured": measured}, device)
+        self._sums = {
+            name: torch.tensor(value, device=device) for name, value in own["sums"].items()
+        }
+
     def _begin(self) -> None:
         """Attach to the model that is trained, before anything of it is compiled."""
         trainer: Any = self
@@ -224,21 +268,26 @@ class DensityMixin:
             )
         check_sharding(trainer, self.allow_untested)
         self._density = DensityLoss(find_causal_lm(trainer.model), options)
+        if kept.get("log"):
+            self._go_on_from(kept["log"])
 
 
 class DensityState(TrainerCallback, ExportableState):
-    """Keeps the term's seed in ``trainer_state.json``; all else is a function of the step.
+    """Keeps the term's seed, and what is logged next, in ``trainer_state.json``.
+
+    All else is a function of the step.
 
     Args:
         seed: of the term.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed, self.version = seed, STATE_VERSION
+        self.seed = seed
+        self.log: list[dict[str, Any]] | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the term."""
-        return {"args": {}, "attributes": {"version": self.version, "seed": self.seed}}
+        return {"args": {}, "attributes": state_of(self.seed, self.log)}
 
 
 def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:

@@ -61,11 +61,13 @@ class DensityPenalty(Callback):
         self.allow_untested = allow_untested
         self._wrapped: WrappedStep | None = None
         self._term_log = TermLog(self.options)
+        self._kept_log: dict[str, Any] | None = None  # of the checkpoint that a fit goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what can be seen without the model."""
         if stage != "fit":
             return
+        self._kept_log = None
         twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise TrainerSetupError(
@@ -99,6 +101,8 @@ class DensityPenalty(Callback):
         self._restore()  # of a fit that ended without saying so: never two terms
         density = DensityLoss(find_causal_lm(pl_module), self.options)
         self._term_log = TermLog(self.options, self.options.on(pl_module.device).schedule.every)
+        if self._kept_log is not None:
+            self._term_log.load(self._kept_log, pl_module.device)
         self._wrapped = WrappedStep(trainer, pl_module, density, self.inputs_of, self._log)
 
     def inputs_of(self, batch: Any) -> dict[str, Any]:
@@ -149,13 +153,21 @@ class DensityPenalty(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a version and the seed; draws and strength are functions of the step."""
-        checkpoint[STATE_KEY] = state_of(self.options.seed)
+        """Keep a version, the seed, and what is logged next; all else is a function of the step.
+
+        What is logged is of this process; a checkpoint holds the first one's, as the loggers do.
+        """
+        checkpoint[STATE_KEY] = state_of(self.options.seed, self._term_log.state())
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint of another layout or seed; one made without the penalty is fine."""
+        """Take what was logged last, which older checkpoints and those without the penalty lack.
+
+        Raises:
+            TrainerSetupError: an unknown layout, or another seed.
+        """
         if (kept := checkpoint.get(STATE_KEY)) is not None:
             found = "DensityPenalty {name} {value}"
             check_state(kept, self.options.seed, found=found, resumed="a fit")
+            self._kept_log = kept.get("log")

@@ -13,7 +13,8 @@ from softtrace.errors import TrainerSetupError
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_READ = (1, STATE_VERSION)  # 1 kept nothing of what was logged
 
 
 class ExpectedGradient:
@@ -35,7 +36,8 @@ class TermLog:
     """Names and values of what is logged of the term in one training.
 
     What masked runs measure stays as the last one gave it: loggers look at every 50th step or so,
-    where the masked runs of ``every`` seldom are. NaN before the first and where it was skipped.
+    where the masked runs of ``every`` seldom are. NaN before the first and where it was skipped. So
+    what is logged next depends on steps that are over, and is part of what a checkpoint keeps.
 
     Args:
         options: of the term.
@@ -46,6 +48,28 @@ class TermLog:
         self._has_exits = options.exits > 0
         self._added: deque[Tensor] = deque(maxlen=terms)
         self._measured: dict[str, Tensor] = {}
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """What the last masked run gave, by name; scalars, none before the first step."""
+        return self._measured
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed training goes on from; scalars on the CPU."""
+        return {
+            "added": [each.cpu() for each in self._added],
+            "measured": {name: value.cpu() for name, value in self._measured.items()},
+        }
+
+    def load(self, kept: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a :meth:`state`.
+
+        Args:
+            kept: that state.
+            device: of the terms to come.
+        """
+        self._added.extend(each.to(device) for each in kept["added"])
+        self._measured = {name: value.to(device) for name, value in kept["measured"].items()}
 
     def of(self, term: DensityTerm) -> dict[str, Tensor]:
         """What to log at the step of this term; scalars without a graph."""
@@ -64,13 +88,18 @@ class TermLog:
         return values
 
 
-def state_of(seed: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the term; draws and strength are functions of the step."""
-    return {"version": STATE_VERSION, "seed": seed}
+def state_of(seed: int, log: Any = None) -> dict[str, Any]:
+    """What a checkpoint keeps of the term; draws and strength are functions of the step.
+
+    Args:
+        seed: of the term.
+        log: what is logged next goes on from this; None from nothing.
+    """
+    return {"version": STATE_VERSION, "seed": seed, "log": log}
 
 
 def check_state(kept: Mapping[str, Any], seed: int, *, found: str, resumed: str) -> None:
-    """Refuse a checkpoint of another layout or seed.
+    """Refuse a checkpoint of an unknown layout or another seed; older layouts are read.
 
     Args:
         kept: of the term in the checkpoint.
@@ -81,10 +110,10 @@ def check_state(kept: Mapping[str, Any], seed: int, *, found: str, resumed: str)
     Raises:
         TrainerSetupError: which of them differs, and from what.
     """
-    for name, own in state_of(seed).items():
-        if kept.get(name) != own:
+    for name, allowed in (("version", _READ), ("seed", (seed,))):
+        if kept.get(name) not in allowed:
             was = found.format(name=name, value=repr(kept.get(name)))
             raise TrainerSetupError(
-                f"checkpoint: found {was}, this run has {own!r}; {resumed} resumes only with what "
-                "it was started with"
+                f"checkpoint: found {was}, this run has {allowed[-1]!r}; {resumed} resumes only "
+                "with what it was started with"
             )

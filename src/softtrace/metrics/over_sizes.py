@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.metrics.functional import nucleus_recovery, trace_composition
-from softtrace.metrics.plotting import draw_lines
+from softtrace.metrics.plotting import draw_lines, results_of
 from softtrace.metrics.readings import counted
 
 
@@ -37,8 +37,8 @@ class _OverSizes(Metric):
 
     @staticmethod
     def _summed(curve: DensityCurve, values: Tensor, rows: Tensor) -> Tensor:
-        """``[26, ...]`` float64, over the chosen tokens."""
-        return curve.at_sizes(values=values)[:, rows].double().sum(1)
+        """``[26, ...]`` float64 without a graph, over the chosen tokens."""
+        return curve.at_sizes(values=values)[:, rows].detach().double().sum(1)
 
 
 class NucleusRecovery(_OverSizes):
@@ -72,8 +72,9 @@ class NucleusRecovery(_OverSizes):
     """
 
     higher_is_better = True
-    recovered: Tensor
-    tokens: Tensor
+    if TYPE_CHECKING:  # torch.jit.script would read them, as strings
+        recovered: Tensor
+        tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("recovered", (len(NUCLEUS_SHARES),), **kwargs)
@@ -93,8 +94,9 @@ class NucleusRecovery(_OverSizes):
         if curve.nucleus is None:
             raise InvalidInputError("curve: found no nuclei, make it with nucleus=True")
         rows = counted(curve, positions)
-        self.recovered += self._summed(curve, curve.nucleus, rows)
-        self.tokens += rows.sum()
+        # Not in place: float64 and int64 also where a module was moved to another dtype.
+        self.recovered = self.recovered + self._summed(curve, curve.nucleus, rows)
+        self.tokens = self.tokens.long() + rows.sum()
 
     @override
     def compute(self) -> Tensor:
@@ -104,10 +106,21 @@ class NucleusRecovery(_OverSizes):
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Recovery over size, a line for each p; needs matplotlib."""
-        found = self.compute() if val is None else val
-        lines = {f"p = {p:g}": found[:, at] for at, p in enumerate(NUCLEUS_SHARES)}
-        return draw_lines(SIZES, lines, "share of all edges", "top-p lists recovered", ax)
+        """Recovery over size, a line for each p; needs matplotlib.
+
+        Args:
+            val: one result of ``compute`` or ``forward``, or a list of them, of which the last is
+                drawn darkest; None for what ``compute`` returns now.
+            ax: axes of matplotlib to draw into; None makes a figure.
+
+        Returns:
+            The figure and its axes.
+        """
+        results = [
+            {f"p = {p:g}": found[:, at] for at, p in enumerate(NUCLEUS_SHARES)}
+            for found in results_of(self.compute() if val is None else val)
+        ]
+        return draw_lines(SIZES, results, "share of all edges", "top-p lists recovered", ax)
 
 
 class TraceComposition(_OverSizes):
@@ -141,7 +154,8 @@ class TraceComposition(_OverSizes):
     """
 
     higher_is_better = None
-    edges: Tensor
+    if TYPE_CHECKING:  # torch.jit.script would read it, as a string
+        edges: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("edges", (DEPTH_QUARTILES, len(EDGE_KINDS)), **kwargs)
@@ -159,7 +173,8 @@ class TraceComposition(_OverSizes):
         """
         if curve.composition is None:
             raise InvalidInputError("curve: found no composition, make it with composition=True")
-        self.edges += self._summed(curve, curve.composition, counted(curve, positions))
+        added = self._summed(curve, curve.composition, counted(curve, positions))
+        self.edges = self.edges + added  # not in place: see NucleusRecovery
 
     @override
     def compute(self) -> Tensor:
@@ -168,7 +183,16 @@ class TraceComposition(_OverSizes):
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Shares of the kinds over size, all depths together; needs matplotlib."""
-        found = (self.compute() if val is None else val).sum(1)
-        lines = {kind.replace("_", " "): found[:, at] for at, kind in enumerate(EDGE_KINDS)}
-        return draw_lines(SIZES, lines, "share of all edges", "share of the trace", ax)
+        """Shares of the kinds over size, all depths together; needs matplotlib.
+
+        Args:
+            val, ax: see :meth:`NucleusRecovery.plot`.
+
+        Returns:
+            The figure and its axes.
+        """
+        results = [
+            {kind.replace("_", " "): found.sum(1)[:, at] for at, kind in enumerate(EDGE_KINDS)}
+            for found in results_of(self.compute() if val is None else val)
+        ]
+        return draw_lines(SIZES, results, "share of all edges", "share of the trace", ax)

@@ -6,7 +6,7 @@ Their states are the readings themselves, so that a merge is exact whatever the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from softtrace.metrics.functional import (
     density_uncertainty_correlation,
     early_exit_agreement,
 )
-from softtrace.metrics.plotting import draw_lines
+from softtrace.metrics.plotting import draw_lines, results_of
 from softtrace.metrics.readings import counted
 
 
@@ -65,7 +65,7 @@ class PerToken(Metric):
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one result of ``compute`` (default) or several; needs matplotlib."""
+        """Plot one result of ``compute`` (default) or a list of them; needs matplotlib."""
         return self._plot(val, ax)
 
 
@@ -219,7 +219,8 @@ class EarlyExitAgreement(PerToken):
 
     higher_is_better = True
     readings = ("entropy", "agreed")
-    layers: Tensor
+    if TYPE_CHECKING:  # torch.jit.script would read it, as a string
+        layers: Tensor
 
     def __init__(self, easy_share: float = EASY_SHARE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -255,7 +256,16 @@ class EarlyExitAgreement(PerToken):
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Agreement over layers, a line a group; needs matplotlib."""
-        found = self.compute() if val is None else val
-        layers = range(1, len(found["all"]) + 1)
-        return draw_lines(layers, found, "exit after layer", "share that agrees", ax)
+        """Agreement over layers, a line a group; needs matplotlib.
+
+        Args:
+            val: one result of ``compute`` or ``forward``, or a list of them, of which the last is
+                drawn darkest; None for what ``compute`` returns now.
+            ax: axes of matplotlib to draw into; None makes a figure.
+
+        Returns:
+            The figure and its axes.
+        """
+        results = results_of(self.compute() if val is None else val)
+        layers = range(1, len(results[0]["all"]) + 1)
+        return draw_lines(layers, results, "exit after layer", "share that agrees", ax)
