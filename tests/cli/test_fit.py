@@ -208,7 +208,7 @@ def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) 
     (model / "config.json").write_text((sources[0] / "config.json").read_text())
     with pytest.raises(ModelDirectoryError, match=r"found no \*\.safetensors weights"):
         fit(arguments((model, sources[1]), tmp_path / "a"))
-    (model / "pytorch_model.bin").write_bytes(b"")
+    (model / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(ModelDirectoryError, match="found only pickle weights"):
         fit(arguments((model, sources[1]), tmp_path / "b"))
 
