@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_least
+from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, tidy_help
 from softtrace.data.blocks import evenly
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.held_out import measured
 from softtrace.files import atomic_path, check_output, sync
 from softtrace.graph.batch import check_length
+from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.lora import merged
@@ -54,13 +55,19 @@ _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 
-_MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
-# One paragraph: argparse joins the lines of a description.
-_DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
---model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
-card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
-logs/ with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is
-plain fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
+
+class _Failed(BaseException):
+    """What the class that an option names raised: jsonargparse buries every ``Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _made(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return kind(*args, **kwargs)
+    except Exception as error:
+        raise _Failed(error) from error
 
 
 class FitCLI(LightningCLI):
@@ -83,7 +90,7 @@ class FitCLI(LightningCLI):
             parser_kwargs={
                 "prog": "softtrace fit",
                 "usage": "softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]",
-                "description": _DESCRIPTION,
+                "description": DESCRIPTION,
             },
             args=None if args is None else list(args),
             run=False,
@@ -92,43 +99,13 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; without Lightning's warning that arguments were passed by a program."""
-        # What this command is about comes first in its help, the Trainer's many options last.
-        groups: Any = parser._action_groups
-        groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
-        for action in parser._actions:  # a terminal shows the markup of docstrings as it is
-            action.help = action.help and _MARKUP.sub(r"\1", action.help)
+        tidy_help(parser)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The penalty's dials and the run's own."""
         parser.add_lightning_class_args(DensityPenalty, "penalty")
-        parser.add_argument(
-            "--out", type=str, required=True, help="Folder to write to; must be new or empty."
-        )
-        parser.add_argument(
-            "--resume", type=bool, default=False, help="Go on from OUT's last checkpoint."
-        )
-        parser.add_argument(
-            "--checkpoint_every",
-            type=int,
-            default=100,
-            help="Optimiser steps between checkpoints; 0 for none.",
-        )
-        parser.add_argument(
-            "--monitor_every",
-            type=int,
-            default=0,
-            help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
-            "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
-            "unless trainer.val_check_interval is given.",
-        )
-        parser.add_argument(
-            "--card_blocks",
-            type=int,
-            default=16,
-            help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
-            "before and after, are measured on; 0 for a card without them.",
-        )
+        add_own_options(parser)
 
     @property
     def out(self) -> Path:
@@ -142,6 +119,9 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what is wrong with options and output folder before a model is loaded."""
+        with warnings.catch_warnings():  # as the names that Lightning itself uses for it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.parser.add_instantiator(_made, object)
         for name in ("checkpoint_every", "monitor_every", "card_blocks"):
             check_least(name, self.config[name], 0)
         DensityPenalty(**self.config["penalty"].as_dict())
@@ -155,6 +135,22 @@ class FitCLI(LightningCLI):
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to go on from; leave --resume out to start"
             )
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; an error of a class that an option names stays its own."""
+        failed = None
+        try:
+            super().instantiate_classes()
+        except _Failed as found:
+            failed = found.error
+        if failed is not None:
+            with self._refusals():
+                raise failed
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        """What a library refuses of the trainer that the options ask for, in one line."""
+        usual = self.parser.get_defaults()["trainer"]
+        return refusals(InvalidInputError, "trainer", advice(self.config["trainer"], usual))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves to OUT, unless the options say otherwise."""
@@ -193,7 +189,8 @@ class FitCLI(LightningCLI):
         plugins = _as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        with self._refusals():
+            return super().instantiate_trainer(**kwargs)
 
     def fit(self) -> Path:
         """Train, save model and tokenizer to OUT, and return OUT."""
@@ -249,7 +246,10 @@ class FitCLI(LightningCLI):
             raise
         except BaseException:
             self._end_others()
-            raise
+            # Until the first batch Lightning sets up what the options ask for.
+            asked = self.trainer.fit_loop.total_batch_idx < 0
+            with self._refusals() if asked else nullcontext():
+                raise
 
     def _end_others(self) -> None:
         """Processes that this one started wait for it in a collective: not for ever."""
