@@ -33,7 +33,7 @@ class ModelDirectoryError(SofttraceError, ValueError):
 
 
 class OutputExistsError(SofttraceError, FileExistsError):
-    """An output folder already holds files that the run would overwrite."""
+    """An output folder holds files that the run would overwrite, or another run writes to it."""
 
 
 class OutputNotWritableError(SofttraceError, PermissionError):

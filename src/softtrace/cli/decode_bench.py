@@ -27,13 +27,14 @@ from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
-from softtrace.files import OVERWRITE, check_output, prepare_output, write_json
+from softtrace.files import OVERWRITE, check_output, claims_out, prepare_output, write_json
 from softtrace.graph.batch import check_length
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.decoding_table import decoding_table
 
 
+@claims_out
 def decode_bench(
     model: str,
     source: TextSource,
@@ -75,7 +76,7 @@ def decode_bench(
         ModelDirectoryError: no model there.
         UnsupportedModelError: a model whose early exits are no exits.
         DataError, InvalidInputError: the text or a number.
-        OutputExistsError: OUT holds other things.
+        OutputExistsError: OUT holds other things, or another run writes to it.
     """
     check_counts(1, prompts=prompts, rounds=rounds)
     check_counts(2, prompt_tokens=prompt_tokens, new_tokens=new_tokens)

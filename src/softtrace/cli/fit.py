@@ -9,8 +9,8 @@ import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from softtrace.data.blocks import evenly
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.held_out import measured
-from softtrace.files import atomic_path, check_output, sync
+from softtrace.files import atomic_path, check_output, claimed, sync
 from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
@@ -129,12 +129,24 @@ class FitCLI(LightningCLI):
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
-        if not self.config["resume"]:
-            check_output(self.out, False, "--resume true to go on from its last checkpoint")
-        elif not self.out.is_dir():
+        if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to go on from; leave --resume out to start"
             )
+        with self._claimed():
+            pass
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """OUT as the folder of this run alone.
+
+        Raises:
+            OutputExistsError: another run writes to it, or it holds one that is not resumed.
+        """
+        with claimed(self.out):
+            if not self.config["resume"]:
+                check_output(self.out, False, "--resume true to go on from its last checkpoint")
+            yield
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; an error of a class that an option names stays its own."""
@@ -194,6 +206,11 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> Path:
         """Train, save model and tokenizer to OUT, and return OUT."""
+        with self._claimed() if self.trainer.is_global_zero else nullcontext():
+            self._fit()
+        return self.out
+
+    def _fit(self) -> None:
         positions = learned_positions(unwrapped(self.model.model))
         check_length(self.datamodule.block_size, positions, "data.block_size")
         if self.datamodule.tokenizer is None:
@@ -222,7 +239,6 @@ class FitCLI(LightningCLI):
         self._train(checkpoint)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
             self._save()
-        return self.out
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""

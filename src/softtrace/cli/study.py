@@ -33,7 +33,7 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
-from softtrace.files import check_output, prepare_output, write_json, write_text
+from softtrace.files import check_output, claims_out, prepare_output, write_json, write_text
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
@@ -73,6 +73,7 @@ class StudySource(TextSource):
         return sides
 
 
+@claims_out
 def study(
     models: Sequence[str],
     source: StudySource,
@@ -109,7 +110,7 @@ def study(
         ModelDirectoryError, UnsupportedModelError: a model.
         DataError, InvalidInputError: the text, a number, fewer than 2 sequences, no training side,
             or two models that do not read the text alike.
-        OutputExistsError: OUT is not empty.
+        OutputExistsError: OUT is not empty, or another run writes to it.
     """
     began = time.perf_counter()
     lengths = _check(models, lengths, source.held_out_share, smoothing)
