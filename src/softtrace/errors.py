@@ -25,7 +25,7 @@ class NonFiniteError(SofttraceError, ArithmeticError):
 
 
 class DataError(SofttraceError, ValueError):
-    """Training or evaluation text is missing, empty, binary or not UTF-8."""
+    """Text is missing, empty, binary or not UTF-8, or was trained on and is to be held out."""
 
 
 class ModelDirectoryError(SofttraceError, ValueError):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from softtrace.checks import check_counts
 from softtrace.data.blocks import stream_evenly
+from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.evaluation.density_file import (
     DENSITY_VERSION,
@@ -133,8 +134,9 @@ def evaluate(
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: the model.
-        DataError, InvalidInputError: the text, a number, or a base measured on other tokens; memory
-            that not even one block fits.
+        DataError, InvalidInputError: the text (also where the model was trained on what is to be
+            held out), a number, or a base measured on other tokens; memory that not even one block
+            fits.
         OutputExistsError: OUT is not empty, or another run writes to it.
         CheckpointError: parts of other settings, of another model or text, or damaged ones.
     """
@@ -180,7 +182,8 @@ def _chosen(
         InvalidInputError: a base that was measured on other tokens.
     """
     tokenizer = load_tokenizer(measuring.model)
-    chosen, documents = stream_evenly(source.stream(), tokenizer, block_size, blocks)
+    texts = unseen(source.stream(), [measuring.model], source.held_out_share)
+    chosen, documents = stream_evenly(texts, tokenizer, block_size, blocks)
     text = {
         "data": text_identity(source, chosen, documents),
         "min_context": measuring.min_context,

@@ -30,6 +30,7 @@ from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_least
 from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, tidy_help
 from softtrace.data.blocks import evenly
+from softtrace.data.split_record import read_records, write_records
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.held_out import measured
@@ -290,6 +291,7 @@ class FitCLI(LightningCLI):
         try:
             model.save_pretrained(fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
+            write_records(fresh, [*read_records(self.model.path), self.datamodule.split])
             readable = (
                 (fresh / "config.json").stat().st_mode
             )  # safetensors writes for the owner only

@@ -19,8 +19,9 @@ _MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
 --model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
 card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
-logs/ with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is
-plain fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
+trained_on.json (hashes of its training texts, which no command then measures as held out), logs/
+with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is plain
+fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
 
 
 def add_own_options(parser: ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, read_documents, split_by_file
+from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -108,8 +109,9 @@ def study(
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: a model.
-        DataError, InvalidInputError: the text, a number, fewer than 2 sequences, no training side,
-            or two models that do not read the text alike.
+        DataError, InvalidInputError: the text (also where a model was trained on what is to be held
+            out), a number, fewer than 2 sequences, no training side, or two models that do not read
+            the text alike.
         OutputExistsError: OUT is not empty, or another run writes to it.
     """
     began = time.perf_counter()
@@ -124,6 +126,7 @@ def study(
     for model in models:
         check_model_directory(model)
     training, held_out = source.sides()
+    held_out = list(unseen(held_out, models, source.held_out_share))
     tokenizer = load_tokenizer(models[0])
     chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
     if len(chosen) < 2:
