@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,8 +17,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softtrace import files
 from softtrace.errors import OutputExistsError, OutputNotWritableError
-from softtrace.files import atomic_path, check_output, finite, prepare_output, write_json
+from softtrace.files import (
+    LOCK,
+    atomic_path,
+    check_output,
+    claimed,
+    claims_out,
+    finite,
+    prepare_output,
+    write_json,
+)
+from tests.support import warm
+from tests.support.waiting import wait_until
 
 
 def test_writes_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -148,3 +164,127 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_runs(
         check_output(tmp_path / name, False)
     assert asked == [tmp_path / "there" if name == "there" else tmp_path]
     assert not (tmp_path / "not").exists()
+
+
+def test_a_folder_is_one_runs_own_as_long_as_it_runs(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for _ in range(2):
+        with claimed(out):
+            assert check_output(out, overwrite=False) == out  # its lock is no result
+            with (
+                pytest.raises(
+                    OutputExistsError, match=f"another run .* \\(process {os.getpid()} on"
+                ),
+                claimed(out),
+            ):
+                pytest.fail("it is taken")
+            assert (out / LOCK).exists()  # who was refused takes nothing away
+        assert not (tmp_path / "new").exists()  # nothing was written to it
+
+
+def test_what_a_run_wrote_stays_and_what_was_there_too(tmp_path: Path) -> None:
+    with claimed(tmp_path / "new" / "out"):
+        (tmp_path / "new" / "out" / "result").touch()
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["result"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KeyError), claimed(tmp_path / "empty"):
+        raise KeyError
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_what_cannot_be_written_to_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="found a file"), claimed(tmp_path / "file"):
+        pytest.fail("it is no folder")
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken_for_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the run that had it ends at that very moment, and another one begins."""
+    lock, opened = files.fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not opened:
+            (tmp_path / LOCK).unlink()
+        opened.append(descriptor)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with claimed(tmp_path), pytest.raises(OutputExistsError), claimed(tmp_path):
+        pytest.fail("it is taken")
+    assert len(opened) == 3
+
+
+def test_a_folder_that_was_removed_while_it_was_claimed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked = tmp_path / "out", []
+
+    def opening(path: Path, *options: int) -> int:
+        asked.append(path)
+        if len(asked) == 1:
+            out.rmdir()
+        return os.open(path, *options)
+
+    monkeypatch.setattr(files, "os", type("Os", (), {**vars(os), "open": staticmethod(opening)}))
+    with claimed(out):
+        assert (out / LOCK).exists()
+    assert asked == [out / LOCK] * 2
+
+
+def test_where_files_cannot_be_locked_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with claimed(tmp_path / "out"), claimed(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_claims_its_out(tmp_path: Path) -> None:
+    @claims_out
+    def command(text: str, out: Path, overwrite: bool = False) -> str:
+        """What it does."""
+        assert (out / LOCK).exists()
+        return text
+
+    assert command("a", out=tmp_path) == command("a", tmp_path, True) == "a"
+    assert command.__doc__ == "What it does."
+    with claimed(tmp_path), pytest.raises(OutputExistsError, match="another run"):
+        command("a", tmp_path)
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from softtrace.files import claimed
+with claimed(sys.argv[1]):
+    Path(sys.argv[1], "begun").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.thorough
+def test_a_killed_run_keeps_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", HOLDING, str(out)]
+    process = warm.Process(command, stdout=subprocess.PIPE)
+    try:
+        wait_until((out / "begun").exists, "the other process")
+        with (
+            pytest.raises(OutputExistsError, match=rf"\(process {process.pid} on "),
+            claimed(out),
+        ):
+            pytest.fail("it is taken")
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (out / LOCK).exists()
+    with claimed(out):
+        assert (out / LOCK).read_text(encoding="utf-8").startswith(f"{os.getpid()} on ")
+    assert [path.name for path in out.iterdir()] == ["begun"]

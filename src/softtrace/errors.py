@@ -25,7 +25,7 @@ class NonFiniteError(SofttraceError, ArithmeticError):
 
 
 class DataError(SofttraceError, ValueError):
-    """Training or evaluation text is missing, empty, binary or not UTF-8."""
+    """Text is missing, empty, binary or not UTF-8, or was trained on and is to be held out."""
 
 
 class ModelDirectoryError(SofttraceError, ValueError):
@@ -33,7 +33,7 @@ class ModelDirectoryError(SofttraceError, ValueError):
 
 
 class OutputExistsError(SofttraceError, FileExistsError):
-    """An output folder already holds files that the run would overwrite."""
+    """An output folder holds files that the run would overwrite, or another run writes to it."""
 
 
 class OutputNotWritableError(SofttraceError, PermissionError):

@@ -1,18 +1,29 @@
-"""Result files that are either whole or not there: write beside the target, then rename."""
+"""Result files that are whole or not there, in a folder that one run at a time writes to."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from softtrace.errors import OutputExistsError, OutputNotWritableError
+
+if sys.platform != "win32":
+    import fcntl
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _NUMBER = r"(?:-?[0-9][0-9.eE+-]*|null)"
 # Inside a string of JSON there is no line break, so this finds lists alone.
@@ -59,6 +70,86 @@ def write_text(path: Path | str, text: str) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+LOCK = ".softtrace.lock"
+"""A file of the folder that a run is writing to; it goes when the run ends."""
+
+
+@contextmanager
+def claimed(folder: Path | str) -> Iterator[None]:
+    """Make ``folder`` this run's own; what was made for that and stayed empty is removed again.
+
+    The system holds the lock and lets it go with the process, however that ends: a killed run
+    leaves a small file behind, which nobody minds. Where files cannot be locked (on Windows, on
+    some network file systems) no other run is refused.
+
+    Raises:
+        OutputExistsError: it is a file, or another run writes to it.
+        OutputNotWritableError: nothing may be written to it, or where it would be made.
+    """
+    folder = check_output(folder, overwrite=True)
+    if sys.platform == "win32":
+        yield
+        return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        descriptor = _lock(folder / LOCK)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # as long as it is locked
+            os.close(descriptor)
+    finally:
+        with suppress(OSError):  # a folder that holds something stays
+            for each in made:
+                each.rmdir()
+
+
+def claims_out(command: Callable[P, R]) -> Callable[P, R]:
+    """Let a command run with the folder of its parameter ``out`` :func:`claimed`."""
+
+    @wraps(command)
+    def claiming(*args: P.args, **kwargs: P.kwargs) -> R:
+        with claimed(signature(command).bind(*args, **kwargs).arguments["out"]):
+            return command(*args, **kwargs)
+
+    return claiming
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of the file that is locked; it is made where it is missing."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another run that ended has just removed the folder
+            continue
+        try:
+            _flock(descriptor, path)
+            # Or the run that had it has removed it since it was opened here.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return  # no locks on this file system
+        owner = path.read_text(encoding="utf-8", errors="replace")
+        raise OutputExistsError(
+            f"{path.parent}: found another run that is writing to it (process {owner}); choose "
+            "another folder, or wait for its end"
+        ) from error
+
+
 OVERWRITE = "overwrite=True (--overwrite true)"
 
 
@@ -74,7 +165,8 @@ def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")
-    if not overwrite and folder.is_dir() and (held := sum(1 for _ in folder.iterdir())):
+    held = sum(each.name != LOCK for each in folder.iterdir()) if folder.is_dir() else 0
+    if held and not overwrite:
         raise OutputExistsError(
             f"{folder}: found {held} {'entry' if held == 1 else 'entries'}, expected a new or "
             f"empty folder; choose another one, or pass {otherwise}"

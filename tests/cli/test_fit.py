@@ -23,6 +23,7 @@ from softtrace.errors import (
     OutputExistsError,
     TrainerSetupError,
 )
+from softtrace.files import claimed
 from softtrace.lightning import DensityPenalty
 from tests.support.corpus import write_model, write_tree
 
@@ -163,6 +164,24 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_another_run_writes_to_is_refused(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for more in ((), ("--resume", "true")):
+        with claimed(out), pytest.raises(OutputExistsError, match="another run"):
+            fit(arguments((tmp_path / "no model", sources[1]), out, *more))  # before it is loaded
+    late, first = FitCLI(arguments(sources, out)), FitCLI(arguments(sources, out))
+    assert not out.exists()
+    with claimed(out), pytest.raises(OutputExistsError, match="another run"):
+        late.fit()
+    first.fit()
+    wrote = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
+        late.fit()  # the other one began later, and has ended by now
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == wrote
+
+
 def test_resuming_what_is_not_there_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"found no folder .* to go on from"):
         fit(arguments(sources, tmp_path / "nothing", "--resume", "true"))
@@ -208,7 +227,7 @@ def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) 
     (model / "config.json").write_text((sources[0] / "config.json").read_text())
     with pytest.raises(ModelDirectoryError, match=r"found no \*\.safetensors weights"):
         fit(arguments((model, sources[1]), tmp_path / "a"))
-    (model / "pytorch_model.bin").write_bytes(b"")
+    (model / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(ModelDirectoryError, match="found only pickle weights"):
         fit(arguments((model, sources[1]), tmp_path / "b"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from softtrace.cli import main
+from softtrace.files import LOCK, claimed
 from tests.support.corpus import write_model, write_tree
 from tests.support.densities import synthetic_density, write_run
 
@@ -92,3 +93,22 @@ def test_runs_on_other_text_are_not_compared(
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 1
     assert "data sha256) differs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "study", "decode-bench", "compare", "card"])
+def test_no_command_writes_to_a_folder_that_another_run_writes_to(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, text = tmp_path / "out", write_tree(tmp_path / "text")
+    model, run = write_model(tmp_path / "model"), write_run(tmp_path / "run", synthetic_density())
+    words = {
+        "evaluate": ["--model", model, "--data", text, "--out", out, "--overwrite", "true"],
+        "study": [model, "--data", text, "--out", out, "--overwrite", "true"],
+        "decode-bench": ["--model", model, "--data", text, "--out", out, "--overwrite", "true"],
+        "compare": [run, run, "--out", out, "--overwrite", "true"],
+        "card": ["--model", out, "--density", run],
+    }[command]
+    with claimed(out):
+        assert main([command, *map(str, words)]) == 1
+        assert "found another run that is writing to it" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [LOCK]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import CheckpointError
+from softtrace.files import LOCK
 from softtrace.lightning import AtomicCheckpointIO
 from tests.support.jobs import Jobs, saved
 from tests.support.waiting import wait_until
@@ -45,6 +46,7 @@ def straight(jobs: Jobs) -> dict[str, Tensor]:
 def resume(jobs: Jobs, out: Path) -> dict[str, Tensor]:
     end = jobs.run(out, "none", 0, 0, "--resume", "true")
     assert end.code == 0, end.said[-3000:]
+    assert not (out / LOCK).exists()
     assert not [path for path in (out / "checkpoints").iterdir() if path.name != "last.ckpt"]
     return saved(out)
 
@@ -68,6 +70,7 @@ def test_a_run_that_was_cut_resumes_to_the_same_weights(
     assert end.code == code, end.said[-3000:]
     assert said in end.said
     assert not (out / "model.safetensors").exists()
+    assert (out / LOCK).exists() == (code == -signal.SIGKILL)
     torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)  # whole, whatever happened
     assert_same(resume(jobs, out), straight)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, dynamic_module_utils
 
 import softtrace
 from softtrace.cli import main
@@ -46,6 +48,161 @@ def test_a_config_that_is_no_json(tmp_path: Path) -> None:
     (write_model(tmp_path) / "config.json").write_text("{")
     with pytest.raises(ModelDirectoryError, match="not a valid JSON"):
         load_model(tmp_path)
+
+
+POINTER = b"""version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "{file} is empty (0 bytes); copy or download it again"),
+        (POINTER, "{file} is a pointer of git-lfs and not the file itself; run git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("model.safetensors", load_model),
+        ("pytorch_model.bin", load_model),
+        ("config.json", load_model),
+        ("model.safetensors.index.json", load_model),
+        ("tokenizer.json", load_tokenizer),
+        ("tokenizer_config.json", load_tokenizer),
+    ],
+)
+def test_a_file_without_its_content(
+    file: str, load: Callable[[Path], object], content: bytes, said: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    if file == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_bytes(content)
+    assert said.format(file=file) in refusal(load, tmp_path)
+
+
+def refusal(load: Callable[[Path], object], directory: Path) -> str:
+    """The line that names a directory and what is wrong with it."""
+    with pytest.raises(ModelDirectoryError) as caught:
+        load(directory)
+    said = str(caught.value)
+    assert said.startswith(f"{directory}: ")
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "config.json holds a JSON list, expected an object"),
+        ("null", "config.json holds a JSON NoneType, expected an object"),
+        ("{}", "config.json names no model_type"),
+        ('{"model_type": "of_tomorrow"}', "model type `of_tomorrow`"),
+        ('{"model_type": "t5"}', "transformers has no causal language model for its T5Config"),
+        ('{"model_type": "vit"}', "transformers has no causal language model for its ViTConfig"),
+        ('{"model_type": "llama", "hidden_act": "of_tomorrow"}', "KeyError: 'of_tomorrow'"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "expected int, got str"),
+    ],
+)
+def test_a_config_that_is_none_of_a_causal_language_model(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    (write_model(tmp_path) / "config.json").write_text(content)
+    assert said in refusal(load_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "package"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit.is_bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq.is_optimum"),
+    ],
+)
+def test_weights_that_need_a_package_which_is_missing(
+    quantised: dict[str, object], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_{package}_available", lambda: False)
+    change_config(write_model(tmp_path), quantization_config=quantised)
+    assert "`pip install" in refusal(load_model, tmp_path)
+
+
+def change_config(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_weights_that_are_not_all_there_are_not_drawn_at_random(kept: int, tmp_path: Path) -> None:
+    path = write_model(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[:kept]), path, {"format": "pt"})
+    lacking = len(weights) - kept
+    said = refusal(load_model, tmp_path)
+    assert f"its safetensors lack {lacking} of the {len(weights)} weights of the Llama" in said
+
+
+def test_weights_of_another_shape_than_the_config_says(tmp_path: Path) -> None:
+    change_config(write_model(tmp_path), vocab_size=300)
+    said = refusal(load_model, tmp_path)
+    assert "has the shape [257, 32] in its safetensors, and [300, 32] by config.json" in said
+
+
+def test_an_encoder_lacks_the_head_that_would_predict(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        vocab_size=20,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path)
+    assert "weights of the BertLMHeadModel that config.json describes" in refusal(
+        load_model, tmp_path
+    )
+
+
+def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    model = load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert load_model(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    shards[1].unlink()
+    assert f"1 of {len(shards)} files of weights" in refusal(load_model, tmp_path)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    said = refusal(load_model, tmp_path)
+    assert f"the first is {shards[0].name}; copy or download them" in said
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in refusal(load_model, tmp_path)
+
+
+def test_weights_of_other_formats_and_a_tokenizer_alone(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.gguf")
+    assert "found no *.safetensors weights in it but model.gguf" in refusal(load_model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "the directory of a tokenizer alone" in refusal(load_model, tmp_path)
+
+
+def test_a_tokenizer_of_another_format(tmp_path: Path) -> None:
+    (write_model(tmp_path) / "tokenizer.json").write_text("{}")
+    assert "it cannot be loaded by this installation of transformers" in refusal(
+        load_tokenizer, tmp_path
+    )
+
+
+def test_a_bug_on_the_way_to_transformers_is_no_fault_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", bug)
+    with pytest.raises(KeyError, match="ours"):
+        load_model(write_model(tmp_path))
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

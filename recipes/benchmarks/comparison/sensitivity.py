@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import softtrace
 from recipes.benchmarks.places import RESULTS, ROOT
-from softtrace.data import Document, evenly, pack, read_documents
+from softtrace.data import Document, even_places, evenly, pack, read_documents
 from softtrace.density.curve import default_thresholds
 from softtrace.density.sweep import density_curve
 from softtrace.evaluation.provenance import provenance
@@ -66,13 +66,14 @@ RESAMPLES, SEED = 1000, 0
 
 
 def documents(text: str, prose: Path) -> list[Document]:
-    """A text that nobody here trained on."""
-    if text == "prose":
-        return read_documents(prose / "held_out.jsonl")
-    if text == "python":
-        return read_documents(Path(sysconfig.get_paths()["purelib"]) / "matplotlib")
-    headers = Path(torch.__file__).parent / "include" / "ATen"
-    return read_documents(headers, suffixes=(".h", ".cuh"))
+    """60 documents of a text that nobody here trained on, evenly spaced."""
+    packages = Path(sysconfig.get_paths()["purelib"])
+    found = {
+        "prose": lambda: read_documents(prose / "held_out.jsonl"),
+        "python": lambda: read_documents(packages / "matplotlib", (".py",)),
+        "c++": lambda: read_documents(packages / "torch" / "include" / "ATen", (".h", ".cuh")),
+    }[text]()
+    return [found[place] for place in even_places(len(found), 60).tolist()]
 
 
 def make_tokens(models: Path, prose: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from softtrace.errors import ModelDirectoryError
 from softtrace.evaluation.density_file import check_comparable, load_density
+from softtrace.files import claimed
 from softtrace.report.model_card import write_density
 
 
@@ -22,6 +23,7 @@ def card(model: str, density: str, base: str | None = None) -> None:
         ModelDirectoryError: no such directory.
         DataError: a file cannot be read.
         InvalidInputError: the two were measured on other tokens.
+        OutputExistsError: a fit is writing to the model.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -29,5 +31,6 @@ def card(model: str, density: str, base: str | None = None) -> None:
     own, other = load_density(density), None if base is None else load_density(base)
     if other is not None:
         check_comparable([str(density), str(base)], [own, other])
-    write_density(folder, own, other)
+    with claimed(folder):
+        write_density(folder, own, other)
     print(f"written to {folder / 'README.md'}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softtrace.evaluation.density_file import Density, check_comparable, load_density, run_labels
-from softtrace.files import prepare_output, write_json, write_text
+from softtrace.files import claims_out, prepare_output, write_json, write_text
 from softtrace.report.drawing import check_count
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
@@ -16,6 +16,7 @@ from softtrace.report.tables import MEASURES, comparison_table, ratio
 COMPARISON_VERSION = 1
 
 
+@claims_out
 def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = False) -> str:
     """Compare runs that were measured on the same tokens; write numbers, table, plots and
     report.html to OUT.
@@ -32,7 +33,7 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     Raises:
         InvalidInputError: too few or too many runs, or runs measured on other tokens.
         DataError: a file is missing or is no density.json.
-        OutputExistsError: OUT is not empty.
+        OutputExistsError: OUT is not empty, or another run writes to it.
     """
     check_count(paths, least=2)
     densities = [load_density(path) for path in paths]

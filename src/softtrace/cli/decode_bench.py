@@ -15,6 +15,7 @@ from typing import Any
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
+from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.decoding.exit_checks import (
     check_cache,
@@ -27,13 +28,14 @@ from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
-from softtrace.files import OVERWRITE, check_output, prepare_output, write_json
+from softtrace.files import OVERWRITE, check_output, claims_out, prepare_output, write_json
 from softtrace.graph.batch import check_length
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.decoding_table import decoding_table
 
 
+@claims_out
 def decode_bench(
     model: str,
     source: TextSource,
@@ -74,8 +76,9 @@ def decode_bench(
     Raises:
         ModelDirectoryError: no model there.
         UnsupportedModelError: a model whose early exits are no exits.
-        DataError, InvalidInputError: the text or a number.
-        OutputExistsError: OUT holds other things.
+        DataError, InvalidInputError: the text (also where the model was trained on what is to be
+            held out) or a number.
+        OutputExistsError: OUT holds other things, or another run writes to it.
     """
     check_counts(1, prompts=prompts, rounds=rounds)
     check_counts(2, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
@@ -90,7 +93,8 @@ def decode_bench(
     check_output(out, run.overwrite or beside)
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
-    starts = evenly(pack(source.documents(), tokenizer, prompt_tokens), 2 * prompts)
+    documents = list(unseen(source.stream(), [model], source.held_out_share))
+    starts = evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)
     network = load_model(model, dtype=run.dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     proven_exit = check_cache(check_early_exit(network))

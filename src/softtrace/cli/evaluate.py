@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from softtrace.checks import check_counts
 from softtrace.data.blocks import stream_evenly
+from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.evaluation.density_file import (
     DENSITY_VERSION,
@@ -34,7 +36,7 @@ from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.samples import text_samples
-from softtrace.files import prepare_output, write_json
+from softtrace.files import claimed, prepare_output, write_json
 from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.html_page import write_report
@@ -139,9 +141,10 @@ def evaluate(
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: the model.
-        DataError, InvalidInputError: the text, a number, or a base measured on other tokens; memory
-            that not even one block fits.
-        OutputExistsError: OUT is not empty.
+        DataError, InvalidInputError: the text (also where the model was trained on what is to be
+            held out), a number, or a base measured on other tokens; memory that not even one block
+            fits.
+        OutputExistsError: OUT is not empty, or another run writes to it.
         CheckpointError: parts of other settings, of another model or text, or damaged ones.
     """
     began = time.perf_counter()
@@ -158,16 +161,24 @@ def evaluate(
         device_map=device_map, max_memory=max_memory,
     )  # fmt: skip
 
-    processes.from_main(partial(check_parts_output, out, run.overwrite, resume))
-    choose = partial(_chosen, measuring, source, block_size, blocks, base)
-    chosen, text = processes.from_main(choose)
-    planned = plan(len(chosen), batch_size)
-    begin = partial(_parts_and_finished, measuring, chosen, planned, out, processes.device, resume)
-    parts, finished = processes.from_main(begin)
-    task = _Task(chosen, text, parts, planned, finished)
-    described = processes.together(partial(_measure_share, measuring, task, processes))
-    density = processes.from_main(partial(_density, task, described, processes, began))
-    processes.from_main(partial(_finish, out, density, measuring, task, base, per_token))
+    with ExitStack() as ours:  # OUT, on the main process
+
+        def claim() -> None:
+            ours.enter_context(claimed(out))
+            check_parts_output(out, run.overwrite, resume)
+
+        processes.from_main(claim)
+        choose = partial(_chosen, measuring, source, block_size, blocks, base)
+        chosen, text = processes.from_main(choose)
+        planned = plan(len(chosen), batch_size)
+        begin = partial(
+            _parts_and_finished, measuring, chosen, planned, out, processes.device, resume
+        )
+        parts, finished = processes.from_main(begin)
+        task = _Task(chosen, text, parts, planned, finished)
+        described = processes.together(partial(_measure_share, measuring, task, processes))
+        density = processes.from_main(partial(_density, task, described, processes, began))
+        processes.from_main(partial(_finish, out, density, measuring, task, base, per_token))
     return density
 
 
@@ -180,7 +191,8 @@ def _chosen(
         InvalidInputError: a base that was measured on other tokens.
     """
     tokenizer = load_tokenizer(measuring.model)
-    chosen, documents = stream_evenly(source.stream(), tokenizer, block_size, blocks)
+    texts = unseen(source.stream(), [measuring.model], source.held_out_share)
+    chosen, documents = stream_evenly(texts, tokenizer, block_size, blocks)
     text = {
         "data": text_identity(source, chosen, documents),
         "attention": measuring.attention,

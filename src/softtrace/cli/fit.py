@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,15 @@ from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_least
+from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, tidy_help
 from softtrace.data.blocks import evenly
+from softtrace.data.split_record import read_records, write_records
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
 from softtrace.evaluation.held_out import measured
-from softtrace.files import atomic_path, check_output, sync
+from softtrace.files import atomic_path, check_output, claimed, sync
 from softtrace.graph.batch import check_length
+from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.lora import merged
@@ -54,13 +56,19 @@ _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 
-_MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
-# One paragraph: argparse joins the lines of a description.
-_DESCRIPTION = """Fine-tune a causal language model with the density penalty, as in: softtrace fit
---model.path MODEL --data.path TEXT --out OUT. The folder OUT gets the model, its tokenizer and its
-card (what `softtrace evaluate --model OUT` reads), fit.yaml (this run's options, for --config),
-logs/ with metrics.csv, and checkpoints/, unless it ends before the first. --penalty.strength 0 is
-plain fine-tuning. Without max_steps, max_epochs or max_time it goes over the text once."""
+
+class _Failed(BaseException):
+    """What the class that an option names raised: jsonargparse buries every ``Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _made(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return kind(*args, **kwargs)
+    except Exception as error:
+        raise _Failed(error) from error
 
 
 class FitCLI(LightningCLI):
@@ -83,7 +91,7 @@ class FitCLI(LightningCLI):
             parser_kwargs={
                 "prog": "softtrace fit",
                 "usage": "softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]",
-                "description": _DESCRIPTION,
+                "description": DESCRIPTION,
             },
             args=None if args is None else list(args),
             run=False,
@@ -92,43 +100,13 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; without Lightning's warning that arguments were passed by a program."""
-        # What this command is about comes first in its help, the Trainer's many options last.
-        groups: Any = parser._action_groups
-        groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
-        for action in parser._actions:  # a terminal shows the markup of docstrings as it is
-            action.help = action.help and _MARKUP.sub(r"\1", action.help)
+        tidy_help(parser)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The penalty's dials and the run's own."""
         parser.add_lightning_class_args(DensityPenalty, "penalty")
-        parser.add_argument(
-            "--out", type=str, required=True, help="Folder to write to; must be new or empty."
-        )
-        parser.add_argument(
-            "--resume", type=bool, default=False, help="Go on from OUT's last checkpoint."
-        )
-        parser.add_argument(
-            "--checkpoint_every",
-            type=int,
-            default=100,
-            help="Optimiser steps between checkpoints; 0 for none.",
-        )
-        parser.add_argument(
-            "--monitor_every",
-            type=int,
-            default=0,
-            help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
-            "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
-            "unless trainer.val_check_interval is given.",
-        )
-        parser.add_argument(
-            "--card_blocks",
-            type=int,
-            default=16,
-            help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
-            "before and after, are measured on; 0 for a card without them.",
-        )
+        add_own_options(parser)
 
     @property
     def out(self) -> Path:
@@ -142,6 +120,9 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what is wrong with options and output folder before a model is loaded."""
+        with warnings.catch_warnings():  # as the names that Lightning itself uses for it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.parser.add_instantiator(_made, object)
         for name in ("checkpoint_every", "monitor_every", "card_blocks"):
             check_least(name, self.config[name], 0)
         DensityPenalty(**self.config["penalty"].as_dict())
@@ -149,12 +130,40 @@ class FitCLI(LightningCLI):
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
-        if not self.config["resume"]:
-            check_output(self.out, False, "--resume true to go on from its last checkpoint")
-        elif not self.out.is_dir():
+        if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to go on from; leave --resume out to start"
             )
+        with self._claimed():
+            pass
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """OUT as the folder of this run alone.
+
+        Raises:
+            OutputExistsError: another run writes to it, or it holds one that is not resumed.
+        """
+        with claimed(self.out):
+            if not self.config["resume"]:
+                check_output(self.out, False, "--resume true to go on from its last checkpoint")
+            yield
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; an error of a class that an option names stays its own."""
+        failed = None
+        try:
+            super().instantiate_classes()
+        except _Failed as found:
+            failed = found.error
+        if failed is not None:
+            with self._refusals():
+                raise failed
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        """What a library refuses of the trainer that the options ask for, in one line."""
+        usual = self.parser.get_defaults()["trainer"]
+        return refusals(InvalidInputError, "trainer", advice(self.config["trainer"], usual))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves to OUT, unless the options say otherwise."""
@@ -193,10 +202,16 @@ class FitCLI(LightningCLI):
         plugins = _as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        with self._refusals():
+            return super().instantiate_trainer(**kwargs)
 
     def fit(self) -> Path:
         """Train, save model and tokenizer to OUT, and return OUT."""
+        with self._claimed() if self.trainer.is_global_zero else nullcontext():
+            self._fit()
+        return self.out
+
+    def _fit(self) -> None:
         positions = learned_positions(unwrapped(self.model.model))
         check_length(self.datamodule.block_size, positions, "data.block_size")
         if self.datamodule.tokenizer is None:
@@ -225,7 +240,6 @@ class FitCLI(LightningCLI):
         self._train(checkpoint)
         if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
             self._save()
-        return self.out
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""
@@ -249,7 +263,10 @@ class FitCLI(LightningCLI):
             raise
         except BaseException:
             self._end_others()
-            raise
+            # Until the first batch Lightning sets up what the options ask for.
+            asked = self.trainer.fit_loop.total_batch_idx < 0
+            with self._refusals() if asked else nullcontext():
+                raise
 
     def _end_others(self) -> None:
         """Processes that this one started wait for it in a collective: not for ever."""
@@ -274,6 +291,7 @@ class FitCLI(LightningCLI):
         try:
             model.save_pretrained(fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
+            write_records(fresh, [*read_records(self.model.path), self.datamodule.split])
             readable = (
                 (fresh / "config.json").stat().st_mode
             )  # safetensors writes for the owner only

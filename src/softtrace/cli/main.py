@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
+from softtrace.libraries import missing
 
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        0, 1 for bad input (named on stderr), 2 for arguments that do not parse, 130 if interrupted.
+        0, 1 for bad input or what is missing here (named on stderr), 2 for arguments that do not
+        parse, 130 if interrupted.
 
     Raises:
         SystemExit: 2 with a command's own arguments, 143 if a fit was terminated (SIGTERM).
@@ -62,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(words[1:])
     except SofttraceError as error:
         print(f"softtrace {words[0]}: {error}", file=sys.stderr)
+        return 1
+    except (ImportError, NotImplementedError) as error:
+        if (said := missing(error)) is None:
+            raise
+        print(f"softtrace {words[0]}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"softtrace {words[0]}: interrupted", file=sys.stderr)

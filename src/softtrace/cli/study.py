@@ -17,6 +17,7 @@ from softtrace.cli.sensitivity import sensitivity as measure_sensitivity
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, split_by_file
 from softtrace.data.encoding import beginning
+from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -35,7 +36,7 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
-from softtrace.files import check_output, prepare_output, write_json, write_text
+from softtrace.files import check_output, claims_out, prepare_output, write_json, write_text
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
@@ -76,6 +77,7 @@ class StudySource(TextSource):
         return sides
 
 
+@claims_out
 def study(
     models: Sequence[str],
     source: StudySource,
@@ -118,9 +120,10 @@ def study(
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: a model.
-        DataError, InvalidInputError: the text, a number, fewer than 2 sequences, no training side,
-            or two models that do not read the text alike.
-        OutputExistsError: OUT is not empty.
+        DataError, InvalidInputError: the text (also where a model was trained on what is to be held
+            out), a number, fewer than 2 sequences, no training side, or two models that do not read
+            the text alike.
+        OutputExistsError: OUT is not empty, or another run writes to it.
     """
     began = time.perf_counter()
     check_attention(attention)
@@ -135,6 +138,7 @@ def study(
     for model in models:
         check_model_directory(model)
     training, held_out = source.sides()
+    held_out = list(unseen(held_out, models, source.held_out_share))
     tokenizer = load_tokenizer(models[0])
     begun = beginning(tokenizer)
     check_least("lengths", lengths[0], len(begun) + 1)

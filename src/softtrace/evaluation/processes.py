@@ -13,6 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils.operations import broadcast_object_list
 
 from softtrace.errors import InvalidInputError
+from softtrace.libraries import refusals
 from softtrace.model.devices import best_device, device_of
 from softtrace.processes import of_another, raise_everywhere, told
 
@@ -50,7 +51,8 @@ class Processes:
             return
         # Left alone without an accelerator, Accelerate lets every process think it is the only one.
         cpu = "cpu" in (device, best_device().type)
-        self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        with refusals(InvalidInputError, f"WORLD_SIZE: found {launched} in the environment"):
+            self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
         self.device = self._state.device
         atexit.register(_leave)

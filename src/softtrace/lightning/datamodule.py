@@ -23,6 +23,7 @@ from softtrace.data.documents import (
     split_by_file,
 )
 from softtrace.data.loader import BlockLoader, BlockSampler
+from softtrace.data.split_record import SplitRecord, record_split, unseen
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.model.loading import load_tokenizer
 
@@ -113,6 +114,7 @@ class PackedDataModule(LightningDataModule):
         self.special_tokens = special_tokens
         self.train_blocks: Tensor | None = None
         self.held_out_blocks: Tensor | None = None
+        self.split: SplitRecord | None = None
 
     def prepare_data(self) -> None:
         """Fetch the tokenizer once a machine, before all of its processes want it."""
@@ -135,6 +137,9 @@ class PackedDataModule(LightningDataModule):
                 "held-out", held_out, tokenizer, self.max_held_out_blocks
             )
         if stage == "fit":
+            # The tokenizer's directory is usually that of the model, which may be of a fit itself.
+            held_out = list(unseen(held_out, [str(self.tokenizer)], held_out_share=0))
+            self.split = record_split(train, held_out, self.held_out_share, self.salt)
             self.train_blocks = self._pack("training", train, tokenizer, self.max_train_blocks)
 
     def _load_tokenizer(self) -> Any:

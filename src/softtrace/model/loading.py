@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,9 +19,16 @@ from transformers import (
 )
 
 from softtrace.errors import ModelDirectoryError
+from softtrace.libraries import from_library
 
 _NO_CODE = {"trust_remote_code": False}  # left open, transformers asks at the terminal
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_OTHERS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_INDEX = "model.safetensors.index.json"
+_POINTER = (
+    b"version https://git-lfs"  # what a file of a clone begins with whose content is elsewhere
+)
 
 
 def load_model(
@@ -34,19 +42,42 @@ def load_model(
         **options: passed on (``revision``, ``attn_implementation``, ...).
 
     Raises:
-        ModelDirectoryError: no such directory and no such model on the hub, no config, no weights,
-            pickle weights only, a file that cannot be read, or a model with code of its own.
+        ModelDirectoryError: no such directory and no such model on the hub, no config, no weights
+            or not all of them, pickle weights only, a file that cannot be read, a type that
+            transformers has no causal language model for, a model with code of its own, or options
+            and packages that cannot be had here, such as an attention kernel.
     """
     check_model_directory(name_or_path)
     allowed = ("float32", "bfloat16", "float16", "auto")
     if dtype not in allowed:
         raise ModelDirectoryError(f"dtype: found {dtype!r}, allowed are {', '.join(allowed)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _named(name_or_path):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=wanted, use_safetensors=True, **{**_NO_CODE, **options}
-        )
+    with _named(name_or_path, options):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(name_or_path), dtype=wanted, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **{**_NO_CODE, **options},
+        )  # fmt: skip
+    model: PreTrainedModel
+    model, report = loaded
+    _check_complete(name_or_path, model, report)
     return model
+
+
+def _check_complete(name_or_path: str | Path, model: PreTrainedModel, report: Any) -> None:
+    """transformers draws weights that it does not find at random, and warns."""
+    weights = {name for name, _ in model.named_parameters()}
+    lacking = sorted(weights & set(report["missing_keys"]))
+    if lacking:
+        raise ModelDirectoryError(
+            f"{name_or_path}: its safetensors lack {len(lacking)} of the {len(weights)} weights of "
+            f"the {type(model).__name__} that config.json describes, among them {lacking[0]}; give "
+            "a causal language model with all of its weights"
+        )
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelDirectoryError(
+            f"{name_or_path}: {name} has the shape {list(stored)} in its safetensors, and "
+            f"{list(wanted)} by config.json; give the config.json that belongs to these weights"
+        )
 
 
 def load_config(name_or_path: str | Path) -> PretrainedConfig:
@@ -72,36 +103,93 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
             f"{name_or_path}: found no tokenizer files; save the tokenizer next to the model "
             "(tokenizer.save_pretrained(directory))"
         )
+    for file in _files(path, _TOKENIZER):
+        _check_content(name_or_path, file)
     with _named(name_or_path):
         return AutoTokenizer.from_pretrained(str(name_or_path), **_NO_CODE)
 
 
 @contextmanager
-def _named(name_or_path: str | Path) -> Iterator[None]:
-    """Say in one line what transformers says in a page."""
+def _named(name_or_path: str | Path, options: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Say in one line what transformers says in a page, or by a bare ``KeyError``."""
     try:
         yield
-    except SafetensorError as error:
-        raise ModelDirectoryError(
-            f"{name_or_path}: its safetensors cannot be read ({error}); was a copy cut short?"
-        ) from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except Exception as error:
+        if not from_library(error):
             raise
         raise ModelDirectoryError(
-            f"{name_or_path}: it needs code of its own, which softtrace does not run. Where you "
-            "trust it, load it yourself (AutoModelForCausalLM.from_pretrained(..., "
-            "trust_remote_code=True)) and hand it to softtrace.attach, DensityLoss or "
-            "DensityPenalty"
+            f"{name_or_path}: {_said(name_or_path, error, options)}"
         ) from error
-    except OSError as error:
+
+
+def _said(name_or_path: str | Path, error: Exception, options: Mapping[str, Any] | None) -> str:
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said and isinstance(error, ValueError):
+        return (
+            "it needs code of its own, which softtrace does not run. Where you trust it, load it "
+            "yourself (AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)) and hand "
+            "it to softtrace.attach, DensityLoss or DensityPenalty"
+        )
+    if "Unrecognized configuration class" in said:  # and then the names of two hundred others
+        kind = said.partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+        return (
+            f"transformers has no causal language model for its {kind}; expected a decoder, such "
+            "as Llama or GPT-2"
+        )
+    if isinstance(error, OSError):
         first = str(error).strip().partition("\n")[0]
         if Path(name_or_path).is_dir():
-            raise ModelDirectoryError(f"{name_or_path}: {first}") from error
+            return first
+        return (
+            "found neither a directory of this name nor, on the hub or in its cache, a model that "
+            f"can be read ({first})"
+        )
+    given = ", ".join(f"{name}={value!r}" for name, value in (options or {}).items())
+    asked = f" with {given}" if given else ""
+    kind = "" if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: "
+    return f"it cannot be loaded{asked} by this installation of transformers ({kind}{said})"
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Of a directory, none of a name on the hub; sorted."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def _check_content(name_or_path: str | Path, file: Path) -> None:
+    """Refuse a file that is empty, or only says where its content is."""
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(len(_POINTER))
+    except OSError as error:
         raise ModelDirectoryError(
-            f"{name_or_path}: found neither a directory of this name nor, on the hub or in its "
-            f"cache, a model that can be read ({first})"
+            f"{name_or_path}: {file.name} cannot be read ({error.strerror}); check its permissions"
         ) from error
+    if not begin:
+        raise ModelDirectoryError(
+            f"{name_or_path}: {file.name} is empty (0 bytes); copy or download it again"
+        )
+    if begin == _POINTER:
+        raise ModelDirectoryError(
+            f"{name_or_path}: {file.name} is a pointer of git-lfs and not the file itself; run git "
+            "lfs pull where it was cloned, or download it again"
+        )
+
+
+def _read_json(name_or_path: str | Path, file: Path) -> dict[str, Any]:
+    _check_content(name_or_path, file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelDirectoryError(
+            f"{name_or_path}: {file.name} is not a valid JSON file ({error}); copy or download it "
+            "again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelDirectoryError(
+            f"{name_or_path}: {file.name} holds a JSON {type(found).__name__}, expected an object, "
+            "as model.save_pretrained(directory) writes it"
+        )
+    return found
 
 
 def check_model_directory(name_or_path: str | Path) -> None:
@@ -129,14 +217,52 @@ def check_model_directory(name_or_path: str | Path) -> None:
             ".save_pretrained(directory), and save the tokenizer there too"
         )
     if not (path / "config.json").is_file():
-        raise ModelDirectoryError(f"{name_or_path}: found no config.json in it")
+        alone = any(path.glob("tokenizer*")) and not any(path.glob("*.safetensors"))
+        what = "; it is the directory of a tokenizer alone, give that of a model" if alone else ""
+        raise ModelDirectoryError(f"{name_or_path}: found no config.json in it{what}")
+    if "model_type" not in _read_json(path, path / "config.json"):
+        raise ModelDirectoryError(
+            f"{name_or_path}: config.json names no model_type; expected the one that "
+            "model.save_pretrained(directory) writes"
+        )
+    _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    """Refuse a directory whose safetensors are not there, or not whole."""
+    for file in _files(path, ("*.safetensors",)):
+        _check_content(path, file)
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # it reads what is where, and compares that with the size of the file
+        except (SafetensorError, OSError) as error:
+            raise ModelDirectoryError(
+                f"{path}: its safetensors cannot be read ({file.name}: {error}); was a copy cut "
+                "short?"
+            ) from error
+    if (path / _INDEX).is_file():
+        shards = _read_json(path, path / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelDirectoryError(
+                f"{path}: {_INDEX} has no weight_map; copy or download it again"
+            )
+        missing = sorted(name for name in set(shards.values()) if not (path / name).is_file())
+        if missing:
+            raise ModelDirectoryError(
+                f"{path}: {len(missing)} of {len(set(shards.values()))} files of weights that "
+                f"{_INDEX} names are not there, the first is {missing[0]}; copy or download them"
+            )
     if any(path.glob("*.safetensors")):
         return
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    pickles = _files(path, _PICKLES)
+    for file in pickles:
+        _check_content(path, file)
     if pickles:
         raise ModelDirectoryError(
-            f"{name_or_path}: found only pickle weights ({', '.join(pickles)}), which can run code "
-            "when loaded; allowed are safetensors. Convert them where you trust them: "
-            "model.save_pretrained(directory)"
+            f"{path}: found only pickle weights ({', '.join(file.name for file in pickles)}), "
+            "which can run code when loaded; allowed are safetensors. Convert them where you trust "
+            "them: model.save_pretrained(directory)"
         )
-    raise ModelDirectoryError(f"{name_or_path}: found no *.safetensors weights in it")
+    others = _files(path, _OTHERS)
+    held = f" but {', '.join(file.name for file in others)}" if others else ""
+    raise ModelDirectoryError(f"{path}: found no *.safetensors weights in it{held}")
