@@ -10,7 +10,7 @@ with the default penalty, whose order is one of the conclusions. ``tokens`` make
 ``measure`` wants a GPU and resumes where it stopped (a file a measurement in RUNS), ``summarise``
 writes ``results/sensitivity.json``.
 
-Each measurement also holds 150 thresholds of some tokens, from which grids of thresholds are
+Each measurement also holds 75 thresholds of some tokens, from which grids of thresholds are
 chosen and judged (:mod:`recipes.benchmarks.correctness.thresholds`), and exact runs of some
 positions, from which the error of one run for all positions follows.
 """
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 import softtrace
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, even_places, evenly, pack, read_documents
-from softtrace.density.curve import default_thresholds
 from softtrace.density.sweep import density_curve
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.study.sensitivity import (
@@ -48,16 +47,17 @@ from softtrace.tracing.masking import AttentionKind
 RUNS = ROOT / "runs" / "sensitivity"
 MODELS = ("smollm2-135m", "gemma3-270m")
 TEXTS = ("prose", "python", "c++")
-BLOCKS = {64: 32, 256: 16, 1024: 8}
+BLOCKS = {64: 32, 256: 16, 1024: 4}
 STEPS, ROWS, LENGTH, RATE = 300, 16, 512, 2e-4
-DENSE: list[float] = torch.linspace(5, -16, 150, dtype=torch.float64).sigmoid().tolist()
+DENSE: list[float] = torch.linspace(5, -16, 75, dtype=torch.float64).sigmoid().tolist()
 SAMPLED = 256  # tokens of a measurement whose curves are kept at all of these thresholds
 EXACT = {64: 48, 256: 48, 1024: 16}  # positions that are also run one by one
 DEFINITIONS = tuple(
     Definition(attention, norm, stand_in, grid)
     for attention in get_args(AttentionKind)
     for norm, stand_in, grids in (
-        ("l1", "nothing", ("11", "26", "90")), ("l1", "mean", ("11", "26", "90")),
+        ("l1", "nothing", ("11", "26", "90")),
+        ("l1", "mean", ("11", "26")),
         ("l2", "nothing", ("11",)), ("ifr", "nothing", ("11",)),
     )
     for grid in grids
@@ -91,16 +91,23 @@ def make_tokens(models: Path, prose: Path) -> None:
     save_file(found, RUNS / "tokens.safetensors")
 
 
-def measure(models: Path, only: str | None) -> None:
-    """Every measurement that is not there yet, each written when it is done."""
+def measure(models: Path, only: str | None, of_text: str | None) -> None:
+    """Every measurement that is not there yet, each written when it is done.
+
+    Args:
+        models: folder of the models.
+        only: of one model; None for all.
+        of_text: on one text, or ``"trained"`` for the fine-tuned pair; None for all.
+    """
     tokens = load_file(RUNS / "tokens.safetensors")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in MODELS:
         if only in (None, name):
             model = load_model(models / name).to(device).eval()
-            for text, length in itertools.product(TEXTS, BLOCKS):
+            texts = [text for text in TEXTS if of_text in (None, text)]
+            for text, length in itertools.product(texts, BLOCKS):
                 _measure(model, tokens[f"{name} {text} {length}"].long(), f"{name} {text} {length}")
-    if only in (None, MODELS[0]):
+    if only in (None, MODELS[0]) and of_text in (None, "trained"):
         for way, strength in (("plain", 0.0), ("penalty", None)):
             out = f"{MODELS[0]} {way} prose 256"
             if (RUNS / f"{out}.safetensors").exists():
@@ -156,9 +163,7 @@ def _measure(model: nn.Module, blocks: Tensor, name: str) -> None:
         found[f"dense {kind} edges"] = curve.edges[sampled]
     for kind in ("recomputed", "kept"):
         for way, alone in (("alone", True), ("together", False)):
-            curve = density_curve(
-                model, ids, default_thresholds(), attention=kind, exact=alone, positions=exact
-            )
+            curve = density_curve(model, ids, attention=kind, exact=alone, positions=exact)
             found[f"exact {kind} {way} variation"] = curve.total_variation[:, exact]
             found[f"exact {kind} {way} area"] = curve.area()[exact]
             found[f"exact {kind} {way} size"] = curve.size_at()[exact]
@@ -243,10 +248,11 @@ if __name__ == "__main__":
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "models")
     parser.add_argument("--prose", type=Path, default=ROOT / "runs" / "prose")
     parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--text", choices=(*TEXTS, "trained"))
     args = parser.parse_args()
     if args.stage == "tokens":
         make_tokens(args.models, args.prose)
     elif args.stage == "measure":
-        measure(args.models, args.only)
+        measure(args.models, args.only, args.text)
     else:
         summarise()
