@@ -83,7 +83,8 @@ def test_configs_parse_and_fit(
 
     def from_pretrained(name: str, *args: Any, **kwargs: Any) -> Any:
         made.append(name)
-        return tiny_model("llama", num_hidden_layers=2).to(kwargs["dtype"])
+        model = tiny_model("llama", num_hidden_layers=2).to(kwargs["dtype"])
+        return model, {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     cli = FitCLI([
