@@ -82,6 +82,34 @@ def test_text_is_that_of_the_report_with_the_spaces_that_decoding_alone_drops(
     written = (tmp_path / "out" / "tokens.jsonl").read_text("utf-8").splitlines()
     lines = [json.loads(line) for line in written]
     samples = density["samples"]
-    shown = [samples["vocabulary"][t["token"]] for x in samples["texts"] for t in x["tokens"]]
+    shown = [
+        samples["vocabulary"][t.get("text", t["token"])]
+        for x in samples["texts"]
+        for t in x["tokens"]
+    ]
     assert [line["next"] for line in lines] == shown
     assert {" the", " cat", "s"} <= set(shown)
+
+
+@pytest.mark.thorough
+def test_texts_of_a_block_add_up_where_characters_are_split(tmp_path: Path) -> None:
+    model, text = write_model(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("日本語の🎉\r\n" * 9, encoding="utf-8")
+    evaluate(
+        str(model), TextSource(str(text)), str(tmp_path / "out"), block_size=13, blocks=4,
+        batch_size=2, extra_blocks=0, run=CPU, per_token=True,
+    )  # fmt: skip
+    written = (tmp_path / "out" / "tokens.jsonl").read_text("utf-8").splitlines()
+    lines = [json.loads(line) for line in written]
+    tokenizer = load_tokenizer(model)
+    blocks = evenly(pack(read_documents(text), tokenizer, 13), 4)
+    split = 0
+    for sequence, block in enumerate(blocks):
+        own = [line for line in lines if line["sequence"] == sequence]
+        said = "".join(line["next"] for line in own)
+        whole = tokenizer.decode(block)
+        assert said
+        assert whole.endswith(said)
+        assert [line["token"] for line in own[1:]] == [line["next"] for line in own[:-1]]
+        split += sum(line["next"] == "" for line in own)
+    assert split > len(blocks)

@@ -11,6 +11,7 @@ import softtrace
 from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
 from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
+from softtrace.evaluation.token_text import TokenText
 from tests.support import oracle
 from tests.support.corpus import END, byte_tokenizer
 from tests.support.tiny import tiny_model
@@ -39,7 +40,6 @@ def test_predictions_are_those_of_the_tokens_own_trace_of_that_size(
     model: Any, blocks: torch.Tensor, found: dict[str, Any]
 ) -> None:
     """Against the literal oracle: best-first search up to that many edges, then a masked run."""
-    pieces = byte_tokenizer().convert_ids_to_tokens(list(range(257)))
     looked_at = 0
     for text in found["texts"][:2]:
         ids = blocks[text["block"]][None]
@@ -60,7 +60,7 @@ def test_predictions_are_those_of_the_tokens_own_trace_of_that_size(
                 best = expected.topk(5)
                 assert [p for _, p in trace["top"]] == pytest.approx(best.values.tolist(), abs=2e-4)
                 word = found["vocabulary"][trace["top"][0][0]]
-                assert word in (pieces[best.indices[0]], byte_tokenizer().decode(best.indices[:1]))
+                assert word == TokenText(byte_tokenizer()).alone(int(best.indices[0]))
                 looked_at += 1
     assert looked_at == 2 * 3 * 5
 
@@ -96,10 +96,17 @@ def test_text_is_put_together_again(blocks: torch.Tensor, found: dict[str, Any])
     vocabulary = found["vocabulary"]
     assert len(set(vocabulary)) == len(vocabulary)
     for text in found["texts"]:
-        indices = [*text["context"], *(token["token"] for token in text["tokens"])]
+        indices = [
+            *text["context"],
+            *(token.get("text", token["token"]) for token in text["tokens"]),
+        ]
         whole = "".join(vocabulary[index] for index in indices)
-        expected = byte_tokenizer().decode(blocks[text["block"]]).replace("é", "Ã©")
-        assert whole == expected or "\ufffd" in expected  # a cut character, by its bytes' names
+        assert whole == byte_tokenizer().decode(blocks[text["block"]])
+        for token, own in zip(text["tokens"], blocks[text["block"], CONTEXT + 1 :], strict=True):
+            names = {"Ã": "⟨C3⟩", "©": "⟨A9⟩", END: END}
+            name = byte_tokenizer().convert_ids_to_tokens(int(own))
+            assert vocabulary[token["token"]] == names.get(name, byte_tokenizer().decode([own]))
+    assert {"é", ""} < set(vocabulary)
 
 
 def test_a_token_is_in_the_vocabulary_once() -> None:
@@ -107,6 +114,15 @@ def test_a_token_is_in_the_vocabulary_once() -> None:
     assert pieces.texts[pieces.index(256)] == END
     assert [pieces.index(token) for token in (65, 256, 65)] == [1, 0, 1]
     assert len(pieces.texts) == 2
+
+
+def test_of_a_block_that_ends_inside_of_a_character_nothing_is_lost() -> None:
+    pieces = module._Pieces(byte_tokenizer())
+    block = torch.tensor(byte_tokenizer().encode("aのの")[:-1])
+    shown = pieces.of_block(block, slice(2, None))
+    said = [pieces.texts[token.get("text", token["token"])] for token in shown]
+    assert said == ["", "の", "", "\ufffd"]
+    assert [pieces.texts[token["token"]] for token in shown] == ["⟨81⟩", "⟨AE⟩", "⟨E3⟩", "⟨81⟩"]
 
 
 def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from tests.support.densities import LAYERS, PIECES, SIZES, synthetic_density, sy
 
 pytestmark = pytest.mark.browser
 
-_VISIBLE = str.maketrans({"\n": "⏎", " ": "␣"})
+_VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\u2028": "⟨U+2028⟩"})
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +285,52 @@ def test_text_of_tokens_is_never_markup(browser: Browser, tmp_path: Path) -> Non
     words = browser.run(
         "return [...document.querySelectorAll('[role=option]')].map((o) => o.textContent)"
     )
-    assert words == [piece.replace("\n", "⏎\n") for piece in PIECES[:5]] * 2
+    assert words == [piece.replace("\u2028", "⟨U+2028⟩") for piece in PIECES[:5]] * 2
     assert browser.run("return document.querySelectorAll('#reader script').length") == 0
+
+
+def test_every_part_of_a_character_can_be_seen_and_pointed_at(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """の as two tokens, a joiner, the end of a line as Windows writes it, a character cut off."""
+    (density,) = densities(1)
+    samples = density["samples"]
+    pieces = ["⟨E381⟩", "⟨AE⟩", "\u200d", "\r\n", "⟨E3⟩", "", "の", "\ufffd"]
+    samples["vocabulary"] = [*PIECES, *pieces]
+    place = {piece: len(PIECES) + number for number, piece in enumerate(pieces)}
+    said = [("⟨E381⟩", ""), ("⟨AE⟩", "の"), ("\u200d", None), ("\r\n", None), ("⟨E3⟩", "\ufffd")]
+    for token, (alone, text) in zip(samples["texts"][0]["tokens"], said, strict=True):
+        token["token"] = place[alone]
+        if text is not None:
+            token["text"] = place[text]
+    samples["texts"][0]["context"] = [place["の"]]
+    driver = opened(browser, tmp_path, [density])
+    assert browser.complaints() == []
+    shown = ["⟨E381⟩", "の", "⟨U+200D⟩", "␍⏎\n", "⟨E3⟩"]
+    headings = [
+        "Predicting ⟨E381⟩", "Predicting ⟨AE⟩, which reads の here", "Predicting ⟨U+200D⟩",
+        "Predicting ␍⏎", "Predicting ⟨E3⟩, which reads \ufffd here",
+    ]  # fmt: skip
+    for number, (words, heading) in enumerate(zip(shown, headings, strict=True)):
+        found = option(browser, number)
+        assert found.get_property("textContent") == words
+        assert found.get_attribute("aria-label").startswith(words.strip())
+        assert ("code" in found.get_attribute("class").split()) == words.startswith("⟨")
+        found.click()
+        assert found.get_attribute("aria-selected") == "true"
+        assert found.size["width"] > 5
+        assert driver.find_element(By.CSS_SELECTOR, ".chosen").text == heading
+    assert driver.find_element(By.CSS_SELECTOR, ".context").text == "の"
+    assert "bytes of a character" in driver.find_element(By.CSS_SELECTOR, ".keys").text
+
+
+def test_a_page_without_parts_of_characters_does_not_explain_them(
+    browser: Browser, tmp_path: Path
+) -> None:
+    (density,) = densities(1)
+    density["samples"]["vocabulary"] = [piece.replace("\u2028", "b") for piece in PIECES]
+    driver = opened(browser, tmp_path, [density])
+    assert "bytes of a character" not in driver.find_element(By.CSS_SELECTOR, ".keys").text
 
 
 def test_drawings_are_read_by_pointer_and_by_keys(browser: Browser, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,10 @@ def write_tokens(
     """Write ``tokens.jsonl``, in the order of blocks and positions; one part is read at a time.
 
     Each line has ``sequence`` (number of the block), ``position`` in it, ``token_id`` and ``token``
-    (what stands there, :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and
-    ``next`` (what has to be predicted there), ``entropy`` and ``loss`` in nats,
-    ``size_at_tv_0.2`` (share of all edges), ``area`` (mean TV), and ``exit_layer``
-    (:func:`softtrace.density.exits.exit_layers`).
+    (what it adds to the text of the block, nothing where a later token completes the character:
+    :class:`softtrace.evaluation.token_text.TokenText`), ``next_id`` and ``next`` (what has to be
+    predicted there), ``entropy`` and ``loss`` in nats, ``size_at_tv_0.2`` (share of all edges),
+    ``area`` (mean TV), and ``exit_layer`` (:func:`softtrace.density.exits.exit_layers`).
 
     Args:
         folder: to write to.
@@ -55,7 +54,7 @@ def write_tokens(
 def _lines(
     parts: Parts, planned: list[Part], blocks: Tensor, min_context: int, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
-    text = functools.lru_cache(maxsize=1 << 16)(TokenText(tokenizer))
+    text = TokenText(tokenizer)
     places = range(min_context, blocks.shape[1] - 1)
     for part in planned:
         found = parts.read_part(part)
@@ -66,6 +65,7 @@ def _lines(
         rows = zip(*columns, exit_layers(torch.cat(found.agreement, 1)).tolist(), strict=True)
         for sequence in range(part.first, part.end):
             ids = blocks[sequence].tolist()
+            texts = text.of_text(ids)
             for position in places:
                 entropy, loss, size, area, layer = next(rows)
                 here, after = ids[position], ids[position + 1]
@@ -73,9 +73,9 @@ def _lines(
                     "sequence": sequence,
                     "position": position,
                     "token_id": here,
-                    "token": text(here),
+                    "token": texts[position],
                     "next_id": after,
-                    "next": text(after),
+                    "next": texts[position + 1],
                     "entropy": entropy,
                     "loss": loss,
                     "size_at_tv_0.2": size,

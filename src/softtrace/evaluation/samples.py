@@ -53,11 +53,13 @@ def text_samples(
         batch_size: sequences a forward.
 
     Returns:
-        ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (the text of each token
-        that occurs; all tokens below are indices into it) and ``texts``, each with ``block`` (row
-        of ``blocks``), ``context`` (the tokens before, the nearest 160) and ``tokens``. A token is
-        the one that was to be predicted: ``entropy`` and ``loss`` in nats, ``area``, ``size`` (at
-        TV 0.2, share of all edges), ``exit_layer`` (see
+        ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (of each token that
+        occurs what it says alone, and texts; all tokens and texts below are indices into it) and
+        ``texts``, each with ``block`` (row of ``blocks``), ``context`` (texts of the tokens before,
+        the nearest 160) and ``tokens``. A token is the one that was to be predicted: ``token``,
+        ``text`` (what it adds to the text, where that is not what it says alone: see
+        :class:`~softtrace.evaluation.token_text.TokenText`), ``entropy`` and ``loss`` in nats,
+        ``area``, ``size`` (at TV 0.2, share of all edges), ``exit_layer`` (see
         :func:`~softtrace.density.exits.exit_layers`), ``edges`` (|E|), ``full`` and, one
         for each of ``sizes``, ``traces``: the real ``size`` of the trace, its ``tv`` and ``top``.
         ``full`` and ``top`` are the 5 most likely tokens, each with its probability.
@@ -66,6 +68,7 @@ def text_samples(
     device = device_of_module(model)
     rows = evenly(torch.arange(len(blocks)), MOST_BLOCKS)
     explained = slice(min_context, min(blocks.shape[1] - 1, min_context + MOST_TOKENS // len(rows)))
+    targets = slice(explained.start + 1, explained.stop + 1)
     known = slice(max(0, min_context + 1 - _CONTEXT), min_context + 1)
     pieces = _Pieces(tokenizer)
     texts = []
@@ -74,16 +77,18 @@ def text_samples(
         recording = instrument.record(instrument.batch(ids), keep_hidden=True)
         measured = _measures(instrument, recording, explained)
         predicted = _predictions(instrument, recording, explained, pieces)
-        targets = ids[:, explained.start + 1 : explained.stop + 1].flatten().tolist()
-        tokens = [
-            {"token": pieces.index(token), **measures, **predictions}
-            for token, measures, predictions in zip(targets, measured, predicted, strict=True)
-        ]
         length = explained.stop - explained.start
         for number, block in enumerate(part.tolist()):
-            context = [pieces.index(token) for token in ids[number, known].tolist()]
-            own = tokens[number * length : (number + 1) * length]
-            texts.append({"block": block, "context": context, "tokens": own})
+            before, shown = (pieces.of_block(blocks[block], places) for places in (known, targets))
+            own = slice(number * length, (number + 1) * length)
+            tokens = [
+                {**token, **measures, **predictions}
+                for token, measures, predictions in zip(
+                    shown, measured[own], predicted[own], strict=True
+                )
+            ]
+            context = [token.get("text", token["token"]) for token in before]
+            texts.append({"block": block, "context": context, "tokens": tokens})
     return {"sizes": list(SAMPLE_SIZES), "vocabulary": pieces.texts, "texts": texts}
 
 
@@ -166,19 +171,32 @@ def _rounded(value: float | int) -> float | int:
 
 
 class _Pieces:
-    """The text of each token that was met, in the order of their indices."""
+    """What each token that was met says alone, and texts that differ from that."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._text = TokenText(tokenizer)
-        self._index: dict[int, int] = {}
+        self._index: dict[int | str, int] = {}
         self.texts: list[str] = []
 
     def index(self, token: int) -> int:
-        """Where the text of a token stands in ``texts``."""
-        if token not in self._index:
-            self._index[token] = len(self.texts)
-            self.texts.append(self._text(token))
-        return self._index[token]
+        """Where in ``texts`` stands what a token says alone."""
+        return self._place(token, self._text.alone(token))
+
+    def of_block(self, block: Tensor, places: slice) -> list[dict[str, int]]:
+        """Of each token there its ``token`` and, where it is another, its ``text``, as indices."""
+        tokens: list[int] = block.tolist()
+        texts = self._text.of_text(tokens)
+        return [
+            {"token": self.index(token)}
+            | ({} if text == self._text.alone(token) else {"text": self._place(text, text)})
+            for token, text in zip(tokens[places], texts[places], strict=True)
+        ]
+
+    def _place(self, key: int | str, text: str) -> int:
+        if key not in self._index:
+            self._index[key] = len(self.texts)
+            self.texts.append(text)
+        return self._index[key]
 
     def likely(self, tokens: Sequence[int], chances: Sequence[float]) -> list[list[float | int]]:
         """``[index, probability]`` of each, to 4 decimals."""

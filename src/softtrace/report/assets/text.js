@@ -19,9 +19,29 @@ const MODES = {
   },
 };
 
+/* Characters of which nothing is seen, as the joiners of emoji, go by their numbers. */
+const UNSEEN = /^(?!\t+$)[\p{Default_Ignorable_Code_Point}\p{Cc}\u2028\u2029]+$/u;
+
+function seen(piece) {
+  const number = (sign) => `⟨U+${sign.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+  return UNSEEN.test(piece) ? [...piece].map(number).join("") : piece;
+}
+
+/* Whether nothing but numbers can be shown: of bytes, or of a character of which nothing is seen. */
+const isCode = (shown) => /^(⟨(([0-9A-F]{2})+|U\+[0-9A-F]{4,6})⟩)+$/.test(shown);
+
 /* White space that can be seen; what a reader of a list needs, not of running text. */
 function visible(piece) {
-  return piece.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍").replaceAll(" ", "␣");
+  return seen(piece.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍").replaceAll(" ", "␣"));
+}
+
+/* What a token adds to the text: nothing where a later one completes the character. */
+const textOf = (run, token) => run.piece(token.text ?? token.token);
+
+/* What stands for it in the text, where every token can be seen: parts of characters are bytes. */
+function shownOf(run, token) {
+  const said = textOf(run, token);
+  return /^\uFFFD*$/.test(said) ? run.piece(token.token) : said;
 }
 
 /* The texts that all runs with text have, so that the same token stands in each. */
@@ -80,14 +100,15 @@ function drawReader(place) {
     const layers = pane.density.early_exit.layers.length;
     const options = text.tokens.map((token, at) => {
       const step = MODES[state.mode].step(token, layers);
-      const words = visible(pane.piece(token.token));
+      const words = visible(shownOf(pane, token));
+      const shown = seen(shownOf(pane, token).replaceAll("\r", "␍").replaceAll("\n", "⏎\n"));
       return html("span", {
         role: "option",
-        class: step === null ? "token" : `token shade-${step}`,
+        class: `token${step === null ? "" : ` shade-${step}`}${isCode(shown) ? " code" : ""}`,
         "data-token": offset + at,
         "data-pane": number,
         "aria-label": `${words}, ${state.mode === "size" ? percent(token.size) : `exit layer ${token.exit_layer}`}`,
-      }, pane.piece(token.token).replaceAll("\n", "⏎\n"));
+      }, shown);
     });
     const name = `Tokens of block ${text.block + 1}${several ? `, ${pane.label}` : ""}`;
     const context = text.context.map(pane.piece).join("").split("\n").slice(-6).join("\n").trimStart();
@@ -107,7 +128,10 @@ function drawReader(place) {
     const layers = Math.max(...state.panes.map(({ density }) => density.early_exit.layers.length));
     const names = MODES[state.mode].keys(layers);
     keys.replaceChildren(
-      legend(...names.flatMap((name, step) => (name ? [html("li", {}, html("span", { class: `token shade-${step}` }, "abc"), name)] : []))),
+      legend(
+        ...names.flatMap((name, step) => (name ? [html("li", {}, html("span", { class: `token shade-${step}` }, "abc"), name)] : [])),
+        passages.querySelector(".code") ? html("li", {}, html("span", { class: "token code" }, "⟨E381⟩"), "bytes of a character that a later token completes, or one of which nothing is seen") : [],
+      ),
     );
     choose(state.token);
   }
@@ -147,15 +171,15 @@ function drawReader(place) {
 }
 
 /* The first easy word that the model has right: what a page should open with. */
-function firstShown({ tokens, piece, density }) {
-  const easy = (token) => token.entropy <= density.easy.entropy_bound && token.full[0][0] === token.token;
-  const found = tokens.findIndex((token) => easy(token) && /\p{L}{2}/u.test(piece(token.token)));
+function firstShown(run) {
+  const easy = (token) => token.entropy <= run.density.easy.entropy_bound && token.full[0][0] === token.token;
+  const found = run.tokens.findIndex((token) => easy(token) && /\p{L}{2}/u.test(textOf(run, token)));
   return Math.max(0, found);
 }
 
 function spokenOf({ token, panes, mode }) {
   const values = panes.map(({ label, tokens }) => `${panes.length > 1 ? `${label}: ` : ""}${mode === "size" ? percent(tokens[token].size) : `exit layer ${tokens[token].exit_layer}`}`);
-  return `${visible(panes[0].piece(panes[0].tokens[token].token))}, ${values.join("; ")}`;
+  return `${visible(shownOf(panes[0], panes[0].tokens[token]))}, ${values.join("; ")}`;
 }
 
 function modeChoice(state, draw) {
@@ -219,8 +243,9 @@ function detailsOf(state, number) {
   const cells = rows.map(([name, format]) =>
     html("tr", {}, html("th", { scope: "row" }, name), tokens.map((token, pane) => html("td", { "data-detail": name }, format(token, panes[pane].density)))),
   );
+  const [token, said] = [panes[0].piece(tokens[0].token), textOf(panes[0], tokens[0])].map(visible);
   return [
-    html("h3", { class: "chosen" }, "Predicting ", html("code", {}, visible(panes[0].piece(tokens[0].token)))),
+    html("h3", { class: "chosen" }, "Predicting ", html("code", {}, token), said && said !== token ? [", which reads ", html("code", {}, said), " here"] : []),
     html("table", { class: "facts-table" }, head, html("tbody", {}, cells)),
     ...panes.map((pane) => predictions(state, pane.tokens[number], pane, several)),
   ];
