@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from softtrace import UnsupportedModelError
-from softtrace.decoding import check_early_exit, generate, speculate
+from softtrace.decoding import check_early_exit, exit_checks, generate, speculate
 from softtrace.decoding.split_model import first_layers
 from softtrace.tracing.attach import attach
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -80,6 +80,17 @@ def test_an_exit_that_is_something_else_is_refused(monkeypatch: pytest.MonkeyPat
     single = tiny_model("llama", num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match="has 1 layer; an early exit needs two"):
         check_early_exit(single)
+
+
+@pytest.mark.parametrize("family", EXITING)
+def test_rounding_of_a_recording_is_no_part_of_the_proof(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Of SmolLM2 in bfloat16 it is a tenth of the logits; what is compared here has none."""
+    monkeypatch.setattr(exit_checks, "tolerance", lambda dtype: 0.0)
+    model = tiny_model(family, dtype=torch.bfloat16)
+    assert check_early_exit(model).layers == 3
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_train_flags_are_put_back_by_the_proof() -> None:
