@@ -53,6 +53,7 @@ GUESTS: dict[str, tuple[str, ...]] = {
     # metrics of torchmetrics draw themselves where a user asks: plot() is of that interface
     "matplotlib": ("report", "metrics.plotting"),
     "jinja2": ("report",),
+    "trl": (),  # its trainers come to us: with_density takes any
 }
 MODULES_AT_THE_ROOT = 6
 LINES = 400

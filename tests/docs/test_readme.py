@@ -85,11 +85,27 @@ def names(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def names_of_trl(folder: Path) -> dict[str, Any]:
+    """What a reader who trains by TRL has besides."""
+    from trl import SFTConfig
+
+    from tests.support.trl_training import chats, tiny, tokenizer
+
+    config = SFTConfig(
+        str(folder), max_steps=1, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    return {"model": tiny(), "sft_config": config, "chats": chats(), "tokenizer": tokenizer()}
+
+
 @pytest.mark.parametrize("code", BLOCKS)
 @pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")
 def test_blocks_run(code: str, tmp_path: Path) -> None:
+    known = names(tmp_path)
+    if "trl" in code:  # takes seconds to import
+        known |= names_of_trl(tmp_path)
     with short_trainers(tmp_path):
-        exec(compile(code, "block", "exec"), names(tmp_path))
+        exec(compile(code, "block", "exec"), known)
 
 
 def test_the_pages_are_read() -> None:

@@ -1,0 +1,5 @@
+"""Tests of the doors for transformers' Trainer and for TRL's."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.support.trl_steps")

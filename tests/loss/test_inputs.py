@@ -36,3 +36,48 @@ def test_packed_documents_need_their_position_ids(options: dict[str, Any]) -> No
     bare = DataCollatorWithFlattening(return_position_ids=False, **options)(rows)
     with pytest.raises(InvalidInputError, match=r"without position_ids.*return_position_ids=True"):
         batch_inputs(bare)
+
+
+def test_a_completion_mask_says_which_tokens_count() -> None:
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    found = batch_inputs({"input_ids": IDS, "completion_mask": mask})
+    assert found["labels"].tolist() == [[-100, 1, 2], [-100, -100, 5]]
+    assert "completion_mask" not in found
+    said = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    both = batch_inputs({"input_ids": IDS, "completion_mask": mask, "assistant_masks": said})
+    assert both["labels"].tolist() == [[-100, 1, -100], [-100, -100, 5]]
+    alone = batch_inputs({"input_ids": IDS, "assistant_masks": said.bool()})
+    assert alone["labels"].tolist() == [[0, 1, -100], [3, 4, 5]]
+    kept = batch_inputs({"input_ids": IDS, "logits_to_keep": 1})
+    assert kept["labels"].tolist() == [[-100, -100, 2], [-100, -100, 5]]
+    assert IDS.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_labels_come_before_masks() -> None:
+    others = {"completion_mask": torch.zeros_like(IDS), "logits_to_keep": 1}
+    assert batch_inputs({"input_ids": IDS, "labels": IDS, **others})["labels"] is IDS
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(3), [[1, 1, 1]] * 2])
+def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"completion_mask: found .*\(2, 3\)"):
+        batch_inputs({"input_ids": IDS, "completion_mask": mask})
+
+
+def test_prompts_and_completions_are_read_as_rows() -> None:
+    batch = {
+        "prompt_ids": torch.tensor([[0, 7], [5, 6]]),
+        "prompt_mask": torch.tensor([[0, 1], [1, 1]]),
+        "completion_ids": torch.tensor([[8, 9, 0], [3, 4, 2]]),
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    found = batch_inputs(batch)
+    assert found["input_ids"].tolist() == [[0, 7, 8, 9, 0], [5, 6, 3, 4, 2]]
+    assert found["attention_mask"].tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert found["labels"].tolist() == [[-100, -100, 8, 9, -100], [-100, -100, 3, 4, 2]]
+    tools = batch_inputs({**batch, "tool_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])})
+    assert tools["attention_mask"].tolist() == found["attention_mask"].tolist()
+    assert tools["labels"][1].tolist() == [-100, -100, 3, -100, 2]
+    del batch["prompt_mask"]
+    with pytest.raises(InvalidInputError, match=r"found a mapping with keys .*'prompt_ids'"):
+        batch_inputs(batch)

@@ -35,6 +35,10 @@ class DensityMixin:
     names of :class:`softtrace.lightning.DensityPenalty`, as means since the last log: ``loss/task``
     and ``loss/density`` add up to the Trainer's own ``loss``.
 
+    Tokens count where the batch has labels for them. A batch without labels may hold a
+    ``completion_mask`` (TRL's DPO and KTO: answers count, chosen and rejected alike) or prompts
+    and completions apart (GRPO, RLOO, distillation: completions count); otherwise all tokens do.
+
     Args:
         *args: of the Trainer.
         density: the term's options, or a mapping of some of them; None for the defaults.
@@ -46,7 +50,8 @@ class DensityMixin:
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the first step: no or several causal language models, several GPUs in
             one process (``DataParallel``), sharding, a checkpoint of another seed, a
-            ``compute_loss`` of a subclass that leaves the term out or drops it.
+            ``compute_loss`` of a subclass that leaves the term out or drops it, a
+            ``training_step`` that computes its loss without one.
         UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
     """
 
@@ -155,22 +160,33 @@ class DensityMixin:
         """The Trainer's step, and the proof that the term was part of what it differentiated.
 
         Raises:
-            TrainerSetupError: a subclass's ``compute_loss`` leaves this one out, or drops the term.
+            TrainerSetupError: a subclass's ``compute_loss`` leaves this one out, or drops the term;
+                a subclass's ``training_step`` calls none.
         """
         self._computed, self._expected = False, None
         found = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.density_options.strength > 0 and not self._computed:
-            raise TrainerSetupError(
-                f"{type(self).__name__}.compute_loss does not call super().compute_loss, so the "
-                "density term is not computed. Call it there, or name DensityMixin before the "
-                "class that has a loss of its own: class Mine(DensityMixin, Own)"
-            )
+            raise TrainerSetupError(f"{type(self).__name__}.{self._left_out_by()}")
         if self._expected is not None and not self._expected.arrived:
             raise TrainerSetupError(
                 f"{type(self).__name__}: the density term was computed but no gradient reached it; "
                 "something after compute_loss dropped or replaced the loss it returned"
             )
         return found
+
+    def _left_out_by(self) -> str:
+        """Which method of a subclass went past this class's ``compute_loss``, and the way out."""
+        if type(self).compute_loss is DensityMixin.compute_loss:  # nothing stands before it
+            return (
+                "training_step computes its loss without compute_loss, where the density term is "
+                "added (TRL's OnlineDPOTrainer does so). Add softtrace.DensityLoss to that loss "
+                "in a training_step of your own, or set strength=0"
+            )
+        return (
+            "compute_loss does not call super().compute_loss, so the density term is not computed. "
+            "Call it there, or name DensityMixin before the class that has a loss of its own: "
+            "class Mine(DensityMixin, Own)"
+        )
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer leaves the loss undivided: its own question, asked once more."""
@@ -267,7 +283,12 @@ class DensityMixin:
                 "start one process a GPU with torchrun or accelerate launch"
             )
         check_sharding(trainer, self.allow_untested)
-        self._density = DensityLoss(find_causal_lm(trainer.model), options)
+        model = find_causal_lm(
+            trainer.model, type(self).__name__,
+            "The term compares predictions of next tokens, which classifiers and reward models do "
+            "not make; train them without it",
+        )  # fmt: skip
+        self._density = DensityLoss(model, options)
         if kept.get("log"):
             self._go_on_from(kept["log"])
 

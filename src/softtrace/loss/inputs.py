@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_same_shape
 
 #: what a model is run on; ``position_ids`` keep packed documents apart
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -13,10 +16,16 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _NOT_TOKENS = ("pixel_values", "input_features", "input_values", "inputs_embeds", "image_embeds")
 #: where packed documents end, for models that are not told by position ids
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+#: ``[B, T]``, 1 at the tokens that count: those of completions, those that an assistant wrote
+_MASKS = ("completion_mask", "assistant_masks")
+#: prompts and what was written after them, as trainers that generate keep them apart (TRL's GRPO)
+_APART = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
 def batch_inputs(batch: Any, who: str | None = "DensityPenalty") -> dict[str, Any]:
     """``input_ids`` of a batch, and where there are any its mask, labels and position ids.
+
+    A batch without labels may say otherwise which tokens count, see :func:`_labels`.
 
     Args:
         batch: what a training or validation step is given.
@@ -24,12 +33,15 @@ def batch_inputs(batch: Any, who: str | None = "DensityPenalty") -> dict[str, An
 
     Raises:
         InvalidInputError: no mapping, or no ``input_ids`` in it; images or sounds beside the
-            tokens; packed documents without the position ids that keep them apart.
+            tokens; packed documents without the position ids that keep them apart; a
+            ``completion_mask`` of another shape than the ids.
     """
-    if isinstance(batch, Mapping) and "input_ids" in batch:
-        _check_others(batch)
-        return {name: batch.get(name) for name in (*MODEL_INPUTS, "labels")}
     is_mapping = isinstance(batch, Mapping)
+    if is_mapping and "input_ids" not in batch and all(name in batch for name in _APART):
+        batch = _joined(batch)
+    if is_mapping and "input_ids" in batch:
+        _check_others(batch)
+        return {**{name: batch.get(name) for name in MODEL_INPUTS}, "labels": _labels(batch)}
     found = str(sorted(map(str, batch))) if is_mapping else f"a {type(batch).__name__}"
     wanted = "'input_ids' (and 'attention_mask', 'labels' where there are any)"
     if who is None:
@@ -41,6 +53,41 @@ def batch_inputs(batch: Any, who: str | None = "DensityPenalty") -> dict[str, An
         f"batch: found {keys_of}{found}, expected a mapping with {wanted}. "
         f"Override {who}.inputs_of for other batches"
     )
+
+
+def _joined(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompts ``[B, P]`` and completions ``[B, C]`` as rows ``[B, P + C]``, as they are run."""
+    prompt_mask, mask = batch["prompt_mask"], batch["completion_mask"]
+    own = mask * batch.get("tool_mask", 1)  # what tools answered is no token of the model's own
+    return {
+        **batch,
+        "input_ids": torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1),
+        "attention_mask": torch.cat((prompt_mask, mask), 1),
+        "completion_mask": torch.cat((torch.zeros_like(prompt_mask), own), 1),
+    }
+
+
+def _labels(batch: Mapping[str, Any]) -> Any:
+    """The labels of a batch, or those that its masks stand for where it has none.
+
+    TRL's trainers on preferences hand out a ``completion_mask`` ``[B, T]``: 1 at the tokens of an
+    answer, chosen or rejected, 0 at those of a prompt and at padding. ``assistant_masks`` are the
+    same of a chat, as its tokenizer makes them; a token counts where all masks are 1. An integer
+    ``logits_to_keep`` beside neither (TRL's A2PO) is how many tokens at the end are the answer.
+    """
+    labels = batch.get("labels")
+    if labels is not None:
+        return labels
+    for name in _MASKS:
+        mask = batch.get(name)
+        if mask is not None:
+            check_same_shape(name, mask, batch["input_ids"])
+            labels = (batch["input_ids"] if labels is None else labels).masked_fill(mask == 0, -100)
+    kept = batch.get("logits_to_keep")
+    if labels is None and isinstance(kept, int) and kept > 0:
+        labels = batch["input_ids"].clone()
+        labels[:, :-kept] = -100
+    return labels
 
 
 def _check_others(batch: Mapping[str, Any]) -> None:
