@@ -61,14 +61,23 @@ def main() -> None:
                 args.out / name / "model",
             ),
             *("--model.learning_rate", 1e-3, "--trainer.max_steps", args.steps),
-            *("--data.batch_size", 16, "--data.held_out_share", 0.1),
+            *("--data.suffixes", "[.py]", "--data.batch_size", 16, "--data.held_out_share", 0.1),
             *("--trainer.limit_val_batches", 0, "--penalty.strength", strength),
             *("--card_blocks", 0),  # evaluate measures more of them
         )
     for name in STRENGTHS:
         softtrace(
             *("evaluate", "--model", args.out / name / "model", "--data", data),
-            *("--held_out_share", 0.1, "--blocks", args.blocks, "--extra_blocks", 8),
+            *(
+                "--suffixes",
+                "[.py]",
+                "--held_out_share",
+                0.1,
+                "--blocks",
+                args.blocks,
+                "--extra_blocks",
+                8,
+            ),
             *("--out", args.out / name, "--overwrite", "true"),
         )
     runs = (args.out / name for name in STRENGTHS)

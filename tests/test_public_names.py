@@ -28,8 +28,8 @@ NAMES = {
         "greedy recommend_exit speculate"
     ),
     "softtrace.data": (
-        "DEFAULT_EXCLUDE DEFAULT_SUFFIXES Document encode evenly pack read_documents "
-        "split_by_file stream_documents stream_held_out"
+        "DEFAULT_EXCLUDE DEFAULT_SUFFIXES Document Tokens encode evenly pack pack_with_labels "
+        "read_documents split_by_file stream_documents stream_held_out"
     ),
     "softtrace.loss": "DensityLoss DensityOptions DensityTerm",
     "softtrace.cli": "main",

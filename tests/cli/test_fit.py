@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softtrace.cli.evaluate import evaluate
 from softtrace.cli.fit import FitCLI, fit
+from softtrace.data import TextSource, read_documents, split_by_file
 from softtrace.decoding.exit_checks import exit_layer_of
 from softtrace.errors import (
     DataError,
@@ -25,7 +27,7 @@ from softtrace.errors import (
 )
 from softtrace.files import claimed
 from softtrace.lightning import DensityPenalty
-from tests.support.corpus import write_model, write_tree
+from tests.support.corpus import write_chat_model, write_model, write_parquet, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,59 @@ def test_writes_a_model_directory_that_transformers_reads(
     assert "density/distortion" in metrics
     assert not list(out.glob(".*"))  # nothing half-written is left
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_conversations_are_fitted_and_measured_as_the_template_writes_them(
+    tmp_path: Path, suffix: str
+) -> None:
+    model, text = write_chat_model(tmp_path / "model"), tmp_path / f"chat.{suffix}"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number} and 1?"},
+                {"role": "assistant", "content": f"It is {number + 1}."},
+            ]
+        }
+        for number in range(40)
+    ]
+    if suffix == "jsonl":
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write_parquet(text, rows)
+    words = ("--data.answers_only", "true", "--trainer.log_every_n_steps", 1, "--data.seed", 3)
+    words += ("--penalty.strength", 0.0, "--data.held_out_share", 0.2)
+    cli = FitCLI(arguments((model, text), tmp_path / "out", *words))
+    cli.fit()
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    answers = AutoTokenizer.from_pretrained(model).decode(batch["labels"][batch["labels"] >= 0])
+    assert "user" not in answers
+    assert "<|im_start|>" not in answers
+    assert "It is" in answers
+    network = AutoModelForCausalLM.from_pretrained(model)
+    logits = network(batch["input_ids"]).logits[:, :-1]
+    by_hand = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
+    with (tmp_path / "out" / "logs" / "version_0" / "metrics.csv").open() as file:
+        losses = [float(row["loss/train"]) for row in csv.DictReader(file) if row["loss/train"]]
+    assert losses[0] == pytest.approx(by_hand.item(), rel=1e-5)
+    density = evaluate(
+        str(tmp_path / "out"), TextSource(str(text), 0.2), str(tmp_path / "density"),
+        block_size=16, blocks=4, extra_blocks=0,
+    )  # fmt: skip
+    assert density["data"]["documents"] == len(split_by_file(read_documents(text), 0.2)[1])
+    assert density["tokens"] == 4 * 7  # all of the second half, whoever speaks
+
+
+def test_conversations_take_a_chat_template(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    text = tmp_path / "chat.jsonl"
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    text.write_text(f"{row}\n" * 9)
+    with pytest.raises(DataError, match=r"chat.jsonl:\d holds messages, and the tokenizer has no"):
+        fit(arguments((sources[0], text), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.thorough

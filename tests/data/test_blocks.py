@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from softtrace.data import encoding, pack, read_documents, split_by_file, text_files
+from softtrace.data import (
+    encoding,
+    pack,
+    pack_with_labels,
+    read_documents,
+    split_by_file,
+    text_files,
+)
 from softtrace.data.blocks import evenly, stream_evenly
 from softtrace.data.documents import Document, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
-from tests.support.corpus import byte_tokenizer, write_tree
+from tests.support.corpus import byte_tokenizer, chat_tokenizer, write_tree
 
 TOKENIZER = byte_tokenizer()
 
@@ -90,3 +97,53 @@ def test_a_plain_text_file_has_a_largest_size_and_jsonl_has_none(
     assert len(list(stream_documents(tmp_path / "b.txt"))) == 1
     assert len(list(stream_documents(tmp_path / "c.jsonl"))) == 9
     assert len(list(stream_documents(tmp_path, suffixes=(".txt",)))) == 1  # the other is skipped
+
+
+# --- which tokens of blocks count
+
+
+def completions(*parts: tuple[str, str]) -> list[Document]:
+    return [
+        Document(str(n), json.dumps({"prompt": prompt, "completion": completion}), rendered=True)
+        for n, (prompt, completion) in enumerate(parts)
+    ]
+
+
+def test_of_text_every_token_counts_and_blocks_are_those_of_pack(tmp_path: Path) -> None:
+    documents = read_documents(write_tree(tmp_path))
+    found = pack_with_labels(documents, TOKENIZER, 17)
+    assert torch.equal(found.ids, pack(documents, TOKENIZER, 17))
+    assert torch.equal(found.labels, found.ids)
+
+
+def test_labels_are_cut_as_ids_are_and_blocks_without_any_are_dropped() -> None:
+    # 8 characters of prompt, 3 of completion and an end are 12 tokens, three blocks of 4
+    documents = completions(("promptof", "one"), ("anotherp", "two"))
+    every = pack(documents, TOKENIZER, 4)
+    assert len(every) == 6
+    found = pack_with_labels(documents, TOKENIZER, 4)
+    assert torch.equal(found.ids, every[[2, 5]])
+    assert TOKENIZER.decode(found.ids.flatten()) == "one<end>two<end>"
+    assert torch.equal(found.labels, found.ids)
+    # the first of a block is not predicted: a block in which it alone counts gives no loss
+    (kept,) = pack_with_labels(completions(("1234567", "89")), TOKENIZER, 4, False).ids[:1]
+    assert TOKENIZER.decode(kept) == "1234"
+    shifted = pack_with_labels(completions(("123", "456"), ("7", "8")), TOKENIZER, 3)
+    assert TOKENIZER.decode(shifted.ids.flatten()) == "456<end>78"
+    assert shifted.labels[0].tolist() == shifted.ids[0].tolist()
+    assert shifted.labels[1].tolist() == [256, -100, int(shifted.ids[1, 2])]
+
+
+def test_every_kept_block_has_a_finite_loss() -> None:
+    parts = [("p" * (number % 23), "c" * (number % 5)) for number in range(1, 60)]
+    found = pack_with_labels(completions(*parts), TOKENIZER, 6)
+    assert len(found.ids) < len(pack(completions(*parts), TOKENIZER, 6))
+    logits = torch.zeros(len(found.ids), 5, 257)
+    for row, labels in zip(logits, found.labels, strict=True):
+        assert torch.nn.functional.cross_entropy(row, labels[1:]).isfinite()
+
+
+def test_data_in_which_nothing_counts_is_refused() -> None:
+    row = json.dumps({"messages": [{"role": "user", "content": "nobody answers"}]})
+    with pytest.raises(DataError, match=r"counts no token of 5 blocks of 4 tokens. Check that the"):
+        pack_with_labels([Document("a", row, rendered=True)], chat_tokenizer(), 4, True)

@@ -33,10 +33,34 @@ def test_folder_is_read_in_order_of_relative_paths_without_caches_and_hidden(
     (tmp_path / "b/.hidden.py").write_text("x", encoding="utf-8")
     (tmp_path / "b/empty.py").write_text(" \n", encoding="utf-8")
 
-    assert [d.name for d in read_documents(tmp_path)] == ["a.py", "a/z.py", "b/x.py"]
+    assert [d.name for d in read_documents(tmp_path, (".py",))] == ["a.py", "a/z.py", "b/x.py"]
     assert read_documents(tmp_path)[0].text == "# a.py\n"
     names = [d.name for d in read_documents(tmp_path, suffixes=(".py", ".md"))]
     assert names == ["a.py", "a/readme.md", "a/z.py", "b/x.py"]
+
+
+def test_a_folder_gives_text_of_every_usual_kind(tmp_path: Path) -> None:
+    usual = ["a.C", "b.md", "c.rst", "d.TXT", "e.tex", "f.html", "g.rs", "h.js", "i.py", "j.java"]
+    for name in (*usual, "k.png", "l.csv", "Makefile"):
+        (tmp_path / name).write_text(f"of {name}", encoding="utf-8")
+    write_lines(tmp_path / "m.jsonl", '{"text": "a"}', '{"text": "b"}')
+    found = [document.name for document in read_documents(tmp_path)]
+    assert found == [*usual, "m.jsonl:1", "m.jsonl:2"]
+
+
+def test_data_of_a_folder_that_is_not_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "readme.md").write_text("of data", encoding="utf-8")
+    for name in ("train.json", "test.jsonl.gz"):
+        (tmp_path / name).write_text("[]", encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "softtrace.data.documents"):
+        assert len(read_documents(tmp_path)) == 1
+        assert len(read_documents(tmp_path, (".md",))) == 1  # who names suffixes, means it
+        assert len(read_documents(tmp_path, exclude=("*.json", "*.gz"))) == 1
+    (message,) = caplog.messages
+    assert "2 files under" in message
+    assert "test.jsonl.gz" in message
 
 
 @pytest.mark.parametrize(
@@ -131,7 +155,7 @@ def test_bad_files_are_refused_by_name(
     ("files", "part"),
     [
         ({}, "no file"),
-        ({"a.md": b"text"}, "no file"),
+        ({"a.png": b"text"}, "no file"),
         ({"a.py": b"", "b.py": LATIN}, "2 such files, 1 of them unreadable"),
     ],
 )
@@ -165,7 +189,7 @@ def test_a_list_of_json_objects_is_a_document_each(tmp_path: Path) -> None:
         ("a.json", '{"instruction": "y"}', "'text' is missing"),
         ("a.json", "not json", "is not JSON .*name the file .txt"),
         ("a.json", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
-        ("a.parquet", "PAR1", r"\.parquet files are not read"),
+        ("a.arrow", "ARROW1", r"\.arrow files are not read"),
         ("a.jsonl.gz", "x", r"\.gz files are not read"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from softtrace.data import beginning, encode, pack
+from softtrace.data import beginning, encode, pack, pack_with_labels
 from softtrace.data.blocks import stream_evenly
 from softtrace.data.documents import Document, SpecialTokens
 from softtrace.errors import InvalidInputError
@@ -60,6 +60,10 @@ def test_all_that_the_tokenizer_puts_in_front_stands_there() -> None:
     tokenizer = bos_tokenizer("<bos>:0 <turn>:0 $A:0 <end>:0")
     blocks = pack(WORDS, tokenizer, 8)
     assert blocks[:, :2].unique(dim=0).tolist() == [[BOS, 258]]
+    found = pack_with_labels(WORDS, tokenizer, 8)
+    assert torch.equal(found.ids, blocks)
+    assert found.labels[:, :2].unique().tolist() == [-100]  # nobody has to predict it
+    assert torch.equal(found.labels[:, 2:], blocks[:, 2:])
     assert int((blocks == BOS).sum()) == len(blocks)
     with pytest.raises(InvalidInputError, match=r"found 2, allowed are integers from 3: .* puts 2"):
         pack(WORDS, tokenizer, 2)

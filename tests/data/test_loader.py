@@ -11,10 +11,16 @@ BLOCKS = torch.arange(22)[:, None].expand(22, 3).contiguous()  # block i is [i, 
 
 
 def loader(
-    batch_size: int = 4, *, blocks: Tensor = BLOCKS, seed: int = 0, ranks: int = 1, rank: int = 0
+    batch_size: int = 4,
+    *,
+    blocks: Tensor = BLOCKS,
+    seed: int = 0,
+    ranks: int = 1,
+    rank: int = 0,
+    counted: Tensor | None = None,
 ) -> BlockLoader:
     sampler = BlockSampler(len(blocks), seed=seed, ranks=ranks, rank=rank)
-    return BlockLoader(blocks, batch_size, sampler)
+    return BlockLoader(blocks, batch_size, sampler, counted)
 
 
 def numbers(batches: BlockLoader) -> list[list[int]]:
@@ -70,6 +76,25 @@ def test_batches_have_copies_as_labels_and_a_full_mask() -> None:
     batch["labels"].fill_(-100)
     assert (batch["input_ids"] >= 0).all()
     assert (BLOCKS >= 0).all()
+
+
+def test_labels_look_away_where_tokens_do_not_count() -> None:
+    counted = torch.arange(3)[None] > BLOCKS % 3  # another number of each block
+    batches = BlockLoader(BLOCKS, 4, BlockSampler(22), counted)
+    for batch in batches:
+        ids = batch["input_ids"]
+        expected = torch.where(torch.arange(3)[None] > ids % 3, ids, -100)
+        assert torch.equal(batch["labels"], expected)
+
+
+def test_a_state_from_before_tokens_were_counted_resumes() -> None:
+    interrupted = loader()
+    next(iter(interrupted))
+    state = interrupted.state_dict()
+    assert state["identity"].pop("tokens that count") == 66
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert numbers(resumed) == numbers(loader())[1:]
 
 
 def test_every_iteration_starts_over() -> None:
@@ -128,6 +153,7 @@ def test_state_of_another_epoch_starts_the_epoch_asked_for_from_its_beginning() 
         ({"ranks": 2}, "ranks is 2, was 1"),
         ({"blocks": BLOCKS[:10]}, "blocks is 10, was 22"),
         ({"blocks": BLOCKS + 1}, "sum of token ids"),
+        ({"counted": BLOCKS > 3}, "tokens that count is 54, was 66"),
     ],
 )
 def test_resuming_with_other_data_is_refused_in_mid_epoch_only(

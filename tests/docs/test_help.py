@@ -58,14 +58,14 @@ def test_what_an_option_is_is_said_in_sentences(command: str) -> None:
 
 def test_options_of_several_commands_are_flat_and_in_the_order_of_the_function() -> None:
     """Where a text comes from and how a command runs are dataclasses; nobody types their names."""
-    text = ["data", "held_out_share", "salt", "suffixes", "exclude"]
+    text = ["data", "held_out_share", "salt", "suffixes", "exclude", "special_tokens"]
     run = ["device", "dtype", "overwrite"]
     shares = {"evaluate": 0.0, "study": 0.05, "decode-bench": 0.0}
     for command, share in shares.items():
         found = parsed([command, *NEEDED[command]])
         names = list(found.options.as_dict())
         at, after = names.index("data"), names.index("device")
-        assert names[at : at + 6] == [*text, "out"]
+        assert names[at : at + 7] == [*text, "out"]
         assert names[after : after + 3] == run
         assert found.options.held_out_share == share
         assert (found.options.device, found.options.dtype) == ("auto", "float32")

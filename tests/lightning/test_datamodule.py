@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
+from softtrace.data import DEFAULT_SUFFIXES
 from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
 from softtrace.lightning.datamodule import PackedDataModule
 from tests.support import warm
@@ -321,6 +323,32 @@ def test_loaders_take_the_share_that_the_strategy_names(
     assert data.train_dataloader().sampler.rank == ranks - 1
 
 
+# --- which tokens count
+
+
+@pytest.mark.parametrize("answers_only", [None, True, False])
+def test_labels_are_those_of_the_rows(corpus: Path, answers_only: bool | None) -> None:
+    rows = [{"prompt": "repeat after me: ", "completion": f"say {n}"} for n in range(10)]
+    path = corpus.parent / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = data_module(corpus, block_size=23, held_out_share=0.3, answers_only=answers_only)
+    data.path = path  # a row and its end fill a block
+    data.setup("fit")
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert len(labels) == 10
+    found = sorted(byte_tokenizer().decode(row[row >= 0]) for row in labels)
+    prompt = "repeat after me: " if answers_only is False else ""
+    assert found == [f"{prompt}say {n}<end>" for n in range(10)]
+    assert data.val_dataloader().blocks.shape == data.held_out_blocks.shape
+
+
+def test_plain_text_has_no_answers(corpus: Path) -> None:
+    data = data_module(corpus, answers_only=True)
+    with pytest.raises(DataError, match=r"side of .*file\d+.py is plain text"):
+        data.setup("fit")
+
+
 # --- options
 
 
@@ -330,15 +358,17 @@ def test_every_option_can_be_set_from_yaml(corpus: Path) -> None:
     config = parser.parse_string(
         f"data:\n  path: {corpus}\n  tokenizer: some/name\n  suffixes: [.py, .md]\n"
         "  exclude: [test]\n  block_size: 32\n  max_train_blocks: 3\n  held_out_share: 0.5\n"
-        "  salt: other\n  seed: 4\n"
+        "  salt: other\n  seed: 4\n  answers_only: true\n"
     )
     data = parser.instantiate(config).data
     assert list(data.suffixes) == [".py", ".md"]
     assert list(data.exclude) == ["test"]
     assert (data.block_size, data.max_train_blocks, data.seed) == (32, 3, 4)
+    assert data.answers_only is True
     defaults = parser.instantiate(parser.parse_string(f"data:\n  path: {corpus}\n")).data
     assert defaults.tokenizer is None
-    assert list(defaults.suffixes) == [".py"]
+    assert tuple(defaults.suffixes) == DEFAULT_SUFFIXES
+    assert defaults.answers_only is None
 
 
 @pytest.mark.parametrize(

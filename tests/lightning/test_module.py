@@ -47,6 +47,26 @@ def test_held_out_loss_weighs_batches_by_their_rows(directory: Path) -> None:
     assert one != pytest.approx(three, rel=1e-3)
 
 
+def test_held_out_loss_weighs_batches_by_the_tokens_that_count(directory: Path) -> None:
+    module = CausalLM(str(directory))
+    few, many = next(iter(batches(1, rows=2))), next(iter(batches(2, rows=2)))
+    for batch, last in ((few, 3), (many, 9)):
+        del batch["attention_mask"]
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, last:] = -100
+    fitting = trainer(limit_val_batches=1.0)
+    fitting.validate(module, Batches(few, many), verbose=False)
+    with torch.no_grad():
+        total = torch.zeros(())
+        for batch in (few, many):
+            logits = module.model(input_ids=batch["input_ids"]).logits[:, :-1]
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+            )
+    found = float(fitting.callback_metrics["loss/held_out"])
+    assert found == pytest.approx(float(total) / (2 * 2 + 2 * 8), rel=1e-5)
+
+
 def test_vectors_do_not_decay_and_every_weight_is_in_one_group(directory: Path) -> None:
     module = CausalLM(str(directory), weight_decay=0.3)
     trainer(max_steps=1).fit(module, batches(1))

@@ -64,7 +64,7 @@ def blocks_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training blocks, held-out blocks for the loss, held-out blocks for the density."""
     tokenizer = load_tokenizer(model)
-    train, held_out = split_by_file(read_documents(data), 0.1, "effect")
+    train, held_out = split_by_file(read_documents(data, (".py",)), 0.1, "effect")
     return (
         pack(train, tokenizer, block_size),
         pack(held_out, tokenizer, block_size),
@@ -188,7 +188,7 @@ def library_blocks(block_size: int, model: Path = MODEL) -> Tensor:
     """
     names = set((MODEL / "held_out_files.txt").read_text(encoding="utf-8").split("\n"))
     others = ("site-packages", "dist-packages", "lib2to3/tests/data", "test/encoded_modules")
-    library = read_documents(sysconfig.get_paths()["stdlib"], exclude=others)
+    library = read_documents(sysconfig.get_paths()["stdlib"], (".py",), others)
     documents = [document for document in library if document.name in names]
     return pack(documents, load_tokenizer(model), block_size)
 

@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     data = options.data or Path(sysconfig.get_paths()["stdlib"])
     train_documents, held_out_documents = split_by_file(
-        read_documents(data, exclude=(*EXCLUDE, *options.exclude)), HELD_OUT_SHARE, SALT
+        read_documents(data, (".py",), (*EXCLUDE, *options.exclude)), HELD_OUT_SHARE, SALT
     )
     tokenizer = train_tokenizer(train_documents, options.vocabulary)
     stream = encode(train_documents, tokenizer).to(device)

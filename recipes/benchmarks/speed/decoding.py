@@ -52,7 +52,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = decode_bench(
                 model,
-                TextSource(args.data, args.held_out_share, args.salt),
+                TextSource(args.data, args.held_out_share, args.salt, (".py",)),
                 folder,
                 prompts=args.prompts,
                 new_tokens=args.new_tokens,

@@ -71,7 +71,7 @@ def benchmark(
     rounds: int, count: int, block_size: int, batch_size: int, extra_blocks: int
 ) -> dict[str, Any]:
     """Times of all, in turn, and what follows from them."""
-    source = TextSource(str(TEXT), HELD_OUT)
+    source = TextSource(str(TEXT), HELD_OUT, suffixes=(".py",))
     blocks, _ = stream_evenly(source.stream(), load_tokenizer(MODEL), block_size, count)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(MODEL).to(device).eval()

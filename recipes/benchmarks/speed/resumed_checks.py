@@ -65,7 +65,7 @@ def all_layers(model: Any, ids: Tensor, args: argparse.Namespace) -> list[int]:
 
 def prompts(path: Path, args: argparse.Namespace) -> Tensor:
     """Held-out prompts ``[N, T]``, the same for both models, which share a tokenizer."""
-    source = TextSource(args.data, held_out_share=0.1)
+    source = TextSource(args.data, held_out_share=0.1, suffixes=(".py",))
     return evenly(pack(source.documents(), load_tokenizer(path), args.prompt_tokens), args.prompts)
 
 

@@ -44,7 +44,7 @@ LENGTHS = (256, 512)
 def text_blocks(length: int, count: int) -> Tensor:
     """Blocks of matplotlib's source, which the model never saw, evenly spaced."""
     folder = Path(matplotlib.__file__).parent
-    documents = split_by_file(read_documents(folder), 0.1)[1]
+    documents = split_by_file(read_documents(folder, (".py",)), 0.1)[1]
     blocks = pack(documents, load_tokenizer(MODEL), length)
     return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 

@@ -1,6 +1,6 @@
 """From text to blocks of tokens."""
 
-from softtrace.data.blocks import even_places, evenly, pack
+from softtrace.data.blocks import even_places, evenly, pack, pack_with_labels
 from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -11,7 +11,7 @@ from softtrace.data.documents import (
     stream_documents,
     stream_held_out,
 )
-from softtrace.data.encoding import beginning, encode, stream_tokens
+from softtrace.data.encoding import Tokens, beginning, encode, stream_counted, stream_tokens
 from softtrace.data.text_source import TextSource
 
 __all__ = [
@@ -19,14 +19,17 @@ __all__ = [
     "DEFAULT_SUFFIXES",
     "Document",
     "TextSource",
+    "Tokens",
     "beginning",
     "encode",
     "even_places",
     "evenly",
     "held_out",
     "pack",
+    "pack_with_labels",
     "read_documents",
     "split_by_file",
+    "stream_counted",
     "stream_documents",
     "stream_held_out",
     "stream_tokens",

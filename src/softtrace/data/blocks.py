@@ -11,6 +11,7 @@ every text predicts badly without one. That token takes the first place of the b
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from softtrace.checks import check_least
 from softtrace.data.documents import Document
-from softtrace.data.encoding import beginning, stream_tokens
+from softtrace.data.encoding import Tokens, beginning, stream_counted
 from softtrace.errors import DataError, InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _BYTES = 4  # of a token in the file: no vocabulary reaches 2^31
 
@@ -61,7 +64,7 @@ def stream_evenly(
         file = cast("BinaryIO", opened)
         total = 0
         for block in _blocks(counted(), tokenizer, block_size):
-            file.write(block.to(torch.int32).numpy().tobytes())
+            file.write(block.ids.to(torch.int32).numpy().tobytes())
             total += 1
         places = even_places(total, count)
         blocks = torch.empty(len(places), block_size, dtype=torch.int64)
@@ -94,7 +97,51 @@ def pack(
         InvalidInputError: the block size is too small.
     """
     check_block_size(block_size, tokenizer)
-    return torch.stack(list(_blocks(documents, tokenizer, block_size)))
+    return torch.stack([block.ids for block in _blocks(documents, tokenizer, block_size)])
+
+
+def pack_with_labels(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    answers_only: bool | None = None,
+) -> Tokens:
+    """The blocks of :func:`pack`, and which of their tokens the loss counts (``.labels``).
+
+    Of plain text and of conversations all tokens count, and of a prompt and its completion the
+    completion alone, unless ``answers_only`` says otherwise. What a block was begun with does not
+    count, and blocks of which nothing would are dropped: their mean loss is not a number.
+
+    Args:
+        documents: at least one.
+        tokenizer: with an end-of-sequence token, and a chat template where documents hold messages.
+        block_size: see :func:`pack`.
+        answers_only: True to count of conversations what the assistant says, and of completions
+            the same (plain text is refused); False to count everything, prompts too.
+
+    Returns:
+        ``[N, block_size]``, N >= 1.
+
+    Raises:
+        DataError: no block with a token that counts; or what :func:`pack` refuses; or answers
+            cannot be told from the rest.
+        InvalidInputError: the block size is too small.
+    """
+    check_block_size(block_size, tokenizer)
+    blocks = list(_blocks(documents, tokenizer, block_size, answers_only))
+    kept = [block for block in blocks if block.counted[1:].any()]  # the first is never predicted
+    if not kept:
+        raise DataError(
+            f"the loss counts no token of {len(blocks)} blocks of {block_size} tokens. Check that "
+            "the data has answers (messages of the role 'assistant', completions), or leave "
+            "answers_only out."
+        )
+    if len(kept) < len(blocks):
+        logger.info(
+            "%d of %d blocks are left out, in which the loss counts no token",
+            len(blocks) - len(kept), len(blocks),
+        )  # fmt: skip
+    return Tokens(*(torch.stack(part) for part in zip(*kept, strict=True)))
 
 
 def check_block_size(block_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,28 +156,41 @@ def check_block_size(block_size: int, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def _blocks(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> Iterator[Tensor]:
-    """The full blocks one by one, ``[block_size]`` int64; at least one, or a DataError."""
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    answers_only: bool | None = False,
+) -> Iterator[Tokens]:
+    """The full blocks one by one, ``[block_size]`` each; at least one, or a DataError."""
     first = beginning(tokenizer)
-    row = torch.empty(0, dtype=torch.int64)
+    begun = Tokens(first, torch.zeros(len(first), dtype=torch.bool))
+    row = _cut(begun, 0, 0)
     tokens = count = 0
-    for piece in stream_tokens(documents, tokenizer):
-        row = torch.cat((row, piece))
-        tokens += len(piece)
-        while len(row) >= block_size - len(first):
-            added = first[:0] if torch.equal(row[: len(first)], first) else first
-            taken = block_size - len(added)
-            if len(row) < taken:
+    for piece in stream_counted(documents, tokenizer, answers_only):
+        row = _joined(row, piece)
+        tokens += len(piece.ids)
+        while len(row.ids) >= block_size - len(first):
+            own = torch.equal(row.ids[: len(first)], first)
+            taken = block_size if own else block_size - len(first)
+            if len(row.ids) < taken:
                 break
-            yield torch.cat((added, row[:taken]))
-            row = row[taken:]
+            head = _cut(row, 0, taken)
+            yield head if own else _joined(begun, head)
+            row = _cut(row, taken, len(row.ids))
             count += 1
     if not count:
         raise DataError(
             f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text, "
             f"or a block_size of at most {tokens + len(first)}."
         )
+
+
+def _cut(row: Tokens, start: int, end: int) -> Tokens:
+    return Tokens(row.ids[start:end], row.counted[start:end])
+
+
+def _joined(one: Tokens, other: Tokens) -> Tokens:
+    return Tokens(torch.cat((one.ids, other.ids)), torch.cat((one.counted, other.counted)))
 
 
 def evenly(blocks: Tensor, count: int) -> Tensor:

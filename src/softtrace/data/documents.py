@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from softtrace.checks import check_range
-from softtrace.data.text_files import ALLOWED, texts_of, walk
+from softtrace.data.rows import Row
+from softtrace.data.tables import HUB_FORM, hub_dataset
+from softtrace.data.text_files import ALLOWED, UNREAD, of_table, texts_of, walk
 from softtrace.errors import DataError, InvalidInputError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SUFFIXES = (".py",)
+DEFAULT_SUFFIXES = (
+    ".txt", ".md", ".rst", ".tex", ".html",  # prose
+    ".jsonl", ".ndjson", ".parquet",  # rows of data; .json has to be named, as it may be settings
+    ".py", ".c", ".cc", ".cpp", ".h", ".hpp", ".cs", ".go", ".java", ".js", ".jsx", ".kt", ".lua",
+    ".php", ".pl", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts", ".tsx",
+)  # fmt: skip
 DEFAULT_EXCLUDE = ("site-packages", "dist-packages")
 
 
@@ -31,16 +38,20 @@ class Document(NamedTuple):
     """One text, and how it is read.
 
     Attributes:
-        name: relative path or ``file:line``, which decides the side of a split.
-        text: what is tokenized.
+        name: relative path, ``file:line`` or ``file:row``, which decides the side of a split.
+        text: what is tokenized; or, where it is rendered, JSON of what is rendered.
         special_tokens: what ``<|im_start|>`` and the like in the text are: ``"tokens"``, as in what
             a chat template rendered; ``"characters"``, as in a text that speaks of them; or
             ``"auto"``, tokens where the text begins or ends with one, and characters elsewhere.
+            Those that a chat template writes are always tokens.
+        rendered: whether the text is JSON of ``messages``, or of ``prompt`` and ``completion``,
+            which is rendered when it is tokenized.
     """
 
     name: str
     text: str
     special_tokens: SpecialTokens = "auto"
+    rendered: bool = False
 
 
 def read_documents(
@@ -49,7 +60,14 @@ def read_documents(
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     special_tokens: SpecialTokens = "auto",
 ) -> list[Document]:
-    """Read the documents of a text file, a ``.jsonl`` file or a folder.
+    """Read the documents of a text file, a file of rows, a folder or a data set of the hub.
+
+    Rows are the lines of a ``.jsonl`` or ``.ndjson`` file, the objects of a ``.json`` file and the
+    rows of a ``.parquet`` file. Each is one document: of ``messages`` (a conversation, which the
+    model's chat template renders; also ``conversations``, with ``from`` and ``value``), of
+    ``prompt`` and ``completion`` (two strings, or two lists of messages) or of a string ``text``,
+    in this order where a row has several. ``tools``, ``system`` and ``chat_template_kwargs`` go to
+    the template.
 
     A folder is walked without following links to folders; ``__pycache__`` and hidden files and
     folders are left out. Files of a folder that are not UTF-8 text are skipped and counted in one
@@ -57,8 +75,10 @@ def read_documents(
     directly must be text. Empty texts are dropped.
 
     Args:
-        path: file or folder. Of a single file the suffix only matters where it is one of JSON
-            (``.jsonl``, ``.ndjson``, ``.json``), or of what is not read (``.parquet``, ``.gz``).
+        path: file or folder, or ``hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`` (the split
+            ``train`` where none is named). Of a single file the suffix only matters where it is one
+            of rows, or of what is not read (``.gz``). Parquet and the hub take the extra
+            ``softtrace[data]``.
         suffixes: for a folder, the file suffixes to read, such as ``(".py", ".md", ".txt")``.
         exclude: for a folder, globs that drop a file or folder when they match its bare name or its
             path relative to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).
@@ -70,7 +90,8 @@ def read_documents(
         do not depend on where the tree lies.
 
     Raises:
-        DataError: nothing there, nothing readable, binary, not UTF-8, or a malformed JSONL line.
+        DataError: nothing there, nothing readable, binary, not UTF-8, malformed or unknown rows, or
+            no library to read them with.
         InvalidInputError: suffixes or globs of the wrong form.
     """
     return list(stream_documents(path, suffixes, exclude, special_tokens))
@@ -92,18 +113,25 @@ def stream_documents(
         raise InvalidInputError(
             f"special_tokens: found {special_tokens!r}, allowed are {get_args(SpecialTokens)}"
         )
-    root = Path(path)
-    if root.is_dir():
+    root, hub = Path(path), hub_dataset(path)
+    if hub is not None:
+        texts: Iterable[tuple[str, Row]] = of_table(hub.label, f"{path}", hub.rows())
+    elif root.is_dir():
         yield from _read_tree(root, suffixes, exclude, special_tokens)
         return
-    if not root.exists():
-        raise DataError(f"no such file or folder: {root}. Give the path of {ALLOWED}.")
+    elif not root.exists():
+        raise DataError(
+            f"no such file or folder: {root}. Give the path of {ALLOWED}; a data set of the hub is "
+            f"written {HUB_FORM}."
+        )
+    else:
+        texts = texts_of(root.name, root)
     found = False
-    for document in texts_of(root.name, root):
+    for name, row in texts:
         found = True
-        yield Document(*document, special_tokens)
+        yield Document(name, row.text, special_tokens, row.rendered)
     if not found:
-        raise DataError(f"{root} holds no text. Give the path of {ALLOWED} that is not empty.")
+        raise DataError(f"{path} holds no text. Give the path of {ALLOWED} that is not empty.")
 
 
 def _check_patterns(suffixes: Sequence[str], exclude: Sequence[str]) -> None:
@@ -125,15 +153,21 @@ def _read_tree(
     found = False
     skipped: list[str] = []
     names = sorted(walk(root, suffixes, exclude))
+    if tuple(suffixes) == DEFAULT_SUFFIXES and (left := sorted(walk(root, UNREAD, exclude))):
+        logger.warning(
+            "%d files under %s that may hold data are not read, such as %s; give suffixes to read "
+            "them, or exclude globs to leave them out without this notice",
+            len(left), root, left[0],
+        )  # fmt: skip
     for name in names:
         try:
-            documents = texts_of(name, root / name)
+            texts = texts_of(name, root / name)
         except DataError as error:
             skipped.append(str(error))
             continue
-        for document in documents:
+        for text_name, row in texts:
             found = True
-            yield Document(*document, special_tokens)
+            yield Document(text_name, row.text, special_tokens, row.rendered)
     if skipped:
         logger.warning(
             "skipped %d of %d files under %s that are not readable UTF-8 text; the first: %s",
@@ -164,7 +198,7 @@ def split_by_file(
 
     A single document cannot be split by name. Its tail is held out instead, cut where a paragraph
     ends (else a line) next to the wanted share; head and tail get ``" (head)"`` and ``" (tail)"``
-    added to the name.
+    added to the name. A single row that is rendered cannot be cut.
 
     With few documents one side may come out empty, since making it otherwise would have to look at
     the other documents; check for it.
@@ -179,7 +213,8 @@ def split_by_file(
 
     Raises:
         InvalidInputError: the share is not in [0, 1).
-        DataError: a single document of a single line, with a share above 0.
+        DataError: a single document of a single line, or a single conversation, with a share above
+            0.
     """
     check_share(held_out_share)
     if held_out_share == 0:
@@ -214,6 +249,11 @@ def stream_held_out(
 
 def _split_tail(document: Document, share: float) -> tuple[list[Document], list[Document]]:
     name, text = document.name, document.text
+    if document.rendered:
+        raise DataError(
+            f"{name} is the only row, and a conversation or a prompt with its completion is not "
+            "cut, so no part of it can be held out. Give more rows, or held_out_share=0."
+        )
     wanted = round(len(text) * (1 - share))
     # A paragraph's end may move the cut by half of the tail at most; a line's end by any distance.
     for boundary, reach in (("\n\n", (len(text) - wanted) // 2), ("\n", len(text))):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from softtrace.checks import check_least
+from softtrace.data.encoding import Tokens
 from softtrace.errors import InvalidInputError
 
 STATE_VERSION = 1
@@ -81,8 +82,8 @@ class BlockLoader:
     """Batches of blocks in the order of a :class:`BlockSampler`, resumable after any batch.
 
     A batch is a dict of ``[b, T]`` int64 tensors: ``input_ids``, ``attention_mask`` (all 1) and
-    ``labels`` (a copy of ``input_ids``; models shift them). ``b`` is the batch size, less in the
-    last batch of an epoch.
+    ``labels`` (a copy of ``input_ids``, with -100 where the loss does not count; models shift
+    them). ``b`` is the batch size, less in the last batch of an epoch.
 
     Iterating starts at the first batch of the sampler's epoch, except for the first time after
     :meth:`load_state_dict` in the very epoch of that state: then it starts where the state was
@@ -93,22 +94,31 @@ class BlockLoader:
         blocks: ``[N, T]`` int64.
         batch_size: blocks in a batch, at least 1.
         sampler: over N blocks.
+        counted: ``[N, T]`` bool, which tokens the loss counts; None for all.
 
     Raises:
         InvalidInputError: a batch size below 1, or a sampler over another number of blocks.
     """
 
-    def __init__(self, blocks: Tensor, batch_size: int, sampler: BlockSampler) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        batch_size: int,
+        sampler: BlockSampler,
+        counted: Tensor | None = None,
+    ) -> None:
         check_least("batch_size", batch_size, 1)
         if sampler.blocks != len(blocks):
             raise InvalidInputError(
                 f"the sampler orders {sampler.blocks} blocks, but there are {len(blocks)}."
             )
         self.blocks = blocks
+        self.counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
         self.batch_size = batch_size
         self.sampler = sampler
         self.batch_sampler = None  # Lightning reads it of whatever has a sampler
         self._token_sum = int(blocks.sum())
+        self._counted_sum = int(self.counted.sum())
         self._epoch = 0
         self._batches = 0  # of self._epoch, given out so far
         self._resuming = False
@@ -125,12 +135,13 @@ class BlockLoader:
         order = self.sampler.order()
         for number in range(self._batches, len(self)):
             first = number * self.batch_size
-            input_ids = self.blocks[order[first : first + self.batch_size]]
+            rows = order[first : first + self.batch_size]
+            tokens = Tokens(self.blocks[rows], self.counted[rows])
             self._batches = number + 1
             yield {
-                "input_ids": input_ids,
-                "attention_mask": torch.ones_like(input_ids),
-                "labels": input_ids.clone(),
+                "input_ids": tokens.ids,
+                "attention_mask": torch.ones_like(tokens.ids),
+                "labels": tokens.labels,
             }
 
     def _identity(self) -> dict[str, int]:
@@ -138,6 +149,7 @@ class BlockLoader:
         return {
             "blocks": len(self.blocks),
             "sum of token ids": self._token_sum,
+            "tokens that count": self._counted_sum,
             "batch_size": self.batch_size,
             "seed": self.sampler.seed,
             "ranks": self.sampler.ranks,

@@ -9,22 +9,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from softtrace.data.rows import Row, read_row
+from softtrace.data.tables import parquet_rows
 from softtrace.errors import DataError
 
 LARGEST_FILE = 1 << 30
 """Bytes of a plain text file: it is one document, and held whole."""
 
 ALLOWED = (
-    "a UTF-8 text file, a .jsonl or .ndjson file (one object with a string 'text' a line), a .json "
-    "file (a list of such objects, or one a line) or a folder"
+    "a UTF-8 text file, a .jsonl or .ndjson file (one object with a string 'text', with 'messages' "
+    "or with 'prompt' and 'completion' a line), a .json file (a list of such objects, or one a "
+    "line), a .parquet file with such columns, or a folder"
 )
 
 _LINES = (".jsonl", ".ndjson")
-_PACKED = (".parquet", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+_TABLES = (".parquet",)
+_PACKED = (".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+#: of files that people keep data in, of which a folder's are only read where suffixes name them
+UNREAD = (".json", ".csv", ".tsv", *_PACKED)
 
 
 def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
-    """Relative POSIX paths of the wanted files, in no particular order."""
+    """Relative POSIX paths of the wanted files, in no particular order.
+
+    Capitals make no difference to a suffix, as they make none to how a file is read.
+    """
+    wanted = tuple(suffix.lower() for suffix in suffixes)
 
     def unwanted(relative: str, name: str) -> bool:
         if name.startswith(".") or name == "__pycache__":
@@ -37,22 +47,22 @@ def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterato
         folders[:] = [name for name in folders if not unwanted((prefix / name).as_posix(), name)]
         for name in files:
             relative = (prefix / name).as_posix()
-            if name.endswith(tuple(suffixes)) and not unwanted(relative, name):
+            if name.lower().endswith(wanted) and not unwanted(relative, name):
                 yield relative
 
 
-def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
-    """Names and texts of the documents of one file, which was found to be text; no empty ones.
+def texts_of(name: str, path: Path) -> Iterable[tuple[str, Row]]:
+    """Names and contents of the documents of one file, which was found to be text; no empty ones.
 
     Args:
         name: of the file; its ending, in capitals or not, says how it is read. A JSONL file's
-            documents are ``name:line``, and come one at a time; those of a JSON list are
-            ``name:number``.
+            documents are ``name:line``, and come one at a time, as those of a Parquet file, which
+            are ``name:row``; those of a JSON list are ``name:number``.
         path: where it lies.
 
     Raises:
         DataError: not a regular file, binary, packed, not UTF-8 or too large; later, malformed
-            JSON.
+            JSON, a damaged Parquet file, or no library to read it with.
     """
     suffix = Path(name).suffix.lower()
     if suffix in _PACKED:
@@ -60,6 +70,8 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
             f"{path}: {suffix} files are not read. Give {ALLOWED}; unpack it, or write its texts "
             "to a .jsonl file first."
         )
+    if suffix in _TABLES:
+        return of_table(name, f"{path}", parquet_rows(path))
     if suffix in _LINES:
         for _ in _pieces(path):  # found to be text before the first document is handed out
             pass
@@ -68,10 +80,22 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, str]]:
     text = "".join(_pieces(path, by_line=False))
     if not text.strip():
         return []
-    return _of_json(name, path, text) if suffix == ".json" else [(name, text)]
+    return _of_json(name, path, text) if suffix == ".json" else [(name, Row(text))]
 
 
-def _of_json(name: str, path: Path, text: str) -> Iterator[tuple[str, str]]:
+def of_table(name: str, where: str, rows: Iterable[object]) -> Iterator[tuple[str, Row]]:
+    """Names, which are ``name:row``, and contents of the rows of a table that are not empty.
+
+    Raises:
+        DataError: see :func:`softtrace.data.rows.read_row`.
+    """
+    for number, value in enumerate(rows, start=1):
+        row = read_row(value, f"{where}, row {number}", _FIX_TABLE)
+        if row.text.strip():
+            yield f"{name}:{number}", row
+
+
+def _of_json(name: str, path: Path, text: str) -> Iterator[tuple[str, Row]]:
     """Of a list of objects, of one object, or of lines that were named .json."""
     try:
         value = json.loads(text)
@@ -86,10 +110,10 @@ def _of_json(name: str, path: Path, text: str) -> Iterator[tuple[str, str]]:
             (f"{name}:{number}", f"{path}, object {number}", row)
             for number, row in enumerate(value, start=1)
         ]
-    for label, where, row in rows:
-        content = _text_of(row, where, _FIX_JSON)
-        if content.strip():
-            yield label, content
+    for label, where, each in rows:
+        row = read_row(each, where, _FIX_JSON)
+        if row.text.strip():
+            yield label, row
 
 
 def _check_size(path: Path) -> None:
@@ -105,12 +129,12 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _of_lines(name: str, path: Path) -> Iterator[tuple[str, str]]:
+def _of_lines(name: str, path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(_pieces(path), start=1):
         if line.strip():
-            content = _jsonl_text(line.removesuffix("\n"), f"{path}, line {number}")
-            if content.strip():
-                yield f"{name}:{number}", content
+            row = _of_line(line.removesuffix("\n"), f"{path}, line {number}")
+            if row.text.strip():
+                yield f"{name}:{number}", row
 
 
 def _pieces(path: Path, by_line: bool = True) -> Iterator[str]:
@@ -149,31 +173,20 @@ def _decoded(content: bytes, path: Path, offset: int) -> str:
         ) from error
 
 
-_FIX_LINES = """Each line must be a JSON object with a string 'text', such as {"text": "..."}."""
-_FIX_JSON = (
-    """Give a list of JSON objects with a string 'text', such as [{"text": "..."}]; to train on """
-    "JSON itself, name the file .txt."
+_FIX_LINES = (
+    """Each line must be a JSON object with a string 'text', such as {"text": "..."}, with """
+    "'messages', or with 'prompt' and 'completion'."
 )
+_FIX_JSON = (
+    """Give a list of JSON objects with a string 'text', such as [{"text": "..."}], with """
+    "'messages', or with 'prompt' and 'completion'; to train on JSON itself, name the file .txt."
+)
+_FIX_TABLE = "Give it a column 'text' of strings, 'messages', or 'prompt' and 'completion'."
 
 
-def _jsonl_text(line: str, where: str) -> str:
+def _of_line(line: str, where: str) -> Row:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}). {_FIX_LINES}") from error
-    return _text_of(value, where, _FIX_LINES)
-
-
-def _text_of(value: object, where: str, fix: str) -> str:
-    """The text of one object of a file."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds a JSON {type(value).__name__}. {fix}")
-    text = value.get("text")
-    if not isinstance(text, str):
-        found = f"of type {type(text).__name__}" if "text" in value else "missing"
-        raise DataError(f"{where}: 'text' is {found}; the keys are {list(value)[:8]}. {fix}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: 'text' has half a surrogate pair ({error}). {fix}") from error
-    return text
+    return read_row(value, where, _FIX_LINES)

@@ -24,7 +24,10 @@ class TextSource:
     of them.
 
     Attributes:
-        data: Text file, .jsonl or .json file, or folder that is read.
+        data: Text file, file of rows (.jsonl, .json, .parquet) or folder that is read, or data set
+            of the hub (hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]). A row holds text, messages
+            (written out by the model's chat template), or prompt and completion; all of its
+            tokens are measured.
         held_out_share: Only the files that a split with this share and salt holds out are read; at
             0 all of them are.
         salt: Salt of the split. It has to be that of the training run.
@@ -32,7 +35,8 @@ class TextSource:
         exclude: Globs of files or folders that are left out.
         special_tokens: How special tokens that are spelled out in a text are read: as tokens, as
             what a chat template rendered is to be read, or as plain characters. With auto they
-            are tokens in a text that begins or ends with one, and characters in any other.
+            are tokens in a text that begins or ends with one, and characters in any other. Those
+            of a chat template are always tokens.
     """
 
     data: str

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from softtrace.checks import check_least
-from softtrace.data.blocks import pack
+from softtrace.data.blocks import pack_with_labels
 from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -22,6 +22,7 @@ from softtrace.data.documents import (
     read_documents,
     split_by_file,
 )
+from softtrace.data.encoding import Tokens
 from softtrace.data.loader import BlockLoader, BlockSampler
 from softtrace.data.split_record import SplitRecord, record_split, unseen
 from softtrace.errors import DataError, InvalidInputError
@@ -48,7 +49,8 @@ class PackedDataModule(LightningDataModule):
     """Text, split by file and packed into blocks of one length.
 
     Batches are dicts of ``[batch_size, block_size]`` int64 tensors: ``input_ids``,
-    ``attention_mask`` and ``labels``. The order of training batches is a function of (seed, epoch)
+    ``attention_mask`` and ``labels``, which are -100 where the loss does not count; blocks of
+    which nothing counts are left out. The order of training batches is a function of (seed, epoch)
     alone, and a fit resumed from a checkpoint taken in mid-epoch sees exactly the batches that the
     interrupted one had left. In distributed runs every rank takes its own share of each epoch; the
     data module shards by itself, so ``Trainer(use_distributed_sampler=...)`` makes no difference.
@@ -56,7 +58,9 @@ class PackedDataModule(LightningDataModule):
     Every process tokenizes the text for itself, in ``setup``.
 
     Args:
-        path: Text file, ``.jsonl`` or ``.json`` file, or folder; see
+        path: Text file, file of rows (``.jsonl``, ``.json``, ``.parquet``) or folder, or data set
+            of the hub (``hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]``). A row holds text, messages
+            (written out by the model's chat template), or prompt and completion; see
             :func:`softtrace.data.read_documents`.
         tokenizer: Directory or name on the hub. May be left out here when something sets the
             attribute before ``setup``, as the command line does from the model.
@@ -71,7 +75,11 @@ class PackedDataModule(LightningDataModule):
         max_held_out_blocks: The same for held-out blocks.
         special_tokens: How special tokens that are spelled out in a text are read: as tokens, as
             what a chat template rendered is to be read, or as plain characters. With auto they
-            are tokens in a text that begins or ends with one, and characters in any other.
+            are tokens in a text that begins or ends with one, and characters in any other. Those
+            of a chat template are always tokens.
+        answers_only: What the loss counts: true for what the assistant says in messages, and for
+            completions; false for everything, prompts too. By default all of messages and of text
+            counts, and of prompt and completion the completion. Densities are measured on all.
 
     Raises:
         InvalidInputError: an option outside its range.
@@ -93,6 +101,7 @@ class PackedDataModule(LightningDataModule):
         max_train_blocks: int | None = None,
         max_held_out_blocks: int | None = None,
         special_tokens: SpecialTokens = "auto",
+        answers_only: bool | None = None,
     ) -> None:
         super().__init__()
         check_least("block_size", block_size, 2)
@@ -112,9 +121,20 @@ class PackedDataModule(LightningDataModule):
         self.max_train_blocks = max_train_blocks
         self.max_held_out_blocks = max_held_out_blocks
         self.special_tokens = special_tokens
-        self.train_blocks: Tensor | None = None
-        self.held_out_blocks: Tensor | None = None
+        self.answers_only = answers_only
+        self.train: Tokens | None = None
+        self.held_out: Tokens | None = None
         self.split: SplitRecord | None = None
+
+    @property
+    def train_blocks(self) -> Tensor | None:
+        """Ids of the training blocks, ``[N, block_size]`` int64, once they are set up."""
+        return None if self.train is None else self.train.ids
+
+    @property
+    def held_out_blocks(self) -> Tensor | None:
+        """Ids of the held-out blocks, ``[N, block_size]`` int64; None too for a share of 0."""
+        return None if self.held_out is None else self.held_out.ids
 
     def prepare_data(self) -> None:
         """Fetch the tokenizer once a machine, before all of its processes want it."""
@@ -122,7 +142,7 @@ class PackedDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, split, tokenize and pack; a second call finds it done."""
-        if self.train_blocks is not None or (stage != "fit" and self.held_out_blocks is not None):
+        if self.train is not None or (stage != "fit" and self.held_out is not None):
             return
         documents = read_documents(self.path, self.suffixes, self.exclude, self.special_tokens)
         train, held_out = split_by_file(documents, self.held_out_share, self.salt)
@@ -132,15 +152,13 @@ class PackedDataModule(LightningDataModule):
                 "block_size is %d, but the tokenizer says that its model takes at most %d tokens",
                 self.block_size, tokenizer.model_max_length,
             )  # fmt: skip
-        if self.held_out_share > 0 and self.held_out_blocks is None:
-            self.held_out_blocks = self._pack(
-                "held-out", held_out, tokenizer, self.max_held_out_blocks
-            )
+        if self.held_out_share > 0 and self.held_out is None:
+            self.held_out = self._pack("held-out", held_out, tokenizer, self.max_held_out_blocks)
         if stage == "fit":
             # The tokenizer's directory is usually that of the model, which may be of a fit itself.
             held_out = list(unseen(held_out, [str(self.tokenizer)], held_out_share=0))
             self.split = record_split(train, held_out, self.held_out_share, self.salt)
-            self.train_blocks = self._pack("training", train, tokenizer, self.max_train_blocks)
+            self.train = self._pack("training", train, tokenizer, self.max_train_blocks)
 
     def _load_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -152,8 +170,8 @@ class PackedDataModule(LightningDataModule):
 
     def _pack(
         self, side: str, documents: list[Document], tokenizer: Any, limit: int | None
-    ) -> Tensor:
-        """Blocks of one side, ``[N, block_size]`` int64, with errors that name the side."""
+    ) -> Tokens:
+        """Blocks of one side, ``[N, block_size]``, with errors that name the side."""
         if not documents:
             raise DataError(
                 f"no document of {self.path} is on the {side} side. The split goes by the hash of "
@@ -162,35 +180,37 @@ class PackedDataModule(LightningDataModule):
                 "held_out_share=0 to train without validation."
             )
         try:
-            blocks = pack(documents, tokenizer, self.block_size)
+            blocks = pack_with_labels(documents, tokenizer, self.block_size, self.answers_only)
         except DataError as error:
             raise DataError(f"the {side} side of {self.path}: {error}") from error
-        if limit is None or limit >= len(blocks):
+        count = len(blocks.ids)
+        if limit is None or limit >= count:
             return blocks
         # From everywhere, since neighbours come from the same file or folder.
-        return blocks[torch.arange(limit) * len(blocks) // limit]
+        places = torch.arange(limit) * count // limit
+        return Tokens(blocks.ids[places], blocks.counted[places])
 
-    def _loader(self, blocks: Tensor, shuffle: bool) -> BlockLoader:
+    def _loader(self, blocks: Tokens, shuffle: bool) -> BlockLoader:
         # What the strategy gives, not the world size: under tensor parallelism several ranks have
         # to see the same data.
         share = self.trainer.distributed_sampler_kwargs if self.trainer else None
         share = share or {"num_replicas": 1, "rank": 0}
         sampler = _TrainerSampler(
-            len(blocks),
+            len(blocks.ids),
             shuffle=shuffle,
             seed=self.seed,
             ranks=int(share["num_replicas"]),
             rank=int(share["rank"]),
         )
         sampler.trainer = self.trainer
-        return BlockLoader(blocks, self.batch_size, sampler)
+        return BlockLoader(blocks.ids, self.batch_size, sampler, blocks.counted)
 
     def train_dataloader(self) -> BlockLoader:
         """Training blocks, in another order every epoch (but under ``overfit_batches``)."""
-        if self.train_blocks is None:
+        if self.train is None:
             raise InvalidInputError("there are no training blocks yet; call setup('fit') first.")
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
-        return self._loader(self.train_blocks, shuffle=not overfitting)
+        return self._loader(self.train, shuffle=not overfitting)
 
     def val_dataloader(self) -> BlockLoader | list[Any]:
         """Held-out blocks in order; an empty list for a share of 0.
@@ -200,6 +220,6 @@ class PackedDataModule(LightningDataModule):
         """
         if self.held_out_share == 0:
             return []
-        if self.held_out_blocks is None:
+        if self.held_out is None:
             raise InvalidInputError("there are no held-out blocks yet; call setup('fit') first.")
-        return self._loader(self.held_out_blocks, shuffle=False)
+        return self._loader(self.held_out, shuffle=False)

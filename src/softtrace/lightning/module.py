@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from softtrace.checks import check_least, check_range
+from softtrace.data.encoding import IGNORED
 from softtrace.lightning.lora import LoRA
 from softtrace.model.loading import load_model
 
@@ -25,7 +26,8 @@ class CausalLM(LightningModule):
     Without a number of steps or epochs (only a ``max_time``) the learning rate stays constant after
     the warm-up.
 
-    Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token.
+    Logs ``loss/train`` every step and ``loss/held_out`` at validation, both in nats per token, over
+    those that the labels of its batches count.
 
     Args:
         path: Model directory (safetensors) or name on the hub.
@@ -80,9 +82,9 @@ class CausalLM(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor]) -> None:
-        """Log the mean held-out loss, nats per token."""
-        rows = batch["input_ids"].shape[0]
-        self.log("loss/held_out", self._loss(batch), prog_bar=True, batch_size=rows, sync_dist=True)
+        """Log the mean held-out loss, nats per token that counts."""
+        loss, tokens = self._loss(batch), int((batch["labels"][:, 1:] != IGNORED).sum())
+        self.log("loss/held_out", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.model(**batch, use_cache=False).loss
