@@ -62,7 +62,7 @@ function drawCurves(place) {
         text(name, (x(low) + x(high)) / 2, box.y1 - 7, { "text-anchor": "middle", class: "phase" }),
       );
     }
-    box.root.append(svg("path", { d: `M${x(PHASE_CHANGE)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
+    if (DATA.phases.length) box.root.append(svg("path", { d: `M${x(DATA.phases[0].to)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
     yAxis(box, y, [0, 0.2, 0.4, 0.6, 0.8, 1], (value) => value.toFixed(1), "mean total variation (0: the same prediction, 1: nothing in common)".slice(0, width < 500 ? 20 : 99));
     xAxis(box, x, LOG_TICKS, tick, width < 500 ? "size of the trace (log scale)" : "size of the trace (share of all edges, log scale)");
     for (const entry of baselines) {
