@@ -158,9 +158,8 @@ def test_tokens_labels_and_paths_are_text_wherever_they_stand(tmp_path: Path) ->
     page = Page(write_report([(evil, density)], tmp_path))
     assert "img" not in page.tags
     assert page.tags.count("script") == 2
-    assert data_of(page)["runs"][0] | {"medians": 0} == {
-        "label": evil, "density": density, "medians": 0
-    }  # fmt: skip
+    (run,) = data_of(page)["runs"]
+    assert (run["label"], run["density"]) == (evil, density)
     assert page.text.count(evil) >= 4
 
 

@@ -115,7 +115,7 @@ def new_figure(height: float, columns: Sequence[Sequence[Any]], note: str) -> Fi
         loc="outside lower center",
         ncols=len(columns),
         handlelength=3.2,
-        title=note,
+        title=printable(note),
         title_fontsize=10,
     )
     return figure
@@ -181,9 +181,8 @@ def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
     """
     phases = shown_phases(curves)
     if not phases:
-        where: dict[str, Any] = {"transform": axes.transAxes, "ha": "left", "va": "bottom"}
         note = f"no phases shaded: {phases_note(curves)}"
-        axes.text(0, 1.01, note, fontsize=9, color=GREY, **where)
+        axes.text(0, 1.01, note, transform=axes.transAxes, va="bottom", fontsize=9, color=GREY)
     for name, (low, high) in phases.items():
         axes.axvspan(low, high, color=_TINTS[name], linewidth=0, zorder=0)
         where = axes.get_xaxis_transform()

@@ -58,8 +58,7 @@ def phases_note(curves: Sequence[Curve]) -> str:
     found = [share for curve in curves if (share := construction_share(curve)) is not None]
     if not found:
         return "where TV falls could not be measured"
-    ends = [f"{100 * share:.0f} %".replace("-0 %", "0 %") for share in (min(found), max(found))]
+    ends = [f"{round(100 * share)} %" for share in (min(found), max(found))]
     shares = ends[0] if ends[0] == ends[1] else " to ".join(ends)
-    return (
-        f"{shares} of the fall of TV comes below {100 * PHASES['construction'][1]:g} % of the edges"
-    )
+    end = f"{100 * PHASES['construction'][1]:g} %"
+    return f"{shares} of the fall of TV comes below {end} of the edges"
