@@ -133,6 +133,18 @@ function scaleNote(what) {
 
 const LOG_TICKS = [1e-4, 1e-3, 1e-2, 1e-1, 1];
 
+/* Ticks from the last at or below `low` to the first at or above `high`: powers of ten, or 1, 2 and 5
+   of each where the values span too few of them. */
+function logTicks(low, high) {
+  const found = [];
+  const steps = high < 30 * low ? [1, 2, 5] : [1];
+  for (let power = Math.floor(Math.log10(low) + 1e-9); power <= Math.ceil(Math.log10(high) - 1e-9) + 1; power++)
+    for (const step of steps) found.push(Number(`${step}e${power}`));
+  const first = found.findLastIndex((value) => value <= low * 1.0001);
+  const last = found.findIndex((value, at) => at > first && value >= high * 0.9999);
+  return found.slice(first, last + 1);
+}
+
 /* A log axis over sizes from `low` to `high`, as a function to pixels. */
 function logScale(low, high, from, to) {
   const start = Math.log10(low);
