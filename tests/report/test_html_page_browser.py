@@ -174,7 +174,8 @@ def test_a_legend_of_few_bounds_names_each_shade_in_use(
     opened(browser, tmp_path, densities(1))
     found = browser.run("return shadeNames(arguments[0], 'of the edges')", bounds)
     assert [name for name in found if name] == names
-    for value, name in zip([0.2, 0.305, 0.5] if len(bounds) > 1 else [0.2, 0.5], names):
+    between = {0: [0.2], 1: [0.2, 0.5], 2: [0.2, 0.305, 0.5]}[len(bounds)]
+    for value, name in zip(between, names, strict=True):
         shade = browser.run("return shadeOf(arguments[0], arguments[1])", value, bounds)
         assert found[shade] == name
 
