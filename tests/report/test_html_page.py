@@ -22,6 +22,7 @@ from softtrace.errors import DataError, InvalidInputError, ModelDirectoryError
 from softtrace.evaluation.density_file import load_density
 from softtrace.evaluation.samples import MOST_TOKENS
 from softtrace.report import html_page
+from softtrace.report.attention import MEANINGS
 from softtrace.report.html_page import write_report
 from softtrace.report.tables import MEASURES
 from tests.support.calls import CPU
@@ -125,6 +126,39 @@ def test_a_change_is_better_or_worse_by_its_number(
     assert (first["verdict"], second["verdict"]) == ("", verdict)
 
 
+@pytest.mark.parametrize("kind", ["recorded", "recomputed", "kept"])
+def test_every_figure_names_its_kind_of_attention(tmp_path: Path, kind: str) -> None:
+    density = synthetic_density() | {"attention": kind}
+    page = page_of([density, density], tmp_path)
+    # The text, curves and dots; exits and edges, which mask nothing; and what it means.
+    assert page.text.count(f"Attention {kind}.") == 3
+    assert page.text.count(f"Attention {kind}, which does not matter here") == 2
+    assert MEANINGS[kind] in page.text
+
+
+def test_colours_are_of_all_runs_together_and_follow_them(tmp_path: Path) -> None:
+    plain, dense = synthetic_density(), synthetic_density("dense")
+    dense["scatter"]["size_at_tv_0.2"] = [0.3 + 0.005 * step for step in range(60)]
+    alone = [data_of(page_of([run], tmp_path))["size_bounds"] for run in (plain, dense)]
+    together = data_of(page_of([plain, dense], tmp_path))["size_bounds"]
+    assert alone[0][-1] < 0.01 < 0.3 <= alone[1][0]
+    assert together[0] < 0.01 < 0.3 < together[-1]
+    assert together == data_of(page_of([dense, plain], tmp_path))["size_bounds"]
+
+
+def test_a_page_shades_phases_only_where_all_its_runs_have_them(tmp_path: Path) -> None:
+    plain, dense = synthetic_density(), synthetic_density("dense")
+    dense["curve"]["all"] = {**dense["curve"]["all"], "mean": [0.9] * 25 + [0.0]}
+    page = page_of([plain], tmp_path)
+    assert [phase["name"] for phase in data_of(page)["phases"]] == ["construction", "refinement"]
+    assert "(construction); the rest of the graph refines it" in page.text
+    page = page_of([plain, dense], tmp_path)
+    assert data_of(page)["phases"] == []
+    assert [len(run["phases"]) for run in data_of(page)["runs"]] == [2, 0]  # of the heat maps
+    assert "No phases are shaded: 0 % to 50 % of the fall of TV" in page.text
+    assert "(construction)" not in page.text
+
+
 def test_intervals_stand_beside_their_numbers(tmp_path: Path) -> None:
     plain = page_of([synthetic_density()], tmp_path)
     assert "brackets" not in plain.text
@@ -158,9 +192,8 @@ def test_tokens_labels_and_paths_are_text_wherever_they_stand(tmp_path: Path) ->
     page = Page(write_report([(evil, density)], tmp_path))
     assert "img" not in page.tags
     assert page.tags.count("script") == 2
-    assert data_of(page)["runs"][0] | {"medians": 0} == {
-        "label": evil, "density": density, "medians": 0
-    }  # fmt: skip
+    (run,) = data_of(page)["runs"]
+    assert (run["label"], run["density"]) == (evil, density)
     assert page.text.count(evil) >= 4
 
 

@@ -14,7 +14,7 @@ from selenium.webdriver.support.select import Select
 
 from softtrace.cli.evaluate import evaluate
 from softtrace.data.text_source import TextSource
-from softtrace.report import html_page
+from softtrace.report import phases
 from softtrace.report.html_page import write_report
 from softtrace.report.tables import MEASURES, percent
 from tests.support.browser import Browser, chromium
@@ -100,9 +100,10 @@ def test_phases_are_drawn_where_they_are_said_to_be(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of the four decades is the first's, then half of them."""
+    monkeypatch.setattr(phases, "CONSTRUCTION_SHARE", 0.2)
     for change, share in ((1e-3, 0.25), (1e-2, 0.5)):
-        monkeypatch.setattr(html_page, "PHASES", {"construction": (1e-4, change),
-                                               "refinement": (change, 1.0)})  # fmt: skip
+        monkeypatch.setattr(phases, "PHASES", {"construction": (1e-4, change),
+                                            "refinement": (change, 1.0)})  # fmt: skip
         opened(browser, tmp_path, densities(1))
         widths = browser.run(
             "return ['construction', 'refinement'].map((name) => "
@@ -114,6 +115,83 @@ def test_phases_are_drawn_where_they_are_said_to_be(
             "return box('path.boundary').x - box('rect.refinement').x"
         )
         assert boundary == pytest.approx(0, abs=0.1)
+
+
+def test_phases_that_a_run_lacks_are_drawn_nowhere(browser: Browser, tmp_path: Path) -> None:
+    runs = densities(2)
+    runs[1]["curve"]["all"]["mean"] = [0.9] * 25 + [0.0]
+    opened(browser, tmp_path, runs)
+    assert browser.complaints() == []
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.run(count, "#tv rect.construction, #tv rect.refinement, #tv .boundary") == 0
+    # A heat map is of one run, and the first one has the phases.
+    assert browser.run(count, "#heat .panel:nth-child(1) .boundary") == 1
+    assert browser.run(count, "#heat .panel:nth-child(2) .boundary") == 0
+
+
+def shades(browser: Browser) -> list[list[str]]:
+    """The shade of each token, a list a column."""
+    found: list[list[str]] = browser.run(
+        "return ['0', '1'].map((pane) => [...document.querySelectorAll("
+        "`.passage .token[data-pane='${pane}']`)].map((token) => token.className.match(/\\d/)[0]))"
+    )
+    return found
+
+
+def test_colours_follow_the_sizes_and_are_the_same_for_both_runs(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """Two runs of a model that needs 20 % to 65 % of its edges, the second a little less."""
+    runs = densities(2)
+    for number, run in enumerate(runs):
+        sizes = [(0.2 + 0.05 * step) * (1 - 0.3 * number) for step in range(10)]
+        run["scatter"]["size_at_tv_0.2"] = sizes * 6
+        tokens = [token for text in run["samples"]["texts"] for token in text["tokens"]]
+        for token, size in zip(tokens, sizes, strict=True):
+            token["size"] = size
+    driver = opened(browser, tmp_path, runs)
+    bounds = browser.run("return DATA.size_bounds")
+    assert len(bounds) == 6
+    found = shades(browser)
+    for run, column in zip(runs, found, strict=True):
+        tokens = [token for text in run["samples"]["texts"] for token in text["tokens"]]
+        assert column == [str(sum(t["size"] > bound for bound in bounds)) for t in tokens]
+    assert all(len(set(column)) >= 5 for column in found)
+    words = driver.find_element(By.CSS_SELECTOR, ".keys").text
+    for bound in bounds:
+        assert f"{100 * bound:g} %" in words
+    assert "10 % and 90 % quantiles" in driver.find_element(By.ID, "text").text
+
+
+@pytest.mark.parametrize(("bounds", "names"), [
+    ([], ["of the edges"]),
+    ([0.3], ["to 30 %", "over 30 % of the edges"]),
+    ([0.3, 0.31], ["to 30 %", "30 % to 31 %", "over 31 % of the edges"]),
+])  # fmt: skip
+def test_a_legend_of_few_bounds_names_each_shade_in_use(
+    browser: Browser, tmp_path: Path, bounds: list[float], names: list[str]
+) -> None:
+    opened(browser, tmp_path, densities(1))
+    found = browser.run("return shadeNames(arguments[0], 'of the edges')", bounds)
+    assert [name for name in found if name] == names
+    between = {0: [0.2], 1: [0.2, 0.5], 2: [0.2, 0.305, 0.5]}[len(bounds)]
+    for value, name in zip(between, names, strict=True):
+        shade = browser.run("return shadeOf(arguments[0], arguments[1])", value, bounds)
+        assert found[shade] == name
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), [
+    (0.0878, 0.65, [0.05, 0.1, 0.2, 0.5, 1]),
+    (1e-4, 0.3, [1e-4, 1e-3, 1e-2, 0.1, 1]),
+    (3e-3, 3e-3, [2e-3, 5e-3]),
+    (0.01, 0.01, [0.01, 0.02]),
+])  # fmt: skip
+def test_a_log_axis_ends_beside_its_values(
+    browser: Browser, tmp_path: Path, low: float, high: float, ticks: list[float]
+) -> None:
+    opened(browser, tmp_path, densities(1))
+    found = browser.run("return logTicks(arguments[0], arguments[1])", low, high)
+    assert found == pytest.approx(ticks)
 
 
 def test_dark_pages_are_dark_and_printed_ones_are_not(browser: Browser, tmp_path: Path) -> None:

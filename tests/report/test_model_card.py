@@ -53,6 +53,12 @@ def write_both(folder: Path) -> bytes:
     return (folder / "README.md").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["recorded", "recomputed", "kept"])
+def test_the_kind_of_attention_is_named(tmp_path: Path, kind: str) -> None:
+    write_density(tmp_path, synthetic_density() | {"attention": kind})
+    assert f"attention of masked runs {kind}. " in (tmp_path / "README.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
 @pytest.mark.parametrize("end", ["---", "..."])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])

@@ -130,6 +130,28 @@ def test_tv_plot_shows_both_groups_band_baselines_and_phases() -> None:
     ]
 
 
+def test_tv_plot_shades_no_phases_that_its_curves_lack() -> None:
+    runs = several(2)
+    flat = [0.9] * 25 + [0.0]
+    runs[1][1]["curve"]["all"] = {**runs[1][1]["curve"]["all"], "mean": flat}
+    axes = drawn(plots._tv_over_size, runs).axes[0]
+    assert not axes.patches
+    (note,) = (text.get_text() for text in axes.texts)
+    assert note == ("no phases shaded: 0 % to 50 % of the fall of TV comes below 1 % of the edges")
+
+
+@pytest.mark.parametrize("draw", plots._PLOTS.values())
+@pytest.mark.parametrize("kind", ["recorded", "recomputed", "kept"])
+def test_every_plot_names_its_kind_of_attention(
+    draw: Callable[[Runs], Figure | None], kind: str
+) -> None:
+    figure = drawn(draw, [(name, {**density, "attention": kind}) for name, density in several(2)])
+    title = figure.legends[0].get_title().get_text()
+    assert title.startswith(f"attention {kind}")
+    unmasked = draw in (plots._edges_over_size, plots._early_exit_agreement)
+    assert title.endswith("nothing is masked") == unmasked
+
+
 def test_tv_plot_of_several_runs_names_each_and_draws_one_set_of_baselines() -> None:
     runs = several(3)
     runs[0][1]["curve"]["baselines"] = None  # those of the second run are taken

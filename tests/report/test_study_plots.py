@@ -10,6 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from softtrace.density.curve import PHASES
 from softtrace.report.drawing import style
 from softtrace.report.study_plots import draw_study, write_study_plot
 from tests.report.test_plots import png_size
@@ -47,6 +48,31 @@ def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(tmp_path:
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
         second = write_study_plot(synthetic_study(), tmp_path / "other")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_phases_are_shaded_where_every_model_has_them() -> None:
+    study = synthetic_study(2)
+    axes = panel(page(2), "Two phases: how far off")
+    assert not axes.patches  # TV of 0.25 at all sizes
+    assert axes.texts[0].get_text().startswith("no phases shaded: 0 % of the fall of TV")
+    sizes = study["axes"]["sizes"]
+    for found in study["results"]["phases/tv"]["models"]:
+        found["value"] = [1 - step / (len(sizes) - 1) for step in range(len(sizes))]
+    with style():
+        axes = panel(draw_study(study), "Two phases: how far off")
+    assert [text.get_text() for text in axes.texts] == list(PHASES)
+    assert len(axes.patches) == len(PHASES)
+
+
+@pytest.mark.parametrize("kind", [None, "recomputed"])
+def test_the_page_names_its_kind_of_attention(kind: str | None) -> None:
+    study = synthetic_study()
+    if kind:
+        study["settings"]["attention"] = kind
+    with style():
+        figure = draw_study(study)
+    title = figure.legends[0].get_title().get_text()
+    assert title == f"attention {kind or 'recorded'}"  # files from before the choice
 
 
 def test_models_differ_by_line_style_and_marker() -> None:

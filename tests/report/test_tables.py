@@ -108,6 +108,14 @@ def test_legend_explains_each_measure_and_its_direction() -> None:
     assert "higher" in legend
 
 
+@pytest.mark.parametrize("kind", ["recorded", "recomputed", "kept"])
+def test_tables_name_their_kind_of_attention(kind: str) -> None:
+    density = synthetic_density() | {"attention": kind}
+    assert f"attention of masked runs {kind}" in density_table(density)
+    table = comparison_table([("plain", density), ("soft", density)])
+    assert f"\nAttention {kind}: " in table
+
+
 def test_missing_numbers_are_said_to_be_missing() -> None:
     density = synthetic_density()
     density["entropy_spearman"]["size_at_tv_0.2"] = None

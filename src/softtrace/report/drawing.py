@@ -21,10 +21,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
-from softtrace.density.curve import PHASES
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path
+from softtrace.report.phases import Curve, phases_note, shown_phases
 from softtrace.report.tables import shorten
 
 MAX_RUNS = 8
@@ -93,41 +93,50 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def new_figure(height: float, columns: Sequence[Sequence[Any]]) -> Figure:
+def new_figure(height: float, columns: Sequence[Sequence[Any]], note: str) -> Figure:
     """A figure of our own (no pyplot, no global state) with a legend below.
 
     Args:
         height: inches, without the legend.
         columns: of legend handles; empty ones are left out.
+        note: above the legend: the kind of attention.
     """
     columns = [column for column in columns if column]
     rows = max(len(column) for column in columns)
-    figure = Figure(figsize=(_WIDTH, round(height + 0.22 * rows + 0.2, 2)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, round(height + 0.22 * rows + 0.4, 2)), layout="constrained")
     # Legends fill column by column, so shorter columns are filled up with nothing.
     handles = [
         handle
         for column in columns
         for handle in (*column, *[Line2D([], [], linestyle="", label=" ")] * (rows - len(column)))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(columns), handlelength=3.2)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(columns),
+        handlelength=3.2,
+        title=printable(note),
+        title_fontsize=10,
+    )
     return figure
 
 
 def panels(
-    labels: Sequence[str], columns: Sequence[Sequence[Any]], pad: float = 6
+    labels: Sequence[str], columns: Sequence[Sequence[Any]], note: str, pad: float = 6
 ) -> tuple[Figure, list[Axes]]:
     """An axes a label, at most three a row, with common limits and a legend below.
 
     Args:
         labels: titles of the panels, not shown on a single one.
         columns: of legend handles.
+        note: above the legend: the kind of attention.
         pad: points between a panel and its title.
     """
     count = len(labels)
     across = {1: 1, 2: 2, 4: 2}.get(count, 3)
     down = -(-count // across)
     height = 5.0 if count == 1 else 4.2 if down == 1 else 3.1 * down
-    figure = new_figure(height, columns)
+    figure = new_figure(height, columns, note)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.remove()
@@ -163,9 +172,18 @@ def size_axis(axes: Axes, narrow: bool = False) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def shade_phases(axes: Axes) -> None:
-    """Tint the paper's two phases behind a plot over sizes, and name them above it."""
-    for name, (low, high) in PHASES.items():
+def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Tint the two phases behind a plot over sizes and name them above it, or say it has none.
+
+    Args:
+        axes: of the plot.
+        curves: that are drawn there, see :func:`~softtrace.report.phases.shown_phases`.
+    """
+    phases = shown_phases(curves)
+    if not phases:
+        note = f"no phases shaded: {phases_note(curves)}"
+        axes.text(0, 1.01, note, transform=axes.transAxes, va="bottom", fontsize=9, color=GREY)
+    for name, (low, high) in phases.items():
         axes.axvspan(low, high, color=_TINTS[name], linewidth=0, zorder=0)
         where = axes.get_xaxis_transform()
         axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from softtrace.density.curve import PHASES, SIZE_BOUND
+from softtrace.density.curve import SIZE_BOUND
 from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path, finite
+from softtrace.report.attention import attention_meaning, attention_name, unmasked_note
+from softtrace.report.colour_scale import ENDS, shade_bounds
 from softtrace.report.drawing import COLOURS, GREY, Runs, check_count
+from softtrace.report.phases import curves_of, phases_note, shown_phases
 from softtrace.report.plots import binned_medians, scatter_points
 from softtrace.report.tables import (
     MEANING,
@@ -93,7 +96,8 @@ def render(runs: Runs) -> str:
     environment.filters |= {"percent": percent, "count": count}
     script = "\n".join(_resource(name) for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    first = runs[0][1]
+    densities = [density for _, density in runs]
+    first = densities[0]
     return environment.get_template("report.html.j2").render(
         title=_title(runs),
         runs=[{"label": label, "density": density} for label, density in runs],
@@ -104,6 +108,11 @@ def render(runs: Runs) -> str:
         measures=[_row(measure, runs) for measure in MEASURES],
         data=_data(runs),
         intervals=MEANING,
+        attention=attention_name(densities),
+        unmasked=unmasked_note(densities),
+        attention_meaning=attention_meaning(densities),
+        phases=shown_phases(curves_of(densities)),
+        phases_note=phases_note(curves_of(densities)),
         colours=COLOURS,
         # JSON escapes what HTML would read; a digest of the script is all that may run.
         script=Markup(script),
@@ -121,18 +130,30 @@ def _data(runs: Runs) -> dict[str, Any]:
     """What the page draws: every run whole, and the medians that the plots show."""
     points, floor = scatter_points(runs)
     medians = [[part.tolist() for part in binned_medians(*pair)] for pair in points]
+    densities = [density for _, density in runs]
+    sizes = [size for density in densities for size in density["scatter"]["size_at_tv_0.2"]]
+    counted = [density["topology"]["shares"] for density in densities if density["topology"]]
+    shares = [share for run in counted for size in run for depth in size for share in depth]
     data = {
         "runs": [
-            {"label": label, "density": density, "medians": line}
+            {"label": label, "density": density, "medians": line, "phases": _phases([density])}
             for (label, density), line in zip(runs, medians, strict=True)
         ],
+        "size_bounds": shade_bounds(sizes),  # one scale for all runs, so that colours compare
+        "share_bounds": shade_bounds(shares),
+        "scale_ends": ENDS,
         "floor": floor,
         "bound": SIZE_BOUND,
-        "phases": [{"name": name, "from": low, "to": high} for name, (low, high) in PHASES.items()],
+        "phases": _phases(densities),
         "grey": GREY,
     }
     whole: dict[str, Any] = finite(data)
     return whole
+
+
+def _phases(densities: Sequence[Density]) -> list[dict[str, Any]]:
+    shown = shown_phases(curves_of(densities))
+    return [{"name": name, "from": low, "to": high} for name, (low, high) in shown.items()]
 
 
 def _title(runs: Runs) -> str:

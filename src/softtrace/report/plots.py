@@ -13,7 +13,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from softtrace.report import drawing
+from softtrace.report.attention import attention_name, unmasked_note
 from softtrace.report.drawing import COLOURS, GREY, MARKERS, SIZE_LABEL, Array, Runs
+from softtrace.report.phases import curves_of
 from softtrace.report.tables import shorten
 
 _BASELINES = {
@@ -71,9 +73,10 @@ def _tv_over_size(runs: Runs) -> Figure:
         columns = [drawing.run_handles(runs, 28), groups, references]
     else:  # high columns, so two are enough
         columns = [drawing.run_handles(runs, 40), groups + references]
-    figure = drawing.new_figure(5.0, columns)
+    densities = [density for _, density in runs]
+    figure = drawing.new_figure(5.0, columns, attention_name(densities))
     axes = figure.add_subplot()
-    drawing.shade_phases(axes)
+    drawing.shade_phases(axes, curves_of(densities))
     for curve in drawn:
         for kind, (_, colour) in _BASELINES.items():
             for residual, (_, dashes) in _RESIDUAL.items():
@@ -110,7 +113,8 @@ def _size_against_entropy(runs: Runs) -> Figure:
     if len(runs) > 1:
         label = f"the medians of {shorten(runs[0][0], 40)}"
         handles.append(Line2D([], [], color=GREY, linestyle="--", label=label))
-    figure, grid = drawing.panels([label for label, _ in runs], [[part] for part in handles], 16)
+    labels, note = [label for label, _ in runs], attention_name([density for _, density in runs])
+    figure, grid = drawing.panels(labels, [[part] for part in handles], note, pad=16)
     drawing.set_title(figure, "How many edges a token needs, by how uncertain the model is")
     points, floor = scatter_points(runs)
     highest = max(float(np.nanmax(sizes, initial=floor)) for _, sizes in points)
@@ -156,7 +160,9 @@ def _size_against_entropy(runs: Runs) -> Figure:
 def _early_exit_agreement(runs: Runs) -> Figure:
     single = len(runs) == 1
     names = drawing.run_handles(runs, 28)
-    figure = drawing.new_figure(4.8, [names[:4], names[4:], drawing.group_handles(single)])
+    columns = [names[:4], names[4:], drawing.group_handles(single)]
+    note = unmasked_note([density for _, density in runs])
+    figure = drawing.new_figure(4.8, columns, note)
     axes = figure.add_subplot()
     for index, (_, density) in enumerate(runs):
         exits = density["early_exit"]
@@ -192,7 +198,8 @@ def _edges_over_size(runs: Runs) -> Figure | None:
         Patch(facecolor=drawing.lighter("#444444", by), label=f"{name} quarter of the layers")
         for name, by in _DEPTHS.items()
     ]
-    figure, grid = drawing.panels([label for label, _ in counted], [kinds, depths])
+    note = unmasked_note([density for _, density in counted])
+    figure, grid = drawing.panels([label for label, _ in counted], [kinds, depths], note)
     drawing.set_title(
         figure, "What traces are made of: kinds of edges, and how deep they lie, by size"
     )

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from softtrace.report import drawing
+from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS, Array
 from softtrace.report.study_tables import Study
 from softtrace.report.tables import shorten
@@ -49,7 +50,8 @@ def draw_study(study: Study) -> Figure:
     ]  # fmt: skip
     confidence = f"{100 * study['settings']['confidence']:g} % interval"
     handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
-    figure = drawing.new_figure(21.0, [[handle] for handle in handles])
+    note = attention_name([study["settings"]])
+    figure = drawing.new_figure(21.0, [[handle] for handle in handles], note)
     grid = figure.subplots(6, 2).ravel()
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     for axes, panel in zip(grid, _PANELS, strict=True):
@@ -61,7 +63,8 @@ def draw_study(study: Study) -> Figure:
 
 
 def _variation(axes: Axes, study: Study) -> None:
-    drawing.shade_phases(axes)
+    means = [found["value"] for found in study["results"]["phases/tv"]["models"]]
+    drawing.shade_phases(axes, [(study["axes"]["sizes"], mean) for mean in means])
     for at, ends in _each(study, "phases/tv"):
         _band(axes, study, at, ends, _colour(at, study["models"]))
     axes.set(ylim=(0, 1), ylabel="mean TV from the full prediction")

@@ -11,6 +11,7 @@ from softtrace.evaluation.bootstrap import CONFIDENCE
 from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.intervals import RESAMPLES
 from softtrace.metrics import functional
+from softtrace.report.attention import attention_meaning, attention_name
 
 Unit = Literal["nats", "share", "tv", "correlation"]
 
@@ -176,7 +177,9 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
                 row += [measure.format(value), change(measure, value, base)]
             rows.append(row)
         tables.append(aligned(rows))
+    densities = [density for _, density in runs]
     legend = (
+        f"{attention_name(densities).capitalize()}: {attention_meaning(densities)}.\n"
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
         "and highest entropy of\neach model's own prediction, so the tokens can differ between "
         "runs.\n" + _MEANINGS

@@ -62,7 +62,7 @@ function drawCurves(place) {
         text(name, (x(low) + x(high)) / 2, box.y1 - 7, { "text-anchor": "middle", class: "phase" }),
       );
     }
-    box.root.append(svg("path", { d: `M${x(PHASE_CHANGE)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
+    if (DATA.phases.length) box.root.append(svg("path", { d: `M${x(DATA.phases[0].to)} ${box.y1 - 14}V${box.y0}`, class: "boundary" }));
     yAxis(box, y, [0, 0.2, 0.4, 0.6, 0.8, 1], (value) => value.toFixed(1), "mean total variation (0: the same prediction, 1: nothing in common)".slice(0, width < 500 ? 20 : 99));
     xAxis(box, x, LOG_TICKS, tick, width < 500 ? "size of the trace (log scale)" : "size of the trace (share of all edges, log scale)");
     for (const entry of baselines) {
@@ -116,18 +116,17 @@ function drawScatter(place) {
     ),
   );
   const scatters = RUNS.map(({ density }) => density.scatter);
-  const top = Math.max(DATA.floor * 10, ...scatters.flatMap((points) => points["size_at_tv_0.2"].filter((size) => size !== null)));
+  const top = Math.max(DATA.floor, ...scatters.flatMap((points) => points["size_at_tv_0.2"].filter((size) => size !== null)));
   const right = Math.max(0.5, ...scatters.flatMap((points) => points.entropy.filter((entropy) => entropy !== null)));
-  const low = 10 ** Math.floor(Math.log10(DATA.floor) + 1e-9);
+  const ticks = logTicks(DATA.floor, top);
+  const [low, high] = [ticks[0], Math.max(top, ticks.at(-1))];
   panels(grid, (width) => Math.min(400, Math.max(240, width * 0.55)), (run, width, height) => {
     const { density, medians } = RUNS[run];
     const correlation = density.entropy_spearman["size_at_tv_0.2"];
     const note = `rank correlation ${correlation === null ? NOTHING : `${correlation < 0 ? "−" : "+"}${Math.abs(correlation).toFixed(2)}`}`;
     const box = board(width, height, `Edges needed over entropy, ${note}`, { top: 34 });
     const x = linearScale(0, right * 1.03, box.x0, box.x1);
-    const y = logScale(low, Math.max(top, low * 10), box.y0, box.y1);
-    const ticks = [];
-    for (let power = low; power <= top * 1.0001; power *= 10) ticks.push(power);
+    const y = logScale(low, high, box.y0, box.y1);
     yAxis(box, y, ticks, tick, width < 420 ? "edges needed (log)" : "edges needed for a TV of 0.2 (share of all edges, log scale)");
     const every = Math.max(1, Math.ceil(right / 6));
     xAxis(box, x, Array.from({ length: Math.floor(right / every) + 1 }, (_, step) => step * every), String, "entropy of the full prediction (nats)");

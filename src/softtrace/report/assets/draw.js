@@ -3,7 +3,6 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
-const PHASE_CHANGE = DATA.phases[0].to;
 const SINGLE = RUNS.length === 1;
 const NOTHING = "–";
 const SVG = "http://www.w3.org/2000/svg";
@@ -107,7 +106,44 @@ function text(words, x, y, attributes = {}) {
   return svg("text", { x, y, ...attributes }, words);
 }
 
+/* Colours: how many of the rising bounds a value is over, spread over the shades there are. */
+const SHADES = 7;
+
+function shadeOf(value, bounds) {
+  const over = bounds.filter((bound) => value > bound).length;
+  return Math.round((over * (SHADES - 1)) / Math.max(1, bounds.length));
+}
+
+/* What each shade stands for, null for one that is not in use; `unit` ends the last name. */
+function shadeNames(bounds, unit) {
+  const names = Array(SHADES).fill(null);
+  for (let over = 0; over <= bounds.length; over++) {
+    const shade = Math.round((over * (SHADES - 1)) / Math.max(1, bounds.length));
+    const last = over === bounds.length;
+    names[shade] = !bounds.length ? unit : last ? `over ${tick(bounds[over - 1])} ${unit}` : over ? `${tick(bounds[over - 1])} to ${tick(bounds[over])}` : `to ${tick(bounds[0])}`;
+  }
+  return names;
+}
+
+/* How the bounds came about, in words. */
+function scaleNote(what) {
+  const [low, high] = DATA.scale_ends.map((end) => `${Math.round(100 * end)} %`);
+  return `Colours: even steps on a log scale between the ${low} and ${high} quantiles of ${what}${SINGLE ? "" : ", the same for all runs"}.`;
+}
+
 const LOG_TICKS = [1e-4, 1e-3, 1e-2, 1e-1, 1];
+
+/* Ticks from the last at or below `low` to the first at or above `high`: powers of ten, or 1, 2 and 5
+   of each where the values span too few of them. */
+function logTicks(low, high) {
+  const found = [];
+  const steps = high < 30 * low ? [1, 2, 5] : [1];
+  for (let power = Math.floor(Math.log10(low) + 1e-9); power <= Math.ceil(Math.log10(high) - 1e-9) + 1; power++)
+    for (const step of steps) found.push(Number(`${step}e${power}`));
+  const first = found.findLastIndex((value) => value <= low * 1.0001);
+  const last = found.findIndex((value, at) => at > first && value >= high * 0.9999);
+  return found.slice(first, last + 1);
+}
 
 /* A log axis over sizes from `low` to `high`, as a function to pixels. */
 function logScale(low, high, from, to) {

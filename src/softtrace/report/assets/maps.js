@@ -7,12 +7,6 @@ const COMPONENTS = [
   ["mlp_residual", "residual, MLP"],
 ];
 const QUARTERS = ["first", "second", "third", "last"];
-const SHADES = 7;
-const SHADE_BOUNDS = [0.005, 0.02, 0.05, 0.1, 0.2, 0.4]; // of the trace's edges
-
-function shade(share) {
-  return SHADE_BOUNDS.filter((bound) => share >= bound).length;
-}
 
 /* Every fifth size: a table of all would be too wide. */
 function listed({ sizes }) {
@@ -25,13 +19,14 @@ function drawHeat(place) {
     place.append(html("p", { class: "missing" }, "These edges were not counted."));
     return;
   }
-  const names = ["under 0.5 %", "0.5 to 2 %", "2 to 5 %", "5 to 10 %", "10 to 20 %", "20 to 40 %", "over 40 %"];
+  const names = shadeNames(DATA.share_bounds, "of the trace’s edges");
   const grid = html("div", { class: "panels" });
   const readout = readoutLine();
   place.append(
     grid,
     readout,
-    legend(...names.map((name, step) => key(svg("rect", { x: 1, y: 1, width: 32, height: 12, class: `shade shade-${step}` }), name))),
+    legend(...names.flatMap((name, step) => (name ? [key(svg("rect", { x: 1, y: 1, width: 32, height: 12, class: `shade shade-${step}` }), name)] : []))),
+    html("p", { class: "cap" }, scaleNote("these shares")),
     numbersTable(["component, quarter of the layers", ...counted.flatMap(({ label, density: { topology } }) => listed(topology).map((step) => `${SINGLE ? "" : `${label}, `}${percent(topology.sizes[step])}`))], () =>
       COMPONENTS.flatMap(([kind, name]) =>
         QUARTERS.map((quarter, depth) => [
@@ -43,15 +38,15 @@ function drawHeat(place) {
     ),
   );
   grid.style.setProperty("--across", { 1: 1, 2: 2, 4: 2 }[counted.length] || 3);
-  for (const { label, density, index } of counted) {
+  for (const { label, density, phases, index } of counted) {
     const canvas = html("div", { class: "canvas" });
     const title = html("p", { class: "panel-title" }, html("span", { class: "mark", "data-mark": index }), label);
     grid.append(html("div", { class: "panel" }, SINGLE ? null : title, canvas));
-    responsive(canvas, (width) => canvas.replaceChildren(heatMap(density.topology, width, SINGLE ? "" : `${label}: `, readout)));
+    responsive(canvas, (width) => canvas.replaceChildren(heatMap(density.topology, phases, width, SINGLE ? "" : `${label}: `, readout)));
   }
 }
 
-function heatMap({ sizes, kinds, shares }, width, prefix, readout) {
+function heatMap({ sizes, kinds, shares }, phases, width, prefix, readout) {
   const row = 15;
   const gap = 6;
   const rows = COMPONENTS.flatMap(([kind, name], group) =>
@@ -66,7 +61,7 @@ function heatMap({ sizes, kinds, shares }, width, prefix, readout) {
     const column = kinds.indexOf(kind);
     shares.forEach((share, step) =>
       box.root.append(
-        svg("rect", { x: (box.x0 + step * across).toFixed(2), y, width: (across + 0.3).toFixed(2), height: row, class: `shade shade-${shade(share[depth][column])}` }),
+        svg("rect", { x: (box.x0 + step * across).toFixed(2), y, width: (across + 0.3).toFixed(2), height: row, class: `shade shade-${shadeOf(share[depth][column], DATA.share_bounds)}` }),
       ),
     );
     if (depth === 0) box.root.append(text(name, box.x0 - 22, y + 11, { "text-anchor": "end" }));
@@ -75,7 +70,7 @@ function heatMap({ sizes, kinds, shares }, width, prefix, readout) {
   box.y0 = height - 42;
   const middle = (size) => x(size) + across / 2;
   xAxis(box, middle, width < 420 ? [1e-4, 1e-2, 1] : LOG_TICKS, tick, "size of the trace (log scale)");
-  box.root.append(svg("path", { d: `M${middle(PHASE_CHANGE)} 4V${box.y0}`, class: "boundary" }));
+  if (phases.length) box.root.append(svg("path", { d: `M${middle(phases[0].to)} 4V${box.y0}`, class: "boundary" }));
   const find = (px, py) => {
     const step = Math.max(0, Math.min(sizes.length - 1, Math.floor((px - box.x0) / across)));
     const line = rows.filter(({ y }) => py >= y).length - 1;

@@ -1,12 +1,13 @@
 /* The text, token by token: colours, details, and what a trace of a chosen size would predict. */
 
-const SIZE_STEPS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1]; // between the 7 shades
+/* Of the deepest run, so that a colour means the same layer in all. */
+const LAYERS = Math.max(...RUNS.map(({ density }) => density.early_exit.layers.length));
 
 const MODES = {
   size: {
     name: "size needed",
-    step: (token) => (token.size === null ? null : SIZE_STEPS.filter((bound) => token.size > bound).length),
-    keys: () => ["to 0.01 %", "to 0.03 %", "to 0.1 %", "to 0.3 %", "to 1 %", "to 10 %", "over 10 % of the edges"],
+    step: (token) => (token.size === null ? null : shadeOf(token.size, DATA.size_bounds)),
+    keys: () => shadeNames(DATA.size_bounds, "of the edges"),
   },
   exit: {
     name: "exit layer",
@@ -97,9 +98,8 @@ function drawReader(place) {
   }
 
   function passage(pane, number, text, offset) {
-    const layers = pane.density.early_exit.layers.length;
     const options = text.tokens.map((token, at) => {
-      const step = MODES[state.mode].step(token, layers);
+      const step = MODES[state.mode].step(token, LAYERS);
       const words = visible(shownOf(pane, token));
       const shown = seen(shownOf(pane, token).replaceAll("\r", "␍").replaceAll("\n", "⏎\n"));
       return html("span", {
@@ -125,8 +125,7 @@ function drawReader(place) {
       return cells;
     });
     passages.replaceChildren(...state.panes.map((pane, number) => paneTitle(state, pane, number, readable, draw)).filter(Boolean), ...rows.flat());
-    const layers = Math.max(...state.panes.map(({ density }) => density.early_exit.layers.length));
-    const names = MODES[state.mode].keys(layers);
+    const names = MODES[state.mode].keys(LAYERS);
     keys.replaceChildren(
       legend(
         ...names.flatMap((name, step) => (name ? [html("li", {}, html("span", { class: `token shade-${step}` }, "abc"), name)] : [])),
@@ -164,7 +163,7 @@ function drawReader(place) {
     html("div", { class: several ? "reader two" : "reader" }, passages,
       html("aside", { class: "details", "aria-label": "The chosen token" }, slider, body, spoken)),
     html("p", { class: "cap" },
-      `Text of ${blocks.length} of ${many(data.blocks)} blocks (${many(state.panes[0].tokens.length)} of ${many(tokens)} measured tokens), to keep this page small; all numbers are of all tokens.`,
+      `Text of ${blocks.length} of ${many(data.blocks)} blocks (${many(state.panes[0].tokens.length)} of ${many(tokens)} measured tokens), to keep this page small; all numbers are of all tokens. ${scaleNote("the sizes that tokens need")}`,
       lacking ? ` ${lacking === 1 ? "One run has" : `${lacking} runs have`} no text in density.json.` : ""),
   );
   draw();
