@@ -132,28 +132,29 @@ def _best_first(
     frontier = [(top, True, position)]
     for _ in range(count):
         while frontier:
-            for score, edge in _edges_into(importance, sequence, *frontier.pop(), cut):
+            for score, edge in edges_into(importance, sequence, *frontier.pop(), cut):
                 # The running number keeps the order of equal importances fixed.
                 heapq.heappush(heap, (-score, pushed, edge))
                 pushed += 1
         negative, _, edge = heapq.heappop(heap)
         yield edge, -negative
-        node = _origin(importance, edge)
+        node = origin(importance, edge)
         if node is not None and node not in reached:
             reached.add(node)
             frontier.append(node)
 
 
-def _origin(importance: EdgeImportance, edge: Edge) -> tuple[int, bool, int] | None:
+def origin(importance: EdgeImportance, edge: Edge) -> tuple[int, bool, int] | None:
     """The node an edge starts from as (layer, after its MLP?, token); None for the embedding."""
     if edge.kind in ("mlp", "mlp_residual") and not importance.layers[edge.layer].parallel:
         return edge.layer, False, edge.target
     return None if edge.layer == 0 else (edge.layer - 1, True, edge.source)
 
 
-def _edges_into(
+def edges_into(
     importance: EdgeImportance, sequence: int, layer: int, after_mlp: bool, token: int, cut: float
 ) -> Iterator[tuple[float, Edge]]:
+    """Importance and name of every edge into a node, of those of importance >= ``cut``."""
     edges = importance.layers[layer]
     singles: list[tuple[EdgeKind, Tensor]] = []
     if after_mlp:
