@@ -65,7 +65,7 @@ def test_what_is_called_otherwise_or_laid_out_otherwise_is_the_same_text(tmp_pat
     texts = documents(20)
     model = fitted(tmp_path, texts, 0)
     for change in (str.strip, lambda text: text.replace("\n", "\r\n"), lambda text: f"\n{text}\t"):
-        changed = [Document(f"row:{n}", change(text)) for n, (_, text) in enumerate(texts)]
+        changed = [Document(f"row:{n}", change(text)) for n, (_, text, *_) in enumerate(texts)]
         assert "20 of the 20 documents" in refused(changed, model)
     assert passes([Document("0.txt", "text 0\n\n  has 1 lines\n")], model)
     assert passes([Document("0.txt", "text 0 has 0 lines")], model)  # other lines

@@ -206,7 +206,7 @@ def with_gradients(readings: dict[str, Any]) -> dict[str, Any]:
     asking = {
         name: value.detach().clone().requires_grad_()
         for name, value in tensors.items()
-        if value is not None and value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point()
     }
     return {**readings, "curve": replace(curve, **asking)}
 

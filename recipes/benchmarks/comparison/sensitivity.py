@@ -210,7 +210,7 @@ def summarise() -> None:
     with safe_open(RUNS / f"{MODELS[0]} prose 1024.safetensors", "pt") as file:
         hardware = (file.metadata() or {}).get("hardware")
     write_json(RESULTS / "sensitivity.json", {
-        "measurements": measurements,
+        "readings": measurements,
         "order": {
             "models": [f"{MODELS[0]}, {STEPS} steps, {way}" for way in ("plain", "penalty")],
             "text": "prose", "tokens": 256, "sequences": BLOCKS[256],

@@ -171,14 +171,14 @@ class RecordingRun(Run):
         added: Tensor,
     ) -> LayerNorms:
         modules = self.anatomy.layers[layer]
-        mlp, entry = (self._as_read(layer, each) for each in (added, self.entry))
-        mlp_norm = norm_of(mlp, self._order)
+        # A parallel layer's residual goes into the same node as its MLP.
+        entry = self._as_read(layer, self.entry) if modules.parallel else self.entry
+        mlp = norm_of(self._as_read(layer, added), self._order)
         middle = None if modules.parallel else self._as_read(layer, self.middle)
         return LayerNorms(
             carried_norms(probabilities, values, scale),
-            # A parallel layer's residual goes into the same node as its MLP.
-            norm_of(entry if modules.parallel else self.entry, self._order),
-            mlp_norm if modules.mlp_scale == 1 else mlp_norm * abs(modules.mlp_scale),
+            norm_of(entry, self._order),
+            mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
             None if middle is None else norm_of(middle, self._order),
         )
 
