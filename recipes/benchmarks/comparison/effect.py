@@ -208,7 +208,13 @@ def run(
     with tqdm(total=len(density), desc="measuring", unit="block") as bar:
         found = summarise(
             measure(
-                model, density, min_context=32, batch_size=32, extra_blocks=0, progress=bar.update
+                model,
+                density,
+                min_context=32,
+                batch_size=32,
+                extra_blocks=0,
+                progress=bar.update,
+                attention="recorded",
             )
         )
     layers = len(found["early_exit"]["layers"])

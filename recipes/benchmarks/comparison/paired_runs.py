@@ -99,6 +99,7 @@ def measures(model: Any, texts: Texts, device: str) -> dict[str, Any]:
                 batch_size=16,
                 extra_blocks=0,
                 progress=bar.update,
+                attention="recorded",
             )
         )
     agreement = found["early_exit"]["agreement"]

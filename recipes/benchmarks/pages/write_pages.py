@@ -22,6 +22,7 @@ from recipes.benchmarks.pages.decoding import (
     decoding_157m_before,
     exits_by_layer,
 )
+from recipes.benchmarks.pages.definitions import sensitivity, thresholds
 from recipes.benchmarks.pages.effect import (
     effect,
     side_effects,
@@ -268,6 +269,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "side_effects": side_effects,
         "side_effects_first": side_effects_first,
         "side_effects_157m": side_effects_157m,
+        "sensitivity": sensitivity,
+        "thresholds": thresholds,
         "exactness": exactness,
         "peers": partial(at_budget, CARD, "peers"),
         "peers_107m": partial(points, CARD, "peers-107m"),
