@@ -52,7 +52,7 @@ def random_order(
         seed: of the draws.
     """
     length = importance.valid.shape[1]
-    edges = _grown(importance, sequence, position % length, random.Random(seed))
+    edges = _grown(importance.detach(), sequence, position % length, random.Random(seed))
     return ranks_of(importance, list(edges))
 
 
@@ -101,12 +101,9 @@ def ranks_of(importance: EdgeImportance, edges: Sequence[Edge]) -> Ranks:
     attention[layer[a], head[a], target[a], source[a]] = rank[a]
     nodes[kind[~a], layer[~a], target[~a]] = rank[~a]
     device = importance.valid.device
+    attention, nodes = attention.to(device), nodes.to(device)
     return tuple(
-        LayerEdges(
-            attention[at].to(device),
-            *(nodes[number[name], at].to(device) for name in EDGE_KINDS[1:]),
-            parallel=each.parallel,
-        )
+        LayerEdges(attention[at], nodes[1, at], nodes[2, at], nodes[3, at], each.parallel)
         for at, each in enumerate(importance.layers)
     )
 
