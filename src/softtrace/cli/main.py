@@ -20,7 +20,7 @@ Fine-tune language models so that easy inputs need a sparse, early part of the g
 
   fit           fine-tune a model directory on text, with the density penalty
   evaluate      measure how much of its graph a model needs: density.json, plots, report.html
-  study         answer the paper's questions of one model, or of two: study.json, a table, plots
+  study         answer the paper's questions of one or more models: study.json, a table, plots
   compare       put several density.json of the same text side by side
   decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
   card          put density.json into a model's README.md
@@ -156,10 +156,13 @@ def _study(args: list[str]) -> None:
     from softtrace.cli.study import study
 
     description = (
-        "Ask the paper's questions of a model, or of two: two phases, uncertainty, shallow "
-        "statistics, length. The answers go to OUT, with intervals."
+        "Ask the paper's questions of models: two phases, uncertainty, shallow statistics, length. "
+        "The answers go to OUT, with intervals."
     )
-    models = "One model directory (safetensors) or hub name, or two: before and after training."
+    models = (
+        "Model directories (safetensors) or hub names of one tokenizer; two are taken for before "
+        "and after training."
+    )
     _call(study, "study", description, args, {"models": models})
 
 

@@ -1,19 +1,18 @@
-"""``softtrace study``: the paper's questions of one model, or of one before and after training."""
+"""``softtrace study``: the paper's questions of models, as of one before and after training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.checks import check_counts, check_least, check_range
+from softtrace.cli.paper import paper as measure_paper
 from softtrace.cli.sensitivity import sensitivity as measure_sensitivity
+from softtrace.cli.study_models import check_same_tokens, check_vocabulary, described, labels
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, split_by_file
 from softtrace.data.encoding import beginning
@@ -29,11 +28,11 @@ from softtrace.evaluation.bootstrap import (
     Statistic,
     intervals,
 )
-from softtrace.evaluation.density_file import describe
 from softtrace.evaluation.identity import text_identity
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
+from softtrace.evaluation.study.paper_answers import density_correlations
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.files import check_output, claims_out, prepare_output, write_json, write_text
@@ -42,7 +41,6 @@ from softtrace.model.devices import device_of
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
 from softtrace.report.study_plots import write_study_plot
 from softtrace.report.study_tables import study_table
-from softtrace.tracing.attach import attach
 from softtrace.tracing.masking import AttentionKind, check_attention
 
 STUDY_VERSION = 1
@@ -92,12 +90,15 @@ def study(
     seed: int = 0,
     attention: AttentionKind = "recomputed",
     sensitivity: bool = False,
+    paper: bool = False,
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
-    """Answer the paper's questions of one or two models, with intervals; write them to OUT.
+    """Answer the paper's questions of models, with intervals; write them to OUT.
 
     Args:
-        models: One model directory (safetensors) or hub name, or two: before and after training.
+        models: Model directories (safetensors) or hub names of one tokenizer. Two are taken for
+            before and after training, and every change gets an interval; between each two the rank
+            correlation of their densities is given.
         source: The text, whose held-out side is measured.
         out: Folder that study.json, study.txt and study.png are written to. It must be new or
             empty.
@@ -116,6 +117,10 @@ def study(
         sensitivity: Instead of answering the questions, measure by every kind of attention, norm of
             edges, stand-in for absent edges and grid of thresholds, and tell which conclusions
             survive: sensitivity.json and sensitivity.txt.
+        paper: Instead, give the figures of the paper by the paper's own definitions: the last token
+            of every block is predicted, with a run of its own for every size, and the numbers are
+            in paper.json, paper.txt and paper.png. The paper's texts have 40 tokens (a block_size
+            of 41); time and memory grow with the square of it.
         run: How the models are run.
 
     Raises:
@@ -127,12 +132,15 @@ def study(
     """
     began = time.perf_counter()
     check_attention(attention)
-    lengths = _check(models, lengths, source.held_out_share, smoothing)
+    _check_mode(models, sensitivity, paper)
+    lengths = _check(lengths, source.held_out_share, smoothing)
     check_counts(4, block_size=block_size)
     check_counts(2, blocks=blocks)
     check_counts(1, batch_size=batch_size, targets=targets, resamples=resamples)
     first = block_size // 2
-    ends = window_ends(block_size, first, lengths[-1], targets)
+    windowed = not (paper or sensitivity)
+    longest = lengths[-1] if windowed else 1
+    ends = window_ends(block_size, first, longest, targets)
     where = device_of(run.device)
     check_output(out, run.overwrite)
     for model in models:
@@ -141,7 +149,8 @@ def study(
     held_out = list(unseen(held_out, models, source.held_out_share))
     tokenizer = load_tokenizer(models[0])
     begun = beginning(tokenizer)
-    check_least("lengths", lengths[0], len(begun) + 1)
+    if windowed:
+        check_least("lengths", lengths[0], len(begun) + 1)
     chosen = evenly(pack(held_out, tokenizer, block_size), blocks)
     if len(chosen) < 2:
         raise DataError(
@@ -150,7 +159,7 @@ def study(
             "block_size or a larger held_out_share"
         )
     for model in models[1:]:
-        _check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
+        check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
     data = text_identity(source, chosen, len(held_out))
     if sensitivity:
         return measure_sensitivity(
@@ -163,17 +172,30 @@ def study(
             seed=seed,
             run=run,
         )
-    described: list[dict[str, Any]] = []
+    if paper:
+        return measure_paper(
+            dict(zip(labels(models), models, strict=True)),
+            chosen,
+            training,
+            tokenizer,
+            data,
+            out,
+            attention=attention,
+            resamples=resamples,
+            seed=seed,
+            run=run,
+        )
+    found_models: list[dict[str, Any]] = []
     found: list[Readings] = []
     unigrams: Unigrams | None = None
-    for label, model in zip(_labels(models), models, strict=True):
+    for label, model in zip(labels(models), models, strict=True):
         network = load_model(model, dtype=run.dtype)
         network.to(where).eval()  # type: ignore[arg-type]
-        described.append({"label": label, **_described(network, model)})
-        vocabulary = described[-1]["vocabulary"]
+        found_models.append({"label": label, **described(network, model)})
+        vocabulary = found_models[-1]["vocabulary"]
         if unigrams is None:
             unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
-        _check_vocabulary(described)
+        check_vocabulary(found_models)
         total = len(chosen) * (1 + len(ends) * len(lengths))
         with tqdm(total=total, desc=f"measuring {label}", unit="sequence") as bar:
             found.append(
@@ -194,7 +216,7 @@ def study(
     assert unigrams is not None
     result = {
         "version": STUDY_VERSION,
-        "models": described,
+        "models": found_models,
         "data": data,
         "unigrams": {"documents": len(training), **_summary(unigrams)},
         "settings": {
@@ -219,6 +241,7 @@ def study(
             "contexts": [*lengths, "all before"],
         },
         "results": _results(found, resamples, seed),
+        "pairs": density_correlations([each.whole.area for each in found], resamples, seed),
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -265,14 +288,22 @@ def _results(found: Sequence[Readings], resamples: int, seed: int) -> dict[str, 
     }
 
 
-def _check(
-    models: Sequence[str], lengths: Sequence[int], held_out_share: float, smoothing: float
-) -> tuple[int, ...]:
-    """The lengths, rising, once the numbers are in range."""
-    if not 1 <= len(models) <= 2:
+def _check_mode(models: Sequence[str], sensitivity: bool, paper: bool) -> None:
+    if not models:
+        raise InvalidInputError("models: found none, expected at least one")
+    if sensitivity and paper:
         raise InvalidInputError(
-            f"models: found {len(models)}, allowed are 1, or 2: before and after training"
+            "sensitivity, paper: found both, allowed is one of them; run study twice"
         )
+    if sensitivity and len(models) > 2:
+        raise InvalidInputError(
+            f"models: found {len(models)}, allowed with sensitivity are 1, or 2: before and after "
+            "training"
+        )
+
+
+def _check(lengths: Sequence[int], held_out_share: float, smoothing: float) -> tuple[int, ...]:
+    """The lengths, rising, once the numbers are in range."""
     check_range("held_out_share", held_out_share, 0.0, 1.0, open_low=True, open_high=True)
     check_range("smoothing", smoothing, 0.0, float("inf"), open_low=True, open_high=True)
     for length in lengths:
@@ -282,43 +313,3 @@ def _check(
             f"lengths: found {list(lengths)}, expected at least one, each of them once"
         )
     return tuple(sorted(lengths))
-
-
-def _check_same_tokens(
-    first: str, tokenizer: Any, other: str, held_out: list[Document], size: int, chosen: Tensor
-) -> None:
-    own = load_tokenizer(other)
-    same = own.get_vocab() == tokenizer.get_vocab()
-    if same:
-        same = torch.equal(evenly(pack(held_out, own, size), len(chosen)), chosen)
-        what = "turn the text into other tokens"
-    else:
-        what = f"have other vocabularies ({len(tokenizer)} and {len(own)} tokens)"
-    if not same:
-        raise InvalidInputError(
-            f"models: the tokenizers of {first} and {other} {what}; differences are paired on the "
-            "same tokens, so expected one model before and after training. Study them one by one"
-        )
-
-
-def _check_vocabulary(described: Sequence[Mapping[str, Any]]) -> None:
-    first, last = described[0], described[-1]
-    if first["vocabulary"] != last["vocabulary"]:
-        raise InvalidInputError(
-            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
-            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
-            "token"
-        )
-
-
-def _described(network: Any, path: str) -> dict[str, Any]:
-    readout = attach(network).anatomy.readout
-    return {**describe(network, path), "vocabulary": readout.predicted}
-
-
-def _labels(models: Sequence[str]) -> list[str]:
-    """The models' names; where both have one, which was before and which after."""
-    names = [Path(model).resolve().name for model in models]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({when})" for name, when in zip(names, ("before", "after"), strict=True)]

@@ -159,7 +159,8 @@ def on_common_sizes(sizes: Tensor, values: Tensor) -> Tensor:
     Returns:
         ``[N, 150, ...]`` float64.
     """
-    inputs = zip(sizes.double().numpy(), values.double().flatten(2).numpy(), strict=True)
+    flat = values.double().reshape(*values.shape[:2], -1).numpy()
+    inputs = zip(sizes.double().numpy(), flat, strict=True)
     found = [
         np.stack([np.interp(COMMON_SIZES, own, each) for each in curves.T], axis=-1)
         for own, curves in inputs

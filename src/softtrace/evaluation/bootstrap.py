@@ -70,14 +70,16 @@ def mean(values: Tensor, there: Tensor | None = None) -> Ratio:
     return Ratio(values.double().sum(1), tokens)
 
 
-class Median:
-    """The lower median over all tokens, as ``torch.median`` takes it.
+class Quantile:
+    """The smallest value that so large a share of all tokens does not exceed.
 
     Args:
         values: ``[N, M]``, sequence by token; NaN where a token does not take part.
+        share: in (0, 1]; 0.5 gives the lower median, as ``torch.median`` takes it.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, share: float) -> None:
+        self.share = share
         self.sequences, self.width = len(values), values.numel()
         owner = torch.arange(len(values)).repeat_interleave(values.shape[1])
         flat = values.double().flatten()
@@ -90,9 +92,20 @@ class Median:
         if not len(self._ordered):
             return torch.full_like(counts[:, 0], torch.nan)
         below = counts[:, self._owner].cumsum(-1)
-        half = ((below[:, -1:] + 1) / 2).floor()
-        found = self._ordered[torch.searchsorted(below, half)[:, 0].clamp(max=len(below[0]) - 1)]
+        wanted = (self.share * below[:, -1:]).ceil()
+        found = self._ordered[torch.searchsorted(below, wanted)[:, 0].clamp(max=len(below[0]) - 1)]
         return torch.where(below[:, -1] > 0, found, torch.nan)
+
+
+class Median(Quantile):
+    """The lower median over all tokens.
+
+    Args:
+        values: see :class:`Quantile`.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values, 0.5)
 
 
 class RankCorrelation:

@@ -22,7 +22,7 @@ from softtrace.report.study_tables import Study
 from softtrace.report.tables import shorten
 
 _SIZE = "size of the trace (log scale)"
-_LINES: tuple[Any, ...] = ("-", "--")
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _NUCLEI = (0.1, 0.4, 0.9)
 
 
@@ -42,16 +42,8 @@ def write_study_plot(study: Study, folder: Path | str) -> Path:
 
 def draw_study(study: Study) -> Figure:
     """The page, twelve panels; to be called within :func:`softtrace.report.drawing.style`."""
-    models = study["models"]
-    handles: list[Any] = [
-        Line2D([], [], color=_colour(at, models), marker=MARKERS[at], linestyle=_LINES[at],
-               linewidth=2, label=shorten(drawing.printable(model["label"]), 40))
-        for at, model in enumerate(models)
-    ]  # fmt: skip
-    confidence = f"{100 * study['settings']['confidence']:g} % interval"
-    handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
     note = attention_name([study["settings"]])
-    figure = drawing.new_figure(21.0, [[handle] for handle in handles], note)
+    figure = drawing.new_figure(21.0, model_handles(study), note)
     grid = figure.subplots(6, 2).ravel()
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     for axes, panel in zip(grid, _PANELS, strict=True):
@@ -65,27 +57,27 @@ def draw_study(study: Study) -> Figure:
 def _variation(axes: Axes, study: Study) -> None:
     means = [found["value"] for found in study["results"]["phases/tv"]["models"]]
     drawing.shade_phases(axes, [(study["axes"]["sizes"], mean) for mean in means])
-    for at, ends in _each(study, "phases/tv"):
-        _band(axes, study, at, ends, _colour(at, study["models"]))
+    for at, ends in each_model(study, "phases/tv"):
+        band(axes, study, at, ends, colour_of(at, study["models"]))
     axes.set(ylim=(0, 1), ylabel="mean TV from the full prediction")
 
 
 def _kinds(axes: Axes, study: Study) -> None:
     names = [drawing.KIND_NAMES[kind] for kind in study["axes"]["kinds"]]
-    _several(axes, study, "phases/kinds", range(len(names)), names)
+    several(axes, study, "phases/kinds", range(len(names)), names)
     axes.set_ylabel("edges of the trace (%)")
 
 
 def _depths(axes: Axes, study: Study) -> None:
     names = [f"{name} quarter of the layers" for name in ("first", "second", "third", "last")]
-    _several(axes, study, "phases/depths", range(4), names)
+    several(axes, study, "phases/depths", range(4), names)
     axes.set_ylabel("edges of the trace (%)")
 
 
 def _nucleus(axes: Axes, study: Study) -> None:
     places = [study["axes"]["nucleus_p"].index(p) for p in _NUCLEI]
     names = [f"p = {p:g}" for p in _NUCLEI]
-    _several(axes, study, "phases/nucleus", places, names)
+    several(axes, study, "phases/nucleus", places, names)
     axes.set_ylabel("top-p lists recovered (%)")
 
 
@@ -94,7 +86,7 @@ def _uncertainty(axes: Axes, study: Study) -> None:
     names = {"size": "edges needed", "area": "area", "surprisal": "loss", "entropy": "entropy"}
     count = len(study["models"])
     for row, (what, against) in enumerate(rows):
-        for at, ends in _each(study, f"uncertainty/{what}_{against}"):
+        for at, ends in each_model(study, f"uncertainty/{what}_{against}"):
             height = row + 0.24 * (at - (count - 1) / 2)
             _whiskers(axes, study, at, [ends["value"]], ends, [height], flat=True)
     axes.set_yticks(range(4), [f"{names[a]},\n{names[b]}" for a, b in rows])
@@ -103,14 +95,14 @@ def _uncertainty(axes: Axes, study: Study) -> None:
 
 
 def _spearman(axes: Axes, study: Study) -> None:
-    for at, ends in _each(study, "shallow/unigram_spearman"):
-        _band(axes, study, at, ends, _colour(at, study["models"]))
+    for at, ends in each_model(study, "shallow/unigram_spearman"):
+        band(axes, study, at, ends, colour_of(at, study["models"]))
     axes.set_ylabel("rank correlation with the unigrams")
 
 
 def _divergence(axes: Axes, study: Study) -> None:
-    for at, ends in _each(study, "shallow/unigram_kl"):
-        _band(axes, study, at, ends, _colour(at, study["models"]))
+    for at, ends in each_model(study, "shallow/unigram_kl"):
+        band(axes, study, at, ends, colour_of(at, study["models"]))
     uniform = study["unigrams"]["uniform_kl_nats"]
     axes.axhline(uniform, color=GREY, linewidth=1, linestyle=":")
     where = axes.get_yaxis_transform()
@@ -148,7 +140,7 @@ def _position(axes: Axes, study: Study) -> None:
     for line, context in enumerate((contexts[-2], contexts[-1])):
         at_context = len(contexts) - 2 + line
         colour, marker = ((COLOURS[2], "^"), (COLOURS[4], "D"))[line]
-        for at, ends in _each(study, "position/size"):
+        for at, ends in each_model(study, "position/size"):
             x = [place + beside * (2 * line + at - 1) for place in positions]
             y, low, high = (ends[name][:, at_context] for name in ("value", "low", "high"))
             _whiskers(
@@ -180,16 +172,32 @@ _PANELS = (
 )
 
 
-def _each(study: Study, key: str) -> Iterator[tuple[int, dict[str, Array]]]:
+def model_handles(study: Study) -> list[list[Any]]:
+    """Columns of legend handles, at most four: the models, and what intervals look like."""
+    models = study["models"]
+    handles: list[Any] = [
+        Line2D([], [], color=colour_of(at, models), marker=MARKERS[at % len(MARKERS)],
+               linestyle=LINES[at % len(LINES)], linewidth=2,
+               label=shorten(drawing.printable(model["label"]), 40))
+        for at, model in enumerate(models)
+    ]  # fmt: skip
+    confidence = f"{100 * study['settings']['confidence']:g} % interval"
+    handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
+    return [handles[column::4] for column in range(4)]
+
+
+def each_model(study: Study, key: str) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Place and numbers (value, low, high) of every model."""
     for at, found in enumerate(study["results"][key]["models"]):
         yield at, {name: drawing.array(values) for name, values in found.items()}
 
 
-def _colour(at: int, models: Sequence[Any]) -> str:
-    return COLOURS[at] if len(models) > 1 else COLOURS[0]
+def colour_of(at: int, models: Sequence[Any]) -> str:
+    """A model's colour, where nothing else needs colour."""
+    return COLOURS[at % len(COLOURS)]
 
 
-def _band(
+def band(
     axes: Axes,
     study: Study,
     at: int,
@@ -200,24 +208,28 @@ def _band(
 ) -> None:
     """A line over sizes, its interval as a band; ``offset``: so that no marker hides another."""
     sizes = study["axes"]["sizes"]
+    step = max(1, len(sizes) // 6)
     axes.fill_between(sizes, ends["low"], ends["high"], color=colour, alpha=0.25, linewidth=0)
-    look: dict[str, Any] = {"color": colour, "linestyle": _LINES[at]}
-    look |= {"marker": marker or MARKERS[at], "markevery": ((2 * at + offset) % 4, 4)}
+    look: dict[str, Any] = {"color": colour, "linestyle": LINES[at % len(LINES)]}
+    look |= {
+        "marker": marker or MARKERS[at % len(MARKERS)],
+        "markevery": ((2 * at + offset) * step // 4 % step, step),
+    }
     axes.plot(sizes, ends["value"], linewidth=1.8, markersize=5, **look)
     drawing.size_axis(axes)
     axes.set_xlabel(_SIZE)
 
 
-def _several(
+def several(
     axes: Axes, study: Study, key: str, places: Sequence[int], names: Sequence[str]
 ) -> None:
     """Lines over sizes in per cent, told apart by marker and colour; models by line style."""
     handles = []
     for index, (place, name) in enumerate(zip(places, names, strict=True)):
         colour, marker = COLOURS[index], MARKERS[index]
-        for at, ends in _each(study, key):
+        for at, ends in each_model(study, key):
             part = {end: 100 * values[:, place] for end, values in ends.items()}
-            _band(axes, study, at, part, colour, marker, offset=index)
+            band(axes, study, at, part, colour, marker, offset=index)
         handles.append(Line2D([], [], color=colour, marker=marker, label=name))
     axes.legend(handles=handles, fontsize=9)
     axes.set_ylim(0, 102)
@@ -225,7 +237,7 @@ def _several(
 
 def _over_lengths(axes: Axes, study: Study, what: str) -> None:
     lengths = study["axes"]["lengths"]
-    for at, ends in _each(study, f"length/{what}"):
+    for at, ends in each_model(study, f"length/{what}"):
         x = [length * 1.03**at for length in lengths]  # beside each other, not over
         _whiskers(axes, study, at, ends["value"], ends, x)
     axes.set_xscale("log", base=2)
@@ -247,11 +259,17 @@ def _whiskers(
 ) -> None:
     """Markers with their intervals as whiskers; ``flat``: values along x, ``x`` along y."""
     middle, reach = (ends["high"] + ends["low"]) / 2, (ends["high"] - ends["low"]) / 2
-    colour = colour or _colour(at, study["models"])
+    colour = colour or colour_of(at, study["models"])
     if flat:
         axes.errorbar(middle, x, xerr=reach, fmt="none", ecolor=colour, capsize=4)
     else:
         axes.errorbar(x, middle, yerr=reach, fmt="none", ecolor=colour, capsize=4)
-    line = "" if flat else _LINES[at]
+    line = "" if flat else LINES[at % len(LINES)]
     points = (values, x) if flat else (x, values)
-    axes.plot(*points, color=colour, marker=marker or MARKERS[at], linewidth=1.8, linestyle=line)
+    axes.plot(
+        *points,
+        color=colour,
+        marker=marker or MARKERS[at % len(MARKERS)],
+        linewidth=1.8,
+        linestyle=line,
+    )

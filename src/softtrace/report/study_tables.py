@@ -47,7 +47,11 @@ def study_table(study: Study) -> str:
             cells.append(
                 [name]
                 + [
-                    _cell({end: _at(part[end], place) for end in part}, unit, signed=at == 2)
+                    cell(
+                        {end: value_at(part[end], place) for end in part},
+                        unit,
+                        signed=at == 2 == len(models),
+                    )
                     for at, part in enumerate(found)
                 ]
             )
@@ -60,6 +64,7 @@ def study_table(study: Study) -> str:
         text.append(next(lines))
         rule = next(lines) if number == 0 else rule
         text += [rule, *(next(lines) for _ in cells[1:]), ""]
+    text += pair_lines(study, "area")
     unigrams = study["unigrams"]
     header = (
         f"{' and '.join(model['path'] for model in models)}\n"
@@ -88,21 +93,23 @@ def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:
     def rows(*keys: str) -> list[Row]:
         return [(results[key]["name"], key, ()) for key in keys]
 
-    sizes = [(_nearest(axes["sizes"], size), size) for size in _SIZES]
+    sizes = [(nearest_size(axes["sizes"], size), size) for size in _SIZES]
     full = (len(axes["sizes"]) - 1, 1.0)
     yield "Overall", rows("overall/loss", "overall/entropy", "overall/area", "overall/size")
 
-    found: list[Row] = [(f"mean TV at {_size(s)}", "phases/tv", (at,)) for at, s in sizes]
+    found: list[Row] = [(f"mean TV at {size_name(s)}", "phases/tv", (at,)) for at, s in sizes]
     found += rows("phases/construction")
     attention = axes["kinds"].index("attention")
     for at, s in (*sizes[::2], full):
-        found.append((f"attention among the edges at {_size(s)}", "phases/kinds", (at, attention)))
+        found.append(
+            (f"attention among the edges at {size_name(s)}", "phases/kinds", (at, attention))
+        )
     for at, s in (*sizes[::2], full):
-        found.append((f"first quarter of the layers at {_size(s)}", "phases/depths", (at, 0)))
+        found.append((f"first quarter of the layers at {size_name(s)}", "phases/depths", (at, 0)))
     for p in _NUCLEI:
         for at, s in sizes[1:]:
             place = (at, axes["nucleus_p"].index(p))
-            found.append((f"top-{p:g} lists recovered at {_size(s)}", "phases/nucleus", place))
+            found.append((f"top-{p:g} lists recovered at {size_name(s)}", "phases/nucleus", place))
     yield "Two phases", found
 
     keys = [f"uncertainty/{a}_{b}" for a in ("size", "area") for b in ("entropy", "surprisal")]
@@ -112,7 +119,7 @@ def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:
     found = []
     for key, name in (("unigram_kl", "KL from"), ("unigram_spearman", "rank correlation with")):
         for at, s in (*sizes, full):
-            found.append((f"{name} the unigrams at {_size(s)}", f"shallow/{key}", (at,)))
+            found.append((f"{name} the unigrams at {size_name(s)}", f"shallow/{key}", (at,)))
         found.append(("   at the smallest less in full", f"shallow/{key}_change", ()))
     yield "Shallow statistics", found
 
@@ -133,22 +140,44 @@ def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:
     yield "Position: rank correlations", found
 
 
-def _nearest(sizes: list[float], wanted: float) -> int:
+def pair_lines(study: Study, what: str) -> list[str]:
+    """Rank correlations of densities between each two models; none for a single one.
+
+    Args:
+        study: with ``pairs``, which older files lack.
+        what: the density.
+    """
+    pairs = study.get("pairs") or []
+    if not pairs:
+        return []
+    labels = [model["label"] for model in study["models"]]
+    rows = [[f"Rank correlation of {what} on the same tokens", ""]]
+    for pair in pairs:
+        first, second = (labels[at] for at in pair["models"])
+        rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])
+    return [aligned(rows), ""]
+
+
+def nearest_size(sizes: list[float], wanted: float) -> int:
+    """Place of the size nearest to a wanted one, as a ratio."""
     return min(range(len(sizes)), key=lambda at: abs(sizes[at] / wanted - 1))
 
 
-def _size(size: float) -> str:
+def size_name(size: float) -> str:
+    """A size as tables name it."""
     return "full size" if size == 1 else f"{100 * size:g} %"
 
 
-def _at(values: Any, place: tuple[int, ...]) -> float | None:
+def value_at(values: Any, place: tuple[int, ...]) -> float | None:
+    """The number at a place in nested lists."""
     for index in place:
         values = values[index]
     value: float | None = values
     return value
 
 
-def _cell(ends: Mapping[str, float | None], unit: str, signed: bool) -> str:
+def cell(ends: Mapping[str, float | None], unit: str, signed: bool) -> str:
+    """A number with its interval; ``signed`` for a change."""
     value, low, high = (_number(ends[name], unit, signed) for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 

@@ -1,0 +1,64 @@
+"""Several models of one study: their names, and whether they read and predict the same tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrace.data.blocks import evenly, pack
+from softtrace.data.documents import Document
+from softtrace.errors import InvalidInputError
+from softtrace.evaluation.density_file import describe
+from softtrace.model.loading import load_tokenizer
+from softtrace.tracing.attach import attach
+
+
+def check_same_tokens(
+    first: str, tokenizer: Any, other: str, held_out: list[Document], size: int, chosen: Tensor
+) -> None:
+    """Raise :class:`InvalidInputError` where another model's tokenizer reads the text otherwise."""
+    own = load_tokenizer(other)
+    same = own.get_vocab() == tokenizer.get_vocab()
+    if same:
+        same = torch.equal(evenly(pack(held_out, own, size), len(chosen)), chosen)
+        what = "turn the text into other tokens"
+    else:
+        what = f"have other vocabularies ({len(tokenizer)} and {len(own)} tokens)"
+    if not same:
+        raise InvalidInputError(
+            f"models: the tokenizers of {first} and {other} {what}; they are compared on "
+            "the same tokens, so expected models of one tokenizer. Study them one by one"
+        )
+
+
+def check_vocabulary(models: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`InvalidInputError` where the last of them predicts other tokens."""
+    first, last = models[0], models[-1]
+    if first["vocabulary"] != last["vocabulary"]:
+        raise InvalidInputError(
+            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
+            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
+            "token"
+        )
+
+
+def described(network: Any, path: str) -> dict[str, Any]:
+    """What result files say of a model, with the number of tokens that it predicts."""
+    readout = attach(network).anatomy.readout
+    return {**describe(network, path), "vocabulary": readout.predicted}
+
+
+def labels(models: Sequence[str]) -> list[str]:
+    """The models' names; those that several have are numbered, or of two are before and after."""
+    names = [Path(model).resolve().name for model in models]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    if len(names) == 2 and twice:
+        return [f"{name} ({when})" for name, when in zip(names, ("before", "after"), strict=True)]
+    return [
+        f"{name} ({place})" if name in twice else name for place, name in enumerate(names, start=1)
+    ]

@@ -1,0 +1,132 @@
+"""What ``paper.json`` says, as a plain-text table: the numbers behind the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from softtrace.report.study_tables import (
+    cell,
+    nearest_size,
+    pair_lines,
+    size_name,
+    value_at,
+)
+from softtrace.report.tables import aligned, shorten
+
+Paper = Mapping[str, Any]
+"""The content of a ``paper.json``."""
+
+_SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_GROUPS = ("initial", "early-mid", "late-mid", "last")
+_MOST = 5
+
+_LEGEND = """\
+In brackets: {confidence:g} % percentile intervals, bootstrap over inputs ({resamples:,} resamples,
+seed {seed}). Definitions are those of arXiv 2605.27033 and its authors' code; recipes/PAPER.md has
+them beside this project's own.
+TV: total variation from the full prediction. AUC: TV over log10 of the size, not divided by its
+width. nu: the largest p in per cent whose ordered top-p lists agree. Inverse: the model without the
+trace, residual edges kept. Random: grown from the output, residual edges kept. Top-5 nucleus: the
+five most likely tokens of the top-60 % list; their frequency is in the {tokens:,} tokens of the
+training side. Connected: there is a path from a token to the output."""
+
+Row = tuple[str, str, tuple[int, ...]]
+
+
+def paper_table(paper: Paper) -> str:
+    """The numbers of every model by size: one column a model, and of two the change."""
+    models, settings = paper["models"], paper["settings"]
+    both = len(models) == 2
+    head = [shorten(model["label"], 34) for model in models] + ["change"] * both
+    rows: list[list[str]] = []
+    titles: list[int] = []
+    for title, section in _sections(paper):
+        titles.append(len(rows))
+        rows.append([title, *head])
+        for name, key, place in section:
+            result = paper["results"][key]
+            found = [*result["models"], *([result["difference"]] if both else [])]
+            rows.append([name] + [
+                cell({end: value_at(part[end], place) for end in part}, result["unit"],
+                     signed=at == 2 and both)
+                for at, part in enumerate(found)
+            ])  # fmt: skip
+    lines = iter(aligned(rows).split("\n"))
+    text, rule = [], ""
+    for number, _ in enumerate(rows):
+        if number in titles and number:
+            text.append("")
+        text.append(next(lines))
+        if number == 0:
+            rule = next(lines)
+        if number in titles:
+            text.append(rule)
+    header = (
+        f"{', '.join(model['path'] for model in models)}\n"
+        f"{paper['inputs']:,} inputs of {paper['context']} tokens and the one to predict, "
+        f"{paper['data']['split']}; attention of masked runs {settings['attention']}"
+    )
+    legend = _LEGEND.format(
+        confidence=100 * settings["confidence"],
+        resamples=settings["resamples"],
+        seed=settings["seed"],
+        tokens=paper["unigrams"]["tokens"],
+    )
+    pairs = pair_lines(paper, "AUC")
+    return "\n".join([header, "", *text, "", *pairs, *_components(paper), "", legend])
+
+
+def _sections(paper: Paper) -> Iterator[tuple[str, list[Row]]]:
+    axes = paper["axes"]
+    sizes = [(nearest_size(axes["sizes"], size), size) for size in _SIZES]
+
+    def by_size(name: str, key: str, *place: int) -> list[Row]:
+        return [(f"{name} at {size_name(size)}", key, (at, *place)) for at, size in sizes]
+
+    yield (
+        "Overall",
+        [
+            ("loss", "loss", ()),
+            ("entropy", "entropy", ()),
+            ("AUC", "auc", ()),
+            ("entropy and AUC, rank correlation", "entropy_auc", ()),
+        ],
+    )
+    yield "Reconstruction", by_size("TV, trace", "tv/trace")
+    yield "Without the trace", by_size("TV, inverse", "tv/inverse")
+    yield "A random subgraph", by_size("TV, random", "tv/random")
+    nucleus: list[Row] = [
+        (f"nu >= {k} %, {name}", "nucleus", (row, column))
+        for row, k in enumerate(axes["nucleus_k"])
+        for column, name in ((1, "median"), (0, "first quartile"), (2, "third quartile"))
+    ]
+    yield "Smallest size for a shared nucleus", nucleus
+    kinds = [by_size(kind, "kinds", at) for at, kind in enumerate(axes["kinds"])]
+    yield "Edges by kind", [row for rows in kinds for row in rows]
+    depths = [by_size(f"{group} layers", "depths", at) for at, group in enumerate(_GROUPS)]
+    yield "Edges by depth (array_split)", [row for rows in depths for row in rows]
+    yield "Unigram frequency of the top-5 nucleus", by_size("frequency", "frequency")
+    yield "True token: loss", by_size("loss", "true/loss")
+    yield "True token: rank", by_size("median rank", "true/rank")
+    connected = by_size("share", "connected")
+    connected.append(("smallest connected size, median", "connection", (1,)))
+    yield "Connected to the input", connected
+    components: list[Row] = [
+        (f"{name} at {size_name(size)}", f"components/{key}", (at,))
+        for key, name in (("share", "components in a trace"), ("gini", "Gini coefficient"))
+        for at, size in enumerate(axes["component_sizes"])
+    ]
+    yield "Heads and MLPs", components
+
+
+def _components(paper: Paper) -> list[str]:
+    """The components that most traces of 0.1 % go through, a line a model."""
+    at = nearest_size(paper["axes"]["component_sizes"], 1e-3)
+    lines = []
+    for model, found in zip(paper["models"], paper["components"], strict=True):
+        shares = dict(zip(found["names"], found["frequency"][at], strict=True))
+        most = sorted(shares, key=lambda name: -shares[name])[:_MOST]
+        named = ", ".join(f"{name} ({100 * shares[name]:.0f} %)" for name in most if shares[name])
+        lines.append(f"Most frequent at 0.1 %, {model['label']}: {named or 'none'}.")
+    return lines
