@@ -194,8 +194,13 @@ def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"models": []}, InvalidInputError, "models: found 0, allowed are 1, or 2"),
-        ({"models": ["a", "b", "c"]}, InvalidInputError, "models: found 3, allowed are 1, or 2"),
+        ({"models": []}, InvalidInputError, "models: found none, expected at least one"),
+        (
+            {"models": ["a", "b", "c"], "sensitivity": True},
+            InvalidInputError,
+            "models: found 3, allowed with sensitivity are 1, or 2",
+        ),
+        ({"sensitivity": True, "paper": True}, InvalidInputError, "found both, allowed is one"),
         ({"models": ["./none"]}, ModelDirectoryError, "no such directory"),
         (
             {"held_out_share": 0.0},
@@ -305,3 +310,22 @@ def test_blocks_are_those_of_pack(alone: dict[str, Any], sources: dict[str, str]
     tokenizer = load_tokenizer(sources["before"])
     assert tokenizer.eos_token == END
     assert len(pack(held_out, tokenizer, 16)) > alone["data"]["blocks"] == 5
+
+
+@pytest.mark.thorough
+def test_sensitivity_measures_every_way(
+    sources: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [sources["before"], sources["after"]]
+    options = {**OPTIONS, "blocks": 3, "resamples": 20}
+    out = tmp_path / "out"
+    found = study(models, half(sources["text"]), str(out), sensitivity=True, **options)
+    assert sorted(path.name for path in out.iterdir()) == ["sensitivity.json", "sensitivity.txt"]
+    assert json.loads((out / "sensitivity.json").read_text()) == found
+    ways = {tuple(row[key] for key in ("attention", "norm", "stand_in", "thresholds"))
+            for row in found["definitions"]}  # fmt: skip
+    assert len(ways) == len(found["definitions"]) == 3 * 3 * 2 * 3
+    assert set(found["definitions"][0]["holds"]) == {"two_phases", "entropy", "order"}
+    table = (out / "sensitivity.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert f"of {len(ways)} ways" in table
