@@ -329,3 +329,71 @@ def test_sensitivity_measures_every_way(
     table = (out / "sensitivity.txt").read_text()
     assert table in capsys.readouterr().out
     assert f"of {len(ways)} ways" in table
+
+
+@pytest.fixture(scope="module")
+def third(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another state of the same model."""
+    path = tmp_path_factory.mktemp("third") / "before"
+    model = load_model(sources["before"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7)
+    model.save_pretrained(path)
+    load_tokenizer(sources["before"]).save_pretrained(path)
+    return str(path)
+
+
+def test_of_any_number_of_models_each_two_are_correlated(
+    sources: dict[str, str],
+    third: str,
+    alone: dict[str, Any],
+    both: dict[str, Any],
+    undrawn: None,
+    tmp_path: Path,
+) -> None:
+    models = [sources["before"], sources["after"], third]
+    found = study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
+    assert [model["label"] for model in found["models"]] == ["before (1)", "after", "before (3)"]
+    assert [pair["models"] for pair in found["pairs"]] == [[0, 1], [0, 2], [1, 2]]
+    assert found["pairs"][0] == both["pairs"][0]  # the same two models, the same tokens
+    assert alone["pairs"] == []
+    for key, result in found["results"].items():
+        assert result["models"][0] == alone["results"][key]["models"][0], key
+        assert result["difference"] is None
+    table = (tmp_path / "out" / "study.txt").read_text()
+    assert "before (1) and before (3)" in table
+    assert "change" not in table
+
+
+def test_the_papers_figures_are_written_for_all_models(
+    sources: dict[str, str], third: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {**OPTIONS, "block_size": 9, "blocks": 3, "lengths": (64,)}  # windows are not used
+    models = [sources["before"], sources["after"], third]
+    study(models, half(sources["text"]), str(out), paper=True, **options)
+    assert sorted(path.name for path in out.iterdir()) == ["paper.json", "paper.png", "paper.txt"]
+    found = json.loads((out / "paper.json").read_text())
+    assert found["settings"]["attention"] == "recomputed"
+    assert (found["inputs"], found["context"]) == (3, 8)
+    assert [len(found[name]) for name in ("models", "components", "pairs")] == [3, 3, 3]
+    for key, result in found["results"].items():
+        shape = tuple(len(found["axes"][axis]) for axis in result["axes"])
+        assert [array(each["value"]).shape for each in result["models"]] == [shape] * 3, key
+    table = (out / "paper.txt").read_text()
+    assert "attention of masked runs recomputed" in table
+    assert "Rank correlation of AUC on the same tokens" in table
+    assert table.count("Most frequent at 0.1 %") == 3
+
+
+def test_the_papers_figures_of_two_models_have_a_paired_change(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softtrace.cli.paper.write_paper_plot", lambda paper, folder: None)
+    options = {**OPTIONS, "block_size": 9, "blocks": 3, "attention": "recorded"}
+    models = [sources["before"], sources["after"]]
+    found = study(models, half(sources["text"]), str(tmp_path / "out"), paper=True, **options)
+    before, after = (each["value"] for each in found["results"]["auc"]["models"])
+    assert found["results"]["auc"]["difference"]["value"] == pytest.approx(after - before)
+    assert " change" in (tmp_path / "out" / "paper.txt").read_text()

@@ -17,7 +17,7 @@ from tests.support import oracle
 from tests.support.literal import edges_of, every_edge, graph_of, made_up_importance, value_of
 
 PADDED = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-KINDS: Any = ("random_connected", "inverse")
+KINDS: Any = ("random_ranks", "least_important")
 
 
 def importance() -> EdgeImportance:
@@ -57,7 +57,7 @@ def test_scores_are_dense_ranks_of_the_existing_edges(kind: Any, keep_residual: 
             assert len(lifted) <= len(residual) + 1  # the best of the others has rank 0
         else:
             assert len(lifted) == len({oracle.target_node(edge) for edge in lifted}) == len(nodes)
-        if kind == "inverse":
+        if kind == "least_important":
             in_order = sorted(found, key=found.__getitem__, reverse=True)
             values = [existing[edge] for edge in in_order]
             assert values == sorted(values)
@@ -65,7 +65,7 @@ def test_scores_are_dense_ranks_of_the_existing_edges(kind: Any, keep_residual: 
 
 def test_without_kept_residuals_each_nodes_best_edge_is_lifted() -> None:
     rich = importance()
-    scores = baseline_scores(rich, "inverse", keep_residual=False)
+    scores = baseline_scores(rich, "least_important", keep_residual=False)
     for row in range(len(PADDED)):
         existing = edges_of(rich, row)
         least: dict[oracle.Node, tuple[float, Any]] = {}
@@ -102,7 +102,7 @@ def test_at_every_threshold_the_output_is_connected_to_an_embedding(
 def test_random_scores_follow_the_seed_and_nothing_else() -> None:
     state = torch.get_rng_state()
     rich, other = importance(), made_up_importance(9, valid=PADDED, windows=(None, 3))
-    same = {"kind": "random_connected", "keep_residual": True}
+    same = {"kind": "random_ranks", "keep_residual": True}
     first = baseline_scores(rich, **same)  # type: ignore[arg-type]
     for again in (
         baseline_scores(rich, **same),  # type: ignore[arg-type]

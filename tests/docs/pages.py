@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from softtrace.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "recipes/README.md", "recipes/TUTORIAL.md")
+PAGES = ("README.md", "recipes/README.md", "recipes/TUTORIAL.md", "recipes/PAPER.md")
 
 
 def text_of(page: str) -> str:

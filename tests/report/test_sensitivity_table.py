@@ -26,6 +26,6 @@ def test_rows_and_what_survives() -> None:
     assert "entropy says: yes in 0, no in 0, open in 3 of 3 ways." in table
     (line,) = [line for line in table.splitlines() if line.startswith("recomputed")]
     assert line.split() == [
-        "recomputed", "l1", "nothing", "11", "25.0", "%", "0.250", "+0.25", "(+0.20", "to", "+0.30)",
-        "no", "open",
+        "recomputed", "l1", "nothing", "11", "25.0", "%", "0.250", "+0.25", "(+0.20", "to",
+        "+0.30)", "no", "open",
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """What a trace is compared with: connected subgraphs of the same size chosen badly.
 
-Random-connected takes edges in random order, inverse the least important first; each with the
-residual edges kept from the start or competing like all others. Source: arXiv 2605.27033,
-section 4.
+Random ranks take edges in random order, the least important ones come first in the other; each with
+the residual edges kept from the start or competing like all others. After arXiv 2605.27033,
+section 4, whose "inverse" and random connected subgraph are others: :mod:`softtrace.graph.orders`.
 
 Best-first search by such scores stalls: the output node has two edges, both among the worst, and
 once one is in, most of the graph follows at a single score, so that no threshold shows the sizes
@@ -22,7 +22,13 @@ from torch import Tensor
 from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 
-Baseline = Literal["random_connected", "inverse"]
+Baseline = Literal["random_ranks", "least_important"]
+
+NAMES_IN_FILES: dict[Baseline, str] = {
+    "random_ranks": "random_connected",
+    "least_important": "inverse",
+}
+"""What ``density.json`` calls them, since before they were renamed."""
 
 
 def baseline_scores(
@@ -39,7 +45,7 @@ def baseline_scores(
 
     Args:
         importance: of a batch.
-        kind: ``"random_connected"`` or ``"inverse"``.
+        kind: ``"random_ranks"`` or ``"least_important"``.
         keep_residual: residual edges get a score above every threshold; otherwise the best edge
             into each node does, so that the subgraph stays connected at every threshold.
         seed: of the random scores; one for each sequence makes them independent of the batch that
@@ -53,7 +59,7 @@ def baseline_scores(
     existing = importance.existing()
     shapes = [[part.shape for part in layer] for layer in importance.layers]
     there = _flatten(existing)
-    order = _random(there, seed) if kind == "random_connected" else -_flatten(importance.layers)
+    order = _random(there, seed) if kind == "random_ranks" else -_flatten(importance.layers)
     # Absent edges go last, so that ranks of existing ones are dense from the top.
     order = order.masked_fill(~there, -torch.inf)
     rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -12,7 +12,12 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from softtrace.density.baselines import Baseline, baseline_scores, baseline_thresholds
+from softtrace.density.baselines import (
+    NAMES_IN_FILES,
+    Baseline,
+    baseline_scores,
+    baseline_thresholds,
+)
 from softtrace.density.curve import SIZES, DensityCurve, default_thresholds
 from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.density.easiness import loss_score
@@ -340,7 +345,7 @@ def _baselines(found: Measurements) -> dict[str, Any]:
     joined = {key: torch.cat(parts, dim=1).double() for key, parts in found.baselines.items()}
     return {
         "baselines": {
-            kind: {
+            NAMES_IN_FILES[kind]: {
                 "residual_kept": joined[kind, True].mean(-1).tolist(),
                 "residual_not_kept": joined[kind, False].mean(-1).tolist(),
             }

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softtrace.density.baselines import Baseline
+from softtrace.density.baselines import NAMES_IN_FILES
 from softtrace.errors import CheckpointError
 from softtrace.evaluation.measure import LISTS, Measurements
 from softtrace.files import OVERWRITE, atomic_path, check_output
@@ -171,7 +171,7 @@ def _tensors(found: Measurements) -> Iterator[tuple[str, Tensor]]:
     if found.composition is not None:
         yield "composition", found.composition
     for (kind, kept), parts in found.baselines.items():
-        yield f"baseline {kind} {kept}", torch.cat(parts, dim=1)
+        yield f"baseline {NAMES_IN_FILES[kind]} {kept}", torch.cat(parts, dim=1)
 
 
 def _measurements(tensors: Mapping[str, Tensor]) -> Measurements:
@@ -179,8 +179,8 @@ def _measurements(tensors: Mapping[str, Tensor]) -> Measurements:
     for name in LISTS:
         if name in tensors:
             getattr(found, name).append(tensors[name])
-    for kind in get_args(Baseline):
+    for kind, name in NAMES_IN_FILES.items():
         for kept in (True, False):
-            if (values := tensors.get(f"baseline {kind} {kept}")) is not None:
+            if (values := tensors.get(f"baseline {name} {kept}")) is not None:
                 found.baselines[kind, kept] = [values]
     return found

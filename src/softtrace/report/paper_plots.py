@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,18 +72,21 @@ def _variation(axes: Axes, paper: Paper) -> None:
 
 def _nucleus(axes: Axes, paper: Paper) -> None:
     targets = paper["axes"]["nucleus_k"]
-    count = len(paper["models"])
+    count, least = len(paper["models"]), 1.0
     for at, ends in each_model(paper, "nucleus"):
         low, middle, high = ends["value"].T
-        x = [k + 1.2 * (at - (count - 1) / 2) for k in targets]
+        x = [place + 0.1 * (at - (count - 1) / 2) for place in range(len(targets))]
+        least = min(least, float(low.min()))
         colour = colour_of(at, paper["models"])
         axes.errorbar(x, middle, yerr=(middle - low, high - middle), color=colour, capsize=3,
                       marker=MARKERS[at % len(MARKERS)], linestyle=LINES[at % len(LINES)],
                       linewidth=1.8, elinewidth=1)  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator(_TICKS))
     axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(targets)
+    axes.set_ylim(10 ** math.floor(math.log10(max(least, 1e-5) * 0.999)), 1.2)
+    axes.set_xticks(range(len(targets)), [str(k) for k in targets])
     axes.set(xlabel="k (%)", ylabel="first size with ν ≥ k (quartiles)")
 
 
@@ -132,6 +136,7 @@ def _loss(axes: Axes, paper: Paper) -> None:
 def _rank(axes: Axes, paper: Paper) -> None:
     _single(axes, paper, "true/rank")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
     axes.set_ylabel("rank of the true token (median)")
 
 
