@@ -50,7 +50,7 @@ def test_eight_panels_that_name_their_axes_and_their_kind_of_attention(
         figure = draw_paper(several(paper, count))
     assert len(figure.axes) == 8
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    assert "attention recomputed" in figure.get_suptitle()
+    assert "attention recomputed" in figure.legends[0].get_title().get_text()
     over_sizes = [axes for axes in figure.axes if "size of the trace" in axes.get_xlabel()]
     assert [axes.get_xlim() for axes in over_sizes] == [(1e-5, 1.0)] * 6
 
