@@ -155,8 +155,7 @@ def curve_of(
         sorted(thresholds, reverse=True), dtype=torch.float64, device=measured.device
     )
     total = total_edges(scores)
-    logits = recording.logits[measured]
-    full = logits.to(working_dtype(logits.dtype)).softmax(-1)
+    full = recording.logits[measured].to(working_dtype(recording.logits.dtype)).softmax(-1)
     others = ~measured
     explained = measured if explained is None else explained & measured
     exact = exact and attention != "recorded"
@@ -171,7 +170,7 @@ def curve_of(
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
-            instrument, read[measured], full, logits, explained[measured], nucleus, reader
+            instrument, recording, measured, read[measured], full, explained, nucleus, reader
         )
         variations.append(_placed([variation[:, None]], measured, torch.nan)[..., 0])
         if recovered:
@@ -227,9 +226,10 @@ def read_masked(
 
 def _distortion(
     instrument: Instrument,
+    recording: Recording,
+    measured: Tensor,
     read: Tensor,
     full: Tensor,
-    logits: Tensor,
     explained: Tensor,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None,
@@ -238,22 +238,28 @@ def _distortion(
     ``[m, P]`` and of what ``reader`` reads, or nothing. In portions of positions.
 
     Args:
-        instrument: of the model.
-        read: ``[n, d_model]``, what the final norm gives in a masked run.
-        full, logits: ``[n, V]``, the full model's probabilities and logits.
-        explained: ``[n]`` bool.
+        instrument, recording: see :func:`curve_of`.
+        measured: ``[B, T]`` bool, the n positions.
+        read: ``[n, d_model]``, what the final norm gives there in a masked run.
+        full: ``[n, V]``, the full model's probabilities there.
+        explained: ``[B, T]`` bool, some of them.
         nucleus: whether nucleus recovery is wanted.
         reader: see :func:`curve_of`.
     """
     rows = _portion(full)
+    places = measured.flatten().nonzero()[:, 0]
+    logits = recording.logits.flatten(0, 1)  # a view: a copy of all of them would be large
     variations, recovered, others = [], [], []
-    for part, p, own, chosen in zip(
-        *(torch.split(every, rows) for every in (read, full, logits, explained)), strict=True
+    for part, p, place, chosen in zip(
+        *(torch.split(every, rows) for every in (read, full, places, explained[measured])),
+        strict=True,
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
         if nucleus and bool(chosen.any()):
-            recovered.append(nucleus_recovered(own[chosen], masked[chosen], NUCLEUS_SHARES))
+            recovered.append(
+                nucleus_recovered(logits[place[chosen]], masked[chosen], NUCLEUS_SHARES)
+            )
         if reader is not None and bool(chosen.any()):
             others.append(reader(masked[chosen]))
     return torch.cat(variations), recovered, others
