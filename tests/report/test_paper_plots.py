@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from softtrace.evaluation.study.paper import read_paper
-from softtrace.evaluation.study.paper_answers import AXES, component_results, paper_results
+from softtrace.evaluation.study.paper_answers import AXES, PAPER_ANSWERS, component_results
+from softtrace.evaluation.study.results import results_of
 from softtrace.report.drawing import style
 from softtrace.report.paper_plots import draw_paper, write_paper_plot
 from tests.report.test_plots import png_size
@@ -28,7 +29,7 @@ def paper() -> dict[str, Any]:
         "models": [{"label": "tiny"}],
         "settings": {"attention": "recomputed", "confidence": 0.95},
         "axes": AXES,
-        "results": paper_results([found], resamples=10, seed=0),
+        "results": results_of(PAPER_ANSWERS, [found], resamples=10, seed=0),
         "components": [component_results(found, [])],
     }
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,9 +85,9 @@ def nearest(thresholds: tuple[float, ...]) -> list[int]:
 
 def errors(curve: DensityCurve, places: list[int]) -> dict[str, Tensor]:
     """Of readings from some thresholds: of TV ``[26, n]``, of the area and of log10 of the size."""
-    read = DensityCurve(
-        curve.thresholds[places], curve.size[places], curve.total_variation[places], curve.edges,
-        curve.entropy,
+    read = replace(
+        curve, thresholds=curve.thresholds[places], size=curve.size[places],
+        total_variation=curve.total_variation[places],
     )  # fmt: skip
     return {
         "tv": (read.at_sizes() - curve.at_sizes())[:, 0],

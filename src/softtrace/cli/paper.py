@@ -18,10 +18,11 @@ from softtrace.evaluation.run_options import RunOptions
 from softtrace.evaluation.study.paper import PaperReadings, read_paper
 from softtrace.evaluation.study.paper_answers import (
     AXES,
+    PAPER_ANSWERS,
     component_results,
     density_correlations,
-    paper_results,
 )
+from softtrace.evaluation.study.results import results_of
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.files import prepare_output, write_json, write_text
 from softtrace.model.devices import device_of
@@ -102,7 +103,7 @@ def paper(
             "dtype": run.dtype,
         },
         "axes": AXES,
-        "results": paper_results(found, resamples, seed),
+        "results": results_of(PAPER_ANSWERS, found, resamples, seed),
         "components": components,
         "pairs": density_correlations(densities, resamples, seed),
         **provenance(where),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,6 @@ from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.bootstrap import (
     CONFIDENCE,
-    Difference,
-    Interval,
-    Statistic,
-    intervals,
 )
 from softtrace.evaluation.identity import text_identity
 from softtrace.evaluation.provenance import provenance
@@ -34,6 +30,7 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.evaluation.study.paper_answers import density_correlations
 from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
+from softtrace.evaluation.study.results import results_of
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.files import check_output, claims_out, prepare_output, write_json, write_text
 from softtrace.graph.edges import EDGE_KINDS
@@ -240,7 +237,7 @@ def study(
             "positions": ends.tolist(),
             "contexts": [*lengths, "all before"],
         },
-        "results": _results(found, resamples, seed),
+        "results": results_of(ANSWERS, found, resamples, seed),
         "pairs": density_correlations([each.whole.area for each in found], resamples, seed),
         **provenance(where),
         "seconds": round(time.perf_counter() - began, 1),
@@ -262,29 +259,6 @@ def _summary(unigrams: Unigrams) -> dict[str, Any]:
         "smoothing": f"{unigrams.smoothing:g} added to every count",
         "entropy_nats": unigrams.entropy,
         "uniform_kl_nats": unigrams.uniform_divergence,
-    }
-
-
-def _results(found: Sequence[Readings], resamples: int, seed: int) -> dict[str, Any]:
-    """Every answer for every model, and for two the second less the first."""
-    statistics: list[dict[str, Statistic]] = [
-        {answer.key: answer.of(readings) for answer in ANSWERS} for readings in found
-    ]
-    of_models = [intervals(each, resamples, seed) for each in statistics]
-    changes: Mapping[str, Interval] = {}
-    if len(found) == 2:
-        before, after = statistics
-        paired = {key: Difference(after[key], before[key]) for key in before}
-        changes = intervals(paired, resamples, seed)
-    return {
-        answer.key: {
-            "name": answer.name,
-            "unit": answer.unit,
-            "axes": list(answer.axes),
-            "models": [each[answer.key].as_json() for each in of_models],
-            "difference": changes[answer.key].as_json() if changes else None,
-        }
-        for answer in ANSWERS
     }
 
 

@@ -41,6 +41,11 @@ class Written(NamedTuple):
     ends: bool = False
 
 
+def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Special tokens that can be found in a text, as they are spelled."""
+    return tuple(token for token in tokenizer.all_special_tokens if token.strip())
+
+
 class Writer:
     """Writes documents out for one tokenizer.
 
@@ -53,7 +58,7 @@ class Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answers_only: bool | None) -> None:
         self._tokenizer = tokenizer
         self._answers_only = answers_only
-        self._spelled = [token for token in tokenizer.all_special_tokens if token.strip()]
+        self._spelled = spelled_tokens(tokenizer)
         self._said: set[str] = set()
 
     def write(self, document: Document) -> Written:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from softtrace.data.chat import Spans, Writer, Written
+from softtrace.data.chat import Spans, Writer, Written, spelled_tokens
 from softtrace.data.documents import Document
 from softtrace.errors import DataError
 
@@ -203,7 +203,7 @@ class _SpecialTokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._spelled = tuple(token for token in tokenizer.all_special_tokens if token.strip())
+        self._spelled = spelled_tokens(tokenizer)
         self._said = False
 
     def are_tokens(self, document: Document, text: str) -> bool:

@@ -20,6 +20,7 @@ from softtrace.report.study_plots import (
     LINES,
     band,
     colour_of,
+    draw_panels,
     each_model,
     model_handles,
     several,
@@ -47,13 +48,8 @@ def draw_paper(paper: Paper) -> Figure:
     """The page, eight panels; to be called within :func:`softtrace.report.drawing.style`."""
     note = attention_name([paper["settings"]])
     figure = drawing.new_figure(15.5, model_handles(paper), note)
-    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     drawing.set_title(figure, "By the definitions of arXiv 2605.27033")
-    for axes, (title, draw) in zip(figure.subplots(4, 2).ravel(), _PANELS, strict=True):
-        axes.set_title(title, fontsize=11, pad=6)
-        draw(axes, paper)
-        axes.grid(axis="y", color="#E0E0E0", linewidth=0.8)
-        axes.set_axisbelow(True)
+    draw_panels(figure, _PANELS, paper)
     return figure
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from softtrace.report.study_tables import (
-    cell,
+    Row,
     nearest_size,
     pair_lines,
+    section_lines,
     size_name,
-    value_at,
 )
-from softtrace.report.tables import aligned, shorten
 
 Paper = Mapping[str, Any]
 """The content of a ``paper.json``."""
@@ -31,37 +30,11 @@ trace, residual edges kept. Random: grown from the output, residual edges kept. 
 five most likely tokens of the top-60 % list; their frequency is in the {tokens:,} tokens of the
 training side. Connected: there is a path from a token to the output."""
 
-Row = tuple[str, str, tuple[int, ...]]
-
 
 def paper_table(paper: Paper) -> str:
     """The numbers of every model by size: one column a model, and of two the change."""
     models, settings = paper["models"], paper["settings"]
-    both = len(models) == 2
-    head = [shorten(model["label"], 34) for model in models] + ["change"] * both
-    rows: list[list[str]] = []
-    titles: list[int] = []
-    for title, section in _sections(paper):
-        titles.append(len(rows))
-        rows.append([title, *head])
-        for name, key, place in section:
-            result = paper["results"][key]
-            found = [*result["models"], *([result["difference"]] if both else [])]
-            rows.append([name] + [
-                cell({end: value_at(part[end], place) for end in part}, result["unit"],
-                     signed=at == 2 and both)
-                for at, part in enumerate(found)
-            ])  # fmt: skip
-    lines = iter(aligned(rows).split("\n"))
-    text, rule = [], ""
-    for number, _ in enumerate(rows):
-        if number in titles and number:
-            text.append("")
-        text.append(next(lines))
-        if number == 0:
-            rule = next(lines)
-        if number in titles:
-            text.append(rule)
+    text = section_lines(paper, _sections(paper))
     header = (
         f"{', '.join(model['path'] for model in models)}\n"
         f"{paper['inputs']:,} inputs of {paper['context']} tokens and the one to predict, "
@@ -74,7 +47,7 @@ def paper_table(paper: Paper) -> str:
         tokens=paper["unigrams"]["tokens"],
     )
     pairs = pair_lines(paper, "AUC")
-    return "\n".join([header, "", *text, "", *pairs, *_components(paper), "", legend])
+    return "\n".join([header, "", *text, *pairs, *_components(paper), "", legend])
 
 
 def _sections(paper: Paper) -> Iterator[tuple[str, list[Row]]]:

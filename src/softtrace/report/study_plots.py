@@ -5,7 +5,7 @@ Models are told apart by line style and marker, and by colour where nothing else
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from softtrace.report.tables import shorten
 _SIZE = "size of the trace (log scale)"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _NUCLEI = (0.1, 0.4, 0.9)
+Panel = tuple[str, Callable[[Axes, Study], None]]
 
 
 def write_study_plot(study: Study, folder: Path | str) -> Path:
@@ -44,14 +45,25 @@ def draw_study(study: Study) -> Figure:
     """The page, twelve panels; to be called within :func:`softtrace.report.drawing.style`."""
     note = attention_name([study["settings"]])
     figure = drawing.new_figure(21.0, model_handles(study), note)
-    grid = figure.subplots(6, 2).ravel()
+    draw_panels(figure, _PANELS, study)
+    return figure
+
+
+def draw_panels(figure: Figure, panels: Sequence[Panel], study: Study) -> None:
+    """Fill a figure with panels, two in a row.
+
+    Args:
+        figure: an empty one.
+        panels: title of each, and what draws it.
+        study: the content of a ``study.json`` or ``paper.json``.
+    """
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
-    for axes, panel in zip(grid, _PANELS, strict=True):
-        axes.set_title(panel[0], fontsize=11, pad=20 if panel[1] is _variation else 6)
-        panel[1](axes, study)
+    grid = figure.subplots(len(panels) // 2, 2).ravel()
+    for axes, (title, draw) in zip(grid, panels, strict=True):
+        axes.set_title(title, fontsize=11, pad=20 if draw is _variation else 6)
+        draw(axes, study)
         axes.grid(axis="y", color="#E0E0E0", linewidth=0.8)
         axes.set_axisbelow(True)
-    return figure
 
 
 def _variation(axes: Axes, study: Study) -> None:

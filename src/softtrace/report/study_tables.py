@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from softtrace.report.tables import aligned, percent, shorten
@@ -34,36 +34,7 @@ Row = tuple[str, str, tuple[int, ...]]
 def study_table(study: Study) -> str:
     """The main numbers of a study: one column a model, and of two the change."""
     models, data, settings = study["models"], study["data"], study["settings"]
-    head = [shorten(model["label"], 34) for model in models]
-    if len(models) == 2:
-        head.append("change")
-    blocks = []
-    for title, rows in _sections(study):
-        cells = [[title, *head]]
-        for name, key, place in rows:
-            result = study["results"][key]
-            found = [*result["models"], *([result["difference"]] if len(models) == 2 else [])]
-            unit = result["unit"]
-            cells.append(
-                [name]
-                + [
-                    cell(
-                        {end: value_at(part[end], place) for end in part},
-                        unit,
-                        signed=at == 2 == len(models),
-                    )
-                    for at, part in enumerate(found)
-                ]
-            )
-        blocks.append(cells)
-    # One table, so that the columns of all questions stand under each other.
-    lines = iter(aligned([row for cells in blocks for row in cells]).split("\n"))
-    text = []
-    rule = ""
-    for number, cells in enumerate(blocks):
-        text.append(next(lines))
-        rule = next(lines) if number == 0 else rule
-        text += [rule, *(next(lines) for _ in cells[1:]), ""]
+    text = section_lines(study, _sections(study))
     text += pair_lines(study, "area")
     unigrams = study["unigrams"]
     header = (
@@ -85,6 +56,39 @@ def study_table(study: Study) -> str:
         targets=settings["targets"],
     )
     return "\n".join([header, "", *text, legend])
+
+
+def section_lines(study: Study, sections: Iterable[tuple[str, list[Row]]]) -> list[str]:
+    """A block of rows a section, a column a model, and of two the change; a blank line after each.
+
+    Args:
+        study: the content of a ``study.json`` or ``paper.json``.
+        sections: titles with their rows.
+    """
+    models = study["models"]
+    both = len(models) == 2
+    head = [*(shorten(model["label"], 34) for model in models), *["change"] * both]
+    blocks = []
+    for title, rows in sections:
+        cells = [[title, *head]]
+        for name, key, place in rows:
+            result = study["results"][key]
+            found = [*result["models"], *([result["difference"]] if both else [])]
+            cells.append([name] + [
+                cell({end: value_at(part[end], place) for end in part}, result["unit"],
+                     signed=both and at == 2)
+                for at, part in enumerate(found)
+            ])  # fmt: skip
+        blocks.append(cells)
+    # One table, so that the columns of all questions stand under each other.
+    lines = iter(aligned([row for cells in blocks for row in cells]).split("\n"))
+    text = []
+    rule = ""
+    for number, cells in enumerate(blocks):
+        text.append(next(lines))
+        rule = next(lines) if number == 0 else rule
+        text += [rule, *(next(lines) for _ in cells[1:]), ""]
+    return text
 
 
 def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:

@@ -22,9 +22,9 @@ from softtrace.evaluation.study.paper_answers import (
     PAPER_ANSWERS,
     component_results,
     density_correlations,
-    paper_results,
     presence,
 )
+from softtrace.evaluation.study.results import results_of
 from softtrace.graph.edges import Edge
 from softtrace.graph.orders import random_order
 from softtrace.tracing.attach import attach
@@ -168,7 +168,7 @@ def several() -> PaperReadings:
 
 
 def test_answers_are_the_statistics_of_the_figures(several: PaperReadings) -> None:
-    results = paper_results([several], resamples=20, seed=0)
+    results = results_of(PAPER_ANSWERS, [several], resamples=20, seed=0)
     assert list(results) == [answer.key for answer in PAPER_ANSWERS]
     values = {key: np.asarray(each["models"][0]["value"]) for key, each in results.items()}
     for key, result in results.items():
@@ -199,7 +199,7 @@ def test_answers_are_the_statistics_of_the_figures(several: PaperReadings) -> No
 
 
 def test_components_are_counted_over_the_inputs(several: PaperReadings) -> None:
-    results = paper_results([several], resamples=20, seed=0)
+    results = results_of(PAPER_ANSWERS, [several], resamples=20, seed=0)
     names = component_names(LAYERS, HEADS)
     found = component_results(several, names)
     assert found["names"] == names
@@ -232,7 +232,7 @@ def test_a_resample_of_the_gini_is_that_of_the_inputs_written_out(several: Paper
 
 
 def test_two_models_have_a_paired_difference(several: PaperReadings) -> None:
-    results = paper_results([several, several], resamples=10, seed=0)
+    results = results_of(PAPER_ANSWERS, [several, several], resamples=10, seed=0)
     assert results["auc"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 

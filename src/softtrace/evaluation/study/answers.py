@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,35 +18,15 @@ from softtrace.evaluation.bootstrap import (
     mean,
 )
 from softtrace.evaluation.study.readings import STUDY_SIZES, Computation, Readings
+from softtrace.evaluation.study.results import Answer, Unit
 from softtrace.evaluation.study.unigrams import READINGS
-
-Unit = Literal["nats", "share", "tv", "correlation", "edges"]
 
 _CHANGE = PHASES["construction"][1]
 CONSTRUCTION_ENDS = STUDY_SIZES.index(_CHANGE)
 """Where :data:`STUDY_SIZES` is the size at which construction ends."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One number, or array of numbers, that the study gives for every model.
-
-    Attributes:
-        key: its name in ``study.json``: the question, then what is measured.
-        name: what tables call it.
-        unit: of its numbers.
-        axes: what its dimensions run over, as named in ``study.json``'s ``axes``.
-        of: makes the statistic from a model's readings.
-    """
-
-    key: str
-    name: str
-    unit: Unit
-    axes: tuple[str, ...]
-    of: Callable[[Readings], Statistic]
-
-
-def _answers() -> Iterator[Answer]:
+def _answers() -> Iterator[Answer[Readings]]:
     yield Answer("overall/loss", "loss", "nats", (), lambda r: mean(r.whole.surprisal))
     yield Answer("overall/entropy", "entropy", "nats", (), lambda r: mean(r.whole.entropy))
     yield Answer("overall/area", "area under distortion", "tv", (), lambda r: mean(r.whole.area))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from softtrace.density.paper import (
     on_common_sizes,
 )
 from softtrace.evaluation.bootstrap import (
-    Difference,
-    Interval,
     Median,
     Quantile,
     RankCorrelation,
@@ -30,8 +27,8 @@ from softtrace.evaluation.bootstrap import (
     intervals,
     mean,
 )
-from softtrace.evaluation.study.answers import Unit
 from softtrace.evaluation.study.paper import PaperReadings
+from softtrace.evaluation.study.results import Answer
 
 COMPONENT_SIZES = (4e-4, 1e-3, 2e-3, 4e-3, 1e-2, 4e-2, 1e-1, 8e-1)
 """Sizes at which the paper shows how often traces go through each component."""
@@ -49,53 +46,34 @@ AXES: dict[str, list[Any]] = {
 """What dimensions of answers run over."""
 
 
-@dataclass(frozen=True)
-class PaperAnswer:
-    """One number, or array of numbers, of every model.
-
-    Attributes:
-        key: its name in ``paper.json``.
-        name: what the table calls it.
-        unit: of its numbers; ``"tokens"`` are ranks.
-        axes: what its dimensions run over, of :data:`AXES`.
-        of: makes the statistic from a model's readings.
-    """
-
-    key: str
-    name: str
-    unit: Unit
-    axes: tuple[str, ...]
-    of: Callable[[PaperReadings], Statistic]
-
-
-def _answers() -> Iterator[PaperAnswer]:
+def _answers() -> Iterator[Answer[PaperReadings]]:
     one, sizes = (), ("sizes",)
-    yield PaperAnswer("loss", "loss", "nats", one, lambda r: mean(r.loss[:, -1:]))
-    yield PaperAnswer("entropy", "entropy", "nats", one, lambda r: mean(r.entropy[:, None]))
-    yield PaperAnswer("auc", "AUC (computation density)", "tv", one, lambda r: mean(r.auc[:, None]))
+    yield Answer("loss", "loss", "nats", one, lambda r: mean(r.loss[:, -1:]))
+    yield Answer("entropy", "entropy", "nats", one, lambda r: mean(r.entropy[:, None]))
+    yield Answer("auc", "AUC (computation density)", "tv", one, lambda r: mean(r.auc[:, None]))
     name = "rank correlation of entropy and AUC"
-    yield PaperAnswer("entropy_auc", name, "correlation", one, _entropy_auc)
-    yield PaperAnswer("tv/trace", "TV of the trace", "tv", sizes, _curve("trace"))
+    yield Answer("entropy_auc", name, "correlation", one, _entropy_auc)
+    yield Answer("tv/trace", "TV of the trace", "tv", sizes, _curve("trace"))
     name = "TV of the rest of the model (inverse)"
-    yield PaperAnswer("tv/inverse", name, "tv", sizes, _curve("inverse"))
-    yield PaperAnswer("tv/random", "TV of a random subgraph", "tv", sizes, _curve("random"))
+    yield Answer("tv/inverse", name, "tv", sizes, _curve("inverse"))
+    yield Answer("tv/random", "TV of a random subgraph", "tv", sizes, _curve("random"))
     name, both = "first size with nu of at least k", ("nucleus_k", "quartiles")
-    yield PaperAnswer("nucleus", name, "share", both, _nucleus)
-    yield PaperAnswer("kinds", "edges by kind", "share", ("sizes", "kinds"), _curve("kinds"))
+    yield Answer("nucleus", name, "share", both, _nucleus)
+    yield Answer("kinds", "edges by kind", "share", ("sizes", "kinds"), _curve("kinds"))
     name, both = "edges by depth group", ("sizes", "depth_groups")
-    yield PaperAnswer("depths", name, "share", both, _curve("depths"))
+    yield Answer("depths", name, "share", both, _curve("depths"))
     name = "unigram frequency of the top-5 nucleus"
-    yield PaperAnswer("frequency", name, "share", sizes, _curve("frequency"))
-    yield PaperAnswer("true/loss", "loss of the true token", "nats", sizes, _curve("loss"))
-    yield PaperAnswer("true/rank", "rank of the true token (median)", "edges", sizes, _rank)
+    yield Answer("frequency", name, "share", sizes, _curve("frequency"))
+    yield Answer("true/loss", "loss of the true token", "nats", sizes, _curve("loss"))
+    yield Answer("true/rank", "rank of the true token (median)", "edges", sizes, _rank)
     name = "traces connected to the input"
-    yield PaperAnswer("connected", name, "share", sizes, _connected)
+    yield Answer("connected", name, "share", sizes, _connected)
     name, axes = "smallest size connected to the input", ("quartiles",)
-    yield PaperAnswer("connection", name, "share", axes, lambda r: _quartiles(r.connection))
+    yield Answer("connection", name, "share", axes, lambda r: _quartiles(r.connection))
     name, axes = "heads and MLPs that a trace goes through", ("component_sizes",)
-    yield PaperAnswer("components/share", name, "share", axes, _component_share)
+    yield Answer("components/share", name, "share", axes, _component_share)
     name = "Gini coefficient of their frequency"
-    yield PaperAnswer("components/gini", name, "tv", axes, _Gini)
+    yield Answer("components/gini", name, "tv", axes, _Gini)
 
 
 def _curve(name: str) -> Callable[[PaperReadings], Statistic]:
@@ -159,34 +137,6 @@ class _Gini:
 
 PAPER_ANSWERS = tuple(_answers())
 """All that ``study --paper`` answers, in the order of its table."""
-
-
-def paper_results(
-    found: Sequence[PaperReadings], resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Every answer for every model with its interval, and for two the second less the first.
-
-    Args:
-        found: readings of models on the same inputs.
-        resamples, seed: of the bootstrap over inputs.
-    """
-    statistics = [{each.key: each.of(readings) for each in PAPER_ANSWERS} for readings in found]
-    of_models = [intervals(each, resamples, seed) for each in statistics]
-    changes: dict[str, Interval] = {}
-    if len(found) == 2:
-        before, after = statistics
-        paired = {key: Difference(after[key], before[key]) for key in before}
-        changes = intervals(paired, resamples, seed)
-    return {
-        each.key: {
-            "name": each.name,
-            "unit": each.unit,
-            "axes": list(each.axes),
-            "models": [one[each.key].as_json() for one in of_models],
-            "difference": changes[each.key].as_json() if changes else None,
-        }
-        for each in PAPER_ANSWERS
-    }
 
 
 def component_results(readings: PaperReadings, names: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,7 +34,6 @@ from softtrace.graph.importance import Norm
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.masking import AttentionKind
-from softtrace.tracing.means import LayerMeans
 
 StandIn = Literal["nothing", "mean"]
 """What an absent edge carries: nothing, or its mean (:mod:`softtrace.tracing.means`)."""
@@ -139,7 +138,7 @@ def read_definitions(
                 attention, stand_in = way
                 curve = curve_of(
                     instrument, recording, recording.importance, taus, attention=attention,
-                    positions=positions, means=_stands_in(means, stand_in),
+                    positions=positions, means=means if stand_in == "mean" else None,
                 )  # fmt: skip
                 for each in together:
                     found[each].append(_reading(_part(curve, grid_of(each.thresholds)), explained))
@@ -160,25 +159,16 @@ def _by_way(definition: Definition) -> tuple[AttentionKind, StandIn]:
     return definition.attention, definition.stand_in
 
 
-def _stands_in(
-    means: tuple[LayerMeans, ...] | None, stand_in: StandIn
-) -> tuple[LayerMeans, ...] | None:
-    return means if stand_in == "mean" else None
-
-
 def _part(curve: DensityCurve, thresholds: Sequence[float]) -> DensityCurve:
     """The curve as read from some of its thresholds."""
     wanted = torch.tensor(sorted(thresholds, reverse=True), dtype=torch.float64)
     places = (curve.thresholds.cpu()[None] == wanted[:, None]).int().argmax(1)
     places = places.to(curve.size.device)
-    return DensityCurve(
-        curve.thresholds[places],
-        curve.size[places],
-        curve.total_variation[places],
-        curve.edges,
-        curve.entropy,
-        attention=curve.attention,
-        exact=curve.exact,
+    return replace(
+        curve,
+        thresholds=curve.thresholds[places],
+        size=curve.size[places],
+        total_variation=curve.total_variation[places],
     )
 
 
