@@ -71,15 +71,18 @@ def easy_weights(scores: Tensor, counted: Tensor, quantile: float, width: float)
         quantile: share of tokens that are easy, in (0, 1]; 1 weighs all alike.
         width: of the step, in standard deviations of the counted scores; 0 is a hard step.
     """
-    if quantile >= 1.0 or not bool(counted.any()):
+    if quantile >= 1.0:
         return counted.to(scores.dtype)
-    inside = scores[counted]
-    # kthvalue, not torch.quantile: that one refuses more than 2^24 elements.
-    rank = max(1, min(inside.numel(), round(quantile * inside.numel())))
-    bound = inside.kthvalue(rank).values
-    spread = inside.std(correction=0) * width
-    if float(spread) == 0.0:
-        return ((scores <= bound) & counted).to(scores.dtype)
-    weights = ((bound - scores) / spread).sigmoid() * counted
+    # Nothing is read from the device, which may be at work, or capturing this.
+    count = counted.sum()
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64
+    rank = (quantile * count.to(exact)).round().long().clamp(min=1) - 1
+    ordered = torch.where(counted, scores, torch.inf).flatten().sort().values
+    bound = ordered.index_select(0, rank[None])
+    inside = torch.where(counted, scores, 0.0)
+    mean = inside.sum() / count
+    spread = width * (torch.where(counted, inside - mean, 0.0).square().sum() / count).sqrt()
+    weights = ((bound - scores) / spread).sigmoid()
+    weights = torch.where(spread > 0, weights, (scores <= bound).to(scores.dtype))
     # Exactly 0 where next to nothing is left, so that nobody need look there.
-    return weights.masked_fill(weights < _NEGLIGIBLE, 0.0)
+    return torch.where(counted & (weights >= _NEGLIGIBLE), weights, 0.0)

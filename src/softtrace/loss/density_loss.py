@@ -12,7 +12,7 @@ user's forward, which is looked at and not changed (:mod:`softtrace.loss.early_e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,14 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrace.density.distortion import DISTANCES
-from softtrace.density.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
-from softtrace.graph.edges import EdgeImportance, LayerEdges
-from softtrace.graph.importance import working_dtype
-from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.sizes import soft_size
+from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
@@ -68,6 +63,7 @@ class DensityLoss:
         self.step = 0
         self.skipped_steps = 0
         self._watched = Watched()
+        self._captured = CapturedTerms()
         self._said: set[str] = set()
         if self.options.strength > 0:
             attach(model)
@@ -226,28 +222,16 @@ class DensityLoss:
         windows = self._windows(instrument, batch, step, options)
         if windows is None:
             return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-            recording = instrument.record(windows.batch)
-        full = recording.logits.detach()
-        easy, inside = self._easy(full, windows.batch)
-        traces, masks = self._masks(recording.importance, windows.thresholds)
-        places = (easy > 0).flatten().nonzero()[:, 0]
-        if not len(places):
+        found = self._captured(instrument, windows, options)
+        if found is None:
             return DensityTerm.of_no_run(
                 device, strength, "no token of the windows has a finite easiness"
             )
-        recorded = recording.attention if options.attention == "recorded" else None
-        masked = instrument.exit_logits(windows.batch, masks, windows.depths, places, recorded)
-        distances = self._distances(full.flatten(0, 1).index_select(0, places), masked)
-        total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
-        distortion = (easy.flatten().index_select(0, places) * distances).sum() / total
-        size = self._size(recording.importance, traces, easy / total)
-        term = distortion + options.size_weight * size if options.size_weight else distortion
         return DensityTerm(
-            loss=strength * term,
-            distortion=distortion.detach(),
-            soft_size=size.detach(),
-            easy_share=(total / inside.sum()).detach(),
+            loss=strength * found.term,
+            distortion=found.distortion,
+            soft_size=found.soft_size,
+            easy_share=found.easy_share,
             strength=strength,
         )
 
@@ -271,27 +255,6 @@ class DensityLoss:
         if chosen is None:
             return None
         return Windows.of(batch, chosen, window, first_token_of(instrument.model))
-
-    def _easy(self, full: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``[n, window]`` weights of easy tokens, and bool: which tokens were ranked for them."""
-        score = easiness(self.options.easiness)(full, batch.targets)
-        score = score.detach().to(working_dtype(full.dtype))
-        inside = batch.counted & torch.isfinite(score)  # of a callable: infinite where never easy
-        options = self.options
-        return easy_weights(score, inside, options.easy_quantile, options.easy_width), inside
-
-    def _distances(self, full: Tensor, masked: Tensor) -> Tensor:
-        """``[N]`` distances of masked predictions from the full ones, logits ``[N, V]`` both."""
-        check_finite(masked.detach(), "logits of the masked run")
-        chosen = self.options.distance
-        distance = chosen if callable(chosen) else DISTANCES[chosen]
-        distances = distance(full, masked)
-        if distances.shape != masked.shape[:1]:
-            raise InvalidInputError(
-                f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
-                f"allowed is [{len(masked)}], one number a token"
-            )
-        return distances
 
     def _exits(
         self, instrument: Instrument, watched: Watched, counted: Tensor, step: tuple[int, int]
@@ -321,31 +284,6 @@ class DensityLoss:
         )
         found = exit_distance(seen, anatomy.readout, drawn.places, drawn.depths)
         return found, drawn.used
-
-    def _masks(
-        self, importance: EdgeImportance, thresholds: Tensor
-    ) -> tuple[Sequence[LayerEdges], Sequence[LayerEdges]]:
-        """Traces at the drawn thresholds as the size term sees them, and as the run is masked."""
-        options = self.options
-        if options.family == "shallow":
-            every = hard_masks(importance, 0.0)
-            return every, every
-        hard = options.masks == "straight"
-        masks = (
-            hard_masks(importance, thresholds)
-            if hard
-            else soft_masks(importance, thresholds, options.temperature)
-        )
-        if hard and options.size_weight > 0:
-            return soft_masks(importance, thresholds, options.temperature), masks
-        return masks, masks
-
-    def _size(
-        self, importance: EdgeImportance, traces: Sequence[LayerEdges], weights: Tensor
-    ) -> Tensor:
-        """Weighted mean size of the traces; with gradients only if a size term wants them."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.size_weight > 0):
-            return soft_size(importance, traces, weights).to(weights.dtype)
 
 
 def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class DensityOptions:
         size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
             differentiable through the importances. Never without the distortion: alone it is gamed
             by rescaling.
+        cuda_graph: On CUDA, capture the masked runs of a shape once and replay them: their launches
+            are most of what they cost. A graph holds its memory and the gradients of the weights.
+            Models that cannot be captured, and float16, run as elsewhere, after a warning.
         on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
             its term.
         seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
@@ -90,6 +93,7 @@ class DensityOptions:
     exit_tokens: float = 0.125
     exit_depths: tuple[float, float] = (0.25, 1.0)
     size_weight: float = 0.0
+    cuda_graph: bool = True
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
 
@@ -117,6 +121,8 @@ class DensityOptions:
         integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
         if self.crop is not None and not (integer and self.crop >= 1):
             raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
+        if not isinstance(self.cuda_graph, bool):
+            raise InvalidInputError(f"cuda_graph: found {self.cuda_graph!r}, allowed are booleans")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
         if self.size_weight > 0 and self.family == "shallow":

@@ -77,12 +77,14 @@ class MaskedRun(Run):
         keep_hidden: bool = False,
         exact: bool = False,
         stop: int | None = None,
+        static: bool = False,
     ) -> None:
         super().__init__(anatomy, batch, keep_hidden)
         self.masks = masks
         self.recorded = attention
         self.exact = exact
         self.stop = stop
+        self.static = static
         self._node: Tensor | None = None
         self._cast: tuple[Tensor, ...] | None = None
 
@@ -96,11 +98,13 @@ class MaskedRun(Run):
     @override
     def hooks(self) -> list[Hook]:
         hooks = self.listeners()
-        kept = kept_rows([masks.mlp for masks in self.masks])
-        for modules, rows in zip(self.anatomy.layers, kept, strict=True):
-            for module in modules.token_wise:
-                hooks += KeptRows(module, rows).hooks()
-            if self.recorded is not None:
+        if not self.static:  # how many rows are kept is read from the device
+            kept = kept_rows([masks.mlp for masks in self.masks])
+            for modules, rows in zip(self.anatomy.layers, kept, strict=True):
+                for module in modules.token_wise:
+                    hooks += KeptRows(module, rows).hooks()
+        if self.recorded is not None:
+            for modules in self.anatomy.layers:
                 for projection in modules.score_projections:
                     hooks += Unread(projection).hooks()
         return hooks

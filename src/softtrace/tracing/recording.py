@@ -67,9 +67,11 @@ class RecordingRun(Run):
         keep_hidden: bool = False,
         keep_attention: bool = True,
         norm: Norm = "l1",
+        static: bool = False,
     ) -> None:
         super().__init__(anatomy, batch, keep_hidden)
         self.norm = norm
+        self.static = static
         self._order = 2 if norm == "l2" else 1
         self.keep_attention = keep_attention
         packed = batch.positions if batch.packed else None
@@ -114,9 +116,10 @@ class RecordingRun(Run):
             if (given.data_ptr(), given.shape, given.stride()) == memory:
                 return existing
         existing = visible & self.valid[:, :, None] & self.valid[:, None, :]
-        if self._documents is not None:
+        if self._documents is not None and not self.static:
             self._require_apart(existing, self._documents)
-        existing = next((e for _, e in self._masks if torch.equal(e, existing)), existing)
+        if not self.static:
+            existing = next((e for _, e in self._masks if torch.equal(e, existing)), existing)
         # The last two stay alive, so that their addresses are not given away.
         self._masks = [*self._masks[-1:], (visible, existing)]
         return existing

@@ -111,6 +111,7 @@ class Runner:
         keep_hidden: bool = False,
         keep_attention: bool = True,
         norm: Norm = "l1",
+        static: bool = False,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -119,13 +120,16 @@ class Runner:
             keep_hidden: also keep the residual stream at every layer.
             keep_attention: keep the attention probabilities, which masked runs need.
             norm: how large an edge is, see :data:`softtrace.graph.importance.Norm`.
+            static: read nothing from the device, so that a CUDA graph can capture the run; logits
+                and packed documents are not checked then.
 
         Raises:
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
-        run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention, norm)
+        run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention, norm, static=static)
         logits = self.forward(run)
-        check_finite(logits.detach(), "logits of the full model", batch.valid)
+        if not static:
+            check_finite(logits.detach(), "logits of the full model", batch.valid)
         importance = EdgeImportance(run.importances(), tuple(run.visible), batch.valid)
         hidden = None if run.hidden is None else tuple(run.hidden)
         return Recording(batch, logits, importance, tuple(run.attention), hidden)
@@ -202,6 +206,8 @@ class Runner:
         depths: Tensor,
         places: Tensor,
         attention: Sequence[Tensor] | None = None,
+        *,
+        static: bool = False,
     ) -> Tensor:
         """Logits of an early-phase masked run: masks in the first E layers, residuals above.
 
@@ -213,10 +219,14 @@ class Runner:
             batch, masks, attention: see :meth:`masked_logits`.
             depths: ``[B, T]`` integers, E of each position, 1 to L.
             places: ``[N]`` int64, the positions that are read, as numbers into ``[B·T]``.
+            static: read nothing from the device, so that a CUDA graph can capture the run: all
+                layers run, and all MLPs on all tokens.
 
         Returns:
             ``[N, V]``.
         """
+        if static:
+            return self._exit_logits_static(batch, masks, depths, places, attention)
         levels, order = depths.flatten().index_select(0, places).sort(stable=True)
         layers = len(self.anatomy.layers)
         numbers = torch.arange(layers + 1, device=levels.device)
@@ -243,6 +253,23 @@ class Runner:
         with dropout_off(self.model), uncompiled(self.model):
             logits: Tensor = self.anatomy.readout.early(torch.cat(read))
         return logits.index_select(0, order.argsort())
+
+    def _exit_logits_static(
+        self,
+        batch: Batch,
+        masks: Sequence[LayerEdges],
+        depths: Tensor,
+        places: Tensor,
+        attention: Sequence[Tensor] | None,
+    ) -> Tensor:
+        run = MaskedRun(self.anatomy, batch, masks, attention, keep_hidden=True, static=True)
+        self.forward(run, **self._one_logit)
+        hidden = torch.stack(run.hidden or []).flatten(0, 2)
+        levels = depths.flatten().index_select(0, places)
+        read = hidden.index_select(0, levels * depths.numel() + places)
+        with dropout_off(self.model), uncompiled(self.model):
+            logits: Tensor = self.anatomy.readout.early(read)
+        return logits
 
     def forward(self, run: Run, **options: int) -> Tensor:
         """``[B, T, V]`` logits of the model with ``run`` listening to every half-layer.

@@ -1,0 +1,193 @@
+"""What a training step costs at the sizes of real models, with random weights, on a GPU.
+
+    python -m recipes.benchmarks.speed.steps           # about five minutes on one GPU
+    python -m recipes.benchmarks.speed.steps --models SmolLM2-135M --ways plain default
+
+Each way to train takes periods of 8 steps in turn with all others of the same model, AdamW and
+bfloat16 autocast included, and is given over a plain step: eager, and with the model compiled. Peak
+memory is over a plain step's, weights and optimiser included. Also whether a replayed term has the
+gradients of one that was run as it is. Writes ``results/steps.json`` after every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import softtrace
+from recipes.benchmarks.places import RESULTS
+from softtrace.evaluation.decode_race import quartiles
+from softtrace.evaluation.provenance import provenance
+from softtrace.files import write_json
+
+#: name -> (stem of the classes, sizes as the model's card states them)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2-135M": ("Llama", {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }),
+    "Gemma-3-270M": ("Gemma3", {
+        "hidden_size": 640, "num_hidden_layers": 18, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048,
+        "vocab_size": 262144, "tie_word_embeddings": True,
+    }),
+    "Llama-3.2-1B": ("Llama", {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+#: way -> options of the term; None leaves it out
+WAYS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "default": {},
+    "default, not captured": {"cuda_graph": False},
+    "exits alone": {"every": 1_000_000},
+    "every 4th, share 0.15": {"every": 4, "share": 0.15},
+    "every 2nd, share 0.15": {"every": 2, "share": 0.15},
+    "every 2nd, share 0.15, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
+    "every step, share 0.075": {"every": 1, "share": 0.075},
+    "soft, every 4th, share 0.15": {"every": 4, "share": 0.15, "masks": "soft", "temperature": 0.1},
+}
+ROWS, LENGTH, PERIOD = 16, 512, 8
+
+
+class Way:
+    """One way to train a model of its own."""
+
+    def __init__(self, name: str, options: dict[str, Any] | None, compiled: bool) -> None:
+        stem, sizes = MODELS[name]
+        config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**sizes)
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            self.model = getattr(transformers, f"{stem}ForCausalLM")(config).train()
+        self.density = None if options is None else softtrace.DensityLoss(self.model, **options)
+        if compiled:
+            self.model.compile()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-5)
+        self.number = 0
+        self.ids = torch.randint(1000, 40_000, (ROWS, LENGTH), device="cuda")
+
+    def step(self) -> None:
+        """One training step."""
+        ids = self.ids.roll(self.number)
+        with torch.autocast("cuda", torch.bfloat16):
+            if self.density is None:
+                loss = self.model(input_ids=ids, labels=ids).loss
+            else:
+                with self.density.watching(step=self.number) as watched:
+                    loss = self.model(input_ids=ids, labels=ids).loss
+                loss = loss + self.density(ids, step=self.number, watched=watched).loss
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.number += 1
+
+    def period(self) -> float:
+        """Mean seconds of a period's steps."""
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(PERIOD):
+            self.step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / PERIOD
+
+
+def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[str, Any]:
+    """Times and memory of the ways to train one model."""
+    built, memory = {}, {}
+    for way in ways:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        built[way] = Way(name, WAYS[way], compiled)
+        for _ in range(3):  # of the captured ones: until their graph is there
+            built[way].period()
+        torch.cuda.reset_peak_memory_stats()
+        built[way].period()
+        memory[way] = torch.cuda.max_memory_allocated() - before
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, each in built.items():
+            each.step()  # in training a step follows one of the same model
+            seconds[way].append(each.period())
+    plain = seconds["plain"]
+    return {
+        way: {
+            "time": quartiles([a / b for a, b in zip(seconds[way], plain, strict=True)]),
+            "seconds": quartiles(seconds[way]),
+            "memory": memory[way] / memory["plain"],
+            "rounds": rounds,
+        }
+        for way in ways
+    }
+
+
+def gradient_error(name: str) -> dict[str, float]:
+    """Largest relative differences of a replayed term from the same term run as it is."""
+    way = Way(name, {"exits": 0.0, "every": 1}, compiled=False)
+    assert way.density is not None
+    weights = [each for each in way.model.parameters() if each.requires_grad]
+
+    def term_at(step: int, captured: bool) -> tuple[float, torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = softtrace_term(way.density, captured, way.ids.roll(step), step)
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        return float(loss), torch.cat([g.flatten().float() for g in found if g is not None])
+
+    def softtrace_term(density: Any, captured: bool, ids: torch.Tensor, step: int) -> torch.Tensor:
+        if captured:
+            return density(ids, step=step).loss
+        plain = softtrace.DensityLoss(way.model, exits=0.0, every=1, cuda_graph=False)
+        return plain(ids, step=step).loss
+
+    for step in range(4):
+        term_at(step, captured=True)
+        way.step()  # weights move between the capture and its replays
+    errors: dict[str, list[float]] = {"term": [], "gradients": [], "gradients, run twice": []}
+    for step in range(4, 8):
+        loss, replayed = term_at(step, captured=True)
+        plain_loss, plain = term_at(step, captured=False)
+        _, again = term_at(step, captured=False)
+        errors["term"].append(abs(loss - plain_loss) / abs(plain_loss))
+        errors["gradients"].append(float((replayed - plain).norm() / plain.norm()))
+        errors["gradients, run twice"].append(float((again - plain).norm() / plain.norm()))
+    return {key: max(values) for key, values in errors.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no_compiled", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "steps.json")
+    args = parser.parse_args()
+    ways = ["plain", *(way for way in args.ways if way != "plain")]
+    found: dict[str, Any] = {}
+    for name in args.models:
+        found[name] = {"replayed": gradient_error(name)}
+        for kind in ("eager",) if args.no_compiled else ("eager", "compiled"):
+            found[name][kind] = measured(name, ways, args.rounds, kind == "compiled")
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(name, kind, json.dumps(found[name], indent=1), flush=True)
+            write_json(args.out, {
+                "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
+                "options": WAYS, "models": found, **provenance(torch.device("cuda")),
+            })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

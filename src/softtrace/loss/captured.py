@@ -1,0 +1,218 @@
+"""Masked runs as one CUDA graph: captured once for a shape, then replayed.
+
+A masked run is thousands of small operations, and on a GPU what they cost is their launches. The
+windows that a step looks at have the same shape at every step, so recording run, masked run and
+their backward pass are captured together and later replayed by one call, on new windows. Weights
+are read where they lie, so what an optimiser writes there is seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from softtrace.errors import NonFiniteError
+from softtrace.loss.masked_term import MaskedTerm, masked_term
+from softtrace.loss.options import DensityOptions
+from softtrace.loss.windows import Windows
+from softtrace.model.state import all_modules
+from softtrace.tracing.instrument import Instrument
+
+logger = logging.getLogger(__name__)
+
+_MOST = 4  # graphs at a time, each of which holds the memory of a masked run
+_SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
+_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
+
+
+class CapturedTerms:
+    """Runs masked runs, captured where they can be; of one model at a time."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._refused = False
+
+    def __call__(
+        self, instrument: Instrument, windows: Windows, options: DensityOptions
+    ) -> MaskedTerm | None:
+        """See :func:`softtrace.loss.masked_term.masked_term`.
+
+        Raises:
+            NonFiniteError: logits are not finite.
+        """
+        if not options.cuda_graph or self._refused or not _capturable(windows):
+            return masked_term(instrument, windows, options)
+        key = _key(instrument.model, windows, options)
+        known = self._graphs.get(key)
+        if known is None and self._seen[key] >= _SEEN and len(self._graphs) < _MOST:
+            known = self._capture(key, instrument, windows, options)
+        self._seen[key] += 1
+        if known is not None and not known.awaited:
+            found: MaskedTerm | None = known.replay(windows)
+        elif self._refused:
+            return masked_term(instrument, windows, options)
+        else:
+            # As it is captured, so that a resumed run, which captures anew, computes the same.
+            found = masked_term(instrument, windows, options, static=True)
+        if found is not None and not bool(found.finite):
+            raise NonFiniteError(
+                "logits of the full model or of the masked run are NaN or infinite. Lower the "
+                "learning rate, clip gradients, or train in bfloat16 or float32."
+            )
+        return found
+
+    def _capture(
+        self, key: Hashable, instrument: Instrument, windows: Windows, options: DensityOptions
+    ) -> _Captured | None:
+        try:
+            self._graphs[key] = _Captured(instrument, windows, options)
+        except (RuntimeError, NotImplementedError) as error:  # what CUDA raises in a capture
+            self._refused = True
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning(
+                "the masked runs cannot be captured as a CUDA graph here and are launched one "
+                "operation at a time, which takes longer (cuda_graph=False says nothing): %s",
+                reason,
+            )
+        return self._graphs.get(key)
+
+
+def _capturable(windows: Windows) -> bool:
+    """Whether this step runs on CUDA with gradients, and not in float16, whose gradients vanish."""
+    half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
+    return windows.batch.input_ids.is_cuda and torch.is_grad_enabled() and not half
+
+
+def _key(model: nn.Module, windows: Windows, options: DensityOptions) -> Hashable:
+    """What a graph depends on, beside the values that are copied into it."""
+    batch = windows.batch
+    weights = tuple((each.data_ptr(), each.requires_grad) for each in model.parameters())
+    adapters = tuple(
+        str([getattr(each, name) for name in _ADAPTERS])
+        for each in all_modules(model)
+        if hasattr(each, _ADAPTERS[0])
+    )
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    shape = tuple(batch.input_ids.shape), batch.positions is None, batch.packed
+    return shape, weights, adapters, autocast, repr(options)
+
+
+class _Captured:
+    """One captured run of masked runs and their backward pass.
+
+    Args:
+        instrument: of the model.
+        windows: of the shape to capture.
+        options: of the term.
+
+    Raises:
+        RuntimeError: the model does something that cannot be captured.
+    """
+
+    def __init__(self, instrument: Instrument, windows: Windows, options: DensityOptions) -> None:
+        self._windows = _copy(windows)
+        self.weights = [each for each in instrument.model.parameters() if each.requires_grad]
+        self.number = 0
+        self._awaiting: weakref.ref[_Awaited] | None = None
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
+            self._run(instrument, options)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (of a DataLoader, say) may go on allocating meanwhile.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self.found, self.gradients = self._run(instrument, options)
+
+    def _run(
+        self, instrument: Instrument, options: DensityOptions
+    ) -> tuple[MaskedTerm, tuple[Tensor | None, ...]]:
+        # Without autocast's cache: it holds casts of the weights as they were in another forward.
+        with torch.autocast(
+            "cuda",
+            enabled=torch.is_autocast_enabled("cuda"),
+            dtype=torch.get_autocast_dtype("cuda"),
+            cache_enabled=False,
+        ):
+            found = masked_term(instrument, self._windows, options, static=True)
+        assert found is not None
+        gradients: tuple[Tensor | None, ...] = (None,) * len(self.weights)
+        if found.term.requires_grad:
+            gradients = torch.autograd.grad(found.term, self.weights, allow_unused=True)
+        return found._replace(term=found.term.detach()), gradients
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a backward pass through the last replay may still come."""
+        return self._awaiting is not None and self._awaiting() is not None
+
+    def replay(self, windows: Windows) -> MaskedTerm:
+        """Run on windows of the same shape; gradients come with the backward pass of the term."""
+        for own, new in zip(_tensors(self._windows), _tensors(windows), strict=True):
+            own.copy_(new)
+        self._graph.replay()
+        self.number += 1
+        # Copies: the next replay writes over what this one gave.
+        term, *others = (each.clone() for each in self.found if each is not None)
+        if any(each is not None for each in self.gradients):
+            term = _Replayed.apply(self, term, *self.weights)  # type: ignore[no-untyped-call]
+        return MaskedTerm(term, *others)
+
+    def await_backward(self) -> _Awaited:
+        """A token that lives as long as the autograd graph of this replay."""
+        token = _Awaited()
+        self._awaiting = weakref.ref(token)
+        return token
+
+    def ended(self) -> None:
+        """The backward pass has read the gradients."""
+        self._awaiting = None
+
+
+class _Awaited:
+    """Held by an autograd graph whose backward pass may still come."""
+
+
+class _Replayed(torch.autograd.Function):
+    """The term of a replay, whose gradients were computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, term: Tensor, *weights: Tensor) -> Tensor:
+        ctx.captured, ctx.number = captured, captured.number
+        ctx.token = captured.await_backward()
+        return term.view_as(term)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        captured: _Captured = ctx.captured
+        if captured.number != ctx.number:
+            raise RuntimeError(
+                "a second backward pass through a density term whose masked runs were replayed "
+                "since; set cuda_graph=False"
+            )
+        captured.ended()
+        there = [each for each in captured.gradients if each is not None]
+        scaled = iter(torch._foreach_mul(there, gradient))
+        return None, None, *(None if each is None else next(scaled) for each in captured.gradients)
+
+
+def _copy(windows: Windows) -> Windows:
+    return Windows(
+        windows.batch.part(torch.clone), windows.thresholds.clone(), windows.depths.clone()
+    )
+
+
+def _tensors(windows: Windows) -> list[Tensor]:
+    batch = windows.batch
+    own = [batch.input_ids, batch.valid, batch.targets, batch.counted]
+    more = [] if batch.positions is None else [batch.positions]
+    return [*own, *more, windows.thresholds, windows.depths]

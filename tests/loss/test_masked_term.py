@@ -1,0 +1,79 @@
+"""Static masked runs: the same numbers, and nothing that a CUDA graph could not capture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from softtrace import DensityLoss
+from softtrace.graph.batch import Batch
+from softtrace.loss.masked_term import MaskedTerm, masked_term
+from softtrace.model.state import dropout_off
+from softtrace.tracing.attach import attach
+from tests.support import zoo
+from tests.support.tiny import tiny_prompt
+
+#: whose result is a number on the host, or has a shape that follows from values
+READING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero", "_unique2")
+FAMILIES = ("llama", "gpt2", "gemma3_text", "olmo2", "gpt_neox", "qwen3", "mistral", "granite")
+
+
+class NothingRead(TorchDispatchMode):
+    """Refuses operations that wait for the device, which a capture would refuse on CUDA."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = function._schema.name.partition("::")[2]
+        by_mask = name == "index" and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        reads = name in READING or by_mask
+        assert not reads, f"{name} reads from the device"
+        return function(*args, **(kwargs or {}))
+
+
+def windows_of(model: nn.Module, penalty: DensityLoss, ids: Tensor, mask: Tensor | None) -> Any:
+    options = penalty.options.on(ids.device)
+    return penalty._windows(attach(model), Batch.of(ids, mask), (0, 0), options), options
+
+
+def gradients(model: nn.Module, found: MaskedTerm | None) -> list[Tensor]:
+    assert found is not None
+    weights = list(model.parameters())
+    read = torch.autograd.grad(found.term, weights, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, read, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "recomputed"}, {"masks": "soft"}, {"size_weight": 0.1},
+                {"easy_quantile": 1.0, "distance": "kl"}],
+)  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_runs_give_the_same_and_read_nothing(family: str, changes: dict[str, Any]) -> None:
+    model = zoo.tiny(family)
+    ids, mask = tiny_prompt(12, seed=5, batch=4), torch.ones(4, 12, dtype=torch.long)
+    mask[1, 9:], mask[2, :3] = 0, 0
+    penalty = DensityLoss(model, share=1.0, crop=6, **changes)
+    windows, options = windows_of(model, penalty, ids, mask)
+    with dropout_off(model):
+        plain = masked_term(attach(model), windows, options)
+        wanted = gradients(model, plain)
+        with NothingRead():
+            static = masked_term(attach(model), windows, options, static=True)
+            found = gradients(model, static)
+    assert plain is not None
+    assert static is not None
+    assert plain.finite is None
+    assert static.finite is not None
+    assert bool(static.finite)
+    for one, other in zip(plain[:-1], static[:-1], strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(bool(each.any()) for each in wanted)
