@@ -144,7 +144,9 @@ def gradient_error(name: str) -> dict[str, float]:
         with torch.autocast("cuda", torch.bfloat16):
             loss = softtrace_term(way.density, captured, way.ids.roll(step), step)
         found = torch.autograd.grad(loss, weights, allow_unused=True)
-        return float(loss), torch.cat([g.flatten().float() for g in found if g is not None])
+        return float(loss.detach()), torch.cat(
+            [g.flatten().float() for g in found if g is not None]
+        )
 
     def softtrace_term(density: Any, captured: bool, ids: torch.Tensor, step: int) -> torch.Tensor:
         if captured:

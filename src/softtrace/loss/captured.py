@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from softtrace.model.state import all_modules
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _MOST = 4  # graphs at a time, each of which holds the memory of a masked run
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
@@ -76,6 +77,7 @@ class CapturedTerms:
             self._graphs[key] = _Captured(instrument, windows, options)
         except (RuntimeError, NotImplementedError) as error:  # what CUDA raises in a capture
             self._refused = True
+            _end_capture_of_random_numbers()
             reason = str(error).strip().partition("\n")[0]
             logger.warning(
                 "the masked runs cannot be captured as a CUDA graph here and are launched one "
@@ -119,7 +121,14 @@ class _Captured:
 
     def __init__(self, instrument: Instrument, windows: Windows, options: DensityOptions) -> None:
         self._windows = _copy(windows)
-        self.weights = [each for each in instrument.model.parameters() if each.requires_grad]
+        model = instrument.model
+        self.weights = [each for each in model.parameters() if each.requires_grad]
+        # Gradients of the weights themselves would meet the graph of the training forward, which
+        # lives on another stream. These share their memory.
+        self._shared = {
+            name: each.detach().requires_grad_(each.requires_grad)
+            for name, each in model.named_parameters()
+        }
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -142,11 +151,16 @@ class _Captured:
             dtype=torch.get_autocast_dtype("cuda"),
             cache_enabled=False,
         ):
-            found = masked_term(instrument, self._windows, options, static=True)
+            found = with_weights(
+                instrument.model,
+                self._shared,
+                lambda: masked_term(instrument, self._windows, options, static=True),
+            )
         assert found is not None
         gradients: tuple[Tensor | None, ...] = (None,) * len(self.weights)
         if found.term.requires_grad:
-            gradients = torch.autograd.grad(found.term, self.weights, allow_unused=True)
+            weights = [each for each in self._shared.values() if each.requires_grad]
+            gradients = torch.autograd.grad(found.term, weights, allow_unused=True)
         return found._replace(term=found.term.detach()), gradients
 
     @property
@@ -175,6 +189,36 @@ class _Captured:
     def ended(self) -> None:
         """The backward pass has read the gradients."""
         self._awaiting = None
+
+
+class _Within(nn.Module):
+    """Has a model as its child, and calls a function that runs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], T]) -> T:
+        return run()
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[[], T]) -> T:
+    """What ``run`` gives while a model has other weights.
+
+    Args:
+        model: any; its own weights are put back, tied ones are tied.
+        weights: by the names of ``named_parameters``.
+        run: runs the model.
+    """
+    named = {f"model.{name}": each for name, each in weights.items()}
+    found: T = torch.func.functional_call(_Within(model), named, (run,))
+    return found
+
+
+def _end_capture_of_random_numbers() -> None:
+    """A capture that failed leaves the generator waiting for its end, and refuses every draw."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class _Awaited:
