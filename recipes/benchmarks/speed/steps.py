@@ -135,14 +135,13 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
 
 
 def gradient_error(name: str) -> dict[str, float]:
-    """Largest relative differences of a replayed term from the same term run as it is."""
+    """Largest relative differences of a replayed term from the same term run as it is, float32."""
     way = Way(name, {"exits": 0.0, "every": 1}, compiled=False)
     assert way.density is not None
     weights = [each for each in way.model.parameters() if each.requires_grad]
 
     def term_at(step: int, captured: bool) -> tuple[float, torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = softtrace_term(way.density, captured, way.ids.roll(step), step)
+        loss = softtrace_term(way.density, captured, way.ids.roll(step), step)
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         return float(loss.detach()), torch.cat(
             [g.flatten().float() for g in found if g is not None]
@@ -173,22 +172,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no_compiled", action="store_true")
+    parser.add_argument("--kinds", nargs="*", default=["eager", "compiled"], help="of a model")
     parser.add_argument("--out", type=Path, default=RESULTS / "steps.json")
     args = parser.parse_args()
     ways = ["plain", *(way for way in args.ways if way != "plain")]
     found: dict[str, Any] = {}
+    if args.out.exists():  # of models and kinds that are not measured now
+        found = json.loads(args.out.read_text(encoding="utf-8"))["models"]
     for name in args.models:
-        found[name] = {"replayed": gradient_error(name)}
-        for kind in ("eager",) if args.no_compiled else ("eager", "compiled"):
+        found.setdefault(name, {})["replayed, float32"] = gradient_error(name)
+        print(name, found[name]["replayed, float32"], flush=True)
+        for kind in args.kinds:
             found[name][kind] = measured(name, ways, args.rounds, kind == "compiled")
             gc.collect()
             torch.cuda.empty_cache()
-            print(name, kind, json.dumps(found[name], indent=1), flush=True)
-            write_json(args.out, {
-                "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
-                "options": WAYS, "models": found, **provenance(torch.device("cuda")),
-            })  # fmt: skip
+            print(name, kind, json.dumps(found[name][kind], indent=1), flush=True)
+        write_json(args.out, {
+            "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
+            "options": WAYS, "models": found, **provenance(torch.device("cuda")),
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

