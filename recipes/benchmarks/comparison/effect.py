@@ -214,7 +214,7 @@ def run(
                 batch_size=32,
                 extra_blocks=0,
                 progress=bar.update,
-                attention="recorded",
+                attention="recomputed",
             )
         )
     layers = len(found["early_exit"]["layers"])

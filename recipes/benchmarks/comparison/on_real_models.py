@@ -60,6 +60,10 @@ _OFTEN = {"every": 2, "share": 0.15}
 WAYS: dict[str, Any] = {
     **EVERY,
     **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},
+    **{f"every 2nd, {s:g}, no exits": term(s, **_OFTEN, exits=0.0) for s in (0.35, 1.0, 3.0)},
+    "every 2nd, 1, few exits": term(1.0, **_OFTEN, exits=0.02),
+    "every 2nd, 1, no exits, windows of 128": term(1.0, **_OFTEN, exits=0.0, crop=128),
+    "every 2nd, 1, no exits, soft": term(1.0, **_OFTEN, exits=0.0, masks="soft", temperature=0.1),
     "every 8th, 0.35": term(0.35, every=8, share=0.3),
     "every 2nd, 0.2, recomputed": term(0.2, **_OFTEN, attention="recomputed"),
     "every 2nd, 0.2, soft": term(0.2, **_OFTEN, masks="soft", temperature=0.1),
