@@ -145,6 +145,13 @@ def test_a_distance_of_ones_own_gives_one_number_a_token() -> None:
             DensityLoss(model, share=1.0, distance=wrong)(ids)
 
 
+def test_a_preset_beside_ready_options_is_refused() -> None:
+    model = tiny_model("llama")
+    assert DensityLoss(model, preset="sparse").options.exits == 0
+    with pytest.raises(InvalidInputError, match="preset: found one beside ready options"):
+        DensityLoss(model, DensityOptions(), preset="sparse")
+
+
 def assert_nothing(term: DensityTerm, strength: float) -> None:
     assert term.loss.item() == 0
     for value in (term.distortion, term.soft_size, term.easy_share):

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softtrace import DensityOptions, InvalidInputError
+from softtrace.loss.options import PRESETS
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strength": -1.0}, r"strength: found -1.0, allowed \[0, inf\)"),
     ({"strength": math.inf}, r"strength: found inf, allowed \[0, inf\)"),
     ({"strength": math.nan}, r"strength: found nan, allowed \[0, inf\)"),
     ({"strength": "1"}, r"strength: found '1', allowed \[0, inf\)"),
+    ({"preset": "fast"}, "preset: found 'fast', allowed are 'balanced', 'sparse', 'decode'"),
     ({"start_step": -1}, "start_step: found -1, allowed are integers from 0"),
     ({"start_step": 2.0}, "start_step: found 2.0, allowed are integers from 0"),
     ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),
@@ -89,6 +91,21 @@ def test_the_ends_of_the_ranges_are_allowed(changes: dict[str, Any]) -> None:
         assert getattr(options, name) == value
 
 
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_sets_what_is_not_given(preset: Any) -> None:
+    options = DensityOptions(preset=preset)
+    assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+    given = DensityOptions(preset=preset, exits=0.7)
+    assert given.exits == 0.7
+    assert given.strength == PRESETS[preset]["strength"]
+    assert DensityOptions(preset=preset, strength=0).strength == 0
+
+
+def test_without_a_preset_it_is_the_balanced_one() -> None:
+    assert DensityOptions() == DensityOptions(preset="balanced")
+    assert len({str(DensityOptions(preset=preset)) for preset in PRESETS}) == 3
+
+
 @given(
     layers=st.integers(1, 80),
     low=st.floats(0.001, 1.0),
@@ -130,11 +147,13 @@ def test_options_are_constants_with_a_schedule() -> None:
 def test_what_a_device_decides_is_decided_for_it_and_nothing_else() -> None:
     options = DensityOptions(strength=2.0)
     cpu, cuda, mps = (options.on(torch.device(name)) for name in ("cpu", "cuda:1", "mps"))
-    assert (cpu.every, cpu.share, cuda.every, cuda.share) == (1, 0.125, 8, 0.3)
-    assert mps == cuda
+    assert (cpu.every, cpu.share, cuda.every, cuda.share) == (1, 0.125, 2, 0.15)
+    assert (mps.every, mps.share) == (8, 0.3)
+    launched = dataclasses.replace(options, cuda_graph=False)
+    assert launched.on(torch.device("cuda")) == dataclasses.replace(mps, cuda_graph=False)
     assert dataclasses.replace(cuda, every=None, share=None) == options
     assert cuda.window_share == cuda.share
-    assert [cuda.schedule(step) for step in (0, 1, 7, 8)] == [16, 0, 0, 16]
+    assert [mps.schedule(step) for step in (0, 1, 7, 8)] == [16, 0, 0, 16]
     with pytest.raises(ValueError, match="every is None"):
         _ = options.schedule
     with pytest.raises(ValueError, match="share is None"):

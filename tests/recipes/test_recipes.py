@@ -16,7 +16,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from softtrace import DensityOptions
 from softtrace.cli.fit import FitCLI
+from softtrace.lightning import DensityPenalty
 from softtrace.lightning.lora import LoRA
 from softtrace.model.loading import load_model
 from tests.support import warm
@@ -94,13 +96,9 @@ def test_configs_parse_and_fit(
     wanted = yaml.safe_load(path.read_text())
     assert made == [wanted["model"]["path"]]
     assert cli.trainer.max_steps == wanted["trainer"]["max_steps"]
-    first = path.stem not in (OURS, f"{OURS}-lora") and "lora" not in wanted["model"]
-    found = {key: cli.config["penalty"][key] for key in ("strength", "exits", "exit_tokens")}
-    assert found == (
-        {"strength": 0.15, "exits": 2.0, "exit_tokens": 0.25}
-        if first
-        else {"strength": 0.35, "exits": 0.2, "exit_tokens": 0.125}
-    )
+    penalty = next(c for c in cli.trainer.callbacks if isinstance(c, DensityPenalty))
+    preset: Any = "balanced" if path.stem in (OURS, f"{OURS}-lora") else "sparse"
+    assert penalty.options == DensityOptions(preset=preset)
     trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]
     assert ("lora" in wanted["model"]) == isinstance(cli.model.model, PeftModel)
     assert all("lora" in name for name in trained) == path.stem.endswith("-lora")

@@ -41,7 +41,7 @@ class DensityPenalty(Callback):
     where none was read. Strength 0 is inert: the training step is not even wrapped.
 
     Args:
-        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
         allow_untested: Run also under a strategy that :mod:`softtrace.lightning.support` does not
             list as supported.
         **options: see :class:`softtrace.loss.DensityOptions`.
@@ -55,9 +55,9 @@ class DensityPenalty(Callback):
     """
 
     def __init__(
-        self, strength: float = 0.35, allow_untested: bool = False, **options: Any
+        self, strength: float | None = None, allow_untested: bool = False, **options: Any
     ) -> None:
-        self.options = DensityOptions(strength=strength, **options)
+        self.options = DensityOptions(strength=strength, **options)  # type: ignore[arg-type]
         self.allow_untested = allow_untested
         self._wrapped: WrappedStep | None = None
         self._term_log = TermLog(self.options)

@@ -58,6 +58,11 @@ class DensityLoss:
     def __init__(
         self, model: nn.Module, options: DensityOptions | None = None, **changes: Any
     ) -> None:
+        if options is not None and "preset" in changes:
+            raise InvalidInputError(
+                "preset: found one beside ready options, which have theirs already; give the "
+                "options as keywords, or DensityOptions(preset=...)"
+            )
         self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
         self.model = model
         self.step = 0

@@ -18,6 +18,14 @@ Family = Literal["both", "sparse", "shallow"]
 MaskedAttention = Literal["recorded", "recomputed"]
 Distance = Literal["kl", "tv"]
 OnNonFinite = Literal["raise", "skip"]
+Preset = Literal["balanced", "sparse", "decode"]
+
+PRESETS: dict[str, dict[str, float]] = {
+    "balanced": {"strength": 0.35, "exits": 0.2, "exit_tokens": 0.125},
+    "sparse": {"strength": 0.35, "exits": 0.0, "exit_tokens": 0.125},
+    "decode": {"strength": 0.1, "exits": 2.0, "exit_tokens": 0.25},
+}
+"""What each :data:`Preset` sets; what it does and costs is in the method card, ``recipes``."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,16 @@ class DensityOptions:
     """Options of the density loss; plain numbers and strings, so that YAML can hold them.
 
     Args:
-        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing.
+        strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
+        preset: What the term is for: ``"balanced"`` (a sparse and early graph), ``"sparse"`` (no
+            exits, which are most of what the term costs in held-out loss) or ``"decode"`` (most
+            weight on exits, which draft). It sets ``strength``, ``exits`` and ``exit_tokens``
+            where those are None.
         start_step: First global step with the term.
         warmup_steps: Steps over which the strength rises linearly.
         every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
-            ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 8
-            on an accelerator.
+            ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 2
+            on CUDA where masked runs are captured (``cuda_graph``), 8 on other accelerators.
         masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
             (differentiable through the importances; the recording run then needs gradients).
         temperature: Temperature of soft masks in nats of importance, > 0.
@@ -49,14 +61,15 @@ class DensityOptions:
         easy_quantile: Share of the tokens that are easy, in (0, 1].
         easy_width: Smoothness of the step at the quantile, standard deviations of the score, >= 0.
         share: Share of the batch's windows that the term looks at, in (0, 1]; at least one. This is
-            the dial of the cost. None: 0.125 on a CPU, 0.3 on an accelerator.
+            the dial of the cost. None: 0.125 on a CPU, 0.15 on CUDA where masked runs are captured,
+            0.3 on other accelerators.
         crop: Tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
-        exits: Weight of early exits, >= 0: adds ``exits · KL(full ‖ early exit)`` (nats) inside the
-            term. Some tokens of the training forward itself are read early, easy or not. That
-            forward has to be watched, see :meth:`softtrace.DensityLoss.watching`; Lightning's
-            callback does.
-        exit_tokens: Share of the batch's tokens that are read so, in (0, 1].
+        exits: Weight of early exits, >= 0; None: the preset's. Adds ``exits · KL(full ‖ early
+            exit)`` (nats) inside the term. Some tokens of the training forward itself are read
+            early, easy or not. That forward has to be watched, see
+            :meth:`softtrace.DensityLoss.watching`; Lightning's callback does.
+        exit_tokens: Share of the batch's tokens that are read so, in (0, 1]; None: the preset's.
         exit_depths: Bounds of the layers after which they are read, as shares of all in [0, 1],
             from the first layer to the last but one; narrow them around the exit that shall draft.
         size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
@@ -73,7 +86,8 @@ class DensityOptions:
         InvalidInputError: a value outside its range, or an unknown name.
     """
 
-    strength: float = 0.35
+    strength: float = None  # type: ignore[assignment]  # a number once it is made
+    preset: Preset = "balanced"
     start_step: int = 0
     warmup_steps: int = 0
     every: int | None = None
@@ -89,8 +103,8 @@ class DensityOptions:
     easy_width: float = 0.1
     share: float | None = None
     crop: int | None = 64
-    exits: float = 0.2
-    exit_tokens: float = 0.125
+    exits: float = None  # type: ignore[assignment]
+    exit_tokens: float = None  # type: ignore[assignment]
     exit_depths: tuple[float, float] = (0.25, 1.0)
     size_weight: float = 0.0
     cuda_graph: bool = True
@@ -98,6 +112,10 @@ class DensityOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _one_of("preset", self.preset, get_args(Preset))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self._schedule(1 if self.every is None else self.every)
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
@@ -134,10 +152,14 @@ class DensityOptions:
     def on(self, device: torch.device) -> DensityOptions:
         """The same options with ``every`` and ``share`` as they are on this device.
 
-        A masked run is many small operations: on an accelerator their number is what it costs, on a
-        CPU their size.
+        A masked run is many small operations: on an accelerator their number is what it costs,
+        unless they are captured, on a CPU their size.
         """
-        every, share = (1, 0.125) if device.type == "cpu" else (8, 0.3)
+        every, share = 8, 0.3
+        if device.type == "cpu":
+            every, share = 1, 0.125
+        elif device.type == "cuda" and self.cuda_graph:
+            every, share = 2, 0.15
         return replace(
             self,
             every=every if self.every is None else self.every,
