@@ -45,6 +45,7 @@ from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.sigterm import EndTogether, let_go
 from softtrace.lightning.step_seed import StepSeed
+from softtrace.loss.options import PRESETS
 from softtrace.model.loading import load_model, load_tokenizer
 from softtrace.model.wrappers import unwrapped
 from softtrace.report.model_card import write_density, write_settings
@@ -125,7 +126,9 @@ class FitCLI(LightningCLI):
             self.parser.add_instantiator(_made, object)
         for name in ("checkpoint_every", "monitor_every", "card_blocks"):
             check_least(name, self.config[name], 0)
-        DensityPenalty(**self.config["penalty"].as_dict())
+        chosen = DensityPenalty(**self.config["penalty"].as_dict()).options
+        for name in PRESETS[chosen.preset]:  # fit.yaml and the card say numbers
+            self.config["penalty"][name] = getattr(chosen, name)
         PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
