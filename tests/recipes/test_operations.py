@@ -14,9 +14,9 @@ from softtrace import DensityOptions
 pytestmark = pytest.mark.thorough
 
 
-def test_a_step_on_a_gpu_is_within_its_budget_of_launches() -> None:
+def test_a_step_that_is_not_captured_is_within_its_budget_of_launches() -> None:
     plain, exits, masked = (counts(*how)["all"] for how in ((None, 0), (8, 1), (8, 0)))
-    every = DensityOptions().on(torch.device("cuda")).every
+    every = DensityOptions(cuda_graph=False).on(torch.device("cuda")).every
     assert every is not None
     assert (exits + (masked - exits) / every) / plain <= 1.25
     recorded = json.loads((RESULTS / "operations.json").read_text(encoding="utf-8"))

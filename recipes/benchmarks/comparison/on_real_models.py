@@ -259,7 +259,10 @@ def summarise_runs() -> None:
         }
         for key, found in rows.items()
     ]  # fmt: skip
-    write_json(RESULTS / "on_real_models.json", {"table": table, "runs": runs})
+    write_json(
+        RESULTS / "on_real_models.json",
+        {"table": table, "runs": runs, **provenance(torch.device("cpu"))},
+    )
     for row in table:
         at = {length: row[f"{length} recomputed"] for length in BLOCKS}
         print(

@@ -156,7 +156,7 @@ class Tilted(Searched):
                 for index, factor in enumerate(factors)
             )
 
-        with patch("softtrace.loss.density_loss.hard_masks", tilted):
+        with patch("softtrace.loss.masked_term.hard_masks", tilted):
             return super().term(ids, step, task)
 
 

@@ -98,12 +98,12 @@ def operations() -> str:
     plain, exits, masked = (
         result["operations"][name]["all"] for name in ("plain", "exits read", "masked runs")
     )
-    every = DensityOptions().on(torch.device("cuda")).every
+    every = DensityOptions(cuda_graph=False).on(torch.device("cuda")).every
     whole = (exits + (masked - exits) / every) / plain
     return (
         f"A plain step of a {result['settings']['pattern']} of {result['settings']['layers']} "
         f"layers is {plain:,} operations, one whose exits are read {exits:,}, one with masked runs "
         f"{masked:,}: with masked runs at every {every}th step {whole:.2f} times a plain one's, "
-        "which is what it costs on a GPU where launches are all that counts "
+        "which is what it costs on a GPU where launches are all that counts and none are captured "
         f"{sources(CARD, 'speed/operations.py', 'results/operations.json')}."
     )

@@ -73,7 +73,7 @@ def effect() -> str:
         f"tokens of {result['data']}'s source, on which no setting was tuned but the strength "
         f"(lowered from 0.45 after one seed), at learning rate {settings['lr']:g}; "
         f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
-        f"context, attention recorded, thresholds of then; "
+        "context, attention recomputed; "
         f"{result['hardware']}, torch {result['versions']['torch']} "
         f"{sources(README, 'comparison/effect.py', 'results/effect.json')}.",
     ]

@@ -29,6 +29,7 @@ from recipes.benchmarks.pages.effect import (
     side_effects_157m,
     side_effects_first,
 )
+from recipes.benchmarks.pages.real_models import on_real_models, presets, steps
 from recipes.benchmarks.pages.sources import CARD, LOG, README, link, read, sources
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
@@ -254,6 +255,7 @@ def metric_parity() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "quickstart": quickstart,
+        "presets": presets,
         "effect": effect,
         "tracing": tracing,
         "evaluating": evaluating,
@@ -270,6 +272,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "side_effects_first": side_effects_first,
         "side_effects_157m": side_effects_157m,
         "sensitivity": sensitivity,
+        "on_real_models": on_real_models,
+        "steps": steps,
         "thresholds": thresholds,
         "exactness": exactness,
         "peers": partial(at_budget, CARD, "peers"),

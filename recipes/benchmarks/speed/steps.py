@@ -50,8 +50,8 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 #: way -> options of the term; None leaves it out
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "default": {},
-    "default, not captured": {"cuda_graph": False},
+    "every 8th, share 0.3": {"every": 8, "share": 0.3},
+    "every 8th, share 0.3, not captured": {"every": 8, "share": 0.3, "cuda_graph": False},
     "exits alone": {"every": 1_000_000},
     "every 4th, share 0.15": {"every": 4, "share": 0.15},
     "every 2nd, share 0.15": {"every": 2, "share": 0.15},
