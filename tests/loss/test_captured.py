@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from softtrace import DensityLoss
 from softtrace.graph.batch import Batch
@@ -15,10 +18,14 @@ from tests.support import zoo
 from tests.support.tiny import tiny_prompt
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_gradients_at_shared_weights_are_those_of_the_model(family: str) -> None:
+def test_gradients_at_shared_weights_are_those_of_the_model(family: str, frozen: bool) -> None:
     model = zoo.tiny(family)
-    own = dict(model.named_parameters())
+    if frozen:  # as adapters leave the rest of a model
+        for number, each in enumerate(model.parameters()):
+            each.requires_grad_(number % 2 == 0)
+    own = {name: each for name, each in model.named_parameters() if each.requires_grad}
     shared = {name: each.detach().requires_grad_() for name, each in own.items()}
     penalty = DensityLoss(model, share=1.0)
     options = penalty.options.on(torch.device("cpu"))
@@ -66,3 +73,68 @@ def test_a_graph_is_of_its_shape_its_weights_and_its_options() -> None:
     assert first == key()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert first != key()
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def on_cuda() -> tuple[PreTrainedModel, list[torch.Tensor]]:
+    """A model, and batches of one shape."""
+    batches = [tiny_prompt(32, seed=seed, batch=4).cuda() for seed in range(6)]
+    return zoo.tiny("llama").cuda(), batches
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    read = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros(()) if each is None else each for each in read]
+
+
+@cuda
+def test_a_replay_equals_a_run_also_after_the_weights_have_moved() -> None:
+    model, batches = on_cuda()
+    options: dict[str, Any] = {"share": 1.0, "crop": 16, "every": 1, "exits": 0.0}
+    captured = DensityLoss(model, **options)
+    plain = DensityLoss(model, **options, cuda_graph=False)
+    for step, ids in enumerate(batches):
+        one, other = captured(ids, step=step), plain(ids, step=step)
+        torch.testing.assert_close(one.loss, other.loss)
+        for a, b in zip(gradients(model, one.loss), gradients(model, other.loss), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for each in model.parameters():
+                each.mul_(1.05)
+    assert len(captured._captured._graphs) == 1
+    assert next(iter(captured._captured._graphs.values())).number == len(batches) - 2
+
+
+@cuda
+def test_two_terms_before_one_backward_pass_are_both_right() -> None:
+    model, batches = on_cuda()
+    captured = DensityLoss(model, share=1.0, crop=16, every=1, exits=0.0)
+    for step in range(3):
+        gradients(model, captured(batches[step], step=step).loss)
+    first, second = (captured(batches[step], step=step).loss for step in (3, 4))
+    together = gradients(model, first + second)
+    apart = [gradients(model, captured(batches[step], step=step).loss) for step in (3, 4)]
+    for both, a, b in zip(together, *apart, strict=True):
+        torch.testing.assert_close(both, a + b, rtol=1e-3, atol=1e-5)
+
+
+@cuda
+def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = on_cuda()
+
+    def reading(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits[..., 0] + float(logits.mean())  # waits for the device
+
+    captured = DensityLoss(model, share=1.0, crop=16, every=1, exits=0.0, easiness=reading)
+    plain = DensityLoss(
+        model, share=1.0, crop=16, every=1, exits=0.0, easiness=reading, cuda_graph=False
+    )
+    for step, ids in enumerate(batches):
+        found = captured(ids, step=step)
+        torch.testing.assert_close(found.loss, plain(ids, step=step).loss)
+        torch.rand(3, device="cuda")  # the generator does not wait for a capture to end
+    assert [record.message.partition(" as a CUDA graph")[0] for record in caplog.records] == [
+        "the masked runs cannot be captured"
+    ]

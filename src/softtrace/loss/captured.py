@@ -75,13 +75,14 @@ class CapturedTerms:
     ) -> _Captured | None:
         try:
             self._graphs[key] = _Captured(instrument, windows, options)
-        except (RuntimeError, NotImplementedError) as error:  # what CUDA raises in a capture
+        except Exception as error:  # what is wrong with more than the capture is said by the run
             self._refused = True
             _end_capture_of_random_numbers()
             reason = str(error).strip().partition("\n")[0]
             logger.warning(
                 "the masked runs cannot be captured as a CUDA graph here and are launched one "
-                "operation at a time, which takes longer (cuda_graph=False says nothing): %s",
+                "operation at a time, which takes longer. With cuda_graph=False they come as "
+                "seldom as suits that (every=8, share=0.3). What happened: %s",
                 reason,
             )
         return self._graphs.get(key)
@@ -126,8 +127,9 @@ class _Captured:
         # Gradients of the weights themselves would meet the graph of the training forward, which
         # lives on another stream. These share their memory.
         self._shared = {
-            name: each.detach().requires_grad_(each.requires_grad)
+            name: each.detach().requires_grad_()
             for name, each in model.named_parameters()
+            if each.requires_grad
         }
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
@@ -159,8 +161,9 @@ class _Captured:
         assert found is not None
         gradients: tuple[Tensor | None, ...] = (None,) * len(self.weights)
         if found.term.requires_grad:
-            weights = [each for each in self._shared.values() if each.requires_grad]
-            gradients = torch.autograd.grad(found.term, weights, allow_unused=True)
+            gradients = torch.autograd.grad(
+                found.term, list(self._shared.values()), allow_unused=True
+            )
         return found._replace(term=found.term.detach()), gradients
 
     @property
@@ -207,7 +210,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[
 
     Args:
         model: any; its own weights are put back, tied ones are tied.
-        weights: by the names of ``named_parameters``.
+        weights: some of them, by the names of ``named_parameters``.
         run: runs the model.
     """
     named = {f"model.{name}": each for name, each in weights.items()}
