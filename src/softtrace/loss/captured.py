@@ -74,7 +74,9 @@ class CapturedTerms:
         self, key: Hashable, instrument: Instrument, windows: Windows, options: DensityOptions
     ) -> _Captured | None:
         try:
-            self._graphs[key] = _Captured(instrument, windows, options)
+            # A capture that fails does not give the stream back that it switched to.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                self._graphs[key] = _Captured(instrument, windows, options)
         except Exception as error:  # what is wrong with more than the capture is said by the run
             self._refused = True
             _end_capture_of_random_numbers()
