@@ -27,6 +27,8 @@ from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support.calls import CPU, changed
 from tests.support.corpus import END, byte_tokenizer, write_model, write_tree
+from tests.support.tiny import tiny_model
+from tests.support.tokenizers import byte_level
 
 pytestmark = pytest.mark.thorough
 
@@ -75,7 +77,7 @@ def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 def undrawn() -> Iterator[None]:
     """Drawing takes longer than measuring a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softtrace.cli.study.write_study_plot", lambda study, folder: None)
+        patch.setattr("softtrace.cli.questions.write_study_plot", lambda study, folder: None)
         yield
 
 
@@ -200,7 +202,11 @@ def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
             InvalidInputError,
             "models: found 3, allowed with sensitivity are 1, or 2",
         ),
-        ({"sensitivity": True, "paper": True}, InvalidInputError, "found both, allowed is one"),
+        (
+            {"sensitivity": True, "paper": True},
+            InvalidInputError,
+            "found more than one, allowed is one",
+        ),
         ({"models": ["./none"]}, ModelDirectoryError, "no such directory"),
         (
             {"held_out_share": 0.0},
@@ -397,3 +403,50 @@ def test_the_papers_figures_of_two_models_have_a_paired_change(
     before, after = (each["value"] for each in found["results"]["auc"]["models"])
     assert found["results"]["auc"]["difference"]["value"] == pytest.approx(after - before)
     assert " change" in (tmp_path / "out" / "paper.txt").read_text()
+
+
+def test_what_models_write_is_measured_beside_the_text(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    models = [sources["before"], sources["after"]]
+    options = {**OPTIONS, "block_size": 17, "blocks": 4}
+    found = study(models, half(sources["text"]), str(out), generation=True, **options)
+    names = ["generation.json", "generation.png", "generation.txt"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert json.loads((out / "generation.json").read_text()) == found
+    assert (found["prompt"], found["new"], found["sequences"]) == (8, 9, 4)
+    for key, result in found["results"].items():
+        shape = tuple(len(found["axes"][axis]) for axis in result["axes"])
+        assert array(result["models"][0]["value"]).shape == shape, key
+    losses = array(found["results"]["overall/loss"]["models"][0]["value"])
+    less = array(found["results"]["overall/loss_change"]["models"][0]["value"])
+    np.testing.assert_allclose(less, losses[1:] - losses[0])
+    assert losses[1] == losses.min()  # greedy: of all, the likeliest tokens
+    table = (out / "generation.txt").read_text()
+    assert "greedy less the text" in table
+    assert " change" in table
+    small = {**OPTIONS, "block_size": 15}
+    with pytest.raises(InvalidInputError, match="block_size: found 15, allowed are integers from"):
+        study(models[:1], half(sources["text"]), str(tmp_path / "b"), generation=True, **small)
+
+
+def test_the_papers_figures_cross_tokenizers(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softtrace.cli.paper.write_paper_plot", lambda paper, folder: None)
+    other = tmp_path / "other"
+    tiny_model("llama", vocab_size=310).save_pretrained(other)
+    byte_level().save_pretrained(other)
+    models = [sources["before"], str(other)]
+    options = {**OPTIONS, "blocks": 4}
+    found = study(models, half(sources["text"]), str(tmp_path / "out"), paper=True, **options)
+    own = found["own_tokens"]
+    assert own["context_mean"][0] == OPTIONS["block_size"] - 1
+    assert 0 < own["context_mean"][1] <= own["context_mean"][0]
+    assert found["inputs"] == 4
+    assert [model["vocabulary"] for model in found["models"]] == [257, 310]
+    assert [pair["models"] for pair in found["pairs"]] == [[0, 1]]
+    table = (tmp_path / "out" / "paper.txt").read_text()
+    assert "per token of its own" in table
+    assert "on the same texts" in table

@@ -52,14 +52,14 @@ def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(tmp_path:
 
 def test_phases_are_shaded_where_every_model_has_them() -> None:
     study = synthetic_study(2)
-    axes = panel(page(2), "Two phases: how far off")
+    axes = panel(page(2), "By size: how far off")
     assert not axes.patches  # TV of 0.25 at all sizes
     assert axes.texts[0].get_text().startswith("no phases shaded: 0 % of the fall of TV")
     sizes = study["axes"]["sizes"]
     for found in study["results"]["phases/tv"]["models"]:
         found["value"] = [1 - step / (len(sizes) - 1) for step in range(len(sizes))]
     with style():
-        axes = panel(draw_study(study), "Two phases: how far off")
+        axes = panel(draw_study(study), "By size: how far off")
     assert [text.get_text() for text in axes.texts] == list(PHASES)
     assert len(axes.patches) == len(PHASES)
 
@@ -76,7 +76,7 @@ def test_the_page_names_its_kind_of_attention(kind: str | None) -> None:
 
 
 def test_models_differ_by_line_style_and_marker() -> None:
-    lines = panel(page(2), "Two phases: how far off").get_lines()
+    lines = panel(page(2), "By size: how far off").get_lines()
     assert [line.get_linestyle() for line in lines] == ["-", "--"]
     assert len({line.get_marker() for line in lines}) == 2
     np.testing.assert_allclose(lines[0].get_ydata(), 0.25)
@@ -85,14 +85,14 @@ def test_models_differ_by_line_style_and_marker() -> None:
 
 def test_bands_and_whiskers_are_the_intervals() -> None:
     figure = page(1)
-    band = panel(figure, "Two phases: how far off").collections[0].get_paths()[0].vertices
+    band = panel(figure, "By size: how far off").collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (pytest.approx(0.2), pytest.approx(0.3))
     bars = panel(figure, "The same tokens in windows: area").collections[0].get_segments()
     assert [segment[:, 1].tolist() for segment in bars] == [pytest.approx([0.2, 0.3])] * 2
 
 
 def test_lines_of_one_panel_differ_by_marker() -> None:
-    for title, count in (("Two phases: kinds", 4), ("Two phases: how deep", 4)):
+    for title, count in (("By size: kinds", 4), ("By size: how deep", 4)):
         axes = panel(page(1), title)
         lines = axes.get_lines()
         assert len({line.get_marker() for line in lines}) == count

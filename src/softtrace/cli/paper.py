@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from softtrace.cli.study_models import check_vocabulary, described
-from softtrace.data.documents import Document
+from softtrace.cli.study_task import Found, StudyTask
 from softtrace.density.components import component_names
-from softtrace.evaluation.bootstrap import CONFIDENCE
-from softtrace.evaluation.provenance import provenance
-from softtrace.evaluation.run_options import RunOptions
+from softtrace.errors import DataError
+from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.study.paper import PaperReadings, read_paper
 from softtrace.evaluation.study.paper_answers import (
     AXES,
@@ -23,97 +19,91 @@ from softtrace.evaluation.study.paper_answers import (
     density_correlations,
 )
 from softtrace.evaluation.study.results import results_of
-from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
-from softtrace.files import prepare_output, write_json, write_text
-from softtrace.model.devices import device_of
-from softtrace.model.loading import load_model
+from softtrace.evaluation.study.same_text import SameTexts, same_texts
+from softtrace.evaluation.study.unigrams import count_unigrams
 from softtrace.report.paper_plots import write_paper_plot
 from softtrace.report.paper_table import paper_table
 from softtrace.tracing.attach import attach
-from softtrace.tracing.masking import AttentionKind
 
 PAPER_VERSION = 1
 
 
-def paper(
-    models: Mapping[str, str],
-    blocks: Tensor,
-    training: Sequence[Document],
-    tokenizer: Any,
-    data: dict[str, Any],
-    out: str,
-    *,
-    attention: AttentionKind,
-    resamples: int,
-    seed: int,
-    run: RunOptions,
-) -> dict[str, Any]:
-    """Measure each model, and write paper.json, paper.txt and paper.png to OUT.
+def paper(task: StudyTask) -> Found:
+    """Measure each model, and write paper.json, paper.txt and paper.png.
 
     Args:
-        models: label to path, checked to read the text alike.
-        blocks: ``[N, T]`` ids of held-out text; the last token of each is predicted.
-        training: documents of which unigrams are counted.
-        tokenizer: the models'.
-        data: what result files say of the blocks.
-        out, attention, resamples, seed, run: see ``softtrace study``.
+        task: models and their text; the last token of each block is predicted. Models of other
+            tokenizers than the first one's are given the same texts.
+
+    Raises:
+        DataError: fewer than 2 texts that all tokenizers have.
     """
-    began = time.perf_counter()
-    where = device_of(run.device)
-    found: list[PaperReadings] = []
-    found_models: list[dict[str, Any]] = []
-    components: list[dict[str, Any]] = []
-    unigrams: Unigrams | None = None
-    for label, path in models.items():
-        network = load_model(path, dtype=run.dtype)
-        network.to(where).eval()  # type: ignore[arg-type]
-        found_models.append({"label": label, **described(network, path)})
-        check_vocabulary(found_models)
-        if unigrams is None:
-            unigrams = count_unigrams(training, tokenizer, found_models[0]["vocabulary"])
-        with tqdm(total=len(blocks), desc=f"measuring {label}", unit="input") as bar:
-            found.append(
-                read_paper(
-                    network,
-                    blocks,
-                    unigrams.counts,
-                    attention=attention,
-                    seed=seed,
-                    progress=bar.update,
-                )
-            )
+    texts = _texts(task)
+    inputs = iter(zip(task.tokenizers, texts.inputs, strict=True))  # a model each
+    counts: dict[tuple[int, int], Tensor] = {}  # models of one tokenizer count once
+    tokens: list[int] = []
+    components: list[Found] = []
+
+    def read(network: Any, model: Found, progress: Progress) -> PaperReadings:
+        tokenizer, own = next(inputs)
+        key = id(tokenizer), model["vocabulary"]
+        if key not in counts:
+            counts[key] = count_unigrams(task.training, tokenizer, key[1]).counts
+        tokens.append(int(counts[key].sum()))
+        found = read_paper(
+            network,
+            own,
+            counts[key],
+            attention=task.attention,
+            seed=task.seed,
+            progress=progress,
+        )
         layers = len(attach(network).anatomy.layers)
-        heads = found[-1].entries.shape[1] // layers - 1
-        components.append(component_results(found[-1], component_names(layers, heads)))
-        del network  # the next one is loaded into the room that it had
-    assert unigrams is not None
+        heads = found.entries.shape[1] // layers - 1
+        components.append(component_results(found, component_names(layers, heads)))
+        return found
+
+    models, found = task.measure(read, total=len(texts.inputs[0]), unit="input")
     densities = [each.auc[:, None] for each in found]
     result = {
         "version": PAPER_VERSION,
-        "models": found_models,
-        "data": data,
-        "inputs": len(blocks),
-        "context": blocks.shape[1] - 1,
-        "unigrams": {"tokens": int(unigrams.counts.sum())},
-        "settings": {
-            "attention": attention,
-            "resamples": resamples,
-            "seed": seed,
-            "confidence": CONFIDENCE,
-            "dtype": run.dtype,
-        },
+        "models": models,
+        "data": task.data,
+        "inputs": len(texts.inputs[0]),
+        "context": task.blocks.shape[1] - 1,
+        "unigrams": {"tokens": tokens[0]},
+        "own_tokens": None if task.one_tokenizer else _own_tokens(texts, tokens),
+        "settings": task.settings(),
         "axes": AXES,
-        "results": results_of(PAPER_ANSWERS, found, resamples, seed),
+        "results": results_of(PAPER_ANSWERS, found, task.resamples, task.seed),
         "components": components,
-        "pairs": density_correlations(densities, resamples, seed),
-        **provenance(where),
-        "seconds": round(time.perf_counter() - began, 1),
+        "pairs": density_correlations(densities, task.resamples, task.seed),
     }
-    folder = prepare_output(out, run.overwrite)
-    table = paper_table(result)
-    write_json(folder / "paper.json", result)
-    write_text(folder / "paper.txt", table)
-    write_paper_plot(result, folder)
-    print(table)
-    print(f"\nwritten to {folder}/: paper.json, paper.txt and paper.png")
-    return result
+    return task.write("paper", result, paper_table, write_paper_plot)
+
+
+def _texts(task: StudyTask) -> SameTexts:
+    if task.one_tokenizer:
+        return SameTexts([list(task.blocks)] * len(task.tokenizers), {})
+    texts = same_texts(task.blocks, task.tokenizers)
+    if len(texts.inputs[0]) < 2:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in texts.left_out.items())
+        raise DataError(
+            f"models: of {len(task.blocks)} texts, found {len(texts.inputs[0])} that all of their "
+            f"tokenizers have, a bootstrap over inputs needs at least 2. Left out: {reasons}. Give "
+            "more blocks, a larger block_size or models of one tokenizer"
+        )
+    return texts
+
+
+def _own_tokens(texts: SameTexts, unigrams: Sequence[int]) -> Found:
+    """What result files say where tokenizers differ, a number a model in every list."""
+    lengths = [[len(ids) - 1 for ids in inputs] for inputs in texts.inputs]
+    return {
+        "note": "same texts, encoded by each model's own tokenizer: losses, entropies, ranks and "
+        "frequencies are per token of its own",
+        "left_out": texts.left_out,
+        "context_mean": [sum(each) / len(each) for each in lengths],
+        "context_range": [[min(each), max(each)] for each in lengths],
+        "unigram_tokens": list(unigrams),
+    }

@@ -7,40 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from softtrace.checks import check_counts, check_least, check_range
+from softtrace.cli.generation import generation as measure_generation
 from softtrace.cli.paper import paper as measure_paper
+from softtrace.cli.questions import questions
 from softtrace.cli.sensitivity import sensitivity as measure_sensitivity
-from softtrace.cli.study_models import check_same_tokens, check_vocabulary, described, labels
+from softtrace.cli.study_models import check_same_tokens, labels, tokenizers_of
+from softtrace.cli.study_task import StudyTask
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document, split_by_file
 from softtrace.data.encoding import beginning
 from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
-from softtrace.density.curve import SIZE_BOUND
-from softtrace.density.distortion import NUCLEUS_SHARES
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation.bootstrap import (
-    CONFIDENCE,
-)
 from softtrace.evaluation.identity import text_identity
-from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
-from softtrace.evaluation.study.answers import ANSWERS
-from softtrace.evaluation.study.paper_answers import density_correlations
-from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_model, window_ends
-from softtrace.evaluation.study.results import results_of
-from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
-from softtrace.files import check_output, claims_out, prepare_output, write_json, write_text
-from softtrace.graph.edges import EDGE_KINDS
+from softtrace.evaluation.study.readings import window_ends
+from softtrace.files import check_output, claims_out
 from softtrace.model.devices import device_of
-from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
-from softtrace.report.study_plots import write_study_plot
-from softtrace.report.study_tables import study_table
+from softtrace.model.loading import check_model_directory, load_tokenizer
 from softtrace.tracing.masking import AttentionKind, check_attention
-
-STUDY_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,7 @@ def study(
     attention: AttentionKind = "recomputed",
     sensitivity: bool = False,
     paper: bool = False,
+    generation: bool = False,
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Answer the paper's questions of models, with intervals; write them to OUT.
@@ -117,7 +104,11 @@ def study(
         paper: Instead, give the figures of the paper by the paper's own definitions: the last token
             of every block is predicted, with a run of its own for every size, and the numbers are
             in paper.json, paper.txt and paper.png. The paper's texts have 40 tokens (a block_size
-            of 41); time and memory grow with the square of it.
+            of 41); time and memory grow with the square of it. Models of different tokenizers are
+            given the same texts.
+        generation: Instead, let each model go on writing after the first half of every block,
+            greedily and sampled, and measure what it writes beside the text: generation.json,
+            generation.txt and generation.png.
         run: How the models are run.
 
     Raises:
@@ -129,16 +120,16 @@ def study(
     """
     began = time.perf_counter()
     check_attention(attention)
-    _check_mode(models, sensitivity, paper)
+    _check_mode(models, sensitivity=sensitivity, paper=paper, generation=generation)
     lengths = _check(lengths, source.held_out_share, smoothing)
     check_counts(4, block_size=block_size)
     check_counts(2, blocks=blocks)
     check_counts(1, batch_size=batch_size, targets=targets, resamples=resamples)
     first = block_size // 2
-    windowed = not (paper or sensitivity)
+    windowed = not (paper or sensitivity or generation)
     longest = lengths[-1] if windowed else 1
     ends = window_ends(block_size, first, longest, targets)
-    where = device_of(run.device)
+    device_of(run.device)
     check_output(out, run.overwrite)
     for model in models:
         check_model_directory(model)
@@ -155,121 +146,41 @@ def study(
             "side, a bootstrap over sequences needs at least 2; give more text, a smaller "
             "block_size or a larger held_out_share"
         )
-    for model in models[1:]:
-        check_same_tokens(models[0], tokenizer, model, held_out, block_size, chosen)
-    data = text_identity(source, chosen, len(held_out))
-    if sensitivity:
-        return measure_sensitivity(
-            models,
-            chosen,
-            data,
-            out,
-            batch_size=batch_size,
-            resamples=resamples,
-            seed=seed,
-            run=run,
-        )
+    tokenizers = tokenizers_of(models, tokenizer, held_out, block_size, chosen)
+    task = StudyTask(
+        models=dict(zip(labels(models), models, strict=True)),
+        blocks=chosen,
+        training=training,
+        tokenizers=tokenizers,
+        data=text_identity(source, chosen, len(held_out)),
+        out=out,
+        batch_size=batch_size,
+        resamples=resamples,
+        seed=seed,
+        attention=attention,
+        run=run,
+        began=began,
+    )
     if paper:
-        return measure_paper(
-            dict(zip(labels(models), models, strict=True)),
-            chosen,
-            training,
-            tokenizer,
-            data,
-            out,
-            attention=attention,
-            resamples=resamples,
-            seed=seed,
-            run=run,
-        )
-    found_models: list[dict[str, Any]] = []
-    found: list[Readings] = []
-    unigrams: Unigrams | None = None
-    for label, model in zip(labels(models), models, strict=True):
-        network = load_model(model, dtype=run.dtype)
-        network.to(where).eval()  # type: ignore[arg-type]
-        found_models.append({"label": label, **described(network, model)})
-        vocabulary = found_models[-1]["vocabulary"]
-        if unigrams is None:
-            unigrams = count_unigrams(training, tokenizer, vocabulary, smoothing)
-        check_vocabulary(found_models)
-        total = len(chosen) * (1 + len(ends) * len(lengths))
-        with tqdm(total=total, desc=f"measuring {label}", unit="sequence") as bar:
-            found.append(
-                read_model(
-                    network,
-                    chosen,
-                    unigrams,
-                    first=first,
-                    ends=ends,
-                    lengths=lengths,
-                    batch_size=batch_size,
-                    progress=bar.update,
-                    beginning=begun,
-                    attention=attention,
-                )
-            )
-        del network  # the next one is loaded into the room that it had
-    assert unigrams is not None
-    result = {
-        "version": STUDY_VERSION,
-        "models": found_models,
-        "data": data,
-        "unigrams": {"documents": len(training), **_summary(unigrams)},
-        "settings": {
-            "attention": attention,
-            "min_context": first,
-            "total_variation": SIZE_BOUND,
-            "targets": len(ends),
-            "resamples": resamples,
-            "seed": seed,
-            "confidence": CONFIDENCE,
-            "interval": "percentile bootstrap over sequences",
-            "dtype": run.dtype,
-        },
-        "tokens": found[0].whole.size.numel(),
-        "axes": {
-            "sizes": list(STUDY_SIZES),
-            "depth_quartiles": [1, 2, 3, 4],
-            "kinds": list(EDGE_KINDS),
-            "nucleus_p": list(NUCLEUS_SHARES),
-            "lengths": list(lengths),
-            "positions": ends.tolist(),
-            "contexts": [*lengths, "all before"],
-        },
-        "results": results_of(ANSWERS, found, resamples, seed),
-        "pairs": density_correlations([each.whole.area for each in found], resamples, seed),
-        **provenance(where),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    folder = prepare_output(out, run.overwrite)
-    table = study_table(result)
-    write_json(folder / "study.json", result)
-    write_text(folder / "study.txt", table)
-    write_study_plot(result, folder)
-    print(table)
-    print(f"\nwritten to {folder}/: study.json, study.txt and study.png")
-    return result
+        return measure_paper(task)
+    check_same_tokens(models, tokenizers)
+    if sensitivity:
+        return measure_sensitivity(task)
+    if generation:
+        return measure_generation(task)
+    return questions(task, lengths, ends, smoothing)
 
 
-def _summary(unigrams: Unigrams) -> dict[str, Any]:
-    return {
-        "tokens": int(unigrams.counts.sum()),
-        "seen": int((unigrams.counts > 0).sum()),
-        "smoothing": f"{unigrams.smoothing:g} added to every count",
-        "entropy_nats": unigrams.entropy,
-        "uniform_kl_nats": unigrams.uniform_divergence,
-    }
-
-
-def _check_mode(models: Sequence[str], sensitivity: bool, paper: bool) -> None:
+def _check_mode(models: Sequence[str], **modes: bool) -> None:
     if not models:
         raise InvalidInputError("models: found none, expected at least one")
-    if sensitivity and paper:
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if len(chosen) > 1:
         raise InvalidInputError(
-            "sensitivity, paper: found both, allowed is one of them; run study twice"
+            f"{', '.join(chosen)}: found more than one, allowed is one of them; run study once for "
+            "each"
         )
-    if sensitivity and len(models) > 2:
+    if modes["sensitivity"] and len(models) > 2:
         raise InvalidInputError(
             f"models: found {len(models)}, allowed with sensitivity are 1, or 2: before and after "
             "training"

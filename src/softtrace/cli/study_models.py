@@ -1,4 +1,4 @@
-"""Several models of one study: their names, and whether they read and predict the same tokens."""
+"""Several models of one study: names, tokenizers, whether they predict the same tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,46 @@ from softtrace.model.loading import load_tokenizer
 from softtrace.tracing.attach import attach
 
 
-def check_same_tokens(
-    first: str, tokenizer: Any, other: str, held_out: list[Document], size: int, chosen: Tensor
-) -> None:
-    """Raise :class:`InvalidInputError` where another model's tokenizer reads the text otherwise."""
-    own = load_tokenizer(other)
-    same = own.get_vocab() == tokenizer.get_vocab()
-    if same:
-        same = torch.equal(evenly(pack(held_out, own, size), len(chosen)), chosen)
+def tokenizers_of(
+    models: Sequence[str], first: Any, held_out: list[Document], size: int, chosen: Tensor
+) -> list[Any]:
+    """The models' tokenizers; that of the first for all that turn the text into the same blocks.
+
+    Args:
+        models: paths.
+        first: the first one's tokenizer.
+        held_out: documents.
+        size: tokens of a block.
+        chosen: ``[N, size]`` blocks of the first one's tokens.
+    """
+    found = [first]
+    for model in models[1:]:
+        own = load_tokenizer(model)
+        same = own.get_vocab() == first.get_vocab() and torch.equal(
+            evenly(pack(held_out, own, size), len(chosen)), chosen
+        )
+        found.append(first if same else own)
+    return found
+
+
+def check_same_tokens(models: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    """Raise :class:`InvalidInputError` where a tokenizer reads the text unlike the first.
+
+    Args:
+        models: paths.
+        tokenizers: see :func:`tokenizers_of`.
+    """
+    first = tokenizers[0]
+    for model, own in zip(models, tokenizers, strict=True):
+        if own is first:
+            continue
         what = "turn the text into other tokens"
-    else:
-        what = f"have other vocabularies ({len(tokenizer)} and {len(own)} tokens)"
-    if not same:
+        if own.get_vocab() != first.get_vocab():
+            what = f"have other vocabularies ({len(first)} and {len(own)} tokens)"
         raise InvalidInputError(
-            f"models: the tokenizers of {first} and {other} {what}; they are compared on "
-            "the same tokens, so expected models of one tokenizer. Study them one by one"
+            f"models: the tokenizers of {models[0]} and {model} {what}; they are compared on "
+            "the same tokens, so expected models of one tokenizer. Study them one by one, or on "
+            "the same texts with --paper true"
         )
 
 

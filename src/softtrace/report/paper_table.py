@@ -47,7 +47,21 @@ def paper_table(paper: Paper) -> str:
         tokens=paper["unigrams"]["tokens"],
     )
     pairs = pair_lines(paper, "AUC")
-    return "\n".join([header, "", *text, *pairs, *_components(paper), "", legend])
+    own = _own_tokens(paper)
+    return "\n".join([header, *own, "", *text, *pairs, *_components(paper), "", legend])
+
+
+def _own_tokens(paper: Paper) -> list[str]:
+    """What differs where models have tokenizers of their own; older files do not say it."""
+    own = paper.get("own_tokens")
+    if not own:
+        return []
+    lengths = ", ".join(f"{mean:.1f}" for mean in own["context_mean"])
+    left_out = ", ".join(f"{why}: {count}" for why, count in own["left_out"].items())
+    return [
+        f"Tokenizers differ: {own['note']}.",
+        f"Tokens of context on average: {lengths}. Texts left out: {left_out or 'none'}.",
+    ]
 
 
 def _sections(paper: Paper) -> Iterator[tuple[str, list[Row]]]:

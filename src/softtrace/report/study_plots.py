@@ -169,10 +169,10 @@ def _position(axes: Axes, study: Study) -> None:
 
 
 _PANELS = (
-    ("Two phases: how far off a trace is", _variation),
-    ("Two phases: kinds of edges", _kinds),
-    ("Two phases: how deep the edges lie", _depths),
-    ("Two phases: most likely tokens recovered", _nucleus),
+    ("By size: how far off a trace is", _variation),
+    ("By size: kinds of edges", _kinds),
+    ("By size: how deep the edges lie", _depths),
+    ("By size: most likely tokens recovered", _nucleus),
     ("Computation against uncertainty", _uncertainty),
     ("Shallow statistics: ranks of tokens", _spearman),
     ("Shallow statistics: distance", _divergence),

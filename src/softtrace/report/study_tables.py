@@ -155,7 +155,8 @@ def pair_lines(study: Study, what: str) -> list[str]:
     if not pairs:
         return []
     labels = [model["label"] for model in study["models"]]
-    rows = [[f"Rank correlation of {what} on the same tokens", ""]]
+    unit = "texts" if study.get("own_tokens") else "tokens"
+    rows = [[f"Rank correlation of {what} on the same {unit}", ""]]
     for pair in pairs:
         first, second = (labels[at] for at in pair["models"])
         rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])

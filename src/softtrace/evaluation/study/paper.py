@@ -92,7 +92,7 @@ class PaperReadings:
 @torch.no_grad()
 def read_paper(
     model: nn.Module,
-    blocks: Tensor,
+    blocks: Tensor | Sequence[Tensor],
     counts: Tensor,
     *,
     attention: AttentionKind,
@@ -103,7 +103,7 @@ def read_paper(
 
     Args:
         model: a causal language model.
-        blocks: ``[N, T]`` ids without padding.
+        blocks: ``[N, T]`` ids without padding, or N tensors ``[T_n]`` of any lengths from 2.
         counts: ``[V]``, how often each token is in a corpus.
         attention: of masked runs, see :func:`softtrace.density_curve`.
         seed: of the random subgraphs; input n uses ``seed + n``.
@@ -112,8 +112,8 @@ def read_paper(
     instrument = attach(model)
     device = device_of_module(model)
     found = []
-    for number, block in enumerate(blocks.to(device)):
-        batch = instrument.batch(block[None, :-1])
+    for number, block in enumerate(blocks):
+        batch = instrument.batch(block[None, :-1].to(device))
         recording = instrument.record(batch, keep_attention=attention == "recorded")
         found.append(_read(instrument, recording, int(block[-1]), counts, attention, seed + number))
         progress(1)

@@ -156,8 +156,10 @@ def read_model(
     for batch in torch.split(blocks, batch_size):
         chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
         chosen[:, explained] = True
-        curve, surprisal = _curve(instrument, batch.to(device), attention, unigrams, chosen)
-        tokens.append(_computation(curve, surprisal, explained))
+        curve, surprisal = curve_and_surprisal(
+            instrument, batch.to(device), attention, unigrams, chosen
+        )
+        tokens.append(computation_of(curve, surprisal, explained))
         over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
         sums.append(
             tuple(
@@ -180,7 +182,7 @@ def read_model(
         for length in lengths
     }
     variation, composition, nucleus, unigram = map(torch.cat, zip(*sums, strict=True))
-    return Readings(_joined(tokens), variation, composition, nucleus, unigram, ends, first, windows)
+    return Readings(joined(tokens), variation, composition, nucleus, unigram, ends, first, windows)
 
 
 def _windows(
@@ -204,18 +206,20 @@ def _windows(
     last = slice(length - 1, length)
     found = []
     for batch, target in _together(windows.flatten(0, 1), targets.flatten(), batch_size):
-        curve, surprisal = _curve(instrument, batch.to(device), attention, target=target.to(device))
-        found.append(_computation(curve, surprisal, last))
+        curve, surprisal = curve_and_surprisal(
+            instrument, batch.to(device), attention, target=target.to(device)
+        )
+        found.append(computation_of(curve, surprisal, last))
         progress(len(batch))
-    joined = vars(_joined(found))
-    return Computation(**{name: v.reshape(targets.shape) for name, v in joined.items()})
+    together = vars(joined(found))
+    return Computation(**{name: v.reshape(targets.shape) for name, v in together.items()})
 
 
 def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(rows, batch_size), torch.split(targets, batch_size), strict=True)
 
 
-def _curve(
+def curve_and_surprisal(
     instrument: Instrument,
     ids: Tensor,
     attention: AttentionKind,
@@ -248,7 +252,14 @@ def _curve(
     return curve, loss_score(recording.logits, targets)
 
 
-def _computation(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
+def computation_of(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
+    """What the tokens of a batch need at these places, on the CPU.
+
+    Args:
+        curve: of the batch, ``[B, T]`` positions.
+        surprisal: ``[B, T]`` nats.
+        places: of the positions.
+    """
     size = curve.size_at()
     edges = curve.at_sizes(size[None], curve.composition)[0].sum(2)
     attention = edges[..., EDGE_KINDS.index("attention")] / edges.sum(-1)  # 0 / 0 if it is empty
@@ -263,6 +274,7 @@ def _computation(curve: DensityCurve, surprisal: Tensor, places: slice) -> Compu
     return Computation(**{name: values[:, places].cpu() for name, values in found.items()})
 
 
-def _joined(parts: list[Computation]) -> Computation:
+def joined(parts: list[Computation]) -> Computation:
+    """Batches one after another as one."""
     names = vars(parts[0])
     return Computation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
