@@ -320,6 +320,7 @@ def test_errors_of_a_measurement_are_raised() -> None:
         ({"every": 0}, "every: found 0, allowed are integers from 1"),
         ({"max_rows": 0}, "max_rows: found 0"),
         ({"batch_size": 0}, "batch_size: found 0"),
+        ({"patience": 0}, "patience: found 0, allowed are integers from 1, None"),
         ({"min_context": -1}, "min_context: found -1, allowed are integers from 0, None"),
         ({"blocks": torch.zeros(0, 4, dtype=torch.int64)}, r"blocks: found .* shape \(0, 4\)"),
         ({"blocks": torch.zeros(4)}, r"blocks: found torch.float32 of shape \(4,\)"),

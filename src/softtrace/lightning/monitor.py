@@ -6,6 +6,7 @@ with it ends with the weights of one without, bit by bit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchmetrics import Metric
 
 from softtrace.checks import check_counts, check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.lightning.penalty import DensityPenalty
+from softtrace.lightning.standstill import standstill
 from softtrace.lightning.support import check_strategy
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
 from softtrace.metrics import (
@@ -30,6 +33,7 @@ from softtrace.processes import raise_everywhere
 from softtrace.tracing.masking import AttentionKind, check_attention
 
 STATE_VERSION = 1
+logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
 
@@ -46,6 +50,9 @@ class DensityMonitor(Callback):
     The set is measured in the precision of the validation. Weights that another callback swaps in
     for validation (weight averaging) are seen if that callback comes after this one.
 
+    Beside a :class:`DensityPenalty` of strength above 0 it warns once, in the log, where densities
+    do not move, and names the dial; see :mod:`softtrace.lightning.standstill`.
+
     Attributes:
         history: a dict a measurement, in order: what was logged, without the ``density/``, and
             ``step`` (optimiser steps so far) and ``tokens`` (explained positions). Kept in
@@ -60,6 +67,8 @@ class DensityMonitor(Callback):
         batch_size: rows a forward; memory grows with it and with the square of their length.
         min_context: real tokens that stand before a position that counts; None for half of each
             row's.
+        patience: optimiser steps that densities may stand still before it warns, counted from the
+            first measurement at which the penalty has its whole strength; None never warns.
         attention: where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
         allow_untested: run under a strategy that :mod:`softtrace.lightning.support` does not list
@@ -84,11 +93,13 @@ class DensityMonitor(Callback):
         max_rows: int = 16,
         batch_size: int = 8,
         min_context: int | None = None,
+        patience: int | None = 400,
         attention: AttentionKind = "recomputed",
         allow_untested: bool = False,
     ) -> None:
         check_counts(1, every=every, max_rows=max_rows, batch_size=batch_size)
         check_least("min_context", min_context, 0, optional=True)
+        check_least("patience", patience, 1, optional=True)
         check_attention(attention)
         if blocks is not None and (
             blocks.dim() != 2 or not blocks.numel() or blocks.is_floating_point()
@@ -102,16 +113,20 @@ class DensityMonitor(Callback):
         self.max_rows = max_rows
         self.batch_size = batch_size
         self.min_context = min_context
+        self.patience = patience
         self.attention = attention
         self.allow_untested = allow_untested
         self.history: list[dict[str, float]] = []
         self._kept: list[Inputs] = []
         self._full = False
         self._last: int | None = None
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy that is not supported; a checkpoint is read after this."""
         self._last = None
+        if stage == "fit" and trainer.global_step == 0:
+            self._warned = False
         if stage in ("fit", "validate"):
             name = type(trainer.strategy).__name__
             check_strategy(name, self.allow_untested, "DensityMonitor")
@@ -191,6 +206,17 @@ class DensityMonitor(Callback):
             batch_size=1,
             sync_dist=True,
         )
+        self._warn(trainer, pl_module.device)
+
+    def _warn(self, trainer: Trainer, device: torch.device) -> None:
+        """Say once if the penalty does not move what is measured."""
+        penalties = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
+        if self._warned or self.patience is None or not penalties:
+            return
+        said = standstill(self.history, penalties[0].options.on(device), self.patience)
+        self._warned = said is not None  # in every process: all have the same history
+        if said and trainer.is_global_zero:
+            logger.warning(said)
 
     # Tensors of inference mode could not be part of a backward; attaching may keep some.
     @torch.inference_mode(False)
@@ -254,8 +280,9 @@ class DensityMonitor(Callback):
         return read
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far."""
-        return {"version": STATE_VERSION, "history": [dict(each) for each in self.history]}
+        """What was measured so far, and whether it has warned."""
+        history = [dict(each) for each in self.history]
+        return {"version": STATE_VERSION, "history": history, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of the interrupted fit.
@@ -270,3 +297,4 @@ class DensityMonitor(Callback):
             )
         self.history = [dict(each) for each in state_dict["history"]]
         self._last = int(self.history[-1]["step"]) if self.history else None
+        self._warned = bool(state_dict.get("warned", False))  # older states lack it

@@ -1,4 +1,4 @@
-"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])``; ``DensityMonitor`` only measures.
+"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])``.
 
 The training step is wrapped (:mod:`softtrace.lightning.wrapped_step`) from ``on_train_start`` on
 and put back at the end, also after an exception.
@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
-from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.support import check_strategy
 from softtrace.lightning.wrapped_step import WrappedStep
 from softtrace.loss.density_loss import DensityLoss
@@ -22,8 +21,6 @@ from softtrace.loss.integration import TermLog, check_state, state_of
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
-
-__all__ = ["DensityMonitor", "DensityPenalty"]
 
 STATE_KEY = "softtrace.DensityPenalty"
 
