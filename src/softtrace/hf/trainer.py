@@ -15,21 +15,15 @@ from typing import Any
 import torch
 from accelerate.utils.operations import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 
 from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
+from softtrace.hf.density_state import DensityState
 from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
-from softtrace.loss.integration import (
-    ExpectedGradient,
-    TermLog,
-    check_state,
-    measured_loss,
-    state_of,
-)
+from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
@@ -41,8 +35,8 @@ class DensityMixin:
 
     ``class MyTrainer(DensityMixin, SFTTrainer)``, or :func:`with_density`. What is logged has the
     names of :class:`softtrace.lightning.DensityPenalty`, as means since the last log: ``loss/task``
-    and ``loss/density`` add up to the Trainer's own ``loss``. With a ``budget`` the strength follows
-    what the Trainer's own evaluation logs as ``monitor`` (``eval_loss``).
+    and ``loss/density`` add up to the Trainer's own ``loss``. With a ``budget`` the strength
+    follows what the Trainer's own evaluation gives as ``monitor`` (``eval_loss``).
 
     Tokens count where the batch has labels for them. A batch without labels may hold a
     ``completion_mask`` (TRL's DPO and KTO: answers count, chosen and rejected alike) or prompts
@@ -321,41 +315,6 @@ class DensityMixin:
         self._term_log = TermLog(self.density_options, budget=budget)
         for state in self._states():
             state.budget, state.monitor = budget, self.density_options.monitor or EVAL_LOSS
-
-
-class DensityState(TrainerCallback, ExportableState):
-    """Keeps the term's seed, what is logged next, and the budget in ``trainer_state.json``.
-
-    All else is a function of the step. A budget is told of every evaluation in training.
-
-    Args:
-        seed: of the term.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        self.log: list[dict[str, Any]] | None = None
-        self.budget: LossBudget | None = None
-        self.monitor = EVAL_LOSS
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Let the strength follow the held-out loss; before a checkpoint is saved.
-
-        Raises:
-            TrainerSetupError: the evaluation gave none of that name.
-        """
-        if self.budget is None:
-            return
-        # Of several eval_datasets each is evaluated by itself, under a prefix of its own.
-        others = {name for name in metrics if name.startswith("eval_") and name.endswith("_loss")}
-        if self.monitor in metrics or not (others and self.monitor != EVAL_LOSS):
-            self.budget.update(state.global_step, measured_loss(metrics, self.monitor))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the term."""
-        return {"args": {}, "attributes": state_of(self.seed, self.log, self.budget)}
 
 
 def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:

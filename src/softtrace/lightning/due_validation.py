@@ -8,6 +8,8 @@ fit would end differently from a straight one.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 
 from softtrace.errors import TrainerSetupError
@@ -37,7 +39,8 @@ def check_validates(trainer: Trainer) -> None:
 def is_due(trainer: Trainer) -> bool:
     """Whether the batch that has just ended is to be followed by a validation; not if one runs."""
     loop = trainer.fit_loop.epoch_loop
-    total, fetcher = loop.batch_progress.total, trainer.fit_loop._data_fetcher
+    total: Any = loop.batch_progress.total
+    fetcher = trainer.fit_loop._data_fetcher
     ended = trainer.training and 0 < total.ready == total.processed
     return bool(ended and fetcher is not None and loop._should_check_val_fx(fetcher))
 

@@ -88,16 +88,19 @@ class LossBudget:
         self.factor, self.spent = kept["factor"], kept["spent"]
 
 
-def check_budget(budget: float | None, reference: Any) -> None:
+def check_budget(budget: float | None, reference: Any, monitor: Any = None) -> None:
     """Refuse a budget without a reference, the other way round, and what is neither.
 
     Args:
         budget: as of :class:`LossBudget`, or None.
         reference: as there, a path, or None.
+        monitor: name of the held-out loss, or None.
 
     Raises:
         InvalidInputError: what is wrong, and how to make a reference.
     """
+    if monitor is not None and not isinstance(monitor, str):
+        raise InvalidInputError(f"monitor: found {monitor!r}, allowed are names, None")
     if budget is None and reference is None:
         return
     if budget is None:

@@ -137,7 +137,7 @@ class DensityOptions:
             raise InvalidInputError(f"cuda_graph: found {self.cuda_graph!r}, allowed are booleans")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
-        check_budget(self.budget, self.reference)
+        check_budget(self.budget, self.reference, self.monitor)
         if self.size_weight > 0 and self.family == "shallow":
             raise InvalidInputError(
                 "size_weight: the family 'shallow' has no threshold and so no trace size; "
