@@ -69,7 +69,6 @@ def saves(folder: Path, hook: str) -> Calls:
         pytest.param("on_train_batch_end", 1, marks=pytest.mark.thorough),
         pytest.param("on_train_batch_end", 4, marks=pytest.mark.thorough),
         pytest.param("on_validation_end", 1, marks=pytest.mark.thorough),
-        pytest.param("on_train_batch_start", 1, marks=pytest.mark.thorough),
     ],
 )
 def test_resumed_anywhere_it_ends_as_the_straight_one_bit_by_bit(
