@@ -27,6 +27,7 @@ from softtrace.errors import (
 )
 from softtrace.files import claimed
 from softtrace.lightning import DensityPenalty
+from softtrace.loss.reference import read_losses
 from tests.support.corpus import write_chat_model, write_model, write_parquet, write_tree
 
 
@@ -199,6 +200,26 @@ def test_strength_zero_is_plain_fine_tuning(sources: tuple[Path, Path], tmp_path
     for name, weight in trained(inert).items():
         assert torch.equal(weight, trained(tmp_path / "without")[name]), name
     assert not torch.equal(trained(inert)["lm_head.weight"], trained(active)["lm_head.weight"])
+
+
+@pytest.mark.thorough
+def test_a_budget_is_counted_from_the_folder_of_a_plain_fit(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ("--trainer.limit_val_batches", 1, "--trainer.val_check_interval", 1)
+    words += ("--trainer.log_every_n_steps", 1, "--card_blocks", 0)
+    plain = fit(arguments(sources, tmp_path / "plain", *words, "--penalty.strength", 0))
+    assert sorted(read_losses(plain)) == [1, 2, 3, 4, 5, 6]
+    words += ("--penalty.budget", 0.01, "--penalty.reference", plain)
+    held = fit(arguments(sources, tmp_path / "held", *words))
+    with (held / "logs" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["density/strength"]]
+    strengths = [float(row["density/strength"]) for row in rows]
+    assert strengths[:4] == pytest.approx([0.35] * 4)  # the warm-up takes 3 steps
+    assert strengths[4] != strengths[5]
+    assert all(row["density/budget_spent"] not in ("", "nan") for row in rows[1:])
+    again = fit(["--config", str(held / "fit.yaml"), "--out", str(tmp_path / "again")])
+    assert torch.equal(trained(again)["lm_head.weight"], trained(held)["lm_head.weight"])
 
 
 def test_goes_over_the_text_once_by_default(sources: tuple[Path, Path], tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_older_checkpoints_are_read_and_a_new_training_begins_anew(tmp_path: Pat
     state = tmp_path / "checkpoint-3" / "trainer_state.json"
     kept = json.loads(state.read_text())
     attributes = kept["stateful_callbacks"]["DensityState"]["attributes"]
-    assert attributes.keys() == {"version", "seed", "log"}
+    assert attributes.keys() == {"version", "seed", "log", "budget"}
     kept["stateful_callbacks"]["DensityState"]["attributes"] = {"version": 1, "seed": 3}
     state.write_text(json.dumps(kept))
     older = resumed(tmp_path, 3, MASKED_SELDOM)

@@ -104,12 +104,12 @@ def test_state_is_plain_and_versioned(corpus: Path) -> None:
     straight = fit_corpus(corpus)
     checkpoint = torch.load(corpus.parent / "step=4.ckpt", weights_only=True)
     state = checkpoint[STATE_KEY]
-    assert (state["version"], state["seed"]) == (2, 3)
+    assert (state["version"], state["seed"], state["budget"]) == (3, 3, None)
     assert set(state["log"]["measured"]) == set(LOGGED[2:5])
-    for version in (3, "1", None):
+    for version in (4, "1", None):
         checkpoint[STATE_KEY] = {**state, "version": version}
         torch.save(checkpoint, corpus.parent / "other.ckpt")
-        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 2"):
+        with pytest.raises(TrainerSetupError, match=f"version {version!r}, this run has 3"):
             fit_corpus(corpus, corpus.parent / "other.ckpt")
     checkpoint[STATE_KEY] = {"version": 1, "seed": 3}  # as it was before the log was kept
     torch.save(checkpoint, corpus.parent / "older.ckpt")

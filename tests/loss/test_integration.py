@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from softtrace import DensityOptions, TrainerSetupError
-from softtrace.loss.integration import STATE_VERSION, TermLog, check_state, state_of
+from softtrace.loss.budget import LossBudget
+from softtrace.loss.integration import (
+    STATE_VERSION,
+    TermLog,
+    check_state,
+    measured_loss,
+    state_of,
+)
 from softtrace.loss.term import DensityTerm
 
 EVERY = 3
@@ -70,8 +77,11 @@ def test_the_state_is_plain_and_its_layout_has_a_version() -> None:
         log.of(term)
     state = state_of(3, log.state())
     assert only_plain(state)
-    assert state["version"] == STATE_VERSION == 2
-    assert json.loads(json.dumps(state_of(3))) == {"version": 2, "seed": 3, "log": None}
+    assert state["version"] == STATE_VERSION == 3
+    nothing = {"version": 3, "seed": 3, "log": None, "budget": None}
+    assert json.loads(json.dumps(state_of(3))) == nothing
+    budget = LossBudget(0.01, {0: 2.0})
+    assert json.loads(json.dumps(state_of(3, budget=budget)))["budget"] == budget.state()
 
 
 def check(kept: dict[str, Any]) -> None:
@@ -80,12 +90,36 @@ def check(kept: dict[str, Any]) -> None:
 
 def test_older_states_are_read_and_others_refused() -> None:
     check({"version": 1, "seed": 3})  # which kept no log
+    check({"version": 2, "seed": 3, "log": None})  # and this nothing of a budget
     check(state_of(3))
-    for version in (0, 3, "1", None):
+    for version in (0, 4, "1", None):
         with pytest.raises(
-            TrainerSetupError, match=f"a density version of {version!r}, this run has 2"
+            TrainerSetupError, match=f"a density version of {version!r}, this run has 3"
         ):
             check({"version": version, "seed": 3})
-    for older in (1, 2):
+    for older in (1, 2, 3):
         with pytest.raises(TrainerSetupError, match="a density seed of 4, this run has 3"):
             check({"version": older, "seed": 4})
+
+
+def test_with_a_budget_its_strength_is_logged_and_without_one_nothing_of_it() -> None:
+    options, budget = DensityOptions(strength=0.5), LossBudget(0.01, {0: 2.0})
+    log = TermLog(options, budget=budget)
+    (term,) = terms(1)
+    first = log.of(term)
+    assert first["density/strength"] == 0.5
+    assert first["density/budget_spent"].isnan()
+    budget.update(1, 2.0 * 1.005)
+    then = log.of(term)
+    assert float(then["density/strength"]) == pytest.approx(0.5 * budget.factor)
+    assert float(then["density/budget_spent"]) == pytest.approx(0.5, rel=1e-3)
+    plain = TermLog(options).of(term)
+    assert plain.keys() == first.keys() - {"density/strength", "density/budget_spent"}
+
+
+def test_a_validation_that_logs_no_such_loss_is_told_what_it_logs() -> None:
+    assert measured_loss({"val_loss": torch.tensor(2.5)}, "val_loss") == 2.5
+    with pytest.raises(TrainerSetupError, match="logged no loss/held_out, but val_loss; name the"):
+        measured_loss({"val_loss": 2.5}, "loss/held_out")
+    with pytest.raises(TrainerSetupError, match="logged no val_loss, but nothing;"):
+        measured_loss({}, "val_loss")

@@ -58,6 +58,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cuda_graph": 1}, "cuda_graph: found 1, allowed are booleans"),
     ({"seed": 0.5}, "seed: found 0.5, allowed are integers"),
     ({"seed": True}, "seed: found True, allowed are integers"),
+    ({"budget": 0.01}, "budget: found no reference, .* run once with strength 0"),
+    ({"budget": 0.0, "reference": "plain"}, r"budget: found 0.0, allowed \(0, inf\)"),
+    ({"reference": "plain"}, "reference: found one without a budget; set budget too"),
+    ({"budget": 0.01, "reference": {}}, "reference: found {}, allowed are losses"),
+    ({"monitor": 3}, "monitor: found 3, allowed are names, None"),
 ]
 
 

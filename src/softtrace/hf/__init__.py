@@ -1,5 +1,6 @@
 """The door for transformers' Trainer."""
 
-from softtrace.hf.trainer import DensityMixin, DensityState, with_density
+from softtrace.hf.density_state import DensityState
+from softtrace.hf.trainer import DensityMixin, with_density
 
 __all__ = ["DensityMixin", "DensityState", "with_density"]

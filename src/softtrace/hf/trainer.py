@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from accelerate.utils.operations import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 
 from softtrace.errors import TrainerSetupError
 from softtrace.hf.checkpoints import newest_checkpoint
+from softtrace.hf.density_state import DensityState
+from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
-from softtrace.loss.integration import ExpectedGradient, TermLog, check_state, state_of
+from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
 
@@ -33,7 +35,8 @@ class DensityMixin:
 
     ``class MyTrainer(DensityMixin, SFTTrainer)``, or :func:`with_density`. What is logged has the
     names of :class:`softtrace.lightning.DensityPenalty`, as means since the last log: ``loss/task``
-    and ``loss/density`` add up to the Trainer's own ``loss``.
+    and ``loss/density`` add up to the Trainer's own ``loss``. With a ``budget`` the strength
+    follows what the Trainer's own evaluation gives as ``monitor`` (``eval_loss``).
 
     Tokens count where the batch has labels for them. A batch without labels may hold a
     ``completion_mask`` (TRL's DPO and KTO: answers count, chosen and rejected alike) or prompts
@@ -51,7 +54,8 @@ class DensityMixin:
         TrainerSetupError: at the first step: no or several causal language models, several GPUs in
             one process (``DataParallel``), sharding, a checkpoint of another seed, a
             ``compute_loss`` of a subclass that leaves the term out or drops it, a
-            ``training_step`` that computes its loss without one.
+            ``training_step`` that computes its loss without one, a budget without evaluation. At an
+            evaluation: it gave no ``monitor``.
         UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
     """
 
@@ -106,7 +110,8 @@ class DensityMixin:
         self._density = None
         self._sums.clear()
         self._term_log = TermLog(self.density_options)
-        self._keep(None)
+        for state in self._states():
+            state.log = state.budget = None
 
     def inputs_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss reads of a batch; override for batches of other shapes.
@@ -224,7 +229,9 @@ class DensityMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's checkpoint, with what is logged next."""
-        self._keep(self._log_state())
+        log = self._log_state()
+        for state in self._states():
+            state.log = log
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _log_state(self) -> list[dict[str, Any]] | None:
@@ -247,11 +254,11 @@ class DensityMixin:
         found: list[dict[str, Any]] = gather_object([own]) if trainer.control.should_save else [own]
         return found
 
-    def _keep(self, log: list[dict[str, Any]] | None) -> None:
+    def _states(self) -> list[DensityState]:
+        """The callbacks that write into checkpoints; one, unless a user added more."""
         trainer: Any = self
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, DensityState):
-                callback.log = log
+        callbacks = trainer.callback_handler.callbacks
+        return [each for each in callbacks if isinstance(each, DensityState)]
 
     def _go_on_from(self, log: list[dict[str, Any]]) -> None:
         """Log on from what :meth:`_log_state` gave."""
@@ -289,26 +296,25 @@ class DensityMixin:
             "not make; train them without it",
         )  # fmt: skip
         self._density = DensityLoss(model, options)
+        if (budget := self._density.budget) is not None:
+            self._follow(budget, kept.get("budget"))
         if kept.get("log"):
             self._go_on_from(kept["log"])
 
-
-class DensityState(TrainerCallback, ExportableState):
-    """Keeps the term's seed, and what is logged next, in ``trainer_state.json``.
-
-    All else is a function of the step.
-
-    Args:
-        seed: of the term.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        self.log: list[dict[str, Any]] | None = None
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the term."""
-        return {"args": {}, "attributes": state_of(self.seed, self.log)}
+    def _follow(self, budget: LossBudget, kept: Mapping[str, Any] | None) -> None:
+        """Let the strength follow the evaluations from now on."""
+        trainer: Any = self
+        if trainer.args.eval_strategy == "no":
+            raise TrainerSetupError(
+                "budget: this training has no evaluation (eval_strategy='no'), so the strength "
+                "has nothing to follow; give it an eval_dataset, eval_strategy='steps' and "
+                "eval_steps, some twenty evaluations in all, or leave the budget out"
+            )
+        if kept is not None:
+            budget.load(kept)
+        self._term_log = TermLog(self.density_options, budget=budget)
+        for state in self._states():
+            state.budget, state.monitor = budget, self.density_options.monitor or EVAL_LOSS
 
 
 def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:

@@ -6,19 +6,24 @@ and put back at the end, also after an exception.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
+from softtrace.lightning.due_validation import check_validates, is_due, validate
 from softtrace.lightning.support import check_strategy
 from softtrace.lightning.wrapped_step import WrappedStep
+from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
-from softtrace.loss.integration import TermLog, check_state, state_of
+from softtrace.loss.integration import TermLog, check_state, measured_loss, state_of
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
 from softtrace.model.wrappers import find_causal_lm
 
@@ -37,6 +42,11 @@ class DensityPenalty(Callback):
     the first and where it was skipped. With ``exits`` also ``density/exit_distance`` (nats), NaN
     where none was read. Strength 0 is inert: the training step is not even wrapped.
 
+    With ``budget`` the strength follows what the trainer's own validation logs as ``monitor``
+    (``loss/held_out``, as ``softtrace fit`` does); also logged are ``density/strength``, with the
+    factor that it was given, and ``density/budget_spent``, the share of the budget that the last
+    validation found spent, NaN before the first. Validate some twenty times in a fit.
+
     Args:
         strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
         allow_untested: Run also under a strategy that :mod:`softtrace.lightning.support` does not
@@ -47,7 +57,7 @@ class DensityPenalty(Callback):
         InvalidInputError: an option outside its range.
         TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
             language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
-            that is not supported.
+            that is not supported; a budget without a validation, or one that logs no ``monitor``.
         UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
     """
 
@@ -58,13 +68,15 @@ class DensityPenalty(Callback):
         self.allow_untested = allow_untested
         self._wrapped: WrappedStep | None = None
         self._term_log = TermLog(self.options)
-        self._kept_log: dict[str, Any] | None = None  # of the checkpoint that a fit goes on from
+        self._kept: Mapping[str, Any] = {}  # of the checkpoint that a fit goes on from
+        self._budget: LossBudget | None = None
+        self._measured_after = -1  # number of the batch whose validation was taken in last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what can be seen without the model."""
         if stage != "fit":
             return
-        self._kept_log = None
+        self._kept, self._budget, self._measured_after = {}, None, -1
         twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise TrainerSetupError(
@@ -73,6 +85,7 @@ class DensityPenalty(Callback):
             )
         if self.options.strength == 0:
             return
+        loss_budget(self.options)  # a reference that cannot be read is refused here already
         check_strategy(type(trainer.strategy).__name__, self.allow_untested)
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
@@ -90,6 +103,8 @@ class DensityPenalty(Callback):
         """Find the model early, before sanity checks spend time."""
         if self.options.strength > 0:
             find_causal_lm(pl_module)
+            if self.options.budget is not None:
+                check_validates(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the model and wrap the bound training step."""
@@ -97,10 +112,30 @@ class DensityPenalty(Callback):
             return
         self._restore()  # of a fit that ended without saying so: never two terms
         density = DensityLoss(find_causal_lm(pl_module), self.options)
-        self._term_log = TermLog(self.options, self.options.on(pl_module.device).schedule.every)
-        if self._kept_log is not None:
-            self._term_log.load(self._kept_log, pl_module.device)
+        self._budget = density.budget
+        every = self.options.on(pl_module.device).schedule.every
+        self._term_log = TermLog(self.options, every, self._budget)
+        if (log := self._kept.get("log")) is not None:
+            self._term_log.load(log, pl_module.device)
         self._wrapped = WrappedStep(trainer, pl_module, density, self.inputs_of, self._log)
+        if self._budget is not None:
+            check_validates(trainer)
+            if (kept := self._kept.get("budget")) is not None:
+                self._budget.load(kept)
+                self._measured_after = self._kept["measured_after"]
+            if self._kept.get("validation_is_due"):
+                validate(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the strength follow the held-out loss; before ModelCheckpoint saves."""
+        batch = trainer.fit_loop.total_batch_idx
+        if self._budget is None or batch == self._measured_after:
+            return
+        own = measured_loss(trainer.callback_metrics, self.options.monitor or HELD_OUT)
+        # All processes shall go on with one strength, whether the module synchronises or not.
+        loss = trainer.strategy.reduce(torch.tensor(own, device=pl_module.device), reduce_op="mean")
+        self._budget.update(trainer.global_step, float(loss))
+        self._measured_after = batch
 
     def inputs_of(self, batch: Any) -> dict[str, Any]:
         """What the loss reads of a batch; override for batches of other shapes.
@@ -145,21 +180,30 @@ class DensityPenalty(Callback):
         if self._wrapped is not None:
             self._wrapped.restore()
             self._wrapped = None
+        self._budget = None
 
     # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a version, the seed, and what is logged next; all else is a function of the step.
+        """Keep a version, the seed, what is logged next and the budget's state.
+
+        All else is a function of the step.
 
         What is logged is of this process; a checkpoint holds the first one's, as the loggers do.
         """
-        checkpoint[STATE_KEY] = state_of(self.options.seed, self._term_log.state())
+        checkpoint[STATE_KEY] = state_of(self.options.seed, self._term_log.state(), self._budget)
+        if self._budget is not None:
+            unmeasured = self._measured_after != trainer.fit_loop.total_batch_idx
+            checkpoint[STATE_KEY] |= {
+                "measured_after": self._measured_after,
+                "validation_is_due": unmeasured and is_due(trainer),
+            }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take what was logged last, which older checkpoints and those without the penalty lack.
+        """Take what was kept, of which older checkpoints and those without the penalty lack some.
 
         Raises:
             TrainerSetupError: an unknown layout, or another seed.
@@ -167,4 +211,4 @@ class DensityPenalty(Callback):
         if (kept := checkpoint.get(STATE_KEY)) is not None:
             found = "DensityPenalty {name} {value}"
             check_state(kept, self.options.seed, found=found, resumed="a fit")
-            self._kept_log = kept.get("log")
+            self._kept = kept

@@ -26,6 +26,7 @@ from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
 from softtrace.loss.windows import Windows, first_token_of
 from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
@@ -42,13 +43,18 @@ class DensityLoss:
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
     task loss before the backward pass. With several processes the draws differ by rank; average
-    gradients as usual.
+    gradients as usual. With a budget, call ``density_loss.budget.update(step, loss)`` after every
+    measurement of the held-out loss, in every process with the same loss.
 
     Args:
         model: a causal language model of transformers; attached (and proven) here unless the
             strength is 0.
         options: a ready :class:`softtrace.loss.DensityOptions`; None for the defaults.
         **changes: any of its fields, by name.
+
+    Attributes:
+        budget: the :class:`softtrace.loss.budget.LossBudget` that the strength is held by; None
+            without ``options.budget``.
 
     Raises:
         UnsupportedModelError: see :func:`softtrace.attach`.
@@ -64,6 +70,7 @@ class DensityLoss:
                 "options as keywords, or DensityOptions(preset=...)"
             )
         self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
+        self.budget = loss_budget(self.options)
         self.model = model
         self.step = 0
         self.skipped_steps = 0
@@ -147,7 +154,8 @@ class DensityLoss:
         if step is None:
             step, self.step = self.step, self.step + 1
         options, device = self.options.on(input_ids.device), input_ids.device
-        strength, weight = options.schedule(step), options.exit_schedule(step)
+        factor = 1.0 if self.budget is None else self.budget.factor
+        strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         watched = self._watched if watched is None else watched
         try:
             if strength == weight == 0:

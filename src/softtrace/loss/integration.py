@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
+from softtrace.loss.budget import LossBudget
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 
-STATE_VERSION = 2
-_READ = (1, STATE_VERSION)  # 1 kept nothing of what was logged
+STATE_VERSION = 3
+_READ = (1, 2, STATE_VERSION)  # 1 kept nothing of what was logged, 2 nothing of a budget
 
 
 class ExpectedGradient:
@@ -42,9 +44,13 @@ class TermLog:
     Args:
         options: of the term.
         terms: the mean of how many is logged as ``loss/density``.
+        budget: that the strength is held by, if any.
     """
 
-    def __init__(self, options: DensityOptions, terms: int = 1) -> None:
+    def __init__(
+        self, options: DensityOptions, terms: int = 1, budget: LossBudget | None = None
+    ) -> None:
+        self._strength, self._budget = options.strength, budget
         self._has_exits = options.exits > 0
         self._added: deque[Tensor] = deque(maxlen=terms)
         self._measured: dict[str, Tensor] = {}
@@ -85,17 +91,38 @@ class TermLog:
             read = term.exit_distance
             unread = torch.full_like(term.soft_size, torch.nan)
             values["density/exit_distance"] = unread if read is None else read
+        if (budget := self._budget) is not None:
+            spent = math.nan if budget.spent is None else budget.spent
+            strength = self._strength * budget.factor
+            for name, value in (("strength", strength), ("budget_spent", spent)):
+                values[f"density/{name}"] = torch.full_like(term.soft_size, value)
         return values
 
 
-def state_of(seed: int, log: Any = None) -> dict[str, Any]:
-    """What a checkpoint keeps of the term; draws and strength are functions of the step.
+def state_of(seed: int, log: Any = None, budget: LossBudget | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of the term; draws, and all else, are functions of the step.
 
     Args:
         seed: of the term.
         log: what is logged next goes on from this; None from nothing.
+        budget: that the strength is held by, if any.
     """
-    return {"version": STATE_VERSION, "seed": seed, "log": log}
+    kept = None if budget is None else budget.state()
+    return {"version": STATE_VERSION, "seed": seed, "log": log, "budget": kept}
+
+
+def measured_loss(metrics: Mapping[str, Any], monitor: str) -> float:
+    """The held-out loss among what a validation logged.
+
+    Raises:
+        TrainerSetupError: it is not there; names what is.
+    """
+    if monitor not in metrics:
+        raise TrainerSetupError(
+            f"budget: the validation logged no {monitor}, but {', '.join(metrics) or 'nothing'}; "
+            "name the held-out loss by monitor"
+        )
+    return float(metrics[monitor])
 
 
 def check_state(kept: Mapping[str, Any], seed: int, *, found: str, resumed: str) -> None:

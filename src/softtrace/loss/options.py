@@ -11,6 +11,7 @@ import torch
 from softtrace.checks import check_range
 from softtrace.density.easiness import easiness
 from softtrace.errors import InvalidInputError
+from softtrace.loss.budget import check_budget
 from softtrace.loss.schedule import StrengthSchedule
 
 MaskKind = Literal["straight", "soft"]
@@ -81,6 +82,14 @@ class DensityOptions:
         on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
             its term.
         seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
+        budget: Share by which the held-out loss may lie above plain fine-tuning's, > 0: the
+            strength then follows the held-out loss that is measured in training, see
+            :class:`softtrace.loss.budget.LossBudget`. Needs ``reference``. None: it does not.
+        reference: Held-out losses of plain fine-tuning, a run with strength 0 on the same data and
+            held-out text: nats by global step, or the folder (or log file) of that run, see
+            :func:`softtrace.loss.reference.read_losses`.
+        monitor: Name that the held-out loss is logged under, here and in the reference; None:
+            ``loss/held_out`` in Lightning, ``eval_loss`` in transformers.
 
     Raises:
         InvalidInputError: a value outside its range, or an unknown name.
@@ -110,6 +119,9 @@ class DensityOptions:
     cuda_graph: bool = True
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
+    budget: float | None = None
+    reference: str | dict[int, float] | None = None
+    monitor: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
@@ -143,6 +155,7 @@ class DensityOptions:
             raise InvalidInputError(f"cuda_graph: found {self.cuda_graph!r}, allowed are booleans")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
+        check_budget(self.budget, self.reference, self.monitor)
         if self.size_weight > 0 and self.family == "shallow":
             raise InvalidInputError(
                 "size_weight: the family 'shallow' has no threshold and so no trace size; "
