@@ -80,9 +80,9 @@ def study(
     """Answer the paper's questions of models, with intervals; write them to OUT.
 
     Args:
-        models: Model directories (safetensors) or hub names of one tokenizer. Two are taken for
-            before and after training, and every change gets an interval; between each two the rank
-            correlation of their densities is given.
+        models: Model directories (safetensors) or hub names of one tokenizer, with paper of any.
+            Two are taken for before and after training, and every change gets an interval; between
+            each two the rank correlation of their densities is given.
         source: The text, whose held-out side is measured.
         out: Folder that study.json, study.txt and study.png are written to. It must be new or
             empty.
