@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
     kept = json.loads(state.read_text())
     kept["stateful_callbacks"]["DensityState"]["attributes"]["version"] = 99
     state.write_text(json.dumps(kept))
-    with pytest.raises(TrainerSetupError, match=r"found a density version of 99, this run has 2"):
+    with pytest.raises(TrainerSetupError, match=r"found a density version of 99, this run has 3"):
         resumed(tmp_path, 4)
 
 
