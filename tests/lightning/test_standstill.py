@@ -57,6 +57,7 @@ def test_a_run_that_stands_still_is_told(
     ({}, STILL[:1], 1),
     ({}, STILL, 401),
     ({"strength": 0.0}, STILL, 400),
+    ({"budget": 0.01, "reference": {0: 3.0}}, STILL, 400),  # which sets the strength
     ({}, history((0, 0.3, 0.1), (400, 0.284, 0.1)), 400),
     ({}, history((0, 0.3, 0.1), (400, 0.3, 0.121)), 400),
     ({}, history((0, 0.3, 0.1), (400, NAN, 0.1)), 400),
@@ -74,10 +75,10 @@ def test_others_are_not(
 
 def test_it_says_the_numbers() -> None:
     assert standstill(STILL, options(), 400) == (
-        "The density penalty does not move this run: from step 0 to step 400 the area of "
+        "The density penalty moves nothing any more: from step 0 to step 400 the area of "
         "easy tokens went from 0.3000 to 0.2900, and the share of easy tokens on which exits at "
-        "half depth agree from 10.0% to 11.0%, where a fall by 5% of itself or a rise by 2 points "
-        "was to be expected. To change that, double strength (it is 0.35). "
+        "half depth agree from 10.0% to 11.0%; less than a fall by 5% of itself or a rise by 2 "
+        "points. To change that, double strength (it is 0.35). "
         "DensityMonitor(patience=None) never says this."
     )
 

@@ -27,6 +27,8 @@ def standstill(
     """
     if options.strength == 0 or not history:
         return None
+    if options.budget is not None:  # the strength follows the held-out loss by itself
+        return None
     last = history[-1]
     first = last
     for each in reversed(history[:-1]):
@@ -57,7 +59,7 @@ def standstill(
             f"is {options.window_share:g}); if that does not help, {dial}"
         )
     return (
-        f"The density penalty does not move this run: from step {first['step']} to step "
-        f"{last['step']} {found}, where {wanted} was to be expected. To change that, {dial}. "
+        f"The density penalty moves nothing any more: from step {first['step']} to step "
+        f"{last['step']} {found}; less than {wanted}. To change that, {dial}. "
         "DensityMonitor(patience=None) never says this."
     )
