@@ -23,6 +23,7 @@ import transformers
 
 import softtrace
 from recipes.benchmarks.places import RESULTS
+from recipes.benchmarks.speed import sizes
 from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
@@ -39,11 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048,
         "vocab_size": 262144, "tie_word_embeddings": True,
     }),
-    "Llama-3.2-1B": ("Llama", {
-        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    }),
+    "Llama-3.2-1B": sizes.MODELS["Llama-3.2-1B"],
 }  # fmt: skip
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
@@ -66,8 +63,8 @@ class Way:
     """One way to train a model of its own."""
 
     def __init__(self, name: str, options: dict[str, Any] | None, compiled: bool) -> None:
-        stem, sizes = MODELS[name]
-        config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**sizes)
+        stem, numbers = MODELS[name]
+        config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**numbers)
         torch.manual_seed(0)
         with torch.device("cuda"):
             self.model = getattr(transformers, f"{stem}ForCausalLM")(config).train()
