@@ -17,7 +17,10 @@ from softtrace.errors import NonFiniteError
 from softtrace.loss.draws import draw_exits
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
 
-OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2}
+OPTIONS: dict[str, Any] = {
+    "strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2,
+    "exit_quantile": 1.0, "exit_depths": (0.25, 1.0), "exit_map": False,
+}  # fmt: skip
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -195,7 +198,7 @@ def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> N
             assert density(ids, mask).exit_distance is None
     assert [record.message for record in caplog.records] == [
         "exits: no forward of this batch was watched, so none is read early; run it inside "
-        "'with density_loss.watching():', with gradients, or set exits=0"
+        "'with density_loss.watching():', with gradients, or set exits=0, exit_map=False"
     ]
     model.compile(backend="eager")
     with caplog.at_level(logging.WARNING), density.watching():

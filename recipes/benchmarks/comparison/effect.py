@@ -121,18 +121,25 @@ def fine_tune(blocks: Tensor, options: dict[str, Any] | None, seed: int, args: a
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, blocks: Tensor, device: str) -> float:
+def held_out_loss(
+    model: torch.nn.Module, blocks: Tensor, device: str, batch_size: int = 32
+) -> float:
     """Mean loss in nats per token over all blocks."""
     losses = [
         float(model(input_ids=ids, labels=ids).loss) * len(ids)
-        for ids in (part.to(device) for part in blocks.split(32))
+        for ids in (part.to(device) for part in blocks.split(batch_size))
     ]
     return sum(losses) / len(blocks)
 
 
 @torch.no_grad()
 def side_effects(
-    model: torch.nn.Module, held_out: Tensor, rare: Tensor, elsewhere: Tensor, device: str
+    model: torch.nn.Module,
+    held_out: Tensor,
+    rare: Tensor,
+    elsewhere: Tensor,
+    device: str,
+    batch_size: int = 32,
 ) -> dict[str, float]:
     """What a penalty might hurt unseen.
 
@@ -142,13 +149,14 @@ def side_effects(
         rare: ``[V]`` bool, the rarest tokens of the training text that make up a tenth of it.
         elsewhere: blocks of other text.
         device: to compute on.
+        batch_size: blocks a forward.
 
     Returns:
         Loss on the held-out text, on its rare targets and on other text (nats a token), and the
         expected calibration error of the most likely token over 15 bins of equal width.
     """
     losses, confidences, rights, rares = [], [], [], []
-    for part in held_out.split(32):
+    for part in held_out.split(batch_size):
         ids = part.to(device)
         logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         targets = ids[:, 1:]
@@ -166,7 +174,7 @@ def side_effects(
     return {
         "loss": float(loss.double().mean()),
         "loss_rare": float(loss[torch.cat(rares)].double().mean()),
-        "loss_elsewhere": held_out_loss(model, elsewhere, device),
+        "loss_elsewhere": held_out_loss(model, elsewhere, device, batch_size),
         "calibration_error": float(torch.stack(gaps).sum()),
     }
 

@@ -32,9 +32,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recipes.benchmarks.comparison.effect import held_out_loss
+from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
 from recipes.benchmarks.comparison.exit_variants import EVERY
-from recipes.benchmarks.comparison.peer_losses import SoftTrace, smoothed
+from recipes.benchmarks.comparison.peer_losses import (
+    ExitDistillation,
+    LayerSkip,
+    SoftTrace,
+    smoothed,
+)
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, evenly, pack, read_documents, split_by_file
 from softtrace.evaluation.measure import measure, summarise
@@ -45,7 +50,7 @@ from softtrace.model.loading import load_model, load_tokenizer
 RUNS = ROOT / "runs" / "on_real_models"
 MODELS = ("smollm2-135m", "gemma3-270m")
 TEXTS = ("prose", "python", "chat")
-BLOCKS = {64: 64, 256: 16, 1024: 4}
+BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
 HELD_OUT = 64  # blocks of 512 tokens for the loss
 
@@ -59,6 +64,14 @@ _OFTEN = {"every": 2, "share": 0.15}
 #: ways to train beside those of ``peers.py``
 WAYS: dict[str, Any] = {
     **EVERY,
+    "balanced": term(0.35, preset="balanced"),
+    "balanced, 1": term(1.0, preset="balanced", exits=0.07),
+    "sparse": term(0.35, preset="sparse"),
+    "sparse, 1": term(1.0, preset="sparse"),
+    "decode": term(0.1, preset="decode"),
+    "map alone": term(0.35, preset="sparse", exit_map=True),
+    "layerskip, 0.05": type("LayerSkip", (LayerSkip,), {"strengths": (0.05,)}),
+    "exit distillation, 0.1": type("Exits", (ExitDistillation,), {"strengths": (0.1,)}),
     **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},
     **{f"every 2nd, {s:g}, no exits": term(s, **_OFTEN, exits=0.0) for s in (0.35, 1.0, 3.0)},
     "every 2nd, 1, few exits": term(1.0, **_OFTEN, exits=0.02),
@@ -166,17 +179,22 @@ def train(model: Any, method: Any, blocks: Tensor, args: argparse.Namespace, see
     return (time.perf_counter() - began) / max(1, args.steps - first)
 
 
-def measures(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
-    """Held-out loss, and densities by length and kind of attention, one after another."""
+def measures(
+    model: nn.Module, tokens: dict[str, Tensor], elsewhere: Tensor, attention: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """Held-out loss, side effects, and densities by length and kind of attention, one by one."""
     device = next(model.parameters()).device
     model.eval()
+    held_out = tokens["held_out"].long()
     with torch.autocast(device.type, torch.bfloat16):
-        yield "loss", held_out_loss(model, tokens["held_out"].long(), str(device))
-    for attention, length in itertools.product(("recomputed", "recorded"), BLOCKS):
+        yield "loss", held_out_loss(model, held_out, str(device), 8)
+        rare = rare_tokens(tokens["train"], int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
+        yield "side_effects", side_effects(model, held_out, rare, elsewhere, str(device), 8)
+    for kind, length in itertools.product(attention, BLOCKS):
         blocks = tokens[str(length)].long()
         readings = summarise(measure(
             model, blocks, min_context=length // 2, batch_size=max(1, 4096 // length),
-            extra_blocks=0, progress=lambda _: None, attention=attention,
+            extra_blocks=0, progress=lambda _: None, attention=kind,
         ))  # fmt: skip
         half = len(readings["early_exit"]["layers"]) // 2 - 1
         reading = {
@@ -189,7 +207,7 @@ def measures(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[tuple[str,
             "exit_easy": readings["early_exit"]["agreement"]["easy"][half],
             "exit_all": readings["early_exit"]["agreement"]["all"][half],
         }
-        yield f"{length} {attention}", reading
+        yield f"{length} {kind}", reading
 
 
 def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int) -> str:
@@ -224,7 +242,9 @@ def run_all(args: argparse.Namespace) -> None:
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
             "steps": args.steps, "lora": args.lora, "seconds_a_step": seconds, **provenance(device),
         }  # fmt: skip
-        for key, value in measures(network, tokens):
+        other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
+        elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
+        for key, value in measures(network, tokens, elsewhere, args.attention):
             found[key] = value
             print(f"  {key}: {json.dumps(value)}", flush=True)
             write_json(RUNS / f"{name}.part", found)
@@ -254,7 +274,9 @@ def summarise_runs() -> None:
             **{
                 place: {name: spread([run[place][name] for run in found])
                         for name in found[0][place]}
-                for place in found[0] if place.endswith(("recomputed", "recorded"))
+                for place in found[0]
+                if place.endswith(("recomputed", "recorded", "side_effects"))
+                and all(place in run for run in found)
             },
         }
         for key, found in rows.items()
@@ -292,6 +314,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument(
+        "--attention", nargs="+", default=["recomputed", "recorded"], help="of what is measured"
+    )
     parser.add_argument("--part", default="0/1", help="NUMBER/OF: this process's share of the runs")
     args = parser.parse_args()
     if args.stage == "tokens":

@@ -46,6 +46,7 @@ from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.sigterm import EndTogether, let_go
 from softtrace.lightning.step_seed import StepSeed
 from softtrace.loss.options import PRESETS
+from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
 from softtrace.model.wrappers import unwrapped
 from softtrace.report.model_card import write_density, write_settings
@@ -293,6 +294,7 @@ class FitCLI(LightningCLI):
         self._recommend_exit(model)
         try:
             model.save_pretrained(fresh)
+            save_exit_maps(model, fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
             write_records(fresh, [*read_records(self.model.path), self.datamodule.split])
             readable = (

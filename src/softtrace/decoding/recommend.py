@@ -48,8 +48,8 @@ def guesses_of(
             prompt; None takes the logits as they are.
     """
     right, sure = [], []
-    for hidden in hidden_states(recording)[1:-1]:
-        logits = instrument.anatomy.readout.early(hidden[row, explained])
+    for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1):
+        logits = instrument.read_exit(hidden[row, explained], depth)
         if choice is not None:
             logits = choice.scores(logits, written[row, :-1].tolist())
         likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)

@@ -1,7 +1,8 @@
 """Early exits: what the model would say if it stopped after a layer.
 
 The residual stream after each layer is read with the model's own final norm and head, as
-self-speculation does (LayerSkip, arXiv 2404.16710).
+self-speculation does (LayerSkip, arXiv 2404.16710), through the exit's map where the model has one
+(:mod:`softtrace.model.exit_maps`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
     """
     wanted = recording.logits.argmax(-1)
     found = [
-        instrument.anatomy.readout.early(hidden).argmax(-1) == wanted
-        for hidden in hidden_states(recording)[1:-1]
+        instrument.read_exit(hidden, depth).argmax(-1) == wanted
+        for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1)
     ]
     return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
 

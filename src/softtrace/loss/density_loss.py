@@ -24,7 +24,8 @@ from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.draws import draw, draw_exits
-from softtrace.loss.early_exits import Watched, exit_distance, watching
+from softtrace.loss.early_exits import Watched, easiest, exit_distance, watching
+from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
@@ -53,6 +54,7 @@ class DensityLoss:
         **changes: any of its fields, by name.
 
     Attributes:
+        exit_maps: learns the maps of exits; None without ``options.exit_map``.
         budget: the :class:`softtrace.loss.budget.LossBudget` that the strength is held by; None
             without ``options.budget``.
 
@@ -77,8 +79,11 @@ class DensityLoss:
         self._watched = Watched()
         self._captured = CapturedTerms()
         self._said: set[str] = set()
+        self.exit_maps: LearnedMaps | None = None
         if self.options.strength > 0:
-            attach(model)
+            instrument = attach(model)
+            if self.options.exit_map:
+                self.exit_maps = _learned_maps(instrument, self.options)
 
     @contextmanager
     def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
@@ -98,8 +103,7 @@ class DensityLoss:
         """
         watched = self._watched = Watched()
         model = unwrapped(self.model)
-        schedule = self.options.exit_schedule
-        if not schedule.strength:
+        if not self.options.reads_exits:
             yield watched
             return
         modules = all_modules(self.model, *() if host is None else (host,))
@@ -109,7 +113,7 @@ class DensityLoss:
                 "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(the default of transformers), or set exits=0"
             )
-        if step is not None and not schedule(step):
+        if step is not None and self.exit_maps is None and not self.options.exit_schedule(step):
             yield watched
             return
         if is_compiled(modules):
@@ -157,37 +161,42 @@ class DensityLoss:
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         watched = self._watched if watched is None else watched
+        distance = None
         try:
-            if strength == weight == 0:
+            if strength == weight == 0 and self.exit_maps is None:
                 return DensityTerm.of_no_run(device)
             batch = self._batch(input_ids, attention_mask, labels, position_ids)
             drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
             instrument = attach(self.model)
-            exits = self._exits(instrument, watched, batch.counted, drawn_by) if weight else None
+            if self.exit_maps is not None:
+                self.exit_maps.begin(step)
+            exits = self._exits(instrument, watched, batch, drawn_by, bool(weight))
             instrument.check(batch)
-            if not bool(batch.counted.any()):
-                return DensityTerm.of_no_run(device, strength, "no token of the batch has a target")
-            distance = None if exits is None else _mean_distance(*exits)
-            if strength:  # once for all runs in it: switching modules takes longer than asking
-                with dropout_off(instrument.model), uncompiled(instrument.model):
-                    term = self._density(instrument, batch, drawn_by, options, strength)
-            else:
+            if bool(batch.counted.any()):
+                distance = None if exits is None else _mean_distance(*exits)
                 term = DensityTerm.of_no_run(device)
-            if distance is not None:
-                loss = term.loss + weight * distance
-                term = replace(term, loss=loss, exit_distance=distance.detach())
-            elif term.strength and term.skipped is None and not term.loss.requires_grad:
-                self._say_without_gradient()
-            return term
+                if strength:
+                    term = self._density(instrument, batch, drawn_by, options, strength)
+                if distance is not None:
+                    loss = term.loss + weight * distance if weight else term.loss
+                    term = replace(term, loss=loss, exit_distance=distance.detach())
+                if term.strength and term.skipped is None and not term.loss.requires_grad:
+                    self._say_without_gradient()
+            else:
+                why = "no token of the batch has a target"
+                term = DensityTerm.of_no_run(device, strength, why)
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
                 raise NonFiniteError(named) from error
             self._warn_of_skip(named)
-            return DensityTerm.of_no_run(device, strength, named)
+            term, distance = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
+        if self.exit_maps is not None:  # in every process, whatever its batch was
+            self.exit_maps.collect(distance)
+        return term
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
@@ -232,10 +241,13 @@ class DensityLoss:
     ) -> DensityTerm:
         """The term without exits."""
         device = batch.valid.device
-        windows = self._windows(instrument, batch, step, options)
-        if windows is None:
-            return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
-        found = self._captured(instrument, windows, options)
+        # Once for all runs: switching modules takes longer than asking.
+        with dropout_off(instrument.model), uncompiled(instrument.model):
+            windows = self._windows(instrument, batch, step, options)
+            if windows is None:
+                why = "no token of the windows has a target"
+                return DensityTerm.of_no_run(device, strength, why)
+            found = self._captured(instrument, windows, options)
         if found is None:
             return DensityTerm.of_no_run(
                 device, strength, "no token of the windows has a finite easiness"
@@ -270,33 +282,54 @@ class DensityLoss:
         return Windows.of(batch, chosen, window, first_token_of(instrument.model))
 
     def _exits(
-        self, instrument: Instrument, watched: Watched, counted: Tensor, step: tuple[int, int]
+        self,
+        instrument: Instrument,
+        watched: Watched,
+        batch: Batch,
+        step: tuple[int, int],
+        learned: bool,
     ) -> tuple[Tensor, Tensor] | None:
         """``[n]`` distances of exits in the last watched forward of this batch, and which count.
 
-        None without a forward.
+        None without a forward, or where neither the model learns of exits (``learned``) nor a map.
         """
-        anatomy = instrument.anatomy
+        options, anatomy = self.options, instrument.anatomy
         layers = len(anatomy.layers)
-        if layers < 2:
+        if layers < 2 or not (learned or self.exit_maps):
             return None
-        seen = watched.last_of(counted.shape, layers)
+        seen = watched.last_of(batch.counted.shape, layers)
         if seen is None:
             self._say_once(
                 "exits: no forward of this batch was watched, so none is read early; run it inside "
-                "'with density_loss.watching():', with gradients, or set exits=0"
+                "'with density_loss.watching():', with gradients, or set exits=0, exit_map=False"
             )
             return None
         drawn = draw_exits(
-            seed=self.options.seed,
+            seed=options.seed,
             step=step,
             rank=_rank(),
-            counted=counted,
-            share=self.options.exit_tokens,
-            bounds=self.options.exit_bounds(layers),
+            counted=batch.counted,
+            share=options.exit_tokens,
+            bounds=options.exit_bounds(layers),
         )
-        found = exit_distance(seen, anatomy.readout, drawn.places, drawn.depths)
-        return found, drawn.used
+        if (share := options.exit_quantile) < 1:
+            drawn = easiest(seen, anatomy.readout, drawn, batch.targets, options.easiness, share)
+
+        def read(hidden: Tensor, depth: int) -> Tensor:
+            own = hidden if learned else hidden.detach()
+            return own if self.exit_maps is None else self.exit_maps.read(own, depth)
+
+        return exit_distance(seen, anatomy.readout, drawn, read), drawn.used
+
+
+def _learned_maps(instrument: Instrument, options: DensityOptions) -> LearnedMaps | None:
+    """Of a model that was attached; None where it has no exit."""
+    layers = len(instrument.anatomy.layers)
+    if layers < 2:
+        return None
+    low, high = options.exit_bounds(layers)
+    width = instrument.anatomy.output_weight(0).shape[-1]
+    return LearnedMaps(instrument.model, range(low, high + 1), width)
 
 
 def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:

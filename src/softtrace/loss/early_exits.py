@@ -9,7 +9,8 @@ TRL) gives no logits; there the full prediction of those tokens is read from the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.anatomy.readout import Readout
 from softtrace.density.distortion import divergence
+from softtrace.density.easiness import Easiness, easiness
+from softtrace.loss.draws import ExitDraw
 from softtrace.model.hooks import Hook, on_input, register
+
+_CHUNK = 256  # tokens whose easiness is computed at a time
 
 
 @dataclass
@@ -107,31 +112,82 @@ def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[N
             handle.remove()
 
 
-def exit_distance(seen: Seen, readout: Readout, places: Tensor, depths: Tensor) -> Tensor:
+def exit_distance(
+    seen: Seen, readout: Readout, drawn: ExitDraw, read: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """KL of the full prediction from exits, one number a chosen token, nats.
 
     Args:
         seen: a forward that ended.
         readout: the model's final norm and head.
-        places: ``[n]`` int64, tokens as numbers into ``[B·T]``.
-        depths: ``[n]`` int64, layers after which each is read, 1 to L - 1, ascending, on the CPU.
+        drawn: ``n`` tokens, and after how many layers each is read.
+        read: makes of the stream ``[m, d_model]`` after so many layers what the final norm reads.
 
     Returns:
         ``[n]``.
     """
-    if seen.last is None:
-        raise ValueError("a forward that has not ended")
-    by_depth = torch.split(places, depths.bincount().tolist())
-    read = [
+    by_depth = torch.split(drawn.places, drawn.depths.bincount().tolist())
+    streams = [
         # index_select: the backward pass of indexing with a tensor sorts, this one adds
-        seen.streams[depth].flatten(0, 1).index_select(0, chosen)
+        read(seen.streams[depth].flatten(0, 1).index_select(0, chosen), depth)
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
+    return divergence(_full(seen, readout, drawn.places), readout.early(torch.cat(streams)))
+
+
+@torch.no_grad()
+def easiest(
+    seen: Seen,
+    readout: Readout,
+    drawn: ExitDraw,
+    targets: Tensor,
+    score: str | Easiness,
+    share: float,
+) -> ExitDraw:
+    """The easiest of the tokens that were drawn, as many of every depth as their share.
+
+    Nothing is read from the device: how many there are follows from the draw's depths, and where
+    fewer tokens are used the rest is not used here either.
+
+    Args:
+        seen: a forward that ended.
+        readout: the model's final norm and head.
+        drawn: ``n`` tokens.
+        targets: ``[B, T]``, what follows each token.
+        score: of the full prediction, low where easy.
+        share: of the tokens, in (0, 1].
+    """
+    ranked = []
+    for places in torch.split(drawn.places, _CHUNK):  # scores take copies of the logits
+        full = _full(seen, readout, places)[None]
+        ranked.append(easiness(score)(full, targets.flatten()[places][None])[0].float())
+    scores = torch.cat(ranked)
+    usable = drawn.used & torch.isfinite(scores)
+    scores, first = torch.where(usable, scores, torch.inf), 0
+    kept, depths, used = [], [], []
+    for depth, count in enumerate(drawn.depths.bincount().tolist()):
+        if count:
+            group, most = slice(first, first + count), math.ceil(share * count)
+            found = scores[group].topk(most, largest=False)
+            wanted = (share * usable[group].sum()).ceil()
+            kept.append(first + found.indices)
+            depths.append(torch.full((most,), depth, device="cpu"))
+            used.append(torch.isfinite(found.values) & (_numbers(found.values) < wanted))
+            first += count
+    places = drawn.places.index_select(0, torch.cat(kept))
+    return ExitDraw(places, torch.cat(depths), torch.cat(used))
+
+
+def _numbers(values: Tensor) -> Tensor:
+    return torch.arange(len(values), device=values.device)
+
+
+def _full(seen: Seen, readout: Readout, places: Tensor) -> Tensor:
+    """The full prediction of chosen tokens, ``[n, V]``, held constant."""
+    if seen.last is None:
+        raise ValueError("a forward that has not ended")
     with torch.no_grad():
-        full = (
-            readout.early(seen.last.flatten(0, 1).index_select(0, places))
-            if seen.logits is None
-            else seen.logits.flatten(0, 1).index_select(0, places)
-        )
-    return divergence(full.detach(), readout.early(torch.cat(read)))
+        if seen.logits is None:
+            return readout.early(seen.last.flatten(0, 1).index_select(0, places))
+        return seen.logits.detach().flatten(0, 1).index_select(0, places)

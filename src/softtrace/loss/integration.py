@@ -51,7 +51,7 @@ class TermLog:
         self, options: DensityOptions, terms: int = 1, budget: LossBudget | None = None
     ) -> None:
         self._strength, self._budget = options.strength, budget
-        self._has_exits = options.exits > 0
+        self._has_exits = options.reads_exits
         self._added: deque[Tensor] = deque(maxlen=terms)
         self._measured: dict[str, Tensor] = {}
 

@@ -21,11 +21,20 @@ Distance = Literal["kl", "tv"]
 OnNonFinite = Literal["raise", "skip"]
 Preset = Literal["balanced", "sparse", "decode"]
 
-PRESETS: dict[str, dict[str, float]] = {
-    "balanced": {"strength": 0.35, "exits": 0.2, "exit_tokens": 0.125},
-    "sparse": {"strength": 0.35, "exits": 0.0, "exit_tokens": 0.125},
-    "decode": {"strength": 0.1, "exits": 2.0, "exit_tokens": 0.25},
-}
+PRESETS: dict[str, dict[str, Any]] = {
+    "balanced": {
+        "strength": 0.35, "exits": 0.2, "exit_tokens": 0.25, "exit_quantile": 0.35,
+        "exit_depths": (0.5, 0.5), "exit_map": True,
+    },
+    "sparse": {
+        "strength": 0.35, "exits": 0.0, "exit_tokens": 0.25, "exit_quantile": 0.35,
+        "exit_depths": (0.5, 0.5), "exit_map": False,
+    },
+    "decode": {
+        "strength": 0.1, "exits": 2.0, "exit_tokens": 0.25, "exit_quantile": 1.0,
+        "exit_depths": (0.5, 0.5), "exit_map": True,
+    },
+}  # fmt: skip
 """What each :data:`Preset` sets; what it does and costs is in the method card, ``recipes``."""
 
 
@@ -37,8 +46,8 @@ class DensityOptions:
         strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
         preset: What the term is for: ``"balanced"`` (a sparse and early graph), ``"sparse"`` (no
             exits, which are most of what the term costs in held-out loss) or ``"decode"`` (most
-            weight on exits, which draft). It sets ``strength``, ``exits`` and ``exit_tokens``
-            where those are None.
+            weight on exits, which draft). It sets ``strength``, ``exits``, ``exit_tokens``,
+            ``exit_quantile``, ``exit_depths`` and ``exit_map`` where those are None.
         start_step: First global step with the term.
         warmup_steps: Steps over which the strength rises linearly.
         every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
@@ -68,11 +77,20 @@ class DensityOptions:
             as a sequence of its own. None for whole sequences.
         exits: Weight of early exits, >= 0; None: the preset's. Adds ``exits · KL(full ‖ early
             exit)`` (nats) inside the term. Some tokens of the training forward itself are read
-            early, easy or not. That forward has to be watched, see
-            :meth:`softtrace.DensityLoss.watching`; Lightning's callback does.
-        exit_tokens: Share of the batch's tokens that are read so, in (0, 1]; None: the preset's.
+            early. That forward has to be watched, see :meth:`softtrace.DensityLoss.watching`;
+            Lightning's callback does.
+        exit_tokens: Share of the batch's tokens that are looked at for exits, in (0, 1]; None: the
+            preset's.
+        exit_quantile: Share of those tokens, the easiest, whose exits are read, in (0, 1]; 1 for
+            all of them. None: the preset's.
         exit_depths: Bounds of the layers after which they are read, as shares of all in [0, 1],
-            from the first layer to the last but one; narrow them around the exit that shall draft.
+            from the first layer to the last but one; equal ones for a single exit. None: the
+            preset's.
+        exit_map: Read exits through a linear map in front of the final norm, learned by itself, see
+            :mod:`softtrace.model.exit_maps`: exits agree more often, and the model has to change
+            less for them. With ``exits=0`` the model does not change for them at all. What reads
+            exits without the map, as transformers' ``assistant_early_exit`` does, gains nothing.
+            None: the preset's, or False where ``exits=0`` is given.
         size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
             differentiable through the importances. Never without the distortion: alone it is gamed
             by rescaling.
@@ -114,7 +132,9 @@ class DensityOptions:
     crop: int | None = 64
     exits: float = None  # type: ignore[assignment]
     exit_tokens: float = None  # type: ignore[assignment]
-    exit_depths: tuple[float, float] = (0.25, 1.0)
+    exit_quantile: float = None  # type: ignore[assignment]
+    exit_depths: tuple[float, float] = None  # type: ignore[assignment]
+    exit_map: bool = None  # type: ignore[assignment]
     size_weight: float = 0.0
     cuda_graph: bool = True
     on_nonfinite: OnNonFinite = "raise"
@@ -125,6 +145,8 @@ class DensityOptions:
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
+        if self.exits == 0 and self.exit_map is None:  # who asks for none wants no map either
+            object.__setattr__(self, "exit_map", False)
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -144,6 +166,7 @@ class DensityOptions:
             check_range("share", self.share, 0, 1, open_low=True)
         check_range("exits", self.exits, 0, infinity, open_high=True)
         check_range("exit_tokens", self.exit_tokens, 0, 1, open_low=True)
+        check_range("exit_quantile", self.exit_quantile, 0, 1, open_low=True)
         check_range("size_weight", self.size_weight, 0, infinity, open_high=True)
         _pair("thresholds", self.thresholds, open_high=True)
         _pair("depths", self.depths)
@@ -151,8 +174,11 @@ class DensityOptions:
         integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
         if self.crop is not None and not (integer and self.crop >= 1):
             raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
-        if not isinstance(self.cuda_graph, bool):
-            raise InvalidInputError(f"cuda_graph: found {self.cuda_graph!r}, allowed are booleans")
+        for name in ("cuda_graph", "exit_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(
+                    f"{name}: found {getattr(self, name)!r}, allowed are booleans"
+                )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
         check_budget(self.budget, self.reference, self.monitor)
@@ -208,6 +234,11 @@ class DensityOptions:
     def exit_schedule(self) -> StrengthSchedule:
         """Strength times ``exits``, the weight of early exits, likewise."""
         return StrengthSchedule(self.strength * self.exits, self.start_step, self.warmup_steps)
+
+    @property
+    def reads_exits(self) -> bool:
+        """Whether exits are read at all, for the model or for their map."""
+        return self.strength > 0 and (self.exits > 0 or self.exit_map)
 
     @property
     def through_importances(self) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
 
 from softtrace.errors import ModelDirectoryError
 from softtrace.libraries import from_library
+from softtrace.model.exit_maps import load_exit_maps
 
 _NO_CODE = {"trust_remote_code": False}  # left open, transformers asks at the terminal
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -60,6 +61,7 @@ def load_model(
     model: PreTrainedModel
     model, report = loaded
     _check_complete(name_or_path, model, report)
+    load_exit_maps(model, name_or_path)
     return model
 
 

@@ -26,6 +26,7 @@ from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import Norm
 from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
+from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.masking import MaskedRun
@@ -253,6 +254,15 @@ class Runner:
         with dropout_off(self.model), uncompiled(self.model):
             logits: Tensor = self.anatomy.readout.early(torch.cat(read))
         return logits.index_select(0, order.argsort())
+
+    def read_exit(self, hidden: Tensor, depth: int) -> Tensor:
+        """Logits of the exit after so many layers, ``[..., V]``, of the stream there.
+
+        Through the map that the model has for this exit, if it has one
+        (:mod:`softtrace.model.exit_maps`).
+        """
+        maps = exit_maps_of(self.model)
+        return self.anatomy.readout.early(hidden if maps is None else maps(hidden, depth))
 
     def _exit_logits_static(
         self,

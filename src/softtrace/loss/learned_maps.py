@@ -1,0 +1,138 @@
+"""Learning the maps of early exits while a model is trained, by an optimiser of their own.
+
+Maps are no weights of the model: the optimiser, the clipping and the gradient scaler of a training
+never meet them. Adam is used, which does not mind how the loss is scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.errors import TrainerSetupError
+from softtrace.model.exit_maps import ExitMaps, exit_maps_of, set_exit_maps
+
+_RATE = 1e-3
+
+
+class LearnedMaps:
+    """The maps of a model's exits, which it is given here, and what learns them.
+
+    Args:
+        model: a causal language model; maps that it has already are learned on.
+        depths: after how many layers its exits are.
+        width: d_model.
+    """
+
+    def __init__(self, model: nn.Module, depths: range, width: int) -> None:
+        known = exit_maps_of(model)
+        if known is not None and all(known.weight(depth) is not None for depth in depths):
+            self.maps = known
+        else:
+            self.maps = ExitMaps(depths, width)
+            set_exit_maps(model, self.maps)
+        self._optimiser = torch.optim.AdamW(self.maps.parameters(), _RATE, weight_decay=0.0)
+        self._copies: dict[int, Tensor] = {}
+        self._step = -1
+
+    def read(self, hidden: Tensor, depth: int) -> Tensor:
+        """A stream as the final norm reads it, see :class:`softtrace.model.exit_maps.ExitMaps`.
+
+        Gradients reach a copy of the map: those of the map itself are collected apart from the
+        training's own, and it may be changed before the training's backward pass comes.
+        """
+        if depth not in self._copies:
+            self._move(hidden.device)
+            own = self.maps.weight(depth)
+            assert own is not None
+            self._copies[depth] = own.detach().clone().requires_grad_()
+        read: Tensor = self.maps(hidden, depth, self._copies[depth])
+        return read
+
+    def begin(self, step: int) -> None:
+        """Let the maps learn what was collected, unless that was of this step too.
+
+        Batches that are accumulated into one step are read through the same maps.
+        """
+        if step != self._step and any(each.grad is not None for each in self.maps.parameters()):
+            self._optimiser.step()
+            self._optimiser.zero_grad()
+        self._step = step
+
+    def collect(self, distance: Tensor | None) -> None:
+        """Add a batch's gradients of the maps, averaged over processes, which all have to call.
+
+        Args:
+            distance: mean distance of the batch's exits with a graph, which is kept; None where
+                there is none in this process.
+        """
+        copies, self._copies = self._copies, {}
+        found: dict[int, Tensor] = {}
+        if distance is not None and copies:
+            gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
+            found = dict(zip(copies, gradients, strict=True))
+        for name, own in self.maps.weights.items():
+            read = found.get(self.maps.depth_of(name))
+            gradient = torch.zeros_like(own) if read is None else read.to(own)
+            _average(gradient)
+            # Nothing is read from the device: what is not finite counts as nothing.
+            gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
+            own.grad = gradient if own.grad is None else own.grad + gradient
+
+    def _move(self, device: torch.device) -> None:
+        """To where the model is by now."""
+        if any(each.device != device for each in self.maps.parameters()):
+            kept = self.state()
+            self.maps.to(device)
+            self.load(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed training goes on from, on the CPU; alike in all processes."""
+        kept = {"step": torch.tensor(self._step)}
+        for name, own in self.maps.weights.items():
+            kept[f"{name}.weight"] = own.detach()
+            if own.grad is not None:
+                kept[f"{name}.grad"] = own.grad
+            for key, value in self._optimiser.state.get(own, {}).items():
+                kept[f"{name}.{key}"] = value
+        return {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
+
+    def load(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`.
+
+        Raises:
+            TrainerSetupError: it is of other exits.
+        """
+        names = {name.partition(".")[0] for name in kept} - {"step"}
+        if names != set(self.maps.weights):
+            raise TrainerSetupError(
+                f"checkpoint: found maps of exits {_listed(names)}, this run has "
+                f"{_listed(self.maps.weights)}; resume with the exit_depths it was started with"
+            )
+        self._step = int(kept["step"])
+        for name, own in self.maps.weights.items():
+            its = {
+                key.partition(".")[2]: value
+                for key, value in kept.items()
+                if key.startswith(f"{name}.")
+            }
+            own.data.copy_(its.pop("weight"))
+            gradient = its.pop("grad", None)
+            own.grad = None if gradient is None else gradient.to(own, copy=True)
+            self._optimiser.state[own] = {
+                key: value.clone() if key == "step" else value.to(own, copy=True)
+                for key, value in its.items()
+            }
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _average(gradient: Tensor) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(gradient)
+        gradient /= distributed.get_world_size()

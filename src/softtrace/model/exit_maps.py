@@ -1,0 +1,135 @@
+"""Linear maps in front of the final norm that early exits alone are read through.
+
+An exit reads the residual stream after some layer with the model's own final norm and head, which
+expect the stream after the last. A linear map between the two (a tuned lens, Belrose et al., arXiv
+2303.08112) lets the exit agree far more often with the full prediction, and the model itself has
+to change less for it, or not at all. Maps are no part of the model: its own forward never meets
+them, and they lie in a file of their own beside its weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from softtrace.errors import ModelDirectoryError
+from softtrace.files import atomic_path
+from softtrace.model.wrappers import unwrapped
+
+EXIT_MAPS_FILE = "exit_maps.safetensors"
+"""Holds ``after_layer_K`` ``[d_model, d_model]`` for every exit that has a map."""
+
+_NAME = "after_layer_{}"
+_MAPS: weakref.WeakKeyDictionary[nn.Module, ExitMaps] = weakref.WeakKeyDictionary()
+
+
+class ExitMaps(nn.Module):
+    """What is added to the stream of an exit: ``h + W_k h`` after layer k, with ``W_k`` 0 at first.
+
+    Args:
+        depths: after how many layers the exits are.
+        width: d_model.
+        device: of the weights, which are float32.
+    """
+
+    def __init__(
+        self, depths: Iterable[int], width: int, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict(
+            {_NAME.format(depth): torch.zeros(width, width, device=device) for depth in depths}
+        )
+
+    @staticmethod
+    def depth_of(name: str) -> int:
+        """After how many layers the exit of a weight of this name is."""
+        return int(name.rpartition("_")[2])
+
+    def weight(self, depth: int) -> Tensor | None:
+        """``[d_model, d_model]`` of the exit after so many layers; None without a map for it."""
+        found: Tensor | None = self.weights.get(_NAME.format(depth))
+        return found
+
+    def forward(self, hidden: Tensor, depth: int, weight: Tensor | None = None) -> Tensor:
+        """The stream ``[..., d_model]`` after so many layers as the final norm should read it.
+
+        Args:
+            hidden: that stream.
+            depth: how many layers.
+            weight: in place of the own one.
+        """
+        weight = self.weight(depth) if weight is None else weight
+        if weight is None:
+            return hidden
+        return hidden + F.linear(hidden, weight.to(hidden.device, hidden.dtype))
+
+
+def exit_maps_of(model: nn.Module) -> ExitMaps | None:
+    """The maps that a model's exits are read through; None where it has none."""
+    return _MAPS.get(unwrapped(model))
+
+
+def set_exit_maps(model: nn.Module, maps: ExitMaps | None) -> None:
+    """Let a model's exits be read through these maps, or through none."""
+    if maps is None:
+        _MAPS.pop(unwrapped(model), None)
+    else:
+        _MAPS[unwrapped(model)] = maps
+
+
+def save_exit_maps(model: nn.Module, folder: Path | str) -> bool:
+    """Write a model's maps beside its weights; False where it has none."""
+    maps = exit_maps_of(model)
+    if maps is None:
+        return False
+    tensors = {name: each.detach().cpu().contiguous() for name, each in maps.weights.items()}
+    with atomic_path(Path(folder) / EXIT_MAPS_FILE) as path:
+        save_file(tensors, path)
+    return True
+
+
+def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
+    """Let a model's exits be read through the maps of a folder; False where it holds none.
+
+    Raises:
+        ModelDirectoryError: the file is damaged, or of a model of another width.
+    """
+    path = Path(folder) / EXIT_MAPS_FILE
+    if not path.is_file():
+        return False
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ModelDirectoryError(
+            f"{path}: cannot be read ({error}); copy it anew, or remove it to read exits directly"
+        ) from error
+    maps = of_tensors(tensors)
+    width, wanted = next(iter(tensors.values())).shape[0], _width(model)
+    if wanted is not None and width != wanted:
+        raise ModelDirectoryError(
+            f"{path}: found maps of width {width} beside a model of width {wanted}; remove the "
+            "file, or put it beside the model that it was learned with"
+        )
+    set_exit_maps(model, maps)
+    return True
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> ExitMaps:
+    """Maps of the tensors that :data:`EXIT_MAPS_FILE` holds."""
+    maps = ExitMaps((), 0)
+    maps.weights = nn.ParameterDict({name: each.float() for name, each in tensors.items()})
+    return maps
+
+
+def _width(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    found: int | None = getattr(config and config.get_text_config(), "hidden_size", None)
+    return found
