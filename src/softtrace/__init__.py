@@ -19,6 +19,7 @@ from softtrace.graph.trace import Trace, extract_trace
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
+from softtrace.model.exit_maps import load_exit_maps, save_exit_maps
 from softtrace.tracing.attach import attach, edge_importance
 from softtrace.tracing.instrument import Instrument
 
@@ -46,4 +47,6 @@ __all__ = [
     "density_curve",
     "edge_importance",
     "extract_trace",
+    "load_exit_maps",
+    "save_exit_maps",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import weakref
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import softtrace
 from softtrace import DensityLoss
 from softtrace.errors import NonFiniteError
 from softtrace.loss.draws import draw_exits
+from softtrace.loss.early_exits import Watched, easiest, watching
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {
@@ -371,3 +374,28 @@ def test_exits_are_on_their_way_before_anything_waits_for_the_device() -> None:
         read = [i for i, name in enumerate(ops.names) if "log_softmax" in name]
         assert waits
         assert read[1] < waits[0]  # of the full prediction and of the exits
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 1.0])
+@pytest.mark.parametrize("score", ["entropy", "loss"])
+def test_the_easiest_of_every_depth_are_kept(share: float, score: str) -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=4), batch()
+    counted = mask.bool()
+    counted[:, -1] = False
+    targets = torch.where(counted, ids.roll(-1, 1), -100)
+    anatomy, watched = softtrace.attach(model).anatomy, Watched()
+    with watching(model, anatomy, watched):
+        logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)
+    drawn = draw_exits(seed=1, step=(0, 0), rank=0, counted=counted, share=0.8, bounds=(1, 3))
+    kept = easiest(watched.forwards[0], anatomy.readout, drawn, targets, score, share)
+    logs = logits.double().log_softmax(-1)
+    scores = -(logs.exp() * logs).sum(-1)
+    if score == "loss":
+        scores = -logs[torch.arange(ids.numel()), targets.flatten().clamp_min(0)]
+    for depth in (1, 2, 3):
+        there = drawn.places[drawn.used & (drawn.depths == depth)].tolist()
+        wanted = sorted(there, key=lambda place: scores[place].item())
+        found = kept.places[kept.used & (kept.depths == depth)].tolist()
+        assert found == wanted[: math.ceil(share * len(there))]
+    assert kept.used.sum() > 0
+    assert torch.equal(kept.depths, kept.depths.sort().values)

@@ -25,6 +25,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),
     ({"exits": -1.0}, r"exits: found -1.0, allowed \[0, inf\)"),
     ({"exit_tokens": 0.0}, r"exit_tokens: found 0.0, allowed \(0, 1\]"),
+    ({"exit_quantile": 1.5}, r"exit_quantile: found 1.5, allowed \(0, 1\]"),
+    ({"exit_map": 1}, "exit_map: found 1, allowed are booleans"),
     ({"exit_depths": (-0.1, 1.0)}, r"exit_depths: found -0.1, allowed \[0, 1\]"),
     ({"exit_depths": (0.6, 0.5)}, r"exit_depths: found \(0.6, 0.5\), expected \(low, high\)"),
     ({"every": 0}, "every: found 0, allowed are integers from 1"),
@@ -165,3 +167,11 @@ def test_what_a_device_decides_is_decided_for_it_and_nothing_else() -> None:
         _ = options.window_share
     chosen = DensityOptions(every=3, share=0.5)
     assert chosen.on(torch.device("cuda")) == chosen.on(torch.device("cpu")) == chosen
+
+
+def test_who_asks_for_no_exits_gets_no_map() -> None:
+    assert DensityOptions().exit_map
+    assert DensityOptions().reads_exits
+    assert not DensityOptions(exits=0.0).reads_exits
+    assert DensityOptions(exits=0.0, exit_map=True).reads_exits
+    assert not DensityOptions(strength=0.0).reads_exits

@@ -27,6 +27,7 @@ from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
+from softtrace.model.exit_maps import read_exit_maps, save_exit_maps, write_exit_maps
 from softtrace.model.wrappers import find_causal_lm
 
 
@@ -72,6 +73,7 @@ class DensityMixin:
         )
         self.allow_untested = allow_untested
         self._density: DensityLoss | None = None
+        self._resumed_from: str | bool | None = None
         self._begun = True
         self._place = (-1, 0)  # global step, and which of its accumulated batches comes next
         self._logged = 0
@@ -94,6 +96,7 @@ class DensityMixin:
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
+        self._resumed_from = resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -227,6 +230,17 @@ class DensityMixin:
             logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the maps of exits beside the weights; what they learn on from too."""
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        folder = trainer.args.output_dir if output_dir is None else output_dir
+        if trainer.args.should_save:
+            if self._density is not None and self._density.exit_maps is not None:
+                write_exit_maps(self._density.exit_maps.state(), folder)
+            elif self.density_options.exit_map:
+                save_exit_maps(trainer.model, folder)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's checkpoint, with what is logged next."""
         log = self._log_state()
@@ -296,6 +310,9 @@ class DensityMixin:
             "not make; train them without it",
         )  # fmt: skip
         self._density = DensityLoss(model, options)
+        learned, folder = self._density.exit_maps, self._resumed_from
+        if learned and isinstance(folder, str) and (maps := read_exit_maps(folder)):
+            learned.load(maps)
         if (budget := self._density.budget) is not None:
             self._follow(budget, kept.get("budget"))
         if kept.get("log"):

@@ -22,6 +22,7 @@ from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
 from softtrace.loss.integration import TermLog, check_state, measured_loss, state_of
+from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
@@ -70,6 +71,7 @@ class DensityPenalty(Callback):
         self._term_log = TermLog(self.options)
         self._kept: Mapping[str, Any] = {}  # of the checkpoint that a fit goes on from
         self._budget: LossBudget | None = None
+        self._exit_maps: LearnedMaps | None = None
         self._measured_after = -1  # number of the batch whose validation was taken in last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,7 +114,9 @@ class DensityPenalty(Callback):
             return
         self._restore()  # of a fit that ended without saying so: never two terms
         density = DensityLoss(find_causal_lm(pl_module), self.options)
-        self._budget = density.budget
+        self._budget, self._exit_maps = density.budget, density.exit_maps
+        if self._exit_maps is not None and (maps := self._kept.get("exit_maps")) is not None:
+            self._exit_maps.load(maps)
         every = self.options.on(pl_module.device).schedule.every
         self._term_log = TermLog(self.options, every, self._budget)
         if (log := self._kept.get("log")) is not None:
@@ -180,19 +184,21 @@ class DensityPenalty(Callback):
         if self._wrapped is not None:
             self._wrapped.restore()
             self._wrapped = None
-        self._budget = None
+        self._budget = self._exit_maps = None
 
     # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a version, the seed, what is logged next and the budget's state.
+        """Keep a version, the seed, what is logged next, the budget's state and maps of exits.
 
         All else is a function of the step.
 
         What is logged is of this process; a checkpoint holds the first one's, as the loggers do.
         """
         checkpoint[STATE_KEY] = state_of(self.options.seed, self._term_log.state(), self._budget)
+        if self._exit_maps is not None:
+            checkpoint[STATE_KEY]["exit_maps"] = self._exit_maps.state()
         if self._budget is not None:
             unmeasured = self._measured_after != trainer.fit_loop.total_batch_idx
             checkpoint[STATE_KEY] |= {

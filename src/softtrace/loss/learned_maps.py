@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.errors import TrainerSetupError
-from softtrace.model.exit_maps import ExitMaps, exit_maps_of, set_exit_maps
+from softtrace.model.exit_maps import ExitMaps, exit_maps_of, name_of, set_exit_maps
 
 _RATE = 1e-3
 
@@ -34,7 +34,7 @@ class LearnedMaps:
             self.maps = ExitMaps(depths, width)
             set_exit_maps(model, self.maps)
         self._optimiser = torch.optim.AdamW(self.maps.parameters(), _RATE, weight_decay=0.0)
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
         self._step = -1
 
     def read(self, hidden: Tensor, depth: int) -> Tensor:
@@ -43,12 +43,11 @@ class LearnedMaps:
         Gradients reach a copy of the map: those of the map itself are collected apart from the
         training's own, and it may be changed before the training's backward pass comes.
         """
-        if depth not in self._copies:
+        name = name_of(depth)
+        if name not in self._copies:
             self._move(hidden.device)
-            own = self.maps.weight(depth)
-            assert own is not None
-            self._copies[depth] = own.detach().clone().requires_grad_()
-        read: Tensor = self.maps(hidden, depth, self._copies[depth])
+            self._copies[name] = self.maps.weights[name].detach().clone().requires_grad_()
+        read: Tensor = self.maps(hidden, depth, self._copies[name])
         return read
 
     def begin(self, step: int) -> None:
@@ -69,12 +68,12 @@ class LearnedMaps:
                 there is none in this process.
         """
         copies, self._copies = self._copies, {}
-        found: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if distance is not None and copies:
             gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
             found = dict(zip(copies, gradients, strict=True))
         for name, own in self.maps.weights.items():
-            read = found.get(self.maps.depth_of(name))
+            read = found.get(name)
             gradient = torch.zeros_like(own) if read is None else read.to(own)
             _average(gradient)
             # Nothing is read from the device: what is not finite counts as nothing.
@@ -92,7 +91,7 @@ class LearnedMaps:
         """What a resumed training goes on from, on the CPU; alike in all processes."""
         kept = {"step": torch.tensor(self._step)}
         for name, own in self.maps.weights.items():
-            kept[f"{name}.weight"] = own.detach()
+            kept[name] = own.detach()
             if own.grad is not None:
                 kept[f"{name}.grad"] = own.grad
             for key, value in self._optimiser.state.get(own, {}).items():
@@ -118,7 +117,7 @@ class LearnedMaps:
                 for key, value in kept.items()
                 if key.startswith(f"{name}.")
             }
-            own.data.copy_(its.pop("weight"))
+            own.data.copy_(kept[name])
             gradient = its.pop("grad", None)
             own.grad = None if gradient is None else gradient.to(own, copy=True)
             self._optimiser.state[own] = {

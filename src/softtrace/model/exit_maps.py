@@ -9,6 +9,7 @@ them, and they lie in a file of their own beside its weights.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,13 +23,19 @@ from torch import Tensor, nn
 
 from softtrace.errors import ModelDirectoryError
 from softtrace.files import atomic_path
+from softtrace.model.devices import device_of_module
 from softtrace.model.wrappers import unwrapped
 
 EXIT_MAPS_FILE = "exit_maps.safetensors"
 """Holds ``after_layer_K`` ``[d_model, d_model]`` for every exit that has a map."""
 
-_NAME = "after_layer_{}"
+_NAME = re.compile(r"after_layer_\d+$")
 _MAPS: weakref.WeakKeyDictionary[nn.Module, ExitMaps] = weakref.WeakKeyDictionary()
+
+
+def name_of(depth: int) -> str:
+    """Of the map of the exit after so many layers."""
+    return f"after_layer_{depth}"
 
 
 class ExitMaps(nn.Module):
@@ -45,17 +52,12 @@ class ExitMaps(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = nn.ParameterDict(
-            {_NAME.format(depth): torch.zeros(width, width, device=device) for depth in depths}
+            {name_of(depth): torch.zeros(width, width, device=device) for depth in depths}
         )
-
-    @staticmethod
-    def depth_of(name: str) -> int:
-        """After how many layers the exit of a weight of this name is."""
-        return int(name.rpartition("_")[2])
 
     def weight(self, depth: int) -> Tensor | None:
         """``[d_model, d_model]`` of the exit after so many layers; None without a map for it."""
-        found: Tensor | None = self.weights.get(_NAME.format(depth))
+        found: Tensor | None = self.weights.get(name_of(depth))
         return found
 
     def forward(self, hidden: Tensor, depth: int, weight: Tensor | None = None) -> Tensor:
@@ -90,10 +92,31 @@ def save_exit_maps(model: nn.Module, folder: Path | str) -> bool:
     maps = exit_maps_of(model)
     if maps is None:
         return False
-    tensors = {name: each.detach().cpu().contiguous() for name, each in maps.weights.items()}
-    with atomic_path(Path(folder) / EXIT_MAPS_FILE) as path:
-        save_file(tensors, path)
+    write_exit_maps({name: each.detach().cpu() for name, each in maps.weights.items()}, folder)
     return True
+
+
+def write_exit_maps(tensors: Mapping[str, Tensor], folder: Path | str) -> None:
+    """Write maps by name, and under dotted names what a resumed training learns on from."""
+    with atomic_path(Path(folder) / EXIT_MAPS_FILE) as path:
+        save_file({name: each.contiguous() for name, each in tensors.items()}, path)
+
+
+def read_exit_maps(folder: Path | str) -> dict[str, Tensor]:
+    """What :func:`write_exit_maps` wrote into a folder; empty where it holds none.
+
+    Raises:
+        ModelDirectoryError: the file is damaged.
+    """
+    path = Path(folder) / EXIT_MAPS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelDirectoryError(
+            f"{path}: cannot be read ({error}); copy it anew, or remove it to read exits directly"
+        ) from error
 
 
 def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
@@ -102,31 +125,20 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
     Raises:
         ModelDirectoryError: the file is damaged, or of a model of another width.
     """
-    path = Path(folder) / EXIT_MAPS_FILE
-    if not path.is_file():
+    tensors = {name: each for name, each in read_exit_maps(folder).items() if _NAME.match(name)}
+    if not tensors:
         return False
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ModelDirectoryError(
-            f"{path}: cannot be read ({error}); copy it anew, or remove it to read exits directly"
-        ) from error
-    maps = of_tensors(tensors)
     width, wanted = next(iter(tensors.values())).shape[0], _width(model)
     if wanted is not None and width != wanted:
         raise ModelDirectoryError(
-            f"{path}: found maps of width {width} beside a model of width {wanted}; remove the "
-            "file, or put it beside the model that it was learned with"
+            f"{folder}: found exit maps of width {width} beside a model of width {wanted}; remove "
+            f"{EXIT_MAPS_FILE}, or put it beside the model that it was learned with"
         )
+    device = device_of_module(model)
+    maps = ExitMaps((), 0)
+    maps.weights = nn.ParameterDict({name: w.float().to(device) for name, w in tensors.items()})
     set_exit_maps(model, maps)
     return True
-
-
-def of_tensors(tensors: Mapping[str, Tensor]) -> ExitMaps:
-    """Maps of the tensors that :data:`EXIT_MAPS_FILE` holds."""
-    maps = ExitMaps((), 0)
-    maps.weights = nn.ParameterDict({name: each.float() for name, each in tensors.items()})
-    return maps
 
 
 def _width(model: nn.Module) -> int | None:
