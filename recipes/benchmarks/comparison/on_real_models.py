@@ -35,11 +35,13 @@ from torch import Tensor, nn
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.comparison.peer_losses import (
+    DIRECT,
     ExitDistillation,
     LayerSkip,
     SoftTrace,
     smoothed,
 )
+from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, evenly, pack, read_documents, split_by_file
 from softtrace.evaluation.measure import measure, summarise
@@ -60,7 +62,7 @@ def term(strength: float, **options: Any) -> type[SoftTrace]:
     return type("Term", (SoftTrace,), {"strengths": (strength,), "options": options})
 
 
-_OFTEN = {"every": 2, "share": 0.15}
+_OFTEN = {**DIRECT, "every": 2, "share": 0.15}
 #: ways to train beside those of ``peers.py``
 WAYS: dict[str, Any] = {
     **EVERY,
@@ -77,12 +79,12 @@ WAYS: dict[str, Any] = {
     "every 2nd, 1, few exits": term(1.0, **_OFTEN, exits=0.02),
     "every 2nd, 1, no exits, windows of 128": term(1.0, **_OFTEN, exits=0.0, crop=128),
     "every 2nd, 1, no exits, soft": term(1.0, **_OFTEN, exits=0.0, masks="soft", temperature=0.1),
-    "every 8th, 0.35": term(0.35, every=8, share=0.3),
+    "every 8th, 0.35": term(0.35, **{**DIRECT, "every": 8, "share": 0.3}),
     "every 2nd, 0.2, recomputed": term(0.2, **_OFTEN, attention="recomputed"),
     "every 2nd, 0.2, soft": term(0.2, **_OFTEN, masks="soft", temperature=0.1),
     "every 2nd, 0.2, windows of 128": term(0.2, **_OFTEN, crop=128),
-    "every step, 0.2": term(0.2, every=1, share=0.075),
-    "every 2nd, 0.1, more exits": term(0.1, **_OFTEN, exits=2.0, exit_tokens=0.25),
+    "every step, 0.2": term(0.2, **{**DIRECT, "every": 1, "share": 0.075}),
+    "every 2nd, 0.1, more exits": term(0.1, **{**_OFTEN, "exits": 2.0, "exit_tokens": 0.25}),
 }
 
 
@@ -254,7 +256,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def summarise_runs() -> None:
-    """results/on_real_models.json: every run, and means over seeds against the paired plain run."""
+    """Every run, and means over seeds; losses and side effects over the paired plain run's."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
     kinds = ("model", "text", "lora", "steps")
     plain = {(*(r[k] for k in kinds), r["seed"]): r for r in runs if r["method"] == "plain"}
@@ -268,23 +270,31 @@ def summarise_runs() -> None:
             **dict(zip((*kinds, "method", "strength"), key, strict=True)),
             "seeds": len(found),
             "loss": spread([
-                run["loss"] / plain[(*(run[k] for k in kinds), run["seed"])]["loss"]
-                for run in found
+                run["loss"] / before["loss"] for run, before in zip(found, pairs, strict=True)
             ]),
             **{
                 place: {name: spread([run[place][name] for run in found])
                         for name in found[0][place]}
                 for place in found[0]
-                if place.endswith(("recomputed", "recorded", "side_effects"))
+                if place.endswith(("recomputed", "recorded"))
                 and all(place in run for run in found)
+            },
+            "side_effects": {
+                name: spread([
+                    run["side_effects"][name] / before["side_effects"][name]
+                    for run, before in zip(found, pairs, strict=True)
+                ])
+                for name in found[0].get("side_effects", {})
             },
         }
         for key, found in rows.items()
+        for pairs in [[plain[(*(run[k] for k in kinds), run["seed"])] for run in found]]
     ]  # fmt: skip
     write_json(
         RESULTS / "on_real_models.json",
         {"table": table, "runs": runs, **provenance(torch.device("cpu"))},
     )
+    plot(table, RESULTS / "on_real_models.png")
     for row in table:
         at = {length: row[f"{length} recomputed"] for length in BLOCKS}
         print(

@@ -79,12 +79,18 @@ class Method:
                 handle.remove()
 
 
+DIRECT: dict[str, Any] = {
+    "exit_tokens": 0.125, "exit_quantile": 1.0, "exit_depths": (0.25, 1.0), "exit_map": False,
+}  # fmt: skip
+"""Exits of all tokens at many depths without maps, as the results of ``peers.py`` have them."""
+
+
 class SoftTrace(Method):
-    """This project's term at its defaults but for the strength."""
+    """This project's term with direct exits, at the other defaults but for the strength."""
 
     source = "softtrace"
     strengths = (0.15, 0.35, 0.8)
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, Any]] = DIRECT
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,35 +111,35 @@ class SoftTrace(Method):
 class WithoutExits(SoftTrace):
     """Its masked runs alone, on a little more of the batch, which costs the same."""
 
-    options: ClassVar[dict[str, Any]] = {"exits": 0.0, "share": 0.15}
+    options: ClassVar[dict[str, Any]] = {**DIRECT, "exits": 0.0, "share": 0.15}
 
 
 class MoreExits(SoftTrace):
     """Five times the weight on exits, and twice the tokens for them."""
 
     strengths = (0.15, 0.35)
-    options: ClassVar[dict[str, Any]] = {"exits": 1.0, "exit_tokens": 0.25}
+    options: ClassVar[dict[str, Any]] = {**DIRECT, "exits": 1.0, "exit_tokens": 0.25}
 
 
 class ExitsFirst(SoftTrace):
     """Half the strength, and nearly the weight of a distillation on exits."""
 
     strengths = (0.15, 0.25)
-    options: ClassVar[dict[str, Any]] = {"exits": 2.0, "exit_tokens": 0.25}
+    options: ClassVar[dict[str, Any]] = {**DIRECT, "exits": 2.0, "exit_tokens": 0.25}
 
 
 class WholeBatch(SoftTrace):
     """Masked runs of the whole batch at every step: what the defaults are a cheap part of."""
 
     strengths = (0.35,)
-    options: ClassVar[dict[str, Any]] = {"every": 1, "share": 1.0}
+    options: ClassVar[dict[str, Any]] = {**DIRECT, "every": 1, "share": 1.0}
 
 
 class Seldom(SoftTrace):
     """Masked runs at every 8th step, large ones, and more weight on exits."""
 
     options: ClassVar[dict[str, Any]] = {
-        "every": 8, "share": 0.6, "exits": 0.5, "exit_tokens": 0.25,
+        **DIRECT, "every": 8, "share": 0.6, "exits": 0.5, "exit_tokens": 0.25,
     }  # fmt: skip
 
 

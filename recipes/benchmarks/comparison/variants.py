@@ -40,6 +40,8 @@ THEN: dict[str, Any] = {
     "exits": 0.0,
     "exit_depths": (0.0, 1.0),
     "exit_tokens": 0.125,
+    "exit_quantile": 1.0,
+    "exit_map": False,
 }
 
 

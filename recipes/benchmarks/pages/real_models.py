@@ -2,68 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from recipes.benchmarks.pages.sources import CARD, README, read, sources
 from softtrace.loss.options import PRESETS
 
-#: preset -> the way of ``on_real_models.py`` that has its options
-PRESET_WAYS = {
-    "balanced": "every 2nd, 0.35",
-    "sparse": "every 2nd, 0.35, no exits",
-    "decode": "every 2nd, 0.1, more exits",
-}
 _HEAD = (
     "| {first} | held-out loss | area, easy, 256 tokens | 1,024 | size, easy, 256 | 1,024 | "
-    "area and entropy, 256 | 1,024 | exits agree, easy, 256 |\n" + "|---" * 9 + "|"
+    "area and entropy, 256 | 1,024 | exits agree, easy, 256 | 1,024 |\n" + "|---" * 10 + "|"
 )
+_SOURCES = ("comparison/on_real_models.py", "results/on_real_models.json")
+_SEARCH = 1000  # runs of fewer steps were the search
+Rows = list[dict[str, Any]]
 
 
-def _rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read("on_real_models.json")["table"]
-    return sorted(rows, key=lambda row: row["loss"]["mean"])
+def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], Rows]:
+    """Rows by model, text, kind of training and steps, each by held-out loss."""
+    found: dict[tuple[Any, ...], Rows] = {}
+    for row in sorted(read("on_real_models.json")["table"], key=lambda row: row["loss"]["mean"]):
+        if chosen(row):
+            key = row["model"], row["text"], row["lora"], row["steps"]
+            found.setdefault(key, []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0][2], -len(item[1]))))
+
+
+def _title(model: str, text: str, lora: bool, steps: int) -> str:
+    kind = "adapters of rank 16" if lora else "all weights"
+    return f"{model} on {text}, {kind}, {steps:,} steps"
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
-    short, long = row["256 recomputed"], row["1024 recomputed"]
+    at = row["256 recomputed"], row["1024 recomputed"]
+    low, high = (100 * (row["loss"][end] - 1) for end in ("min", "max"))
+    spread = f" ({low:+.2f} to {high:+.2f})" if row["seeds"] > 1 and high > low else ""
     cells = [
-        f"{100 * (row['loss']['mean'] - 1):+.2f} %",
-        *(f"{at['area_easy']['mean']:.3f}" for at in (short, long)),
-        *(f"{100 * at['size_easy']['mean']:.2g} %" for at in (short, long)),
-        *(f"{at['spearman']['mean']:+.2f}" for at in (short, long)),
-        f"{100 * short['exit_easy']['mean']:.0f} %",
+        f"{100 * (row['loss']['mean'] - 1):+.2f} %{spread}",
+        *(f"{each['area_easy']['mean']:.3f}" for each in at),
+        *(f"{100 * each['size_easy']['mean']:.2g} %" for each in at),
+        *(f"{each['spearman']['mean']:+.2f}" for each in at),
+        *(f"{100 * each['exit_easy']['mean']:.0f} %" for each in at),
     ]
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def _said(page: str) -> str:
-    result = read("on_real_models.json")
-    row, run = result["table"][0], result["runs"][0]
+    run = read("on_real_models.json")["runs"][0]
     return (
-        f"{row['model']} on {row['text']}, {row['steps']} steps of 16 x 512 tokens, "
-        f"{row['seeds']} seed: a lead, not a result. Attention recomputed, easy quarter of the "
-        "tokens, median size at TV 0.2, exits at half depth; loss over plain fine-tuning's; "
-        f"{run['hardware']} {sources(page, *_SOURCES)}."
+        "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
+        "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
+        "over plain fine-tuning's with the same seed, its mean and range where there are several "
+        f"seeds; {run['hardware']} {sources(page, *_SOURCES)}."
     )
 
 
-_SOURCES = ("comparison/on_real_models.py", "results/on_real_models.json")
-
-
 def presets() -> str:
-    """Each preset's options and its row on a real model."""
-    found = {row["method"]: row for row in _rows()}
-    lines = [_HEAD.format(first="preset"), _row("plain fine-tuning", found["plain"])]
-    for name, options in PRESETS.items():
-        shown = ", ".join(f"{key}={value:g}" for key, value in options.items())
-        lines.append(_row(f'`"{name}"` ({shown})', found[PRESET_WAYS[name]]))
-    return "\n".join([*lines, "", _said(README)])
+    """The presets, plain fine-tuning and peers' losses on real models."""
+    names = {"plain": "plain fine-tuning", **{name: f'`preset="{name}"`' for name in PRESETS}}
+    names |= {"exit distillation, 0.1": "distillation of exits", "layerskip, 0.05": "LayerSkip"}
+    tables = _tables(lambda row: row["steps"] >= _SEARCH and row["method"] in names)
+    lines = []
+    for key, rows in tables.items():
+        if key[2] or key[1] != "prose":
+            continue
+        lines.append(_HEAD.format(first=_title(*key)))
+        lines += [
+            _row(f"{names[row['method']]}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}", row)
+            for row in rows
+        ]
+        lines.append("")
+    return "\n".join([*lines, _said(README)])
 
 
 def on_real_models() -> str:
     """Every way that was tried, by held-out loss."""
-    rows = [_row(row["method"], row) for row in _rows()]
-    return "\n".join([_HEAD.format(first="masked runs, strength"), *rows, "", _said(CARD)])
+    lines = []
+    for search in (False, True):
+        tables = _tables(lambda row, search=search: (row["steps"] < _SEARCH) == search)  # type: ignore[misc]
+        for key, rows in tables.items():
+            lines.append(_HEAD.format(first=_title(*key)))
+            lines += [
+                _row(f"{row['method']}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}", row)
+                for row in rows
+            ]
+            lines.append("")
+    return "\n".join([*lines, _said(CARD)])
+
+
+def real_side_effects() -> str:
+    """What each way does to what nobody trained it for."""
+    names = {
+        "loss_rare": "loss of rare tokens", "loss_elsewhere": "loss on other text",
+        "calibration_error": "calibration error",
+    }  # fmt: skip
+    lines = [f"| over plain fine-tuning's | {' | '.join(names.values())} |", "|---" * 4 + "|"]
+    for key, rows in _tables(lambda row: bool(row["side_effects"])).items():
+        for row in rows:
+            if row["method"] != "plain":
+                shown = " | ".join(f"x{row['side_effects'][name]['mean']:.3f}" for name in names)
+                lines.append(f"| {_title(*key)}: {row['method']} | {shown} |")
+    return "\n".join(lines)
 
 
 def steps() -> str:

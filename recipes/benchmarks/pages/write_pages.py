@@ -29,7 +29,12 @@ from recipes.benchmarks.pages.effect import (
     side_effects_157m,
     side_effects_first,
 )
-from recipes.benchmarks.pages.real_models import on_real_models, presets, steps
+from recipes.benchmarks.pages.real_models import (
+    on_real_models,
+    presets,
+    real_side_effects,
+    steps,
+)
 from recipes.benchmarks.pages.sources import CARD, LOG, README, link, read, sources
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
@@ -273,6 +278,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "side_effects_157m": side_effects_157m,
         "sensitivity": sensitivity,
         "on_real_models": on_real_models,
+        "real_side_effects": real_side_effects,
         "steps": steps,
         "thresholds": thresholds,
         "exactness": exactness,

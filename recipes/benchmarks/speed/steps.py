@@ -1,7 +1,7 @@
 """What a training step costs at the sizes of real models, with random weights, on a GPU.
 
     python -m recipes.benchmarks.speed.steps           # about five minutes on one GPU
-    python -m recipes.benchmarks.speed.steps --models SmolLM2-135M --ways plain default
+    python -m recipes.benchmarks.speed.steps --models SmolLM2-135M --ways plain balanced
 
 Each way to train takes periods of 8 steps in turn with all others of the same model, AdamW and
 bfloat16 autocast included, and is given over a plain step: eager, and with the model compiled. Peak
@@ -27,6 +27,7 @@ from recipes.benchmarks.speed import sizes
 from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
+from softtrace.loss.options import PRESETS
 
 #: name -> (stem of the classes, sizes as the model's card states them)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,14 +48,10 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 #: way -> options of the term; None leaves it out
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "every 8th, share 0.3": {"every": 8, "share": 0.3},
-    "every 8th, share 0.3, not captured": {"every": 8, "share": 0.3, "cuda_graph": False},
+    **{preset: {"preset": preset} for preset in PRESETS},
+    "balanced, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
+    "balanced, every 8th, share 0.3": {"every": 8, "share": 0.3},
     "exits alone": {"every": 1_000_000},
-    "every 4th, share 0.15": {"every": 4, "share": 0.15},
-    "every 2nd, share 0.15": {"every": 2, "share": 0.15},
-    "every 2nd, share 0.15, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
-    "every step, share 0.075": {"every": 1, "share": 0.075},
-    "soft, every 4th, share 0.15": {"every": 4, "share": 0.15, "masks": "soft", "temperature": 0.1},
 }
 ROWS, LENGTH, PERIOD = 16, 512, 8
 
@@ -133,7 +130,8 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
 
 def gradient_error(name: str) -> dict[str, float]:
     """Largest relative differences of a replayed term from the same term run as it is, float32."""
-    way = Way(name, {"exits": 0.0, "every": 1}, compiled=False)
+    options: dict[str, Any] = {"preset": "sparse", "every": 1, "share": 0.15}
+    way = Way(name, options, compiled=False)
     assert way.density is not None
     weights = [each for each in way.model.parameters() if each.requires_grad]
 
@@ -147,7 +145,7 @@ def gradient_error(name: str) -> dict[str, float]:
     def softtrace_term(density: Any, captured: bool, ids: torch.Tensor, step: int) -> torch.Tensor:
         if captured:
             return density(ids, step=step).loss
-        plain = softtrace.DensityLoss(way.model, exits=0.0, every=1, cuda_graph=False)
+        plain = softtrace.DensityLoss(way.model, **options, cuda_graph=False)
         return plain(ids, step=step).loss
 
     for step in range(4):
