@@ -68,7 +68,9 @@ def dials() -> str:
         ("depths", "where tokens are read, as shares of the layers: lower, earlier exits"),
         ("easy_quantile", "share of the tokens that count, the surest first"),
         ("exits", "weight of early exits, times `strength`: lower and better exits"),
-        ("exit_tokens", "share of the batch's tokens at which they are read"),
+        ("exit_tokens", "share of the batch's tokens that are looked at for them"),
+        ("exit_quantile", "share of those, the easiest, at which they are read"),
+        ("exit_map", "read them through a linear map, learned beside the model"),
         ("exit_depths", "where, as shares of the layers"),
     )  # fmt: skip
     cpu, gpu = (vars(DensityOptions().on(torch.device(name))) for name in ("cpu", "cuda"))
