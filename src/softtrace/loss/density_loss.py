@@ -28,13 +28,17 @@ from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
+from softtrace.loss.together import together_term
 from softtrace.loss.windows import Windows, first_token_of
+from softtrace.model.sharding import is_sharded
 from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
 from softtrace.model.wrappers import unwrapped
+from softtrace.processes import agreed
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
+_NO_TARGET = "no token of the batch has a target"
 
 
 class DensityLoss:
@@ -43,7 +47,9 @@ class DensityLoss:
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
     task loss before the backward pass. With several processes the draws differ by rank; average
-    gradients as usual. With a budget, call ``density_loss.budget.update(step, loss)`` after every
+    gradients as usual. Where weights are sharded (``fully_shard``) all processes construct this and
+    call it at the same steps, those too whose batch has nothing to look at: each waits for the
+    others. With a budget, call ``density_loss.budget.update(step, loss)`` after every
     measurement of the held-out loss, in every process with the same loss.
 
     Args:
@@ -160,15 +166,21 @@ class DensityLoss:
         try:
             if strength == weight == 0:
                 return DensityTerm.of_no_run(device)
-            batch = self._batch(input_ids, attention_mask, labels, position_ids)
+            instrument = attach(self.model)
+            together = is_sharded(instrument.model)
+            with agreed(together):
+                batch = self._batch(input_ids, attention_mask, labels, position_ids)
+                if together:  # before any waits for the others in a forward
+                    instrument.check(batch)
             drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
-            instrument = attach(self.model)
             exits = self._exits(instrument, watched, batch.counted, drawn_by) if weight else None
-            instrument.check(batch)
-            if not bool(batch.counted.any()):
-                return DensityTerm.of_no_run(device, strength, "no token of the batch has a target")
-            distance = None if exits is None else _mean_distance(*exits)
+            if not together:
+                instrument.check(batch)
+                if not bool(batch.counted.any()):
+                    return DensityTerm.of_no_run(device, strength, _NO_TARGET)
+            with agreed(together):
+                distance = None if exits is None else _mean_distance(*exits)
             if strength:  # once for all runs in it: switching modules takes longer than asking
                 with dropout_off(instrument.model), uncompiled(instrument.model):
                     term = self._density(instrument, batch, drawn_by, options, strength)
@@ -233,6 +245,8 @@ class DensityLoss:
         """The term without exits."""
         device = batch.valid.device
         windows = self._windows(instrument, batch, step, options)
+        if is_sharded(instrument.model):
+            return together_term(instrument, windows, options, strength)
         if windows is None:
             return DensityTerm.of_no_run(device, strength, "no token of the windows has a target")
         found = self._captured(instrument, windows, options)
@@ -301,7 +315,7 @@ class DensityLoss:
 
 def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:
     check_finite(distances.detach(), "distances of early exits", used)
-    return torch.where(used, distances, 0.0).sum() / used.sum()
+    return torch.where(used, distances, 0.0).sum() / used.sum().clamp_min(1)
 
 
 def _rank() -> int:
