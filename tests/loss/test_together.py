@@ -87,5 +87,5 @@ def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]]) 
 def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
     for found in two:
         said = found["refusals"]
-        assert "Call fully_shard on the model itself" in said["unit_around"]
+        assert "Allowed is fully_shard on layers and then on the model" in said["unit_around"]
         assert "Call fully_shard on every layer" in said["let_go_after_forward"]

@@ -47,6 +47,14 @@ def with_head_unit(model: Any) -> None:
     """As accelerate and torchtitan do it: the final norm and the head are one unit."""
     from torch.distributed.fsdp import fully_shard
 
+    fully_shard(model.model.embed_tokens)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    by_layer(model)
+
+
+def with_resharded_head_unit(model: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     fully_shard([model.model.norm, model.lm_head])
     by_layer(model)
 
@@ -87,6 +95,7 @@ def offloaded(model: Any) -> None:
 WAYS: dict[str, Callable[[Any], None]] = {
     "by layer": by_layer,
     "norm and head": with_head_unit,
+    "norm and head, let go": with_resharded_head_unit,
     "as one": as_one,
     "by half layer": by_half_layer,
     "checkpointed": checkpointed,

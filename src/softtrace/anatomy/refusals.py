@@ -10,7 +10,7 @@ from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import execution_devices, unplaced
-from softtrace.model.sharding import is_in_parts, unit_of, unreached
+from softtrace.model.sharding import is_in_parts, is_part, is_unit, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -84,12 +84,13 @@ def refuse_early(model: nn.Module) -> None:
             "(from_pretrained without device_map='meta'), or offload every module by itself "
             "(without preload_module_classes)"
         )
-    beyond = unreached(model)
-    if beyond:
+    parts = [each for each, weight in model.named_parameters() if is_part(weight)]
+    if parts and not is_unit(model):
         raise UnsupportedModelError(
-            f"{name}: {beyond[0]} and {len(beyond) - 1} other weights are sharded, and no unit of "
-            "fully_shard inside the model holds them, so a run of ours finds them in parts. Call "
-            "fully_shard on the model itself last, not on a module around it alone"
+            f"{name}: {parts[0]} and {len(parts) - 1} other weights are in parts on several "
+            "processes, and fully_shard was not called on the model itself (but on a module around "
+            "it, as on PEFT's, or they are split by tensor parallelism), so a run of ours would "
+            "find them in parts. Allowed is fully_shard on layers and then on the model"
         )
     devices = sorted(map(str, execution_devices(model)))
     if len(devices) > 1:

@@ -61,15 +61,6 @@ def unit_of(module: nn.Module) -> nn.Module | None:
     return None if known is None else known()
 
 
-def unreached(model: nn.Module) -> list[str]:
-    """Names of sharded weights that no unit inside the model holds, one around it perhaps."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if is_part(parameter) and unit_of(model.get_submodule(name.rpartition(".")[0])) is None
-    ]
-
-
 def is_part(weight: Tensor | None) -> bool:
     """Whether this is a weight of which each process has a part (a ``DTensor``)."""
     tensor: Any = sys.modules.get("torch.distributed.tensor")
@@ -115,15 +106,18 @@ def within_units(
     """``call`` as a forward of the units that hold the weights of some modules.
 
     Gathered for it, and again for its backward pass, and with gradients that are reduced. A root
-    keeps what it gathered from its forward to the end of the backward pass; nothing is done then.
+    that keeps what it gathered until the end of the backward pass is left as it is.
 
     Args:
         modules: whose forward (not ``__call__``) is run by ``call``.
         call: of one tensor to another.
     """
-    units: list[Any] = [unit_of(each) for each in modules if is_in_parts(each)]
-    # Modules that were sharded together are one unit.
-    for unit in {id(each._get_fsdp_state()): each for each in units}.values():
+    units: dict[int, nn.Module] = {}
+    for module in modules:
+        unit: Any = unit_of(module)
+        if unit is not None and (is_in_parts(module) or not unit._get_fsdp_state()._is_root):
+            units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
+    for unit in units.values():
         call = partial(_through, unit, call)
     return call
 
