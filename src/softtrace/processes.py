@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from softtrace import errors
@@ -54,3 +57,24 @@ def raise_everywhere(failure: Exception | None) -> None:
     for index, each in enumerate(heard):
         if each is not None:
             raise of_another(index, len(heard), each)
+
+
+@contextmanager
+def agreed(together: bool) -> Iterator[None]:
+    """Raise on every process what softtrace raises inside on any.
+
+    Args:
+        together: whether all processes come here; if not, an error is this one's alone.
+
+    Raises:
+        SofttraceError: see :func:`raise_everywhere`.
+    """
+    failure: SofttraceError | None = None
+    try:
+        yield
+    except SofttraceError as error:
+        if not together:
+            raise
+        failure = error
+    if together:
+        raise_everywhere(failure)

@@ -24,8 +24,8 @@ from tests.support.ways_to_fit import OPTIONS, WAYS, Checkpointed, Closures, Ree
 pytestmark = pytest.mark.thorough
 
 
-#: DDP has tests of its own, in several processes
-ELSEWHERE = {"DDPStrategy"}
+#: these have tests of their own, in several processes
+ELSEWHERE = {"DDPStrategy", "ModelParallelStrategy"}
 
 #: refused rows that are no strategies: what is fitted, and what the error says
 REFUSED: dict[str, tuple[type[Tuner], type[Exception], str]] = {

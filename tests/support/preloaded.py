@@ -9,7 +9,7 @@ import importlib
 
 for _name in (
     *("lightning.pytorch.cli", "lightning.pytorch.strategies.launchers.subprocess_script"),
-    *("matplotlib.pyplot", "peft", "torch.distributed", "transformers.generation"),
+    *("matplotlib.pyplot", "peft", "torch.distributed.fsdp", "transformers.generation"),
     # what softtrace.cli imports only when a command runs
     *(
         f"softtrace.{name}"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from softtrace.anatomy.norms import LinearNorm
 from softtrace.anatomy.readout import Readout
-from softtrace.model.devices import device_of_module, whole
+from softtrace.model.devices import device_of_module, weight_of, whole
 
 Route = Literal["interface", "interception"]
 """How attention is reached: transformers' interface, or the softmax of the model's own code."""
@@ -123,21 +123,20 @@ def effective_projection(
         width: of what it reads.
         dtype: of what it reads, where its weight is packed and does not tell.
     """
-    with whole(projection):
-        bias = getattr(projection, "bias", None)
-        weight = getattr(projection, "weight", None)
+    bias, weight = weight_of(projection, "bias"), weight_of(projection, "weight")
     plain = type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D)
     if isinstance(weight, Tensor) and plain:
         matrix = weight if type(projection) is Conv1D else weight.T
-        return matrix, bias if isinstance(bias, Tensor) else None
+        return matrix, bias
     if isinstance(weight, Tensor) and weight.is_floating_point():
         dtype = weight.dtype
     device = device_of_module(projection)
     # A bias beside small weights would round them away; a power of two costs nothing.
-    times = 64.0 if isinstance(bias, Tensor) else 1.0
+    times = 64.0 if bias is not None else 1.0
     probe = _probe(width, dtype, device, times)
     # forward, not __call__: hooks of ours and of others listen to the model's own calls alone.
-    rows = projection.forward(probe)
+    with whole(projection):
+        rows = projection.forward(probe)
     return (rows[1:] - rows[0]) / times, rows[0]
 
 

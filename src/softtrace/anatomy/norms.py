@@ -18,7 +18,7 @@ from torch.func import functional_call
 from softtrace.anatomy.refusals import NOT_MADE_FOR_IT
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.importance import working_dtype
-from softtrace.model.devices import unhooked, whole
+from softtrace.model.devices import unhooked, weight_of
 
 #: what is added to the stored weight before it multiplies; None: the norm has no weight
 OFFSETS: tuple[float | None, ...] = (0.0, 1.0, None)
@@ -42,18 +42,16 @@ class LinearNorm:
 
     def linear(self, part: Tensor) -> Tensor:
         """The norm without scale and bias, of a part of its input ``[..., d_model]``."""
-        with whole(self.module):
-            weight = None if self.weight is None else getattr(self.module, self.weight)
+        weight = None if self.weight is None else weight_of(self.module, self.weight)
         return _linear(part, weight, self.centred, self.offset)
 
     def scale(self, full: Tensor, normed: Tensor) -> Tensor:
         """The scale of every token, ``[..., 1]``, from the norm's full input and output."""
         dtype = working_dtype(full.dtype)
         direction = self.linear(full.to(dtype))
-        with whole(self.module):
-            bias = getattr(self.module, "bias", None)
+        bias = weight_of(self.module, "bias")
         normed = normed.to(dtype)
-        if isinstance(bias, Tensor):
+        if bias is not None:
             normed = normed - bias.to(dtype)
         return _fitted_scale(direction, normed)
 

@@ -13,6 +13,7 @@ from softtrace.anatomy.norms import LinearNorm, linear_norm
 from softtrace.anatomy.tolerances import mismatch
 from softtrace.anatomy.watch import Call
 from softtrace.errors import UnsupportedModelError
+from softtrace.model.sharding import is_unit, within_units
 
 
 class LogitMap(NamedTuple):
@@ -56,13 +57,25 @@ class Readout:
 
     def logits(self, normed: Tensor) -> Tensor:
         """``[..., d_model]`` as the final norm gives it to ``[..., V]``."""
-        read = normed if self.before == 1 else normed * self.before
-        logits: Tensor = self.head(read)
-        return self.after.apply(logits, self.value)
+        return within_units([self.head], self._logits)(normed)
 
     def early(self, hidden: Tensor) -> Tensor:
         """Logits of an exit: a residual stream ``[..., d_model]`` read as if it were the last."""
-        return self.logits(self.norm.module(hidden))
+        return within_units([self.norm.module, self.head], self._early)(hidden)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        read = normed if self.before == 1 else normed * self.before
+        logits: Tensor = _run(self.head, read)
+        return self.after.apply(logits, self.value)
+
+    def _early(self, hidden: Tensor) -> Tensor:
+        return self._logits(_run(self.norm.module, hidden))
+
+
+def _run(module: nn.Module, value: Tensor) -> Tensor:
+    """What a module gives; of one that is sharded by itself without the hooks that gather it."""
+    found: Tensor = module.forward(value) if is_unit(module) else module(value)
+    return found
 
 
 def find_readout(

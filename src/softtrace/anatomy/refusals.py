@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import execution_devices, unplaced
+from softtrace.model.sharding import is_in_parts, is_part, is_unit, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -42,6 +43,26 @@ def running(what: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_units(layers: Sequence[nn.Module], readout: Sequence[nn.Module]) -> None:
+    """Refuse units of ``fully_shard`` that no backward pass of ours can gather; after a forward.
+
+    Args:
+        layers: of the decoder.
+        readout: the final norm and the head.
+
+    Raises:
+        UnsupportedModelError: layers lie in one unit with them, and it lets go of them by then.
+    """
+    units = [unit_of(each) for each in layers]
+    for module in readout:
+        if is_in_parts(module) and any(unit_of(module) is unit for unit in units):
+            raise UnsupportedModelError(
+                f"one unit of fully_shard holds layers and the {type(module).__name__} behind "
+                "them, and lets go of them after its forward. Call fully_shard on every layer "
+                "first, or leave reshard_after_forward of the outermost unit as it is"
+            )
+
+
 def refuse_early(model: nn.Module) -> None:
     """Refuse what no run is needed for.
 
@@ -62,6 +83,14 @@ def refuse_early(model: nn.Module) -> None:
             "device, and Accelerate does not bring them when that module runs by itself; load them "
             "(from_pretrained without device_map='meta'), or offload every module by itself "
             "(without preload_module_classes)"
+        )
+    parts = [each for each, weight in model.named_parameters() if is_part(weight)]
+    if parts and not is_unit(model):
+        raise UnsupportedModelError(
+            f"{name}: {parts[0]} and {len(parts) - 1} other weights are in parts on several "
+            "processes, and fully_shard was not called on the model itself (but on a module around "
+            "it, as on PEFT's, or they are split by tensor parallelism), so a run of ours would "
+            "find them in parts. Allowed is fully_shard on layers and then on the model"
         )
     devices = sorted(map(str, execution_devices(model)))
     if len(devices) > 1:

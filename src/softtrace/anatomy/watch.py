@@ -224,7 +224,8 @@ def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seque
             f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
         )
     longest: nn.ModuleList = max(found, key=lambda each: (len(each), _size(each)))
-    return output, tuple(longest)
+    # torch's checkpoint_wrapper stands between the list and a layer.
+    return output, tuple(getattr(each, "_checkpoint_wrapped_module", each) for each in longest)
 
 
 def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:

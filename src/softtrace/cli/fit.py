@@ -24,6 +24,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions
@@ -43,6 +44,7 @@ from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.penalty import DensityPenalty
+from softtrace.lightning.sharded import check_checkpoints, whole_weights
 from softtrace.lightning.sigterm import EndTogether, let_go
 from softtrace.lightning.step_seed import StepSeed
 from softtrace.loss.options import PRESETS
@@ -134,6 +136,7 @@ class FitCLI(LightningCLI):
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
+        check_checkpoints(self.config["trainer"]["strategy"])
         if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to go on from; leave --resume out to start"
@@ -242,8 +245,10 @@ class FitCLI(LightningCLI):
             with atomic_path(self.out / "fit.yaml") as temporary:
                 self.parser.save(self.config, temporary, overwrite=True)
         self._train(checkpoint)
-        if self.trainer.is_global_zero and not self.config["trainer"]["fast_dev_run"]:
-            self._save()
+        if not self.config["trainer"]["fast_dev_run"]:
+            weights = whole_weights(self.model.model)  # gathered from all processes
+            if self.trainer.is_global_zero:
+                self._save(weights)
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""
@@ -281,16 +286,17 @@ class FitCLI(LightningCLI):
             if process.poll() is None:
                 process.kill()
 
-    def _save(self) -> None:
+    def _save(self, weights: dict[str, Tensor] | None) -> None:
         """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
 
-        Adapters are added into the weights, so that what OUT holds is a model like any other.
+        Adapters are added into the weights, so that what OUT holds is a model like any other. Of a
+        model that is sharded the whole ``weights`` are given.
 
         Raises:
             CheckpointError: they could not be written, as on a full disk.
         """
         fresh = self.out / f".model-{os.getpid()}"
-        model = merged(self.model.model)
+        model = merged(self.model.model) if weights is None else self.model.again(weights)
         self._recommend_exit(model)
         try:
             model.save_pretrained(fresh)

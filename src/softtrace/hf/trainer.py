@@ -9,6 +9,7 @@ the processes' gradients are averaged as those of the task are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,8 @@ class DensityMixin:
     Args:
         *args: of the Trainer.
         density: the term's options, or a mapping of some of them; None for the defaults.
-        allow_untested: run also where weights or sequences are sharded (FSDP, DeepSpeed, tensor,
-            context or sequence parallelism), which was never tested.
+        allow_untested: run also where weights or sequences are sharded in ways that were never
+            tested (FSDP1, DeepSpeed, tensor, context or sequence parallelism).
         **kwargs: of the Trainer.
 
     Raises:
@@ -236,6 +237,7 @@ class DensityMixin:
         trainer: Any = self
         folder = trainer.args.output_dir if output_dir is None else output_dir
         if trainer.args.should_save:
+            os.makedirs(folder, exist_ok=True)  # which sharded weights come into later
             if self._density is not None and self._density.exit_maps is not None:
                 write_exit_maps(self._density.exit_maps.state(), folder)
             elif self.density_options.exit_map:
@@ -362,14 +364,18 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
         return
     raise TrainerSetupError(
         f"found {found}, under which weights or sequences are not whole where an edge's "
-        "importance reads them; supported are one process and data parallelism (DDP). "
+        "importance reads them; supported are one process, data parallelism (DDP) and FSDP2. "
         "allow_untested=True runs it all the same"
     )
 
 
+def _fsdp_plugin(trainer: Any) -> Any:
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
+
+
 def _sharding(trainer: Any) -> str | None:
-    if trainer.is_fsdp_enabled:
-        return "FSDP"
+    if trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2:
+        return "FSDP1 (fsdp_config version 1; version 2, the default, is supported)"
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     layout = getattr(trainer.accelerator, "parallelism_config", None)

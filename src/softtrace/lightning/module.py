@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers import (
+    PreTrainedModel,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
 from softtrace.checks import check_least, check_range
 from softtrace.data.encoding import IGNORED
 from softtrace.lightning.lora import LoRA
+from softtrace.lightning.sharded import shard
 from softtrace.model.loading import load_model
+from softtrace.model.sharding import is_sharded
 
 
 class CausalLM(LightningModule):
@@ -39,6 +45,10 @@ class CausalLM(LightningModule):
         attn_implementation: Attention kernel: "sdpa", "eager", "flash_attention_2", ...; None lets
             transformers choose.
         lora: Train adapters of low rank alone; None trains all weights.
+        recompute: Keep no activations of layers, but run them again in the backward pass
+            (activation checkpointing): a third more time, and far less memory.
+
+    Under Lightning's ModelParallelStrategy every layer is sharded by ``fully_shard`` (FSDP2).
 
     Raises:
         InvalidInputError: a number outside its range.
@@ -55,6 +65,7 @@ class CausalLM(LightningModule):
         dtype: str = "float32",
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         infinity = float("inf")
@@ -63,7 +74,7 @@ class CausalLM(LightningModule):
         for beta in betas:
             check_range("betas", beta, 0, 1, open_high=True)
         check_least("warmup_steps", warmup_steps, 0)
-        self.path = path
+        self.path, self.dtype_of_weights = path, dtype
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
@@ -73,7 +84,22 @@ class CausalLM(LightningModule):
         )
         # from_pretrained returns it in eval mode; what is fine-tuned is in train mode.
         model = load_model(path, dtype=dtype, **options)
+        if recompute:
+            older: Any = model  # before transformers 5.23 there is the longer name alone
+            name = "activation_checkpointing_enable"
+            getattr(older, name, older.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model = (model if lora is None else lora.wrap(model)).train()
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is for that; Lightning may call this twice."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            shard(self.model, self.device_mesh, str(self.trainer.precision))
+
+    def again(self, weights: dict[str, Tensor]) -> PreTrainedModel:
+        """The model as it was loaded, on the CPU and not sharded, with these weights."""
+        model = load_model(self.path, dtype=self.dtype_of_weights)
+        model.load_state_dict(weights)
+        return model
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the batch, nats per token."""

@@ -31,16 +31,25 @@ class Support:
     note: str | None = None
 
 
-_SHARDED = "it shards weights, which the importance of an edge reads whole"
+_FSDP1 = (
+    "FSDP1 shards weights flat, and Lightning runs it on GPUs alone, so it was never tested; "
+    "ModelParallelStrategy shards by FSDP2"
+)
+_DEEPSPEED = "what its engine shards and swaps was never tested"
+_MEASURES = "its processes would measure different numbers of batches of one model, and wait"
+_FULLY_SHARD = (
+    "FSDP2: the module's configure_model calls fully_shard on layers, then on the model; "
+    "tensor_parallel_size=1; DensityMonitor is refused"
+)
 
 _TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
 
 LIGHTNING: tuple[Support, ...] = (
     Support("strategy", "SingleDeviceStrategy"),
     Support("strategy", "DDPStrategy"),
-    Support("strategy", "FSDPStrategy", _SHARDED),
-    Support("strategy", "ModelParallelStrategy", _SHARDED),
-    Support("strategy", "DeepSpeedStrategy", _SHARDED),
+    Support("strategy", "ModelParallelStrategy", note=_FULLY_SHARD),
+    Support("strategy", "FSDPStrategy", _FSDP1),
+    Support("strategy", "DeepSpeedStrategy", _DEEPSPEED),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -88,6 +97,8 @@ def check_strategy(name: str, allow_untested: bool = False, who: str = "DensityP
         TrainerSetupError: which it is, which are supported, and the way past.
     """
     rows = {row.name: row for row in LIGHTNING if row.kind == "strategy"}
+    if who == "DensityMonitor":
+        rows["ModelParallelStrategy"] = Support("strategy", "ModelParallelStrategy", _MEASURES)
     row = rows.get(name, Support("strategy", name, "it was never tested"))
     if row.refused is None or allow_untested:
         return

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
+from softtrace.graph.importance import working_dtype
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, easiest, exit_distance, watching
@@ -29,13 +30,17 @@ from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
+from softtrace.loss.together import together_term
 from softtrace.loss.windows import Windows, first_token_of
+from softtrace.model.sharding import is_sharded
 from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
 from softtrace.model.wrappers import unwrapped
+from softtrace.processes import agreed
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
+_NO_TARGET = "no token of the batch has a target"
 
 
 class DensityLoss:
@@ -44,7 +49,9 @@ class DensityLoss:
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
     task loss before the backward pass. With several processes the draws differ by rank; average
-    gradients as usual. With a budget, call ``density_loss.budget.update(step, loss)`` after every
+    gradients as usual. Where weights are sharded (``fully_shard``) all processes construct this and
+    call it at the same steps, those too whose batch has nothing to look at: each waits for the
+    others. With a budget, call ``density_loss.budget.update(step, loss)`` after every
     measurement of the held-out loss, in every process with the same loss.
 
     Args:
@@ -165,17 +172,23 @@ class DensityLoss:
         try:
             if strength == weight == 0 and self.exit_maps is None:
                 return DensityTerm.of_no_run(device)
-            batch = self._batch(input_ids, attention_mask, labels, position_ids)
+            instrument = attach(self.model)
+            together = is_sharded(instrument.model)
+            with agreed(together):
+                batch = self._batch(input_ids, attention_mask, labels, position_ids)
+                if together:  # before any waits for the others in a forward
+                    instrument.check(batch)
             drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
-            instrument = attach(self.model)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
             exits = self._exits(instrument, watched, batch, drawn_by, bool(weight))
-            instrument.check(batch)
-            if bool(batch.counted.any()):
-                distance = None if exits is None else _mean_distance(*exits)
-                term = DensityTerm.of_no_run(device)
+            if not together:
+                instrument.check(batch)
+            term = DensityTerm.of_no_run(device)
+            if together or bool(batch.counted.any()):
+                with agreed(together):
+                    distance = None if exits is None else _mean_distance(*exits)
                 if strength:
                     term = self._density(instrument, batch, drawn_by, options, strength)
                 if distance is not None:
@@ -184,8 +197,7 @@ class DensityLoss:
                 if term.strength and term.skipped is None and not term.loss.requires_grad:
                     self._say_without_gradient()
             else:
-                why = "no token of the batch has a target"
-                term = DensityTerm.of_no_run(device, strength, why)
+                term = DensityTerm.of_no_run(device, strength, _NO_TARGET)
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
@@ -244,6 +256,8 @@ class DensityLoss:
         # Once for all runs: switching modules takes longer than asking.
         with dropout_off(instrument.model), uncompiled(instrument.model):
             windows = self._windows(instrument, batch, step, options)
+            if is_sharded(instrument.model):
+                return together_term(instrument, windows, options, strength)
             if windows is None:
                 why = "no token of the windows has a target"
                 return DensityTerm.of_no_run(device, strength, why)
@@ -328,13 +342,14 @@ def _learned_maps(instrument: Instrument, options: DensityOptions) -> LearnedMap
     if layers < 2:
         return None
     low, high = options.exit_bounds(layers)
-    width = instrument.anatomy.output_weight(0).shape[-1]
-    return LearnedMaps(instrument.model, range(low, high + 1), width)
+    read = instrument.anatomy.output_weight(0)
+    depths = range(low, high + 1)
+    return LearnedMaps(instrument.model, depths, read.shape[-1], working_dtype(read.dtype))
 
 
 def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:
     check_finite(distances.detach(), "distances of early exits", used)
-    return torch.where(used, distances, 0.0).sum() / used.sum()
+    return torch.where(used, distances, 0.0).sum() / used.sum().clamp_min(1)
 
 
 def _rank() -> int:

@@ -1,7 +1,7 @@
 """Learning the maps of early exits while a model is trained, by an optimiser of their own.
 
 Maps are no weights of the model: the optimiser, the clipping and the gradient scaler of a training
-never meet them. Adam is used, which does not mind how the loss is scaled.
+never meet them. Adam is used, which does not mind whether gradients are summed or averaged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from softtrace.errors import TrainerSetupError
 from softtrace.model.exit_maps import ExitMaps, exit_maps_of, name_of, set_exit_maps
@@ -24,14 +24,17 @@ class LearnedMaps:
         model: a causal language model; maps that it has already are learned on.
         depths: after how many layers its exits are.
         width: d_model.
+        dtype: of the maps.
     """
 
-    def __init__(self, model: nn.Module, depths: range, width: int) -> None:
+    def __init__(
+        self, model: nn.Module, depths: range, width: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         known = exit_maps_of(model)
         if known is not None and all(known.weight(depth) is not None for depth in depths):
             self.maps = known
         else:
-            self.maps = ExitMaps(depths, width)
+            self.maps = ExitMaps(depths, width, dtype=dtype)
             set_exit_maps(model, self.maps)
         self._optimiser = torch.optim.AdamW(self.maps.parameters(), _RATE, weight_decay=0.0)
         self._copies: dict[str, Tensor] = {}
@@ -61,7 +64,7 @@ class LearnedMaps:
         self._step = step
 
     def collect(self, distance: Tensor | None) -> None:
-        """Add a batch's gradients of the maps, averaged over processes, which all have to call.
+        """Add a batch's gradients of the maps, over all processes, which all have to call.
 
         Args:
             distance: mean distance of the batch's exits with a graph, which is kept; None where
@@ -75,7 +78,8 @@ class LearnedMaps:
         for name, own in self.maps.weights.items():
             read = found.get(name)
             gradient = torch.zeros_like(own) if read is None else read.to(own)
-            _average(gradient)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(gradient)
             # Nothing is read from the device: what is not finite counts as nothing.
             gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
             own.grad = gradient if own.grad is None else own.grad + gradient
@@ -128,10 +132,3 @@ class LearnedMaps:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
-
-
-def _average(gradient: Tensor) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(gradient)
-        gradient /= distributed.get_world_size()

@@ -39,7 +39,7 @@ class MaskedTerm(NamedTuple):
         distortion: Σ easy·distance / Σ easy, detached.
         soft_size: easy tokens' mean size of the traces, detached.
         easy_share: Σ easy / number of tokens that were ranked, detached.
-        finite: bool, whether all logits were, of a static run, whose caller has to look; else None.
+        finite: bool, whether all logits were, of a run that does not look itself; else None.
     """
 
     term: Tensor
@@ -50,7 +50,12 @@ class MaskedTerm(NamedTuple):
 
 
 def masked_term(
-    instrument: Instrument, windows: Windows, options: DensityOptions, *, static: bool = False
+    instrument: Instrument,
+    windows: Windows,
+    options: DensityOptions,
+    *,
+    static: bool = False,
+    together: bool = False,
 ) -> MaskedTerm | None:
     """The distortion of the windows' easy tokens under masks, without its strength.
 
@@ -61,15 +66,20 @@ def masked_term(
         static: take shapes from shapes alone and read nothing from the device. Of tokens beyond the
             easy quantile only the next quarter of all is read then, the easiest first; whoever is
             left has next to no weight.
+        together: run to the end whatever is found, and give every layer a gradient, for other
+            processes wait for this one.
 
     Returns:
-        None where no token has a finite easiness; a static run has a term of 0 there.
+        None where no token has a finite easiness; a static run, or one together with others, has a
+        term of 0 there.
 
     Raises:
-        NonFiniteError: logits are not finite; not of a static run.
+        NonFiniteError: logits are not finite; the caller looks at ``finite`` of a static run, or of
+            one together with others.
     """
+    unchecked = static or together
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
-        recording = instrument.record(windows.batch, static=static)
+        recording = instrument.record(windows.batch, static=unchecked)
     full = recording.logits.detach()
     easy, inside = _easy(full, windows.batch, options)
     traces, masks = _masks(recording.importance, windows.thresholds, options)
@@ -80,11 +90,13 @@ def masked_term(
     else:
         places = (weights > 0).nonzero()[:, 0]
         if not len(places):
-            return None
+            if not together:
+                return None
+            places = weights.topk(1).indices
     recorded = recording.attention if options.attention == "recorded" else None
     run = windows.batch, masks, windows.depths, places, recorded
-    masked = instrument.exit_logits(*run, static=static)
-    if not static:
+    masked = instrument.exit_logits(*run, static=unchecked)
+    if not unchecked:
         check_finite(masked.detach(), "logits of the masked run")
     distances = _distances(full.flatten(0, 1).index_select(0, places), masked, options)
     total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
@@ -98,7 +110,7 @@ def masked_term(
         distortion.detach(),
         size.detach(),
         (total / inside.sum().clamp_min(1)).detach(),
-        _finite(full, windows.batch.valid, masked) if static else None,
+        _finite(full, windows.batch.valid, masked) if unchecked else None,
     )
 
 

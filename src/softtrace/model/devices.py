@@ -1,4 +1,4 @@
-"""Where a model's weights are: on one device, or offloaded by Accelerate and whole only in use.
+"""Where a model's weights are: on one device, or whole only in use (offloaded, or sharded).
 
 ``device_map`` and ``accelerate.cpu_offload`` wrap the forward of every module that has weights of
 its own: they come to the execution device before it and go back to the ``meta`` device after it.
@@ -11,25 +11,38 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils.modeling import align_module_device, get_max_memory
-from torch import nn
+from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError
+from softtrace.model.sharding import as_it_was, computing_device, gathered, is_unit, unit_of
 
 
-def whole(module: nn.Module) -> AbstractContextManager[None]:
-    """The module's own weights on its execution device, as in its own forward.
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """The module's own weights whole and on its execution device, as in its own forward.
 
-    A tensor that was read inside stays valid after it. Does nothing for a module that is not
-    offloaded.
+    Does nothing for a module that is neither offloaded nor sharded.
     """
-    context: AbstractContextManager[None] = align_module_device(module)
-    return context
+    with gathered(module), align_module_device(module):
+        yield
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor | None:
+    """A weight as the module's own forward has it; None where it has none of that name.
+
+    It stays valid, also for a backward pass: sharding frees what it gathered.
+    """
+    with whole(module):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            return None
+        return weight if unit_of(module) is None else weight.clone()
 
 
 def unhooked(module: nn.Module) -> nn.Module:
@@ -37,7 +50,7 @@ def unhooked(module: nn.Module) -> nn.Module:
 
     For runs with other weights than its own, which the offloading would put back.
     """
-    bare = copy.copy(module)
+    bare = as_it_was(module) if is_unit(module) else copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         vars(bare).pop(name, None)
     bare._parameters = dict(module._parameters)
@@ -72,7 +85,7 @@ def execution_devices(model: nn.Module) -> set[torch.device]:
         for _, hook in offloads(model)
         if hook.execution_device is not None
     }
-    stored = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    stored = {computing_device(each) for each in model.parameters() if not each.is_meta}
     # A weight that is offloaded is stored elsewhere than it is used; others are used in place.
     return devices | stored
 
@@ -88,7 +101,7 @@ def best_device() -> torch.device:
 
 def device_of_module(module: nn.Module) -> torch.device:
     """The device that inputs of a model, or of a module of it, have to be on."""
-    first = next(itertools.chain(module.parameters(), module.buffers())).device
+    first = computing_device(next(itertools.chain(module.parameters(), module.buffers())))
     if first.type != "meta":
         return first
     return next(iter(execution_devices(module)), first)

@@ -44,15 +44,15 @@ class ExitMaps(nn.Module):
     Args:
         depths: after how many layers the exits are.
         width: d_model.
-        device: of the weights, which are float32.
+        dtype: of the weights.
     """
 
     def __init__(
-        self, depths: Iterable[int], width: int, device: torch.device | None = None
+        self, depths: Iterable[int], width: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.weights = nn.ParameterDict(
-            {name_of(depth): torch.zeros(width, width, device=device) for depth in depths}
+            {name_of(depth): torch.zeros(width, width, dtype=dtype) for depth in depths}
         )
 
     def weight(self, depth: int) -> Tensor | None:
@@ -136,7 +136,7 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
         )
     device = device_of_module(model)
     maps = ExitMaps((), 0)
-    maps.weights = nn.ParameterDict({name: w.float().to(device) for name, w in tensors.items()})
+    maps.weights = nn.ParameterDict({name: each.to(device) for name, each in tensors.items()})
     set_exit_maps(model, maps)
     return True
 

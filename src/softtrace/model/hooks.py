@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from softtrace.model.sharding import is_unit
 from softtrace.model.state import all_modules
 
 
@@ -22,10 +23,21 @@ class Hook(NamedTuple):
 
 
 def register(hooks: Iterable[Hook], handles: list[RemovableHandle]) -> None:
-    """Register all; handles are added one by one, so that a failure leaves none unknown."""
-    for module, call, before, first in hooks:
+    """Register all; handles are added one by one, so that a failure leaves none unknown.
+
+    What is sharded is gathered for the backward pass by a hook on what its unit gives, which has to
+    see what hooks of ours made of it: these come before, in their order.
+    """
+    of_units: list[Hook] = []
+    for hook in hooks:
+        module, call, before, first = hook
+        if not before and is_unit(module):
+            of_units.insert(0 if first else len(of_units), hook)
+            continue
         put = module.register_forward_pre_hook if before else module.register_forward_hook
         handles.append(put(call, prepend=first, with_kwargs=True))
+    for module, call, *_ in reversed(of_units):
+        handles.append(module.register_forward_hook(call, prepend=True, with_kwargs=True))
 
 
 def watched(model: nn.Module) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,8 +49,41 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     )
 
 
+def checkpointing(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those that torch's ``checkpoint_wrapper`` made, as Accelerate's and Lightning's FSDP use."""
+    module: Any = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    if module is None:
+        return []
+    return [each for each in modules if isinstance(each, module.CheckpointWrapper)]
+
+
+@contextmanager
+def uncheckpointed(model: nn.Module) -> Iterator[None]:
+    """Run the layers of ``checkpoint_wrapper`` as they are, for a run of ours.
+
+    A layer that is run again in the backward pass would run without what is around our run.
+    transformers' own checkpointing is off in eval mode.
+    """
+    wrappers = checkpointing(all_modules(model))
+    before = [wrapper.checkpoint_fn for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.checkpoint_fn = _called
+        yield
+    finally:
+        for wrapper, own in zip(wrappers, before, strict=True):
+            wrapper.checkpoint_fn = own
+
+
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def is_reentrant(modules: Iterable[nn.Module]) -> bool:
-    """Whether transformers checkpoints any of them in the reentrant way."""
+    """Whether any of them is checkpointed in the reentrant way."""
+    modules = list(modules)
+    if any(each.checkpoint_impl.name == "REENTRANT" for each in checkpointing(modules)):
+        return True
     return any(
         vars(module).get("gradient_checkpointing", False)  # a module is asked much more slowly
         and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
-from softtrace.anatomy.refusals import refuse_early, running
+from softtrace.anatomy.refusals import refuse_early, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import UnsupportedModelError
@@ -19,7 +20,8 @@ from softtrace.graph.batch import check_finite
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
-from softtrace.model.state import dropout_off, uncompiled
+from softtrace.model.sharding import computing_dtype, let_go, note_units
+from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
@@ -49,11 +51,16 @@ def attach(model: nn.Module) -> Instrument:
     known = attached(model)
     if known is not None:
         return known
+    note_units(model)
     refuse_early(model)
     device = device_of_module(model).type
     # Autocast rounds every product, which is no mismatch of the model's layout.
     exact = torch.autocast(device, enabled=False)
-    with torch.no_grad(), exact, own_forward(model), uncompiled(model), dropout_off(model):
+    as_written = own_forward(model), uncompiled(model), uncheckpointed(model), dropout_off(model)
+    with torch.no_grad(), exact, ExitStack() as stack:
+        for each in as_written:
+            stack.enter_context(each)
+        stack.callback(let_go, model)
         return Instrument.of(*_proven(model))
 
 
@@ -64,8 +71,9 @@ def _proven(model: nn.Module) -> tuple[Runner, Verification]:
     inputs = batch.forward_inputs(parameters)
     plain, layers = running_layers(model, lambda: _plain(model, inputs))
     check_finite(plain, "logits of the model on a tiny batch, run to attach", batch.valid)
-    allowed = tolerance(next(model.parameters()).dtype)
+    allowed = tolerance(computing_dtype(model))
     anatomy = take_apart(PlainRun(model, inputs, plain, layers, configs, allowed))
+    refuse_units(layers, (anatomy.readout.norm.module, anatomy.readout.head))
     runner = Runner(weakref.ref(model), anatomy, configs, parameters)
     try:
         return runner, prove(runner, batch, plain)

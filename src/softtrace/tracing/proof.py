@@ -20,6 +20,7 @@ from softtrace.errors import UnsupportedModelError
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
+from softtrace.model.devices import weight_of, whole
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.tracing.independence import check_independence
 from softtrace.tracing.masking import MaskedRun
@@ -105,7 +106,7 @@ class _Witness(MaskedRun):
         if modules.attention_norm is not None:
             norm = modules.attention_norm
             rebuilt = norm.scale(read, output) * norm.linear(read.to(working_dtype(read.dtype)))
-            bias = getattr(norm.module, "bias", None)
+            bias = weight_of(norm.module, "bias")
             rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
             self._compare("the norm after attention", output, rebuilt)
         mask = self.masks[layer].attention_residual[..., None].to(output.dtype)
@@ -250,7 +251,8 @@ def _check_mlps(
         flat = hidden.reshape(-1, hidden.shape[-1])
         name = type(module).__name__
         with running(f"layer {layer}: its MLP ({name}) does not run on some tokens alone"):
-            alone = first_tensor(module(flat[some][None]))
+            with whole(module):
+                alone = first_tensor(module(flat[some][None]))
             assert alone is not None
         _same(
             found,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from softtrace.graph.importance import (
     working_dtype,
 )
 from softtrace.graph.proximity import attention_proximity, proximity
+from softtrace.model.hooks import Hook, on_output
+from softtrace.model.sharding import reaching, unit_of
 from softtrace.tracing.run import Run
 
 
@@ -81,6 +83,18 @@ class RecordingRun(Run):
         self._masks: list[tuple[Tensor, Tensor]] = []
         self._notes = [_LayerNotes() for _ in anatomy.layers]
         self._norms: list[LayerNorms] = []
+        self._last: Tensor | None = None
+
+    @override
+    def listeners(self) -> list[Hook]:
+        hooks, last = super().listeners(), self.anatomy.layers[-1].layer
+        if unit_of(last) is not None and torch.is_grad_enabled():
+            hooks.append(Hook(last, on_output(self._leave_last), False))
+        return hooks
+
+    def _leave_last(self, read: Tensor, output: Tensor) -> Tensor:
+        self._last = output
+        return output
 
     @override
     def on_attention(
@@ -212,5 +226,10 @@ class RecordingRun(Run):
 
     def importances(self) -> tuple[LayerEdges, ...]:
         """Of every layer, once the forward has ended; asked for once."""
+        if self._last is not None:
+            # The importances of other layers read what their own gives. This one's would go into a
+            # unit of fully_shard past its output, where it gathers its weights.
+            last = self._norms[-1]
+            self._norms[-1] = replace(last, mlp=reaching(last.mlp, self._last))
         with torch.autocast(self.valid.device.type, enabled=False):
             return edge_shares(self._norms, self.valid)

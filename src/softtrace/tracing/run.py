@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.anatomy import Anatomy
@@ -90,12 +91,13 @@ class Run:
 
     def _attention_gave(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
         shape = self.entry.shape
-        changed = self.after_attention(layer, read.reshape(*shape[:2], -1), output.reshape(shape))
-        return changed.reshape(output.shape)
+        read = read.reshape(*shape[:2], -1)
+        changed = self.after_attention(layer, read, _shaped(output, shape))
+        return _shaped(changed, output.shape)
 
     def _mlp_gave(self, layer: int, part: int, read: Tensor, output: Tensor) -> Tensor:
-        changed = self.after_mlp(layer, part, output.reshape(self.entry.shape))
-        return changed.reshape(output.shape)
+        changed = self.after_mlp(layer, part, _shaped(output, self.entry.shape))
+        return _shaped(changed, output.shape)
 
     def layer_of(self, attention: nn.Module) -> int:
         """Index of the layer that holds an attention module."""
@@ -124,3 +126,8 @@ class Run:
     def after_mlp(self, layer: int, part: int, output: Tensor) -> Tensor:
         """Return what one part of the MLP sub-block shall add to the residual stream."""
         return output
+
+
+def _shaped(values: Tensor, shape: torch.Size) -> Tensor:
+    """In this shape; no view where it has it, for units of ``fully_shard`` warn of views."""
+    return values if values.shape == shape else values.reshape(shape)

@@ -28,7 +28,8 @@ from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
-from softtrace.model.state import dropout_off, uncompiled
+from softtrace.model.sharding import note_units
+from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
@@ -303,10 +304,12 @@ class Runner:
     def _running(self, run: Run) -> Iterator[None]:
         """Put a run's hooks, attention and eval mode in place; take them back at exit."""
         handles: list[RemovableHandle] = []
+        note_units(self.model)
         try:
             register(run.hooks(), handles)
             attention = self._attention_of(run, handles)
-            with uncompiled(self.model), dropout_off(self.model), attention:
+            model = self.model
+            with uncompiled(model), uncheckpointed(model), dropout_off(model), attention:
                 yield
         finally:
             for handle in handles:

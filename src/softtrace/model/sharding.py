@@ -1,0 +1,178 @@
+"""Weights that FSDP2 shards (``fully_shard``): whole only while the unit that holds them runs.
+
+A unit gathers its weights before its own forward and lets go of them after it. Hooks of ours inside
+of that forward find them whole. What is read or run outside of it has to have them gathered:
+:func:`gathered` for reading, :func:`within_units` for running with gradients. All processes have to
+come here together, as each of these waits for the others.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrace.model.state import all_modules
+
+_UNITS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""Module to the unit that holds its own weights, of models that :func:`note_units` was given."""
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the module."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes a second
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a unit is anywhere in the model."""
+    return "torch.distributed.fsdp" in sys.modules and any(map(is_unit, all_modules(model)))
+
+
+def note_units(model: nn.Module) -> None:
+    """Remember which unit of the model holds whose weights; to be called before the others."""
+    if not is_sharded(model):
+        return
+    seen: set[int] = set()
+
+    def note(module: nn.Module, unit: nn.Module | None) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        unit = module if is_unit(module) else unit
+        if unit is not None:
+            _UNITS[module] = weakref.ref(unit)
+        for child in module.children():
+            note(child, unit)
+
+    note(model, None)
+
+
+def unit_of(module: nn.Module) -> nn.Module | None:
+    """The unit that holds the module's own weights; None where they are whole at any time."""
+    known = _UNITS.get(module)
+    return None if known is None else known()
+
+
+def is_part(weight: Tensor | None) -> bool:
+    """Whether this is a weight of which each process has a part (a ``DTensor``)."""
+    tensor: Any = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(weight, tensor.DTensor)
+
+
+def as_it_was(unit: nn.Module) -> nn.Module:
+    """A shallow copy of a unit, of the class that it had, without the hooks that gather it."""
+    kind: Any = type(unit).__mro__[2]  # FSDP's own class for it comes first, then FSDPModule
+    bare: nn.Module = kind.__new__(kind)
+    vars(bare).update(vars(unit))
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return bare
+
+
+def is_in_parts(module: nn.Module) -> bool:
+    """Whether weights of the module that its own unit holds are not gathered at this moment."""
+    unit = unit_of(module)
+    own = (each for each in all_modules(module) if unit is not None and unit_of(each) is unit)
+    return any(is_part(weight) for each in own for weight in each.parameters(recurse=False))
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The module's weights whole, as far as its own unit holds them; let go again at exit.
+
+    Nothing happens inside that unit's forward. What is read has to be used, or copied, inside.
+    """
+    if not is_in_parts(module):
+        yield
+        return
+    unit: Any = unit_of(module)
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def within_units(
+    modules: Iterable[nn.Module], call: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """``call`` as a forward of the units that hold the weights of some modules.
+
+    Gathered for it, and again for its backward pass, and with gradients that are reduced. A root
+    that keeps what it gathered until the end of the backward pass is left as it is.
+
+    Args:
+        modules: whose forward (not ``__call__``) is run by ``call``.
+        call: of one tensor to another.
+    """
+    units: dict[int, nn.Module] = {}
+    for module in modules:
+        unit: Any = unit_of(module)
+        if unit is not None and (is_in_parts(module) or not unit._get_fsdp_state()._is_root):
+            units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
+    for unit in units.values():
+        call = partial(_through, unit, call)
+    return call
+
+
+def _through(unit: nn.Module, call: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    held: Any = unit
+    held.softtrace_call = call
+    try:
+        register_fsdp_forward_method(unit, "softtrace_call")
+        found: Tensor = held.softtrace_call(value)
+    finally:
+        del held.softtrace_call
+    return found
+
+
+def let_go(model: nn.Module) -> None:
+    """Shard again what a root keeps whole after a forward, as weights may be loaded into it."""
+    for module in all_modules(model):
+        if is_unit(module):
+            unit: Any = module
+            unit.reshard()
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """In which a model computes: that of its weights, or of its units' mixed precision."""
+    units: list[Any] = [each for each in all_modules(model) if is_unit(each)]
+    dtypes = [unit._get_fsdp_state()._mp_policy.param_dtype for unit in units]
+    stored = next(model.parameters()).dtype
+    lowest: torch.dtype = min((stored, *filter(None, dtypes)), key=lambda each: each.itemsize)
+    return lowest
+
+
+def computing_device(parameter: Tensor) -> torch.device:
+    """Where a weight is when it is used: its units may keep their part of it in main memory."""
+    if not is_part(parameter):
+        return parameter.device
+    part: Any = parameter
+    kind: str = part.device_mesh.device_type
+    return torch.empty(0, device=kind).device
+
+
+def reaching(value: Tensor, other: Tensor) -> Tensor:
+    """``value``, whose backward pass also gives ``other`` a gradient, of 0."""
+    found: Tensor = _Reaching.apply(value, other)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        ctx.shape, ctx.like = other.shape, other.new_empty(0)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.like.new_zeros(()).expand(ctx.shape)

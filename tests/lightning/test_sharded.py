@@ -1,0 +1,116 @@
+"""Lightning's ModelParallelStrategy: a fit in parts, its checkpoints, and ``softtrace fit``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from softtrace import DensityLoss
+from softtrace.cli.fit import fit
+from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.lightning.sharded import shard
+from tests.support import warm
+from tests.support.fitting import batches
+from tests.support.jobs import Jobs
+from tests.support.processes import as_rank, script_environment
+from tests.support.tiny import tiny_model
+from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT
+from tests.support.ways_to_shard import whole_weights
+
+STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
+
+
+def fitted(folder: Path, world: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
+    """Weights after a fit, or as a fit loads them from a checkpoint."""
+    words = ["-m", "tests.support.ways_to_go_on", "lightning", folder, world, checkpoint]
+    done = warm.run([sys.executable, *words], env=script_environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Tensor] = torch.load(folder / f"lightning-{world}.pt", weights_only=True)
+    return found
+
+
+def by_hand(world: int) -> nn.Module:
+    """The fit written out, of one process."""
+    model = tiny_model("llama", dtype=torch.float64).train()
+    density = DensityLoss(model, strength=0.5, **OPTIONS_OF_A_FIT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(BATCHES):
+        optimizer.zero_grad()
+        for rank in range(world):
+            batch = batches(BATCHES * world).batches[step * world + rank]
+            with density.watching(step=step):
+                loss = model(**batch).loss
+            with as_rank(rank):
+                (loss + density(**batch, step=step).loss).backward()
+        for weight in model.parameters():
+            assert weight.grad is not None
+            weight.grad /= world
+        optimizer.step()
+    return model
+
+
+@pytest.mark.thorough
+def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
+    after = fitted(tmp_path, 2)
+    torch.testing.assert_close(after, whole_weights(by_hand(2)), atol=1e-10, rtol=0)
+    assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
+    loaded = fitted(tmp_path, 1, tmp_path / "parts.ckpt")
+    assert loaded.keys() == after.keys()
+    assert all(torch.equal(loaded[name], after[name]) for name in after)
+
+
+def command(jobs: Jobs, out: Path, *more: object) -> list[str]:
+    words = [
+        *("--model.path", jobs.model, "--data.path", jobs.text, "--out", out),
+        *("--data.block_size", 16, "--data.batch_size", 4, "--trainer.max_steps", 3),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.limit_val_batches", 0, "--model.recompute", "true", "--card_blocks", 0),
+        *("--trainer.strategy", STRATEGY, "--trainer.devices", 2, *more),
+        *("--trainer.strategy.data_parallel_size", 2, "--trainer.strategy.tensor_parallel_size", 1),
+    ]
+    return [str(word) for word in words]
+
+
+@pytest.mark.thorough
+def test_softtrace_fit_saves_a_whole_model(tmp_path: Path) -> None:
+    jobs, out = Jobs(tmp_path), tmp_path / "out"
+    whole = ("--trainer.strategy.save_distributed_checkpoint", "false", "--checkpoint_every", 2)
+    words = [sys.executable, "-m", "softtrace.cli", "fit", *command(jobs, out, *whole)]
+    done = warm.run(words, env=script_environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved, before = (
+        load_file(out / "model.safetensors"),
+        load_file(jobs.model / "model.safetensors"),
+    )
+    assert {name: each.shape for name, each in saved.items()} == {
+        name: each.shape for name, each in before.items()
+    }
+    assert not torch.equal(saved["transformer.wte.weight"], before["transformer.wte.weight"])
+    AutoModelForCausalLM.from_pretrained(out)
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_checkpoints_that_a_kill_would_spoil_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="save_distributed_checkpoint: found true"):
+        fit(command(Jobs(tmp_path), tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "message"),
+    [
+        (tiny_model("llama"), 2, "tensor_parallel_size 2; allowed is 1"),
+        (nn.Linear(2, 2), 1, "adapters .model.lora. fit under DDP"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(model: Any, parts: int, message: str) -> None:
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: parts)}
+    with pytest.raises(TrainerSetupError, match=message):
+        shard(model, mesh, "32-true")

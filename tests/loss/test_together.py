@@ -1,0 +1,91 @@
+"""The term on models that ``fully_shard`` sharded, on two and three processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softtrace import density_curve
+from tests.support.processes import script_environment
+from tests.support.tiny import tiny_model
+from tests.support.warm import run_ranks
+from tests.support.ways_to_shard import OPTIONS, WAYS, batch, runs, trained
+
+pytestmark = pytest.mark.thorough
+
+
+def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
+    """What each process found."""
+    command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
+    for done in run_ranks(command, ranks, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Warning" not in done.stderr, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return of_ranks(tmp_path_factory.mktemp("two"), 2, *WAYS)
+
+
+def check_trained(found: list[dict[str, Any]], *ways: str) -> None:
+    """Terms, and weights after every run, are those of one process with all batches."""
+    ranks = len(found)
+    for way, name, steps in runs(ways):
+        losses, weights = trained(None, OPTIONS[name], steps, 0, ranks)
+        for rank, each in enumerate(found):
+            own, after = each[f"{way}, {name}"]
+            torch.testing.assert_close(own, losses[rank::ranks], atol=1e-12, rtol=0)
+            assert after.keys() == weights.keys()
+            torch.testing.assert_close(after, weights, atol=1e-12, rtol=0)
+
+
+def test_two_processes_train_as_one(two: list[dict[str, Any]]) -> None:
+    check_trained(two, *WAYS)
+
+
+def test_three_processes_train_as_one(tmp_path: Path) -> None:
+    check_trained(of_ranks(tmp_path, 3, "norm and head"), "norm and head")
+
+
+def test_strength_0_changes_nothing(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        without, inert = found["untouched"]
+        assert torch.equal(without, inert)
+
+
+def test_accumulated_gradients_are_reduced_once(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        torch.testing.assert_close(*found["accumulated"], atol=1e-12, rtol=0)
+
+
+def test_units_that_compute_in_bfloat16(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        weights, units = found["in bfloat16"]
+        assert units == pytest.approx(weights, rel=5e-3)
+
+
+def test_a_curve_is_that_of_the_whole_model(two: list[dict[str, Any]]) -> None:
+    model = tiny_model("llama", seed=1, dtype=torch.float64)
+    wanted = density_curve(model, *batch(0, 0, 1)).total_variation
+    for found in two:
+        torch.testing.assert_close(found["curve"], wanted, atol=1e-12, rtol=0, equal_nan=True)
+
+
+def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]]) -> None:
+    first, second = (found["refusals"] for found in two)
+    for name, words in (("wrong_mask", "values other than 0 and 1"), ("not_finite", "infinite")):
+        assert words in second[name]
+        assert "process 1 (of 0 to 1) failed" in first[name]
+        assert words in first[name]
+
+
+def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        said = found["refusals"]
+        assert "Allowed is fully_shard on layers and then on the model" in said["unit_around"]
+        assert "Call fully_shard on every layer" in said["let_go_after_forward"]

@@ -1,0 +1,106 @@
+"""A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
+
+Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT`` starts its own processes,
+``trainer FOLDER CHECKPOINT`` is one of them; without a checkpoint (``None``) they train and save.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from softtrace.hf import with_density
+from softtrace.lightning import DensityPenalty
+from tests.support.fitting import Batches, Tuner, batches, trainer
+from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
+from tests.support.tiny import tiny_model
+from tests.support.ways_to_shard import by_layer, whole_weights
+
+BATCHES = 4  # of a process
+
+
+class Ranked(Tuner):
+    """Processes take turns at the batches."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__(model=tiny_model("llama", dtype=torch.float64))
+        self.world = world
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(self.model, FSDPModule) and self.device_mesh is not None:
+            by_layer(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def train_dataloader(self) -> Batches:
+        return Batches(*batches(BATCHES * self.world).batches[self.global_rank :: self.world])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def lightning(folder: str, world: str, checkpoint: str) -> None:
+    """Fit and save in parts, or load and save what was loaded."""
+    module = Ranked(int(world))
+    parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
+    penalty = DensityPenalty(0.5, **OPTIONS_OF_A_FIT)
+    fitting = trainer(penalty, devices=int(world), strategy=parallel, max_epochs=1)
+    # What goes on from the end of its last epoch trains no more.
+    fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
+    found = whole_weights(module.model)
+    if checkpoint == "None":
+        fitting.save_checkpoint(Path(folder, "parts.ckpt"))
+    if module.global_rank == 0:
+        torch.save(found, Path(folder, f"lightning-{world}.pt"))
+
+
+OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
+
+
+def hf(folder: str, checkpoint: str) -> None:
+    """Train and save in parts, or load and save what was loaded."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    loaded = {}
+    torch.manual_seed(0)
+    training: Any = with_density(OrderedTrainer)(
+        model=tiny_model("llama", dtype=torch.float64).train(),
+        args=arguments(Path(folder), save_strategy="steps", save_steps=1),
+        train_dataset=rows(), density=OPTIONS,
+    )  # fmt: skip
+    # Accelerate offers FSDP where there are GPUs; what it does then runs on CPUs too.
+    state = training.accelerator.state
+    state.distributed_type, training.is_fsdp_enabled = DistributedType.FSDP, True
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    if checkpoint == "None":
+        training.train()
+        loaded = whole_weights(training.model)
+    else:
+        own = training._load_optimizer_and_scheduler
+
+        def note(*args: Any) -> None:  # the weights are there, and nothing was trained since
+            own(*args)
+            loaded.update(whole_weights(training.model))
+
+        training._load_optimizer_and_scheduler = note
+        training.train(resume_from_checkpoint=checkpoint)
+    if training.args.process_index == 0:
+        torch.save(loaded, Path(folder, f"trainer-{training.args.world_size}.pt"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    {"lightning": lightning, "trainer": hf}[sys.argv[1]](*sys.argv[2:])
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort or wait in an orderly exit: nothing of ours is left
