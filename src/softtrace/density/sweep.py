@@ -26,7 +26,7 @@ from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recove
 from softtrace.density.exact import check_runs, exact_hidden
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import chosen_positions
-from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.sizes import edge_counts, total_edges, traces_at
@@ -136,7 +136,6 @@ def curve_of(
     composition: bool = False,
     nucleus: bool = False,
     reader: Callable[[Tensor], Tensor] | None = None,
-    explained: Tensor | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
@@ -151,9 +150,6 @@ def curve_of(
             nothing, as in the paper.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
-        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
-            are wanted, which sort the vocabulary; they are 0 elsewhere. None for all that is
-            measured.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -168,37 +164,35 @@ def curve_of(
     own_entropy = entropy(own_logits)
     del own_logits
     others = ~measured
-    explained = measured if explained is None else explained & measured
     exact = exact and attention != "recorded"
     if exact:
         check_runs(instrument, recording, measured, len(grid))
     sizes, variations, compositions, nuclei, readings = [], [], [], [], []
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
-        counts, needed = _counted(masks, places, measured)
-        if attention == "recorded" and means is None:
-            masks = needed
+        # What reaches no measured position may change others' softmax, unless that was recorded.
+        counts, masks = _counted(masks, places, measured, attention == "recorded" and not means)
         own = measured if exact else None
         read = read_masked(instrument, recording, masks, attention, own, means)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
-            instrument, recording, measured, read[measured], full, explained, nucleus, reader
+            instrument, recording, measured, read[measured], full, nucleus, reader
         )
         variations.append(_placed([variation[:, None]], measured, torch.nan)[..., 0])
         if recovered:
-            nuclei.append(_placed(recovered, explained))
+            nuclei.append(_placed(recovered, measured))
         if more:
-            readings.append(_placed(more, explained))
+            readings.append(_placed(more, measured))
         if composition:
             compositions.append(by_quartile(counts))
     if composition:
-        compositions.append(by_quartile(_counted(scores.existing(), places, measured)[0]))
+        compositions.append(by_quartile(_counted(scores.existing(), places, measured, False)[0]))
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
     if reader is not None:
-        parts = torch.split(explained.flatten().nonzero()[:, 0], _portion(full))
-        readings.append(_placed([reader(recording.logits_of(part)) for part in parts], explained))
+        parts = torch.split(measured.flatten().nonzero()[:, 0], _portion(full))
+        readings.append(_placed([reader(recording.logits_of(part)) for part in parts], measured))
     return DensityCurve(
         thresholds=grid,
         size=torch.stack(sizes),
@@ -215,7 +209,7 @@ def curve_of(
 
 def _places(measured: Tensor) -> Tensor:
     """``[B, n]``, the positions of each sequence, those with fewer filled up with others."""
-    count = int(measured.sum(1).max())
+    count = max(1, int(measured.sum(1).max()))
     return measured.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
@@ -231,13 +225,14 @@ def _at_places(values: Tensor, places: Tensor | None, measured: Tensor) -> Tenso
 
 
 def _counted(
-    masks: Sequence[LayerEdges], places: Tensor | None, measured: Tensor
+    masks: Sequence[LayerEdges], places: Tensor | None, measured: Tensor, narrowed: bool
 ) -> tuple[Tensor, tuple[LayerEdges, ...]]:
-    """``[B, T, L, 4]`` edges of the traces, and the masks of what the measured positions need."""
-    if places is None:
-        return edge_counts(masks), tuple(masks)
+    """``[B, T, L, 4]`` edges of the traces, and the masks, narrowed to what the places need."""
+    if places is None or not (narrowed or isinstance(masks[0], RowwiseEdges)):
+        counts = edge_counts(masks)  # of maps that are held, faster than of single places
+        return counts * measured[..., None, None], tuple(masks)
     counts, needed = traces_at(masks, places)
-    return _at_places(counts, places, measured), needed
+    return _at_places(counts, places, measured), needed if narrowed else tuple(masks)
 
 
 def read_masked(
@@ -270,39 +265,33 @@ def _distortion(
     measured: Tensor,
     read: Tensor,
     full: Tensor,
-    explained: Tensor,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """TV ``[n]`` of measured positions; of those that are explained the rows of nucleus recovery
-    ``[m, P]`` and of what ``reader`` reads, or nothing. In portions of positions.
+    """TV ``[n]`` of measured positions, rows of nucleus recovery ``[n, P]`` and of what ``reader``
+    reads, or nothing. In portions of positions.
 
     Args:
         instrument, recording: see :func:`curve_of`.
         measured: ``[B, T]`` bool, the n positions.
         read: ``[n, d_model]``, what the final norm gives there in a masked run.
         full: ``[n, V]``, the full model's probabilities there.
-        explained: ``[B, T]`` bool, some of them.
         nucleus: whether nucleus recovery is wanted.
         reader: see :func:`curve_of`.
     """
     rows = _portion(full)
     places = measured.flatten().nonzero()[:, 0]
     variations, recovered, others = [], [], []
-    for part, p, place, chosen in zip(
-        *(torch.split(every, rows) for every in (read, full, places, explained[measured])),
-        strict=True,
+    for part, p, place in zip(
+        *(torch.split(every, rows) for every in (read, full, places)), strict=True
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
-        if nucleus and bool(chosen.any()):
-            recovered.append(
-                nucleus_recovered(
-                    recording.logits_of(place[chosen]), masked[chosen], NUCLEUS_SHARES
-                )
-            )
-        if reader is not None and bool(chosen.any()):
-            others.append(reader(masked[chosen]))
+        if nucleus:
+            own = recording.logits_of(place)
+            recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))
+        if reader is not None:
+            others.append(reader(masked))
     return torch.cat(variations), recovered, others
 
 
