@@ -208,3 +208,62 @@ def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path
     text = (tmp_path / "out" / "density.json").read_text()
     found = json.loads(text, parse_constant=refuse)
     assert {"created", "versions", "hardware", "command", "seconds"} <= set(found)
+
+
+@pytest.mark.thorough
+def test_chosen_positions_are_the_last_ones_of_each_block(
+    density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path
+) -> None:
+    """Their numbers are those that they have among all; the seven of the second half are all."""
+    options = {**OPTIONS, "extra_blocks": 2, "per_token": True}
+    evaluate(*sources, str(tmp_path / "seven"), positions=7, **options)
+    evaluate(*sources, str(tmp_path / "three"), positions=3, **options)
+    seven, three = (load_density(tmp_path / name) for name in ("seven", "three"))
+    assert seven["min_context"] == density["min_context"] == 8
+    assert seven["area"] == density["area"]
+    assert three["min_context"] == 12
+    assert three["tokens"] == 6 * 3
+    assert len(three["samples"]["texts"][0]["tokens"]) == 3
+    lines = {
+        name: [json.loads(x) for x in (tmp_path / name / "tokens.jsonl").read_text().splitlines()]
+        for name in ("seven", "three")
+    }
+    last = [line for line in lines["seven"] if line["position"] >= 12]
+    assert len(lines["three"]) == len(last) == 18
+    for one, other in zip(lines["three"], last, strict=True):
+        assert one["size_at_tv_0.2"] == pytest.approx(other["size_at_tv_0.2"], rel=1e-4)
+        assert one["area"] == pytest.approx(other["area"], abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [0, 16, -1, 1.5, True])
+def test_more_positions_than_have_a_target_are_refused(
+    sources: tuple[str, TextSource], tmp_path: Path, positions: Any
+) -> None:
+    with pytest.raises(InvalidInputError, match="positions: found"):
+        evaluate(*sources, str(tmp_path / "out"), positions=positions, **OPTIONS)
+
+
+@pytest.mark.thorough
+def test_the_progress_bar_ends_where_it_said(
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks with baselines take several times as long, and samples take time too."""
+    bars: list[tuple[int, list[int]]] = []
+
+    class Bar:
+        def __init__(self, total: int, **_: Any) -> None:
+            bars.append((total, []))
+
+        def update(self, runs: int) -> None:
+            bars[-1][1].append(runs)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("softtrace.cli.evaluate.tqdm", Bar)
+    evaluate(*sources, str(tmp_path / "out"), extra_blocks=2, **OPTIONS)
+    ((total, runs),) = bars
+    assert sum(runs) == total
+    assert len(runs) >= 3

@@ -10,7 +10,8 @@ import torch
 from softtrace.evaluation import intervals as intervals_module
 from softtrace.evaluation.bootstrap import Interval, Statistic, intervals
 from softtrace.evaluation.intervals import intervals_of
-from softtrace.evaluation.measure import Measurements, summarise
+from softtrace.evaluation.measure import Measurements
+from softtrace.evaluation.summary import summarise
 from softtrace.report.tables import MEASURES, interval
 
 TOKENS, LAYERS = 5, 4

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softtrace
 from softtrace.errors import InvalidInputError
-from softtrace.graph import importance as importances
+from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import LayerNorms, edge_shares, head_value_norms, l1_norm
 from tests.support import oracle
@@ -132,7 +132,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int) -
     weight = torch.randn(4, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     whole = head_value_norms(value, weight)
     gradients = torch.autograd.grad(whole.square().sum(), (value, weight))
-    monkeypatch.setattr(importances, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", elements)
     chunked = head_value_norms(value, weight)
     torch.testing.assert_close(chunked, whole)
     again = torch.autograd.grad(chunked.square().sum(), (value, weight))
@@ -163,7 +163,7 @@ def test_no_vector_per_edge_is_made(monkeypatch: pytest.MonkeyPatch, gradients: 
     model = tiny_model("llama", hidden_size=width, num_attention_heads=heads)
     softtrace.attach(model)
     chunk = 4096
-    monkeypatch.setattr(importances, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", chunk)
     with Biggest() as biggest, torch.set_grad_enabled(gradients):
         importance = softtrace.edge_importance(model, tiny_prompt(length))
         if gradients:

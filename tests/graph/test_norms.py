@@ -69,7 +69,7 @@ def test_rows_of_a_padded_batch_are_those_of_each_alone(
     mask[1, :3] = 0
     with torch.no_grad():
         alone = softtrace.edge_importance(model, ids[1:, 3:], norm="ifr")
-        monkeypatch.setattr("softtrace.graph.importance.CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr("softtrace.graph.attention_maps.CHUNK_ELEMENTS", 1)
         both = softtrace.edge_importance(model, ids, mask, norm="ifr")
     for layer, own in zip(both.layers, alone.layers, strict=True):
         torch.testing.assert_close(layer.attention[1, :, 3:, 3:], own.attention[0])

@@ -139,7 +139,7 @@ def test_layers_counted_one_by_one_or_together_are_the_same(
     together = edge_counts(masks)
     for layers in (1, 2):
         monkeypatch.setattr(
-            "softtrace.graph.importance.CHUNK_ELEMENTS", layers * PADDED.numel() * 5
+            "softtrace.graph.attention_maps.CHUNK_ELEMENTS", layers * PADDED.numel() * 5
         )
         assert torch.equal(edge_counts(masks), together)
 

@@ -34,8 +34,9 @@ import softtrace
 from recipes.benchmarks.places import MODEL, RESULTS
 from softtrace.data import pack, read_documents, split_by_file
 from softtrace.data.blocks import evenly
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
 

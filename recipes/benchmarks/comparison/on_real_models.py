@@ -44,8 +44,9 @@ from recipes.benchmarks.comparison.peer_losses import (
 from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, evenly, pack, read_documents, split_by_file
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
+from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
 

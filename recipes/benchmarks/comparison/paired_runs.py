@@ -34,8 +34,9 @@ from recipes.benchmarks.comparison.peer_losses import smoothed
 from softtrace import DensityOptions
 from softtrace.data.blocks import evenly
 from softtrace.decoding import check_cache, check_early_exit, speculate
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import hardware
+from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
 

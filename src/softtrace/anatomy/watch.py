@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from softtrace.anatomy.tolerances import ROUNDINGS, rounding
 from softtrace.errors import UnsupportedModelError
+from softtrace.graph.attention_maps import AttentionMap
 from softtrace.model.hooks import first_tensor
 
 
@@ -100,20 +101,16 @@ class Watch:
                 return call.module
         return None
 
-    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
-        """See :class:`softtrace.model.attention_interface.AttentionListener`."""
-        return None
-
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         """See :class:`softtrace.model.attention_interface.AttentionListener`."""
         if self._current is None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} asks for attention outside the stack of layers"
             )
         self._current.attention.append(
-            Attended(module, probabilities.clone(), value.clone(), visible, self._tick())
+            Attended(module, probabilities.whole().clone(), value.clone(), visible, self._tick())
         )
         return probabilities
 

@@ -28,14 +28,15 @@ from softtrace.evaluation.density_file import (
 )
 from softtrace.evaluation.identity import settings_of, text_identity
 from softtrace.evaluation.intervals import intervals_of
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.measure import Progress, first_explained, masked_runs, measure
 from softtrace.evaluation.parts import Part, Parts, check_parts_output, plan
 from softtrace.evaluation.per_token import NAME as TOKENS
 from softtrace.evaluation.per_token import write_tokens
 from softtrace.evaluation.processes import Processes
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
-from softtrace.evaluation.samples import text_samples
+from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_RUNS, text_samples
+from softtrace.evaluation.summary import summarise
 from softtrace.files import claimed, prepare_output, write_json
 from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
@@ -95,6 +96,7 @@ def evaluate(
     run: RunOptions = DEFAULT_RUN,
     resume: bool = False,
     per_token: bool = False,
+    positions: int | None = None,
     base: str | None = None,
     device_map: str | None = None,
     max_memory: dict[str, str] | None = None,
@@ -129,6 +131,8 @@ def evaluate(
         resume: Go on with the parts that a run with the same settings left in OUT.
         per_token: Also write tokens.jsonl, a line for every explained token: entropy, loss, size at
             TV 0.2, area, exit layer.
+        positions: Number of tokens of each block that are explained, the last ones; None for the
+            second half. Long blocks with few of them cost about their masked runs.
         base: The density.json (or its folder) of the model before training, measured on the same
             text. The report then shows what changed.
         device_map: Give "auto" for models larger than one device: weights that do not fit stay in
@@ -151,13 +155,14 @@ def evaluate(
     check_counts(4, block_size=block_size)
     check_counts(1, blocks=blocks, batch_size=batch_size)
     check_counts(0, extra_blocks=extra_blocks)
+    first = first_explained(block_size, positions)
     check_attention(attention)
     processes = Processes(run.device)
     check_device_map(device_map, max_memory, processes.count)
     check_model_directory(model)
     measuring = _Measuring(
         model=model, dtype=run.dtype, batch_size=batch_size, extra_blocks=extra_blocks,
-        attention=attention, min_context=block_size // 2,
+        attention=attention, min_context=first,
         device_map=device_map, max_memory=max_memory,
     )  # fmt: skip
 
@@ -223,9 +228,18 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
     """Measure this process's share of the parts; the main one describes the model and samples."""
     missing = [part for part in task.planned if part not in task.finished]
     own = missing[processes.index :: processes.count]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
+    total = sum(_runs(measuring, part) for part in own)
+    if processes.main:
+        total += min(MOST_BLOCKS, len(task.blocks)) * SAMPLE_RUNS
+    bar = tqdm(
+        total=total,
+        desc=f"measuring {measuring.name}",
+        unit="run",
+        disable=not processes.main,
+    )
+    with bar, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
         network = _loaded(measuring, processes.device, offload_folder)
-        size = _measure_parts(network, measuring, task, own, quiet=not processes.main)
+        size = _measure_parts(network, measuring, task, own, bar.update)
         if not processes.main:
             return {}
         return {
@@ -233,9 +247,16 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
             "samples": text_samples(
                 network, load_tokenizer(measuring.model), task.blocks,
                 min_context=measuring.min_context, batch_size=size,
-                attention=measuring.attention,
+                attention=measuring.attention, progress=bar.update,
             ),
         }  # fmt: skip
+
+
+def _runs(measuring: _Measuring, part: Part) -> int:
+    """Masked runs that the blocks of a part take together."""
+    extra = min(part.end, max(part.first, measuring.extra_blocks)) - part.first
+    others = part.end - part.first - extra
+    return extra * masked_runs(True) + others * masked_runs(False)
 
 
 def _loaded(measuring: _Measuring, device: torch.device, offload_folder: str) -> PreTrainedModel:
@@ -249,27 +270,29 @@ def _loaded(measuring: _Measuring, device: torch.device, offload_folder: str) ->
 
 
 def _measure_parts(
-    network: PreTrainedModel, measuring: _Measuring, task: _Task, own: list[Part], *, quiet: bool
+    network: PreTrainedModel,
+    measuring: _Measuring,
+    task: _Task,
+    own: list[Part],
+    progress: Progress,
 ) -> int:
     """Measure some parts, each written when it is done; the batch size that fitted in the end."""
     finished, size = task.finished, measuring.batch_size
     if finished:  # where memory ran out for those, it will for these
         size = task.parts.batch_size(finished)
-    total = sum(part.end - part.first for part in own)
-    with tqdm(total=total, desc=f"measuring {measuring.name}", unit="block", disable=quiet) as bar:
-        for part in own:
-            found = measure(
-                network,
-                task.blocks[part.first : part.end],
-                min_context=measuring.min_context,
-                batch_size=size,
-                extra_blocks=max(0, measuring.extra_blocks - part.first),
-                progress=bar.update,
-                attention=measuring.attention,
-                first=part.first,
-            )
-            size = found.batch_size
-            task.parts.write(part, found)
+    for part in own:
+        found = measure(
+            network,
+            task.blocks[part.first : part.end],
+            min_context=measuring.min_context,
+            batch_size=size,
+            extra_blocks=max(0, measuring.extra_blocks - part.first),
+            progress=progress,
+            attention=measuring.attention,
+            first=part.first,
+        )
+        size = found.batch_size
+        task.parts.write(part, found)
     return size
 
 

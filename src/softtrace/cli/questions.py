@@ -35,7 +35,7 @@ def questions(task: StudyTask, lengths: tuple[int, ...], ends: Tensor, smoothing
         smoothing: see ``softtrace study``.
     """
     blocks, tokenizer = task.blocks, task.tokenizers[0]
-    first, begun = blocks.shape[1] // 2, beginning(tokenizer)
+    first, begun = task.first, beginning(tokenizer)
 
     @cache  # the models predict the same tokens
     def unigrams_over(vocabulary: int) -> Unigrams:

@@ -25,8 +25,7 @@ def sensitivity(task: StudyTask) -> Found:
     Args:
         task: one model or two, and their text; every kind of attention is measured.
     """
-    blocks = task.blocks
-    first = blocks.shape[1] // 2
+    blocks, first = task.blocks, task.first
 
     def read(network: Any, _: Found, progress: Progress) -> dict[Definition, Reading]:
         return read_definitions(

@@ -21,6 +21,7 @@ from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.identity import text_identity
+from softtrace.evaluation.measure import first_explained
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.readings import window_ends
 from softtrace.files import check_output, claims_out
@@ -68,6 +69,7 @@ def study(
     batch_size: int = 8,
     lengths: tuple[int, ...] = (16, 32, 64),
     targets: int = 4,
+    positions: int | None = None,
     resamples: int = 2000,
     smoothing: float = 1.0,
     seed: int = 0,
@@ -93,6 +95,8 @@ def study(
         lengths: Lengths in tokens of the windows in which the same tokens are explained again. The
             token that the tokenizer puts in front of a text is one of them.
         targets: Number of tokens of each sequence that windows explain.
+        positions: Number of tokens of each sequence that are explained, the last ones; None for the
+            second half. Not with paper or generation, which explain others.
         resamples: Number of resamples of the bootstrap.
         smoothing: Number that is added to the count of every token of the vocabulary.
         seed: Seed of the bootstrap.
@@ -125,7 +129,12 @@ def study(
     check_counts(4, block_size=block_size)
     check_counts(2, blocks=blocks)
     check_counts(1, batch_size=batch_size, targets=targets, resamples=resamples)
-    first = block_size // 2
+    first = first_explained(block_size, positions)
+    if positions is not None and (paper or generation):
+        raise InvalidInputError(
+            "positions: found with paper or generation, which explain tokens of their own; leave "
+            "it out"
+        )
     windowed = not (paper or sensitivity or generation)
     longest = lengths[-1] if windowed else 1
     ends = window_ends(block_size, first, longest, targets)
@@ -150,6 +159,7 @@ def study(
     task = StudyTask(
         models=dict(zip(labels(models), models, strict=True)),
         blocks=chosen,
+        first=first,
         training=training,
         tokenizers=tokenizers,
         data=text_identity(source, chosen, len(held_out)),

@@ -34,6 +34,7 @@ class StudyTask:
     Attributes:
         models: label to path.
         blocks: ``[N, T]`` ids of held-out text, by the first model's tokenizer.
+        first: the first position of a block that is explained.
         training: documents of the other side of the split.
         tokenizers: of the models, in their order; the first one's where another reads alike.
         data: what result files say of the blocks.
@@ -43,6 +44,7 @@ class StudyTask:
 
     models: Mapping[str, str]
     blocks: Tensor
+    first: int
     training: Sequence[Document]
     tokenizers: Sequence[Any]
     data: Found

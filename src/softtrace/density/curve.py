@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class DensityCurve:
         thresholds: ``[K]``, falling.
         size: ``[K, B, T]`` share of |E| of the trace at each threshold; NaN at padding.
         total_variation: ``[K, B, T]`` in [0, 1]; NaN at padding.
-        edges: ``[B, T]`` int64, |E| of each position; 0 at padding.
+        edges: ``[B, T]`` int64, |E| of each position; 0 at padding and where nothing is measured.
         entropy: ``[B, T]`` nats, of the full model's prediction.
         composition: ``[K + 1, B, T, Q, 4]`` number of edges by depth quartile and kind
             (``EDGE_KINDS``), the full graph last; None unless asked for.
@@ -74,6 +75,30 @@ class DensityCurve:
     readings: Tensor | None = None
     attention: AttentionKind = "recorded"
     exact: bool = True
+
+    def padded(self, length: int) -> DensityCurve:
+        """The curve of sequences of so many tokens, of which the later ones are not measured."""
+        missing = length - self.size.shape[2]
+        if not missing:
+            return self
+
+        def pad(values: Tensor, dim: int, fill: float) -> Tensor:
+            shape = [*values.shape[:dim], missing, *values.shape[dim + 1 :]]
+            return torch.cat((values, values.new_full(shape, fill)), dim)
+
+        others: dict[str, Any] = {
+            name: pad(values, 2, 0)
+            for name in ("composition", "nucleus", "readings")
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(
+            self,
+            size=pad(self.size, 2, torch.nan),
+            total_variation=pad(self.total_variation, 2, torch.nan),
+            edges=pad(self.edges, 1, 0),
+            entropy=pad(self.entropy, 1, torch.nan),
+            **others,
+        )
 
     def at_sizes(
         self, sizes: Iterable[float] | Tensor = SIZES, values: Tensor | None = None

@@ -25,14 +25,21 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
         recording: made with ``keep_hidden=True``.
 
     Returns:
-        ``[L, B, T]`` bool; the last layer is the full model and always agrees.
+        ``[L, B, T]`` bool; the last layer is the full model and always agrees. Of a recording of
+        chosen positions all others agree too.
     """
     wanted = recording.logits.argmax(-1)
-    found = [
-        instrument.read_exit(hidden, depth).argmax(-1) == wanted
-        for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1)
-    ]
-    return torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+    chosen = recording.positions
+    found = []
+    for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1):
+        read = hidden if chosen is None else hidden[chosen]
+        found.append(instrument.read_exit(read, depth).argmax(-1) == wanted)
+    agreed = torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
+    if chosen is None:
+        return agreed
+    placed = agreed.new_ones(len(agreed), *chosen.shape)
+    placed[:, chosen] = agreed
+    return placed
 
 
 def hidden_states(recording: Recording) -> Sequence[Tensor]:

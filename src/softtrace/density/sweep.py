@@ -25,11 +25,11 @@ from softtrace.density.curve import (
 from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
 from softtrace.density.exact import check_runs, exact_hidden
 from softtrace.errors import InvalidInputError
-from softtrace.graph.batch import check_same_shape
-from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.batch import chosen_positions
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.graph.sizes import edge_counts, total_edges, traces_at
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
@@ -48,7 +48,7 @@ def density_curve(
     *,
     attention: AttentionKind = "recorded",
     exact: bool = False,
-    positions: Tensor | None = None,
+    positions: Tensor | Iterable[int] | None = None,
     position_ids: Tensor | None = None,
     composition: bool = False,
     nucleus: bool = False,
@@ -66,7 +66,11 @@ def density_curve(
             recomputed with no attention edge masked (:mod:`softtrace.tracing.masking`).
         exact: run every position with its own trace alone, one sequence a position and threshold.
             Recorded attention is exact in any case.
-        positions: ``[B, T]`` bool, which positions are measured; the others are NaN. None for all.
+        positions: which positions are measured, ``[B, T]`` bool, or integers, the same of every
+            sequence (negative ones count from the row's end); the others are NaN, their ``edges``
+            0. It costs about one masked run a threshold of what they need: tokens after the last
+            one do not run, and neither does, with recorded attention, what reaches none of them.
+            None for all.
         position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
             position's |E| is then that of its own document.
         composition: also count edges by depth quartile and kind.
@@ -85,23 +89,25 @@ def density_curve(
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
     with torch.no_grad():
         batch = instrument.batch(input_ids, attention_mask, position_ids)
+        chosen, length = None, batch.valid.shape[1]
         if positions is not None:
-            check_same_shape("positions", positions, input_ids)
-            positions = positions.bool() & batch.valid
-            if not bool(positions.any()):
-                raise InvalidInputError("positions: found no real token among them")
-        recording = instrument.record(batch, keep_attention=attention == "recorded")
-        return curve_of(
+            chosen = chosen_positions(positions, batch.valid)
+            batch = batch.up_to(chosen)
+            chosen = chosen[:, : batch.valid.shape[1]]
+        keep = attention == "recorded"
+        recording = instrument.record(batch, keep_attention=keep, positions=chosen)
+        curve = curve_of(
             instrument,
             recording,
             recording.importance,
             grid,
             attention=attention,
             exact=exact,
-            positions=positions,
+            positions=chosen,
             composition=composition,
             nucleus=nucleus,
         )
+        return curve.padded(length)
 
 
 def _numbers(thresholds: Iterable[float] | str) -> list[float]:
@@ -130,13 +136,13 @@ def curve_of(
     composition: bool = False,
     nucleus: bool = False,
     reader: Callable[[Tensor], Tensor] | None = None,
-    explained: Tensor | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
     Args:
         instrument: of the model.
-        recording: of a batch, with its attention probabilities where they are used.
+        recording: of a batch, with its attention probabilities where they are used, and logits of
+            all positions that are measured.
         scores: what the search goes by (importances, or a baseline's scores).
         thresholds: edges of score >= threshold are kept.
         attention, exact, positions, composition, nucleus: see :func:`density_curve`.
@@ -144,9 +150,6 @@ def curve_of(
             nothing, as in the paper.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
-        explained: ``[B, T]`` bool, at least one of them True: where nucleus recovery and ``reader``
-            are wanted, which sort the vocabulary; they are 0 elsewhere. None for all that is
-            measured.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -154,50 +157,82 @@ def curve_of(
     grid = torch.tensor(
         sorted(thresholds, reverse=True), dtype=torch.float64, device=measured.device
     )
-    total = total_edges(scores)
-    full = recording.logits[measured].to(working_dtype(recording.logits.dtype)).softmax(-1)
+    places = None if positions is None else _places(measured)
+    total = _at_places(total_edges(scores, places), places, measured)
+    own_logits = recording.logits_of(measured.flatten().nonzero()[:, 0])
+    full = own_logits.to(working_dtype(own_logits.dtype)).softmax(-1)
+    own_entropy = entropy(own_logits)
+    del own_logits
     others = ~measured
-    explained = measured if explained is None else explained & measured
     exact = exact and attention != "recorded"
     if exact:
         check_runs(instrument, recording, measured, len(grid))
     sizes, variations, compositions, nuclei, readings = [], [], [], [], []
     for tau in grid.tolist():
         masks = hard_masks(scores, tau)
-        counts = edge_counts(masks)
+        # What reaches no measured position may change others' softmax, unless that was recorded.
+        counts, masks = _counted(masks, places, measured, attention == "recorded" and not means)
         own = measured if exact else None
         read = read_masked(instrument, recording, masks, attention, own, means)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
-            instrument, recording, measured, read[measured], full, explained, nucleus, reader
+            instrument, recording, measured, read[measured], full, nucleus, reader
         )
         variations.append(_placed([variation[:, None]], measured, torch.nan)[..., 0])
         if recovered:
-            nuclei.append(_placed(recovered, explained))
+            nuclei.append(_placed(recovered, measured))
         if more:
-            readings.append(_placed(more, explained))
+            readings.append(_placed(more, measured))
         if composition:
             compositions.append(by_quartile(counts))
     if composition:
-        compositions.append(by_quartile(edge_counts(scores.existing())))
+        compositions.append(by_quartile(_counted(scores.existing(), places, measured, False)[0]))
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
     if reader is not None:
-        parts = torch.split(recording.logits[explained], _portion(full))
-        readings.append(_placed([reader(part) for part in parts], explained))
+        parts = torch.split(measured.flatten().nonzero()[:, 0], _portion(full))
+        readings.append(_placed([reader(recording.logits_of(part)) for part in parts], measured))
     return DensityCurve(
         thresholds=grid,
         size=torch.stack(sizes),
         total_variation=torch.stack(variations),
         edges=total,
-        entropy=entropy(recording.logits).masked_fill(others, torch.nan),
+        entropy=_placed([own_entropy[:, None]], measured, torch.nan)[..., 0],
         composition=torch.stack(compositions) if composition else None,
         nucleus=torch.stack(nuclei) if nucleus else None,
         readings=torch.stack(readings) if reader is not None else None,
         attention=attention,
         exact=exact or attention == "recorded",
     )
+
+
+def _places(measured: Tensor) -> Tensor:
+    """``[B, n]``, the positions of each sequence, those with fewer filled up with others."""
+    count = max(1, int(measured.sum(1).max()))
+    return measured.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _at_places(values: Tensor, places: Tensor | None, measured: Tensor) -> Tensor:
+    """``[B, n, ...]`` of places at ``[B, T, ...]``, 0 where nothing is measured."""
+    if places is None:
+        return values
+    found = values.new_zeros(*measured.shape, *values.shape[2:])
+    rows = torch.arange(len(places), device=places.device)[:, None]
+    found[rows, places] = values
+    found[~measured] = 0
+    return found
+
+
+def _counted(
+    masks: Sequence[LayerEdges], places: Tensor | None, measured: Tensor, narrowed: bool
+) -> tuple[Tensor, tuple[LayerEdges, ...]]:
+    """``[B, T, L, 4]`` edges of the traces, and the masks, narrowed to what the places need."""
+    if places is None or not (narrowed or isinstance(masks[0], RowwiseEdges)):
+        counts = edge_counts(masks)  # of maps that are held, faster than of single places
+        return counts * measured[..., None, None], tuple(masks)
+    counts, needed = traces_at(masks, places)
+    return _at_places(counts, places, measured), needed if narrowed else tuple(masks)
 
 
 def read_masked(
@@ -230,38 +265,33 @@ def _distortion(
     measured: Tensor,
     read: Tensor,
     full: Tensor,
-    explained: Tensor,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """TV ``[n]`` of measured positions; of those that are explained the rows of nucleus recovery
-    ``[m, P]`` and of what ``reader`` reads, or nothing. In portions of positions.
+    """TV ``[n]`` of measured positions, rows of nucleus recovery ``[n, P]`` and of what ``reader``
+    reads, or nothing. In portions of positions.
 
     Args:
         instrument, recording: see :func:`curve_of`.
         measured: ``[B, T]`` bool, the n positions.
         read: ``[n, d_model]``, what the final norm gives there in a masked run.
         full: ``[n, V]``, the full model's probabilities there.
-        explained: ``[B, T]`` bool, some of them.
         nucleus: whether nucleus recovery is wanted.
         reader: see :func:`curve_of`.
     """
     rows = _portion(full)
     places = measured.flatten().nonzero()[:, 0]
-    logits = recording.logits.flatten(0, 1)  # a view: a copy of all of them would be large
     variations, recovered, others = [], [], []
-    for part, p, place, chosen in zip(
-        *(torch.split(every, rows) for every in (read, full, places, explained[measured])),
-        strict=True,
+    for part, p, place in zip(
+        *(torch.split(every, rows) for every in (read, full, places)), strict=True
     ):
         masked = instrument.anatomy.readout.logits(part)
         variations.append(variation_from(p, masked))
-        if nucleus and bool(chosen.any()):
-            recovered.append(
-                nucleus_recovered(logits[place[chosen]], masked[chosen], NUCLEUS_SHARES)
-            )
-        if reader is not None and bool(chosen.any()):
-            others.append(reader(masked[chosen]))
+        if nucleus:
+            own = recording.logits_of(place)
+            recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))
+        if reader is not None:
+            others.append(reader(masked))
     return torch.cat(variations), recovered, others
 
 

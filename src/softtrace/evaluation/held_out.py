@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from softtrace.errors import DataError
 from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.intervals import intervals_of
-from softtrace.evaluation.measure import measure, summarise
+from softtrace.evaluation.measure import measure
+from softtrace.evaluation.summary import summarise
 
 _LEAST = 4  # tokens in a block: half is context, and the last one's target is not known
 

@@ -12,30 +12,18 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from softtrace.checks import check_least, check_range
 from softtrace.density.baselines import (
-    NAMES_IN_FILES,
     Baseline,
     baseline_scores,
     baseline_thresholds,
 )
-from softtrace.density.curve import SIZES, DensityCurve, default_thresholds
-from softtrace.density.distortion import NUCLEUS_SHARES
+from softtrace.density.curve import DensityCurve, default_thresholds
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement
 from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import Batch
-from softtrace.graph.edges import EDGE_KINDS
-from softtrace.metrics.functional import (
-    computation_density,
-    density_uncertainty_correlation,
-    early_exit_agreement,
-    entropy_bounds,
-    entropy_groups,
-    nucleus_recovery,
-    quantiles,
-    trace_composition,
-)
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -43,8 +31,6 @@ from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
 logger = logging.getLogger(__name__)
-
-_SCATTER = 2000
 
 Progress = Callable[[int], Any]
 
@@ -90,6 +76,29 @@ class Measurements:
             self.composition = self.composition + other.composition
 
 
+def masked_runs(extra: bool) -> int:
+    """How many masked runs a block takes, one with baselines too: they are what takes time."""
+    of_baselines = 2 * len(get_args(Baseline)) * len(baseline_thresholds())
+    return len(default_thresholds()) + extra * of_baselines
+
+
+def first_explained(block_size: int, positions: int | None) -> int:
+    """The first position of a block that is explained; the last one's target is not known.
+
+    Args:
+        block_size: tokens of a block, at least 4.
+        positions: how many are explained, the last ones; None for the second half.
+
+    Raises:
+        InvalidInputError: none of them, or more than have a target.
+    """
+    if positions is None:
+        return block_size // 2
+    check_least("positions", positions, 1)
+    check_range("positions", positions, 1, block_size - 1)
+    return block_size - 1 - positions
+
+
 @torch.no_grad()
 def measure(
     model: nn.Module,
@@ -116,7 +125,8 @@ def measure(
             the length, so sizes are compared between positions of similar length.
         batch_size: sequences a forward, to begin with.
         extra_blocks: how many of the first blocks also get baselines and nucleus recovery.
-        progress: called with the number of blocks that were finished.
+        progress: called with the number of masked runs of a block that were finished, see
+            :func:`masked_runs`.
         attention: where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
         attention_mask: ``[N, T]`` of 0 and 1, padding on either side; None for no padding.
@@ -144,7 +154,7 @@ def measure(
                 found.batch_size = _halved(end - start, blocks.shape[1])
                 continue
             found.extend(batch)
-            progress(end - start)
+            progress((end - start) * masked_runs(start < extra_blocks))
             start = end
     return found
 
@@ -188,15 +198,18 @@ def _measured(
     number: int,
     attention: AttentionKind,
 ) -> Measurements:
+    batch = instrument.batch(ids, mask)
+    explained = _explained(batch, min_context)
     recording = instrument.record(
-        instrument.batch(ids, mask), keep_hidden=True, keep_attention=attention == "recorded"
+        batch, keep_hidden=True, keep_attention=attention == "recorded", positions=explained
     )
-    curve = trace_curve(instrument, recording, attention=attention, nucleus=extra)
-    explained = _explained(recording.batch, min_context)
+    curve = trace_curve(
+        instrument, recording, attention=attention, nucleus=extra, positions=explained
+    )
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
         entropy=[_flat(curve.entropy, explained)],
-        loss=[_flat(loss_score(recording.logits, recording.batch.targets), explained)],
+        loss=[loss_score(recording.logits, batch.targets[explained]).cpu()],
         area=[_flat(curve.area(), explained)],
         size=[_flat(curve.size_at(), explained)],
         variation=[_flat(curve.at_sizes(), explained)],
@@ -211,7 +224,12 @@ def _measured(
             for keep in (True, False):
                 scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
                 other = curve_of(
-                    instrument, recording, scores, baseline_thresholds(), attention=attention
+                    instrument,
+                    recording,
+                    scores,
+                    baseline_thresholds(),
+                    attention=attention,
+                    positions=explained,
                 )
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
@@ -224,14 +242,14 @@ def trace_curve(
     attention: AttentionKind,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
-    explained: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> DensityCurve:
     """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
 
     Args:
         instrument: of the model.
         recording: of the batch.
-        attention, nucleus, reader, explained: see :func:`softtrace.density.sweep.curve_of`.
+        attention, nucleus, reader, positions: see :func:`softtrace.density.sweep.curve_of`.
     """
     return curve_of(
         instrument,
@@ -242,7 +260,7 @@ def trace_curve(
         composition=True,
         nucleus=nucleus,
         reader=reader,
-        explained=explained,
+        positions=positions,
     )
 
 
@@ -261,115 +279,3 @@ def _there(values: Tensor | None) -> Tensor:
     if values is None:
         raise ValueError("the curve was made without it")
     return values
-
-
-def summarise(found: Measurements) -> dict[str, Any]:
-    """The measured part of ``density.json``.
-
-    Easy and hard are the lowest and the highest quarter by entropy. Losses, areas and TV are means,
-    sizes are medians. Needs memory for a few rows of n numbers in float64 beside what it is given;
-    parts that are mapped from files (:mod:`softtrace.evaluation.parts`) stay there.
-    """
-    entropy, loss = torch.cat(found.entropy).double(), torch.cat(found.loss).double()
-    area, size = torch.cat(found.area).double(), torch.cat(found.size).double()
-    layers = len(found.agreement[0])
-    bounds = entropy_bounds(entropy)
-    groups = entropy_groups(entropy)
-    density = computation_density(entropy, area, size)
-    correlation = density_uncertainty_correlation(entropy, area, size)
-
-    chosen = torch.linspace(0, len(entropy) - 1, min(_SCATTER, len(entropy))).long()
-    return {
-        "tokens": len(entropy),
-        "easy": {
-            "rule": "lowest quarter by entropy of the full prediction",
-            "entropy_bound": float(bounds[0]),
-        },
-        "hard": {
-            "rule": "highest quarter by entropy of the full prediction",
-            "entropy_bound": float(bounds[1]),
-        },
-        "loss_nats": {name: float(loss[rows].mean()) for name, rows in groups.items()},
-        "area": {name: float(density[f"area_{name}"]) for name in groups},
-        "size_at_tv_0.2": {name: float(density[f"size_{name}"]) for name in groups},
-        "entropy_spearman": {
-            "area": float(correlation["area"]),
-            "size_at_tv_0.2": float(correlation["size"]),
-        },
-        "curve": {
-            "sizes": list(SIZES),
-            **_spreads(found.variation, groups),
-            **_baselines(found),
-        },
-        "topology": _topology(found),
-        "nucleus_recovery": _recovery(found),
-        "early_exit": {
-            "layers": list(range(1, layers + 1)),
-            "agreement": _agreement(entropy, found.agreement, layers),
-        },
-        "scatter": {
-            "entropy": entropy[chosen].tolist(),
-            "size_at_tv_0.2": size[chosen].tolist(),
-        },
-    }
-
-
-def _spreads(parts: list[Tensor], groups: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
-    """Mean and quartiles of each size, over the tokens of each group."""
-    spreads: dict[str, dict[str, list[float]]] = {
-        name: {"mean": [], "q25": [], "q75": []} for name in groups
-    }
-    for at in range(len(SIZES)):  # one size at a time: all of them could be too many
-        row = torch.cat([part[at] for part in parts]).double()
-        for name, rows in groups.items():
-            chosen = row[rows]
-            low, high = quantiles(chosen, (0.25, 0.75))
-            for key, value in (("mean", chosen.mean()), ("q25", low), ("q75", high)):
-                spreads[name][key].append(float(value))
-    return spreads
-
-
-def _agreement(entropy: Tensor, parts: list[Tensor], layers: int) -> dict[str, list[float]]:
-    """Shares of the exits that agree, ``layers`` of them for each group."""
-    shares: dict[str, list[float]] = {}
-    for at in range(layers):  # one layer at a time, as sizes above
-        row = torch.cat([part[at] for part in parts])
-        for name, share in early_exit_agreement(entropy, row[:, None]).items():
-            shares.setdefault(name, []).append(float(share))
-    return shares
-
-
-def _baselines(found: Measurements) -> dict[str, Any]:
-    if not found.baselines:
-        return {"baselines": None, "baseline_tokens": 0}
-    joined = {key: torch.cat(parts, dim=1).double() for key, parts in found.baselines.items()}
-    return {
-        "baselines": {
-            NAMES_IN_FILES[kind]: {
-                "residual_kept": joined[kind, True].mean(-1).tolist(),
-                "residual_not_kept": joined[kind, False].mean(-1).tolist(),
-            }
-            for kind in get_args(Baseline)
-        },
-        "baseline_tokens": next(iter(joined.values())).shape[1],
-    }
-
-
-def _topology(found: Measurements) -> dict[str, Any] | None:
-    if found.composition is None:
-        return None
-    shares = trace_composition(found.composition.double())
-    return {"sizes": list(SIZES), "kinds": list(EDGE_KINDS), "shares": shares.tolist()}
-
-
-def _recovery(found: Measurements) -> dict[str, Any] | None:
-    if not found.nucleus:
-        return None
-    recovered = torch.cat(found.nucleus, dim=1).double()
-    tokens = torch.tensor(recovered.shape[1])
-    return {
-        "p": list(NUCLEUS_SHARES),
-        "sizes": list(SIZES),
-        "recovered": nucleus_recovery(recovered.sum(1), tokens).tolist(),
-        "tokens": int(tokens),
-    }

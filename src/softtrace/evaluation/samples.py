@@ -19,10 +19,11 @@ from softtrace.density.distortion import variation_from
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement, exit_layers
 from softtrace.density.sweep import curve_of, read_masked
+from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.graph.sizes import total_edges, traces_at
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -40,6 +41,13 @@ _CONTEXT = 160  # tokens shown before the first explained one
 _TOP = 5
 _THRESHOLDS = tuple(0.6 * 600 ** (-step / 23) for step in range(24))  # 0.6 down to 0.001
 
+SAMPLE_RUNS = len(_THRESHOLDS) + len(default_thresholds())
+"""Masked runs that a block of the samples takes."""
+
+
+def _quiet(runs: int) -> None:
+    """No progress is shown."""
+
 
 @torch.no_grad()
 def text_samples(
@@ -50,6 +58,7 @@ def text_samples(
     min_context: int,
     batch_size: int,
     attention: AttentionKind = "recomputed",
+    progress: Progress = _quiet,
 ) -> dict[str, Any]:
     """The ``samples`` of ``density.json``: text, measures and predictions of a few blocks.
 
@@ -61,6 +70,7 @@ def text_samples(
         batch_size: sequences a forward.
         attention: where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
+        progress: called with the number of masked runs of a block that were finished.
 
     Returns:
         ``sizes`` (shares of all edges, those of the slider), ``vocabulary`` (of each token that
@@ -84,8 +94,13 @@ def text_samples(
     texts = []
     for part in torch.split(rows, batch_size):
         ids = blocks[part].to(device)
+        positions = torch.zeros_like(ids, dtype=torch.bool)
+        positions[:, explained] = True
         recording = instrument.record(
-            instrument.batch(ids), keep_hidden=True, keep_attention=attention == "recorded"
+            instrument.batch(ids),
+            keep_hidden=True,
+            keep_attention=attention == "recorded",
+            positions=positions,
         )
         measured = _measures(instrument, recording, explained, attention)
         predicted = _predictions(instrument, recording, explained, attention, pieces)
@@ -101,6 +116,7 @@ def text_samples(
             ]
             context = [token.get("text", token["token"]) for token in before]
             texts.append({"block": block, "context": context, "tokens": tokens})
+        progress(len(part) * SAMPLE_RUNS)
     return {"sizes": list(SAMPLE_SIZES), "vocabulary": pieces.texts, "texts": texts}
 
 
@@ -108,12 +124,21 @@ def _measures(
     instrument: Instrument, recording: Recording, explained: slice, attention: AttentionKind
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what is measured of all; one sequence after another."""
+    positions = recording.positions
+    assert positions is not None
     curve = curve_of(
-        instrument, recording, recording.importance, default_thresholds(), attention=attention
+        instrument,
+        recording,
+        recording.importance,
+        default_thresholds(),
+        attention=attention,
+        positions=positions,
     )
+    loss = torch.zeros_like(curve.entropy)
+    loss[positions] = loss_score(recording.logits, recording.batch.targets[positions]).to(loss)
     columns = {
         "entropy": curve.entropy,
-        "loss": loss_score(recording.logits, recording.batch.targets),
+        "loss": loss,
         "area": curve.area(),
         "size": curve.size_at(),
         "exit_layer": exit_layers(exit_agreement(instrument, recording)),
@@ -134,18 +159,21 @@ def _predictions(
     pieces: _Pieces,
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what the full model and its traces nearest to each size predict."""
-    logits = recording.logits[:, explained].flatten(0, 1)
-    full = logits.to(working_dtype(logits.dtype)).softmax(-1)
-    total = total_edges(recording.importance)[:, explained].flatten().double()
+    full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
+    batch = recording.batch.input_ids
+    places = torch.arange(explained.start, explained.stop, device=batch.device)
+    places = places.expand(len(batch), -1)
+    total = total_edges(recording.importance, places).flatten().double()
     count = min(_TOP, full.shape[-1])
     sizes, variations, tops, chances = [], [], [], []
     for tau in _THRESHOLDS:
         masks = hard_masks(recording.importance, tau)
+        counts, needed = traces_at(masks, places)
+        masks = needed if attention == "recorded" else masks
         read = read_masked(instrument, recording, masks, attention)
         masked = instrument.anatomy.readout.logits(read[:, explained].flatten(0, 1))
         best = masked.to(full.dtype).softmax(-1).topk(count)
-        kept = edge_counts(masks)[:, explained].flatten(0, 1).double().sum((1, 2))
-        sizes.append(kept / total)
+        sizes.append(counts.sum((2, 3)).flatten().double() / total)
         variations.append(variation_from(full, masked))
         tops.append(best.indices)
         chances.append(best.values)

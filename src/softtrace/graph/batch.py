@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +102,15 @@ class Batch:
             attention_mask=None,
         )
 
+    def up_to(self, chosen: Tensor) -> Batch:
+        """The batch without the tokens after the last chosen one, which no chosen one can see.
+
+        Args:
+            chosen: ``[B, T]`` bool, at least one of them True.
+        """
+        end = int(chosen.any(0).nonzero().max()) + 1
+        return self.part(lambda values: values[:, :end])
+
     def forward_inputs(self, parameters: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments of a model's forward, for its logits and nothing besides.
 
@@ -148,6 +158,45 @@ def check_same_shape(name: str, values: Tensor, input_ids: Tensor) -> None:
             f"{name}: found {found}, expected a tensor of the shape of input_ids, "
             f"{tuple(input_ids.shape)}"
         )
+
+
+def chosen_positions(positions: Tensor | Iterable[int], valid: Tensor) -> Tensor:
+    """``[B, T]`` bool, which real tokens were chosen.
+
+    Args:
+        positions: ``[B, T]`` of bool, or of 0 and 1; or integers, the same positions of every
+            sequence, of which negative ones count from the row's end.
+        valid: ``[B, T]`` bool.
+
+    Raises:
+        InvalidInputError: another shape or type, a position that there is not, or no real token.
+    """
+    length = valid.shape[1]
+    listed = not isinstance(positions, Tensor) or (
+        positions.dim() == 1 and positions.dtype in (torch.int64, torch.int32)
+    )
+    if listed:
+        try:
+            numbers = [operator.index(each) for each in positions]
+        except TypeError as error:
+            raise InvalidInputError(
+                f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or integers"
+            ) from error
+        for number in numbers:
+            if not -length <= number < length:
+                raise InvalidInputError(
+                    f"positions: found {number}, allowed are {-length} to {length - 1}"
+                )
+        chosen = torch.zeros_like(valid)
+        chosen[:, numbers] = True
+    else:
+        assert isinstance(positions, Tensor)
+        check_same_shape("positions", positions, valid)
+        chosen = positions.to(valid.device).bool()
+    chosen = chosen & valid
+    if not bool(chosen.any()):
+        raise InvalidInputError("positions: found no real token among them")
+    return chosen
 
 
 def check_length(longest: int, allowed: int | None, what: str = "input_ids") -> None:

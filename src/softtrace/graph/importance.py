@@ -6,6 +6,7 @@ carries over the sum of those norms at its node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softtrace.errors import InvalidInputError
-from softtrace.graph.edges import LayerEdges
-
-# Elements of a product ([B, H, chunk, d_model], say) that exist at one time: 16 MiB in float32 stay
-# in a CPU's caches; on a GPU 128 MiB, where a launch costs more than the memory.
-CHUNK_ELEMENTS = 1 << 22
-_MORE_ON_CUDA = 8
-
+from softtrace.graph.attention_maps import (
+    AttentionMap,
+    MadeFrom,
+    Rows,
+    chunk_elements,
+    each_block,
+)
+from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
 Norm = Literal["l1", "l2", "ifr"]
 """How large an edge is: a norm of what it carries, or by how much it brings the rest nearer to its
@@ -31,11 +33,6 @@ def check_norm(norm: str) -> None:
     """Raise :class:`InvalidInputError` for an unknown :data:`Norm`."""
     if norm not in get_args(Norm):
         raise InvalidInputError(f"norm: found {norm!r}, allowed are {get_args(Norm)}")
-
-
-def chunk_elements(like: Tensor) -> int:
-    """Elements of a product that may exist at one time on the device of ``like``."""
-    return CHUNK_ELEMENTS * (_MORE_ON_CUDA if like.is_cuda else 1)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +59,7 @@ def head_value_norms(value: Tensor, weight: Tensor, order: int = 1) -> Tensor:
     with torch.autocast(value.device.type, enabled=False):
         value = value.to(dtype)
         grouped = weight.to(dtype).view(kv_heads, heads // kv_heads, head_dim, width)
-        step = max(1, chunk_elements(value) // max(1, batch * heads * width))
+        step = max(1, chunk_elements(value.device) // max(1, batch * heads * width))
         pieces = []
         for start in range(0, length, step):
             piece = value[:, :, start : start + step]
@@ -105,17 +102,24 @@ class LayerNorms:
     """Norms of what the edges of one layer carry, or their proximities, float32 or float64.
 
     Attributes:
-        attention: ``[B, H, T, S]``, 0 where there is no edge.
+        attention: ``[B, H, T, S]``, 0 where there is no edge; a map of long sequences.
         entry: ``[B, T]``, the residual stream that enters the layer.
         mlp: ``[B, T]``, what the MLP adds.
         middle: ``[B, T]``, the residual stream after attention; None in a parallel layer, whose
             attention and MLP add into one node.
     """
 
-    attention: Tensor
+    attention: Tensor | AttentionMap
     entry: Tensor
     mlp: Tensor
     middle: Tensor | None
+
+    def attention_sums(self) -> Tensor:
+        """``[B, T]``, over all attention edges of a target."""
+        if isinstance(self.attention, Tensor):
+            return self.attention.sum((1, 3))
+        parts = each_block(self.attention, lambda norms, _: norms.sum((1, 3)))
+        return torch.cat([part for _, part in parts], dim=1)
 
 
 def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -131,6 +135,24 @@ def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = N
     return carried if scale is None else carried * scale.to(norms.dtype)[:, None, :, None]
 
 
+def carried_map(
+    probabilities: AttentionMap, visible: Tensor, norms: Tensor, scale: Tensor | None = None
+) -> AttentionMap:
+    """:func:`carried_norms`, to be made row by row.
+
+    Args:
+        probabilities: of the layer.
+        visible: ``[B, T, S]`` bool, True where an edge exists.
+        norms, scale: see :func:`carried_norms`.
+    """
+
+    def carried(values: Tensor, rows: Rows) -> Tensor:
+        own = torch.where(rows.edges_of(visible)[:, None], values, 0.0)
+        return carried_norms(own, norms[..., : rows.end], None if scale is None else rows.of(scale))
+
+    return MadeFrom(probabilities, carried)
+
+
 def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ...]:
     """Every edge's share of its node; 0 where the node is zero, and at padding.
 
@@ -139,7 +161,7 @@ def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ..
         valid: ``[B, T]`` bool, False at padding.
     """
     # One number a token, of all layers at once: on a GPU each operation is a launch.
-    sums = torch.stack([layer.attention.sum((1, 3)) for layer in layers])
+    sums = torch.stack([layer.attention_sums() for layer in layers])
     tiny = torch.finfo(sums.dtype).tiny
     nought = torch.zeros_like(sums[0])
     parallel = [layer.middle is None for layer in layers]
@@ -161,8 +183,18 @@ def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ..
     found = []
     for residual, of_mlp, of_middle, node in zip(*shares, total, strict=True):
         layer = layers.pop(0)
-        node = node[:, None, :, None]
-        own = layer.attention
-        attention = own / node if own.requires_grad else own.div_(node)
-        found.append(LayerEdges(attention, residual, of_mlp, of_middle, layer.middle is None))
+        own, one_node = layer.attention, layer.middle is None
+        if isinstance(own, Tensor):
+            node = node[:, None, :, None]
+            attention = own / node if own.requires_grad else own.div_(node)
+            found.append(LayerEdges(attention, residual, of_mlp, of_middle, one_node))
+        else:
+            found.append(
+                RowwiseEdges(MadeFrom(own, _share_of(node)), residual, of_mlp, of_middle, one_node)
+            )
     return tuple(found)
+
+
+def _share_of(node: Tensor) -> Callable[[Tensor, Rows], Tensor]:
+    """What divides rows of norms by their nodes' sums ``[B, T]``."""
+    return lambda norms, rows: norms / rows.of(node)[:, None, :, None]

@@ -7,11 +7,14 @@ subgraph needs no mask of its own: a run under these masks is read before it end
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from softtrace.checks import check_range
-from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.attention_maps import MadeFrom, Rows
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 
 
 def per_sequence(threshold: Tensor, values: Tensor) -> Tensor:
@@ -37,16 +40,20 @@ def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[L
     )
     cut = threshold if isinstance(threshold, Tensor) else nodes.new_tensor(threshold)
     kept = iter(((nodes >= cut[..., None]) & there).unbind())
-    return tuple(
-        LayerEdges(
-            (layer.attention >= per_sequence(cut, layer.attention)) & exists.attention,
-            next(kept),
-            next(kept),
-            next(kept),
-            layer.parallel,
-        )
-        for layer, exists in zip(layers, existing, strict=True)
-    )
+    found: list[LayerEdges] = []
+    for layer, exists, seen in zip(layers, existing, importance.visible, strict=True):
+        own = next(kept), next(kept), next(kept), layer.parallel
+        if isinstance(layer, RowwiseEdges):
+            found.append(RowwiseEdges(MadeFrom(layer.attention_map, _keep(cut, seen)), *own))
+        else:
+            keep = (layer.attention >= per_sequence(cut, layer.attention)) & exists.attention
+            found.append(LayerEdges(keep, *own))
+    return tuple(found)
+
+
+def _keep(cut: Tensor, seen: Tensor) -> Callable[[Tensor, Rows], Tensor]:
+    """Which of some rows of importances are kept; thresholds ``[]`` or ``[B]``, ``[B, T, S]``."""
+    return lambda scores, rows: (scores >= per_sequence(cut, scores)) & rows.edges_of(seen)[:, None]
 
 
 def soft_masks(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softtrace.graph.importance import chunk_elements, l1_norm, working_dtype
+from softtrace.graph.attention_maps import chunk_elements
+from softtrace.graph.importance import l1_norm, working_dtype
 
 
 def proximity(part: Tensor, node: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def attention_proximity(
         edges = edges * scale.to(dtype)[:, None, :, None]
     node = node.to(dtype)
     whole = l1_norm(node)[:, None, :, None]
-    step = max(1, chunk_elements(value) // max(1, batch * carried[0].numel()))
+    step = max(1, chunk_elements(value.device) // max(1, batch * carried[0].numel()))
     found = []
     for start in range(0, edges.shape[2], step):
         part = slice(start, start + step)

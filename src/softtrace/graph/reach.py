@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from softtrace.graph.edges import LayerEdges
+from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, each_block
+from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
 
 def traces_of(
@@ -30,18 +31,30 @@ def traces_of(
     reached = one_hot(positions, masks[0].mlp.shape[1]).bool()
     found: list[LayerEdges] = []
     for layer in reversed(masks):
-        own = layer.map(lambda part: part.index_select(0, rows))
-        mlp, mlp_residual = own.mlp & reached, own.mlp_residual & reached
+        residual, mlp, mlp_residual = (part.index_select(0, rows) for part in layer.nodes())
+        mlp, mlp_residual = mlp & reached, mlp_residual & reached
         # In a parallel layer the MLP reads the node that enters the layer, not one in the middle.
         middle = reached if layer.parallel else mlp | mlp_residual
-        attention = own.attention & middle[:, None, :, None]
-        residual = own.attention_residual & middle
-        reached = attention.any(2).any(1) | residual
-        if layer.parallel:
-            reached = reached | mlp
-        found.append(replace(own, attention=attention, attention_residual=residual, mlp=mlp,
-                             mlp_residual=mlp_residual))  # fmt: skip
+        residual = residual & middle
+        attention = _into(layer.attention_map, rows, middle)
+        reached = residual | mlp if layer.parallel else residual.clone()
+        for block, kept in each_block(attention, lambda values, _: values.any(2).any(1)):
+            reached[:, : block.end] |= kept
+        nodes = LayerEdges(middle, residual, mlp, mlp_residual, layer.parallel)
+        rowwise = isinstance(layer, RowwiseEdges)
+        found.append(nodes.with_attention(attention if rowwise else attention.whole()))
     return tuple(reversed(found))
+
+
+def _into(attention: AttentionMap, sequences: Tensor, targets: Tensor) -> AttentionMap:
+    """Of the kept edges of some sequences those into some targets ``[N, T]`` bool."""
+
+    def chosen(kept: Tensor, rows: Rows) -> Tensor:
+        return kept.index_select(0, sequences) & rows.of(targets)[:, None, :, None]
+
+    found = MadeFrom(attention, chosen)
+    found.shape = torch.Size((len(sequences), *attention.shape[1:]))
+    return found.hold() if attention.held else found
 
 
 def rows_at_once(masks: Sequence[LayerEdges], elements: int) -> int:
@@ -51,4 +64,4 @@ def rows_at_once(masks: Sequence[LayerEdges], elements: int) -> int:
         masks: of the batch.
         elements: of one layer's largest map times the layers.
     """
-    return max(1, elements // (len(masks) * masks[0].attention[0].numel()))
+    return max(1, elements // (len(masks) * masks[0].shape[1:].numel()))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from softtrace.graph.edges import EdgeImportance, LayerEdges
-from softtrace.graph.importance import chunk_elements
+from softtrace.graph.attention_maps import MadeFrom, Rows, chunk_elements, each_block
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 
 
 def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
@@ -26,6 +27,8 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
         ``[B, T, L, 4]`` edges by layer and kind (order of
         :data:`softtrace.graph.edges.EDGE_KINDS`); for bool masks in float64.
     """
+    if isinstance(masks[0], RowwiseEdges):
+        return traces_at(masks)[0]
     first = masks[0].attention
     soft = first.is_floating_point()
     batch, heads, length, _ = first.shape
@@ -33,7 +36,7 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
     wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
     reach = torch.eye(length, dtype=dtype, device=first.device).expand(batch, -1, -1)
     # On a GPU each operation is a launch: several layers at once, fewer where they are large.
-    together = max(1, chunk_elements(first) // (batch * length**2))
+    together = max(1, chunk_elements(first.device) // (batch * length**2))
     counted: list[Tensor] = []
     with torch.autocast(first.device.type, enabled=False):
         for end in range(len(masks), 0, -together):
@@ -94,33 +97,127 @@ def _products_exact(largest: int, device: torch.device) -> bool:
         return False
 
 
-def total_edges(importance: EdgeImportance) -> Tensor:
+def traces_at(
+    masks: Sequence[LayerEdges], places: Tensor | None = None
+) -> tuple[Tensor, tuple[LayerEdges, ...]]:
+    """:func:`edge_counts` of chosen positions, and the masks of what reaches any of them.
+
+    Rows of attention maps are made where a chosen position needs them, and in blocks.
+
+    Args:
+        masks: per layer, bool.
+        places: ``[B, n]`` int64, n positions of every sequence; None for all.
+
+    Returns:
+        ``[B, n, L, 4]`` float64, and per layer the masks without nodes that reach no such position.
+    """
+    batch, _, length, _ = masks[0].shape
+    reach = _from_outputs(batch, length, places, masks[0].mlp.device)
+    counted: list[Tensor] = []
+    needed: list[LayerEdges] = []
+    with torch.autocast(reach.device.type, enabled=False):
+        for layer in reversed(masks):
+            residual, mlp, mlp_residual = (part.to(reach.dtype) for part in layer.nodes())
+            at_end = reach
+            if not layer.parallel:
+                reach = reach * (mlp + mlp_residual).clamp(max=1)[:, None]
+            used = reach.amax(1) > 0
+            # Of all positions nearly all rows are needed; to ask which waits for the device.
+            targets = None if places is None else used.any(0).nonzero()[:, 0].cpu()
+            degrees, sources = torch.zeros_like(mlp), torch.zeros_like(reach)
+            for rows, kept in each_block(layer.attention_map, _over_heads, targets):
+                rows.place(degrees, kept.sum(-1))
+                sources[..., : rows.end] += rows.of(reach, 2) @ kept.clamp(max=1)
+            counts = _products(reach, (degrees, residual)), _products(at_end, (mlp, mlp_residual))
+            counted.insert(0, torch.cat(counts, dim=-1))
+            nodes = (
+                layer.attention_residual & used,
+                layer.mlp & (at_end.amax(1) > 0),
+                layer.mlp_residual & (at_end.amax(1) > 0),
+            )
+            narrow = MadeFrom(layer.attention_map, lambda values, _: values, targets)
+            needed.insert(0, RowwiseEdges(narrow, *nodes, parallel=layer.parallel))
+            into = residual + mlp if layer.parallel else residual
+            reach = (sources + reach * into[:, None]).clamp(max=1)
+    return torch.stack(counted, dim=2), tuple(needed)
+
+
+def _from_outputs(batch: int, length: int, places: Tensor | None, device: torch.device) -> Tensor:
+    """``[B, n, T]``, 1 where a node of the last layer is an output node."""
+    if places is None:
+        return torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
+    return one_hot(places.to(device), length).float()
+
+
+def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
+    """``[B, n, end]``, how many heads keep an edge."""
+    return kept.sum(1, dtype=torch.float32)
+
+
+def _products(reach: Tensor, degrees: Sequence[Tensor]) -> Tensor:
+    """``[B, n, X]`` float64: degrees ``[B, T]`` summed over the nodes that reach ``[B, n, T]``."""
+    wide = torch.float32 if reach.device.type == "mps" else torch.float64
+    columns = torch.stack(tuple(degrees), dim=-1).to(wide)
+    step = max(1, chunk_elements(reach.device) // (reach.shape[0] * reach.shape[2]))
+    found = torch.cat([part.to(wide) @ columns for part in torch.split(reach, step, dim=1)], dim=1)
+    return found if reach.device.type == "mps" else found.double()
+
+
+def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Tensor:
     """|E| of every position, ``[B, T]`` int64: existing edges that can reach its output node.
 
     What :func:`edge_counts` gives for the existing edges, in a third of its operations: a token's
     nodes all exist, so one reachability serves both nodes of a layer.
+
+    Args:
+        importance: of the batch.
+        places: ``[B, n]`` int64, positions; the result is then ``[B, n]``. None for all.
     """
     _, batch, heads, length = importance.shape
-    device = importance.valid.device
-    exact = _products_exact(heads * length**2, device)
+    valid = importance.valid
+    reach = _from_outputs(batch, length, places, valid.device)
+    small = batch * length**2 <= chunk_elements(valid.device)
+    exact = _products_exact(heads * length**2, valid.device)
     wide = torch.float32 if exact else torch.float64
-    reach = torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
-    summed = torch.float32 if device.type == "mps" else torch.float64
-    count = torch.zeros(batch, length, dtype=summed, device=device)
-    known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # layers of one window share one
-    with torch.autocast(device.type, enabled=False):
+    count: Tensor | None = None
+    known: dict[tuple[int, bool], tuple[Tensor | None, Tensor]] = {}  # of layers of one window
+    settled: set[int] = set()  # windows that let no more tokens in
+    with torch.autocast(valid.device.type, enabled=False):
         for layer, seen in zip(
             reversed(importance.layers), reversed(importance.visible), strict=True
         ):
             kind = (id(seen), layer.parallel)
             if kind not in known:
-                step = (seen | torch.diag_embed(importance.valid)).float()
-                others = importance.valid * (2 if layer.parallel else 3)
-                known[kind] = step, (heads * seen.sum(-1, dtype=wide) + others)[..., None]
+                step = (seen | torch.diag_embed(valid)).float() if small else None
+                others = valid * (2 if layer.parallel else 3)
+                known[kind] = step, heads * seen.sum(-1, dtype=wide) + others
             step, degrees = known[kind]
-            count = count + (reach.to(wide) @ degrees)[..., 0]
-            reach = (reach @ step).clamp(max=1)
-    return (count * importance.valid).round().long()
+            if step is None:
+                own = _products(reach, (degrees,))[..., 0]
+            else:
+                own = (reach.to(wide) @ degrees[..., None])[..., 0]
+            count = own if count is None else count + own
+            if step is not None:
+                reach = (reach @ step).clamp(max=1)
+            elif id(seen) not in settled:
+                before, reach = reach, _stepped(reach, seen, valid)
+                if torch.equal(before, reach):
+                    settled.add(id(seen))
+                else:
+                    settled.clear()
+    assert count is not None
+    own_valid = valid if places is None else valid.gather(1, places.to(valid.device))
+    return (count * own_valid).round().long()
+
+
+def _stepped(reach: Tensor, seen: Tensor, valid: Tensor) -> Tensor:
+    """Who reaches the nodes one layer before, in blocks of ``seen`` ``[B, T, S]``."""
+    found = reach * valid[:, None]
+    step = max(1, chunk_elements(seen.device) // (len(seen) * seen.shape[2]))
+    for start in range(0, seen.shape[1], step):
+        part = slice(start, start + step)
+        found += reach[..., part] @ seen[:, part].float()
+    return found.clamp_(max=1)
 
 
 def soft_size(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from softtrace.checks import check_range
 from softtrace.errors import InvalidInputError
+from softtrace.graph.attention_maps import Rows
 from softtrace.graph.edges import Edge, EdgeImportance, EdgeKind, LayerEdges
+from softtrace.graph.sizes import total_edges
 
+_AT_LEAST = 1 << 20  # values that are held before the smaller ones are dropped
 _UNREACHED = -1.0  # below every importance, so that (max, min) keeps unreached nodes out
 
 
@@ -65,24 +68,22 @@ def closure(importance: EdgeImportance, sequence: int, position: int) -> list[La
         Per layer, ``[H, T, S]`` and ``[T]`` tensors (no batch dimension); -1 where an edge does
         not exist or cannot reach the output node.
     """
-    node = torch.full_like(importance.layers[0].mlp[sequence], _UNREACHED)
-    node[position] = 1.0
-    values = []
-    for layer, seen in zip(reversed(importance.layers), reversed(importance.visible), strict=True):
-        mlp = torch.minimum(layer.mlp[sequence], node)
-        if layer.parallel:
-            mlp_residual = torch.full_like(mlp, _UNREACHED)
-        else:
-            mlp_residual = torch.minimum(layer.mlp_residual[sequence], node)
-            node = torch.maximum(mlp, mlp_residual)
-        attention = torch.minimum(layer.attention[sequence], node[:, None])
-        attention = attention.masked_fill(~seen[sequence], _UNREACHED)
-        residual = torch.minimum(layer.attention_residual[sequence], node)
-        node = torch.maximum(residual, attention.amax((0, 1)))
-        if layer.parallel:  # its MLP reads the node that enters the layer
-            node = torch.maximum(node, mlp)
-        values.append(LayerEdges(attention, residual, mlp, mlp_residual, layer.parallel))
-    return values[::-1]
+    blank = torch.full_like(importance.layers[0].attention[sequence], _UNREACHED)
+    found: list[LayerEdges] = []
+    attention = blank.clone()
+
+    def note(values: Tensor, rows: Rows) -> None:
+        attention[:, rows.at, : rows.end] = values
+
+    for layer, nodes in zip(
+        reversed(importance.layers),
+        _closure_layers(importance, sequence, position, note),
+        strict=True,
+    ):
+        residual, mlp, mlp_residual = nodes
+        found.append(LayerEdges(attention, residual, mlp, mlp_residual, layer.parallel))
+        attention = blank.clone()
+    return found[::-1]
 
 
 def extract_trace(
@@ -110,15 +111,69 @@ def extract_trace(
     if not bool(importance.valid[sequence, position]):
         raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
     importance = importance.detach()
-    values = closure(importance, sequence, position)
-    flat = torch.cat([part.flatten() for layer in values for part in layer])
-    flat = flat[flat > _UNREACHED]
-    count = trace_length(size, flat.numel())
+    places = torch.full((batch, 1), position)
+    total = int(total_edges(importance, places)[sequence, 0])
+    count = trace_length(size, total)
     if count == 0:
-        return Trace((), (), flat.numel())
-    cut = float(flat.kthvalue(flat.numel() - count + 1).values)
+        return Trace((), (), total)
+    cut = _lowest(importance, sequence, position, count)
     found = list(_best_first(importance, sequence, position, count, cut))
-    return Trace(tuple(edge for edge, _ in found), tuple(score for _, score in found), flat.numel())
+    while len(found) < count:  # in half precision single rows round otherwise than blocks of them
+        cut *= 0.9
+        found = list(_best_first(importance, sequence, position, count, cut))
+    return Trace(tuple(edge for edge, _ in found), tuple(score for _, score in found), total)
+
+
+def _lowest(importance: EdgeImportance, sequence: int, position: int, count: int) -> float:
+    """The count-th largest value of the :func:`closure`, or a little less.
+
+    Of all values only the largest are held, and a block of rows.
+    """
+    best = importance.layers[0].mlp.new_empty(0)
+    floor = _UNREACHED
+
+    def note(values: Tensor, rows: Rows | None = None) -> None:
+        nonlocal best, floor
+        best = torch.cat((best, values[values > floor]))
+        if len(best) > max(2 * count, _AT_LEAST):
+            best = best.topk(count, sorted=False).values
+            floor = float(best.min())
+
+    for layer in _closure_layers(importance, sequence, position, note):
+        for part in layer:
+            note(part)
+    # Rows that are made anew may differ in their last digit.
+    return float(best.topk(count, sorted=False).values.min()) * (1 - 1e-5)
+
+
+def _closure_layers(
+    importance: EdgeImportance, sequence: int, position: int, note: Callable[[Tensor, Rows], None]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Values of :func:`closure` of the edges of which a token has one, layer by layer from the top.
+
+    Args:
+        importance, sequence, position: see :func:`closure`.
+        note: is given the values of attention edges ``[H, n, end]``, block by block.
+    """
+    node = torch.full_like(importance.layers[0].mlp[sequence], _UNREACHED)
+    node[position] = 1.0
+    for layer, seen in zip(reversed(importance.layers), reversed(importance.visible), strict=True):
+        mlp = torch.minimum(layer.mlp[sequence], node)
+        mlp_residual = torch.full_like(mlp, _UNREACHED)
+        if not layer.parallel:
+            mlp_residual = torch.minimum(layer.mlp_residual[sequence], node)
+            node = torch.maximum(mlp, mlp_residual)
+        residual = torch.minimum(layer.attention_residual[sequence], node)
+        before = residual.clone()
+        targets = (node > _UNREACHED).nonzero()[:, 0].cpu()
+        for rows in layer.attention_map.blocks(targets):
+            shares = layer.attention_map.rows(rows)[sequence]
+            values = torch.minimum(shares, rows.of(node, 0)[:, None])
+            values = values.masked_fill(~rows.edges_of(seen)[sequence], _UNREACHED)
+            note(values, rows)
+            before[: rows.end] = torch.maximum(before[: rows.end], values.amax((0, 1)))
+        node = torch.maximum(before, mlp) if layer.parallel else before
+        yield residual, mlp, mlp_residual
 
 
 def _best_first(
@@ -136,6 +191,8 @@ def _best_first(
                 # The running number keeps the order of equal importances fixed.
                 heapq.heappush(heap, (-score, pushed, edge))
                 pushed += 1
+        if not heap:
+            return
         negative, _, edge = heapq.heappop(heap)
         yield edge, -negative
         node = origin(importance, edge)
@@ -163,8 +220,8 @@ def edges_into(
             singles.append(("mlp_residual", edges.mlp_residual))
     if edges.parallel or not after_mlp:
         singles.append(("attention_residual", edges.attention_residual))
-        scores = edges.attention[sequence, :, token]
-        keep = (scores >= cut) & importance.visible[layer][sequence, token]
+        scores = edges.attention_map.rows(Rows(slice(token, token + 1), token + 1))[sequence, :, 0]
+        keep = (scores >= cut) & importance.visible[layer][sequence, token, : token + 1]
         found = keep.nonzero().tolist()
         for (head, source), score in zip(found, scores[keep].tolist(), strict=True):
             yield score, Edge("attention", layer, token, head, source)

@@ -19,11 +19,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from softtrace.graph.attention_maps import HeldMap
 from softtrace.graph.importance import working_dtype
 from softtrace.model.attention_interface import (
     AttentionListener,
-    attention_probabilities,
+    SoftmaxMap,
     configured,
+    mixed_values,
 )
 
 Asking = Callable[[], nn.Module | None]
@@ -114,9 +116,8 @@ class Interception(TorchFunctionMode):
         return found.to(probabilities.dtype).reshape(probabilities.shape)
 
     def _heard(self, module: nn.Module, given: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        recorded = self.listener.attention_probabilities(module)
-        given = given.masked_fill(~visible[:, None], 0.0) if recorded is None else recorded
-        return self.listener.on_attention(module, given, value, visible)
+        given = given.masked_fill(~visible[:, None], 0.0)
+        return self.listener.on_attention(module, HeldMap(given), value, visible).whole()
 
     def _fused(
         self,
@@ -143,14 +144,9 @@ class Interception(TorchFunctionMode):
             if mask.dtype != torch.bool:
                 bias, mask = mask, _seen(mask.detach())
             visible = visible & mask.expand(self.rows, -1, self.length, -1).any(1)
-        given = self.listener.attention_probabilities(module)
-        if given is None:
-            given = attention_probabilities(
-                query, key, visible, query.shape[-1] ** -0.5 if scale is None else scale, bias=bias
-            )
-        given = self.listener.on_attention(module, given, value, visible)
-        groups = given.shape[1] // value.shape[1]
-        return given.to(value.dtype) @ value.repeat_interleave(groups, dim=1)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        own = SoftmaxMap(query, key, visible, scale, bias=bias)
+        return mixed_values(self.listener.on_attention(module, own, value, visible), value)
 
 
 def _seen(scores: Tensor) -> Tensor:

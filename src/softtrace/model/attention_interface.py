@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
+from typing_extensions import override
 
+from softtrace.graph.attention_maps import AttentionMap, Rows, each_block
 from softtrace.graph.importance import working_dtype
 
 IMPLEMENTATION = "softtrace"
@@ -25,13 +27,17 @@ IMPLEMENTATION = "softtrace"
 class AttentionListener(Protocol):
     """What a run does with the attention probabilities of a layer."""
 
-    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
-        """Probabilities to use instead of the softmax, ``[B, H, T, S]``; None computes them."""
-
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
-        """Return the probabilities to use. Shapes: [B,H,T,S], [B,H_kv,S,d_head], [B,T,S]."""
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
+        """Return the probabilities to use, ``[B, H, T, S]``, of which none need exist yet.
+
+        Args:
+            module: the attention.
+            probabilities: its own.
+            value: ``[B, H_kv, S, d_head]``.
+            visible: ``[B, T, S]`` bool, where the attention may look.
+        """
 
 
 _LISTENER: ContextVar[AttentionListener] = ContextVar("softtrace_listener")
@@ -87,6 +93,64 @@ def attention_probabilities(
     return torch.where(seen, scores.softmax(-1)[..., :sources], 0.0)
 
 
+class SoftmaxMap(AttentionMap):
+    """Attention probabilities that are made from queries and keys when they are asked for.
+
+    Args:
+        query, key, visible, scale, others: see :func:`attention_probabilities`.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, visible: Tensor, scale: float, **others: Any
+    ) -> None:
+        self.query, self.key, self.visible, self.scale = query, key, visible, scale
+        self.others = others
+        self.shape = torch.Size((*query.shape[:3], key.shape[2]))
+        self.device = query.device
+
+    @override
+    def rows(self, rows: Rows) -> Tensor:
+        bias = self.others.get("bias")
+        if bias is not None:
+            bias = bias[(None,) * (4 - bias.dim())]
+            bias = rows.of(bias, 2) if bias.shape[2] > 1 else bias
+            bias = bias[..., : rows.end] if bias.shape[3] > 1 else bias
+        return attention_probabilities(
+            rows.of(self.query, 2),
+            self.key[:, :, : rows.end],
+            rows.edges_of(self.visible),
+            self.scale,
+            **{**self.others, "bias": bias},
+        )
+
+
+def mixed_values(probabilities: AttentionMap, value: Tensor) -> Tensor:
+    """What the heads of an attention give, ``[B, H, T, d_head]``.
+
+    Args:
+        probabilities: ``[B, H, T, S]``.
+        value: ``[B, H_kv, S, d_head]``.
+    """
+    batch, heads, length, _ = probabilities.shape
+    kv_heads, width = value.shape[1], value.shape[3]
+
+    def mixed(given: Tensor, rows: Rows) -> Tensor:
+        # Query heads of a group share a value head: fold the group into the target axis.
+        grouped = given.to(value.dtype).reshape(batch, kv_heads, -1, rows.end)
+        return (grouped @ value[:, :, : rows.end]).reshape(batch, heads, -1, width)
+
+    targets = probabilities.targets
+    found = list(each_block(probabilities, mixed, targets))
+    if targets is None:
+        parts = [part for _, part in found]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    heads_of = value.new_zeros(batch, heads, length, width)
+    if not found:
+        return heads_of
+    places = targets.to(value.device)
+    return heads_of.index_copy(2, places, torch.cat([part for _, part in found], dim=2))
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -106,23 +170,19 @@ def _attention(
     """
     if attention_mask is None:
         raise RuntimeError("no attention mask reached softtrace: attention would not be causal")
-    batch, heads, length, head_dim = query.shape
-    kv_heads, sources = key.shape[1:3]
-    visible = attention_mask[:, 0, :length, :sources].expand(batch, -1, -1)
-    probabilities = _LISTENER.get().attention_probabilities(module)
-    if probabilities is None:
-        probabilities = attention_probabilities(
-            query,
-            key,
-            visible,
-            head_dim**-0.5 if scaling is None else scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            bias=position_bias,
-        )
-    probabilities = _LISTENER.get().on_attention(module, probabilities, value, visible)
-    mixed = probabilities.to(value.dtype).reshape(batch, kv_heads, -1, sources) @ value
-    return mixed.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+    batch, _, length, head_dim = query.shape
+    visible = attention_mask[:, 0, :length, : key.shape[2]].expand(batch, -1, -1)
+    own = SoftmaxMap(
+        query,
+        key,
+        visible,
+        head_dim**-0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        bias=position_bias,
+    )
+    used = _LISTENER.get().on_attention(module, own, value, visible)
+    return mixed_values(used, value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from softtrace.anatomy.refusals import refuse_early, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import UnsupportedModelError
-from softtrace.graph.batch import check_finite
+from softtrace.graph.batch import check_finite, chosen_positions
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
@@ -113,6 +114,7 @@ def edge_importance(
     position_ids: Tensor | None = None,
     *,
     norm: Norm = "l1",
+    positions: Tensor | Iterable[int] | None = None,
 ) -> EdgeImportance:
     """Importance of every edge of a batch (identity 1).
 
@@ -127,10 +129,14 @@ def edge_importance(
         norm: how large an edge is: the ``"l1"`` norm of what it carries, as in arXiv 2605.27033,
             its ``"l2"`` norm, or ``"ifr"``, by how much it brings the rest of its node nearer to
             it (:mod:`softtrace.graph.proximity`), which takes H·T² vectors of d_model a layer.
+        positions: what shall be explained: ``[B, T]`` bool, or integers, the same positions of
+            every sequence (negative ones count from the row's end). Tokens after the last of them
+            are left out, T is then smaller, and logits of others are not made. None for all.
 
     Returns:
         Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
-        ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T].
+        ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T]. Of long sequences
+        nothing of H·T² is held: ``.attention`` is made anew, layer by layer, when it is asked for.
 
     Raises:
         UnsupportedModelError: see :func:`attach`.
@@ -140,4 +146,9 @@ def edge_importance(
     check_norm(norm)
     instrument = attach(model)
     batch = instrument.batch(input_ids, attention_mask, position_ids)
-    return instrument.record(batch, keep_attention=False, norm=norm).importance
+    chosen = None
+    if positions is not None:
+        chosen = chosen_positions(positions, batch.valid)
+        batch = batch.up_to(chosen)
+        chosen = chosen[:, : batch.valid.shape[1]]
+    return instrument.record(batch, keep_attention=False, norm=norm, positions=chosen).importance

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softtrace.anatomy.tolerances import mismatch
+from softtrace.graph.attention_maps import as_map
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import EDGE_KINDS, EdgeImportance, LayerEdges
 from softtrace.graph.trace import closure
@@ -50,7 +51,7 @@ def check_independence(runner: Runner, found: Checks, allowed: float, device: to
     vocabulary = runner.anatomy.vocabulary
     ids, other = torch.randint(vocabulary, (2, _LENGTH), generator=generator, device="cpu")
     recording = runner.record(Batch.of(ids[None].to(device)))
-    attention = [each.cpu() for each in recording.attention]
+    attention = [as_map(each).whole().cpu() for each in recording.attention]
     valid = torch.ones(1, _LENGTH, dtype=torch.bool, device="cpu")
     seen = tuple(each.cpu() for each in recording.importance.visible)
     everything = EdgeImportance(

@@ -20,7 +20,6 @@ place where it is read: at the input of the MLP's norm and at the layer's output
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -30,8 +29,9 @@ from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError
+from softtrace.graph.attention_maps import AttentionMap, EveryEdge, MadeFrom, Rows, as_map
 from softtrace.graph.batch import Batch
-from softtrace.graph.edges import LayerEdges
+from softtrace.graph.edges import LayerEdges, RowwiseEdges
 from softtrace.model.hooks import Hook, on_output
 from softtrace.tracing.run import DeepEnough, Run
 from softtrace.tracing.skipping import KeptRows, Unread, kept_rows
@@ -57,10 +57,40 @@ def with_attention_kept(
         masks: per layer.
         visible: ``[B, T, S]`` bool a layer, which attention edges exist.
     """
+    heads = masks[0].shape[1]
     return tuple(
-        replace(layer, attention=seen[:, None].expand_as(layer.attention))
+        layer.with_attention(
+            EveryEdge(seen, heads)
+            if isinstance(layer, RowwiseEdges)
+            else seen[:, None].expand(-1, heads, -1, -1)
+        )
         for layer, seen in zip(masks, visible, strict=True)
     )
+
+
+class MaskedMap(AttentionMap):
+    """Attention probabilities times their mask.
+
+    Args:
+        probabilities: of all edges.
+        mask: of numbers in [0, 1], or bool.
+    """
+
+    def __init__(self, probabilities: AttentionMap, mask: AttentionMap) -> None:
+        self.probabilities, self.mask = probabilities, mask
+        self.shape, self.device = probabilities.shape, probabilities.device
+        self.targets = mask.targets
+
+    @override
+    def rows(self, rows: Rows) -> Tensor:
+        values = self.probabilities.rows(rows)
+        if isinstance(self.mask, MadeFrom) and self.mask.is_made_from(self.probabilities):
+            mask = self.mask.rows_from(self.probabilities, values, rows)  # one softmax for both
+        else:
+            mask = self.mask.rows(rows)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, values, 0.0)  # no copy of the mask as numbers
+        return values * mask
 
 
 class MaskedRun(Run):
@@ -73,7 +103,7 @@ class MaskedRun(Run):
         anatomy: Anatomy,
         batch: Batch,
         masks: Sequence[LayerEdges],
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
         keep_hidden: bool = False,
         exact: bool = False,
         stop: int | None = None,
@@ -117,17 +147,17 @@ class MaskedRun(Run):
         return None
 
     @override
-    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
-        return None if self.recorded is None else self.recorded[self.layer_of(module)]
-
-    @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
-        mask = self.masks[self.layer_of(module)].attention
-        if mask.dtype == torch.bool:
-            return torch.where(mask, probabilities, 0.0)  # no copy of the mask as numbers
-        return probabilities * mask
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
+        layer = self.layer_of(module)
+        mask = self.masks[layer].attention_map
+        if self.recorded is not None:
+            probabilities = as_map(self.recorded[layer])
+        elif mask.held:
+            probabilities = probabilities.hold()
+        masked = MaskedMap(probabilities, mask)
+        return masked.hold() if mask.held and probabilities.held else masked
 
     def _rounds(self, layer: int) -> bool:
         """Whether the model's own sums round where an edge is masked (see the module's notes)."""

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
+from softtrace.graph.attention_maps import AttentionMap, each_block
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.model.hooks import Hook, on_input
@@ -52,8 +54,8 @@ class MeansRun(Run):
 
     @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         self._add(self.layer_of(module), "value", value.transpose(1, 2))
         return probabilities
 
@@ -90,7 +92,7 @@ class MeanMaskedRun(MaskedRun):
         batch: Batch,
         masks: Sequence[LayerEdges],
         means: Sequence[LayerMeans],
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
     ) -> None:
         super().__init__(anatomy, batch, masks, attention, exact=True)
         self.means = means
@@ -105,11 +107,11 @@ class MeanMaskedRun(MaskedRun):
 
     @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         kept = super().on_attention(module, probabilities, value, visible)
-        own = probabilities.masked_fill(~visible[:, None], 0.0)
-        self._absent = (own - kept).sum(-1)  # ``[B, H, T]``, of all absent edges of a target
+        # ``[B, H, T]``, of all absent edges of a target
+        self._absent = _row_sums(probabilities, visible) - _row_sums(kept, visible)
         return kept
 
     def _mixed(self, layer: int, heads: Tensor) -> Tensor:
@@ -136,3 +138,12 @@ class MeanMaskedRun(MaskedRun):
         if part == 0 and not modules.parallel:
             self._add((1 - beside) * means.middle)
         return found
+
+
+def _row_sums(probabilities: AttentionMap, visible: Tensor) -> Tensor:
+    """``[B, H, T]``, over the sources that exist."""
+    parts = each_block(
+        probabilities,
+        lambda values, rows: torch.where(rows.edges_of(visible)[:, None], values, 0.0).sum(-1),
+    )
+    return torch.cat([part for _, part in parts], dim=-1)

@@ -17,6 +17,7 @@ from softtrace.anatomy.anatomy import Anatomy
 from softtrace.anatomy.refusals import running
 from softtrace.anatomy.tolerances import ROUNDINGS, mismatch, rounding, tolerance, typical_mismatch
 from softtrace.errors import UnsupportedModelError
+from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
@@ -44,7 +45,7 @@ class _Witness(MaskedRun):
         batch: Batch,
         masks: Sequence[LayerEdges],
         checks: Checks,
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
     ) -> None:
         super().__init__(anatomy, batch, masks, attention, keep_hidden=True)
         self.checks = checks
@@ -79,10 +80,10 @@ class _Witness(MaskedRun):
 
     @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         probabilities = super().on_attention(module, probabilities, value, visible)
-        self._mixed = (probabilities, value)
+        self._mixed = (probabilities.whole(), value)
         return probabilities
 
     def _projected(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -294,8 +295,8 @@ class _PassThrough(Run):
 
     @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         return probabilities
 
 

@@ -10,11 +10,13 @@ from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError
+from softtrace.graph.attention_maps import AttentionMap, HeldMap, are_held
 from softtrace.graph.batch import Batch, documents_of
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import (
     LayerNorms,
     Norm,
+    carried_map,
     carried_norms,
     edge_shares,
     head_value_norms,
@@ -33,26 +35,39 @@ class Recording:
 
     Attributes:
         batch: that ran; masked runs take it again.
-        logits: ``[B, T, V]``, the full model's.
+        logits: ``[B, T, V]``, the full model's; of chosen positions alone ``[n, V]``.
         importance: of every edge.
-        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs; empty if not
-            kept.
+        attention: probabilities of each layer, ``[B, H, T, S]``, for masked runs; of long sequences
+            maps that make them. Empty if not kept.
         hidden: residual stream entering each layer, then entering the final norm: L + 1 tensors
             ``[B, T, d_model]``; None unless asked for.
+        positions: ``[B, T]`` bool, the n positions whose logits were made; None for all.
     """
 
     batch: Batch
     logits: Tensor
     importance: EdgeImportance
-    attention: tuple[Tensor, ...]
+    attention: tuple[Tensor | AttentionMap, ...]
     hidden: tuple[Tensor, ...] | None
+    positions: Tensor | None = None
+
+    def logits_of(self, places: Tensor) -> Tensor:
+        """``[m, V]``, the full model's logits at some places, numbers into ``[B·T]``.
+
+        Where positions were chosen, places are among them.
+        """
+        if self.positions is None:
+            return self.logits.flatten(0, 1).index_select(0, places)
+        row = self.positions.flatten().cumsum(0) - 1
+        return self.logits.index_select(0, row.index_select(0, places))
 
 
 @dataclass
 class _LayerNotes:
     """What one layer has given so far, in the order in which its sub-blocks run."""
 
-    probabilities: Tensor | None = None
+    probabilities: AttentionMap | None = None
+    visible: Tensor | None = None
     values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms; values for proximity
     attended: Tensor | None = None  # what attention adds, before ``attention_scale``
     scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
@@ -78,7 +93,7 @@ class RecordingRun(Run):
         self.keep_attention = keep_attention
         packed = batch.positions if batch.packed else None
         self._documents = None if packed is None else documents_of(packed)
-        self.attention: list[Tensor] = []
+        self.attention: list[AttentionMap] = []
         self.visible: list[Tensor] = []
         self._masks: list[tuple[Tensor, Tensor]] = []
         self._notes = [_LayerNotes() for _ in anatomy.layers]
@@ -98,8 +113,8 @@ class RecordingRun(Run):
 
     @override
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         layer = self.layer_of(module)
         visible, notes = self._existing(visible), self._notes[layer]
         with torch.autocast(value.device.type, enabled=False):
@@ -108,7 +123,10 @@ class RecordingRun(Run):
                 if self.norm == "ifr"
                 else head_value_norms(value, self.anatomy.carried_weight(layer), self._order)
             )
-            notes.probabilities = torch.where(visible[:, None], probabilities, 0.0)
+            layers = len(self.anatomy.layers)
+            if self.norm == "ifr" or are_held(layers, probabilities.shape, value.device):
+                probabilities = probabilities.hold()
+            notes.probabilities, notes.visible = probabilities, visible
         self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)
@@ -174,34 +192,41 @@ class RecordingRun(Run):
             found = (
                 self._proximities(layer, notes, added)
                 if self.norm == "ifr"
-                else self._norms_of(layer, notes.probabilities, notes.values, notes.scale, added)
+                else self._norms_of(layer, notes, added)
             )
             self._norms.append(found)
         self._notes[layer] = _LayerNotes()  # what it held is not needed any more
 
-    def _norms_of(
-        self,
-        layer: int,
-        probabilities: Tensor,
-        values: Tensor,
-        scale: Tensor | None,
-        added: Tensor,
-    ) -> LayerNorms:
+    def _norms_of(self, layer: int, notes: _LayerNotes, added: Tensor) -> LayerNorms:
+        assert notes.values is not None
         modules = self.anatomy.layers[layer]
         # A parallel layer's residual goes into the same node as its MLP.
         entry = self._as_read(layer, self.entry) if modules.parallel else self.entry
         mlp = norm_of(self._as_read(layer, added), self._order)
         middle = None if modules.parallel else self._as_read(layer, self.middle)
         return LayerNorms(
-            carried_norms(probabilities, values, scale),
+            self._carried(notes, notes.values),
             norm_of(entry, self._order),
             mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
             None if middle is None else norm_of(middle, self._order),
         )
 
+    def _carried(self, notes: _LayerNotes, norms: Tensor) -> Tensor | AttentionMap:
+        if isinstance(notes.probabilities, HeldMap):
+            return carried_norms(self._of_edges(notes), norms, notes.scale)
+        assert notes.probabilities is not None
+        assert notes.visible is not None
+        return carried_map(notes.probabilities, notes.visible, norms, notes.scale)
+
+    @staticmethod
+    def _of_edges(notes: _LayerNotes) -> Tensor:
+        """Probabilities that are held, ``[B, H, T, S]``, 0 where there is no edge."""
+        assert isinstance(notes.probabilities, HeldMap)
+        assert notes.visible is not None
+        return torch.where(notes.visible[:, None], notes.probabilities.values, 0.0)
+
     def _proximities(self, layer: int, notes: _LayerNotes, added: Tensor) -> LayerNorms:
         modules = self.anatomy.layers[layer]
-        assert notes.probabilities is not None
         assert notes.values is not None
         assert notes.attended is not None
         mlp = modules.mlp_scale * added
@@ -212,7 +237,7 @@ class RecordingRun(Run):
             node, entry = end, self._as_read(layer, self.entry)
         weight = self.anatomy.carried_weight(layer)
         return LayerNorms(
-            attention_proximity(notes.probabilities, notes.values, weight, notes.scale, node),
+            attention_proximity(self._of_edges(notes), notes.values, weight, notes.scale, node),
             proximity(entry, node),
             proximity(self._as_read(layer, mlp), end),
             None if modules.parallel else proximity(self._as_read(layer, after), end),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.anatomy import Anatomy
+from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
 from softtrace.model.hooks import Hook, on_input, on_output
 
@@ -103,13 +104,9 @@ class Run:
         """Index of the layer that holds an attention module."""
         return self._index[id(attention)]
 
-    def attention_probabilities(self, module: nn.Module) -> Tensor | None:
-        """See :class:`softtrace.model.attention_interface.AttentionListener`."""
-        return None
-
     def on_attention(
-        self, module: nn.Module, probabilities: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
+    ) -> AttentionMap:
         """See :class:`softtrace.model.attention_interface.AttentionListener`."""
         raise NotImplementedError
 

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.graph.attention_maps import AttentionMap, HeldMap
 from softtrace.graph.batch import Batch, check_finite, check_length
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import Norm
@@ -114,6 +115,7 @@ class Runner:
         keep_attention: bool = True,
         norm: Norm = "l1",
         static: bool = False,
+        positions: Tensor | None = None,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -124,23 +126,31 @@ class Runner:
             norm: how large an edge is, see :data:`softtrace.graph.importance.Norm`.
             static: read nothing from the device, so that a CUDA graph can capture the run; logits
                 and packed documents are not checked then.
+            positions: ``[B, T]`` bool, of which alone logits are made; None for all.
 
         Raises:
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
         run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention, norm, static=static)
-        logits = self.forward(run)
+        if positions is None:
+            logits = self.forward(run)
+        else:
+            logits = self.anatomy.readout.logits(self._read_by_head(run)[positions])
         if not static:
-            check_finite(logits.detach(), "logits of the full model", batch.valid)
+            valid = batch.valid if positions is None else None
+            check_finite(logits.detach(), "logits of the full model", valid)
         importance = EdgeImportance(run.importances(), tuple(run.visible), batch.valid)
         hidden = None if run.hidden is None else tuple(run.hidden)
-        return Recording(batch, logits, importance, tuple(run.attention), hidden)
+        attention = tuple(
+            each.values if isinstance(each, HeldMap) else each for each in run.attention
+        )
+        return Recording(batch, logits, importance, attention, hidden, positions)
 
     def masked_logits(
         self,
         batch: Batch,
         masks: Sequence[LayerEdges],
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
     ) -> Tensor:
         """``[B, T, V]`` logits of the model with every edge multiplied by its mask in [0, 1].
 
@@ -156,7 +166,7 @@ class Runner:
         self,
         batch: Batch,
         masks: Sequence[LayerEdges],
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
         *,
         exact: bool = False,
         means: Sequence[LayerMeans] | None = None,
@@ -167,13 +177,16 @@ class Runner:
         they never exist whole. ``exact`` computes every node beside the model's own sums; ``means``
         (:meth:`means_of`) stand in for absent edges.
         """
-        found: list[Tensor] = []
-        norm = self.anatomy.readout.norm.module
-        run = (
+        return self._read_by_head(
             MaskedRun(self.anatomy, batch, masks, attention, exact=exact)
             if means is None
             else MeanMaskedRun(self.anatomy, batch, masks, means, attention)
         )
+
+    def _read_by_head(self, run: Run) -> Tensor:
+        """``[B, T, d_model]``, what the final norm gives in a run of which no logits are made."""
+        found: list[Tensor] = []
+        norm = self.anatomy.readout.norm.module
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             self.forward(run, **self._one_logit)
@@ -207,7 +220,7 @@ class Runner:
         masks: Sequence[LayerEdges],
         depths: Tensor,
         places: Tensor,
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor | AttentionMap] | None = None,
         *,
         static: bool = False,
     ) -> Tensor:
@@ -271,7 +284,7 @@ class Runner:
         masks: Sequence[LayerEdges],
         depths: Tensor,
         places: Tensor,
-        attention: Sequence[Tensor] | None,
+        attention: Sequence[Tensor | AttentionMap] | None,
     ) -> Tensor:
         run = MaskedRun(self.anatomy, batch, masks, attention, keep_hidden=True, static=True)
         self.forward(run, **self._one_logit)

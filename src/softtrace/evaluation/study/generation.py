@@ -90,10 +90,13 @@ def read_generation(
 
 def _read(instrument: Instrument, ids: Tensor, prompt: int, attention: AttentionKind) -> Writing:
     device = device_of_module(instrument.model)
-    curve, surprisal = curve_and_surprisal(instrument, ids.to(device), attention)
-    # A token is predicted at the place before its own.
-    tokens = computation_of(curve, surprisal, slice(prompt - 1, ids.shape[1] - 1))
-    return Writing(ids, tokens)
+    ids = ids.to(device)
+    places = slice(prompt - 1, ids.shape[1] - 1)  # a token is predicted at the place before its own
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    chosen[:, places] = True
+    curve, surprisal = curve_and_surprisal(instrument, ids, attention, chosen)
+    tokens = computation_of(curve, surprisal, places)
+    return Writing(ids.cpu(), tokens)
 
 
 def _together(parts: Sequence[Writing]) -> Writing:

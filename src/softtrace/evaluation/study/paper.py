@@ -25,6 +25,7 @@ from softtrace.density.paper import (
     shared_nucleus,
 )
 from softtrace.evaluation.measure import Progress
+from softtrace.graph.attention_maps import as_map
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.orders import (
     complement,
@@ -191,7 +192,9 @@ def _last_logits(
             part = with_attention_kept(part, visible)
         recorded = None
         if attention == "recorded":
-            recorded = [each.expand(count, -1, -1, -1) for each in recording.attention]
+            recorded = [
+                as_map(each).whole().expand(count, -1, -1, -1) for each in recording.attention
+            ]
         batch = recording.batch.part(methodcaller("expand", count, -1))
         read.append(instrument.masked_hidden(batch, part, recorded)[:, -1])
     logits: Tensor = instrument.anatomy.readout.logits(torch.cat(read))

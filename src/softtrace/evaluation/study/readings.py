@@ -157,7 +157,7 @@ def read_model(
         chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
         chosen[:, explained] = True
         curve, surprisal = curve_and_surprisal(
-            instrument, batch.to(device), attention, unigrams, chosen
+            instrument, batch.to(device), attention, chosen, unigrams
         )
         tokens.append(computation_of(curve, surprisal, explained))
         over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
@@ -206,8 +206,11 @@ def _windows(
     last = slice(length - 1, length)
     found = []
     for batch, target in _together(windows.flatten(0, 1), targets.flatten(), batch_size):
+        ids = batch.to(device)
+        chosen = torch.zeros_like(ids, dtype=torch.bool)
+        chosen[:, last] = True
         curve, surprisal = curve_and_surprisal(
-            instrument, batch.to(device), attention, target=target.to(device)
+            instrument, ids, attention, chosen, target=target.to(device)
         )
         found.append(computation_of(curve, surprisal, last))
         progress(len(batch))
@@ -223,8 +226,8 @@ def curve_and_surprisal(
     instrument: Instrument,
     ids: Tensor,
     attention: AttentionKind,
+    explained: Tensor,
     unigrams: Unigrams | None = None,
-    explained: Tensor | None = None,
     target: Tensor | None = None,
 ) -> tuple[DensityCurve, Tensor]:
     """The curves of a batch, and the surprisal ``[B, T]`` of the token after each.
@@ -233,23 +236,28 @@ def curve_and_surprisal(
         instrument: of the model.
         ids: ``[B, T]``.
         attention: of masked runs.
+        explained: ``[B, T]`` bool, the positions that are measured; the others are NaN.
         unigrams: what predictions are compared with; None also leaves out nucleus recovery.
-        explained: ``[B, T]`` bool, where they are compared.
         target: ``[B]``, the token after the last; None where it is not known.
     """
-    recording = instrument.record(instrument.batch(ids), keep_attention=attention == "recorded")
+    batch = instrument.batch(ids)
+    recording = instrument.record(
+        batch, keep_attention=attention == "recorded", positions=explained
+    )
     curve = trace_curve(
         instrument,
         recording,
         attention=attention,
         nucleus=unigrams is not None,
         reader=None if unigrams is None else unigrams.read,
-        explained=explained,
+        positions=explained,
     )
-    targets = recording.batch.targets.clone()
+    targets = batch.targets.clone()
     if target is not None:
         targets[:, -1] = target
-    return curve, loss_score(recording.logits, targets)
+    surprisal = torch.full_like(curve.entropy, torch.nan)
+    surprisal[explained] = loss_score(recording.logits, targets[explained]).to(surprisal.dtype)
+    return curve, surprisal
 
 
 def computation_of(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:

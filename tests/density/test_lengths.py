@@ -1,0 +1,377 @@
+"""Long sequences: equal to short ones' way and to the oracle, with no map of all layers alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import softtrace
+from softtrace.density.curve import DensityCurve
+from softtrace.density.sweep import curve_of
+from softtrace.errors import InvalidInputError
+from softtrace.graph import attention_maps
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
+from softtrace.graph.sizes import total_edges
+from softtrace.model.attention_interface import SoftmaxMap
+from tests.support import oracle
+from tests.support.live_bytes import LiveBytes
+from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.zoo import VERIFIED, tiny
+
+LENGTH = 12
+THRESHOLDS = (0.3, 0.08, 0.02, 0.004)
+FAMILIES = ("llama", "mistral", "qwen2", "gpt2")
+
+
+@pytest.fixture
+def rowwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are long from the first token on, and blocks hold a few rows."""
+    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 4 * LENGTH * 5)
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, function: Any) -> tuple[Any, Any]:
+    """What a function gives with maps that are held, and row by row."""
+    held = function()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+        patch.setattr(attention_maps, "CHUNK_ELEMENTS", 4 * LENGTH * 5)
+        return held, function()
+
+
+def padded_batch() -> tuple[Tensor, Tensor]:
+    """Three rows: whole, padded on the left, padded on the right."""
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    mask[1, :4] = mask[2, -3:] = 0
+    return tiny_prompt(LENGTH, seed=3, batch=3), mask
+
+
+def assert_same_curve(one: DensityCurve, other: DensityCurve, tolerance: float = 1e-5) -> None:
+    for name in ("size", "total_variation", "edges", "entropy", "composition", "nucleus"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importances_row_by_row_equal_those_that_are_held(
+    monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family, dtype=dtype)
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        held, made = both_ways(monkeypatch, lambda: softtrace.edge_importance(model, ids, mask))
+    assert made.shape == held.shape == (3, 3, 4, LENGTH)
+    for one, other in zip(made.layers, held.layers, strict=True):
+        assert isinstance(one, RowwiseEdges)
+        assert not isinstance(other, RowwiseEdges)
+        for ours, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["recorded", "recomputed", "kept"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_curves_row_by_row_equal_those_of_held_maps(
+    monkeypatch: pytest.MonkeyPatch, family: str, attention: Any
+) -> None:
+    model = tiny_model(family)
+    ids, mask = padded_batch()
+    held, made = both_ways(
+        monkeypatch,
+        lambda: softtrace.density_curve(
+            model, ids, mask, THRESHOLDS, attention=attention, composition=True, nucleus=True
+        ),
+    )
+    assert_same_curve(made, held)
+
+
+@pytest.mark.parametrize("attention", ["recorded", "recomputed", "kept"])
+def test_curves_of_bfloat16_row_by_row_equal_those_of_held_maps(
+    monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids, mask = padded_batch()
+    held, made = both_ways(
+        monkeypatch,
+        lambda: softtrace.density_curve(model, ids, mask, THRESHOLDS, attention=attention),
+    )
+    assert_same_curve(made, held)
+
+
+@pytest.mark.parametrize("attention", ["recomputed", "kept"])
+def test_exact_runs_row_by_row_equal_those_of_held_maps(
+    monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    model = tiny_model("llama")
+    ids, mask = padded_batch()
+    held, made = both_ways(
+        monkeypatch,
+        lambda: softtrace.density_curve(
+            model, ids, mask, THRESHOLDS, attention=attention, exact=True, positions=[5, 8]
+        ),
+    )
+    assert_same_curve(made, held)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", sorted(VERIFIED))
+def test_every_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Also those whose own code makes the whole map of a layer, and parallel layers."""
+    kind, changes = VERIFIED[family]
+    model = tiny(kind, **changes)
+    ids = torch.randint(3, 60, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    held, made = both_ways(
+        monkeypatch,
+        lambda: softtrace.density_curve(model, ids, thresholds=THRESHOLDS, composition=True),
+    )
+    assert_same_curve(made, held)
+    positions = softtrace.density_curve(
+        model, ids, thresholds=THRESHOLDS, composition=True, positions=[4, -2]
+    )
+    assert_same_curve(of_positions(positions, [4, -2]), of_positions(held, [4, -2]))
+
+
+def of_positions(curve: DensityCurve, positions: list[int]) -> DensityCurve:
+    """The curve at some positions alone."""
+    composition = curve.composition
+    return DensityCurve(
+        curve.thresholds,
+        curve.size[:, :, positions],
+        curve.total_variation[:, :, positions],
+        curve.edges[:, positions],
+        curve.entropy[:, positions],
+        composition=None if composition is None else composition[:, :, positions],
+    )
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("attention", ["recorded", "recomputed", "kept"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_positions_have_the_curves_they_have_among_all(
+    request: pytest.FixtureRequest, family: str, attention: Any, long: bool
+) -> None:
+    model = tiny_model(family)
+    ids, mask = padded_batch()
+    every = softtrace.density_curve(
+        model, ids, mask, THRESHOLDS, attention=attention, composition=True
+    )
+    if long:
+        request.getfixturevalue("rowwise")
+    chosen = [6, -4]
+    some = softtrace.density_curve(
+        model, ids, mask, THRESHOLDS, attention=attention, composition=True, positions=chosen
+    )
+    assert_same_curve(of_positions(some, chosen), of_positions(every, chosen))
+    others = [at for at in range(LENGTH) if at not in (6, LENGTH - 4)]
+    assert some.size.shape == (len(THRESHOLDS), 3, LENGTH)
+    assert some.size[..., others].isnan().all()
+    assert some.total_variation[..., others].isnan().all()
+    assert (some.edges[:, others] == 0).all()
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_positions_equal_the_oracle(
+    request: pytest.FixtureRequest, family: str, long: bool
+) -> None:
+    """Every edge that the position's literal trace has, through earlier tokens too, is kept."""
+    model, ids = tiny_model(family, seed=1), tiny_prompt(LENGTH, seed=2)
+    if long:
+        request.getfixturevalue("rowwise")
+    positions = [LENGTH - 4, LENGTH - 2]
+    run = oracle.run_full(model, ids)
+    curve = softtrace.density_curve(model, ids, thresholds=THRESHOLDS, positions=positions)
+    importance = softtrace.edge_importance(model, ids, positions=positions)
+    assert importance.shape[3] == LENGTH - 1  # tokens up to the last chosen one
+    graph = oracle.build_graph(run)
+    for position in positions:
+        ordered = oracle.best_first(graph, position)
+        full = run.logits[position].double().softmax(-1)
+        assert curve.edges[0, position] == len(ordered)
+        for index, tau in enumerate(THRESHOLDS):
+            kept = {edge for edge, _ in oracle.trace_at_threshold(ordered, tau)}
+            masked = oracle.masked_distribution(model, ids, kept, position, run.attention)
+            expected = oracle.total_variation(full, masked)
+            assert curve.size[index, 0, position] * len(ordered) == pytest.approx(len(kept))
+            assert curve.total_variation[index, 0, position] == pytest.approx(expected, abs=1e-5)
+        for count in (1, 20, len(ordered) // 2):
+            trace = softtrace.extract_trace(importance, position=position, size=count)
+            assert trace.total == len(ordered)
+            assert set(trace.edges) == {edge for edge, _ in ordered[:count]}
+            theirs = dict(ordered)
+            assert trace.importances == pytest.approx([theirs[e] for e in trace.edges], abs=1e-5)
+
+
+def test_traces_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        held, made = both_ways(
+            monkeypatch,
+            lambda: [
+                softtrace.extract_trace(softtrace.edge_importance(model, ids, mask), row, at, size)
+                for row, at in ((0, -1), (0, 5), (1, -1), (2, 6))
+                for size in (0.05, 40, 1.0)
+            ],
+        )
+    for one, other in zip(made, held, strict=True):
+        assert one.edges == other.edges
+        assert one.total == other.total
+
+
+def test_few_values_are_held_to_find_where_a_trace_ends(
+    rowwise: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model("llama", dtype=torch.float64), tiny_prompt(LENGTH)
+    with torch.no_grad():
+        importance = softtrace.edge_importance(model, ids)
+    whole = softtrace.extract_trace(importance, size=1.0)
+    monkeypatch.setattr("softtrace.graph.trace._AT_LEAST", 1)
+    for count in (1, 7, 60):
+        assert softtrace.extract_trace(importance, size=count).edges == whole.edges[:count]
+
+
+def test_a_trace_is_found_where_single_rows_round_otherwise(rowwise: None) -> None:
+    """Half precision: a row made alone may be a little below what it was in its block."""
+    model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
+    with torch.no_grad():
+        importance = softtrace.edge_importance(model, ids)
+
+    class Lower(attention_maps.AttentionMap):
+        def __init__(self, source: attention_maps.AttentionMap) -> None:
+            self.source, self.shape, self.device = source, source.shape, source.device
+
+        def rows(self, rows: attention_maps.Rows) -> Tensor:
+            alone = isinstance(rows.at, slice) and rows.at.stop - rows.at.start == 1
+            return self.source.rows(rows) * (0.95 if alone else 1)
+
+    lowered = tuple(layer.with_attention(Lower(layer.attention_map)) for layer in importance.layers)
+    changed = EdgeImportance(lowered, importance.visible, importance.valid)
+    for count in (3, 30, 200):
+        assert len(softtrace.extract_trace(changed, size=count).edges) == count
+
+
+LONG, LAYERS, HEADS = 64, 8, 4
+
+
+@pytest.fixture
+def long_model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Eight layers, whose maps of 64 tokens would be several times what may be alive."""
+    model = tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=LONG)
+    softtrace.attach(model)
+    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", HEADS * LONG * 4)
+    return model
+
+
+ALL_MAPS = LAYERS * HEADS * LONG * LONG * 4  # bytes of a float32 map of every layer
+
+
+@pytest.mark.parametrize("attention", ["recorded", "recomputed", "kept"])
+def test_no_map_of_all_layers_is_alive(
+    long_model: nn.Module, monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    ids = tiny_prompt(LONG)
+    monkeypatch.setattr("softtrace.graph.trace._AT_LEAST", 100)
+    with LiveBytes() as live, torch.no_grad():
+        importance = softtrace.edge_importance(long_model, ids)
+        softtrace.extract_trace(importance, size=50)
+        total_edges(importance)
+    assert live.peak < ALL_MAPS / 2  # 30 tensors of T times d_model, what the model makes itself
+    assert live.largest < HEADS * LONG * LONG
+    with LiveBytes() as live:
+        softtrace.density_curve(
+            long_model, ids, thresholds=THRESHOLDS, attention=attention, positions=range(-8, 0)
+        )
+    assert live.peak < ALL_MAPS / 2
+    assert live.largest < HEADS * LONG * LONG
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(
+    long_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for which edges exist, a byte each, and a block of rows."""
+    peaks = []
+    for length in (LONG // 2, LONG):
+        ids = tiny_prompt(length)
+        with LiveBytes() as live:
+            softtrace.density_curve(long_model, ids, thresholds=[0.05], positions=range(-8, 0))
+        peaks.append(live.peak)
+    assert peaks[1] < 2.5 * peaks[0]
+
+
+def test_the_last_layer_makes_rows_of_chosen_positions_alone(
+    rowwise: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
+    softtrace.attach(model)
+    rows_of = SoftmaxMap.rows
+    made: dict[int, int] = {}
+
+    def counted(self: SoftmaxMap, rows: attention_maps.Rows) -> Tensor:
+        found = rows_of(self, rows)
+        made[id(self)] = made.get(id(self), 0) + found.shape[2]
+        return found
+
+    with torch.no_grad():
+        recording_of = softtrace.attach(model)
+        batch = recording_of.batch(ids)
+        chosen = torch.zeros_like(batch.valid)
+        chosen[:, 8] = True
+        recording = recording_of.record(batch.up_to(chosen), positions=chosen[:, :9])
+        assert recording.logits.shape == (1, recording_of.anatomy.vocabulary)
+        monkeypatch.setattr(SoftmaxMap, "rows", counted)
+        curve_of(recording_of, recording, recording.importance, [0.05], positions=chosen[:, :9])
+    maps = [made.get(id(each), 0) for each in recording.attention]
+    assert maps[-1] == 2  # its one row, for the size and for the masked run
+    assert all(each <= 2 * 9 for each in maps)
+
+
+def test_nodes_that_reach_no_chosen_position_do_not_run() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
+    last = model.model.layers[-1].mlp.down_proj  # the hook's own module is narrowed after it
+    softtrace.attach(model)
+    seen: list[int] = []
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    try:
+        softtrace.density_curve(model, ids, thresholds=[1e-4], positions=[-1])
+    finally:
+        handle.remove()
+    assert seen == [LENGTH, 1]  # recorded whole; masked where the prediction is read
+
+
+@pytest.mark.parametrize(
+    "positions", [[LENGTH], [-LENGTH - 1], [], "last", [0.5], torch.zeros(1, LENGTH)]
+)
+def test_positions_that_there_are_not_are_refused(positions: Any) -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
+    for function in (softtrace.density_curve, softtrace.edge_importance):
+        with pytest.raises(InvalidInputError, match="positions: found"):
+            function(model, ids, positions=positions)
+
+
+@pytest.mark.parametrize("positions", [range(-3, 0), torch.tensor([9, 10, 11]), None])
+def test_positions_can_be_given_in_several_ways(positions: Any) -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
+    if positions is None:
+        positions = torch.zeros(1, LENGTH)
+        positions[:, -3:] = 1
+    curve = softtrace.density_curve(model, ids, thresholds=THRESHOLDS, positions=positions)
+    assert curve.size.isfinite()[0, 0].tolist() == [False] * 9 + [True] * 3
+
+
+def test_gradients_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama", dtype=torch.float64), tiny_prompt(LENGTH)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        layers: tuple[LayerEdges, ...] = softtrace.edge_importance(model, ids).layers
+        sum(part.square().sum() for layer in layers for part in layer).backward()  # type: ignore[union-attr]
+        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    for one, other in zip(*both_ways(monkeypatch, gradients), strict=True):
+        torch.testing.assert_close(one, other)
