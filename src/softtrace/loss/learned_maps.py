@@ -71,6 +71,9 @@ class LearnedMaps:
                 there is none in this process.
         """
         copies, self._copies = self._copies, {}
+        together = distributed.is_available() and distributed.is_initialized()
+        if distance is None and not together:
+            return
         found: dict[str, Tensor] = {}
         if distance is not None and copies:
             gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
@@ -78,7 +81,7 @@ class LearnedMaps:
         for name, own in self.maps.weights.items():
             read = found.get(name)
             gradient = torch.zeros_like(own) if read is None else read.to(own)
-            if distributed.is_available() and distributed.is_initialized():
+            if together:
                 distributed.all_reduce(gradient)
             # Nothing is read from the device: what is not finite counts as nothing.
             gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
