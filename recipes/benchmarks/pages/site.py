@@ -70,6 +70,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(part if part.startswith("```") else _LINK.sub(linked, part) for part in parts)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A page without the roles of docstrings (``:func:``), which Markdown does not know."""
+    return re.sub(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?", r"\1", html)
+
+
 def of_site(files: Files) -> dict[str, File]:
     """Files of the site by where they lie in the repository."""
     return {OUTSIDE.get(file.src_uri, f"recipes/{file.src_uri}"): file for file in files}
@@ -83,7 +88,7 @@ def helps() -> str:
     for command in COMMANDS:
         out = io.StringIO()
         with (
-            patch.dict(os.environ, {"COLUMNS": "88"}),
+            patch.dict(os.environ, {"COLUMNS": "78"}),
             contextlib.redirect_stdout(out),
             contextlib.suppress(SystemExit),
         ):
