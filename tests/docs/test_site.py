@@ -40,6 +40,18 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
             assert anchor in anchors(path), f"{target}#{anchor}"
 
 
+def test_the_readme_is_a_tour() -> None:
+    """What takes longer to say has a page of its own."""
+    assert len(text_of("README.md").split()) <= 1900
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_use_the_terms_of_the_field(page: str) -> None:
+    """Integration, interleaved, resumes, verbatim and baselines, for what these words once meant."""
+    home_grown = r"\bdoors?\b|in turns|goes on|to the letter|other people's losses"
+    assert re.findall(home_grown, text_of(page)) == []
+
+
 def navigation(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]

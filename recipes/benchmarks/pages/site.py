@@ -12,7 +12,6 @@ import os
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -84,7 +83,7 @@ def helps() -> str:
     """What ``softtrace COMMAND --help`` prints, of each command."""
     from softtrace.cli import main  # takes seconds
 
-    shown: list[Any] = []
+    shown: list[str] = []
     for command in COMMANDS:
         out = io.StringIO()
         with (
@@ -93,5 +92,6 @@ def helps() -> str:
             contextlib.suppress(SystemExit),
         ):
             main([command, "--help"])
-        shown.append(f"\n## {command}\n\n```text\n{out.getvalue().rstrip()}\n```\n")
+        text = out.getvalue().replace("\b", "").rstrip()  # which jsonargparse writes for terminals
+        shown.append(f"\n## {command}\n\n```text\n{text}\n```\n")
     return "".join(shown)
