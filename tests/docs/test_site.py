@@ -47,7 +47,7 @@ def test_the_readme_is_a_tour() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_use_the_terms_of_the_field(page: str) -> None:
-    """Integration, interleaved, resumes, verbatim and baselines, for what these words once meant."""
+    """Integration, interleaved, resumes, verbatim and baselines are what these words meant."""
     home_grown = r"\bdoors?\b|in turns|goes on|to the letter|other people's losses"
     assert re.findall(home_grown, text_of(page)) == []
 
