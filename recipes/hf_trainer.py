@@ -4,7 +4,7 @@
     python recipes/hf_trainer.py --model MODEL --data TEXT --out RUN --steps 1000 --bf16
 
 Any Trainer will do: ``with_density(SFTTrainer)`` is TRL's. ``OUT`` gets model and tokenizer, which
-``softtrace evaluate --model OUT`` reads; an interrupted run goes on with ``--resume``.
+``softtrace evaluate --model OUT`` reads; an interrupted run resumes with ``--resume``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--strength", type=float, default=0.35)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from OUT's last checkpoint")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)

@@ -235,7 +235,7 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(OutputExistsError, match="found 1 entry, expected a new or"):
         fit(arguments((tmp_path / "no model", sources[1]), tmp_path))
-    with pytest.raises(OutputExistsError, match="another one, or pass --resume true to go on"):
+    with pytest.raises(OutputExistsError, match="another one, or pass --resume true to resume"):
         fit(arguments(sources, tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -259,7 +259,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(
 
 
 def test_resuming_what_is_not_there_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"found no folder .* to go on from"):
+    with pytest.raises(InvalidInputError, match=r"found no folder .* to resume from"):
         fit(arguments(sources, tmp_path / "nothing", "--resume", "true"))
 
 

@@ -14,7 +14,11 @@ from jsonargparse import ArgumentParser
 from softtrace.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "recipes/README.md", "recipes/TUTORIAL.md", "recipes/PAPER.md")
+PAGES = (
+    "README.md",
+    *(f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.md"))),
+    *(f"recipes/how-to/{path.name}" for path in sorted((ROOT / "recipes" / "how-to").glob("*.md"))),
+)
 
 
 def text_of(page: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
@@ -89,13 +90,34 @@ def test_help_fits_the_terminal(
     assert max(map(len, long), default=0) <= 100
 
 
+def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints before it ends, all being well."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_help_of_fit_begins_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
-    text = capsys.readouterr().out
+    text = shown(["fit", "--help"], capsys)
     first = text.partition("\n\n")[0]
     assert first == "usage: softtrace fit --model.path MODEL --data.path TEXT --out OUT [options]"
     names = ("--out", "--model.path", "--data.path", "--penalty.strength", "--trainer.devices")
     places = [text.index(f"\n  {name} ") for name in names]
     assert places == sorted(places)
-    assert "Optimiser steps between measurements of density" in text
+    assert "optimiser steps between measurements of density" in " ".join(text.split())
+
+
+def test_less_common_options_of_lightning_are_shown_when_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short, whole = (shown(["fit", option], capsys) for option in ("-h", "--help_all"))
+    options = [set(re.findall(r"^  (?:-\w.*, )?(--[\w.]+)", each, re.M)) for each in (short, whole)]
+    assert options[0] < options[1]
+    assert {name.partition(".")[0] for name in options[1] - options[0]} == {"--trainer"}
+    assert {"--help_all", "--trainer.max_steps", "--penalty.exit_tokens"} <= options[0]
+    assert len(options[1] - options[0]) > 20
+    assert "softtrace fit --help_all" in short.splitlines()[-1]
+    found = parsed(["fit", *NEEDED["fit"], "--trainer.limit_val_batches", "2"]).options
+    assert found.trainer.limit_val_batches == 2  # not shown, but taken
+    assert "help_all" not in found

@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.pages.comparison import quartiles, ratios
-from recipes.benchmarks.pages.sources import CARD, LOG, README, read, sources
+from recipes.benchmarks.pages.sources import CARD, LOG, read, sources
 
 
 def decoding() -> str:
@@ -40,7 +40,7 @@ def decoding() -> str:
         f"held-out tokens, {plain['new_tokens']} written for each, exits and the way to draft from "
         f"{plain['prompts_chosen_on']} others; medians and quartiles; "
         f"{same:.0%} of the texts are identical to plain decoding's; {result['hardware']} "
-        f"{sources(README, 'speed/decoding.py', 'results/decoding.json')}."
+        f"{sources(CARD, 'speed/decoding.py', 'results/decoding.json')}."
     )
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from recipes.benchmarks.pages.sources import CARD, README, read, sources
+from recipes.benchmarks.pages.sources import CARD, read, sources
 
 LOSS_ROW = ("loss", "held-out loss, nats/token", "{:.3f}")
 
@@ -75,7 +75,7 @@ def effect() -> str:
         f"{result['explained_positions']:,} held-out positions measured with 32 to 62 tokens of "
         "context, attention recomputed; "
         f"{result['hardware']}, torch {result['versions']['torch']} "
-        f"{sources(README, 'comparison/effect.py', 'results/effect.json')}.",
+        f"{sources(CARD, 'comparison/effect.py', 'results/effect.json')}.",
     ]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.benchmarks.places import RESULTS
 
-#: where recipes/benchmarks lies, seen from README.md, the method card and the log
+#: where recipes/benchmarks lies, seen from README.md, from pages in recipes/, and from the log
 README, CARD, LOG = "recipes/benchmarks/", "benchmarks/", ""
 
 

@@ -1,4 +1,4 @@
-"""The figures of README.md and recipes/README.md, from the files of ``results/``.
+"""The figures of README.md and of the pages in recipes/, from the files of ``results/``.
 
 python -m recipes.benchmarks.pages.write_pages            # print them
 python -m recipes.benchmarks.pages.write_pages --write    # put them between the pages' markers
@@ -35,7 +35,7 @@ from recipes.benchmarks.pages.real_models import (
     real_side_effects,
     steps,
 )
-from recipes.benchmarks.pages.sources import CARD, LOG, README, link, read, sources
+from recipes.benchmarks.pages.sources import CARD, LOG, link, read, sources
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.files import atomic_path
@@ -114,7 +114,7 @@ def tracing() -> str:
             f"TV 0.2 is {precision['median_size_ratio']['easy']:.2f} times as large on easy "
             f"tokens and {precision['median_size_ratio']['all']:.2f} times on all.",
             "",
-            sources(README, "speed/tracing.py", "results/tracing.json"),
+            sources(CARD, "speed/tracing.py", "results/tracing.json"),
         )
     )
 
@@ -140,7 +140,7 @@ def families() -> str:
         f"float32's by {half['bfloat16']:.0e} on average, in float16 by {half['float16']:.0e} "
         "(medians over the types). "
         f"{len(result['refused'])} cases are refused, each with its reason. The whole table: "
-        f"{link(README, 'results/families.md')}, made by `make families`.",
+        f"{link(CARD, 'results/families.md')}, made by `make families`.",
         "",
         "| residual pattern | types | for example |",
         "|---|---|---|",
@@ -172,7 +172,7 @@ def sizes() -> str:
         f"\nTime as a ratio, median of {result['rounds']} interleaved rounds; {result['rows']} x "
         f"{result['length']} tokens, {result['dtype']}, {result['hardware']}, torch "
         f"{result['versions']['torch']} "
-        f"{sources(README, 'speed/sizes.py', 'results/sizes.json')}."
+        f"{sources(CARD, 'speed/sizes.py', 'results/sizes.json')}."
     )
     return "\n".join(lines)
 
@@ -237,7 +237,7 @@ def evaluating() -> str:
         f"size that is reported. {result['blocks']} blocks of "
         f"{result['block_size']} tokens, {bare['seconds']['n']} interleaved rounds; "
         f"{result['hardware']} "
-        f"{sources(README, 'speed/evaluating.py', 'results/evaluating.json')}."
+        f"{sources(CARD, 'speed/evaluating.py', 'results/evaluating.json')}."
     )
 
 
@@ -254,23 +254,22 @@ def metric_parity() -> str:
         f"{', '.join(ways)} (unequal shares, one of three processes has none): {single:.0e} in "
         f"float32, {double:.0e} in float64; {result['sequences']} sequences of 20 to 40 tokens on "
         "the shipped model "
-        f"{sources(README, 'correctness/metric_parity.py', 'results/metric_parity.json')}."
+        f"{sources(CARD, 'correctness/metric_parity.py', 'results/metric_parity.json')}."
     )
 
 
 #: what stands between the markers of each page, by their name
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
+    "README.md": {"presets": presets},
+    "recipes/results.md": {
         "quickstart": quickstart,
-        "presets": presets,
         "effect": effect,
         "tracing": tracing,
         "evaluating": evaluating,
         "decoding": decoding,
         "metric_parity": metric_parity,
-        "families": families,
-        "sizes": sizes,
     },
+    "recipes/models.md": {"families": families, "sizes": sizes},
     "recipes/README.md": {
         "cost": cost,
         "operations": operations,

@@ -104,7 +104,7 @@ def evaluate(
     """Measure how much of its graph a model needs, and write density.json and report.html to OUT.
 
     What is measured goes to files in OUT/evaluate-parts batch by batch, which are deleted in the
-    end: a run that was killed goes on from them (resume), and several processes (accelerate launch,
+    end: a run that was killed resumes from them (resume), and several processes (accelerate launch,
     torchrun) divide them. Neither changes the numbers, since batches stay the same (MKL alone
     rounds by where memory lies, unless MKL_CBWR=COMPATIBLE); another batch_size does by rounding.
     Memory holds the model, what one batch needs, four million characters of text or its longest
@@ -128,7 +128,7 @@ def evaluate(
             is faster and exact for every token at once; or kept, recomputed with no attention edge
             masked.
         run: How the model is run.
-        resume: Go on with the parts that a run with the same settings left in OUT.
+        resume: Resume with the parts that a run with the same settings left in OUT.
         per_token: Also write tokens.jsonl, a line for every explained token: entropy, loss, size at
             TV 0.2, area, exit layer.
         positions: Number of tokens of each block that are explained, the last ones; None for the

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def _made(kind: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI with an output folder, the penalty, and a way to go on after an interruption."""
+    """LightningCLI with an output folder, the penalty, and runs that can be resumed."""
 
     config_init: Any
     monitor: DensityMonitor | None = None
@@ -104,7 +105,7 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; without Lightning's warning that arguments were passed by a program."""
-        tidy_help(parser)
+        tidy_help(parser, sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -139,7 +140,7 @@ class FitCLI(LightningCLI):
         check_checkpoints(self.config["trainer"]["strategy"])
         if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
-                f"resume: found no folder {self.out} to go on from; leave --resume out to start"
+                f"resume: found no folder {self.out} to resume from; leave --resume out to start"
             )
         with self._claimed():
             pass
@@ -153,7 +154,7 @@ class FitCLI(LightningCLI):
         """
         with claimed(self.out):
             if not self.config["resume"]:
-                check_output(self.out, False, "--resume true to go on from its last checkpoint")
+                check_output(self.out, False, "--resume true to resume from its last checkpoint")
             yield
 
     def instantiate_classes(self) -> None:
@@ -264,7 +265,7 @@ class FitCLI(LightningCLI):
         try:
             self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except SIGTERMException:  # a SystemExit of Lightning's, with status 0
-            logger.warning("terminated; --resume true goes on from the last checkpoint")
+            logger.warning("terminated; --resume true resumes from the last checkpoint")
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of one
@@ -313,7 +314,7 @@ class FitCLI(LightningCLI):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.out}: the model could not be written ({type(error).__name__}: {error}). "
-                "Make room; --resume true goes on from the last checkpoint"
+                "Make room; --resume true resumes from the last checkpoint"
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -12,6 +13,12 @@ from jsonargparse import ArgumentParser
 _MAY_LACK = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks"),
     *("plugins", "profiler"),
+)
+
+#: options of the trainer that --help shows; the others are in --help_all
+_COMMON = (
+    *("max_steps", "max_epochs", "max_time", "accelerator", "devices", "strategy", "precision"),
+    *("accumulate_grad_batches", "val_check_interval", "enable_progress_bar"),
 )
 
 _MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
@@ -27,40 +34,70 @@ fine-tuning. Without max_steps, max_epochs or max_time it goes over the text onc
 def add_own_options(parser: ArgumentParser) -> None:
     """Those of the run as a whole."""
     parser.add_argument(
-        "--out", type=str, required=True, help="Folder to write to; must be new or empty."
+        "--help_all",
+        action=_HelpAll,
+        help="Show this help with all options of Lightning's Trainer, and exit.",
     )
     parser.add_argument(
-        "--resume", type=bool, default=False, help="Go on from OUT's last checkpoint."
+        "--out",
+        type=str,
+        required=True,
+        help="Folder that results are written to. It must be new or empty.",
+    )
+    parser.add_argument(
+        "--resume", type=bool, default=False, help="Resume from OUT's last checkpoint."
     )
     parser.add_argument(
         "--checkpoint_every",
         type=int,
         default=100,
-        help="Optimiser steps between checkpoints; 0 for none.",
+        help="Number of optimiser steps between checkpoints; 0 turns them off.",
     )
     parser.add_argument(
         "--monitor_every",
         type=int,
         default=0,
-        help="Optimiser steps between measurements of density on 16 held-out blocks, of each "
-        "64 tokens at most; they go to the logger; 0 for none. Also how often it validates, "
-        "unless trainer.val_check_interval is given.",
+        help="Number of optimiser steps between measurements of density, and between validations "
+        "unless trainer.val_check_interval is given; 0 turns them off. Measured are 16 held-out "
+        "blocks, of each 64 tokens at most, and the numbers go to the logger.",
     )
     parser.add_argument(
         "--card_blocks",
         type=int,
         default=16,
-        help="Held-out blocks (64 tokens of each at most) that the model card's densities, "
-        "before and after, are measured on; 0 for a card without them.",
+        help="Number of held-out blocks (64 tokens of each at most) on which the densities of the "
+        "model card are measured, before and after training; 0 gives a card without them.",
     )
 
 
-def tidy_help(parser: ArgumentParser) -> None:
-    """Put what this command is about first, the Trainer's many options last; no markup."""
+class _HelpAll(argparse.Action):
+    """Show all options, and end."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, 0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.print_help()
+        parser.exit()
+
+
+def tidy_help(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Put what this command is about first, the Trainer's options last; no markup.
+
+    Args:
+        parser: of ``softtrace fit``.
+        words: the command line; with ``--help`` Lightning's less common options are left out.
+    """
     groups: Any = parser._action_groups
     groups.sort(key=lambda group: (group.title or "").startswith("Customize every aspect"))
+    short = bool({"-h", "--help"} & set(words))
     for action in parser._actions:  # a terminal shows the markup of docstrings as it is
         action.help = action.help and _MARKUP.sub(r"\1", action.help)
+        group, _, name = action.dest.partition(".")
+        if short and group == "trainer" and name not in _COMMON:
+            action.help = argparse.SUPPRESS
+    if short:
+        parser.epilog = "Lightning's Trainer has more options: softtrace fit --help_all."
 
 
 def advice(options: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def study(
             in paper.json, paper.txt and paper.png. The paper's texts have 40 tokens (a block_size
             of 41); time and memory grow with the square of it. Models of different tokenizers are
             given the same texts.
-        generation: Instead, let each model go on writing after the first half of every block,
+        generation: Instead, let each model continue after the first half of every block,
             greedily and sampled, and measure what it writes beside the text: generation.json,
             generation.txt and generation.png.
         run: How the models are run.

@@ -1,6 +1,6 @@
 """Texts as documents: read them, and split them by file.
 
-Pure functions over :class:`Document`; the Lightning door is ``softtrace.lightning.datamodule``.
+Pure functions over :class:`Document`; that of Lightning is ``softtrace.lightning.datamodule``.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def race(
     new_tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Each loop against plain decoding by the same loop, prompt by prompt in turns.
+    """Each loop against plain decoding by the same loop, prompt by prompt, interleaved.
 
     Args:
         network: writes past ends (:func:`write_past_ends`), so that all texts are equally long.

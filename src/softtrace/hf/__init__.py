@@ -1,4 +1,4 @@
-"""The door for transformers' Trainer."""
+"""The integration into transformers' Trainer."""
 
 from softtrace.hf.density_state import DensityState
 from softtrace.hf.trainer import DensityMixin, with_density

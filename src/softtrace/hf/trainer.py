@@ -1,4 +1,4 @@
-"""The door for transformers' ``Trainer`` and its subclasses: ``with_density(Trainer)``.
+"""The integration into transformers' ``Trainer`` and its subclasses: ``with_density(Trainer)``.
 
 A Trainer divides its loss by what all accumulated batches of all processes hold together, where the
 model takes ``num_items_in_batch``, and by the number of accumulated batches where not; only in the
@@ -90,7 +90,7 @@ class DensityMixin:
     ) -> Any:
         """The Trainer's training; the term begins with its first step.
 
-        ``True`` goes on from the newest checkpoint that is whole: the Trainer writes into a
+        ``True`` resumes from the newest checkpoint that is whole: the Trainer writes into a
         checkpoint's folder file by file, ``trainer_state.json`` last, and takes the newest folder.
         Where there never was one the Trainer says so itself.
         """

@@ -1,4 +1,4 @@
-"""The Lightning door to ``softtrace.data``: a data module of packed blocks, resumable mid-epoch."""
+"""A data module of Lightning for ``softtrace.data``, of packed blocks, resumable mid-epoch."""
 
 from __future__ import annotations
 

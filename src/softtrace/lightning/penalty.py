@@ -1,4 +1,4 @@
-"""The Lightning door: ``Trainer(callbacks=[DensityPenalty()])``.
+"""The Lightning integration: ``Trainer(callbacks=[DensityPenalty()])``.
 
 The training step is wrapped (:mod:`softtrace.lightning.wrapped_step`) from ``on_train_start`` on
 and put back at the end, also after an exception.
@@ -92,7 +92,7 @@ class DensityPenalty(Callback):
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
                 f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "
-                "automatic optimisation only. Use the plain-loop door inside your training_step: "
+                "automatic optimisation only. Use DensityLoss inside your training_step: "
                 "loss = loss + softtrace.DensityLoss(model, ...)(input_ids, attention_mask).loss"
             )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):

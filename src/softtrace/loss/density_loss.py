@@ -44,7 +44,7 @@ _NO_TARGET = "no token of the batch has a target"
 
 
 class DensityLoss:
-    """Computes the density term for batches of one model: the plain-loop door.
+    """Computes the density term for batches of one model, in a loop of your own.
 
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the

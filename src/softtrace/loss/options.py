@@ -1,4 +1,4 @@
-"""The dials of the density loss, in one place for every door."""
+"""The dials of the density loss, in one place for every integration."""
 
 from __future__ import annotations
 
