@@ -68,7 +68,10 @@ LIGHTNING: tuple[Support, ...] = (
     Support("callback", "GradientAccumulationScheduler"),
     Support("module", "activation checkpointing, not reentrant"),
     Support(
-        "module", "torch.compile in place", note="exits are not read: hooks would recompile it"
+        "module",
+        "torch.compile in place",
+        note="exits are not read where layers are checkpointed too, nor in a forward that was "
+        "compiled before the fit",
     ),
     Support("module", "configure_model"),
     Support("module", "closures that run repeatedly (LBFGS)"),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.loss.captured import CapturedTerms
+from softtrace.loss.compiled_exits import CompiledStreams
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, exit_distance, watching
 from softtrace.loss.options import DensityOptions
@@ -31,7 +32,14 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.windows import Windows, first_token_of
 from softtrace.model.sharding import is_sharded
-from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
+from softtrace.model.state import (
+    all_modules,
+    dropout_off,
+    is_checkpointed,
+    is_compiled,
+    is_reentrant,
+    uncompiled,
+)
 from softtrace.model.wrappers import unwrapped
 from softtrace.processes import agreed
 from softtrace.tracing.attach import attach
@@ -81,6 +89,7 @@ class DensityLoss:
         self.step = 0
         self.skipped_steps = 0
         self._watched = Watched()
+        self._streams: CompiledStreams | None = None
         self._captured = CapturedTerms()
         self._said: set[str] = set()
         if self.options.strength > 0:
@@ -92,7 +101,8 @@ class DensityLoss:
 
         Nothing about the forward changes; residual streams and logits are held until that call. A
         call that is given none takes the handle of the newest block. Nothing is watched without
-        ``options.exits``, and where something is compiled: hooks would compile it anew.
+        ``options.exits``. Where something is compiled, hooks stay on the layers, which only look;
+        nothing is read of a forward that was compiled before they came, or that is checkpointed.
 
         Args:
             host: the module whose forward is run, where that is not the model itself.
@@ -119,8 +129,8 @@ class DensityLoss:
             yield watched
             return
         if is_compiled(modules):
-            self._say_once("exits: the model is compiled, so its forward is not watched")
-            yield watched
+            with self._compiled_watched(model, watched):
+                yield watched
             return
         try:
             with watching(model, attach(model).anatomy, watched):
@@ -128,6 +138,26 @@ class DensityLoss:
         except BaseException:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
+
+    @contextmanager
+    def _compiled_watched(self, model: nn.Module, watched: Watched) -> Iterator[None]:
+        anatomy = attach(model).anatomy
+        if model.training and is_checkpointed(all_modules(model)):
+            self._say_once("exits: the model is compiled and checkpointed, so none is read early")
+            yield
+            return
+        if self._streams is None or self._streams.anatomy is not anatomy:
+            self._streams = CompiledStreams(anatomy)
+        self._streams.clear()
+        yield
+        if (seen := self._streams.take()) is not None:
+            watched.forwards.append(seen)
+        else:
+            self._say_once(
+                "exits: nothing was noted in the compiled forward, so none is read early; it was "
+                "compiled before it was watched first. Make DensityLoss, and run the first forward "
+                "inside 'with density_loss.watching():', or call torch.compiler.reset() before it"
+            )
 
     def __call__(
         self,
@@ -200,6 +230,8 @@ class DensityLoss:
             return DensityTerm.of_no_run(device, strength, named)
         finally:
             watched.forget()
+            if self._streams is not None:  # our own runs pass by its hooks too
+                self._streams.clear()
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
