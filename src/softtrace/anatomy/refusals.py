@@ -10,6 +10,7 @@ from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import execution_devices, unplaced
+from softtrace.model.engines import ENGINES, engine_around
 from softtrace.model.sharding import is_in_parts, is_part, is_unit, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
@@ -76,6 +77,12 @@ def refuse_early(model: nn.Module) -> None:
             f"{name} is not a transformers causal language model; pass the model that "
             "AutoModelForCausalLM returns"
         )
+    around = engine_around(model)
+    if around is not None:
+        allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
+        raise UnsupportedModelError(
+            f"{name}: found {around.name} ({around.refused}); allowed are {allowed}"
+        )
     lost = unplaced(model)
     if lost:
         raise UnsupportedModelError(
@@ -89,8 +96,8 @@ def refuse_early(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: {parts[0]} and {len(parts) - 1} other weights are in parts on several "
             "processes, and fully_shard was not called on the model itself (but on a module around "
-            "it, as on PEFT's, or they are split by tensor parallelism), so a run of ours would "
-            "find them in parts. Allowed is fully_shard on layers and then on the model"
+            "it, as on PEFT's), so a run of ours would find them in parts. Allowed is fully_shard "
+            "on layers and then on the model"
         )
     devices = sorted(map(str, execution_devices(model)))
     if len(devices) > 1:
