@@ -113,7 +113,7 @@ class DensityPenalty(Callback):
         self._restore()  # of a fit that ended without saying so: never two terms
         density = DensityLoss(find_causal_lm(pl_module), self.options)
         self._budget = density.budget
-        every = self.options.on(pl_module.device).schedule.every
+        every = density.options_of_a_step(pl_module.device).schedule.every
         self._term_log = TermLog(self.options, every, self._budget)
         if (log := self._kept.get("log")) is not None:
             self._term_log.load(log, pl_module.device)

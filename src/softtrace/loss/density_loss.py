@@ -95,6 +95,13 @@ class DensityLoss:
         if self.options.strength > 0:
             attach(model)
 
+    def options_of_a_step(self, device: torch.device) -> DensityOptions:
+        """The options as they are on a device, and for a model that is sharded."""
+        options = self.options
+        if is_sharded(unwrapped(self.model)):  # units let go of weights: no CUDA graph can be made
+            options = replace(options, cuda_graph=False)
+        return options.on(device)
+
     @contextmanager
     def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
         """Look at the training forward inside, for the exits of the call that is given the handle.
@@ -189,7 +196,8 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        options, device = self.options.on(input_ids.device), input_ids.device
+        device, together = input_ids.device, is_sharded(unwrapped(self.model))
+        options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         watched = self._watched if watched is None else watched
@@ -197,7 +205,6 @@ class DensityLoss:
             if strength == weight == 0:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
-            together = is_sharded(instrument.model)
             with agreed(together):
                 batch = self._batch(input_ids, attention_mask, labels, position_ids)
                 if together:  # before any waits for the others in a forward
