@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import softtrace
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.engines import ENGINES, engine, engine_around
 from tests.support.tiny import tiny_model
+from tests.support.ways_to_shard import one_process_group
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -29,17 +28,6 @@ SUPPORTED = {
 BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
 #: refused row -> the file where several devices are
 ELSEWHERE = {"device_map": "model/test_devices.py"}
-
-
-@contextmanager
-def one_process_group() -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def flat(model: Any) -> Any:

@@ -9,7 +9,8 @@ import datetime
 import faulthandler
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -269,6 +270,17 @@ def refusals(rank: int) -> dict[str, str]:
             found[wrong.__name__] = f"{type(error).__name__}: {error}"
     assert density(ids, mask).loss.requires_grad  # and goes on
     return found
+
+
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    """A group of this process alone, in which everything is sharded into one part."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def begin() -> tuple[int, int]:

@@ -28,6 +28,7 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
 from softtrace.model.engines import ENGINES, Engine, engine
+from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
 
@@ -298,6 +299,7 @@ class DensityMixin:
             "The term compares predictions of next tokens, which classifiers and reward models do "
             "not make; train them without it",
         )  # fmt: skip
+        note_units(trainer.model)  # PEFT's model holds weights of the one inside
         self._density = DensityLoss(model, options)
         if (budget := self._density.budget) is not None:
             self._follow(budget, kept.get("budget"))
