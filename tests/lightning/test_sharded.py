@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from softtrace import DensityLoss
@@ -22,19 +22,10 @@ from tests.support.fitting import batches
 from tests.support.jobs import Jobs
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model
-from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT
+from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
 from tests.support.ways_to_shard import whole_weights
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
-
-
-def fitted(folder: Path, world: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
-    """Weights after a fit, or as a fit loads them from a checkpoint."""
-    words = ["-m", "tests.support.ways_to_go_on", "lightning", folder, world, checkpoint]
-    done = warm.run([sys.executable, *words], env=script_environment(), capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Tensor] = torch.load(folder / f"lightning-{world}.pt", weights_only=True)
-    return found
 
 
 def by_hand(world: int) -> nn.Module:
@@ -59,10 +50,10 @@ def by_hand(world: int) -> nn.Module:
 
 @pytest.mark.thorough
 def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
-    after = fitted(tmp_path, 2)
+    after = fit_in_parts(tmp_path, 2)
     torch.testing.assert_close(after, whole_weights(by_hand(2)), atol=1e-10, rtol=0)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
-    loaded = fitted(tmp_path, 1, tmp_path / "parts.ckpt")
+    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt")
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
 

@@ -22,6 +22,8 @@ from torch.nn import functional
 from softtrace import DensityLoss, attach, density_curve
 from softtrace.errors import SofttraceError
 from softtrace.loss import density_loss
+from tests.support import warm
+from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.waiting import PATIENCE
 
@@ -296,6 +298,15 @@ def runs(ways: Sequence[str]) -> list[tuple[str, str, int]]:
     """Way, options and number of steps: the first way is trained for longer."""
     first = [(ways[0], name, STEPS) for name in OPTIONS]
     return [*first, *((way, "soft", 2) for way in ways[1:])]
+
+
+def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
+    """What each of these processes found; see :func:`main`."""
+    command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
+    for done in warm.run_ranks(command, ranks, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Warning" not in done.stderr, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def main(folder: str, *ways: str) -> None:

@@ -43,7 +43,11 @@ ENGINES: tuple[Engine, ...] = (
     Engine("offloading by Accelerate", note="device_map with one device that computes"),
     Engine("FSDP1", "it shards weights flat, and was never tested; FSDP2 is supported"),
     Engine("DeepSpeed", f"{_UNTESTED}; FSDP2 is supported"),
-    Engine("TP", f"tensor parallelism: {_SPLIT}"),
+    Engine(
+        "TP",
+        f"tensor parallelism: {_SPLIT}. If it is fully_shard on a module around the model alone, "
+        "call it on layers and then on the model",
+    ),
     Engine("CP", f"context parallelism: {_SPLIT}"),
     Engine("SP", f"sequence parallelism: {_SPLIT}"),
     Engine("DataParallel", "several GPUs in one process; start one process a GPU by torchrun"),
