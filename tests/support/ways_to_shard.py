@@ -296,8 +296,7 @@ def begin() -> tuple[int, int]:
 
 def runs(ways: Sequence[str]) -> list[tuple[str, str, int]]:
     """Way, options and number of steps: the first way is trained for longer."""
-    first = [(ways[0], name, STEPS) for name in OPTIONS]
-    return [*first, *((way, "soft", 2) for way in ways[1:])]
+    return [(ways[0], "default", STEPS), *((way, "soft", 2) for way in ways)]
 
 
 def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:

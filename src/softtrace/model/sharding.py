@@ -33,7 +33,8 @@ def is_unit(module: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a unit is anywhere in the model."""
-    return "torch.distributed.fsdp" in sys.modules and any(map(is_unit, all_modules(model)))
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in all_modules(model))
 
 
 def note_units(model: nn.Module) -> None:
