@@ -19,8 +19,9 @@ pytestmark = pytest.mark.thorough
 OPTIONS: dict[str, Any] = {
     "share": 1.0, "masks": "soft", "size_weight": 0.3, "exits": 0.5, "exit_tokens": 0.5,
 }  # fmt: skip
-#: tied weights and Conv1D, a norm after sub-blocks, attention at its softmax, parallel, experts
-FAMILIES = ("gpt2", "gemma2", "bloom", "cohere", "mixtral")
+#: tied weights and Conv1D, a norm after sub-blocks, attention at its softmax, parallel, experts,
+#: multipliers (where what a layer gives is replaced)
+FAMILIES = ("gpt2", "gemma2", "bloom", "cohere", "mixtral", "granite")
 
 
 @pytest.fixture(autouse=True)
