@@ -19,7 +19,7 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.sharded import shard
 from tests.support import warm
 from tests.support.fitting import batches
-from tests.support.jobs import Jobs
+from tests.support.jobs import Jobs, saved
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
@@ -58,6 +58,13 @@ def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], after[name]) for name in after)
 
 
+PARTS = (
+    *("--trainer.strategy", STRATEGY, "--trainer.devices", 2, "--card_blocks", 0),
+    *("--trainer.strategy.data_parallel_size", 2, "--trainer.strategy.tensor_parallel_size", 1),
+    *("--trainer.strategy.save_distributed_checkpoint", "false"),
+)
+
+
 def command(jobs: Jobs, out: Path, *more: object) -> list[str]:
     words = [
         *("--model.path", jobs.model, "--data.path", jobs.text, "--out", out),
@@ -87,6 +94,21 @@ def test_softtrace_fit_saves_a_whole_model(tmp_path: Path) -> None:
     assert not torch.equal(saved["transformer.wte.weight"], before["transformer.wte.weight"])
     AutoModelForCausalLM.from_pretrained(out)
     assert (out / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    assert jobs.run(tmp_path / "straight", "none", 0, 0, *PARTS).code == 0
+    for fault, at, said in (("raise", 2, "planned failure of rank 1"), ("kill", 5, "")):
+        again = ("--resume", "true") if (tmp_path / "cut").exists() else ()
+        cut = jobs.run(tmp_path / "cut", fault, at, 1, *PARTS, *again)
+        assert cut.code != 0  # both processes have ended, and nobody waits
+        assert said in cut.said
+    end = jobs.run(tmp_path / "cut", "none", 0, 0, *PARTS, "--resume", "true")
+    assert end.code == 0, end.said
+    straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 def test_checkpoints_that_a_kill_would_spoil_are_refused(tmp_path: Path) -> None:
