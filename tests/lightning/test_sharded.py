@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from softtrace import DensityLoss
@@ -19,22 +19,13 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.sharded import shard
 from tests.support import warm
 from tests.support.fitting import batches
-from tests.support.jobs import Jobs
+from tests.support.jobs import Jobs, saved
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model
-from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT
+from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
 from tests.support.ways_to_shard import whole_weights
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
-
-
-def fitted(folder: Path, world: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
-    """Weights after a fit, or as a fit loads them from a checkpoint."""
-    words = ["-m", "tests.support.ways_to_go_on", "lightning", folder, world, checkpoint]
-    done = warm.run([sys.executable, *words], env=script_environment(), capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Tensor] = torch.load(folder / f"lightning-{world}.pt", weights_only=True)
-    return found
 
 
 def by_hand(world: int) -> nn.Module:
@@ -59,12 +50,19 @@ def by_hand(world: int) -> nn.Module:
 
 @pytest.mark.thorough
 def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
-    after = fitted(tmp_path, 2)
+    after = fit_in_parts(tmp_path, 2)
     torch.testing.assert_close(after, whole_weights(by_hand(2)), atol=1e-10, rtol=0)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
-    loaded = fitted(tmp_path, 1, tmp_path / "parts.ckpt")
+    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt")
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
+
+
+PARTS = (
+    *("--trainer.strategy", STRATEGY, "--trainer.devices", 2, "--card_blocks", 0),
+    *("--trainer.strategy.data_parallel_size", 2, "--trainer.strategy.tensor_parallel_size", 1),
+    *("--trainer.strategy.save_distributed_checkpoint", "false"),
+)
 
 
 def command(jobs: Jobs, out: Path, *more: object) -> list[str]:
@@ -96,6 +94,21 @@ def test_softtrace_fit_saves_a_whole_model(tmp_path: Path) -> None:
     assert not torch.equal(saved["transformer.wte.weight"], before["transformer.wte.weight"])
     AutoModelForCausalLM.from_pretrained(out)
     assert (out / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    assert jobs.run(tmp_path / "straight", "none", 0, 0, *PARTS).code == 0
+    for fault, at, said in (("raise", 2, "planned failure of rank 1"), ("kill", 5, "")):
+        again = ("--resume", "true") if (tmp_path / "cut").exists() else ()
+        cut = jobs.run(tmp_path / "cut", fault, at, 1, *PARTS, *again)
+        assert cut.code != 0  # both processes have ended, and nobody waits
+        assert said in cut.said
+    end = jobs.run(tmp_path / "cut", "none", 0, 0, *PARTS, "--resume", "true")
+    assert end.code == 0, end.said
+    straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 def test_checkpoints_that_a_kill_would_spoil_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,10 @@ import pytest
 import torch
 
 from softtrace import density_curve
-from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model
-from tests.support.warm import run_ranks
-from tests.support.ways_to_shard import OPTIONS, WAYS, batch, runs, trained
+from tests.support.ways_to_shard import OPTIONS, WAYS, batch, of_ranks, runs, trained
 
 pytestmark = pytest.mark.thorough
-
-
-def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
-    """What each process found."""
-    command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
-    for done in run_ranks(command, ranks, script_environment()):
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Warning" not in done.stderr, done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -87,5 +75,5 @@ def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]]) 
 def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
     for found in two:
         said = found["refusals"]
-        assert "Allowed is fully_shard on layers and then on the model" in said["unit_around"]
+        assert "call it on layers and then on the model" in said["unit_around"]
         assert "Call fully_shard on every layer" in said["let_go_after_forward"]

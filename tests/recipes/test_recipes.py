@@ -68,7 +68,8 @@ def moved(folder: Path) -> float:
 def test_every_config_names_a_line_to_run_it_by() -> None:
     models = {"qwen3-0.6b", "llama-3.2-1b", "smollm3-3b", "gemma-3-1b", OURS}
     names = {path.stem for path in CONFIGS}
-    assert names == models | {f"{name}-lora" for name in models}
+    sharded = {f"{name}-{gpus}gpus" for name in ("llama-3.1-8b", "qwen3-8b") for gpus in (2, 8)}
+    assert names == models | {f"{name}-lora" for name in models} | sharded
     for path in CONFIGS:
         first = path.read_text().partition("\n")[0]
         where = f"configs/{path.stem}.yaml --data.path TEXT --out runs/{path.stem}"
@@ -99,6 +100,8 @@ def test_configs_parse_and_fit(
     penalty = next(c for c in cli.trainer.callbacks if isinstance(c, DensityPenalty))
     preset: Any = "balanced" if path.stem in (OURS, f"{OURS}-lora") else "sparse"
     assert penalty.options == DensityOptions(preset=preset)
+    parts = wanted["trainer"].get("strategy", {}).get("init_args", {}).get("data_parallel_size", 1)
+    assert parts == cli.trainer.num_devices == wanted["trainer"].get("devices", 1)
     trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]
     assert ("lora" in wanted["model"]) == isinstance(cli.model.model, PeftModel)
     assert all("lora" in name for name in trained) == path.stem.endswith("-lora")

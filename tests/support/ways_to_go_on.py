@@ -1,7 +1,8 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
-Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT`` starts its own processes,
-``trainer FOLDER CHECKPOINT`` is one of them; without a checkpoint (``None``) they train and save.
+Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS`` starts its own processes,
+``trainer FOLDER CHECKPOINT`` is one of them; without a checkpoint (``None``) they train and save. A
+strength of ``None`` is no penalty.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
 from softtrace.hf import with_density
 from softtrace.lightning import DensityPenalty
+from tests.support import warm
 from tests.support.fitting import Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
+from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_shard import by_layer, whole_weights
 
@@ -45,12 +49,30 @@ class Ranked(Tuner):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def lightning(folder: str, world: str, checkpoint: str) -> None:
+def fit_in_parts(
+    folder: Path,
+    world: int,
+    checkpoint: Path | None = None,
+    strength: float | None = 0.5,
+    epochs: int = 1,
+) -> dict[str, Tensor]:
+    """Weights after a fit in processes of its own, or as one loads them from a checkpoint."""
+    words = ["lightning", folder, world, checkpoint, strength, epochs]
+    done = warm.run(
+        [sys.executable, "-m", "tests.support.ways_to_go_on", *words],
+        env=script_environment(), capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Tensor] = torch.load(folder / f"lightning-{world}.pt", weights_only=True)
+    return found
+
+
+def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: str) -> None:
     """Fit and save in parts, or load and save what was loaded."""
     module = Ranked(int(world))
     parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
-    penalty = DensityPenalty(0.5, **OPTIONS_OF_A_FIT)
-    fitting = trainer(penalty, devices=int(world), strategy=parallel, max_epochs=1)
+    given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
+    fitting = trainer(*given, devices=int(world), strategy=parallel, max_epochs=int(epochs))
     # What goes on from the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
     found = whole_weights(module.model)

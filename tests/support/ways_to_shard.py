@@ -9,7 +9,8 @@ import datetime
 import faulthandler
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,8 @@ from torch.nn import functional
 from softtrace import DensityLoss, attach, density_curve
 from softtrace.errors import SofttraceError
 from softtrace.loss import density_loss
+from tests.support import warm
+from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.waiting import PATIENCE
 
@@ -271,6 +274,17 @@ def refusals(rank: int) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    """A group of this process alone, in which everything is sharded into one part."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def begin() -> tuple[int, int]:
     """Meet the other processes; rank and how many."""
     faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)  # a hang says where it hung
@@ -282,8 +296,16 @@ def begin() -> tuple[int, int]:
 
 def runs(ways: Sequence[str]) -> list[tuple[str, str, int]]:
     """Way, options and number of steps: the first way is trained for longer."""
-    first = [(ways[0], name, STEPS) for name in OPTIONS]
-    return [*first, *((way, "soft", 2) for way in ways[1:])]
+    return [(ways[0], "default", STEPS), *((way, "soft", 2) for way in ways)]
+
+
+def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
+    """What each of these processes found; see :func:`main`."""
+    command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
+    for done in warm.run_ranks(command, ranks, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Warning" not in done.stderr, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def main(folder: str, *ways: str) -> None:

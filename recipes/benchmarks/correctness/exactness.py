@@ -31,7 +31,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.lightning import DensityPenalty
 from tests.support import hf_training as hf
-from tests.support import lightning_runs, ways_to_step
+from tests.support import lightning_runs, ways_to_go_on, ways_to_shard, ways_to_step
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import weights
 from tests.support.jobs import Jobs, saved
@@ -50,6 +50,38 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def inert(args: argparse.Namespace) -> dict[str, Any]:
     """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
+    found = dict(args.known.get("inert", {})) if args.fits else {}
+    if "ModelParallelStrategy" in (args.fits or ["ModelParallelStrategy"]):
+        found["ModelParallelStrategy"] = inert_in_parts()
+    if args.fits:
+        ways = {name: way for name, way in WAYS.items() if name in args.fits}
+    else:
+        ways = WAYS
+        found |= inert_in_processes()
+    for name, way in tqdm(ways.items(), desc="strength 0"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain, fitted = way.fit(steps=STEPS)
+            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS), steps=STEPS)
+            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS), steps=STEPS)
+        found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
+    return found
+
+
+def inert_in_parts() -> dict[str, Any]:
+    """Two processes whose weights are sharded."""
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = -(-STEPS // ways_to_go_on.BATCHES)
+        runs = [
+            ways_to_go_on.fit_in_parts(Path(folder), 2, None, strength, epochs)
+            for strength in (None, 0.0, 0.6)
+        ]
+    flat = [torch.cat([each.flatten() for each in found.values()]) for found in runs]
+    return inert_row(epochs * ways_to_go_on.BATCHES, *flat)
+
+
+def inert_in_processes() -> dict[str, Any]:
+    """Two processes of Lightning, and transformers' Trainer."""
     with tempfile.TemporaryDirectory() as folder:
         epochs = STEPS // 2  # of two optimiser steps
         plain, silent, loud = (
@@ -62,13 +94,6 @@ def inert(args: argparse.Namespace) -> dict[str, Any]:
             for density in (None, {"strength": 0.0}, hf.OPTIONS)
         )
         found["Trainer of transformers"] = inert_row(STEPS, plain, silent, loud)
-    for name, way in tqdm(WAYS.items(), desc="strength 0"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain, fitted = way.fit(steps=STEPS)
-            silent, _ = way.fit(DensityPenalty(0.0, **OPTIONS), steps=STEPS)
-            loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS), steps=STEPS)
-        found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
     return found
 
 
@@ -207,6 +232,30 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def sharded(args: argparse.Namespace) -> dict[str, Any]:
+    """Models in parts against one process with all batches: largest relative differences."""
+    rows: dict[str, float] = {}
+    for ranks, ways in ((2, tuple(ways_to_shard.WAYS)), (3, ("norm and head",))):
+        with tempfile.TemporaryDirectory() as folder:
+            found = ways_to_shard.of_ranks(Path(folder), ranks, *ways)
+        worst = {"losses": 0.0, "weights": 0.0}
+        for way, name, steps in ways_to_shard.runs(ways):
+            options = ways_to_shard.OPTIONS[name]
+            losses, wanted = ways_to_shard.trained(None, options, steps, 0, ranks)
+            for rank, each in enumerate(found):
+                own, after = each[f"{way}, {name}"]
+                pairs = {
+                    "losses": zip(own, losses[rank::ranks], strict=True),
+                    "weights": ((after[key], wanted[key]) for key in wanted),
+                }
+                for what, both in pairs.items():
+                    gap = max(difference(a, b) / max(float(b.abs().max()), 1e-30) for a, b in both)
+                    worst[what] = max(worst[what], gap)
+        for what, gap in worst.items():
+            rows[f"FSDP2, {ranks} processes, {ways_to_shard.STEPS} steps, {what}"] = gap
+    return rows
+
+
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes of all tensors that are alive after so many steps of a plain loop."""
     model = tiny_model("gpt2").train()
@@ -253,6 +302,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "resumed": resumed,
     "kills": kills,
     "parallel": parallel,
+    "sharded": sharded,
     "memory": memory,
     "mutations": mutations,
 }
@@ -262,6 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--fits", nargs="+", help="ways to fit to run anew, by name (all)")
     parser.add_argument("--guards", nargs="+", help="mutations to run anew, by name (all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "exactness.json")
     args = parser.parse_args()

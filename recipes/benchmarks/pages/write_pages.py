@@ -180,7 +180,7 @@ def sizes() -> str:
 def exactness() -> str:
     """What was measured of trainers, processes and interruptions."""
     result = read("exactness.json")
-    ways, across = result["inert"], result["parallel"]
+    ways, across = result["inert"], {**result["parallel"], **result["sharded"]}
     killed, held = result["kills"], result["memory"]["bytes"]
     silent = max(way["strength 0"] for way in ways.values())
     guards = result["mutations"]

@@ -22,6 +22,7 @@ from softtrace.graph.batch import Batch
 from softtrace.model.attention_interception import Interception, interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.devices import device_of_module
+from softtrace.model.sharding import run
 
 _TIED = "a module that is tied into two places has two nodes, whose edges cannot be told apart"
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
@@ -77,7 +78,7 @@ def _by_route(plain: PlainRun, route: Route) -> Anatomy:
         active = interception_active(plain.configs, watch, watch.asking, valid.shape)
     what = f"{type(model).__name__} does not run with its attention in the open"
     with watch.watching(), active as mode, running(what):
-        logits = model(**plain.inputs).logits
+        logits = run(model, **plain.inputs).logits
     if mode is not None and mode.softmaxes and not any(s.attention for s in watch.layers):
         raise UnsupportedModelError(
             f"{type(model).__name__}: a softmax of scores [..., T, T] was seen, but no matrix "

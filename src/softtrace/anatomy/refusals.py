@@ -10,7 +10,8 @@ from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import execution_devices, unplaced
-from softtrace.model.sharding import is_in_parts, is_part, is_unit, unit_of
+from softtrace.model.engines import ENGINES, engine_around
+from softtrace.model.sharding import is_in_parts, is_part, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -76,6 +77,12 @@ def refuse_early(model: nn.Module) -> None:
             f"{name} is not a transformers causal language model; pass the model that "
             "AutoModelForCausalLM returns"
         )
+    around = engine_around(model)
+    if around is not None:
+        allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
+        raise UnsupportedModelError(
+            f"{name}: found {around.name} ({around.refused}); allowed are {allowed}"
+        )
     lost = unplaced(model)
     if lost:
         raise UnsupportedModelError(
@@ -85,12 +92,12 @@ def refuse_early(model: nn.Module) -> None:
             "(without preload_module_classes)"
         )
     parts = [each for each, weight in model.named_parameters() if is_part(weight)]
-    if parts and not is_unit(model):
+    if parts and unit_of(model) is None:
         raise UnsupportedModelError(
             f"{name}: {parts[0]} and {len(parts) - 1} other weights are in parts on several "
-            "processes, and fully_shard was not called on the model itself (but on a module around "
-            "it, as on PEFT's, or they are split by tensor parallelism), so a run of ours would "
-            "find them in parts. Allowed is fully_shard on layers and then on the model"
+            "processes, and fully_shard was not called on the model itself, or PEFT's around it, "
+            "but elsewhere, so a run of ours would find them in parts. Allowed is fully_shard on "
+            "layers and then on the model"
         )
     devices = sorted(map(str, execution_devices(model)))
     if len(devices) > 1:

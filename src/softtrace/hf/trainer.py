@@ -28,7 +28,9 @@ from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
+from softtrace.model.engines import ENGINES, Engine, engine
 from softtrace.model.exit_maps import read_exit_maps, save_exit_maps, write_exit_maps
+from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
 
@@ -105,6 +107,8 @@ class DensityMixin:
             self._begun = True
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.density_options.strength > 0:
+            check_sharding(self, self.allow_untested)  # before anything is sharded or loaded
         # Once a try: with auto_find_batch_size one train() runs several.
         self._forget()
         self._begun = False
@@ -311,6 +315,7 @@ class DensityMixin:
             "The term compares predictions of next tokens, which classifiers and reward models do "
             "not make; train them without it",
         )  # fmt: skip
+        note_units(trainer.model)  # PEFT's model holds weights of the one inside
         self._density = DensityLoss(model, options)
         learned, folder = self._density.exit_maps, self._resumed_from
         if learned and isinstance(folder, str) and (maps := read_exit_maps(folder)):
@@ -362,24 +367,22 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
     found = _sharding(trainer)
     if found is None or allow_untested:
         return
+    allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
     raise TrainerSetupError(
-        f"found {found}, under which weights or sequences are not whole where an edge's "
-        "importance reads them; supported are one process, data parallelism (DDP) and FSDP2. "
-        "allow_untested=True runs it all the same"
+        f"found {found.name} ({found.refused}); supported are {allowed}. allow_untested=True runs "
+        "it all the same"
     )
 
 
-def _fsdp_plugin(trainer: Any) -> Any:
-    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
-
-
-def _sharding(trainer: Any) -> str | None:
-    if trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2:
-        return "FSDP1 (fsdp_config version 1; version 2, the default, is supported)"
+def _sharding(trainer: Any) -> Engine | None:
+    if trainer.is_fsdp_enabled:
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            return engine("FSDP1")
     if trainer.is_deepspeed_enabled:
-        return "DeepSpeed"
+        return engine("DeepSpeed")
     layout = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("tp", "cp", "sp"):
         if getattr(layout, f"{name}_size", 1) > 1:
-            return f"{name.upper()} (parallelism_config.{name}_size > 1)"
+            return engine(name.upper())
     return None

@@ -117,7 +117,7 @@ class DensityPenalty(Callback):
         self._budget, self._exit_maps = density.budget, density.exit_maps
         if self._exit_maps is not None and (maps := self._kept.get("exit_maps")) is not None:
             self._exit_maps.load(maps)
-        every = self.options.on(pl_module.device).schedule.every
+        every = density.options_of_a_step(pl_module.device).schedule.every
         self._term_log = TermLog(self.options, every, self._budget)
         if (log := self._kept.get("log")) is not None:
             self._term_log.load(log, pl_module.device)

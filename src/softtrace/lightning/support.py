@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softtrace.errors import TrainerSetupError
+from softtrace.model.engines import engine
 
 Kind = Literal["strategy", "precision", "trainer", "callback", "module"]
 
@@ -31,11 +32,6 @@ class Support:
     note: str | None = None
 
 
-_FSDP1 = (
-    "FSDP1 shards weights flat, and Lightning runs it on GPUs alone, so it was never tested; "
-    "ModelParallelStrategy shards by FSDP2"
-)
-_DEEPSPEED = "what its engine shards and swaps was never tested"
 _MEASURES = "its processes would measure different numbers of batches of one model, and wait"
 _FULLY_SHARD = (
     "FSDP2: the module's configure_model calls fully_shard on layers, then on the model; "
@@ -48,8 +44,8 @@ LIGHTNING: tuple[Support, ...] = (
     Support("strategy", "SingleDeviceStrategy"),
     Support("strategy", "DDPStrategy"),
     Support("strategy", "ModelParallelStrategy", note=_FULLY_SHARD),
-    Support("strategy", "FSDPStrategy", _FSDP1),
-    Support("strategy", "DeepSpeedStrategy", _DEEPSPEED),
+    Support("strategy", "FSDPStrategy", f"FSDP1: {engine('FSDP1').refused}"),
+    Support("strategy", "DeepSpeedStrategy", engine("DeepSpeed").refused),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -68,7 +64,10 @@ LIGHTNING: tuple[Support, ...] = (
     Support("callback", "GradientAccumulationScheduler"),
     Support("module", "activation checkpointing, not reentrant"),
     Support(
-        "module", "torch.compile in place", note="exits are not read: hooks would recompile it"
+        "module",
+        "torch.compile in place",
+        note="exits are not read where layers are checkpointed too, nor in a forward that was "
+        "compiled before the fit",
     ),
     Support("module", "configure_model"),
     Support("module", "closures that run repeatedly (LBFGS)"),

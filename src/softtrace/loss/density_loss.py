@@ -24,6 +24,7 @@ from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.importance import working_dtype
 from softtrace.loss.captured import CapturedTerms
+from softtrace.loss.compiled_exits import CompiledStreams
 from softtrace.loss.draws import draw, draw_exits
 from softtrace.loss.early_exits import Watched, easiest, exit_distance, watching
 from softtrace.loss.learned_maps import LearnedMaps
@@ -33,7 +34,14 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.windows import Windows, first_token_of
 from softtrace.model.sharding import is_sharded
-from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant, uncompiled
+from softtrace.model.state import (
+    all_modules,
+    dropout_off,
+    is_checkpointed,
+    is_compiled,
+    is_reentrant,
+    uncompiled,
+)
 from softtrace.model.wrappers import unwrapped
 from softtrace.processes import agreed
 from softtrace.tracing.attach import attach
@@ -84,6 +92,7 @@ class DensityLoss:
         self.step = 0
         self.skipped_steps = 0
         self._watched = Watched()
+        self._streams: CompiledStreams | None = None
         self._captured = CapturedTerms()
         self._said: set[str] = set()
         self.exit_maps: LearnedMaps | None = None
@@ -92,13 +101,21 @@ class DensityLoss:
             if self.options.exit_map:
                 self.exit_maps = _learned_maps(instrument, self.options)
 
+    def options_of_a_step(self, device: torch.device) -> DensityOptions:
+        """The options as they are on a device, and for a model that is sharded."""
+        options = self.options
+        if is_sharded(unwrapped(self.model)):  # units let go of weights: no CUDA graph can be made
+            options = replace(options, cuda_graph=False)
+        return options.on(device)
+
     @contextmanager
     def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
         """Look at the training forward inside, for the exits of the call that is given the handle.
 
         Nothing about the forward changes; residual streams and logits are held until that call. A
         call that is given none takes the handle of the newest block. Nothing is watched without
-        ``options.exits``, and where something is compiled: hooks would compile it anew.
+        ``options.exits``. Where something is compiled, hooks stay on the layers, which only look;
+        nothing is read of a forward that was compiled before they came, or that is checkpointed.
 
         Args:
             host: the module whose forward is run, where that is not the model itself.
@@ -124,8 +141,8 @@ class DensityLoss:
             yield watched
             return
         if is_compiled(modules):
-            self._say_once("exits: the model is compiled, so its forward is not watched")
-            yield watched
+            with self._compiled_watched(model, watched):
+                yield watched
             return
         try:
             with watching(model, attach(model).anatomy, watched):
@@ -133,6 +150,26 @@ class DensityLoss:
         except BaseException:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
+
+    @contextmanager
+    def _compiled_watched(self, model: nn.Module, watched: Watched) -> Iterator[None]:
+        anatomy = attach(model).anatomy
+        if model.training and is_checkpointed(all_modules(model)):
+            self._say_once("exits: the model is compiled and checkpointed, so none is read early")
+            yield
+            return
+        if self._streams is None or self._streams.anatomy is not anatomy:
+            self._streams = CompiledStreams(anatomy)
+        self._streams.clear()
+        yield
+        if (seen := self._streams.take()) is not None:
+            watched.forwards.append(seen)
+        else:
+            self._say_once(
+                "exits: nothing was noted in the compiled forward, so none is read early; it was "
+                "compiled before it was watched first. Make DensityLoss, and run the first forward "
+                "inside 'with density_loss.watching():', or call torch.compiler.reset() before it"
+            )
 
     def __call__(
         self,
@@ -164,7 +201,8 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        options, device = self.options.on(input_ids.device), input_ids.device
+        device, together = input_ids.device, is_sharded(unwrapped(self.model))
+        options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         watched = self._watched if watched is None else watched
@@ -173,7 +211,6 @@ class DensityLoss:
             if strength == weight == 0 and self.exit_maps is None:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
-            together = is_sharded(instrument.model)
             with agreed(together):
                 batch = self._batch(input_ids, attention_mask, labels, position_ids)
                 if together:  # before any waits for the others in a forward
@@ -206,6 +243,8 @@ class DensityLoss:
             term, distance = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
+            if self._streams is not None:  # our own runs pass by its hooks too
+                self._streams.clear()
         if self.exit_maps is not None:  # in every process, whatever its batch was
             self.exit_maps.collect(distance)
         return term

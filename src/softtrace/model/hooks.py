@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from softtrace.model.sharding import is_unit
 from softtrace.model.state import all_modules
 
+_ONLY_LOOK = ("transformers.", "softtrace.loss.compiled_exits")
+
 
 class Hook(NamedTuple):
     """A module, what to call, whether before its forward, and whether before all other hooks."""
@@ -44,7 +46,7 @@ def watched(model: nn.Module) -> bool:
     """Whether somebody hangs on the modules of a model who would miss the end of a forward.
 
     Sharding and offloading put weights away when a module has run. transformers' own hooks, on
-    every model that was once asked for hidden states, only look.
+    every model that was once asked for hidden states, only look, as those of a compiled model do.
     """
     modules = all_modules(model)
     hooks = (
@@ -53,7 +55,7 @@ def watched(model: nn.Module) -> bool:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
+        not str(getattr(hook, "__module__", "")).startswith(_ONLY_LOOK) for hook in hooks
     ) or any("forward" in vars(module) for module in modules)
 
 

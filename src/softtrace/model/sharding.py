@@ -33,7 +33,8 @@ def is_unit(module: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a unit is anywhere in the model."""
-    return "torch.distributed.fsdp" in sys.modules and any(map(is_unit, all_modules(model)))
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in all_modules(model))
 
 
 def note_units(model: nn.Module) -> None:
@@ -122,17 +123,22 @@ def within_units(
     return call
 
 
-def _through(unit: nn.Module, call: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+def run(model: nn.Module, **inputs: Any) -> Any:
+    """What a model gives; inside of the unit around it that holds weights of it (PEFT's model)."""
+    unit = unit_of(model)
+    return model(**inputs) if unit in (None, model) else _through(unit, model, **inputs)
+
+
+def _through(unit: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    held: Any = unit
-    held.softtrace_call = call
+    # Not the call itself: a module would become a part of the unit.
+    unit.softtrace_call = lambda *args, **kwargs: call(*args, **kwargs)
     try:
         register_fsdp_forward_method(unit, "softtrace_call")
-        found: Tensor = held.softtrace_call(value)
+        return unit.softtrace_call(*args, **kwargs)
     finally:
-        del held.softtrace_call
-    return found
+        del unit.softtrace_call
 
 
 def let_go(model: nn.Module) -> None:

@@ -79,6 +79,14 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of them is run again in the backward pass."""
+    modules = list(modules)
+    return bool(checkpointing(modules)) or any(
+        vars(module).get("gradient_checkpointing", False) for module in modules
+    )
+
+
 def is_reentrant(modules: Iterable[nn.Module]) -> bool:
     """Whether any of them is checkpointed in the reentrant way."""
     modules = list(modules)

@@ -21,7 +21,7 @@ from softtrace.graph.batch import check_finite, chosen_positions
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
-from softtrace.model.sharding import computing_dtype, let_go, note_units
+from softtrace.model.sharding import computing_dtype, let_go, note_units, run
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
@@ -48,11 +48,11 @@ def attach(model: nn.Module) -> Instrument:
         UnsupportedModelError: names the layer and the mismatch.
         NonFiniteError: its logits are not finite, so that nothing can be proven.
     """
-    model = unwrapped(model)
+    outer, model = model, unwrapped(model)
+    note_units(outer)
     known = attached(model)
     if known is not None:
         return known
-    note_units(model)
     refuse_early(model)
     device = device_of_module(model).type
     # Autocast rounds every product, which is no mismatch of the model's layout.
@@ -61,7 +61,7 @@ def attach(model: nn.Module) -> Instrument:
     with torch.no_grad(), exact, ExitStack() as stack:
         for each in as_written:
             stack.enter_context(each)
-        stack.callback(let_go, model)
+        stack.callback(let_go, outer)
         return Instrument.of(*_proven(model))
 
 
@@ -90,7 +90,7 @@ def _proven(model: nn.Module) -> tuple[Runner, Verification]:
 def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The model's own logits ``[B, T, V]`` on a tiny batch."""
     with running(f"{type(model).__name__} does not run on a batch of token ids alone"):
-        logits = getattr(model(**inputs), "logits", None)
+        logits = getattr(run(model, **inputs), "logits", None)
     shape = inputs["input_ids"].shape
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

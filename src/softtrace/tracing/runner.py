@@ -30,6 +30,7 @@ from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
 from softtrace.model.sharding import note_units
+from softtrace.model.sharding import run as run_model
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
@@ -304,7 +305,7 @@ class Runner:
         """
         inputs = run.batch.forward_inputs(self.forward_parameters)
         with self._running(run):
-            output = self.model(**inputs, **options)
+            output = run_model(self.model, **inputs, **options)
         logits: Tensor = output.logits
         return logits
 

@@ -1,0 +1,103 @@
+"""Exits of forwards that are compiled: what is read, and that the graph stays one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from softtrace import DensityLoss, attach
+from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
+
+pytestmark = [
+    pytest.mark.thorough,
+    # of the compiler, where what enters a graph was computed by another one
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+OPTIONS: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.6, "exit_tokens": 0.5}
+HOW = ("in place", "wrapped", "by layer")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Any, how: str) -> Any:
+    """The model, compiled so far that its graph is made, and run as it is."""
+    if how == "wrapped":
+        return torch.compile(model, backend="eager")
+    for module in model.model.layers if how == "by layer" else [model]:
+        module.compile(backend="eager")
+    return model
+
+
+def step(model: nn.Module, density: DensityLoss, number: int) -> tuple[Tensor, Tensor]:
+    """Loss and exits' distance of a watched step, with its backward pass."""
+    ids = tiny_prompt(9, seed=number, batch=3)
+    with density.watching(model, number) as watched:
+        task = model(input_ids=ids, labels=ids, use_cache=False).loss
+    term = density(ids, step=number, watched=watched)
+    (task + term.loss).backward()
+    assert term.exit_distance is not None
+    return (task + term.loss).detach(), term.exit_distance
+
+
+def steps(model: Any, runs: Any, density: DensityLoss) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    found = [step(runs, density, number) for number in range(2)]
+    return found, [weight.grad for weight in model.parameters()]
+
+
+def graphs() -> tuple[int, int]:
+    """How many graphs were made, and how often one broke."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_exits_are_read_without_a_break_or_another_graph(how: str) -> None:
+    plain = tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+    wanted = steps(plain, plain, DensityLoss(plain, **OPTIONS))
+    model = tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+    if how == "in place":  # the others are compiled first
+        attach(model)
+    runs = compiled(model, how)
+    assert graphs() == (0, 0)
+    found = steps(model, runs, DensityLoss(runs, **OPTIONS))
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    # Layers of one class are one graph; the term's own runs are never compiled.
+    assert graphs() == (1, 0)
+
+
+def test_a_forward_that_was_compiled_before_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = compiled(tiny_model("llama", num_hidden_layers=2).train(), "in place")
+    ids = tiny_prompt(9, batch=3)
+    model(input_ids=ids, use_cache=False)
+    density = DensityLoss(model, **OPTIONS)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with density.watching() as watched:
+                model(input_ids=ids, use_cache=False)
+            assert density(ids, watched=watched).exit_distance is None
+    said = [record.message for record in caplog.records if record.name.startswith("softtrace")]
+    assert len(said) == 2
+    assert "torch.compiler.reset()" in said[0]
+
+
+def test_compiled_layers_that_are_checkpointed_are_not_watched(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = compiled(checkpointed(tiny_model("llama", num_hidden_layers=2).train()), "in place")
+    density = DensityLoss(model, **OPTIONS)
+    with caplog.at_level(logging.WARNING), density.watching() as watched:
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+    assert "compiled and checkpointed" in caplog.text
+    assert not watched.forwards

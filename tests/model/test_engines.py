@@ -1,0 +1,85 @@
+"""The table of engines, walked row by row: what is supported is tested elsewhere, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import softtrace
+from softtrace.errors import UnsupportedModelError
+from softtrace.model.engines import ENGINES, engine, engine_around
+from tests.support.tiny import tiny_model
+from tests.support.ways_to_shard import one_process_group
+
+TESTS = Path(__file__).resolve().parents[1]
+
+#: supported row -> the file that compares it with one process
+SUPPORTED = {
+    "one process": "loss/test_density_loss.py",
+    "DDP": "parity/test_parity.py",
+    "FSDP2": "loss/test_together.py",
+    "offloading by Accelerate": "model/test_devices.py",
+}
+#: refused by the doors of the trainers, where they can be seen
+BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
+#: refused row -> the file where several devices are
+ELSEWHERE = {"device_map": "model/test_devices.py"}
+
+
+def flat(model: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    model.model.layers[0].around = wrapper
+    return model
+
+
+def zero_3(model: Any) -> Any:
+    model.lm_head.weight.ds_id = 7
+    return model
+
+
+def split(model: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    part = distribute_tensor(
+        model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]
+    )
+    model.lm_head.weight = nn.Parameter(part)
+    return model
+
+
+def copied(model: Any) -> Any:
+    model.model.layers[0].around = nn.DataParallel(nn.Linear(1, 1))
+    return model
+
+
+MADE: dict[str, Callable[[Any], Any]] = {
+    "FSDP1": flat, "DeepSpeed": zero_3, "TP": split, "DataParallel": copied,
+}  # fmt: skip
+
+
+def test_every_row_is_walked() -> None:
+    names = [each.name for each in ENGINES]
+    assert len(set(names)) == len(names)
+    assert {each.name for each in ENGINES if each.refused is None} == set(SUPPORTED)
+    refused = {each.name for each in ENGINES if each.refused}
+    assert refused == set(MADE) | BY_TRAINERS | set(ELSEWHERE)
+    for file in (*SUPPORTED.values(), *ELSEWHERE.values()):
+        assert (TESTS / file).is_file(), file
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_refused_is_named(name: str) -> None:
+    with one_process_group():
+        model = MADE[name](tiny_model("llama"))
+        assert engine_around(model) is engine(name)
+        with pytest.raises(UnsupportedModelError, match=f"found {name} .*allowed are one process"):
+            softtrace.attach(model)
+    assert engine_around(tiny_model("llama")) is None

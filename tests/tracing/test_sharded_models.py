@@ -1,0 +1,96 @@
+"""Models whose units let go of their weights, in one process: families, adapters, compiled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softtrace import DensityLoss
+from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.ways_to_shard import one_process_group
+from tests.support.zoo import VERIFIED, tiny
+
+pytestmark = pytest.mark.thorough
+
+OPTIONS: dict[str, Any] = {
+    "share": 1.0, "masks": "soft", "size_weight": 0.3, "exits": 0.5, "exit_tokens": 0.5,
+}  # fmt: skip
+#: tied weights and Conv1D, a norm after sub-blocks, attention at its softmax, parallel, experts,
+#: multipliers (where what a layer gives is replaced)
+FAMILIES = ("gpt2", "gemma2", "bloom", "cohere", "mixtral", "granite")
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with one_process_group():
+        yield
+
+
+def sharded(model: Any) -> Any:
+    """Every layer a unit that lets go of its weights; what is left is one, also around adapters."""
+    from torch.distributed.fsdp import fully_shard
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(lists, key=len):
+        fully_shard(layer, reshard_after_forward=True)
+    fully_shard(model)
+    return model
+
+
+def step(model: nn.Module, density: DensityLoss) -> tuple[Tensor, dict[str, Tensor]]:
+    """Term, and gradients of the loss with it."""
+    ids = tiny_prompt(9, seed=1, batch=3)
+    with density.watching(model, 0) as watched:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    term = density(ids, labels=ids, step=0, watched=watched)
+    assert term.exit_distance is not None
+    (loss + term.loss).backward()
+    found = {}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            part: Any = weight.grad
+            name = name.replace("_orig_mod.", "")
+            found[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
+    return term.loss.detach(), found
+
+
+def check_same(whole: nn.Module, parts: nn.Module) -> None:
+    wanted = step(whole, DensityLoss(whole, **OPTIONS))
+    found = step(parts, DensityLoss(parts, **OPTIONS))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    kind, changes = VERIFIED[name]
+    check_same(tiny(kind, **changes).eval(), sharded(tiny(kind, **changes).eval()))
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_adapters_whose_unit_is_around_the_model(attached_first: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> nn.Module:
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(0)
+        model: nn.Module = get_peft_model(tiny_model("llama", seed=1).train(), config)  # type: ignore[arg-type]
+        return model
+
+    whole, parts = adapted(), adapted()
+    if attached_first:
+        DensityLoss(parts, **OPTIONS)
+    check_same(whole, sharded(parts))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_that_are_compiled_and_then_sharded() -> None:
+    whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
+    layers: Any = parts.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend="eager")
+    check_same(whole, sharded(parts))
+    torch._dynamo.reset()
