@@ -56,6 +56,12 @@ class Rows(NamedTuple):
         """Write what was found for the targets ``[B, n]`` into ``values`` ``[B, T]``."""
         values[:, self.at] = found
 
+    def add_own(self, steps: Tensor, residual: Tensor) -> Tensor:
+        """``[B, n, end]`` and a residual ``[B, T]`` of each target: an edge from itself."""
+        targets = self.of(torch.arange(residual.shape[1], device=residual.device), 0)
+        own = targets[None, :, None].expand(len(steps), -1, 1)
+        return steps.scatter_add(2, own, self.of(residual)[..., None])
+
     def edges_of(self, seen: Tensor) -> Tensor:
         """``[B, n, end]`` of ``[B, T, S]``."""
         return self.of(seen)[..., : self.end]
