@@ -20,7 +20,7 @@ _BINS = 1 << 15
 _OCTAVES = 60  # from 1 down to where importances are nothing
 _NODES = (4093, 4094, 4095)  # stand in for the head in names of edges of which a token has one
 Score = Callable[[Tensor, int, Tensor, Tensor, Tensor | None], Tensor]
-"""Of importances ``[B, H, n, m]``, layer, heads ``[H]``, targets ``[n]``, sources ``[m]`` or None."""
+"""Of importances ``[B, H, n, m]``, layer, heads ``[H]``, targets ``[n]``, sources ``[m]``, None."""
 
 
 def rowwise_scores(
