@@ -125,6 +125,19 @@ def test_memory_for_not_even_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
         measured(2)
 
 
+def test_it_is_told_which_length_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_whole = measuring._measured
+
+    def limited(instrument: Any, ids: Tensor, *args: Any) -> Measurements:
+        if ids.numel() > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return measured_whole(instrument, ids, *args)
+
+    monkeypatch.setattr(measuring, "_measured", limited)
+    with pytest.raises(InvalidInputError, match="at 1 block of 8 tokens; blocks of 4 tokens fit"):
+        measured(2)
+
+
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Measurements:
         raise RuntimeError("something else")

@@ -19,8 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from softtrace.density.rowwise_baselines import rowwise_scores
 from softtrace.errors import InvalidInputError
-from softtrace.graph.edges import EdgeImportance, LayerEdges
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 
 Baseline = Literal["random_ranks", "least_important"]
 
@@ -41,7 +42,8 @@ def baseline_scores(
     """Scores in place of importances, so that the same sweeps give the baseline's curves.
 
     Scores are ranks in (0, 1], uniform over the existing edges of each sequence: a threshold
-    1 - f keeps the share f of them.
+    1 - f keeps the share f of them. Of sequences so long that not all edges can be held they are
+    those of :mod:`softtrace.density.rowwise_baselines`.
 
     Args:
         importance: of a batch.
@@ -56,6 +58,15 @@ def baseline_scores(
     """
     if kind not in get_args(Baseline):
         raise InvalidInputError(f"baseline: found {kind!r}, allowed are {get_args(Baseline)}")
+    if isinstance(importance.layers[0], RowwiseEdges):
+        rows = len(importance.valid)
+        seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
+        _check_seeds(seeds, rows)
+        return rowwise_scores(
+            importance,
+            keep_residual=keep_residual,
+            seeds=seeds if kind == "random_ranks" else None,
+        )
     existing = importance.existing()
     shapes = [[part.shape for part in layer] for layer in importance.layers]
     there = _flatten(existing)
@@ -84,16 +95,20 @@ def baseline_scores(
     )
 
 
+def _check_seeds(seeds: Sequence[int], sequences: int) -> None:
+    if len(seeds) != sequences:
+        raise InvalidInputError(
+            f"seed: found {len(seeds)} seeds for {sequences} sequences, allowed is one for "
+            "each, or a single integer"
+        )
+
+
 def _random(there: Tensor, seed: int | Sequence[int]) -> Tensor:
     """Numbers in [0, 1) of the shape ``[B, all edges]``."""
     if isinstance(seed, int):
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(there.shape, generator=generator, device="cpu").to(there.device)
-    if len(seed) != len(there):
-        raise InvalidInputError(
-            f"seed: found {len(seed)} seeds for {len(there)} sequences, allowed is one for "
-            "each, or a single integer"
-        )
+    _check_seeds(seed, len(there))
     rows = torch.empty(there.shape, device="cpu")
     for row, number, exists in zip(rows, seed, there, strict=True):
         generator = torch.Generator().manual_seed(number)

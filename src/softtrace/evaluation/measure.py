@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -31,6 +31,8 @@ from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
 logger = logging.getLogger(__name__)
+
+_SHORTEST = 4  # tokens of a block
 
 Progress = Callable[[int], Any]
 
@@ -151,7 +153,9 @@ def measure(
                 )
             )  # fmt: skip
             if batch is None:
-                found.batch_size = _halved(end - start, blocks.shape[1])
+                if end - start == 1:
+                    _nothing_fits(instrument, blocks[start:end].to(device), attention)
+                found.batch_size = _halved(end - start)
                 continue
             found.extend(batch)
             progress((end - start) * masked_runs(start < extra_blocks))
@@ -166,17 +170,34 @@ def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
     yield extra, blocks
 
 
-def _halved(batch_size: int, length: int) -> int:
-    """Half of a batch size that did not fit into memory, which was emptied."""
+def _halved(batch_size: int) -> int:
+    """Half of a batch size that did not fit into memory, which is emptied."""
     clear_device_cache(garbage_collection=True)
-    if batch_size == 1:
-        raise InvalidInputError(
-            f"batch_size: memory ran out at 1 block of {length} tokens; allowed is what fits. Take "
-            "shorter blocks (--block_size), a smaller --dtype, or --device_map auto"
-        )
     smaller = batch_size // 2
     logger.warning("memory ran out at %d blocks a batch; going on with %d", batch_size, smaller)
     return smaller
+
+
+def _nothing_fits(instrument: Instrument, ids: Tensor, attention: AttentionKind) -> NoReturn:
+    """Refuse a block ``[1, T]`` that does not fit, after trying which length does.
+
+    Raises:
+        InvalidInputError: always.
+    """
+    fits, length = 0, ids.shape[1] // 2
+    while length >= _SHORTEST and not fits:
+        clear_device_cache(garbage_collection=True)
+        part = ids[:, :length]
+        if _attempt(partial(_measured, instrument, part, None, length // 2, False, 0, attention)):
+            fits = length
+        length //= 2
+    clear_device_cache(garbage_collection=True)
+    allowed = f"blocks of {fits} tokens fit here" if fits else "allowed is what fits"
+    raise InvalidInputError(
+        f"batch_size: memory ran out at 1 block of {ids.shape[1]} tokens; {allowed}. Take shorter "
+        "blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
+        "--device_map auto"
+    )
 
 
 def _attempt(measured: Callable[[], Measurements]) -> Measurements | None:

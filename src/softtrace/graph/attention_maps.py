@@ -22,7 +22,7 @@ _MORE_ON_CUDA = 8
 
 HELD_ELEMENTS = 1 << 28
 """Elements of the maps of all layers together, up to which they are held whole: 1 GiB in float32,
-and four times that on a GPU."""
+and four times that on a GPU, but no more than a sixteenth of its memory."""
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -32,7 +32,10 @@ def chunk_elements(device: torch.device) -> int:
 
 def are_held(layers: int, shape: torch.Size, device: torch.device) -> bool:
     """Whether the maps of so many layers, ``[B, H, T, S]`` each, are held whole on a device."""
-    return layers * shape.numel() <= HELD_ELEMENTS * (4 if device.type == "cuda" else 1)
+    most = HELD_ELEMENTS
+    if device.type == "cuda":
+        most = min(4 * most, torch.cuda.get_device_properties(device).total_memory // 64)
+    return layers * shape.numel() <= most
 
 
 class Rows(NamedTuple):
@@ -55,6 +58,12 @@ class Rows(NamedTuple):
     def place(self, values: Tensor, found: Tensor) -> None:
         """Write what was found for the targets ``[B, n]`` into ``values`` ``[B, T]``."""
         values[:, self.at] = found
+
+    def add_own(self, steps: Tensor, residual: Tensor) -> Tensor:
+        """``[B, n, end]`` and a residual ``[B, T]`` of each target: an edge from itself."""
+        targets = self.of(torch.arange(residual.shape[1], device=residual.device), 0)
+        own = targets[None, :, None].expand(len(steps), -1, 1)
+        return steps.scatter_add(2, own, self.of(residual)[..., None])
 
     def edges_of(self, seen: Tensor) -> Tensor:
         """``[B, n, end]`` of ``[B, T, S]``."""

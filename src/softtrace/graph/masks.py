@@ -78,18 +78,26 @@ def soft_masks(
         log_scores = scores.masked_fill(~there, 1.0).clamp_min(tiny).log()
         return ((log_scores - log_cut) / temperature).sigmoid() * there
 
+    def softened(layer: LayerEdges, exists: LayerEdges) -> LayerEdges:
+        def cut(values: Tensor) -> Tensor | float:
+            return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
+
+        def rows_of(scores: Tensor, rows: Rows) -> Tensor:
+            return soften(scores, exists.attention_map.rows(rows), cut(scores))
+
+        residual, mlp, mlp_residual = (
+            soften(values, there, cut(values))
+            for values, there in zip(layer.nodes(), exists.nodes(), strict=True)
+        )
+        if isinstance(layer, RowwiseEdges):
+            made = MadeFrom(layer.attention_map, rows_of)
+            return RowwiseEdges(made, residual, mlp, mlp_residual, layer.parallel)
+        scores = layer.attention
+        attention = soften(scores, exists.attention, cut(scores))
+        return LayerEdges(attention, residual, mlp, mlp_residual, layer.parallel)
+
     with torch.autocast(importance.valid.device.type, enabled=False):
         return tuple(
-            _zip(layer, exists, soften, threshold)
+            softened(layer, exists)
             for layer, exists in zip(importance.layers, importance.existing(), strict=True)
         )
-
-
-def _zip(layer: LayerEdges, exists: LayerEdges, function, threshold):  # type: ignore[no-untyped-def]
-    def cut(values: Tensor) -> Tensor | float:
-        return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
-
-    attention, attention_residual, mlp, mlp_residual = (
-        function(values, there, cut(values)) for values, there in zip(layer, exists, strict=True)
-    )
-    return LayerEdges(attention, attention_residual, mlp, mlp_residual, layer.parallel)

@@ -105,11 +105,12 @@ def traces_at(
     Rows of attention maps are made where a chosen position needs them, and in blocks.
 
     Args:
-        masks: per layer, bool.
+        masks: per layer, bool or floating; edges into a token come from no later one.
         places: ``[B, n]`` int64, n positions of every sequence; None for all.
 
     Returns:
-        ``[B, n, L, 4]`` float64, and per layer the masks without nodes that reach no such position.
+        ``[B, n, L, 4]`` float64 (differentiable if the masks are), and per layer the masks without
+        nodes that reach no such position.
     """
     batch, _, length, _ = masks[0].shape
     reach = _from_outputs(batch, length, places, masks[0].mlp.device)
@@ -124,22 +125,27 @@ def traces_at(
             used = reach.amax(1) > 0
             # Of all positions nearly all rows are needed; to ask which waits for the device.
             targets = None if places is None else used.any(0).nonzero()[:, 0].cpu()
-            degrees, sources = torch.zeros_like(mlp), torch.zeros_like(reach)
+            into = residual + mlp if layer.parallel else residual
+            degrees, before = torch.zeros_like(mlp), torch.zeros_like(reach)
             for rows, kept in each_block(layer.attention_map, _over_heads, targets):
                 rows.place(degrees, kept.sum(-1))
-                sources[..., : rows.end] += rows.of(reach, 2) @ kept.clamp(max=1)
+                step = rows.add_own(kept.clamp(max=1), into).clamp(max=1)
+                before[..., : rows.end] += rows.of(reach, 2) @ step
             counts = _products(reach, (degrees, residual)), _products(at_end, (mlp, mlp_residual))
             counted.insert(0, torch.cat(counts, dim=-1))
-            nodes = (
-                layer.attention_residual & used,
-                layer.mlp & (at_end.amax(1) > 0),
-                layer.mlp_residual & (at_end.amax(1) > 0),
-            )
-            narrow = MadeFrom(layer.attention_map, lambda values, _: values, targets)
-            needed.insert(0, RowwiseEdges(narrow, *nodes, parallel=layer.parallel))
-            into = residual + mlp if layer.parallel else residual
-            reach = (sources + reach * into[:, None]).clamp(max=1)
+            needed.insert(0, _within(layer, used, at_end.amax(1) > 0, targets))
+            reach = before.clamp(max=1)
     return torch.stack(counted, dim=2), tuple(needed)
+
+
+def _within(layer: LayerEdges, middle: Tensor, end: Tensor, targets: Tensor | None) -> LayerEdges:
+    """Edges into some nodes alone, ``[B, T]`` bool after attention and after the MLP."""
+    residual, mlp, mlp_residual = (
+        part & into if part.dtype == torch.bool else part * into
+        for part, into in zip(layer.nodes(), (middle, end, end), strict=True)
+    )
+    attention = MadeFrom(layer.attention_map, lambda values, _: values, targets)
+    return RowwiseEdges(attention, residual, mlp, mlp_residual, layer.parallel)
 
 
 def _from_outputs(batch: int, length: int, places: Tensor | None, device: torch.device) -> Tensor:

@@ -1,0 +1,158 @@
+"""Scores of :mod:`softtrace.density.baselines` for sequences whose edges cannot all be ranked.
+
+Ranks over all edges of a sequence are numbers of which all have to exist. Here a random rank is a
+number that is hashed from the edge's name, and the rank of an importance is read from a histogram
+of all of them: both are uniform over the edges, as ranks are, and made row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softtrace.graph.attention_maps import AttentionMap, EveryEdge, MadeFrom, Rows, each_block
+from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
+
+_BINS = 1 << 15
+_OCTAVES = 60  # from 1 down to where importances are nothing
+_NODES = (4093, 4094, 4095)  # stand in for the head in names of edges of which a token has one
+Score = Callable[[Tensor, int, Tensor, Tensor, Tensor | None], Tensor]
+"""Of importances ``[B, H, n, m]``, layer, heads ``[H]``, targets ``[n]``, sources ``[m]``, None."""
+
+
+def rowwise_scores(
+    importance: EdgeImportance, *, keep_residual: bool, seeds: Sequence[int] | None
+) -> EdgeImportance:
+    """Scores in (0, 1] of all edges, uniform over those of a sequence.
+
+    Args:
+        importance: of a batch.
+        keep_residual: see :func:`softtrace.density.baselines.baseline_scores`.
+        seeds: one for each sequence, of random ranks; None gives the least important edges the
+            highest scores.
+    """
+    score = _rarity(importance) if seeds is None else _random(importance, seeds)
+    found = []
+    for number, (layer, seen) in enumerate(zip(importance.layers, importance.visible, strict=True)):
+        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
+        residual, mlp, mlp_residual = (
+            _of_nodes(score, part, number, code) * there
+            for part, code, there in zip(layer.nodes(), _NODES, exists, strict=True)
+        )
+        attention = MadeFrom(layer.attention_map, _scored(score, number, seen))
+        connect = _keep_residual if keep_residual else _keep_best
+        scores = RowwiseEdges(attention, residual, mlp, mlp_residual, layer.parallel)
+        found.append(connect(scores, exists))
+    return replace(importance, layers=tuple(found))
+
+
+def _scored(score: Score, layer: int, seen: Tensor) -> Callable[[Tensor, Rows], Tensor]:
+    """Scores of rows of importances, 0 where there is no edge ``[B, T, S]``."""
+
+    def scored(values: Tensor, rows: Rows) -> Tensor:
+        numbers = torch.arange(seen.shape[2], device=seen.device)
+        heads = torch.arange(values.shape[1], device=seen.device)
+        found = score(values, layer, heads, rows.of(numbers, 0), numbers[: rows.end])
+        return found * rows.edges_of(seen)[:, None]
+
+    return scored
+
+
+def _of_nodes(score: Score, values: Tensor, layer: int, code: int) -> Tensor:
+    """``[B, T]`` scores of edges of which a token has one."""
+    tokens = torch.arange(values.shape[1], device=values.device)
+    head = tokens.new_tensor([code])
+    return score(values[:, None, :, None], layer, head, tokens, None)[:, 0, :, 0]
+
+
+def _random(importance: EdgeImportance, seeds: Sequence[int]) -> Score:
+    start = importance.valid.int().argmax(1)[:, None, None, None]  # padding moves no number
+    seed = torch.tensor(seeds, device=start.device)[:, None, None, None] << 22
+
+    def score(
+        _: Tensor, layer: int, heads: Tensor, targets: Tensor, sources: Tensor | None
+    ) -> Tensor:
+        name = _mixed(seed + (layer << 12) + heads[:, None, None])
+        place = (targets[:, None] - start) << 21
+        place = place if sources is None else place + sources - start
+        bits = (_mixed(name + place) >> 40) & 0xFFFFFF
+        return 1 - bits.to(torch.float32) / (1 << 24)
+
+    return score
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Int64 numbers whose bits all depend on all bits of what was given (splitmix64)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ ((numbers >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return numbers ^ ((numbers >> 31) & ((1 << 33) - 1))
+
+
+def _place(values: Tensor) -> Tensor:
+    """Where importances stand in the histogram, a number from 0 to its bins."""
+    octave = values.clamp_min(2.0**-_OCTAVES).log2() / _OCTAVES + 1
+    return (octave * _BINS).clamp(0, _BINS - 1e-2)
+
+
+def _rarity(importance: EdgeImportance) -> Score:
+    """One minus the share of a sequence's edges that are less important."""
+    batch = len(importance.valid)
+    counts = torch.zeros(batch, _BINS, dtype=torch.int64, device=importance.valid.device)
+
+    def count(values: Tensor, there: Tensor) -> None:
+        for row, (own, exists) in enumerate(zip(_place(values).long(), there, strict=True)):
+            counts[row] += own[exists].bincount(minlength=_BINS)
+
+    for layer, seen in zip(importance.layers, importance.visible, strict=True):
+        heads = layer.shape[1]
+        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
+        for part, there in zip(layer.nodes(), exists, strict=True):
+            count(part, there)
+        every: AttentionMap = EveryEdge(seen, heads)
+        for rows, values in each_block(layer.attention_map, lambda values, _: values):
+            count(values, every.rows(rows))
+    total = counts.sum(1, keepdim=True).clamp_min(1).double()
+    before = ((counts.cumsum(1) - counts) / total).float()
+    own = (counts / total).float()
+
+    def score(values: Tensor, *_: object) -> Tensor:
+        place = _place(values)
+        bin_of = place.long().flatten(1)
+        inside = (place.flatten(1) - bin_of) * own.gather(1, bin_of)
+        return (1 - before.gather(1, bin_of) - inside).clamp_min(1e-7).reshape(values.shape)
+
+    return score
+
+
+def _keep_residual(scores: LayerEdges, exists: Sequence[Tensor]) -> LayerEdges:
+    residual, _, mlp_residual = (each.to(scores.mlp.dtype) for each in exists)
+    return RowwiseEdges(scores.attention_map, residual, scores.mlp, mlp_residual, scores.parallel)
+
+
+def _keep_best(scores: LayerEdges, exists: Sequence[Tensor]) -> LayerEdges:
+    """The best edge into every node above every threshold."""
+    highest = each_block(scores.attention_map, lambda values, _: values.amax((1, 3)))
+    residual, mlp, mlp_residual = scores.nodes()
+    at_attention = torch.maximum(torch.cat([part for _, part in highest], dim=1), residual)
+    at_mlp = torch.maximum(mlp, mlp_residual)
+    if scores.parallel:  # one node
+        at_attention = at_mlp = torch.maximum(at_attention, mlp)
+
+    def lift(part: Tensor, best: Tensor) -> Tensor:
+        return torch.where((part == best) & (part > 0), 1.0, part)
+
+    attention = MadeFrom(
+        scores.attention_map,
+        lambda values, rows: lift(values, rows.of(at_attention)[:, None, :, None]),
+    )
+    nodes = (
+        lift(part, best) * there
+        for part, best, there in zip(
+            (residual, mlp, mlp_residual), (at_attention, at_mlp, at_mlp), exists, strict=True
+        )
+    )
+    residual, mlp, mlp_residual = nodes
+    return RowwiseEdges(attention, residual, mlp, mlp_residual, scores.parallel)

@@ -1,0 +1,64 @@
+"""Windows of whole rows: the same term and gradients, and no map of all layers alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softtrace
+from softtrace.graph import attention_maps
+from tests.support.live_bytes import LiveBytes
+from tests.support.tiny import tiny_model, tiny_prompt
+
+WAYS: dict[str, dict[str, Any]] = {
+    "straight": {},
+    "recomputed": {"attention": "recomputed"},
+    "soft": {"masks": "soft"},
+    "soft, with sizes": {"masks": "soft", "attention": "recomputed", "size_weight": 0.5},
+    "shallow": {"family": "shallow"},
+}
+
+
+def step(model: Any, ids: Tensor, **options: Any) -> tuple[float, list[Tensor]]:
+    model.zero_grad()
+    density = softtrace.DensityLoss(model, crop=None, share=1.0, every=1, exits=0, **options)
+    loss = density(ids).loss
+    loss.backward()
+    return float(loss.detach()), [
+        each.grad.clone() for each in model.parameters() if each.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_row_by_row_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, family: str, way: str
+) -> None:
+    model, ids = tiny_model(family, dtype=torch.float64), tiny_prompt(12, batch=2)
+    held, expected = step(model, ids, **WAYS[way])
+    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 2 * 4 * 12 * 5)
+    made, found = step(model, ids, **WAYS[way])
+    assert made == pytest.approx(held, rel=1e-6)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["straight", "recomputed", "soft"])
+def test_a_step_holds_no_map_of_all_layers(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    length, layers, heads = 128, 8, 4
+    model = tiny_model("llama", num_hidden_layers=layers, max_position_embeddings=length)
+    ids = tiny_prompt(length)
+    softtrace.attach(model)
+    with LiveBytes() as held:
+        step(model, ids, **WAYS[way])
+    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", heads * length * 16)
+    with LiveBytes() as live:
+        step(model, ids, **WAYS[way])
+    assert held.largest >= heads * length * length > live.largest
+    assert live.peak < held.peak - layers * heads * length * length * 4
