@@ -9,11 +9,13 @@ from softtrace.decoding.exit_checks import (
 )
 from softtrace.decoding.recommend import recommend_exit
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
+from softtrace.decoding.static_decoder import StaticDecoder
 
 __all__ = [
     "EXIT_FIELD",
     "Generation",
     "ProvenExit",
+    "StaticDecoder",
     "check_cache",
     "check_early_exit",
     "exit_layer_of",

@@ -156,7 +156,8 @@ def _exit_of(
 Ends = int | Sequence[int] | None
 
 
-def _ends(model: nn.Module, eos_token_id: Ends) -> set[int]:
+def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
+    """Tokens that end a text; None takes the generation config's."""
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
@@ -177,7 +178,7 @@ def greedy(
         InvalidInputError: see :func:`speculate`.
     """
     _check_decoding(model, max_new_tokens)
-    cache, ends = DynamicCache(), _ends(model, eos_token_id)
+    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
@@ -240,7 +241,7 @@ def speculate(
     check_range("confidence", confidence, 0, 1)
     found, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
-    ends = _ends(model, eos_token_id)
+    ends = ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     if proven_exit is None:
         found = check_cache(found, (depth,))
