@@ -187,6 +187,8 @@ def test_what_cannot_be_is_named() -> None:
     assert len(static.speculate([row], 11)[0].tokens) == 11
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(InvalidInputError, match=r"RepetitionPenaltyLogitsProcessor.*speculate"):
+        decoder(model, proven_exit=proven)
+    with pytest.raises(InvalidInputError, match="changed since the decoder was made"):
         static.speculate([row], 2)
     model.generation_config.repetition_penalty = None
     model.set_attn_implementation("flex_attention")

@@ -53,16 +53,17 @@ class GivenSteps(Steps):
         super().__init__(*args)
         self.chance = torch.ones(1, device=self.place.device)
 
-    def agree(self, guesses: Tensor, best: Tensor) -> Tensor:
-        """``[B, N]`` bool."""
-        return torch.rand(best.shape, device=best.device) < self.chance
+    def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As the model's agreement would be used."""
+        best = scores.argmax(-1)
+        return torch.rand(best.shape, device=best.device) < self.chance, best
 
 
 class GivenDecoder(StaticDecoder):
     """A decoder whose acceptance is given; what it writes means nothing."""
 
     def _make_steps(self) -> Steps:
-        return GivenSteps(self._parts, self._texts, self.draft_tokens)
+        return GivenSteps(self._parts, self._texts, self.draft_tokens, self._processors)
 
     def accept(self, share: float) -> None:
         """Let so many guesses be right from now on."""

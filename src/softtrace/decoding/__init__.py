@@ -8,6 +8,7 @@ from softtrace.decoding.exit_checks import (
     exit_layer_of,
 )
 from softtrace.decoding.recommend import recommend_exit
+from softtrace.decoding.sampling import Sampling
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
 from softtrace.decoding.static_decoder import StaticDecoder
 
@@ -15,6 +16,7 @@ __all__ = [
     "EXIT_FIELD",
     "Generation",
     "ProvenExit",
+    "Sampling",
     "StaticDecoder",
     "check_cache",
     "check_early_exit",

@@ -26,7 +26,8 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
     some_ids,
 )
-from softtrace.decoding.greedy_choice import greedy_choice
+from softtrace.decoding.greedy_choice import OF_LOGITS, greedy_choice
+from softtrace.decoding.sampling import SampledSteps, Sampling
 from softtrace.decoding.speculative import Ends, Generation, ends_of
 from softtrace.decoding.split_model import counter
 from softtrace.decoding.static_cache import IMPLEMENTATIONS
@@ -58,12 +59,14 @@ class StaticDecoder:
             proves it here.
         exit_map: a module that maps the residual stream ``[B, N, D]`` at the exit before the
             model's norm and head read it; None reads the stream as it is.
+        sampling: how tokens are drawn; None writes the most likely ones.
 
     Raises:
         UnsupportedModelError: no exits, another attention than these, or a model that says
             something else over a cache of fixed size.
         InvalidInputError: a number outside its range, a model in train mode, ``cuda_graphs``
-            without CUDA, or a ``proven_exit`` of another model.
+            without CUDA, a ``proven_exit`` of another model, or a generation config that asks for
+            what these steps do not apply.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class StaticDecoder:
         eos_token_id: Ends = None,
         proven_exit: ProvenExit | None = None,
         exit_map: nn.Module | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         check_least("draft_tokens", draft_tokens, 1)
         check_least("rows", rows, 1)
@@ -103,7 +107,8 @@ class StaticDecoder:
             rows,
             capacity,
         )
-        self.ends = ends_of(model, eos_token_id)
+        self.ends, self.sampling = ends_of(model, eos_token_id), sampling
+        self._processors, self._config = self._processors_of(device), _generation_config(model)
         # Behind the longest text there is room for a draft that no one will read.
         room = capacity + draft_tokens
         self._parts = StaticModel(
@@ -118,10 +123,11 @@ class StaticDecoder:
         self._runner = Runner(self._parts, backend, graphs)
 
     def _make_steps(self) -> Steps:
-        return Steps(self._parts, self._texts, self.draft_tokens)
+        given = (self._parts, self._texts, self.draft_tokens, self._processors)
+        return Steps(*given) if self.sampling is None else SampledSteps(*given, self.sampling)
 
     def plain(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[Generation]:
-        """Greedy decoding with all layers, a token a step.
+        """Decoding with all layers, a token a step.
 
         Args:
             prompts: ``[T]`` or ``[1, T]`` int64 each, T from 1, ``rows`` of them at most.
@@ -133,14 +139,15 @@ class StaticDecoder:
         Raises:
             UnsupportedModelError: a text over which rotary frequencies change.
             InvalidInputError: a number outside its range, too many prompts, prompts that do not fit
-                ``capacity``, or a generation config that these steps do not apply.
+                ``capacity``, or a generation config that was changed since the decoder was made.
         """
         return self._write(prompts, max_new_tokens, drafting=False)
 
     def speculate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[Generation]:
         """The same texts, drafted by the first layers and checked by the others.
 
-        Each text goes on by its own accepted guesses.
+        Texts that are drawn (``sampling``) are other draws with the same distribution. Each text
+        goes on by its own accepted guesses.
 
         Args, returns, raises: see :meth:`plain`.
         """
@@ -170,8 +177,10 @@ class StaticDecoder:
                 count = min(room, draft_tokens if drafting else _GLANCE)
                 if not drafting:
                     for _ in range(count):
+                        steps.refresh(1)
                         run("whole", steps.plain)
                     continue
+                steps.refresh(count)
                 for _ in range(count):
                     run("first", steps.guess)
                 run("rest", steps.check, self._checked_at_once(count))
@@ -220,17 +229,27 @@ class StaticDecoder:
             )
         for row in rows:
             refuse_moving_rotations(self.model, len(row), max_new_tokens)
-        self._check_processors(rows[0][None], max_new_tokens)
+        if _generation_config(self.model) != self._config:
+            raise InvalidInputError(
+                "model.generation_config: found one that was changed since the decoder was made, "
+                "and its steps were compiled with the old one; make a new decoder"
+            )
         return rows
 
-    def _check_processors(self, prompt: Tensor, max_new_tokens: int) -> None:
-        choice = greedy_choice(self.model, prompt, max_new_tokens, self.ends)
+    def _processors_of(self, device: torch.device) -> list[Any]:
+        """What the generation config and ``sampling`` do to logits."""
+        prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
+        options = None if self.sampling is None else self.sampling.options()
+        # With one new token at most, generate would leave out what keeps a text from its end.
+        choice = greedy_choice(self.model, prompt, self.capacity, self.ends, options)
         for processor in choice.processors:
-            raise InvalidInputError(
-                f"model.generation_config: found one that asks for {type(processor).__name__}, "
-                "which steps of fixed shapes do not apply; take the option out or decode with "
-                "softtrace.decoding.speculate"
-            )
+            if type(processor) not in OF_LOGITS:
+                raise InvalidInputError(
+                    f"model.generation_config: found one that asks for {type(processor).__name__}, "
+                    "which steps of fixed shapes do not apply; take the option out or decode with "
+                    "softtrace.decoding.speculate"
+                )
+        return list(choice.processors)
 
     def _check_parts(self, ids: Tensor) -> None:
         """Prove that the model says over this cache what it says without one, a cut included."""
@@ -255,6 +274,11 @@ class StaticDecoder:
                 f"{name} says something else over a cache of fixed size (mismatch {error:.2g}, "
                 f"allowed {allowed:.2g}); decode it with softtrace.decoding.speculate"
             )
+
+
+def _generation_config(model: Any) -> dict[str, Any] | None:
+    config = getattr(model, "generation_config", None)
+    return None if config is None else dict(config.to_dict())
 
 
 def _check_attention(model: nn.Module) -> None:

@@ -102,42 +102,41 @@ class Steps:
         model: whose ``start`` they move.
         texts: that they write.
         draft_tokens: K, guesses before a check at most.
+        processors: of transformers, for logits ``[N, V]``; they look at no text.
     """
 
-    def __init__(self, model: StaticModel, texts: Texts, draft_tokens: int) -> None:
-        self.model, self.texts = model, texts
+    def __init__(
+        self, model: StaticModel, texts: Texts, draft_tokens: int, processors: Sequence[Any] = ()
+    ) -> None:
+        self.model, self.texts, self.processors = model, texts, processors
         self.place = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.streams = self._room_for_streams(draft_tokens)
+        model.choose("first")
+        logits, stream = model.first(texts.at(model.start, 1))
+        self.streams = stream.repeat(1, draft_tokens, 1)  # what the first layers gave for a draft
+        self.vocabulary = logits.shape[2]
 
-    def _room_for_streams(self, draft_tokens: int) -> Tensor:
-        """``[B, K, D]``, what the first layers gave for the tokens of a draft."""
-        self.model.choose("first")
-        _, stream = self.model.first(self.texts.at(self.model.start, 1))
-        return stream.repeat(1, draft_tokens, 1)
+    def refresh(self, count: int) -> None:
+        """Prepare what the next steps draw so many tokens by; not part of a step."""
 
     def plain(self) -> None:
         """Write one token with all layers."""
         texts = self.texts
         self.model.start.copy_(texts.length - 1)
-        best = self.choose(self.model.whole(texts.at(self.model.start, 1)))
-        texts.settle(torch.ones_like(best, dtype=torch.bool), best, drafted=False)
+        token = self.choose(self.scores(self.model.whole(texts.at(self.model.start, 1))))
+        texts.settle(torch.ones_like(token, dtype=torch.bool), token, drafted=False)
 
     def guess(self) -> None:
         """Guess one token with the first layers."""
         self.model.start.copy_(self.texts.length - 1 + self.place)
         logits, stream = self.model.first(self.texts.at(self.model.start, 1))
         self.streams.index_copy_(1, self.place, stream)
-        self.texts.put(self.model.start + 1, self.choose(logits))
+        self.texts.put(self.model.start + 1, self.choose(self.scores(logits)))
         self.place.add_(1).remainder_(self.streams.shape[1])
 
     def check(self, count: int) -> None:
         """Check so many guesses with the other layers."""
         tokens = self._drafted(count)
         self._settle(self.model.rest(tokens, self.streams[:, :count]))
-
-    def read(self, count: int) -> None:
-        """Check so many guesses, which no layer has read, with all layers."""
-        self._settle(self.model.whole(self._drafted(count)))
 
     def _drafted(self, count: int) -> Tensor:
         """The last token and all guesses but the last, ``[B, N]``: what the check reads."""
@@ -146,16 +145,27 @@ class Steps:
         return self.texts.at(self.model.start, count)
 
     def _settle(self, logits: Tensor) -> None:
-        guesses, best = self.texts.at(self.texts.length, logits.shape[1]), self.choose(logits)
-        self.texts.settle(self.agree(guesses, best), best, drafted=True)
+        guesses = self.texts.at(self.texts.length, logits.shape[1])
+        right, written = self.judge(guesses, self.scores(logits))
+        self.texts.settle(right, written, drafted=True)
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """Tokens ``[B, N]`` for logits ``[B, N, V]``."""
-        return logits.argmax(-1)
+    def scores(self, logits: Tensor) -> Tensor:
+        """What tokens are chosen by, ``[B, N, V]``, for logits likewise."""
+        if not self.processors:
+            return logits
+        rows = logits.flatten(0, 1).float()  # as generate does
+        for processor in self.processors:
+            rows = processor(None, rows)
+        return rows.view_as(logits)
 
-    def agree(self, guesses: Tensor, best: Tensor) -> Tensor:
-        """Which guesses are right, ``[B, N]`` bool."""
-        return guesses == best
+    def choose(self, scores: Tensor) -> Tensor:
+        """Tokens ``[B, 1]`` for scores ``[B, 1, V]``."""
+        return scores.argmax(-1)
+
+    def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Which guesses are right, ``[B, N]`` bool, and what is written in their places."""
+        best = scores.argmax(-1)
+        return guesses == best, best
 
 
 class Runner:
