@@ -80,6 +80,10 @@ class SampledSteps(Steps):
         self.drawn_with.index_copy_(1, self.place, scores)
         return _largest(scores, self.noise.index_select(1, self.place))
 
+    def _surely_guessed(self, guesses: Tensor) -> None:
+        certain = torch.zeros_like(self.drawn_with[:, : guesses.shape[1]])
+        self.drawn_with[:, : guesses.shape[1]] = certain.scatter(2, guesses[..., None], 1.0)
+
     def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Which guesses are taken, and what is written in their places; see the module."""
         count, places = guesses.shape[1], guesses[..., None]

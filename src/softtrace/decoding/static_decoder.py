@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softtrace.anatomy.refusals import running
 from softtrace.anatomy.tolerances import mismatch, tolerance
-from softtrace.checks import check_least
+from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import (
     ProvenExit,
     check_early_exit,
@@ -35,6 +35,8 @@ from softtrace.decoding.static_model import StaticModel
 from softtrace.decoding.static_steps import Runner, Steps, Texts
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 
+DRAFTS = ("exit", "lookup", "both")
+"""Ways to make guesses."""
 _GLANCE = 8  # plain tokens between two looks at how far the texts are
 
 
@@ -49,6 +51,12 @@ class StaticDecoder:
             attention.
         exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
         draft_tokens: how many to guess before a check, >= 1.
+        draft: how guesses are made: "exit", by the first layers; "lookup", by what followed the
+            same two or three tokens earlier in the text; "both", by lookup where all texts have
+            such a place, else by the first layers.
+        confidence: guesses of an exit end where all of a step's have less probability than this, in
+            [0, 1]. Above 0 the host waits for every guess;
+            :func:`softtrace.decoding.calibrated_confidence` chooses one on held-out text.
         rows: texts that are written at once, >= 1.
         capacity: tokens that a text may have, prompt and new ones; attention reads room for as
             many whatever the text's length.
@@ -75,6 +83,8 @@ class StaticDecoder:
         *,
         exit_layer: int | None = None,
         draft_tokens: int = 6,
+        draft: str = "exit",
+        confidence: float = 0.0,
         rows: int = 1,
         capacity: int = 1024,
         backend: str | None = "inductor",
@@ -85,6 +95,9 @@ class StaticDecoder:
         sampling: Sampling | None = None,
     ) -> None:
         check_least("draft_tokens", draft_tokens, 1)
+        check_range("confidence", confidence, 0, 1)
+        if draft not in DRAFTS:
+            raise InvalidInputError(f"draft: found {draft!r}, allowed are {', '.join(DRAFTS)}")
         check_least("rows", rows, 1)
         check_least("capacity", capacity, 8)
         if model.training:
@@ -109,6 +122,7 @@ class StaticDecoder:
         )
         self.ends, self.sampling = ends_of(model, eos_token_id), sampling
         self._processors, self._config = self._processors_of(device), _generation_config(model)
+        self.draft, self.confidence = draft, confidence
         # Behind the longest text there is room for a draft that no one will read.
         room = capacity + draft_tokens
         self._parts = StaticModel(
@@ -160,33 +174,63 @@ class StaticDecoder:
         check_least("max_new_tokens", max_new_tokens, 1)
         rows = self._checked(prompts, max_new_tokens)
         longest = max(map(len, rows))
-        steps, texts, run, draft_tokens = (
-            self._steps,
-            self._texts,
-            self._runner.run,
-            self.draft_tokens,
-        )
         with self._parts.prepared():
             self._make_ready(drafting)
-            texts.begin(rows, max_new_tokens)
+            self._texts.begin(rows, max_new_tokens)
+            self._steps.found.zero_()
             if longest > 1:
                 self._parts.start.zero_()
                 self._parts.choose("whole")
-                self._parts.read(texts.tokens[:, : longest - 1])
-            while room := texts.room():  # the one place where the host waits
-                count = min(room, draft_tokens if drafting else _GLANCE)
-                if not drafting:
-                    for _ in range(count):
-                        steps.refresh(1)
-                        run("whole", steps.plain)
-                    continue
-                steps.refresh(count)
-                for _ in range(count):
-                    run("first", steps.guess)
-                run("rest", steps.check, self._checked_at_once(count))
+                self._parts.read(self._texts.tokens[:, : longest - 1])
+            if drafting:
+                self._draft_on()
+            else:
+                while room := int(self._texts.room().amax()):
+                    self._plain(min(room, _GLANCE))
         return self._generations(rows)
 
-    def _checked_at_once(self, count: int) -> int:
+    def _plain(self, count: int) -> None:
+        for _ in range(count):
+            self._steps.refresh(1)
+            self._runner.run("whole", self._steps.plain)
+
+    def _draft_on(self) -> None:
+        """Draft and check until all texts have ended."""
+        steps, texts, run = self._steps, self._texts, self._runner.run
+        while True:
+            if self.draft != "exit":
+                run("whole", steps.look_up)
+            # The one place where the host waits.
+            room, matched, unmatched = self._glance()
+            if not room:
+                return
+            count = min(room, self.draft_tokens)
+            if self.draft == "lookup" and not matched:
+                self._plain(1)
+                continue
+            steps.refresh(count)
+            if self.draft == "exit" or (self.draft == "both" and unmatched):
+                run("rest", steps.check, self._at_once(self._guess(count)))
+            else:
+                run("whole", steps.read, self._at_once(count))
+
+    def _glance(self) -> tuple[int, int, int]:
+        """Most room of a text, and how many that go on have a place to look up, and have none."""
+        room, found, going = self._texts.room(), self._steps.found, ~self._texts.ended
+        seen = (room.amax(), (found & going).sum(), (~found & going).sum())
+        most, matched, unmatched = torch.stack(seen).tolist()
+        return most, matched, unmatched
+
+    def _guess(self, count: int) -> int:
+        """Guess so many tokens by the first layers, fewer where none is sure; how many."""
+        for made in range(1, count + 1):
+            self._runner.run("first", self._steps.guess)
+            sure = torch.where(self._texts.ended, 0, self._steps.sure)
+            if self.confidence and float(sure.amax()) < self.confidence:
+                return made
+        return count
+
+    def _at_once(self, count: int) -> int:
         """How many tokens are checked of so many guesses: always as many where that is compiled."""
         return self.draft_tokens if self._runner.fixed else count
 
@@ -194,11 +238,14 @@ class StaticDecoder:
         """Compile and capture what is needed, before any text is begun."""
         self._texts.begin([], 0)
         make_ready, steps = self._runner.make_ready, self._steps
-        if drafting:
+        if not drafting or self.draft == "lookup":
+            make_ready("whole", steps.plain)
+        if drafting and self.draft != "lookup":
             make_ready("first", steps.guess)
             make_ready("rest", steps.check, self.draft_tokens)
-        else:
-            make_ready("whole", steps.plain)
+        if drafting and self.draft != "exit":
+            make_ready("whole", steps.look_up)
+            make_ready("whole", steps.read, self.draft_tokens)
 
     def _generations(self, rows: Sequence[Tensor]) -> list[Generation]:
         texts = self._texts

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from softtrace.decoding.static_model import StaticModel
 
+LONGEST_MATCH = 3
+"""Tokens that are compared at most where what a text says next is looked up in it."""
+
 
 class Texts:
     """What a batch of texts holds, and how far each of them is.
@@ -54,9 +57,9 @@ class Texts:
             self.length[row], self.ended[row] = len(prompt), False
         self.limit.copy_(self.length + new_tokens)
 
-    def room(self) -> int:
-        """Tokens that the text with most room may still get; 0 where all have ended. Waits."""
-        return int(torch.where(self.ended, 0, self.limit - self.length).amax())
+    def room(self) -> Tensor:
+        """Tokens that each text may still get, ``[B, 1]``; 0 where it has ended."""
+        return torch.where(self.ended, 0, self.limit - self.length)
 
     def at(self, start: Tensor, count: int) -> Tensor:
         """Tokens ``[B, count]`` at positions ``start`` ``[B, 1]`` and after."""
@@ -67,19 +70,20 @@ class Texts:
         places = start + torch.arange(tokens.shape[1], device=start.device)
         self.tokens.scatter_(1, places, tokens)
 
-    def settle(self, right: Tensor, written: Tensor, drafted: bool) -> None:
+    def settle(self, right: Tensor, written: Tensor, guesses: Tensor | int) -> None:
         """Go on by the guesses that are right, and by the token that comes for the next.
 
         Args:
             right: ``[B, N]`` bool, which guesses the model agrees to.
             written: ``[B, N]``, what it says in their place: the guesses where they are right.
-            drafted: whether there were guesses, to be counted.
+            guesses: how many of these there are, ``[1]`` int64; 0 where nothing was guessed.
         """
         count = written.shape[1]
         places = torch.arange(count, device=written.device)[None]
         agreed = right.long().cumprod(1).sum(1, keepdim=True)
-        room = (self.limit - self.length).clamp_max(count)
-        going = (~self.ended).long()
+        room, going = self.limit - self.length, (~self.ended).long()
+        if isinstance(guesses, Tensor):  # behind them nothing was read
+            room = torch.minimum(room, guesses)
         step = torch.minimum(agreed + 1, room)
         if len(self.ends):
             ends = (written[..., None] == self.ends).any(-1)
@@ -87,7 +91,7 @@ class Texts:
             step = torch.minimum(step, first + 1)
             self.ended.logical_or_(first < step)
         self.put(self.length, written)
-        if drafted:
+        if isinstance(guesses, Tensor):
             self.drafted.add_(room * going)
             self.accepted.add_(torch.minimum(agreed, step) * going)
         self.checks.add_(going)
@@ -114,6 +118,9 @@ class Steps:
         logits, stream = model.first(texts.at(model.start, 1))
         self.streams = stream.repeat(1, draft_tokens, 1)  # what the first layers gave for a draft
         self.vocabulary = logits.shape[2]
+        self.guesses = torch.zeros_like(self.place)
+        self.sure = torch.zeros_like(texts.length, dtype=torch.float32)
+        self.found = torch.zeros_like(texts.ended)
 
     def refresh(self, count: int) -> None:
         """Prepare what the next steps draw so many tokens by; not part of a step."""
@@ -123,7 +130,7 @@ class Steps:
         texts = self.texts
         self.model.start.copy_(texts.length - 1)
         token = self.choose(self.scores(self.model.whole(texts.at(self.model.start, 1))))
-        texts.settle(torch.ones_like(token, dtype=torch.bool), token, drafted=False)
+        texts.settle(torch.zeros_like(token, dtype=torch.bool), token, 0)
 
     def guess(self) -> None:
         """Guess one token with the first layers."""
@@ -131,6 +138,7 @@ class Steps:
         logits, stream = self.model.first(self.texts.at(self.model.start, 1))
         self.streams.index_copy_(1, self.place, stream)
         self.texts.put(self.model.start + 1, self.choose(self.scores(logits)))
+        self.sure.copy_(logits[:, -1].float().softmax(-1).amax(-1, keepdim=True))
         self.place.add_(1).remainder_(self.streams.shape[1])
 
     def check(self, count: int) -> None:
@@ -138,16 +146,34 @@ class Steps:
         tokens = self._drafted(count)
         self._settle(self.model.rest(tokens, self.streams[:, :count]))
 
+    def look_up(self) -> None:
+        """Guess what followed the last tokens where they stood before, all guesses at once."""
+        guesses, found = looked_up(self.texts.tokens, self.texts.length, self.streams.shape[1])
+        self.texts.put(self.texts.length, guesses)
+        self.found.copy_(found)
+        self.place.zero_()
+
+    def read(self, count: int) -> None:
+        """Check so many guesses, which no layer has read, with all layers."""
+        tokens = self._drafted(count)
+        self._surely_guessed(self.texts.at(self.texts.length, count))
+        self._settle(self.model.whole(tokens))
+
+    def _surely_guessed(self, guesses: Tensor) -> None:
+        """Note that guesses ``[B, N]`` were not drawn."""
+
     def _drafted(self, count: int) -> Tensor:
         """The last token and all guesses but the last, ``[B, N]``: what the check reads."""
         self.model.start.copy_(self.texts.length - 1)
+        # After a full draft the place is the first one again.
+        self.guesses.copy_(torch.where(self.place == 0, count, self.place))
         self.place.zero_()
         return self.texts.at(self.model.start, count)
 
     def _settle(self, logits: Tensor) -> None:
         guesses = self.texts.at(self.texts.length, logits.shape[1])
         right, written = self.judge(guesses, self.scores(logits))
-        self.texts.settle(right, written, drafted=True)
+        self.texts.settle(right, written, self.guesses)
 
     def scores(self, logits: Tensor) -> Tensor:
         """What tokens are chosen by, ``[B, N, V]``, for logits likewise."""
@@ -166,6 +192,34 @@ class Steps:
         """Which guesses are right, ``[B, N]`` bool, and what is written in their places."""
         best = scores.argmax(-1)
         return guesses == best, best
+
+
+def looked_up(tokens: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What followed the last tokens of a text where they stood before (prompt lookup).
+
+    Of the places with the longest match, of up to :data:`LONGEST_MATCH` tokens, the last is taken.
+
+    Args:
+        tokens: ``[B, C]`` int64.
+        length: ``[B, 1]`` int64, how many of them are the text.
+        count: N, guesses to make. Where the text ends before, what stands there is repeated.
+
+    Returns:
+        Guesses ``[B, N]``, and whether at least two tokens stood before, ``[B, 1]`` bool.
+    """
+    capacity = tokens.shape[1]
+    places = torch.arange(capacity, device=tokens.device)[None]
+    alike = places < length - 1
+    matched = torch.zeros_like(tokens)
+    for back in range(LONGEST_MATCH):
+        last = tokens.gather(1, (length - 1 - back).clamp_min(0))
+        alike = alike & (tokens.roll(back, 1) == last) & (places >= back) & (length > back)
+        matched = matched + alike
+    best = (matched * capacity + places).amax(1, keepdim=True)
+    found, place = best >= 2 * capacity, best % capacity
+    place = torch.where(found, place, (length - 2).clamp_min(0))
+    period = (length - 1 - place).clamp_min(1)
+    return tokens.gather(1, place + 1 + places[:, :count] % period), found
 
 
 class Runner:
