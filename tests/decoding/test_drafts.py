@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from softtrace.decoding import StaticDecoder, greedy
 from softtrace.decoding.static_steps import looked_up
@@ -48,8 +47,6 @@ def test_lookup_changes_no_text(draft: str) -> None:
     assert [each.tokens.tolist() for each in static.speculate(rows, NEW)] == wanted
     for row, tokens in zip(rows, wanted, strict=True):
         assert static.speculate([row], NEW)[0].tokens.tolist() == tokens
-
-
 
 
 def test_lookup_guesses_right_where_a_text_repeats_itself() -> None:

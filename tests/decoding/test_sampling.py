@@ -20,7 +20,7 @@ from softtrace.errors import InvalidInputError
 from tests.support.tiny import tiny_model
 
 VOCABULARY, NEW, ROWS, CALLS = 7, 2, 512, 10
-PROMPT = torch.tensor([3, 5, 4, 6])
+PROMPT = torch.tensor([3, 5, 4, 6, 3, 5])  # two tokens stand there twice
 
 
 def model_of(**generation: Any) -> Any:
@@ -33,7 +33,7 @@ def model_of(**generation: Any) -> Any:
 
 
 def decoder(model: Any, sampling: Sampling, **options: Any) -> StaticDecoder:
-    usual = {"exit_layer": 1, "draft_tokens": NEW, "capacity": 8, "backend": None, "rows": ROWS}
+    usual = {"exit_layer": 1, "draft_tokens": NEW, "capacity": 12, "backend": None, "rows": ROWS}
     return StaticDecoder(model, sampling=sampling, **{**usual, "eos_token_id": -1, **options})
 
 
@@ -97,6 +97,16 @@ def test_drafted_texts_have_the_distribution_of_plain_sampling(kind: str) -> Non
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("options", [{"draft": "lookup"}, {"draft": "both"}, {"confidence": 0.4}])
+def test_other_drafts_have_it_too(options: dict[str, Any]) -> None:
+    model = model_of()
+    static = decoder(model, Sampling(), **options)
+    assert chance(drawn(static.speculate), exact(model, [])) > 0.01
+    found = static.speculate([PROMPT] * ROWS, NEW)
+    assert sum(each.drafted for each in found) > 0
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("broken", ["every guess is taken", "drawn anew from the whole model's"])
 def test_a_broken_rule_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = SampledSteps.judge
@@ -123,7 +133,7 @@ def test_the_generation_config_is_honoured_or_refused() -> None:
     assert len({tuple(tokens) for tokens in found}) > 8
     one = decoder(model, Sampling(top_k=1), rows=1).speculate([PROMPT], 4)[0]  # the most likely
     greedy = StaticDecoder(
-        model, exit_layer=1, capacity=8, backend=None, eos_token_id=-1, draft_tokens=2
+        model, exit_layer=1, capacity=12, backend=None, eos_token_id=-1, draft_tokens=2
     )
     assert torch.equal(one.tokens, greedy.plain([PROMPT], 4)[0].tokens)
     model.generation_config.temperature = 0.7

@@ -196,7 +196,7 @@ class StaticDecoder:
 
     def _draft_on(self) -> None:
         """Draft and check until all texts have ended."""
-        steps, texts, run = self._steps, self._texts, self._runner.run
+        steps, run = self._steps, self._runner.run
         while True:
             if self.draft != "exit":
                 run("whole", steps.look_up)
