@@ -1,6 +1,7 @@
 """What drafting by early exits is worth against plain decoding that is compiled, on a GPU.
 
     python -m recipes.benchmarks.speed.compiled_decoding                  # sizes of real models
+    python -m recipes.benchmarks.speed.compiled_decoding --backends none  # in a tenth of the time
     python -m recipes.benchmarks.speed.compiled_decoding --models DIR ... --data TEXT
 
 A name of a size stands for random weights of the size that the model's card states. Their exits
@@ -17,9 +18,10 @@ measurement.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,34 +160,49 @@ def stock(model: Any, rows: Sequence[Tensor], new: int) -> dict[str, float]:
 
 def measure(
     name: str, model: Any, rows: Sequence[Tensor], proven: ProvenExit, args: argparse.Namespace
-) -> Any:
-    """Results of one model, one by one."""
-    given = name in MODELS
+) -> Iterator[dict[str, Any]]:
+    """Results of one model, one by one; of what fails, why."""
     depths = sorted({max(1, round(share * proven.layers)) for share in args.exits})
-    for depth in depths:
-        for draft in args.draft_tokens:
-            decoder = GivenDecoder if given else StaticDecoder
-            static = decoder(
+    for backend, depth, draft in itertools.product(args.backends, depths, args.draft_tokens):
+        way = {
+            "model": name, "layers": proven.layers, "backend": backend, "exit_layer": depth,
+            "draft_tokens": draft,
+        }  # fmt: skip
+        try:
+            static = (GivenDecoder if name in MODELS else StaticDecoder)(
                 model, exit_layer=depth, draft_tokens=draft, rows=args.batch, eos_token_id=-1,
-                capacity=args.prompt_tokens + args.new_tokens, backend=args.backend or None,
-                proven_exit=proven,
+                capacity=args.prompt_tokens + args.new_tokens, proven_exit=proven,
+                backend=None if backend == "none" else backend,
             )  # fmt: skip
             began = time.perf_counter()
             for write in (static.plain, static.speculate):
                 write(rows[: args.batch], args.new_tokens)
-            ready = time.perf_counter() - began
-            for share in args.acceptance if given else [None]:
+            way["ready_seconds"] = time.perf_counter() - began
+            for share in args.acceptance if isinstance(static, GivenDecoder) else [None]:
                 if isinstance(static, GivenDecoder):
                     static.accept(share)
                 found = in_turns(static.plain, static.speculate, rows, args.batch, args.new_tokens)
-                yield {
-                    "model": name, "layers": proven.layers, "exit_layer": depth,
-                    "draft_tokens": draft, "given_acceptance": share, "ready_seconds": ready,
-                    **found,
-                }  # fmt: skip
+                yield {**way, "given_acceptance": share, **found}
+        except Exception as error:  # the others are measured all the same
+            yield {**way, "failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
-def main() -> None:
+def said(found: dict[str, Any]) -> str:
+    """One line on a measurement."""
+    where = (
+        f"{found['model']}, {found['backend']}: exit {found['exit_layer']} of {found['layers']}, "
+        f"{found['draft_tokens']} guesses"
+    )
+    if "failed" in found:
+        return f"{where}: failed, {found['failed'][:300]}"
+    return (
+        f"{where}, acceptance {found['given_acceptance']}: {found['speedup']['median']:.2f} times "
+        f"plain decoding's {found['plain_tokens_per_second']['median']:.0f} tokens a second"
+    )
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, and write the result file anew after every measurement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     sizes = ["SmolLM2-135M", "Llama-3.2-1B"]
     parser.add_argument("--models", nargs="+", default=sizes, help="names of sizes, or folders")
@@ -200,14 +217,15 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1, help="prompts that are written at once")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; '' for none")
+    parser.add_argument("--backends", nargs="+", default=["none", "inductor"],
+                        help="of torch.compile; with none CUDA graphs alone")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-stock", action="store_true", help="leave transformers' loops out")
     parser.add_argument("--out", type=Path, default=RESULTS / "compiled_decoding.json")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     device = device_of(args.device)
-    names = ("prompts", "prompt_tokens", "new_tokens", "batch", "backend", "dtype")
+    names = ("prompts", "prompt_tokens", "new_tokens", "batch", "dtype")
     result: dict[str, Any] = {
         **provenance(device), **{name: getattr(args, name) for name in names},
         "stock": {}, "measurements": [],
@@ -220,13 +238,7 @@ def main() -> None:
         for found in measure(name, model, rows, proven, args):
             result["measurements"].append(found)
             write_json(args.out, result)
-            print(
-                f"{name}: exit {found['exit_layer']} of {found['layers']}, "
-                f"{found['draft_tokens']} guesses, acceptance {found['given_acceptance']}: "
-                f"{found['speedup']['median']:.2f} times plain decoding's "
-                f"{found['plain_tokens_per_second']['median']:.0f} tokens a second",
-                flush=True,
-            )
+            print(said(found), flush=True)
         if not args.no_stock:
             result["stock"][name] = stock(model, rows, args.new_tokens)
             write_json(args.out, result)
