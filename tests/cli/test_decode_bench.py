@@ -87,6 +87,13 @@ def test_equals_what_is_computed_by_hand(
         f"drafting with {best.exit_layer} layers, {best.draft_tokens} tokens at most, confidence "
         f"{best.confidence:g}, timed on 3 prompts"
     ) in said
+    race = found["race"]
+    assert {"plain, fixed shapes", "exit drafts, fixed shapes", "lookup drafts, fixed shapes",
+            "prompt lookup, transformers"} < {*race["ways"]}  # fmt: skip
+    assert all(each["identical"] == 1 for each in race["ways"].values())
+    assert race["use"] in (race["best_plain"], race["best_draft"])
+    assert (race["use"] == race["best_draft"]) == (race["drafts_over_plain"]["median"] > 1)
+    assert f"use: {race['use']}." in said
     assert "direct loop:" in said
     assert "transformers loop:" in said
     assert "stopping where the exit is sure (not lossless)" in said
@@ -148,6 +155,8 @@ def test_what_the_generation_config_changes_is_measured(
     ]
     assert 0 < direct["accepted"] < direct["drafted"]
     assert [loop["identical"] for loop in found["loops"].values()] == [1, 1]
+    assert "RepetitionPenalty" in found["race"]["left_out"]
+    assert all(each["identical"] == 1 for each in found["race"]["ways"].values())
 
 
 @pytest.mark.thorough
@@ -173,6 +182,11 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
     decode_bench(str(other), sources[1], str(out), **over)
     kept = json.loads((out / "density.json").read_text())
     assert kept["decoding"] == again  # of another model: left alone
+
+
+def test_a_backend_that_is_none_is_named(sources: tuple[str, TextSource], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"backend: found 'fast', allowed are auto, none"):
+        decode_bench(*sources, str(tmp_path), backend="fast", **SMALL)
 
 
 def test_refuses_what_it_cannot_do(

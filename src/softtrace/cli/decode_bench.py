@@ -12,6 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
@@ -24,8 +26,9 @@ from softtrace.decoding.exit_checks import (
 )
 from softtrace.decoding.recommend import GATES, gated_exits
 from softtrace.decoding.replay import LONGEST, best_drafting, check_costs
-from softtrace.errors import OutputExistsError
+from softtrace.errors import InvalidInputError, OutputExistsError
 from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
+from softtrace.evaluation.decode_ways import race_ways
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.files import OVERWRITE, check_output, claims_out, prepare_output, write_json
@@ -47,6 +50,7 @@ def decode_bench(
     draft_tokens: int | None = None,
     confidence: float | None = None,
     rounds: int = 2,
+    backend: str = "auto",
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Measure acceptance and speed of self-speculation, and write them to OUT.
@@ -71,6 +75,9 @@ def decode_bench(
         confidence: A guess with a lower probability than this ends its draft; the best bound by
             default.
         rounds: How often every prompt is timed.
+        backend: What compiles the steps of fixed shapes: "inductor" or another backend of
+            torch.compile, "none", or "auto": inductor on CUDA, none elsewhere, where compiling
+            takes minutes.
         run: How the model is run.
 
     Raises:
@@ -83,6 +90,9 @@ def decode_bench(
     check_counts(1, prompts=prompts, rounds=rounds)
     check_counts(2, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     check_least("draft_tokens", draft_tokens, 1, optional=True)
+    backends = ("auto", "none", *torch.compiler.list_backends(None))
+    if backend not in backends:
+        raise InvalidInputError(f"backend: found {backend!r}, allowed are {', '.join(backends)}")
     if confidence is not None:
         check_range("confidence", confidence, 0, 1)
     where = device_of(run.device)
@@ -115,6 +125,8 @@ def decode_bench(
         for layer in costs
     }
     way = ways[exit_layer] if exit_layer else max(ways.values(), key=lambda each: each.speedup)
+    named = ("inductor" if where.type == "cuda" else "none") if backend == "auto" else backend
+    compiler = None if named == "none" else named
     found = {
         "prompts": len(rows),
         "prompts_chosen_on": len(chosen_on),
@@ -138,6 +150,7 @@ def decode_bench(
             "checks": way.checks,
         },
         "loops": race(network, proven_exit, rows, way, new_tokens, rounds),
+        "race": race_ways(network, proven_exit, rows, way, new_tokens, rounds, compiler),
         "gated": {
             "confidence": list(GATES),
             "layers_used": [used for used, _ in gated],

@@ -86,7 +86,7 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
     layers, name = len(modules), type(model).__name__
     if layers < 2:
         raise UnsupportedModelError(f"{name} has {layers} layer; an early exit needs two at least")
-    ids = _some_ids(instrument, model)
+    ids = some_ids(instrument, model)
     with dropout_off(model):
         streams, logits = _plain_run(model, modules, ids)
     allowed = tolerance(next(model.parameters()).dtype)
@@ -131,7 +131,7 @@ def _plain_run(
             handle.remove()
 
 
-def _some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
+def some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
     """Six tokens, ``[1, 6]``, to compare two ways of running a model on."""
     ids = torch.arange(6, device=next(model.parameters()).device)[None]
     return ids % instrument.anatomy.vocabulary
@@ -155,7 +155,7 @@ def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenEx
     """
     model, instrument, depths = proven_exit.model, proven_exit.instrument, frozenset(depths)
     proven_exit.check_model(model)
-    ids, layers = _some_ids(instrument, model), decoder_layers(instrument)
+    ids, layers = some_ids(instrument, model), decoder_layers(instrument)
     name = type(model).__name__
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):
         wanted = model(input_ids=ids, use_cache=False).logits[0, 3:]

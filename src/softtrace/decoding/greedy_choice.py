@@ -39,6 +39,17 @@ _OF_THE_TEXT = {
     logits_process.WatermarkLogitsProcessor,
 }
 
+#: Processors that look at the logits of one token alone, and at no text.
+OF_LOGITS = {
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinPLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+}
+
 #: Options of a generation config that drafts cannot honour: what is allowed, and why no more.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((None, 1), "beams write several texts at once"),
@@ -97,7 +108,11 @@ class GreedyChoice:
 
 
 def greedy_choice(
-    model: nn.Module, prompt: Tensor, max_new_tokens: int, ends: Collection[int]
+    model: nn.Module,
+    prompt: Tensor,
+    max_new_tokens: int,
+    ends: Collection[int],
+    sampling: Mapping[str, Any] | None = None,
 ) -> GreedyChoice:
     """What ``model.generate(do_sample=False)`` applies to the logits of one text.
 
@@ -106,6 +121,8 @@ def greedy_choice(
         prompt: ``[1, T]`` ids.
         max_new_tokens: how many tokens are written at most.
         ends: tokens that end the text; with none, what bears on an end does not apply.
+        sampling: options of ``model.generate(do_sample=True)``, for what is applied to logits
+            before a token is drawn by them; None for greedy decoding.
 
     Raises:
         InvalidInputError: the generation config asks for something that depends on more than the
@@ -116,7 +133,8 @@ def greedy_choice(
         return GreedyChoice(prompt, LogitsProcessorList())
     refuse_options(model, {}, _REFUSED_DIRECTLY)
     options: dict[str, Any] = {
-        "do_sample": False,
+        "do_sample": sampling is not None,
+        **(sampling or {}),
         "max_new_tokens": max_new_tokens,
         "max_length": None,  # or transformers warns that the other one is taken
         "eos_token_id": sorted(end for end in ends if end >= 0) or None,
@@ -130,10 +148,10 @@ def greedy_choice(
         )
     except (TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"model.generation_config: transformers does not decode greedily with it: {error}"
+            f"model.generation_config: transformers does not decode with it: {error}"
         ) from error
     for processor in processors:
-        if type(processor) not in _OF_THE_TEXT:
+        if type(processor) not in _OF_THE_TEXT | OF_LOGITS:
             raise InvalidInputError(
                 f"model.generation_config: found one that asks for {type(processor).__name__}, "
                 "which is not known to depend on the text so far alone, so that drafts could be "

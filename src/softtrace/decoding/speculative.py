@@ -97,7 +97,7 @@ def generate(
             another model, ``stop_strings`` without a ``tokenizer``, or an option that a draft
             cannot honour (``num_beams``, ``guidance_scale``, ...).
     """
-    _, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
+    _, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_options(model, options)
     start, new_tokens = input_ids.shape[1], option_of(model, options, "max_new_tokens")
     if new_tokens is None:
@@ -136,7 +136,7 @@ def _no_stop_strings(model: Any) -> Iterator[None]:
         own.stop_strings = kept
 
 
-def _exit_of(
+def proven_exit_of(
     model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
 ) -> tuple[ProvenExit, int]:
     """What is proven of the model's exits, here unless it was before, and the exit to take."""
@@ -156,7 +156,8 @@ def _exit_of(
 Ends = int | Sequence[int] | None
 
 
-def _ends(model: nn.Module, eos_token_id: Ends) -> set[int]:
+def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
+    """Tokens that end a text; None takes the generation config's."""
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
@@ -176,8 +177,8 @@ def greedy(
     Raises:
         InvalidInputError: see :func:`speculate`.
     """
-    _check_decoding(model, max_new_tokens)
-    cache, ends = DynamicCache(), _ends(model, eos_token_id)
+    check_decoding(model, max_new_tokens)
+    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
@@ -188,7 +189,8 @@ def greedy(
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
 
 
-def _check_decoding(model: nn.Module, max_new_tokens: int) -> None:
+def check_decoding(model: nn.Module, max_new_tokens: int) -> None:
+    """Raise :class:`InvalidInputError` in train mode, or where nothing is to be written."""
     check_least("max_new_tokens", max_new_tokens, 1)
     if model.training:
         raise InvalidInputError("model: found one in train mode; call model.eval() first")
@@ -235,12 +237,12 @@ def speculate(
             generation config that a draft cannot honour (``num_beams``, ``guidance_scale``,
             ``stop_strings``, ...).
     """
-    _check_decoding(model, max_new_tokens)
+    check_decoding(model, max_new_tokens)
     check_least("draft_tokens", draft_tokens, 1)
     check_range("confidence", confidence, 0, 1)
-    found, depth = _exit_of(model, input_ids, exit_layer, proven_exit)
+    found, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
-    ends = _ends(model, eos_token_id)
+    ends = ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     if proven_exit is None:
         found = check_cache(found, (depth,))

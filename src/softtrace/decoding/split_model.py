@@ -48,6 +48,23 @@ def first_layers(model: nn.Module, count: int) -> Iterator[None]:
 
 
 @contextmanager
+def exit_after(model: nn.Module, depth: int) -> Iterator[None]:
+    """Let a model exit after so many layers, read through the exit's map where it has one."""
+    maps = exit_maps_of(model)
+    with first_layers(model, depth):
+        if maps is None or maps.weight(depth) is None:
+            yield
+            return
+        handle = attach(model).anatomy.readout.norm.module.register_forward_pre_hook(
+            lambda module, args: (maps(args[0], depth), *args[1:])
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
 def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """Let layers compute nothing and return this output, whatever they read.
 
@@ -79,8 +96,6 @@ class TwoParts:
         self.model, self.layers, self.depth = model, layers, depth
         self.cache = DynamicCache()
         self._lower, self._upper = DynamicCache(), DynamicCache()
-        self._maps = exit_maps_of(model)
-        self._norm = None if self._maps is None else attach(model).anatomy.readout.norm.module
         self._read: list[Tensor] = []  # tokens that the first part has read and the rest has not
         self._gave: list[Any] = []  # and what its last layer gave for them
 
@@ -103,7 +118,7 @@ class TwoParts:
         # First of all hooks: what others make of the output they will make of it again.
         handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
         try:
-            with first_layers(self.model, self.depth), self._through_map():
+            with exit_after(self.model, self.depth):
                 logits = self._run(token, self._lower)[-1]
         finally:
             handle.remove()
@@ -120,21 +135,6 @@ class TwoParts:
         self._read, self._gave = [], []
         with giving(self.layers[: self.depth], output):
             return self._run(tokens, self._upper)
-
-    @contextmanager
-    def _through_map(self) -> Iterator[None]:
-        """Let the final norm read the exit through its map, if it has one."""
-        maps = self._maps
-        if maps is None or self._norm is None:
-            yield
-            return
-        handle = self._norm.register_forward_pre_hook(
-            lambda module, args: (maps(args[0], self.depth), *args[1:])
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def forget(self, tokens: int) -> None:
         """Take the newest tokens out of the cache of all layers."""

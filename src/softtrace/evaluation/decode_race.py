@@ -75,16 +75,16 @@ def costs_of(
 
     def seconds(depth: int, count: int) -> float:
         read = row[:, :1].expand(1, count)
-        began = _now(row)
+        began = now(row)
         with first_layers(network, depth):
             logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
         best = logits[0].argmax(-1)
         if depth < layers:
             float(logits[0, -1].float().softmax(-1)[best[-1]])
         best.tolist()
-        spent = _now(row) - began
+        spent = now(row) - began
         forget(cache.layers[:depth], count)
-        return spent if count == 1 else _now(row) - began
+        return spent if count == 1 else now(row) - began
 
     kinds = [(depth, 1) for depth in range(1, layers)]
     kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
@@ -102,7 +102,8 @@ def costs_of(
     return guesses, [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
 
 
-def _now(like: Tensor) -> float:
+def now(like: Tensor) -> float:
+    """Seconds, after all that the device of ``like`` was told to do is done."""
     if like.device.type != "cpu":
         torch.accelerator.synchronize(like.device)
     return time.perf_counter()
@@ -136,8 +137,8 @@ def race(
     loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
         "direct": (lambda row: greedy(network, row, new_tokens), direct),
         "transformers": (
-            lambda row: _stock(network, row, way, new_tokens, None),
-            lambda row: _stock(network, row, way, new_tokens, proven_exit),
+            lambda row: stock(network, row, way, new_tokens, None),
+            lambda row: stock(network, row, way, new_tokens, proven_exit),
         ),
     }
     results = {}
@@ -150,9 +151,9 @@ def race(
                 for row in rows if turn else rows[:1]:
                     outputs, seconds = [], []
                     for loop in pair:
-                        began = _now(row)
+                        began = now(row)
                         outputs.append(loop(row))
-                        seconds.append(_now(row) - began)
+                        seconds.append(now(row) - began)
                     if not turn:
                         continue
                     ratios.append(seconds[0] / seconds[1])
@@ -178,7 +179,7 @@ def race(
     return results
 
 
-def _stock(
+def stock(
     network: Any, row: Tensor, way: Drafting, new_tokens: int, proven_exit: ProvenExit | None
 ) -> Generation:
     """transformers' own loop, plain where no exit is given; what it drafts it does not say."""

@@ -36,10 +36,33 @@ def decoding_table(found: dict[str, Any]) -> str:
         f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
         f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
     )
+    lines += ["", *_race(found["race"])]
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")
     lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
     return "\n".join(lines)
+
+
+def _race(race: dict[str, Any]) -> list[str]:
+    """Every way to decode, and which one to use."""
+    lines = ["all ways, tokens a second (quartiles), texts that are the eager loop's"]
+    for name, way in race["ways"].items():
+        speed = way["tokens_per_second"]
+        lines.append(
+            f"  {name:31s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
+            f"   {way['identical']:.0%}"
+        )
+    if race["left_out"]:
+        lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
+    elif race["backend"] is None:
+        lines.append("  nothing was compiled; pass --backend inductor for what compiling is worth")
+    gain, draft, plain = race["drafts_over_plain"], race["best_draft"], race["best_plain"]
+    said = f"x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})"
+    if race["use"] == draft:
+        lines.append(f"use: {draft}. It writes {said} of what {plain} does, the fastest without")
+    else:
+        lines.append(f"use: {plain}. Drafts do not pay here: the fastest, {draft}, is {said} of it")
+    return lines
 
 
 def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:

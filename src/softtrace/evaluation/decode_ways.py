@@ -1,0 +1,162 @@
+"""All ways to write the same texts, timed in turns on the user's prompts, and which one to use."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softtrace.decoding.exit_checks import ProvenExit
+from softtrace.decoding.replay import Drafting
+from softtrace.decoding.speculative import greedy, speculate
+from softtrace.decoding.static_decoder import StaticDecoder
+from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.evaluation.decode_race import now, quartiles, stock
+
+Write = Callable[[Tensor], Tensor]
+LOOKED_UP = 6
+"""Tokens that lookups guess before a check, transformers' and ours."""
+
+
+def race_ways(
+    network: Any,
+    proven_exit: ProvenExit,
+    rows: Sequence[Tensor],
+    way: Drafting,
+    new_tokens: int,
+    rounds: int,
+    backend: str | None,
+) -> dict[str, Any]:
+    """Tokens a second of every way to decode, one after another on each prompt.
+
+    Args:
+        network, proven_exit, rows, way, new_tokens, rounds: see
+            :func:`softtrace.evaluation.decode_race.race`.
+        backend: of ``torch.compile``; None runs the steps of fixed shapes as they are.
+
+    Returns:
+        ``ways``: of each its speed, and the share of texts that are the eager loop's.
+        ``left_out``: why there are no steps of fixed shapes, if so. ``use``: the fastest way.
+        ``drafts_over_plain``: median ratio of the fastest way that drafts over the fastest that
+        does not, prompt by prompt.
+    """
+    plain: dict[str, Write] = {
+        "plain, eager": lambda row: greedy(network, row, new_tokens).tokens,
+        "plain, transformers": lambda row: stock(network, row, way, new_tokens, None).tokens,
+    }
+    drafted: dict[str, Write] = {
+        "exit drafts, eager": lambda row: speculate(
+            network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
+            draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
+        ).tokens,
+        "exit drafts, transformers": lambda row: stock(
+            network, row, way, new_tokens, proven_exit
+        ).tokens,
+        "prompt lookup, transformers": lambda row: _prompt_lookup(network, row, new_tokens),
+    }  # fmt: skip
+    if torch.device(rows[0].device).type == "cuda":
+        plain["plain, transformers, compiled"] = lambda row: _static(network, row, new_tokens)
+    left_out = None
+    try:
+        fixed = _fixed(network, proven_exit, rows, way, new_tokens, backend)
+        kind = "fixed shapes" if backend is None else "compiled"
+        plain[f"plain, {kind}"] = lambda row: fixed["exit"].plain([row], new_tokens)[0].tokens
+        for draft, decoder in fixed.items():
+            drafted[f"{draft} drafts, {kind}"] = _drafts(decoder, new_tokens)
+    except (InvalidInputError, UnsupportedModelError) as error:
+        left_out = str(error)
+    ways = {**plain, **drafted}
+    seconds, same = _time(ways, rows, rounds)
+    speeds = {name: [new_tokens / spent for spent in each] for name, each in seconds.items()}
+    middle = {name: statistics.median(each) for name, each in speeds.items()}
+    best_plain, best_draft = (
+        max(plain, key=middle.__getitem__),
+        max(drafted, key=middle.__getitem__),
+    )
+    ratios = [a / b for a, b in zip(seconds[best_plain], seconds[best_draft], strict=True)]
+    gain = quartiles(ratios)
+    return {
+        "backend": backend,
+        "left_out": left_out,
+        "ways": {
+            name: {"tokens_per_second": quartiles(each), "identical": same[name] / len(each)}
+            for name, each in speeds.items()
+        },
+        "best_plain": best_plain,
+        "best_draft": best_draft,
+        "drafts_over_plain": gain,
+        "use": best_draft if gain["median"] > 1 else best_plain,
+    }
+
+
+def _drafts(decoder: StaticDecoder, new_tokens: int) -> Write:
+    return lambda row: decoder.speculate([row], new_tokens)[0].tokens
+
+
+def _fixed(
+    network: Any,
+    proven_exit: ProvenExit,
+    rows: Sequence[Tensor],
+    way: Drafting,
+    new_tokens: int,
+    backend: str | None,
+) -> dict[str, StaticDecoder]:
+    """Decoders by how they draft. On CUDA a bound on confidence would cost a wait a guess."""
+    waits = rows[0].device.type != "cuda"
+    usual: dict[str, Any] = {
+        "exit_layer": way.exit_layer, "proven_exit": proven_exit, "backend": backend,
+        "capacity": max(8, max(row.shape[1] for row in rows) + new_tokens), "eos_token_id": -1,
+    }  # fmt: skip
+    return {
+        "exit": StaticDecoder(
+            network,
+            draft_tokens=way.draft_tokens,
+            confidence=way.confidence if waits else 0.0,
+            **usual,
+        ),
+        "lookup": StaticDecoder(network, draft="lookup", draft_tokens=LOOKED_UP, **usual),
+    }
+
+
+def _time(
+    ways: dict[str, Write], rows: Sequence[Tensor], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each text, and how many are what the first way wrote."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    same = dict.fromkeys(ways, 0)
+    with tqdm(total=rounds * len(rows), desc="decoding, all ways", unit="prompt") as bar:
+        for turn in range(rounds + 1):  # the first one compiles and warms up
+            for row in rows if turn else rows[:1]:
+                wanted = None
+                for name, write in ways.items():
+                    began = now(row)
+                    tokens = write(row)
+                    spent = now(row) - began
+                    if not turn:
+                        continue
+                    wanted = tokens if wanted is None else wanted
+                    seconds[name].append(spent)
+                    same[name] += torch.equal(tokens, wanted)
+                if turn:
+                    bar.update()
+    return seconds, same
+
+
+def _prompt_lookup(network: Any, row: Tensor, new_tokens: int) -> Tensor:
+    return _generated(network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP)
+
+
+def _static(network: Any, row: Tensor, new_tokens: int) -> Tensor:
+    return _generated(network, row, new_tokens, cache_implementation="static")
+
+
+def _generated(network: Any, row: Tensor, new_tokens: int, **options: Any) -> Tensor:
+    whole: Tensor = network.generate(
+        row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=new_tokens,
+        **options,
+    )  # fmt: skip
+    return whole[0, row.shape[1] :][:new_tokens]

@@ -1,0 +1,196 @@
+"""Decoding by steps of fixed shapes: the same tokens, no compilation after the first text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softtrace.decoding import StaticDecoder, check_early_exit, greedy, speculate
+from softtrace.errors import InvalidInputError, UnsupportedModelError
+from tests.support.tiny import tiny_model, tiny_prompt
+
+NEW = 20
+
+
+def decoder(model: nn.Module, **options: Any) -> StaticDecoder:
+    usual = {"exit_layer": 2, "draft_tokens": 3, "capacity": 64, "backend": None}
+    return StaticDecoder(model, **{**usual, "eos_token_id": -1, **options})
+
+
+def prompts_of(*lengths: int) -> list[Tensor]:
+    return [tiny_prompt(length, seed=length)[0] for length in lengths]
+
+
+def tokens_of(found: list[Any]) -> list[list[int]]:
+    return [each.tokens.tolist() for each in found]
+
+
+def graphs() -> int:
+    """Graphs that were compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "dtype"),
+    [  # the second slides, the third mixes layers
+        ("llama", "sdpa", torch.float64),
+        ("mistral", "sdpa", torch.float64),
+        pytest.param("smollm3", "sdpa", torch.float64, marks=pytest.mark.thorough),
+        ("mistral", "eager", torch.float32),  # transformers' eager masks overflow in float64
+    ],
+)
+def test_texts_of_a_batch_are_those_of_plain_decoding(
+    family: str, attention: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family, seed=2, dtype=dtype)
+    model.set_attn_implementation(attention)
+    wanted = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in prompts_of(5, 1, 17)]
+    for depth, draft in ((1, 1), (2, 4)):
+        static = decoder(model, exit_layer=depth, draft_tokens=draft, rows=4)  # one row stays empty
+        for write in (static.plain, static.speculate, static.plain):  # nothing of one text stays
+            assert tokens_of(write(prompts_of(5, 1, 17), NEW)) == wanted
+        assert tokens_of(static.speculate(prompts_of(17), NEW)) == wanted[2:]
+
+
+def test_counts_are_those_of_the_eager_loop() -> None:
+    model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    static = decoder(model, draft_tokens=4).speculate([row], NEW)[0]
+    eager = speculate(
+        model, row, exit_layer=2, max_new_tokens=NEW, draft_tokens=4, confidence=0, eos_token_id=-1
+    )
+    assert torch.equal(static.tokens, eager.tokens)
+    # The eager loop writes the first token with the prompt, and drafts from the second.
+    assert 0 < static.accepted <= static.drafted
+    assert static.accepted + static.checks >= NEW
+    assert decoder(model).plain([row], NEW)[0].drafted == 0
+
+
+def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
+    model = tiny_model("llama", seed=3, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    found = decoder(model, exit_layer=1, draft_tokens=4, rows=2).speculate(prompts_of(5, 9), NEW)
+    for each in found:
+        assert (each.drafted, each.accepted, each.checks) == (NEW, NEW, NEW // 4)
+
+
+@pytest.mark.parametrize("new", [1, 5, 9])
+def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
+    model, row = tiny_model("llama", seed=3), tiny_prompt(5)[0]
+    ran: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *args: ran.append(args[2].shape[1]))
+    static = decoder(model, draft_tokens=4)
+    static.plain([row], new)
+    ran.clear()
+    static.plain([row], new)
+    assert ran == [4, *[1] * new]  # the prompt but its last token, and one run a token
+    ran.clear()
+    found = static.speculate([row], new)[0]
+    assert ran.count(1) >= found.drafted
+    assert max(ran[1:]) <= min(4, new)
+    handle.remove()
+
+
+def test_each_text_ends_by_itself() -> None:
+    model, rows = tiny_model("llama", seed=2, dtype=torch.float64), prompts_of(5, 9)
+    plain = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in rows]
+    for end in {plain[0][3], plain[0][10], plain[1][6]}:
+        wanted = [greedy(model, row[None], NEW, end).tokens.tolist() for row in rows]
+        static = decoder(model, draft_tokens=4, rows=2, eos_token_id=end)
+        assert tokens_of(static.speculate(rows, NEW)) == wanted
+        assert tokens_of(static.plain(rows, NEW)) == wanted
+    ends = [plain[0][3], plain[1][6]]
+    wanted = [greedy(model, row[None], NEW, ends).tokens.tolist() for row in rows]
+    assert tokens_of(decoder(model, rows=2, eos_token_id=ends).speculate(rows, NEW)) == wanted
+
+
+@pytest.mark.thorough
+def test_nothing_is_compiled_after_the_first_text() -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    static = decoder(model, rows=2, backend="eager")
+    before = graphs()
+    static.plain(prompts_of(5), 4)
+    static.speculate(prompts_of(5), 4)
+    after = graphs()
+    assert after - before == 3  # a token, a guess and a check: each one graph, whole
+    for lengths, new in (((3, 40), 20), ((1,), 9), ((11, 2), 1)):
+        rows = prompts_of(*lengths)
+        wanted = [greedy(model, row[None], new, -1).tokens.tolist() for row in rows]
+        assert tokens_of(static.plain(rows, new)) == wanted
+        assert tokens_of(static.speculate(rows, new)) == wanted
+    assert graphs() == after
+
+
+def test_an_exit_map_changes_guesses_and_no_text() -> None:
+    model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    with torch.no_grad():  # the rest of the model only scales what the exit reads
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    turned = nn.Linear(32, 32, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        turned.weight.copy_(-torch.eye(32))
+    plain = decoder(model).speculate([row], NEW)[0]
+    mapped = decoder(model, exit_map=turned).speculate([row], NEW)[0]
+    assert torch.equal(plain.tokens, mapped.tokens)
+    assert plain.accepted == plain.drafted
+    assert mapped.accepted < mapped.drafted
+
+
+def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, row = tiny_model("llama", seed=2), tiny_prompt(5)
+    with torch.no_grad():
+        wanted = model(row).logits
+    static = decoder(model)
+    static.speculate([row], 5)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        static.speculate([row], 5)
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(model(row).logits, wanted)
+    assert model.config.num_hidden_layers == 3
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def _broken(*args: Any, **kwargs: Any) -> Tensor:
+    raise RuntimeError("broken")
+
+
+def test_what_cannot_be_is_named() -> None:
+    model, row = tiny_model("llama", seed=2), tiny_prompt(5)[0]
+    proven = check_early_exit(model)
+    for options, said in (
+        ({"exit_layer": 3}, "exit_layer: found 3, allowed 1 to 2"),
+        ({"draft_tokens": 0}, "draft_tokens: found 0"),
+        ({"rows": 0}, "rows: found 0"),
+        ({"cuda_graphs": True}, "cuda_graphs: found True with the model on cpu"),
+        ({"proven_exit": check_early_exit(tiny_model("llama"))}, "found one of another model"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            decoder(model, **{"proven_exit": proven, **options})
+    static = decoder(model, proven_exit=proven, capacity=16)
+    for prompts, new, said in (
+        ([row, row], 2, "prompts: found .* allowed are 1 to 1"),
+        ([], 2, "prompts: found"),
+        ([row[:0]], 2, "prompts: found"),
+        ([row], 12, "comes to 17 tokens with 12 new ones, allowed are 16"),
+        ([row], 0, "max_new_tokens: found 0"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            static.plain(prompts, new)
+    assert len(static.speculate([row], 11)[0].tokens) == 11
+    model.generation_config.repetition_penalty = 1.3
+    with pytest.raises(InvalidInputError, match=r"RepetitionPenaltyLogitsProcessor.*speculate"):
+        decoder(model, proven_exit=proven)
+    with pytest.raises(InvalidInputError, match="changed since the decoder was made"):
+        static.speculate([row], 2)
+    model.generation_config.repetition_penalty = None
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match="'flex_attention' attention"):
+        decoder(model, proven_exit=proven)
