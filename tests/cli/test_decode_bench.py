@@ -87,6 +87,7 @@ def test_equals_what_is_computed_by_hand(
         f"drafting with {best.exit_layer} layers, {best.draft_tokens} tokens at most, confidence "
         f"{best.confidence:g}, timed on 3 prompts"
     ) in said
+    assert "at least 30 of 18 tokens" in found["early"]["left_out"]
     race = found["race"]
     assert {"plain, fixed shapes", "exit drafts, fixed shapes", "lookup drafts, fixed shapes",
             "prompt lookup, transformers"} < {*race["ways"]}  # fmt: skip
@@ -182,6 +183,22 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
     decode_bench(str(other), sources[1], str(out), **over)
     kept = json.loads((out / "density.json").read_text())
     assert kept["decoding"] == again  # of another model: left alone
+
+
+@pytest.mark.thorough
+def test_tokens_go_out_early_for_an_agreement(
+    sources: tuple[str, TextSource], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**SMALL, "new_tokens": 16, "exit_layer": 1, "draft_tokens": 2}
+    everything = decode_bench(*sources, str(tmp_path / "all"), agreement=0.0, **options)["early"]
+    assert everything["early"] == 1
+    layers = load_model(sources[0]).config.num_hidden_layers
+    assert everything["layers_saved"] == pytest.approx(1 - 1 / layers)
+    agreed = everything["agreement_chosen_on"]
+    assert 0 <= everything["agreement"] <= 1
+    assert f"{everything['agreement']:.1%} of tokens are the whole" in capsys.readouterr().out
+    some = decode_bench(*sources, str(tmp_path / "some"), agreement=agreed, **options)["early"]
+    assert some["agreement_chosen_on"] >= agreed
 
 
 def test_a_backend_that_is_none_is_named(sources: tuple[str, TextSource], tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softtrace.decoding import check_cache, check_early_exit, generate, greedy, speculate
+from softtrace.decoding import (
+    StaticDecoder,
+    check_cache,
+    check_early_exit,
+    generate,
+    greedy,
+    speculate,
+)
 from softtrace.errors import UnsupportedModelError
 from tests.support.zoo import VERIFIED, tiny
 
@@ -52,11 +59,20 @@ def test_lossless_or_refused(case: str) -> None:
         ):
             with pytest.raises(UnsupportedModelError, match=r"does not run with .* DynamicCache"):
                 refuse()
+        with pytest.raises(UnsupportedModelError, match="does not run over a cache of fixed size"):
+            StaticDecoder(model, exit_layer=1, backend=None, proven_exit=proven_exit)
         return
     found = speculate(
         model, ids, exit_layer=1, max_new_tokens=12, draft_tokens=3, confidence=0, eos_token_id=-1
     )
     assert found.tokens.tolist() == greedy(model, ids, 12, -1).tokens.tolist()
+    rows = [ids[0], ids[0, 2:5]]
+    static = StaticDecoder(
+        model, exit_layer=1, draft_tokens=3, rows=2, capacity=18, backend=None, eos_token_id=-1,
+        proven_exit=proven_exit,
+    )  # fmt: skip
+    wanted = [greedy(model, row[None], 9, -1).tokens.tolist() for row in rows]
+    assert [each.tokens.tolist() for each in static.speculate(rows, 9)] == wanted
     whole = ids
     for token in found.tokens.tolist():  # and what the model says without any cache
         with torch.no_grad():

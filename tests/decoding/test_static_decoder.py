@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.decoding import StaticDecoder, check_early_exit, greedy, speculate
+from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -126,6 +126,60 @@ def test_nothing_is_compiled_after_the_first_text() -> None:
     assert graphs() == after
 
 
+@pytest.mark.thorough
+def test_other_weights_are_those_that_write() -> None:
+    model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)[0]
+    other = tiny_model("llama", seed=5, dtype=torch.float64)
+    static = decoder(model, backend="eager")
+    wanted = [greedy(each, row[None], NEW, -1).tokens.tolist() for each in (model, other)]
+    assert wanted[0] != wanted[1]
+    assert tokens_of(static.speculate([row], NEW)) == wanted[:1]
+    made = graphs()
+    model.load_state_dict(other.state_dict())  # in place: nothing to be made anew
+    assert tokens_of(static.speculate([row], NEW)) == wanted[1:]
+    assert graphs() == made
+    runner = static._runner
+    ready = [*runner._ready.values()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+    assert tokens_of(static.speculate([row], NEW)) == wanted[1:]
+    assert not any(step in ready for step in runner._ready.values())
+    model.train()
+    with pytest.raises(InvalidInputError, match="train mode"):
+        static.plain([row], 2)
+    model.eval().model.layers[0].mlp = other.model.layers[0].mlp
+    with pytest.raises(InvalidInputError, match="modules of it were replaced"):
+        static.plain([row], 2)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@cuda
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("draft", ["exit", "lookup", "both"])
+def test_captured_steps_write_the_same(backend: str | None, draft: str) -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64).cuda()
+    rows = [row.cuda() for row in prompts_of(5, 1, 17)]
+    wanted = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in rows]
+    static = decoder(model, rows=3, backend=backend, draft=draft)
+    for _ in range(2):
+        assert tokens_of(static.plain(rows, NEW)) == wanted
+        assert tokens_of(static.speculate(rows, NEW)) == wanted
+
+
+@cuda
+def test_captured_steps_draw_anew_every_time() -> None:
+    model = tiny_model("llama", seed=2).cuda()
+    row = tiny_prompt(5)[0].cuda()
+    static = decoder(model, rows=8, sampling=Sampling(temperature=2.0))
+    found = [
+        tuple(tokens) for _ in range(4) for tokens in tokens_of(static.speculate([row] * 8, 9))
+    ]
+    assert len(set(found)) > 16
+
+
 def test_an_exit_map_changes_guesses_and_no_text() -> None:
     model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     with torch.no_grad():  # the rest of the model only scales what the exit reads
@@ -160,6 +214,11 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _broken(*args: Any, **kwargs: Any) -> Tensor:
     raise RuntimeError("broken")
+
+
+def test_a_backend_that_fails_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"not compiled by 'no such'.*backend=None"):
+        decoder(tiny_model("llama"), backend="no such").plain([tiny_prompt(5)[0]], 2)
 
 
 def test_what_cannot_be_is_named() -> None:

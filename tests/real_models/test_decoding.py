@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softtrace.anatomy.tolerances import tolerance
-from softtrace.decoding import check_cache, check_early_exit, generate, speculate
+from softtrace.decoding import StaticDecoder, check_cache, check_early_exit, generate, speculate
 from tests.support.real import DTYPES, MODELS, prompt, real_model, real_tokenizer
 
 pytestmark = pytest.mark.real
@@ -67,3 +67,15 @@ def test_drafted_text_is_the_plain_text(decoder: Decoder, length: int, bos: bool
         return  # transformers' loop runs all layers again for every check
     by_transformers = generate(decoder.model, ids, decoder.depth, **proven)
     assert_same(decoder.model, ids, by_transformers[0, length:], wanted)
+
+
+def test_a_batch_over_a_cache_of_fixed_size_writes_the_plain_texts(decoder: Decoder) -> None:
+    tokenizer = real_tokenizer(decoder.name)
+    rows = [prompt(tokenizer, length, bos=True)[0] for length in (8, 64, 600)]
+    static = StaticDecoder(
+        decoder.model, exit_layer=decoder.depth, draft_tokens=4, rows=3, capacity=600 + NEW,
+        backend=None, proven_exit=decoder.proven_exit,
+    )  # fmt: skip
+    for write in (static.plain, static.speculate):
+        for row, found in zip(rows, write(rows, NEW), strict=True):
+            assert_same(decoder.model, row[None], found.tokens, decoder.plain(row[None]))

@@ -29,6 +29,7 @@ from softtrace.decoding.replay import LONGEST, best_drafting, check_costs
 from softtrace.errors import InvalidInputError, OutputExistsError
 from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
 from softtrace.evaluation.decode_ways import race_ways
+from softtrace.evaluation.early_race import race_early
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.files import OVERWRITE, check_output, claims_out, prepare_output, write_json
@@ -51,6 +52,7 @@ def decode_bench(
     confidence: float | None = None,
     rounds: int = 2,
     backend: str = "auto",
+    agreement: float = 0.95,
     run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Any]:
     """Measure acceptance and speed of self-speculation, and write them to OUT.
@@ -78,6 +80,8 @@ def decode_bench(
         backend: What compiles the steps of fixed shapes: "inductor" or another backend of
             torch.compile, "none", or "auto": inductor on CUDA, none elsewhere, where compiling
             takes minutes.
+        agreement: How often the whole model is to agree to tokens that go out early without a
+            check; how sure the exit has to be for that is chosen on the other prompts.
         run: How the model is run.
 
     Raises:
@@ -93,6 +97,7 @@ def decode_bench(
     backends = ("auto", "none", *torch.compiler.list_backends(None))
     if backend not in backends:
         raise InvalidInputError(f"backend: found {backend!r}, allowed are {', '.join(backends)}")
+    check_range("agreement", agreement, 0, 1)
     if confidence is not None:
         check_range("confidence", confidence, 0, 1)
     where = device_of(run.device)
@@ -151,6 +156,9 @@ def decode_bench(
         },
         "loops": race(network, proven_exit, rows, way, new_tokens, rounds),
         "race": race_ways(network, proven_exit, rows, way, new_tokens, rounds, compiler),
+        "early": race_early(
+            network, proven_exit, texts, rows, way.exit_layer, new_tokens, agreement
+        ),
         "gated": {
             "confidence": list(GATES),
             "layers_used": [used for used, _ in gated],

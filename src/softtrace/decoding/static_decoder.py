@@ -29,7 +29,7 @@ from softtrace.decoding.exit_checks import (
 )
 from softtrace.decoding.greedy_choice import OF_LOGITS, greedy_choice
 from softtrace.decoding.sampling import SampledSteps, Sampling
-from softtrace.decoding.speculative import Ends, Generation, ends_of
+from softtrace.decoding.speculative import Ends, Generation, check_decoding, ends_of
 from softtrace.decoding.split_model import counter
 from softtrace.decoding.static_cache import IMPLEMENTATIONS
 from softtrace.decoding.static_model import StaticModel
@@ -46,7 +46,8 @@ class StaticDecoder:
     """Writes texts with one model, several at once, by steps that are compiled once.
 
     While it writes, the model's layers are told what to do: no other thread may use the model.
-    Weights may be changed between texts, modules may not be replaced.
+    Between texts weights may be changed; where they lie elsewhere then, steps are made ready anew.
+    Modules may not be replaced.
 
     Args:
         model: a causal language model of transformers, in eval mode, with "sdpa" or "eager"
@@ -102,11 +103,11 @@ class StaticDecoder:
             raise InvalidInputError(f"draft: found {draft!r}, allowed are {', '.join(DRAFTS)}")
         check_least("rows", rows, 1)
         check_least("capacity", capacity, 8)
-        if model.training:
-            raise InvalidInputError("model: found one in train mode; call model.eval() first")
+        check_decoding(model, 1)
         if proven_exit is None:
             proven_exit = check_early_exit(model)
         proven_exit.check_model(model)
+        self.proven_exit = proven_exit
         depth = exit_layer_of(model) if exit_layer is None else exit_layer
         check_exit_layer(depth, proven_exit.layers)
         _check_attention(model)
@@ -175,7 +176,8 @@ class StaticDecoder:
     def _write(
         self, prompts: Sequence[Tensor], max_new_tokens: int, drafting: bool
     ) -> list[Generation]:
-        check_least("max_new_tokens", max_new_tokens, 1)
+        check_decoding(self.model, max_new_tokens)
+        self.proven_exit.check_model(self.model)
         rows = self._checked(prompts, max_new_tokens)
         longest = max(map(len, rows))
         with self._parts.prepared():
@@ -241,6 +243,7 @@ class StaticDecoder:
     def _make_ready(self, drafting: bool) -> None:
         """Compile and capture what is needed, before any text is begun."""
         self._texts.begin([], 0)
+        self._runner.forget_if_moved(self.model)
         make_ready, steps = self._runner.make_ready, self._steps
         if not drafting or self.draft == "lookup":
             make_ready("whole", steps.plain)

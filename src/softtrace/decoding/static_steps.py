@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from softtrace.decoding.static_model import StaticModel
+from softtrace.errors import UnsupportedModelError
 
 LONGEST_MATCH = 3
 """Tokens that are compared at most where what a text says next is looked up in it."""
@@ -234,6 +237,7 @@ class Runner:
     def __init__(self, model: StaticModel, backend: str | None, cuda_graphs: bool) -> None:
         self.model, self.backend, self.cuda_graphs = model, backend, cuda_graphs
         self._ready: dict[tuple[Any, ...], Callable[[], Any]] = {}
+        self._places: list[int] = []
 
     @property
     def fixed(self) -> bool:
@@ -248,6 +252,13 @@ class Runner:
         else:
             step(*numbers)
 
+    def forget_if_moved(self, model: nn.Module) -> None:
+        """Forget what was made ready if weights lie elsewhere now: a graph reads where they lay."""
+        places = [weight.data_ptr() for weight in (*model.parameters(), *model.buffers())]
+        if places != self._places:
+            self._ready.clear()
+            self._places = places
+
     def make_ready(self, part: str, step: Callable[..., None], *numbers: int) -> None:
         """Compile or capture a step, once. It is run for that, and changes the texts."""
         if not self.fixed or (step.__name__, *numbers) in self._ready:
@@ -255,12 +266,23 @@ class Runner:
         self.model.choose(part)
         call: Callable[[], Any] = _own_code(step, numbers)
         if self.backend is not None:
-            call = torch.compile(call, backend=self.backend, dynamic=False, fullgraph=True)
+            call = self._compiled(call, self.backend)
         if self.cuda_graphs:
             call = self._captured(call)
-        else:
-            call()
         self._ready[step.__name__, *numbers] = call
+
+    def _compiled(self, call: Callable[[], Any], backend: str) -> Callable[[], Any]:
+        """Compile a call as one graph."""
+        try:
+            compiled = torch.compile(call, backend=backend, dynamic=False, fullgraph=True)
+            compiled()
+        except (TorchDynamoException, InductorError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.model.model).__name__} is not compiled by {backend!r}: "
+                f"{str(error).strip()[:500]}; pass backend=None, which runs the same steps as they "
+                "are, or decode with softtrace.decoding.speculate"
+            ) from error
+        return compiled
 
     def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Capture a call that reads and changes nothing but tensors that stay."""

@@ -37,6 +37,7 @@ def decoding_table(found: dict[str, Any]) -> str:
         f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
     )
     lines += ["", *_race(found["race"])]
+    lines += ["", *_early(found["early"])]
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")
     lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
@@ -63,6 +64,24 @@ def _race(race: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"use: {plain}. Drafts do not pay here: the fastest, {draft}, is {said} of it")
     return lines
+
+
+def _early(early: dict[str, Any]) -> list[str]:
+    """Early exit without a check."""
+    head = (
+        f"out after {early['exit_layer']} layers without a check (not lossless), "
+        f"{early['agreement_asked']:.1%} agreement asked"
+    )
+    if early["left_out"]:
+        return [head, f"  {early['left_out']}"]
+    gain = early["speedup"]
+    return [
+        head,
+        f"  confidence {early['confidence']:.3f}: {early['early']:.1%} of tokens go out early, "
+        f"{early['layers_saved']:.1%} of layers saved, {early['agreement']:.1%} of tokens are the "
+        f"whole model's, x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f}) of the "
+        "eager loop",
+    ]
 
 
 def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:
