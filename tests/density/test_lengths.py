@@ -16,6 +16,7 @@ from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.sizes import total_edges
 from softtrace.model.attention_interface import SoftmaxMap
+from softtrace.tracing.recording import _say_held
 from tests.support import oracle
 from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -344,6 +345,17 @@ def test_nodes_that_reach_no_chosen_position_do_not_run() -> None:
     finally:
         handle.remove()
     assert seen == [LENGTH, 1]  # recorded whole; masked where the prediction is read
+
+
+def test_a_model_that_makes_its_own_maps_says_so(
+    rowwise: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_held.cache_clear()
+    model = tiny("gptj")
+    for _ in range(2):
+        softtrace.edge_importance(model, tiny_prompt(LENGTH))
+    (said,) = [each.message for each in caplog.records if "held for every layer" in each.message]
+    assert said.startswith("GPTJAttention makes")
 
 
 @pytest.mark.parametrize(
