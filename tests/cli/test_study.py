@@ -183,6 +183,13 @@ def test_another_seed_moves_intervals_alone(
     assert (before["low"], before["high"]) != (after["low"], after["high"])
 
 
+def test_chosen_positions_are_the_last_ones(sources: dict[str, str], tmp_path: Path) -> None:
+    where = [sources["before"]], half(sources["text"]), str(tmp_path / "out")
+    found = study(*where, positions=3, **OPTIONS)
+    assert found["settings"]["min_context"] == 12
+    assert found["axes"]["positions"] == [12, 14]
+
+
 def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
     assert alone["version"] == 1
     assert {"created", "command", "versions", "hardware", "seconds"} <= set(alone)
@@ -223,6 +230,8 @@ def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
         ({"lengths": (16,)}, InvalidInputError, "lengths: found 16, allowed are at most 15"),
         ({"targets": 0}, InvalidInputError, "targets: found 0"),
         ({"resamples": 0}, InvalidInputError, "resamples: found 0"),
+        ({"positions": 16}, InvalidInputError, "positions: found 16"),
+        ({"positions": 3, "paper": True}, InvalidInputError, "positions: found with paper"),
         ({"smoothing": 0.0}, InvalidInputError, "smoothing: found 0.0"),
         ({"out": "{root}"}, OutputExistsError, "expected a new or empty folder"),
     ],

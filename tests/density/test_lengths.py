@@ -16,6 +16,7 @@ from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.sizes import total_edges
 from softtrace.model.attention_interface import SoftmaxMap
+from softtrace.tracing.recording import _say_held
 from tests.support import oracle
 from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -255,12 +256,12 @@ def test_a_trace_is_found_where_single_rows_round_otherwise(rowwise: None) -> No
         assert len(softtrace.extract_trace(changed, size=count).edges) == count
 
 
-LONG, LAYERS, HEADS = 64, 8, 4
+LONG, LAYERS, HEADS = 96, 8, 4
 
 
 @pytest.fixture
 def long_model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Eight layers, whose maps of 64 tokens would be several times what may be alive."""
+    """Eight layers, whose maps of 96 tokens would be several times what may be alive."""
     model = tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=LONG)
     softtrace.attach(model)
     monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
@@ -325,10 +326,12 @@ def test_the_last_layer_makes_rows_of_chosen_positions_alone(
         recording = recording_of.record(batch.up_to(chosen), positions=chosen[:, :9])
         assert recording.logits.shape == (1, recording_of.anatomy.vocabulary)
         monkeypatch.setattr(SoftmaxMap, "rows", counted)
-        curve_of(recording_of, recording, recording.importance, [0.05], positions=chosen[:, :9])
+        curve_of(
+            recording_of, recording, recording.importance, [0.05, 0.01], positions=chosen[:, :9]
+        )
     maps = [made.get(id(each), 0) for each in recording.attention]
-    assert maps[-1] == 2  # its one row, for the size and for the masked run
-    assert all(each <= 2 * 9 for each in maps)
+    assert maps[-1] == 3  # its one row, for sizes of both thresholds at once and for masked runs
+    assert all(each <= 3 * 9 for each in maps)
 
 
 def test_nodes_that_reach_no_chosen_position_do_not_run() -> None:
@@ -342,6 +345,17 @@ def test_nodes_that_reach_no_chosen_position_do_not_run() -> None:
     finally:
         handle.remove()
     assert seen == [LENGTH, 1]  # recorded whole; masked where the prediction is read
+
+
+def test_a_model_that_makes_its_own_maps_says_so(
+    rowwise: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_held.cache_clear()
+    model = tiny("gptj")
+    for _ in range(2):
+        softtrace.edge_importance(model, tiny_prompt(LENGTH))
+    (said,) = [each.message for each in caplog.records if "held for every layer" in each.message]
+    assert said.startswith("GPTJAttention makes")
 
 
 @pytest.mark.parametrize(

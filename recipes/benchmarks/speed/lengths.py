@@ -262,6 +262,7 @@ def main() -> None:
                 ids = torch.randint(1000, 40_000, (1, length), generator=generator).to(device)
                 own["weights"] = "own" if options.weights and name == "SmolLM2-135M" else "random"
                 own |= measured(model, ids, what, device)
+                own["load"] = round(os.getloadavg()[0], 1)  # neighbours at work make a CPU slow
                 rows.append(own)
                 print(json.dumps(own), flush=True)
                 write_json(options.out, {"rows": rows, **facts})

@@ -9,7 +9,7 @@ its own for every position and threshold (:mod:`softtrace.density.exact`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,8 @@ from softtrace.graph.batch import chosen_positions
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.sizes import edge_counts, total_edges, traces_at
+from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
+from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
@@ -168,10 +169,9 @@ def curve_of(
     if exact:
         check_runs(instrument, recording, measured, len(grid))
     sizes, variations, compositions, nuclei, readings = [], [], [], [], []
-    for tau in grid.tolist():
-        masks = hard_masks(scores, tau)
-        # What reaches no measured position may change others' softmax, unless that was recorded.
-        counts, masks = _counted(masks, places, measured, attention == "recorded" and not means)
+    # What reaches no measured position may change others' softmax, unless that was recorded.
+    narrowed = attention == "recorded" and not means
+    for counts, masks in _counted(scores, grid.tolist(), places, measured, narrowed):
         own = measured if exact else None
         read = read_masked(instrument, recording, masks, attention, own, means)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
@@ -187,7 +187,12 @@ def curve_of(
         if composition:
             compositions.append(by_quartile(counts))
     if composition:
-        compositions.append(by_quartile(_counted(scores.existing(), places, measured, False)[0]))
+        everything = scores.existing()
+        if isinstance(everything[0], RowwiseEdges):
+            counts = _at_places(traces_at(everything, places)[0], places, measured)
+        else:
+            counts = edge_counts(everything) * measured[..., None, None]
+        compositions.append(by_quartile(counts))
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
     if reader is not None:
@@ -225,14 +230,33 @@ def _at_places(values: Tensor, places: Tensor | None, measured: Tensor) -> Tenso
 
 
 def _counted(
-    masks: Sequence[LayerEdges], places: Tensor | None, measured: Tensor, narrowed: bool
-) -> tuple[Tensor, tuple[LayerEdges, ...]]:
-    """``[B, T, L, 4]`` edges of the traces, and the masks, narrowed to what the places need."""
-    if places is None or not (narrowed or isinstance(masks[0], RowwiseEdges)):
-        counts = edge_counts(masks)  # of maps that are held, faster than of single places
-        return counts * measured[..., None, None], tuple(masks)
-    counts, needed = traces_at(masks, places)
-    return _at_places(counts, places, measured), needed if narrowed else tuple(masks)
+    scores: EdgeImportance,
+    grid: Sequence[float],
+    places: Tensor | None,
+    measured: Tensor,
+    narrowed: bool,
+) -> Iterator[tuple[Tensor, tuple[LayerEdges, ...]]]:
+    """At each threshold ``[B, T, L, 4]`` edges of the traces, and masks.
+
+    Args:
+        scores, grid, measured: see :func:`curve_of`.
+        places: ``[B, n]``, the measured positions, see :func:`_places`; None for all.
+        narrowed: whether the masks shall have nothing but what the places need.
+    """
+    if isinstance(scores.layers[0], RowwiseEdges):
+        masks = [hard_masks(scores, tau) for tau in grid]
+        for own, (counts, needed) in zip(
+            masks, traces_at_each(scores.layers, masks, places), strict=True
+        ):
+            yield _at_places(counts, places, measured), needed if narrowed else own
+        return
+    for tau in grid:
+        own = hard_masks(scores, tau)
+        if places is None or not narrowed:  # of all places at once it is faster
+            yield edge_counts(own) * measured[..., None, None], own
+        else:
+            counts, needed = traces_at(own, places)
+            yield _at_places(counts, places, measured), needed
 
 
 def read_masked(

@@ -23,7 +23,8 @@ from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
-from softtrace.graph.sizes import total_edges, traces_at
+from softtrace.graph.rowwise_sizes import traces_at
+from softtrace.graph.sizes import total_edges
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument

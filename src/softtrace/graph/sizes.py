@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from softtrace.graph.attention_maps import MadeFrom, Rows, chunk_elements, each_block
+from softtrace.graph.attention_maps import chunk_elements
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
+from softtrace.graph.rowwise_sizes import from_outputs, products, traces_at
 
 
 def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
@@ -97,78 +97,6 @@ def _products_exact(largest: int, device: torch.device) -> bool:
         return False
 
 
-def traces_at(
-    masks: Sequence[LayerEdges], places: Tensor | None = None
-) -> tuple[Tensor, tuple[LayerEdges, ...]]:
-    """:func:`edge_counts` of chosen positions, and the masks of what reaches any of them.
-
-    Rows of attention maps are made where a chosen position needs them, and in blocks.
-
-    Args:
-        masks: per layer, bool or floating; edges into a token come from no later one.
-        places: ``[B, n]`` int64, n positions of every sequence; None for all.
-
-    Returns:
-        ``[B, n, L, 4]`` float64 (differentiable if the masks are), and per layer the masks without
-        nodes that reach no such position.
-    """
-    batch, _, length, _ = masks[0].shape
-    reach = _from_outputs(batch, length, places, masks[0].mlp.device)
-    counted: list[Tensor] = []
-    needed: list[LayerEdges] = []
-    with torch.autocast(reach.device.type, enabled=False):
-        for layer in reversed(masks):
-            residual, mlp, mlp_residual = (part.to(reach.dtype) for part in layer.nodes())
-            at_end = reach
-            if not layer.parallel:
-                reach = reach * (mlp + mlp_residual).clamp(max=1)[:, None]
-            used = reach.amax(1) > 0
-            # Of all positions nearly all rows are needed; to ask which waits for the device.
-            targets = None if places is None else used.any(0).nonzero()[:, 0].cpu()
-            into = residual + mlp if layer.parallel else residual
-            degrees, before = torch.zeros_like(mlp), torch.zeros_like(reach)
-            for rows, kept in each_block(layer.attention_map, _over_heads, targets):
-                rows.place(degrees, kept.sum(-1))
-                step = rows.add_own(kept.clamp(max=1), into).clamp(max=1)
-                before[..., : rows.end] += rows.of(reach, 2) @ step
-            counts = _products(reach, (degrees, residual)), _products(at_end, (mlp, mlp_residual))
-            counted.insert(0, torch.cat(counts, dim=-1))
-            needed.insert(0, _within(layer, used, at_end.amax(1) > 0, targets))
-            reach = before.clamp(max=1)
-    return torch.stack(counted, dim=2), tuple(needed)
-
-
-def _within(layer: LayerEdges, middle: Tensor, end: Tensor, targets: Tensor | None) -> LayerEdges:
-    """Edges into some nodes alone, ``[B, T]`` bool after attention and after the MLP."""
-    residual, mlp, mlp_residual = (
-        part & into if part.dtype == torch.bool else part * into
-        for part, into in zip(layer.nodes(), (middle, end, end), strict=True)
-    )
-    attention = MadeFrom(layer.attention_map, lambda values, _: values, targets)
-    return RowwiseEdges(attention, residual, mlp, mlp_residual, layer.parallel)
-
-
-def _from_outputs(batch: int, length: int, places: Tensor | None, device: torch.device) -> Tensor:
-    """``[B, n, T]``, 1 where a node of the last layer is an output node."""
-    if places is None:
-        return torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
-    return one_hot(places.to(device), length).float()
-
-
-def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
-    """``[B, n, end]``, how many heads keep an edge."""
-    return kept.sum(1, dtype=torch.float32)
-
-
-def _products(reach: Tensor, degrees: Sequence[Tensor]) -> Tensor:
-    """``[B, n, X]`` float64: degrees ``[B, T]`` summed over the nodes that reach ``[B, n, T]``."""
-    wide = torch.float32 if reach.device.type == "mps" else torch.float64
-    columns = torch.stack(tuple(degrees), dim=-1).to(wide)
-    step = max(1, chunk_elements(reach.device) // (reach.shape[0] * reach.shape[2]))
-    found = torch.cat([part.to(wide) @ columns for part in torch.split(reach, step, dim=1)], dim=1)
-    return found if reach.device.type == "mps" else found.double()
-
-
 def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Tensor:
     """|E| of every position, ``[B, T]`` int64: existing edges that can reach its output node.
 
@@ -181,7 +109,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
     """
     _, batch, heads, length = importance.shape
     valid = importance.valid
-    reach = _from_outputs(batch, length, places, valid.device)
+    reach = from_outputs(batch, length, places, valid.device)
     small = batch * length**2 <= chunk_elements(valid.device)
     exact = _products_exact(heads * length**2, valid.device)
     wide = torch.float32 if exact else torch.float64
@@ -199,7 +127,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
                 known[kind] = step, heads * seen.sum(-1, dtype=wide) + others
             step, degrees = known[kind]
             if step is None:
-                own = _products(reach, (degrees,))[..., 0]
+                own = products(reach, (degrees,))[..., 0]
             else:
                 own = (reach.to(wide) @ degrees[..., None])[..., 0]
             count = own if count is None else count + own

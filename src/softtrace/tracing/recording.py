@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,20 @@ from softtrace.graph.proximity import attention_proximity, proximity
 from softtrace.model.hooks import Hook, on_output
 from softtrace.model.sharding import reaching, unit_of
 from softtrace.tracing.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def _say_held(attention: str, gib: int) -> None:
+    """Say once why this takes so much memory."""
+    logger.warning(
+        "%s makes the probabilities of all its heads in its own code, so that they are held for "
+        "every layer: %d GiB. Models that follow transformers' attention interface need no such "
+        "maps; give shorter or fewer sequences",
+        attention,
+        gib,
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,10 @@ class RecordingRun(Run):
                 else head_value_norms(value, self.anatomy.carried_weight(layer), self._order)
             )
             layers = len(self.anatomy.layers)
-            if self.norm == "ifr" or are_held(layers, probabilities.shape, value.device):
+            fits = are_held(layers, probabilities.shape, value.device)
+            if probabilities.held and not fits:
+                _say_held(type(module).__name__, layers * probabilities.shape.numel() >> 28)
+            if self.norm == "ifr" or fits:
                 probabilities = probabilities.hold()
             notes.probabilities, notes.visible = probabilities, visible
         self.visible.append(visible)

@@ -1,0 +1,166 @@
+"""Identity 4 block by block: sizes of the traces of some positions, and what those traces need.
+
+One backward sweep over the layers, as :func:`softtrace.graph.sizes.edge_counts` makes at one go;
+here an attention map's rows are made in blocks, and only those that a position needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from softtrace.graph.attention_maps import MadeFrom, Rows, chunk_elements, each_block
+from softtrace.graph.edges import LayerEdges, RowwiseEdges
+
+_SWEPT = 16  # blocks' worth of numbers that sweeps may hold together
+
+
+class _Sweep:
+    """Who reaches which node, from the last layer down, under one set of masks.
+
+    Args:
+        masks: per layer.
+        places: see :func:`traces_at`.
+    """
+
+    def __init__(self, masks: Sequence[LayerEdges], places: Tensor | None) -> None:
+        batch, _, length, _ = masks[0].shape
+        self.masks = masks
+        self.reach = from_outputs(batch, length, places, masks[0].mlp.device)
+        self._counted: list[Tensor] = []
+        self._needed: list[LayerEdges] = []
+
+    def begin(self, index: int) -> Tensor:
+        """Go on to a layer; ``[B, T]`` bool, whose attention edges are needed there."""
+        layer = self.layer = self.masks[index]
+        self._nodes = residual, mlp, mlp_residual = [
+            part.to(self.reach.dtype) for part in layer.nodes()
+        ]
+        self._at_end = self.reach
+        if not layer.parallel:
+            self.reach = self.reach * (mlp + mlp_residual).clamp(max=1)[:, None]
+        self._into = residual + mlp if layer.parallel else residual
+        self._degrees, self._before = torch.zeros_like(mlp), torch.zeros_like(self.reach)
+        self._used = self.reach.amax(1) > 0
+        return self._used
+
+    def add(self, rows: Rows, kept: Tensor) -> None:
+        """Take in some rows: ``[B, n, end]``, how many heads keep an edge."""
+        rows.place(self._degrees, kept.sum(-1))
+        step = rows.add_own(kept.clamp(max=1), self._into).clamp(max=1)
+        self._before[..., : rows.end] += rows.of(self.reach, 2) @ step
+
+    def end(self, targets: Tensor | None) -> None:
+        """Finish the layer; targets are those outside of which nothing is needed."""
+        residual, mlp, mlp_residual = self._nodes
+        counts = (
+            products(self.reach, (self._degrees, residual)),
+            products(self._at_end, (mlp, mlp_residual)),
+        )
+        self._counted.insert(0, torch.cat(counts, dim=-1))
+        at_end = self._at_end.amax(1) > 0
+        self._needed.insert(0, _within(self.layer, self._used, at_end, targets))
+        self.reach = self._before.clamp(max=1)
+
+    def found(self) -> tuple[Tensor, tuple[LayerEdges, ...]]:
+        """See :func:`traces_at`."""
+        return torch.stack(self._counted, dim=2), tuple(self._needed)
+
+
+def traces_at(
+    masks: Sequence[LayerEdges], places: Tensor | None = None
+) -> tuple[Tensor, tuple[LayerEdges, ...]]:
+    """``edge_counts`` of chosen positions, and the masks of what reaches any of them.
+
+    Args:
+        masks: per layer, bool or floating; edges into a token come from no later one.
+        places: ``[B, n]`` int64, n positions of every sequence; None for all.
+
+    Returns:
+        ``[B, n, L, 4]`` float64 (differentiable if the masks are), and per layer the masks without
+        nodes that reach no such position.
+    """
+    sweep = _Sweep(masks, places)
+    with torch.autocast(sweep.reach.device.type, enabled=False):
+        for index in reversed(range(len(masks))):
+            targets = _targets(sweep.begin(index), places)
+            for rows, kept in each_block(sweep.layer.attention_map, _over_heads, targets):
+                sweep.add(rows, kept)
+            sweep.end(targets)
+    return sweep.found()
+
+
+def traces_at_each(
+    scores: Sequence[LayerEdges], masks: Sequence[Sequence[LayerEdges]], places: Tensor | None
+) -> list[tuple[Tensor, tuple[LayerEdges, ...]]]:
+    """:func:`traces_at` under several masks that are made from the same scores, made once.
+
+    Args:
+        scores: per layer, :class:`softtrace.graph.edges.RowwiseEdges`.
+        masks: several times per layer, of :func:`softtrace.graph.masks.hard_masks`.
+        places: see :func:`traces_at`.
+    """
+    batch, _, length, _ = scores[0].shape
+    count = length if places is None else places.shape[1]
+    device = scores[0].mlp.device
+    together = max(1, _SWEPT * chunk_elements(device) // (batch * count * length))
+    found = []
+    for start in range(0, len(masks), together):
+        sweeps = [_Sweep(each, places) for each in masks[start : start + together]]
+        with torch.autocast(device.type, enabled=False):
+            for index in reversed(range(len(scores))):
+                used = [sweep.begin(index) for sweep in sweeps]
+                of_all = scores[index].attention_map
+                targets = _targets(torch.stack(used).any(0), places)
+                for rows in of_all.blocks(targets):
+                    values = of_all.rows(rows)
+                    for sweep in sweeps:
+                        mask = sweep.layer.attention_map
+                        assert isinstance(mask, MadeFrom)
+                        sweep.add(rows, _over_heads(mask.rows_from(of_all, values, rows), rows))
+                for sweep, own in zip(sweeps, used, strict=True):
+                    sweep.end(_targets(own, places))
+        found += [sweep.found() for sweep in sweeps]
+    return found
+
+
+def _targets(used: Tensor, places: Tensor | None) -> Tensor | None:
+    """Targets that any sequence ``[B, T]`` needs, on the CPU; None for all.
+
+    Of all positions nearly all rows are needed; to ask which would wait for the device.
+    """
+    return None if places is None else used.any(0).nonzero()[:, 0].cpu()
+
+
+def _within(layer: LayerEdges, middle: Tensor, end: Tensor, targets: Tensor | None) -> LayerEdges:
+    """Edges into some nodes alone, ``[B, T]`` bool after attention and after the MLP."""
+    residual, mlp, mlp_residual = (
+        part & into if part.dtype == torch.bool else part * into
+        for part, into in zip(layer.nodes(), (middle, end, end), strict=True)
+    )
+    attention = MadeFrom(layer.attention_map, lambda values, _: values, targets)
+    return RowwiseEdges(attention, residual, mlp, mlp_residual, layer.parallel)
+
+
+def from_outputs(batch: int, length: int, places: Tensor | None, device: torch.device) -> Tensor:
+    """``[B, n, T]``, 1 where a node of the last layer is an output node."""
+    if places is None:
+        return torch.eye(length, dtype=torch.float32, device=device).expand(batch, -1, -1)
+    return one_hot(places.to(device), length).float()
+
+
+def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
+    """``[B, n, end]``, how many heads keep an edge."""
+    return kept.sum(1, dtype=torch.float32)
+
+
+def products(reach: Tensor, degrees: Sequence[Tensor]) -> Tensor:
+    """``[B, n, X]`` float64: degrees ``[B, T]`` summed over the nodes that reach ``[B, n, T]``."""
+    wide = torch.float32 if reach.device.type == "mps" else torch.float64
+    columns = torch.stack(tuple(degrees), dim=-1).to(wide)
+    step = max(1, chunk_elements(reach.device) // (reach.shape[0] * reach.shape[2]))
+    found = torch.cat([part.to(wide) @ columns for part in torch.split(reach, step, dim=1)], dim=1)
+    return found if reach.device.type == "mps" else found.double()
