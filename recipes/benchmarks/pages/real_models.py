@@ -109,8 +109,8 @@ def steps() -> str:
     result = read("steps.json")
     lines = ["| random weights of the size of | step | time | memory |", "|---|---|---|---|"]
     for model, found in result["models"].items():
-        for kind in ("eager", "compiled"):
-            for way, row in found.get(kind, {}).items():
+        for kind in (kind for kind in found if not kind.startswith("replayed")):
+            for way, row in found[kind].items():
                 time = row["time"]
                 lines.append(
                     f"| {model}, {kind} | {way} | {time['median']:.2f} ({time['q25']:.2f} to "
@@ -124,7 +124,7 @@ def steps() -> str:
         f"Over a plain step (quartiles of {rounds} interleaved turns of {result['steps_a_turn']} "
         f"steps), {result['batch'][0]} x {result['batch'][1]} tokens, {result['precision']}, "
         f"{result['hardware']}, torch {result['versions']['torch']}. A replayed term equals the "
-        f"same term run as it is (largest relative difference {error['term']:g}), its gradients "
+        f"same term run as it is (largest relative difference {error['term']:.0e}), its gradients "
         f"to {error['gradients']:.0e} in float32 "
         f"{sources(CARD, 'speed/steps.py', 'results/steps.json')}.",
     ])  # fmt: skip
