@@ -199,3 +199,17 @@ def test_sub_blocks_of_mixed_precision_under_autocast(case: str) -> None:
         again = instrument.masked_logits(recording.batch, ones, recording.attention)
     largest = recording.logits.abs().max()
     assert (again - recording.logits).abs().max() < 0.05 * largest
+
+
+def test_a_norm_that_changes_little_makes_no_second_reader_of_a_node() -> None:
+    model: Any = tiny("llama")
+    with torch.no_grad():
+        rows = model.model.embed_tokens.weight
+        rows.div_(rows.pow(2).mean(-1, keepdim=True).sqrt())
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.02)
+            layer.mlp.down_proj.weight.mul_(0.02)
+            layer.post_attention_layernorm.weight.fill_(1)
+    instrument = softtrace.attach(model.bfloat16())
+    for modules, layer in zip(instrument.anatomy.layers, model.model.layers, strict=True):
+        assert modules.middle == (layer.post_attention_layernorm,)

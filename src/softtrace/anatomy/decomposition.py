@@ -174,8 +174,15 @@ class _Search:
             readers = [c for c in reading if not any(_inside(c, outer) for outer in reading)]
             if not readers:
                 continue
+            # Where a norm changes little, who reads what it gave is near the node, too.
+            earliest = min(readers, key=lambda c: c.begin)
+            readers = [
+                c for c in readers
+                if _equal(c.read_rows, earliest.read_rows)
+                or not any(_equal(c.read_rows, other.gave_rows) for other in readers)
+            ]  # fmt: skip
             # as a reader has it, so that its rounding is not counted twice
-            node, first = readers[0].read_rows, min(c.begin for c in readers)
+            node, first = earliest.read_rows, earliest.begin
             found = self._rest(node, [c for c in self.candidates if c.begin >= first])
             if found is not None:
                 return _Sum(call, scale, tuple(readers), *found)
@@ -371,6 +378,10 @@ def _mixed(attended: Attended) -> Tensor:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are copies of each other, but for rounding."""
     return rounding(one, other) <= ROUNDINGS
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _inside(inner: Call, outer: Call) -> bool:
