@@ -248,6 +248,7 @@ def test_wrong_options_are_refused_by_name(
 #: as jsonargparse writes unions that it reads from strings
 UNIONS = {
     "Optional[float]": "float | null",
+    "Optional[bool]": "bool | null",
     "Optional[tuple[float, float]]": "tuple[float, float] | null",
     "Union[str, dict[int, float], null]": "str | dict[int, float] | null",
 }

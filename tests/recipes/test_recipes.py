@@ -98,8 +98,7 @@ def test_configs_parse_and_fit(
     assert made == [wanted["model"]["path"]]
     assert cli.trainer.max_steps == wanted["trainer"]["max_steps"]
     penalty = next(c for c in cli.trainer.callbacks if isinstance(c, DensityPenalty))
-    preset: Any = "balanced" if path.stem in (OURS, f"{OURS}-lora") else "sparse"
-    assert penalty.options == DensityOptions(preset=preset)
+    assert penalty.options == DensityOptions(preset="balanced")
     parts = wanted["trainer"].get("strategy", {}).get("init_args", {}).get("data_parallel_size", 1)
     assert parts == cli.trainer.num_devices == wanted["trainer"].get("devices", 1)
     trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]

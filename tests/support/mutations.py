@@ -120,7 +120,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "proven under Accelerate's autocast", "tracing/attach.py",
-        (("exact, own_forward(model), uncompiled", "exact, uncompiled"),),
+        (("as_written = own_forward(model), uncompiled", "as_written = uncompiled"),),
         "tests/hf/test_trainer_places.py::test_mixed_precision_trains",
     ),
     Mutation(
@@ -132,8 +132,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "exits wait for the device", "loss/density_loss.py",
         (
             (
-                "watched, batch.counted, drawn_by) if weight else None\n",
-                "watched, batch.counted, drawn_by) if weight * batch.counted.any() else None\n",
+                "watched, batch, drawn_by, bool(weight))\n",
+                "watched, batch, drawn_by, bool(weight * batch.counted.any()))\n",
             ),
         ),
         "tests/loss/test_early_exits.py::"

@@ -69,7 +69,7 @@ def gradient_of(model: nn.Module, loss: Tensor) -> Tensor:
 FIXED: dict[str, Any] = {
     "share": 1.0, "crop": None, "thresholds": (0.05, 0.05), "depths": (0.5, 0.5),
     "easy_quantile": 1.0, "easy_width": 0.0, "exits": 0.5, "exit_tokens": 1.0,
-    "exit_depths": (0.5, 0.5),
+    "exit_depths": (0.5, 0.5), "exit_quantile": 1.0,
 }  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
     exact = _products_exact(heads * length**2, valid.device)
     wide = torch.float32 if exact else torch.float64
     count: Tensor | None = None
+    summed = torch.float32 if valid.device.type == "mps" else torch.float64
     known: dict[tuple[int, bool], tuple[Tensor | None, Tensor]] = {}  # of layers of one window
     settled: set[int] = set()  # windows that let no more tokens in
     with torch.autocast(valid.device.type, enabled=False):
@@ -130,7 +131,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
                 own = products(reach, (degrees,))[..., 0]
             else:
                 own = (reach.to(wide) @ degrees[..., None])[..., 0]
-            count = own if count is None else count + own
+            count = own.to(summed) if count is None else count + own
             if step is not None:
                 reach = (reach @ step).clamp(max=1)
             elif id(seen) not in settled:

@@ -163,17 +163,17 @@ def easiest(
         full = _full(seen, readout, places)[None]
         ranked.append(easiness(score)(full, targets.flatten()[places][None])[0].float())
     scores = torch.cat(ranked)
-    usable = drawn.used & torch.isfinite(scores)
+    usable = drawn.used & (scores < torch.inf)  # of a callable: infinite where never easy
     scores, first = torch.where(usable, scores, torch.inf), 0
     kept, depths, used = [], [], []
     for depth, count in enumerate(drawn.depths.bincount().tolist()):
         if count:
             group, most = slice(first, first + count), math.ceil(share * count)
             found = scores[group].topk(most, largest=False)
-            wanted = (share * usable[group].sum()).ceil()
+            wanted = share * usable[group].sum()  # no more than there are, so that all are usable
             kept.append(first + found.indices)
             depths.append(torch.full((most,), depth, device="cpu"))
-            used.append(torch.isfinite(found.values) & (_numbers(found.values) < wanted))
+            used.append(_numbers(found.values) < wanted)
             first += count
     places = drawn.places.index_select(0, torch.cat(kept))
     return ExitDraw(places, torch.cat(depths), torch.cat(used))

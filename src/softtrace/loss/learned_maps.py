@@ -84,7 +84,7 @@ class LearnedMaps:
             if together:
                 distributed.all_reduce(gradient)
             # Nothing is read from the device: what is not finite counts as nothing.
-            gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
+            gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
             own.grad = gradient if own.grad is None else own.grad + gradient
 
     def _move(self, device: torch.device) -> None:
