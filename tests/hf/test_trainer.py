@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softtrace import InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
+from softtrace.model.exit_maps import EXIT_MAPS_FILE
 from tests.support.fitting import weights
 from tests.support.hf_training import (
     OPTIONS,
@@ -301,3 +303,35 @@ def test_logits_that_are_not_finite_follow_the_option(tmp_path: Path) -> None:
         else:
             trainer.train()
             assert trainer.state.log_history[1]["loss/density"] == 0
+
+
+@pytest.mark.thorough
+def test_maps_of_exits_lie_beside_the_weights_that_they_were_learned_with(tmp_path: Path) -> None:
+    model = tiny_model("llama").train()
+    settings = arguments(
+        tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="distance", greater_is_better=False,
+    )  # fmt: skip
+
+    class SecondIsBest(DensityTrainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            found = {"eval_distance": abs(self.state.global_step - 2.0)}
+            self.log(found)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
+
+    trainer = SecondIsBest(
+        model=model,
+        args=settings,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        density=OPTIONS | {"exits": 0.3},
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved, second, third = (
+        load_file(tmp_path / folder / EXIT_MAPS_FILE)["after_layer_2"]
+        for folder in ("saved", "checkpoint-2", "checkpoint-3")
+    )
+    assert torch.equal(saved, second)
+    assert not torch.equal(second, third)

@@ -29,7 +29,12 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
 from softtrace.model.engines import ENGINES, Engine, engine
-from softtrace.model.exit_maps import read_exit_maps, save_exit_maps, write_exit_maps
+from softtrace.model.exit_maps import (
+    load_exit_maps,
+    read_exit_maps,
+    save_exit_maps,
+    write_exit_maps,
+)
 from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
@@ -246,6 +251,13 @@ class DensityMixin:
                 write_exit_maps(self._density.exit_maps.state(), folder)
             elif self.density_options.exit_map:
                 save_exit_maps(trainer.model, folder)
+
+    def _load_best_model(self) -> None:
+        """The Trainer's, with the maps that were learned until then."""
+        super()._load_best_model()  # type: ignore[misc]
+        trainer: Any = self
+        if self.density_options.exit_map:
+            load_exit_maps(trainer.model, trainer.state.best_model_checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's checkpoint, with what is logged next."""
