@@ -70,6 +70,14 @@ def test_families(name: str) -> None:
     check_same(tiny(kind, **changes).eval(), sharded(tiny(kind, **changes).eval()))
 
 
+def test_on_gpus_masked_runs_come_as_seldom_as_where_they_are_not_captured() -> None:
+    model, gpu = tiny_model("llama"), torch.device("cuda")
+    density = DensityLoss(model)
+    assert density.options_of_a_step(gpu).every == 2
+    sharded(model)
+    assert density.options_of_a_step(gpu).every == 8
+
+
 @pytest.mark.parametrize("attached_first", [True, False])
 def test_adapters_whose_unit_is_around_the_model(attached_first: bool) -> None:
     from peft import LoraConfig, get_peft_model
