@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
+from tests.support.cuda import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 NEW = 20
@@ -151,9 +152,6 @@ def test_other_weights_are_those_that_write() -> None:
     model.eval().model.layers[0].mlp = other.model.layers[0].mlp
     with pytest.raises(InvalidInputError, match="modules of it were replaced"):
         static.plain([row], 2)
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @cuda

@@ -15,6 +15,7 @@ from softtrace.loss.masked_term import masked_term
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
+from tests.support.cuda import cuda
 from tests.support.tiny import tiny_prompt
 
 
@@ -73,9 +74,6 @@ def test_a_graph_is_of_its_shape_its_weights_and_its_options() -> None:
     assert first == key()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert first != key()
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def on_cuda() -> tuple[PreTrainedModel, list[torch.Tensor]]:

@@ -46,6 +46,16 @@ def _row(name: str, row: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def _table(key: tuple[Any, ...], rows: Rows, names: dict[str, str]) -> list[str]:
+    """Lines of one table; methods by these names, or their own."""
+    shown = [
+        _row(f"{names.get(row['method'], row['method'])}, {row['seeds']} seed"
+             + "s" * (row["seeds"] > 1), row)
+        for row in rows
+    ]  # fmt: skip
+    return [_HEAD.format(first=_title(*key)), *shown, ""]
+
+
 def _said(page: str) -> str:
     run = read("on_real_models.json")["runs"][0]
     return (
@@ -65,12 +75,7 @@ def presets() -> str:
     for key, rows in tables.items():
         if key[2] or key[1] != "prose":
             continue
-        lines.append(_HEAD.format(first=_title(*key)))
-        lines += [
-            _row(f"{names[row['method']]}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}", row)
-            for row in rows
-        ]
-        lines.append("")
+        lines += _table(key, rows, names)
     return "\n".join([*lines, _said(README)])
 
 
@@ -80,12 +85,7 @@ def on_real_models() -> str:
     for search in (False, True):
         tables = _tables(lambda row, search=search: (row["steps"] < _SEARCH) == search)  # type: ignore[misc]
         for key, rows in tables.items():
-            lines.append(_HEAD.format(first=_title(*key)))
-            lines += [
-                _row(f"{row['method']}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}", row)
-                for row in rows
-            ]
-            lines.append("")
+            lines += _table(key, rows, {})
     return "\n".join([*lines, _said(CARD)])
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from softtrace.errors import NonFiniteError
 from softtrace.loss.masked_term import MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.windows import Windows
@@ -63,11 +62,8 @@ class CapturedTerms:
         else:
             # As it is captured, so that a resumed run, which captures anew, computes the same.
             found = masked_term(instrument, windows, options, static=True)
-        if found is not None and not bool(found.finite):
-            raise NonFiniteError(
-                "logits of the full model or of the masked run are NaN or infinite. Lower the "
-                "learning rate, clip gradients, or train in bfloat16 or float32."
-            )
+        if found is not None:
+            found.check()
         return found
 
     def _capture(

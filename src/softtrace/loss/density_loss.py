@@ -305,13 +305,7 @@ class DensityLoss:
             return DensityTerm.of_no_run(
                 device, strength, "no token of the windows has a finite easiness"
             )
-        return DensityTerm(
-            loss=strength * found.term,
-            distortion=found.distortion,
-            soft_size=found.soft_size,
-            easy_share=found.easy_share,
-            strength=strength,
-        )
+        return found.at(strength)
 
     @staticmethod
     def _windows(

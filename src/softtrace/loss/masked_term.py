@@ -17,13 +17,14 @@ from torch import Tensor
 
 from softtrace.density.distortion import DISTANCES
 from softtrace.density.easiness import easiness, easy_weights
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks, soft_masks
 from softtrace.graph.sizes import soft_size
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.term import DensityTerm
 from softtrace.loss.windows import Windows
 from softtrace.tracing.instrument import Instrument
 
@@ -47,6 +48,24 @@ class MaskedTerm(NamedTuple):
     soft_size: Tensor
     easy_share: Tensor
     finite: Tensor | None
+
+    def check(self) -> None:
+        """Raise :class:`NonFiniteError` if a run that did not look itself met NaN or infinity."""
+        if self.finite is not None and not bool(self.finite):
+            raise NonFiniteError(
+                "logits of the full model or of the masked run are NaN or infinite. Lower the "
+                "learning rate, clip gradients, or train in bfloat16 or float32."
+            )
+
+    def at(self, strength: float) -> DensityTerm:
+        """As it is added to a loss, at this strength."""
+        return DensityTerm(
+            loss=strength * self.term,
+            distortion=self.distortion,
+            soft_size=self.soft_size,
+            easy_share=self.easy_share,
+            strength=strength,
+        )
 
 
 def masked_term(

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from softtrace.anatomy.discovery import tiny_batch
-from softtrace.errors import NonFiniteError
 from softtrace.loss.masked_term import masked_term
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
@@ -41,21 +40,11 @@ def together_term(
     found = masked_term(instrument, looked_at, options, together=True)
     assert found is not None
     with agreed(together=True):
-        if not bool(found.finite):
-            raise NonFiniteError(
-                "logits of the full model or of the masked run are NaN or infinite. Lower the "
-                "learning rate, clip gradients, or train in bfloat16 or float32."
-            )
+        found.check()
     if windows is None:
         nothing = DensityTerm.of_no_run(found.term.device, strength, "no token has a target")
         return replace(nothing, loss=0 * found.term)
-    return DensityTerm(
-        loss=strength * found.term,
-        distortion=found.distortion,
-        soft_size=found.soft_size,
-        easy_share=found.easy_share,
-        strength=strength,
-    )
+    return found.at(strength)
 
 
 def _stand_in(instrument: Instrument, options: DensityOptions) -> Windows:
