@@ -48,6 +48,7 @@ from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
+from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
 
 RUNS = ROOT / "runs" / "on_real_models"
@@ -71,6 +72,8 @@ WAYS: dict[str, Any] = {
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "sparse": term(0.35, preset="sparse"),
     "sparse, 1": term(1.0, preset="sparse"),
+    "sparse, thresholds from 0.08": term(0.35, preset="sparse", thresholds=(0.08, 0.6)),
+    "sparse, windows of 256": term(0.35, preset="sparse", crop=256),
     "decode": term(0.1, preset="decode"),
     "map alone": term(0.35, preset="sparse", exit_map=True),
     "layerskip, 0.05": type("LayerSkip", (LayerSkip,), {"strengths": (0.05,)}),
@@ -219,6 +222,13 @@ def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int
     return f"{model}, {text}, {way}, {kind}, {args.steps} steps, seed {seed}"
 
 
+def save(network: Any, origin: Path, folder: Path) -> None:
+    """The model, the maps of its exits and its tokenizer, as ``load_model`` reads them."""
+    network.save_pretrained(folder)
+    save_exit_maps(network, folder)
+    load_tokenizer(origin).save_pretrained(folder)
+
+
 def run_all(args: argparse.Namespace) -> None:
     """Every run that is not there yet and is this process's part."""
     number, of = map(int, args.part.split("/"))
@@ -241,6 +251,10 @@ def run_all(args: argparse.Namespace) -> None:
             network = with_lora(network)
         method = WAYS[way](network, strength, seed, [10.0] * 100_000)
         seconds = train(network, method, tokens["train"], args, seed)
+        if args.save:
+            save(
+                network, args.folder / model, args.save / name.replace(", ", "-").replace(" ", "-")
+            )
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
             "steps": args.steps, "lora": args.lora, "seconds_a_step": seconds, **provenance(device),
@@ -325,6 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--save", type=Path, help="a folder for the models after training")
     parser.add_argument(
         "--attention", nargs="+", default=["recomputed", "recorded"], help="of what is measured"
     )
