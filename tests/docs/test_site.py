@@ -63,8 +63,9 @@ def test_every_page_is_in_the_navigation() -> None:
     text = re.sub(r"!!python\S+ .*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = navigation(yaml.safe_load(text)["nav"])
     assert len(set(named)) == len(named)
-    shown = {site.OUTSIDE.get(page, f"recipes/{page}") for page in named}
+    shown = {site.source_of(page) for page in named}
     assert set(PAGES) <= shown
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/notebooks/*.ipynb")} <= shown
     for page in shown:
         assert (ROOT / page).is_file()
 
@@ -74,7 +75,8 @@ def on_the_site(page: str, text: str, repo_url: str | None = None) -> str:
     config = load_config(str(ROOT / "mkdocs.yml"))
     config["repo_url"] = repo_url
     config.plugins._current_plugin = "hooks"  # as while MkDocs calls one
-    names = ("README.md", "TUTORIAL.md", "how-to/lora.md", "models/pystdlib-4m/README.md")
+    names = ("README.md", "TUTORIAL.md", "how-to/lora.md", "models/pystdlib-4m/README.md",
+             "notebooks/presets.ipynb")  # fmt: skip
     files = Files([File(name, config["docs_dir"], "", True) for name in names])
     site.on_files(files, config)
     file = files.get_file_from_path(page)
@@ -91,6 +93,8 @@ def on_the_site(page: str, text: str, repo_url: str | None = None) -> str:
         ("how-to/lora.md", "[t](../TUTORIAL.md)", "[t](../TUTORIAL.md)"),
         ("how-to/lora.md", "[configs/](../../configs)", "`configs`"),
         ("index.md", "[rules](CONTRIBUTING.md)", "rules (`CONTRIBUTING.md`)"),
+        ("index.md", "[n](recipes/notebooks/presets.ipynb)", "[n](notebooks/presets.md)"),
+        ("notebooks/presets.md", "[c](../how-to/lora.md)", "[c](../how-to/lora.md)"),
         ("index.md", "[gone](recipes/gone.md)", "[gone](recipes/gone.md)"),  # strict: an error
         ("index.md", "[a](https://arxiv.org/a)", "[a](https://arxiv.org/a)"),
         ("index.md", "```python\na[0](recipes/README.md)\n```", None),
