@@ -116,7 +116,7 @@ def test_batches_are_halved_until_they_fit(
     assert found.batch_size == 1
     assert sum(done) == EXTRA * masked_runs(True) + (BLOCKS - EXTRA) * masked_runs(False)
     assert difference(found, whole) < 1e-11
-    assert "memory ran out at 3 blocks a batch; going on with 1" in caplog.text
+    assert "memory ran out at 3 blocks a batch; continuing with 1" in caplog.text
 
 
 def test_memory_for_not_even_one_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def _halved(batch_size: int) -> int:
     """Half of a batch size that did not fit into memory, which is emptied."""
     clear_device_cache(garbage_collection=True)
     smaller = batch_size // 2
-    logger.warning("memory ran out at %d blocks a batch; going on with %d", batch_size, smaller)
+    logger.warning("memory ran out at %d blocks a batch; continuing with %d", batch_size, smaller)
     return smaller
 
 

@@ -3,7 +3,7 @@
 The compiler writes hooks into the graph that it makes at the first forward, and does not look again
 whether they are there. So in front of that forward hooks are put on the layers for good: they only
 note what enters a layer, which the graph then gives besides, without a break and without being made
-anew. A forward that was compiled before they came goes on without them.
+anew. A forward that was compiled before they came runs without them.
 """
 
 from __future__ import annotations
