@@ -28,7 +28,7 @@ from tests.support.real import (
 pytestmark = pytest.mark.real
 
 RATE = 0.01
-#: of the step; some integrations add the two gradients up one after the other, and bfloat16 rounds each
+#: of the step; some integrations add the two gradients up one by one, and bfloat16 rounds each
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 
 

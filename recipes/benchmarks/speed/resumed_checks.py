@@ -2,9 +2,9 @@
 
     make quickstart && python -m recipes.benchmarks.speed.resumed_checks
 
-The loop of ``softtrace.decoding.speculate`` against one whose checks run all layers, prompt by
-prompts interleaved, on the models of the quickstart. The latter's checks also write the token after a
-draft whose guesses are all right. Writes ``results/resumed_checks.json``.
+The loop of ``softtrace.decoding.speculate`` against one whose checks run all layers, with
+prompts interleaved, on the models of the quickstart. The latter's checks also write the token after
+a draft whose guesses are all right. Writes ``results/resumed_checks.json``.
 """
 
 from __future__ import annotations

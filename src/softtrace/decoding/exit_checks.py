@@ -56,7 +56,7 @@ class ProvenExit:
             )
 
     def check_resumable(self, depth: int) -> None:
-        """Raise :class:`InvalidInputError` unless the model was proven to continue after an exit."""
+        """Raise :class:`InvalidInputError` unless it was proven to continue after an exit."""
         if depth not in self.resumable:
             proven = ", ".join(map(str, sorted(self.resumable))) or "none"
             raise InvalidInputError(
@@ -139,7 +139,7 @@ def some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenExit:
-    """Prove that a model can continue from a cache that is cut, and from what its first layers gave.
+    """Prove that a model can continue from a cache that is cut, and from its first layers' states.
 
     Args:
         proven_exit: of the model.
