@@ -43,8 +43,8 @@ class Trace:
     """An s-Trace.
 
     Attributes:
-        edges: in order of entry.
-        importances: of those edges.
+        edges: Edges in order of entry.
+        importances: Importances of those edges.
         total: |E| of the explained position.
     """
 
@@ -95,13 +95,13 @@ def extract_trace(
     edges at or above it alone.
 
     Args:
-        importance: from :func:`softtrace.edge_importance`.
-        sequence: row of the batch.
-        position: token whose prediction is explained; negative counts from the row's end.
-        size: a float is a share of |E|, an int a number of edges.
+        importance: From :func:`softtrace.edge_importance`.
+        sequence: Row of the batch.
+        position: Token whose prediction is explained; negative counts from the row's end.
+        size: A float is a share of |E|, an int a number of edges.
 
     Raises:
-        InvalidInputError: no such row, position or size, or the position is padding.
+        InvalidInputError: There is no such row, position or size, or the position is padding.
     """
     _, batch, _, length = importance.shape
     for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
