@@ -21,17 +21,12 @@ def as_markdown(path: Path) -> str:
             parts.append(source)
         else:
             parts.append(f"```python\n{source}\n```")
-            parts += map(_shown, cell["outputs"])
+            said = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+            if said:
+                parts.append(f"```text\n{said.rstrip()}\n```")
+            pictures = (output["data"] for output in cell["outputs"] if "data" in output)
+            parts += [f"![Plot](data:image/png;base64,{each['image/png']})" for each in pictures]
     return "\n\n".join(parts) + "\n"
-
-
-def _shown(output: dict[str, Any]) -> str:
-    """An output of a cell: a picture if it is one, otherwise text."""
-    data = output.get("data", {})
-    if "image/png" in data:
-        return f"![Output of the cell above](data:image/png;base64,{data['image/png'].strip()})"
-    text = "".join(output.get("text") or data["text/plain"])
-    return f"```text\n{text.rstrip()}\n```"
 
 
 def _cells(path: Path) -> list[dict[str, Any]]:
