@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from softtrace.checks import check_least, check_range
@@ -21,8 +19,8 @@ from softtrace.density.baselines import (
 from softtrace.density.curve import DensityCurve, default_thresholds
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement
+from softtrace.density.halving import Halving, Portion
 from softtrace.density.sweep import curve_of
-from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import Batch
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
@@ -30,9 +28,10 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
-logger = logging.getLogger(__name__)
-
-_SHORTEST = 4  # tokens of a block
+_ADVICE = (
+    "shorter blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
+    "--device_map auto"
+)
 
 Progress = Callable[[int], Any]
 
@@ -116,9 +115,9 @@ def measure(
 ) -> Measurements:
     """Measure blocks of one length.
 
-    Where memory runs out, the batch is halved and measured again, and later batches stay at that
-    size. Batches and padding change numbers by rounding only: what is random is drawn for every
-    block by its own number.
+    Where memory runs out, what does not fit is halved and measured again, and later batches stay at
+    that size (:class:`softtrace.density.halving.Halving`). Batches, padding and this change numbers
+    by rounding only: what is random is drawn for every block by its own number.
 
     Args:
         model: a causal language model.
@@ -135,31 +134,25 @@ def measure(
         first: number of the first block, where these blocks are a part of more.
 
     Raises:
-        InvalidInputError: not even one block fits into memory; or a batch that
+        InvalidInputError: not even one position of one block fits into memory; or a batch that
             :meth:`softtrace.graph.batch.Batch.of` refuses.
     """
     instrument = attach(model)
     device = device_of_module(model)
-    found = Measurements(batch_size=batch_size)
+    halving = Halving(batch_size, blocks.shape[1], _ADVICE)
+    found = Measurements()
     for low, high in _ranges(len(blocks), extra_blocks):
-        start = low
-        while start < high:
-            end = min(start + found.batch_size, high)
-            mask = None if attention_mask is None else attention_mask[start:end].to(device)
-            batch = _attempt(
-                partial(
-                    _measured, instrument, blocks[start:end].to(device), mask, min_context,
-                    start < extra_blocks, first + start, attention,
-                )
-            )  # fmt: skip
-            if batch is None:
-                if end - start == 1:
-                    _nothing_fits(instrument, blocks[start:end].to(device), attention)
-                found.batch_size = _halved(end - start)
-                continue
-            found.extend(batch)
-            progress((end - start) * masked_runs(start < extra_blocks))
-            start = end
+        if low == high:
+            continue
+        mask = None if attention_mask is None else attention_mask[low:high].to(device)
+        batch = instrument.batch(blocks[low:high].to(device), mask)
+        extra, number = low < extra_blocks, first + low
+        work = partial(_measured, instrument, attention, extra, number)
+        for count, parts in halving.each(batch, _explained(batch, min_context), work):
+            for _, part in parts:
+                found.extend(part)
+            progress(count * masked_runs(extra))
+    found.batch_size = max(1, halving.sequences.size)
     return found
 
 
@@ -170,57 +163,12 @@ def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
     yield extra, blocks
 
 
-def _halved(batch_size: int) -> int:
-    """Half of a batch size that did not fit into memory, which is emptied."""
-    clear_device_cache(garbage_collection=True)
-    smaller = batch_size // 2
-    logger.warning("memory ran out at %d blocks a batch; going on with %d", batch_size, smaller)
-    return smaller
-
-
-def _nothing_fits(instrument: Instrument, ids: Tensor, attention: AttentionKind) -> NoReturn:
-    """Refuse a block ``[1, T]`` that does not fit, after trying which length does.
-
-    Raises:
-        InvalidInputError: always.
-    """
-    fits, length = 0, ids.shape[1] // 2
-    while length >= _SHORTEST and not fits:
-        clear_device_cache(garbage_collection=True)
-        part = ids[:, :length]
-        if _attempt(partial(_measured, instrument, part, None, length // 2, False, 0, attention)):
-            fits = length
-        length //= 2
-    clear_device_cache(garbage_collection=True)
-    allowed = f"blocks of {fits} tokens fit here" if fits else "allowed is what fits"
-    raise InvalidInputError(
-        f"batch_size: memory ran out at 1 block of {ids.shape[1]} tokens; {allowed}. Take shorter "
-        "blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
-        "--device_map auto"
-    )
-
-
-def _attempt(measured: Callable[[], Measurements]) -> Measurements | None:
-    """One batch's measurements; None where memory ran out, with nothing of it left."""
-    try:
-        return measured()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        return None  # the traceback, which holds the batch's tensors, ends here
-
-
 def _measured(
-    instrument: Instrument,
-    ids: Tensor,
-    mask: Tensor | None,
-    min_context: int,
-    extra: bool,
-    number: int,
-    attention: AttentionKind,
+    instrument: Instrument, attention: AttentionKind, extra: bool, number: int, portion: Portion
 ) -> Measurements:
-    batch = instrument.batch(ids, mask)
-    explained = _explained(batch, min_context)
+    """Everything that is measured of a portion; ``number`` is that of the first portion's block."""
+    batch, explained = portion.batch, portion.chosen
+    assert explained is not None
     recording = instrument.record(
         batch, keep_hidden=True, keep_attention=attention == "recorded", positions=explained
     )
@@ -240,7 +188,7 @@ def _measured(
     if extra:
         nucleus = curve.at_sizes(values=_there(curve.nucleus))
         found.nucleus.append(nucleus[:, explained].cpu())
-        seeds = range(number, number + len(ids))
+        seeds = range(number + portion.first, number + portion.first + len(batch.valid))
         for kind in get_args(Baseline):
             for keep in (True, False):
                 scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
