@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import measure as measuring
-from softtrace.evaluation.measure import Measurements, masked_runs, measure
+from softtrace.evaluation.measure import Measurements, RunsShown, masked_runs, measure
 from softtrace.evaluation.summary import summarise
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -129,6 +129,32 @@ def test_explained_positions_are_halved_where_no_block_fits(
     assert found.batch_size == 1
     assert sum(done) == EXTRA * masked_runs(True) + (BLOCKS - EXTRA) * masked_runs(False)
     assert difference(found, whole) < 1e-11
+
+
+def test_every_masked_run_is_shown_when_it_ends() -> None:
+    """A block of 1,024 tokens takes minutes on a processor, with baselines half an hour."""
+    done = list[int]()
+    measured(BLOCKS, progress=done.append)
+    moved = [runs for runs in done if runs]
+    assert moved == [EXTRA] * masked_runs(True) + [BLOCKS - EXTRA] * masked_runs(False)
+
+
+def test_runs_that_are_made_again_are_shown_once() -> None:
+    done = list[int]()
+    runs = RunsShown(done.append)
+    ran = runs.begin(4)
+    ran()  # of 4 blocks; then memory runs out
+    ran = runs.begin(2)
+    for _ in range(3):
+        ran()
+    assert done == [4, 2]
+    runs.settle(2 * 3)
+    assert sum(done) == 6
+    runs.begin(2)()
+    assert done[-1] == 2
+    runs.begin(1)
+    runs.settle(1)  # one run of one block, where two had been shown
+    assert sum(done) == 7
 
 
 def test_memory_for_not_even_one_position(monkeypatch: pytest.MonkeyPatch) -> None:

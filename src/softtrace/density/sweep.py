@@ -147,6 +147,7 @@ def curve_of(
     composition: bool = False,
     nucleus: bool = False,
     reader: Callable[[Tensor], Tensor] | None = None,
+    ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
@@ -161,6 +162,7 @@ def curve_of(
             nothing, as in the paper.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
+        ran: called after each threshold, of which there is one masked run.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -200,6 +202,8 @@ def curve_of(
             readings.append(_placed(more, measured))
         if composition:
             compositions.append(by_quartile(counts))
+        if ran is not None:
+            ran()
     if composition:
         everything = scores.existing()
         if isinstance(everything[0], RowwiseEdges):

@@ -28,10 +28,11 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
-_ADVICE = (
+ADVICE = (
     "shorter blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
     "--device_map auto"
 )
+"""What takes less memory, to one who uses the command line."""
 
 Progress = Callable[[int], Any]
 
@@ -126,8 +127,8 @@ def measure(
             the length, so sizes are compared between positions of similar length.
         batch_size: sequences a forward, to begin with.
         extra_blocks: how many of the first blocks also get baselines and nucleus recovery.
-        progress: called with the number of masked runs of a block that were finished, see
-            :func:`masked_runs`.
+        progress: called with the number of masked runs of a block that were finished since, see
+            :func:`masked_runs`; a negative one where memory ran out and they are made again.
         attention: where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
         attention_mask: ``[N, T]`` of 0 and 1, padding on either side; None for no padding.
@@ -139,19 +140,19 @@ def measure(
     """
     instrument = attach(model)
     device = device_of_module(model)
-    halving = Halving(batch_size, blocks.shape[1], _ADVICE)
-    found = Measurements()
+    halving = Halving(batch_size, blocks.shape[1], ADVICE)
+    found, runs = Measurements(), RunsShown(progress)
     for low, high in _ranges(len(blocks), extra_blocks):
         if low == high:
             continue
         mask = None if attention_mask is None else attention_mask[low:high].to(device)
         batch = instrument.batch(blocks[low:high].to(device), mask)
         extra, number = low < extra_blocks, first + low
-        work = partial(_measured, instrument, attention, extra, number)
+        work = partial(_measured, instrument, attention, extra, number, runs)
         for count, parts in halving.each(batch, _explained(batch, min_context), work):
             for _, part in parts:
                 found.extend(part)
-            progress(count * masked_runs(extra))
+            runs.settle(count * masked_runs(extra))
     found.batch_size = max(1, halving.sequences.size)
     return found
 
@@ -163,17 +164,52 @@ def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
     yield extra, blocks
 
 
+class RunsShown:
+    """Shows masked runs as they end; those of work that is done again are shown once.
+
+    Args:
+        progress: see :func:`measure`.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._shown = self._done = 0
+
+    def begin(self, blocks: int) -> Callable[[], None]:
+        """Work on so many blocks begins; returns what shows that one masked run of them ended."""
+        self._done = 0
+
+        def ran() -> None:
+            self._done += blocks
+            if self._done > self._shown:
+                self._progress(self._done - self._shown)
+                self._shown = self._done
+
+        return ran
+
+    def settle(self, runs: int) -> None:
+        """The work has ended, which were so many runs."""
+        self._progress(runs - self._shown)
+        self._shown = 0
+
+
 def _measured(
-    instrument: Instrument, attention: AttentionKind, extra: bool, number: int, portion: Portion
+    instrument: Instrument,
+    attention: AttentionKind,
+    extra: bool,
+    number: int,
+    runs: RunsShown,
+    portion: Portion,
 ) -> Measurements:
     """Everything that is measured of a portion; ``number`` is that of the first portion's block."""
     batch, explained = portion.batch, portion.chosen
     assert explained is not None
+    ran = runs.begin(len(batch.valid))
     recording = instrument.record(
         batch, keep_hidden=True, keep_attention=attention == "recorded", positions=explained
     )
     curve = trace_curve(
-        instrument, recording, attention=attention, nucleus=extra, positions=explained
+        instrument, recording, attention=attention, nucleus=extra, positions=explained, ran=ran
     )
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
@@ -199,6 +235,7 @@ def _measured(
                     baseline_thresholds(),
                     attention=attention,
                     positions=explained,
+                    ran=ran,
                 )
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
@@ -212,13 +249,15 @@ def trace_curve(
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
     positions: Tensor | None = None,
+    ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
 
     Args:
         instrument: of the model.
         recording: of the batch.
-        attention, nucleus, reader, positions: see :func:`softtrace.density.sweep.curve_of`.
+        attention, nucleus, reader, positions, ran: see
+            :func:`softtrace.density.sweep.curve_of`.
     """
     return curve_of(
         instrument,
@@ -230,6 +269,7 @@ def trace_curve(
         nucleus=nucleus,
         reader=reader,
         positions=positions,
+        ran=ran,
     )
 
 
