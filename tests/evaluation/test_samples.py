@@ -10,8 +10,17 @@ import torch
 import softtrace
 from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
-from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
+from softtrace.evaluation.samples import (
+    MOST_BLOCKS,
+    SAMPLE_RUNS,
+    SAMPLE_SIZES,
+    nearest,
+    text_samples,
+)
 from softtrace.evaluation.token_text import TokenText
+from softtrace.graph.batch import Batch
+from softtrace.tracing.recording import Recording
+from softtrace.tracing.runner import Runner
 from tests.support import oracle
 from tests.support.corpus import END, byte_tokenizer
 from tests.support.tiny import tiny_model
@@ -127,17 +136,41 @@ def test_of_a_block_that_ends_inside_of_a_character_nothing_is_lost() -> None:
     assert [pieces.texts[token["token"]] for token in shown] == ["⟨81⟩", "⟨AE⟩", "⟨E3⟩", "⟨81⟩"]
 
 
-def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
-    other = text_samples(
-        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3, attention="recorded"
-    )
-    for mine, same in zip(other["texts"], found["texts"], strict=True):
+def assert_same_texts(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for mine, same in zip(ours["texts"], theirs["texts"], strict=True):
         for a, b in zip(mine["tokens"], same["tokens"], strict=True):
-            assert other["vocabulary"][a["token"]] == found["vocabulary"][b["token"]]
+            assert ours["vocabulary"][a["token"]] == theirs["vocabulary"][b["token"]]
             assert [t["size"] for t in a["traces"]] == [t["size"] for t in b["traces"]]
             assert [t["tv"] for t in a["traces"]] == pytest.approx(
                 [t["tv"] for t in b["traces"]], abs=1e-5
             )
+
+
+def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
+    other = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3, attention="recorded"
+    )
+    assert_same_texts(other, found)
+
+
+def test_where_memory_runs_out_tokens_are_done_in_portions(
+    model: Any, blocks: torch.Tensor, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, done = Runner.record, list[int]()
+
+    def limited(runner: Runner, batch: Batch, **options: Any) -> Recording:
+        if options["positions"].sum() > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return record(runner, batch, **options)
+
+    monkeypatch.setattr(Runner, "record", limited)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # it takes longer than the rest
+    other = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4, attention="recorded",
+        progress=done.append,
+    )  # fmt: skip
+    assert_same_texts(other, found)
+    assert sum(done) == MOST_BLOCKS * SAMPLE_RUNS
 
 
 def test_a_page_has_room_for_so_many_tokens(

@@ -61,7 +61,8 @@ def _said(page: str) -> str:
     return (
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
-        f"over plain fine-tuning's with the same seed (range); {run['hardware']} {sources(page, *_SOURCES)}."
+        f"over plain fine-tuning's with the same seed (range); {run['hardware']} "
+        f"{sources(page, *_SOURCES)}."
     )
 
 

@@ -34,6 +34,7 @@ from softtrace.report.tables import (
     half_depth_exit,
     interval,
     is_held_out,
+    lengths_note,
     percent,
     percent_change,
 )
@@ -108,6 +109,7 @@ def render(runs: Runs) -> str:
         measures=[_row(measure, runs) for measure in MEASURES],
         data=_data(runs),
         intervals=MEANING,
+        lengths=lengths_note(first),
         attention=attention_name(densities),
         unmasked=unmasked_note(densities),
         attention_meaning=attention_meaning(densities),

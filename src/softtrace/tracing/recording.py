@@ -109,6 +109,7 @@ class RecordingRun(Run):
         self.keep_attention = keep_attention
         packed = batch.positions if batch.packed else None
         self._documents = None if packed is None else documents_of(packed)
+        self._padded = static or not bool(batch.valid.all())
         self.attention: list[AttentionMap] = []
         self.visible: list[Tensor] = []
         self._masks: list[tuple[Tensor, Tensor]] = []
@@ -166,7 +167,10 @@ class RecordingRun(Run):
         for given, existing in self._masks:
             if (given.data_ptr(), given.shape, given.stride()) == memory:
                 return existing
-        existing = visible & self.valid[:, :, None] & self.valid[:, None, :]
+        existing = visible
+        if self._padded:
+            existing = visible & self.valid[:, :, None]
+            existing &= self.valid[:, None, :]
         if self._documents is not None and not self.static:
             self._require_apart(existing, self._documents)
         if not self.static:
