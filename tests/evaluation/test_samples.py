@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.density.curve import default_thresholds
 from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
 from softtrace.evaluation.samples import (
@@ -200,6 +201,16 @@ def test_the_nearest_run_by_log_size() -> None:
     # An empty trace stands at half an edge, 0.0005, and 0.0028 is nearer to 0.01.
     assert chosen[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert chosen[:, 1].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2]  # equal traces: the first
+
+
+def test_traces_of_long_blocks_are_as_large_as_those_of_short_ones() -> None:
+    short, long = module._thresholds(64), module._thresholds(1024)
+    assert len(short) == len(long) == SAMPLE_RUNS - len(default_thresholds())
+    assert (short[0], long[0]) == (0.6, 0.6)
+    assert short == pytest.approx([0.6 * 600 ** (-step / 23) for step in range(24)])
+    assert module._thresholds(10) == short
+    assert long[-1] == pytest.approx(short[-1] / 16)
+    assert sorted(long, reverse=True) == long
 
 
 def test_attention_is_recomputed_unless_told_otherwise(model: Any, blocks: torch.Tensor) -> None:

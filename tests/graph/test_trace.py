@@ -226,7 +226,7 @@ def test_sizes_as_counts_and_as_shares() -> None:
 
 
 def test_a_trace_that_could_not_be_listed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One percent of 8,192 tokens' edges are 88 million, each an object: hours, and 30 GB."""
+    """One percent of 8,192 tokens' edges are 88 million, each an object: hours, and 16 GB."""
     importance = padded_importance(0)
     monkeypatch.setattr("softtrace.graph.trace.MOST_EDGES", 5)
     assert len(extract_trace(importance, size=5).edges) == 5

@@ -176,6 +176,12 @@ def test_intervals_stand_beside_their_numbers(tmp_path: Path) -> None:
     assert "0.40 % (0.30 % to 0.50 %)" in page.text
     assert page.text.count(" to 0.50 %") == 1
     assert "In brackets95 % of 1,000 bootstrap samples of the blocks" in page.text
+    assert "too narrow" not in page.text
+    density["data"]["blocks"] = 4
+    assert (
+        "4 blocks are too few for it: these intervals are too narrow"
+        in page_of([density], tmp_path).text
+    )
 
 
 def test_nothing_is_fetched_and_no_other_script_may_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from softtrace.graph.edges import Edge, EdgeImportance, EdgeKind, LayerEdges
 from softtrace.graph.sizes import total_edges
 
 MOST_EDGES = 20_000_000
-"""Edges of a trace that is listed edge by edge, in half an hour and 10 GB of main memory."""
+"""Edges of a trace that is listed edge by edge, which takes half an hour and 4 GB."""
 
 _AT_LEAST = 1 << 20  # values that are held before the smaller ones are dropped
 _UNREACHED = -1.0  # below every importance, so that (max, min) keeps unreached nodes out

@@ -20,11 +20,18 @@ GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
 _SEPARATOR = "  "
 
-MEANING = (
+_MEANING = (
     f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
     "the same tokens count as easy or hard"
 )
-"""What the intervals are, for whoever reads them."""
+_FEW = 10  # blocks, of whose resamples the intervals are far too narrow
+
+
+def intervals_meaning(density: Density) -> str:
+    """What the intervals are, for whoever reads them."""
+    blocks = density["data"]["blocks"]
+    too_few = f"; {blocks} blocks are too few for it: these intervals are too narrow"
+    return _MEANING + (too_few if blocks < _FEW else "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import (
     LayerNorms,
     Norm,
+    SummedMap,
     carried_map,
     carried_norms,
     edge_shares,
@@ -86,6 +87,7 @@ class _LayerNotes:
     visible: Tensor | None = None
     values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms; values for proximity
     attended: Tensor | None = None  # what attention adds, before ``attention_scale``
+    summed: SummedMap | None = None  # while attention runs
     scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
     added: list[Tensor] = field(default_factory=list)  # by the parts of its MLP
 
@@ -150,7 +152,10 @@ class RecordingRun(Run):
         self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)
-        return probabilities
+        if self.norm == "ifr" or probabilities.held or torch.is_grad_enabled():
+            return probabilities
+        notes.summed = SummedMap(probabilities, visible, notes.values)
+        return notes.summed
 
     @staticmethod
     def _require_apart(visible: Tensor, documents: Tensor) -> None:
@@ -227,11 +232,15 @@ class RecordingRun(Run):
         entry = self._as_read(layer, self.entry) if modules.parallel else self.entry
         mlp = norm_of(self._as_read(layer, added), self._order)
         middle = None if modules.parallel else self._as_read(layer, self.middle)
+        sums = None if notes.summed is None else notes.summed.sums
+        if sums is not None and notes.scale is not None:
+            sums = sums * notes.scale
         return LayerNorms(
             self._carried(notes, notes.values),
             norm_of(entry, self._order),
             mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
             None if middle is None else norm_of(middle, self._order),
+            sums,
         )
 
     def _carried(self, notes: _LayerNotes, norms: Tensor) -> Tensor | AttentionMap:
