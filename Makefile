@@ -33,14 +33,15 @@ quickstart: .venv/installed
 
 # What it names at its end as too slow is to be marked thorough, or made faster.
 test-fast: .venv/installed
-	$(PYTEST) -m 'not thorough and not slow and not quantised and not browser and not real' --durations=10 --durations-min=2
+	$(PYTEST) -m 'not thorough and not slow and not quantised and not loggers and not browser and not real' --durations=10 --durations-min=2
 
 test: .venv/installed
 	$(PYTEST)
 
-test-all: .venv/installed .venv/quantised
-	$(PYTEST) -m 'not quantised and not browser and not real'
+test-all: .venv/installed .venv/quantised .venv/loggers
+	$(PYTEST) -m 'not quantised and not loggers and not browser and not real'
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/anatomy/test_quantised.py
+	PYTHONPATH=$$(echo .venv/loggers/lib/*/site-packages) $(BIN)/python -m pytest -m loggers tests/cli/test_fit_loggers.py
 
 # Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 test-browser: .venv/installed
@@ -56,6 +57,11 @@ test-real: .venv/installed
 .venv/quantised: .venv/installed
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ -c $(CONSTRAINTS) torchao bitsandbytes
+
+# Beside it too: where TensorBoard is, Lightning takes it by default.
+.venv/loggers: .venv/installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --prefix $@ -c $(CONSTRAINTS) tensorboard wandb
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -150,7 +150,7 @@ def test_attaching_before_and_after_get_peft_model() -> None:
     assert softtrace.attach(wrapped) is not before
     assert softtrace.attach(wrapped) is softtrace.attach(model)
     assert differ(plain, importance_of(wrapped))
-    penalty(IDS, step=0).loss.backward()  # made before, goes on after
+    penalty(IDS, step=0).loss.backward()  # made before, works after
     assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora" in n)
     assert all(p.grad is None for n, p in wrapped.named_parameters() if "lora" not in n)
 

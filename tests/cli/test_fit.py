@@ -1,4 +1,4 @@
-"""``softtrace fit``: what it writes, what it refuses, and going on after an interruption."""
+"""``softtrace fit``: what it writes, what it refuses, and how it resumes after an interruption."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_lookup_takes_the_last_of_the_longest_matches() -> None:
     assert found_in([1, 2, 3, 4, 5, 1, 2, 3], 2) == ([4, 5], True)
     assert found_in([8, 2, 3, 4, 7, 2, 3, 5, 2, 3], 2) == ([5, 2], True)  # the last of two
     assert found_in([1, 2, 3, 4, 7, 2, 3, 5, 1, 2, 3], 1) == ([4], True)  # the longer one
-    assert found_in([6, 6, 6], 4) == ([6, 6, 6, 6], True)  # goes on beyond the text's end
+    assert found_in([6, 6, 6], 4) == ([6, 6, 6, 6], True)  # continues beyond the text's end
     assert found_in([1, 2, 1, 2], 5) == ([1, 2, 1, 2, 1], True)
     assert not found_in([1, 2, 3, 4], 2)[1]
     assert not found_in([3, 5, 3], 2)[1]  # one token is no match

@@ -60,7 +60,7 @@ def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence:
         assert found.accepted == sum(run.accepted for run in runs)
         assert found.checks == sum(run.checks for run in runs)
         assert found.accepted <= 4 * (NEW - 1) <= found.accepted + found.checks
-        if not confidence:  # else it is not known how long a wrong draft goes on
+        if not confidence:  # else it is not known how long a wrong draft continues
             assert found.drafted == sum(run.drafted for run in runs)
     assert 0 < found.accepted < found.drafted or confidence or count == 1
 

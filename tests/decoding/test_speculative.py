@@ -292,7 +292,7 @@ def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
 ) -> None:
     model, proven_exit = model_and_exit
     ids = tiny_prompt(5)
-    with pytest.raises(InvalidInputError, match=r"goes on after 1 layers .*: none.; .*check_cache"):
+    with pytest.raises(InvalidInputError, match=r"after 1 layers .*: none.; .*check_cache"):
         speculate(model, ids, exit_layer=1, proven_exit=proven_exit)
     of_one = check_cache(proven_exit, (1,))
     assert speculate(model, ids, exit_layer=1, proven_exit=of_one).checks

@@ -143,7 +143,7 @@ def test_hooks_of_others_count_once(at: int, before: bool) -> None:
         assert torch.equal(found.tokens, wanted)
 
 
-def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_continue_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     proven_exit = check_early_exit(tiny_model("llama"))
     assert not proven_exit.resumable
     assert check_cache(proven_exit).resumable == {1, 2}
@@ -161,5 +161,5 @@ def test_a_model_that_cannot_go_on_is_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
     monkeypatch.setattr(DynamicCache().layer_class_to_replicate, "crop", not_cut)
-    with pytest.raises(UnsupportedModelError, match="when it goes on from a cache"):
+    with pytest.raises(UnsupportedModelError, match="when it continues from a cache"):
         check_cache(proven_exit)

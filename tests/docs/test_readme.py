@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import lightning.pytorch
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -124,7 +125,9 @@ def test_command_lines_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) 
         if name.startswith("--") and name != "--config":
             found = options
             for part in name[2:].split("."):
-                found = found[part]
+                found = found[part] if part in found else found["init_args"][part]
+            if name == "--trainer.logger":  # a class, by its name
+                found = found.class_path.rpartition(".")[2]
             assert str(found).lower() == value.lower(), name
 
 
@@ -148,6 +151,8 @@ def test_commands_run_one_after_the_other(
 ) -> None:
     """On a tiny model, with a few options more that keep it short."""
     monkeypatch.chdir(tmp_path)
+    for name in ("create_repo", "upload_folder"):  # the hub
+        monkeypatch.setattr(HfApi, name, Mock())
     write_model(tmp_path / "MODEL", num_hidden_layers=4)
     write_tree(tmp_path / "TEXT", files=60)
     for words in command_lines(page):

@@ -17,6 +17,8 @@ from recipes.benchmarks.pages import drawings, site
 from softtrace.cli.main import _COMMANDS
 from tests.docs.pages import PAGES, ROOT, text_of
 
+#: files that people read; a model's tokenizer holds words of other people's texts
+READ = (".py", ".md", ".j2", ".js", ".css", ".ipynb")
 LINKED = (*PAGES, "CHANGELOG.md", "CONTRIBUTING.md", "recipes/benchmarks/LOG.md")
 
 
@@ -45,11 +47,19 @@ def test_the_readme_is_a_tour() -> None:
     assert len(text_of("README.md").split()) <= 1900
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_pages_use_the_terms_of_the_field(page: str) -> None:
+def test_the_terms_of_the_field_are_used() -> None:
     """Integration, interleaved, resumes, verbatim and baselines are what these words meant."""
-    home_grown = r"\bdoors?\b|in turns|goes on|to the letter|other people's losses"
-    assert re.findall(home_grown, text_of(page)) == []
+    home_grown = (
+        r"\bdoors?\b|\b(?:timed|prompts?) in turns\b|\bgo(?:es|ing)? on\b|to the letter"
+        r"|other people's losses"
+    )
+    folders = [ROOT / name for name in ("src", "recipes", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in READ]
+    assert len(files) > 400
+    for path in (*files, *(ROOT / page for page in LINKED)):
+        if path != Path(__file__):
+            found = re.findall(home_grown, path.read_text(encoding="utf-8"), re.IGNORECASE)
+            assert found == [], path
 
 
 def navigation(entry: Any) -> list[str]:
@@ -63,8 +73,9 @@ def test_every_page_is_in_the_navigation() -> None:
     text = re.sub(r"!!python\S+ .*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = navigation(yaml.safe_load(text)["nav"])
     assert len(set(named)) == len(named)
-    shown = {site.OUTSIDE.get(page, f"recipes/{page}") for page in named}
+    shown = {site.source_of(page) for page in named}
     assert set(PAGES) <= shown
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/notebooks/*.ipynb")} <= shown
     for page in shown:
         assert (ROOT / page).is_file()
 
@@ -74,7 +85,8 @@ def on_the_site(page: str, text: str, repo_url: str | None = None) -> str:
     config = load_config(str(ROOT / "mkdocs.yml"))
     config["repo_url"] = repo_url
     config.plugins._current_plugin = "hooks"  # as while MkDocs calls one
-    names = ("README.md", "TUTORIAL.md", "how-to/lora.md", "models/pystdlib-4m/README.md")
+    names = ("README.md", "TUTORIAL.md", "how-to/lora.md", "models/pystdlib-4m/README.md",
+             "notebooks/presets.ipynb")  # fmt: skip
     files = Files([File(name, config["docs_dir"], "", True) for name in names])
     site.on_files(files, config)
     file = files.get_file_from_path(page)
@@ -91,6 +103,8 @@ def on_the_site(page: str, text: str, repo_url: str | None = None) -> str:
         ("how-to/lora.md", "[t](../TUTORIAL.md)", "[t](../TUTORIAL.md)"),
         ("how-to/lora.md", "[configs/](../../configs)", "`configs`"),
         ("index.md", "[rules](CONTRIBUTING.md)", "rules (`CONTRIBUTING.md`)"),
+        ("index.md", "[n](recipes/notebooks/presets.ipynb)", "[n](notebooks/presets.md)"),
+        ("notebooks/presets.md", "[c](../how-to/lora.md)", "[c](../how-to/lora.md)"),
         ("index.md", "[gone](recipes/gone.md)", "[gone](recipes/gone.md)"),  # strict: an error
         ("index.md", "[a](https://arxiv.org/a)", "[a](https://arxiv.org/a)"),
         ("index.md", "```python\na[0](recipes/README.md)\n```", None),

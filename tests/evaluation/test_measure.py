@@ -117,7 +117,7 @@ def test_batches_are_halved_until_they_fit(
     assert found.batch_size == 1
     assert sum(done) == EXTRA * masked_runs(True) + (BLOCKS - EXTRA) * masked_runs(False)
     assert difference(found, whole) < 1e-11
-    assert "memory ran out at 3 sequence(s); going on with 1 at a time" in caplog.text
+    assert "memory ran out at 3 sequence(s); continuing with 1 at a time" in caplog.text
 
 
 def test_explained_positions_are_halved_where_no_block_fits(

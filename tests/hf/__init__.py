@@ -1,4 +1,4 @@
-"""Tests of the doors for transformers' Trainer and for TRL's."""
+"""Tests of the integrations for transformers' Trainer and for TRL's."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The door for transformers' Trainer: scaled as by hand, inert at 0, resumed to the bit."""
+"""The integration for transformers' Trainer: scaled as by hand, inert at 0, resumed to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Trainer's door: mixed precision, sharding, several tries, a checkpoint that was cut short."""
+"""The Trainer's integration: mixed precision, sharding, several tries, a cut checkpoint."""
 
 from __future__ import annotations
 

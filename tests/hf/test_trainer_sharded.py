@@ -19,14 +19,14 @@ pytestmark = pytest.mark.thorough
 
 def trained(folder: Path, world: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
     """Weights after a training, or as one loads them from a checkpoint."""
-    words = ["-m", "tests.support.ways_to_go_on", "trainer", folder, checkpoint]
+    words = ["-m", "tests.support.ways_to_resume", "trainer", folder, checkpoint]
     for done in run_ranks([sys.executable, *words], world, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Tensor] = torch.load(folder / f"trainer-{world}.pt", weights_only=True)
     return found
 
 
-def test_two_processes_equal_the_loop_by_hand_and_three_go_on(tmp_path: Path) -> None:
+def test_two_processes_equal_the_loop_by_hand_and_three_resume(tmp_path: Path) -> None:
     after = trained(tmp_path, 2)
     wanted = whole_weights(by_hand(1, True, OPTIONS, 2))
     torch.testing.assert_close(after, wanted, atol=1e-10, rtol=0)

@@ -94,7 +94,7 @@ def by_hand(
     skip: tuple[int, ...] = (),
     **options: Any,
 ) -> None:
-    """The loop that a user without Lightning writes, with the plain-loop door."""
+    """The loop that a user without Lightning writes, with the plain-loop integration."""
     torch.manual_seed(0)
     density = DensityLoss(module.model, DensityOptions(**options))
     optimizer = module.configure_optimizers()

@@ -22,7 +22,7 @@ from tests.support.fitting import batches
 from tests.support.jobs import Jobs, saved
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model
-from tests.support.ways_to_go_on import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
+from tests.support.ways_to_resume import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
 from tests.support.ways_to_shard import whole_weights
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"

@@ -1,4 +1,4 @@
-"""The table of what the Lightning door works with, walked row by row.
+"""The table of what the Lightning integration works with, walked row by row.
 
 Every supported row fits at strength 0 bit by bit as without the callback, and at another
 strength to other, finite weights.

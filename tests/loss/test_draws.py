@@ -69,7 +69,7 @@ def test_draws_depend_on_seed_step_and_rank_alone() -> None:
 
 
 def test_draws_do_not_change_between_versions() -> None:
-    """A resumed run has to go on with the draws of the run it resumes."""
+    """A resumed run has to continue the draws of the run it resumes."""
     found = one(share=0.3, seed=3, step=(7, 1), rank=2)
     assert found.rows.tolist() == PINNED[0]
     assert found.starts.tolist() == PINNED[1]

@@ -115,7 +115,7 @@ def test_windows_of_a_text_that_begins_with_bos_begin_with_it_too() -> None:
     assert torch.equal(found.depths[:, 1:], torch.arange(20).reshape(5, 4) % 3 + 1)
 
 
-def test_windows_of_packed_rows_go_on_with_the_document_that_they_cut() -> None:
+def test_windows_of_packed_rows_continue_the_document_that_they_cut() -> None:
     ids = torch.tensor([[5, 6, 7, BOS, 15, 16, 17, 18, BOS, 25, 26, 27]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]])
     batch = Batch.of(ids, None, positions)

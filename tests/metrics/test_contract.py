@@ -142,7 +142,7 @@ def test_two_processes_compute_what_one_does(kind: type[Metric], cut: int) -> No
     metric._update_count = 1  # a process without a batch takes part
     alone = {name: value.clone() for name, value in states(metric).items()}
     torch.testing.assert_close(flat(metric.compute()), wanted, rtol=0, atol=1e-12, equal_nan=True)
-    for name, value in states(metric).items():  # and then goes on with its own
+    for name, value in states(metric).items():  # and then continues with its own
         assert torch.equal(value, alone[name])
 
 

@@ -250,9 +250,9 @@ def test_a_model_that_looks_at_its_padding() -> None:
     mask[1, -2:] = 0
     curve = softtrace.density_curve(model, ids, mask, thresholds=[1e-9])
     assert curve.total_variation[:, mask.bool()].max() < 1e-5  # every edge is kept
-    for door in (softtrace.edge_importance, softtrace.density_curve):
+    for measure in (softtrace.edge_importance, softtrace.density_curve):
         with pytest.raises(InvalidInputError, match="padding stands before real tokens"):
-            door(model, ids, mask.flip(1))
+            measure(model, ids, mask.flip(1))
 
 
 class Wrapping(nn.Module):

@@ -24,7 +24,7 @@ SUPPORTED = {
     "FSDP2": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
 }
-#: refused by the doors of the trainers, where they can be seen
+#: refused by the integrations, where they can be seen
 BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
 #: refused row -> the file where several devices are
 ELSEWHERE = {"device_map": "model/test_devices.py"}

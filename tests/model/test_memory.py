@@ -1,4 +1,4 @@
-"""Out of memory: work is halved and goes on; other errors are none of it."""
+"""Out of memory: work is halved and continues; other errors are none of it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_portions_are_halved_until_they_fit_and_stay_small(
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
     said = [record.message for record in caplog.records]
     assert said == [
-        "memory ran out at 8 row(s); going on with 4 at a time",
-        "memory ran out at 4 row(s); going on with 2 at a time",
+        "memory ran out at 8 row(s); continuing with 4 at a time",
+        "memory ran out at 4 row(s); continuing with 2 at a time",
     ]
 
 
@@ -56,7 +56,7 @@ def test_one_that_does_not_fit_by_itself_is_done_otherwise(
     portions = Portions(2, "row(s)")
     found = list(portions.each(0, 3, fitting(0, tried), lambda one: [-one]))
     assert found == [(1, [0]), (1, [-1]), (1, [-2])]
-    assert "memory ran out at 1 row(s); going on with parts of one" in caplog.text
+    assert "memory ran out at 1 row(s); continuing with parts of one" in caplog.text
     assert tried == [2, 1]  # later ones are not tried again
 
 

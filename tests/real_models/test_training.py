@@ -1,4 +1,4 @@
-"""One step of every door on real models: each takes the step of a plain loop."""
+"""One step of every integration on real models: each takes the step of a plain loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.real import (
 pytestmark = pytest.mark.real
 
 RATE = 0.01
-#: of the step; some doors add the two gradients up one after the other, and bfloat16 rounds each
+#: of the step; some integrations add the two gradients up one by one, and bfloat16 rounds each
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 
 
@@ -86,12 +86,12 @@ def under_accelerate(bare: Any, ids: Tensor, folder: Path) -> None:
 
 
 def stepped(
-    name: str, dtype: str, length: int, door: Callable[..., None], folder: Path
+    name: str, dtype: str, length: int, train: Callable[..., None], folder: Path
 ) -> tuple[Tensor, Tensor]:
     """All weights before and after one step on one block of the text."""
     model = real_model(name, dtype).train()
     before = weights(model).float()
-    door(model, pack(documents(), real_tokenizer(name), length)[:1], folder)
+    train(model, pack(documents(), real_tokenizer(name), length)[:1], folder)
     return before, weights(model).float()
 
 
@@ -111,9 +111,11 @@ def test_a_plain_loop_takes_a_step(name: str, dtype: str, length: int, tmp_path:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(SMOLLM, "float32"), (GEMMA, "bfloat16")])
-def test_every_door_takes_the_step_of_a_plain_loop(name: str, dtype: str, tmp_path: Path) -> None:
+def test_every_integration_takes_the_step_of_a_plain_loop(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
     before, wanted = stepped(name, dtype, 64, loop, tmp_path)
-    for door in (under_lightning, by_trainer, under_accelerate):
-        _, found = stepped(name, dtype, 64, door, tmp_path)
+    for train in (under_lightning, by_trainer, under_accelerate):
+        _, found = stepped(name, dtype, 64, train, tmp_path)
         off = float((found - wanted).norm() / (wanted - before).norm())
-        assert off < ALLOWED[dtype], door.__name__
+        assert off < ALLOWED[dtype], train.__name__

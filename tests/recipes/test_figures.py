@@ -269,9 +269,9 @@ def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
         "fit twice",  # 3 and 2 x 25
     }
     assert all(way["strength 0"] == 0.0 < way["strength 0.6"] for way in result["inert"].values())
-    for door in result["resumed"].values():
-        assert door["steps"] >= 7
-        assert door["largest"] == 0.0 < door["control"]
+    for row in result["resumed"].values():
+        assert row["steps"] >= 7
+        assert row["largest"] == 0.0 < row["control"]
     kills = result["kills"]
     assert kills["kills"] >= 30
     assert kills["resumed"] == kills["runs"]

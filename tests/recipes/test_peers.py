@@ -173,7 +173,7 @@ def test_runs_come_seed_by_seed_or_method_by_method(
     # One that is asked for twice runs once.
     words += ["softtrace=0.1,0.2", "layerskip=1", "softtrace=0.2", *["--by-method"][:by_method]]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match="goes on"):
+    with pytest.raises(SystemExit, match="resumes"):
         peers.main()
     names = [(task.method, task.seed) for task in asked]
     assert len(names) == 2 * (1 + 2 + 1)

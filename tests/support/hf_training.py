@@ -121,7 +121,7 @@ def by_hand(
 
 
 def resumed(folder: Path, step: int, density: Any = OPTIONS, **changes: Any) -> Any:
-    """A new trainer that goes on from the checkpoint of a step."""
+    """A new trainer that resumes from the checkpoint of a step."""
     torch.manual_seed(99)
     trainer = DensityTrainer(
         model=tiny_model("gpt2", seed=5, dtype=torch.float64).train(),

@@ -59,7 +59,7 @@ def _fallback(normalizer: Any, last: list[Any]) -> PreTrainedTokenizerBase:
 
 
 def word_piece() -> PreTrainedTokenizerBase:
-    """As BERT's: ``##`` goes on with a word, and what is between words is not kept."""
+    """As BERT's: ``##`` continues a word, and what is between words is not kept."""
     pieces = [END, "[UNK]", "a", "good", "foo", "##s", "##o", ",", "日", "本"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -1,4 +1,4 @@
-"""Every way to fit that the Lightning door works with, by the names of its table."""
+"""Every way to fit that the Lightning integration works with, by the names of its table."""
 
 from __future__ import annotations
 

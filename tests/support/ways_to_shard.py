@@ -270,7 +270,7 @@ def refusals(rank: int) -> dict[str, str]:
             wrong()
         except SofttraceError as error:
             found[wrong.__name__] = f"{type(error).__name__}: {error}"
-    assert density(ids, mask).loss.requires_grad  # and goes on
+    assert density(ids, mask).loss.requires_grad  # and continues
     return found
 
 

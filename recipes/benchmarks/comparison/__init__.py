@@ -1,1 +1,1 @@
-"""Trainings that are paired and compared: the penalty's effect, and other people's losses."""
+"""Trainings that are paired and compared: the penalty's effect, and baselines."""

@@ -7,7 +7,7 @@ measures what came out (``peers.py``), the methods that shall decode first. Thos
 as soon as they are there (``decoding.py``), beside the other fine-tunings, and on the GPUs last,
 one a card and nothing else at work. Writes ``model/``, ``models/``, ``peers.json``, ``peers.png``,
 ``decoding.json`` and a log of every part to OUT, each race as it ends; a call that was interrupted
-goes on with what is there.
+continues with what is there.
 """
 
 from __future__ import annotations

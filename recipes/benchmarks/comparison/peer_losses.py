@@ -1,4 +1,4 @@
-"""Other people's losses behind one call, ``method(ids, step)``, close to their papers.
+"""Baselines behind one call, ``method(ids, step)``: other projects' losses, close to their papers.
 
 Where a paper leaves something open, or a stock model cannot carry it, the docstring says what was
 done instead. All take a Llama-like model of transformers in train mode and return the whole

@@ -16,7 +16,7 @@ At a larger size, with a model that ``pretrain.py`` trained:
 All runs of a seed start from the same weights and see the same data in the same order, held-out
 files as in ``effect.py``. Each method is swept over its strength; a measure is then read where its
 curve over held-out loss meets +1 % of plain fine-tuning. Results are added to
-``results/peers.json`` run by run, so that what was interrupted goes on; ``peers.png`` beside it
+``results/peers.json`` run by run, so that what was interrupted resumes; ``peers.png`` beside it
 shows the fronts.
 """
 
@@ -291,7 +291,7 @@ def main() -> None:
         print(row["method"], row["strength"], row["seed"], shown, flush=True)
         known.add((row["method"], row["strength"], row["seed"]))
     if any((task.method, task.strength, task.seed) not in known for task in tasks):
-        sys.exit(f"{args.minutes:g} minutes are over; the same command goes on")
+        sys.exit(f"{args.minutes:g} minutes are over; the same command resumes")
     save()
     print(table(result))
 

@@ -31,7 +31,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.lightning import DensityPenalty
 from tests.support import hf_training as hf
-from tests.support import lightning_runs, ways_to_go_on, ways_to_shard, ways_to_step
+from tests.support import lightning_runs, ways_to_resume, ways_to_shard, ways_to_step
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import weights
 from tests.support.jobs import Jobs, saved
@@ -71,13 +71,13 @@ def inert(args: argparse.Namespace) -> dict[str, Any]:
 def inert_in_parts() -> dict[str, Any]:
     """Two processes whose weights are sharded."""
     with tempfile.TemporaryDirectory() as folder:
-        epochs = -(-STEPS // ways_to_go_on.BATCHES)
+        epochs = -(-STEPS // ways_to_resume.BATCHES)
         runs = [
-            ways_to_go_on.fit_in_parts(Path(folder), 2, None, strength, epochs)
+            ways_to_resume.fit_in_parts(Path(folder), 2, None, strength, epochs)
             for strength in (None, 0.0, 0.6)
         ]
     flat = [torch.cat([each.flatten() for each in found.values()]) for found in runs]
-    return inert_row(epochs * ways_to_go_on.BATCHES, *flat)
+    return inert_row(epochs * ways_to_resume.BATCHES, *flat)
 
 
 def inert_in_processes() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `mkdocs.yml` needs beside its pages: README and CHANGELOG, and links out of the site.
+"""What `mkdocs.yml` needs beside its pages: README, CHANGELOG, notebooks, links out of the site.
 
 MkDocs calls these functions by their names. A link to a file that is no page leads to the
 repository where ``repo_url`` says where that is, and is shown as the file's name where it does not.
@@ -18,6 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from recipes.benchmarks.pages.notebooks import as_markdown
+
 ROOT = Path(__file__).resolve().parents[3]
 #: pages that lie outside of ``docs_dir``, by what they are called on the site
 OUTSIDE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
@@ -30,13 +32,18 @@ _MARKER = re.compile(r"^<!-- /?\w+ -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside, and free the front page for README.md of the repository."""
+    """Add the pages from outside and those of notebooks; README.md has the front page."""
     for source, target in MOVED.items():
         file = files.get_file_from_path(source)
         assert file is not None, source
         file.dest_uri = target
     for name, source in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, name, content=text))
+    for file in [each for each in files if each.src_uri.endswith(".ipynb")]:
+        files.remove(file)
+        text = as_markdown(ROOT / "recipes" / file.src_uri)
+        name = file.src_uri.replace(".ipynb", ".md")
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -45,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """A page's text with links that hold on the site, and with what the commands say."""
     if page.file.src_uri == "command-line.md":
         markdown += helps()
-    source = OUTSIDE.get(page.file.src_uri, f"recipes/{page.file.src_uri}")
+    source = source_of(page.file.src_uri)
     pages = {name for name, file in of_site(files).items() if not file.inclusion.is_excluded()}
 
     def linked(match: re.Match[str]) -> str:
@@ -74,9 +81,16 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return re.sub(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?", r"\1", html)
 
 
+def source_of(name: str) -> str:
+    """Where a file of the site lies in the repository."""
+    if name.startswith("notebooks/"):
+        name = name.replace(".md", ".ipynb")
+    return OUTSIDE.get(name, f"recipes/{name}")
+
+
 def of_site(files: Files) -> dict[str, File]:
     """Files of the site by where they lie in the repository."""
-    return {OUTSIDE.get(file.src_uri, f"recipes/{file.src_uri}"): file for file in files}
+    return {source_of(file.src_uri): file for file in files}
 
 
 def helps() -> str:

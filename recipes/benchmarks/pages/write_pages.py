@@ -195,10 +195,10 @@ def exactness() -> str:
         f"largest difference of a weight | {silent:g} "
         f"(at strength 0.6 at least {min(way['strength 0.6'] for way in ways.values()):.0e}) |",
     ]
-    for name, door in (("Lightning", "Lightning"), ("Trainer", "transformers' Trainer")):
+    for name, shown in (("Lightning", "Lightning"), ("Trainer", "transformers' Trainer")):
         row = result["resumed"][name]
         lines.append(
-            f"| {door}, resumed at each of {row['steps']} steps, against a straight run | "
+            f"| {shown}, resumed at each of {row['steps']} steps, against a straight run | "
             f"{row['largest']:g} (another strength from there: {row['control']:.0e}) |"
         )
     lines += [

@@ -1,10 +1,10 @@
-"""What it is worth that a check goes on from what the draft computed.
+"""What it is worth that a check continues from what the draft computed.
 
     make quickstart && python -m recipes.benchmarks.speed.resumed_checks
 
-The loop of ``softtrace.decoding.speculate`` against one whose checks run all layers, prompt by
-prompt in turns, on the models of the quickstart. The latter's checks also write the token after a
-draft whose guesses are all right. Writes ``results/resumed_checks.json``.
+The loop of ``softtrace.decoding.speculate`` against one whose checks run all layers, with
+prompts interleaved, on the models of the quickstart. The latter's checks also write the token after
+a draft whose guesses are all right. Writes ``results/resumed_checks.json``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Both loops over plain decoding, and one over the other."""
     model = load_model(path).eval()
     proven_exit = check_cache(check_early_exit(model), (args.exit_layer,))
-    found: dict[str, list[float]] = {"all layers": [], "going on": [], "ratio": []}
+    found: dict[str, list[float]] = {"all layers": [], "resumed": [], "ratio": []}
     same = 0
     for turn in range(args.rounds + 1):  # the first one warms up
         for row in tqdm(rows, desc=f"{path.parent.name}, round {turn}"):
@@ -93,7 +93,7 @@ def race(path: Path, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
                 continue
             plain, old, new = (b - a for a, b in itertools.pairwise(times))
             found["all layers"].append(plain / old)
-            found["going on"].append(plain / new)
+            found["resumed"].append(plain / new)
             found["ratio"].append(old / new)
             same += texts[0] == texts[1] == texts[2]
     spreads = {name: quartiles(ratios) for name, ratios in found.items()}

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_least
-from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, tidy_help
+from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, as_list, tidy_help
+from softtrace.cli.hub import make_repository, upload
 from softtrace.data.blocks import evenly
 from softtrace.data.split_record import read_records, write_records
 from softtrace.decoding.recommend import recommend_exit
@@ -81,6 +82,7 @@ class FitCLI(LightningCLI):
 
     config_init: Any
     monitor: DensityMonitor | None = None
+    repository: str | None = None
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
@@ -144,6 +146,8 @@ class FitCLI(LightningCLI):
             )
         with self._claimed():
             pass
+        if name := self.config["push_to_hub"]:  # what the hub refuses shows before the training
+            self.repository = make_repository(name)
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -182,7 +186,7 @@ class FitCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.out)
         if options.get("max_epochs") is None and options.get("max_steps", -1) == -1:
             kwargs["max_epochs"] = -1 if options.get("max_time") else 1
-        callbacks = _as_list(options.get("callbacks"))
+        callbacks = as_list(options.get("callbacks"))
         # By now True has become the number that was chosen; False asks for no seeding at all.
         if (seed := self.config["seed_everything"]) is not False:
             callbacks.append(StepSeed(seed))
@@ -207,7 +211,7 @@ class FitCLI(LightningCLI):
         else:
             kwargs["enable_checkpointing"] = False
         kwargs["callbacks"] = callbacks
-        plugins = _as_list(options.get("plugins"))
+        plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         with self._refusals():
@@ -250,6 +254,8 @@ class FitCLI(LightningCLI):
             weights = whole_weights(self.model.model)  # gathered from all processes
             if self.trainer.is_global_zero:
                 self._save(weights)
+                if self.repository is not None:
+                    upload(self.out, self.repository)
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""
@@ -388,9 +394,3 @@ def fit(args: Sequence[str] | None = None) -> Path:
             return FitCLI(args).fit()
     finally:
         lightning_logger.removeFilter(advert)
-
-
-def _as_list(callbacks: Any) -> list[Any]:
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, list) else [callbacks]

@@ -68,6 +68,13 @@ def add_own_options(parser: ArgumentParser) -> None:
         help="Number of held-out blocks (64 tokens of each at most) on which the densities of the "
         "model card are measured, before and after training; 0 gives a card without them.",
     )
+    parser.add_argument(
+        "--push_to_hub",
+        type=str | None,
+        default=None,
+        help="Upload model, tokenizer and card at the end to this repository of the Hugging Face "
+        "hub (OWNER/NAME, or NAME for one of yours). A new one is private.",
+    )
 
 
 class _HelpAll(argparse.Action):
@@ -111,3 +118,10 @@ def advice(options: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     if not given:
         return ""
     return f" (asked for by {given}; change one of these, or install what it needs)"
+
+
+def as_list(given: Any) -> list[Any]:
+    """An option that may be one thing, several or none, as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list) else [given]

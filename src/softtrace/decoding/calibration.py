@@ -58,7 +58,7 @@ def calibrated_confidence(
         agreement: share of tokens, in (0, 1], at which the exit's most likely token is the whole
             model's.
         each: ask it of the least sure token that is taken, by a rate that falls with confidence
-            (isotonic regression): for drafts, which go on as long as the next guess is worth it.
+            (isotonic regression): for drafts, which continue as long as the next guess is worth it.
             Otherwise of all that are taken together: for :func:`softtrace.decoding.exit_early`.
         proven_exit: of the model; None proves it here.
 

@@ -34,7 +34,7 @@ class ProvenExit:
     Attributes:
         model: as it was run for the proof, in the wrapper that it was handed in, if any.
         instrument: of the model as it was then.
-        resumable: exit layers after which the rest of the model can go on, over a cache that is
+        resumable: exit layers after which the rest of the model can continue, over a cache that is
             cut; :func:`check_cache` adds them.
     """
 
@@ -56,11 +56,11 @@ class ProvenExit:
             )
 
     def check_resumable(self, depth: int) -> None:
-        """Raise :class:`InvalidInputError` unless the model was proven to go on after an exit."""
+        """Raise :class:`InvalidInputError` unless it was proven to continue after an exit."""
         if depth not in self.resumable:
             proven = ", ".join(map(str, sorted(self.resumable))) or "none"
             raise InvalidInputError(
-                f"proven_exit: found one without a proof that the model goes on after {depth} "
+                f"proven_exit: found one without a proof that the model continues after {depth} "
                 f"layers (proven exit layers: {proven}); softtrace.decoding.check_cache "
                 "gives it one"
             )
@@ -139,7 +139,7 @@ def some_ids(instrument: Instrument, model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenExit:
-    """Prove that a model can go on from a cache that is cut, and from what its first layers gave.
+    """Prove that a model can continue from a cache that is cut, and from its first layers' states.
 
     Args:
         proven_exit: of the model.
@@ -172,7 +172,7 @@ def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenEx
             error, allowed = mismatch(found, wanted), tolerance(wanted.dtype)
             if error > allowed:
                 raise UnsupportedModelError(
-                    f"{name} says something else when it goes on from a cache and from its first "
+                    f"{name} says something else when it continues from a cache and from its first "
                     f"{depth} layers (mismatch {error:.2g}, allowed {allowed:.2g}); decode it with "
                     "model.generate"
                 )

@@ -6,8 +6,8 @@ of them, so the output is that of plain greedy decoding, token for token (up to 
 decides: a run over several tokens and a run over one add up in different orders).
 
 Two loops: transformers' own ``generate(assistant_early_exit=E)``, whose checks run all layers, and
-:func:`speculate`, which keeps one cache, goes on from what the draft computed, and calls the model
-directly.
+:func:`speculate`, which keeps one cache, continues from what the draft computed, and calls the
+model directly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A model run in two parts: its first layers a token at a time, those above over several at once.
 
-What self-speculation runs (LayerSkip, arXiv 2404.16710, section 4.3: the check goes on from what
+What self-speculation runs (LayerSkip, arXiv 2404.16710, section 4.3: the check continues from what
 the draft computed). transformers exits early by ``config.num_hidden_layers``; it has no way to go
 on from there, so for that run the first layers are made to give what they gave before.
 """

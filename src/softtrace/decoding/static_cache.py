@@ -25,7 +25,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, ``[B, H_kv, C, d]``.
 
     Args:
-        start: ``[B, 1]`` int64, the position of the first token of the run that is going on; shared
+        start: ``[B, 1]`` int64, the position of the first token of the current run; shared
             by all layers and moved by whoever runs the model.
         capacity: C, positions that there is room for.
     """

@@ -166,7 +166,7 @@ class StaticDecoder:
         """The same texts, drafted by the first layers and checked by the others.
 
         Texts that are drawn (``sampling``) are other draws with the same distribution. Each text
-        goes on by its own accepted guesses.
+        advances by its own accepted guesses.
 
         Args, returns, raises: see :meth:`plain`.
         """
@@ -221,7 +221,7 @@ class StaticDecoder:
                 run("whole", steps.read, self._at_once(count))
 
     def _glance(self) -> tuple[int, int, int]:
-        """Most room of a text, and how many that go on have a place to look up, and have none."""
+        """Most room of a text; how many unfinished ones have a place to look up, and have none."""
         room, found, going = self._texts.room(), self._steps.found, ~self._texts.ended
         seen = (room.amax(), (found & going).sum(), (~found & going).sum())
         most, matched, unmatched = torch.stack(seen).tolist()

@@ -143,7 +143,7 @@ class StaticModel:
         return logits, self._passing.stream
 
     def rest(self, tokens: Tensor, stream: Tensor) -> Tensor:
-        """Go on from what :meth:`first` gave for these tokens; logits ``[B, N, V]``."""
+        """Continue from what :meth:`first` gave for these tokens; logits ``[B, N, V]``."""
         self._passing.stream = stream
         return self._run(tokens)
 

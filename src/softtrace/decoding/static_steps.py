@@ -74,7 +74,7 @@ class Texts:
         self.tokens.scatter_(1, places, tokens)
 
     def settle(self, right: Tensor, written: Tensor, guesses: Tensor | int) -> None:
-        """Go on by the guesses that are right, and by the token that comes for the next.
+        """Advance by the guesses that are right, and by the token that comes for the next.
 
         Args:
             right: ``[B, N]`` bool, which guesses the model agrees to.

@@ -1,4 +1,4 @@
-"""All ways to write the same texts, timed in turns on the user's prompts, and which one to use."""
+"""All ways to write the same texts, timed interleaved on the user's prompts; which one to use."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from softtrace.evaluation.measure import LISTS, Measurements
 from softtrace.files import OVERWRITE, atomic_path, check_output
 
 FOLDER = "evaluate-parts"
-RESUME = f"--resume true to go on with the parts in it, or {OVERWRITE}"
+RESUME = f"--resume true to continue with the parts in it, or {OVERWRITE}"
 
 _MOST = 1000  # files: each is mapped into memory in the end, and systems limit that
 _NAMES = "part-*.safetensors"
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def check_parts_output(out: str | Path, overwrite: bool, resume: bool) -> None:
-    """:func:`softtrace.files.check_output`, which parts to go on with may be in.
+    """:func:`softtrace.files.check_output`, which may hold parts to continue with.
 
     Raises:
         OutputExistsError: OUT holds other things, or parts and ``resume`` is False.

@@ -34,7 +34,7 @@ class _Sweep:
         self._needed: list[LayerEdges] = []
 
     def begin(self, index: int) -> Tensor:
-        """Go on to a layer; ``[B, T]`` bool, whose attention edges are needed there."""
+        """Move on to a layer; ``[B, T]`` bool, whose attention edges are needed there."""
         layer = self.layer = self.masks[index]
         self._nodes = residual, mlp, mlp_residual = [
             part.to(self.reach.dtype) for part in layer.nodes()

@@ -1,4 +1,4 @@
-"""Which checkpoint of transformers' Trainer a run that was killed can go on from."""
+"""Which checkpoint of transformers' Trainer a run that was killed can resume from."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ class DensityMixin:
         callbacks = trainer.callback_handler.callbacks
         return [each for each in callbacks if isinstance(each, DensityState)]
 
-    def _go_on_from(self, log: list[dict[str, Any]]) -> None:
+    def _continue_log(self, log: list[dict[str, Any]]) -> None:
         """Log on from what :meth:`_log_state` gave."""
         trainer: Any = self
         rank, device = trainer.args.process_index, trainer.args.device
@@ -335,7 +335,7 @@ class DensityMixin:
         if (budget := self._density.budget) is not None:
             self._follow(budget, kept.get("budget"))
         if kept.get("log"):
-            self._go_on_from(kept["log"])
+            self._continue_log(kept["log"])
 
     def _follow(self, budget: LossBudget, kept: Mapping[str, Any] | None) -> None:
         """Let the strength follow the evaluations from now on."""

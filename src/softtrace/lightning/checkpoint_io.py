@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             disk = error.__context__ if isinstance(error.__context__, OSError) else error
             raise CheckpointError(
                 f"checkpoint {path}: could not be written ({_reason(disk)}). What was there "
-                "before is untouched; make room, then go on from it"
+                "before is untouched; make room, then resume from it"
             ) from error
 
     @override
@@ -68,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except Exception as error:  # torch raises whatever its reader of archives does
             raise CheckpointError(
                 f"checkpoint {path}: cannot be read ({_reason(error)}). It was cut short or "
-                "changed; go on from another copy, or delete it and start anew"
+                "changed; resume from another copy, or delete it and start anew"
             ) from error
         return found
 

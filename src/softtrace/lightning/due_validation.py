@@ -2,7 +2,7 @@
 
 A checkpoint that is saved at the end of a batch, as ``ModelCheckpoint(every_n_train_steps=...)``
 does, comes before the validation that is due after that batch, and Lightning leaves that validation
-out when it goes on from there. A strength that follows the held-out loss needs it: else a resumed
+out when it resumes from there. A strength that follows the held-out loss needs it: else a resumed
 fit would end differently from a straight one.
 """
 

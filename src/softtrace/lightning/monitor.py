@@ -56,7 +56,7 @@ class DensityMonitor(Callback):
     Attributes:
         history: a dict a measurement, in order: what was logged, without the ``density/``, and
             ``step`` (optimiser steps so far) and ``tokens`` (explained positions). Kept in
-            checkpoints; a fit that resumes goes on with it.
+            checkpoints; a fit that resumes continues it.
 
     Args:
         blocks: ``[N, T]`` ids to measure, without padding. None keeps the first rows of the first
@@ -285,7 +285,7 @@ class DensityMonitor(Callback):
         return {"version": STATE_VERSION, "history": history, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history of the interrupted fit.
+        """Continue the history of the interrupted fit.
 
         Raises:
             TrainerSetupError: a state of another layout.

@@ -69,7 +69,7 @@ class DensityPenalty(Callback):
         self.allow_untested = allow_untested
         self._wrapped: WrappedStep | None = None
         self._term_log = TermLog(self.options)
-        self._kept: Mapping[str, Any] = {}  # of the checkpoint that a fit goes on from
+        self._kept: Mapping[str, Any] = {}  # of the checkpoint that a fit resumes from
         self._budget: LossBudget | None = None
         self._exit_maps: LearnedMaps | None = None
         self._measured_after = -1  # number of the batch whose validation was taken in last
@@ -136,7 +136,7 @@ class DensityPenalty(Callback):
         if self._budget is None or batch == self._measured_after:
             return
         own = measured_loss(trainer.callback_metrics, self.options.monitor or HELD_OUT)
-        # All processes shall go on with one strength, whether the module synchronises or not.
+        # All processes shall continue with one strength, whether the module synchronises or not.
         loss = trainer.strategy.reduce(torch.tensor(own, device=pl_module.device), reduce_op="mean")
         self._budget.update(trainer.global_step, float(loss))
         self._measured_after = batch

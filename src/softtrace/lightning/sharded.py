@@ -15,7 +15,7 @@ _IN_FOLDERS = "save_distributed_checkpoint"
 
 
 def check_checkpoints(strategy: Any) -> None:
-    """Refuse checkpoints that ``softtrace fit`` could not go on from.
+    """Refuse checkpoints that ``softtrace fit`` could not resume from.
 
     Args:
         strategy: as the command line has it, a name or a class with its arguments.

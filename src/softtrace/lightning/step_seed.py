@@ -19,7 +19,7 @@ class StepSeed(Callback):
     """Seeds PyTorch before every training step from (seed, step, accumulated batch, rank).
 
     Dropout and whatever else a step draws are then the same in a resumed fit as in one that was
-    never interrupted. The seed is kept in checkpoints: a fit goes on with the one it began with.
+    never interrupted. The seed is kept in checkpoints: a fit continues with the one it began with.
 
     Args:
         seed: any integer.

@@ -2,7 +2,7 @@
 
 What plain fine-tuning would have reached cannot be known in one run, so its losses are given. Every
 measurement multiplies the strength by ``exp(GAIN · (1 - expected))``, where ``expected`` is the
-share of the budget that will be spent at the next measurement if the excess goes on as it went
+share of the budget that will be spent at the next measurement if the excess continues as it went
 since the last one. Looking ahead is what keeps the strength from swinging: a loss answers to a
 strength late, and the later the smaller the learning rate is.
 """
@@ -80,11 +80,11 @@ class LossBudget:
         self.spent = spent
 
     def state(self) -> dict[str, float | None]:
-        """What a resumed training goes on from."""
+        """What a resumed training starts from."""
         return {"factor": self.factor, "spent": self.spent}
 
     def load(self, kept: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state`."""
+        """Resume from a :meth:`state`."""
         self.factor, self.spent = kept["factor"], kept["spent"]
 
 

@@ -137,7 +137,7 @@ class _Captured:
             self._run(instrument, options)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads (of a DataLoader, say) may go on allocating meanwhile.
+        # Other threads (of a DataLoader, say) may allocate meanwhile.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self.found, self.gradients = self._run(instrument, options)
 

@@ -61,14 +61,14 @@ class TermLog:
         return self._measured
 
     def state(self) -> dict[str, Any]:
-        """What a resumed training goes on from; scalars on the CPU."""
+        """What a resumed training starts from; scalars on the CPU."""
         return {
             "added": [each.cpu() for each in self._added],
             "measured": {name: value.cpu() for name, value in self._measured.items()},
         }
 
     def load(self, kept: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from a :meth:`state`.
+        """Resume from a :meth:`state`.
 
         Args:
             kept: that state.
@@ -104,7 +104,7 @@ def state_of(seed: int, log: Any = None, budget: LossBudget | None = None) -> di
 
     Args:
         seed: of the term.
-        log: what is logged next goes on from this; None from nothing.
+        log: what is logged next continues this; None starts anew.
         budget: that the strength is held by, if any.
     """
     kept = None if budget is None else budget.state()

@@ -95,7 +95,7 @@ class LearnedMaps:
             self.load(kept)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed training goes on from, on the CPU; alike in all processes."""
+        """What a resumed training starts from, on the CPU; alike in all processes."""
         kept = {"step": torch.tensor(self._step)}
         for name, own in self.maps.weights.items():
             kept[name] = own.detach()
@@ -106,7 +106,7 @@ class LearnedMaps:
         return {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
 
     def load(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state`.
+        """Resume from a :meth:`state`.
 
         Raises:
             TrainerSetupError: it is of other exits.

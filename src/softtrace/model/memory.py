@@ -1,4 +1,4 @@
-"""What is done where memory runs out: work is halved and goes on, or it is said what would fit."""
+"""What is done where memory runs out: work is halved and continues, or it is said what would fit."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Portions:
                 first = stop
             else:
                 self.size = (stop - first) // 2
-                going_on = f"{self.size} at a time" if self.size else "parts of one"
+                how = f"{self.size} at a time" if self.size else "parts of one"
                 logger.warning(
-                    "memory ran out at %d %s; going on with %s", stop - first, self.unit, going_on
+                    "memory ran out at %d %s; continuing with %s", stop - first, self.unit, how
                 )
 
 

@@ -1,7 +1,6 @@
 """What softtrace says in a model's README.md: how it was fine-tuned, and how dense it is.
 
 Two sections of their own, each replaced and never added twice; what people wrote stays as it is.
-Uploading is left to the user (``model.push_to_hub``).
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import yaml
@@ -38,13 +38,16 @@ _SETTINGS = {
 }
 
 
-def write_density(folder: Path | str, density: Density, base: Density | None = None) -> None:
+def write_density(
+    folder: Path | str, density: Density, base: Density | None = None, report: Path | None = None
+) -> None:
     """Put what was measured into the README.md of a model.
 
     Args:
         folder: the model's directory.
         density: of this model, as in ``density.json``, with its ``intervals`` if it has any.
         base: of the model that it was fine-tuned from, measured on the same tokens.
+        report: a report of the measurement below ``folder``, which the section links to.
 
     Raises:
         DataError: the README cannot be read, or its section or front matter is damaged.
@@ -59,6 +62,9 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
     data = density["data"]
     known = any(interval(run, measure.key) for run in runs for measure in _SHOWN)
     brackets = f"; in brackets {intervals_meaning(density)}" if known else ""
+    link = ""
+    if report is not None:
+        link = quote(report.resolve().relative_to(Path(folder).resolve()).as_posix())
     body = "\n".join((
         "## Computation density",
         "",
@@ -72,6 +78,7 @@ def write_density(folder: Path | str, density: Density, base: Density | None = N
         "Easy: the quarter of "
         "the tokens with the lowest entropy of the model's own prediction. Sizes depend on the "
         "length: compare at equal length only.",
+        *(("", f"[Report]({link}): curves, and the text token by token.") if link else ()),
     ))  # fmt: skip
     _update(Path(folder), "softtrace-density", body, None)
 

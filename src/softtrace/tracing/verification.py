@@ -28,7 +28,7 @@ class Verification:
 
 
 class Checks:
-    """The checks of a proof while it goes on."""
+    """The checks of a proof while it runs."""
 
     def __init__(self) -> None:
         self._errors: dict[str, float] = {}

@@ -61,7 +61,7 @@ def read_generation(
     attention: AttentionKind,
     progress: Progress,
 ) -> GenerationReadings:
-    """Let a model go on writing after the first half of each block, and measure all three texts.
+    """Let a model continue the first half of each block, and measure all three texts.
 
     Args:
         model: a causal language model.

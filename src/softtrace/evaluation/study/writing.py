@@ -1,7 +1,7 @@
 """What a model writes after prompts: greedily, or drawn at temperature 1.
 
 The model's predictions alone decide, not its generation config: nothing is penalised, no token is
-ruled out, and the text goes on behind an end-of-sequence token. transformers' ``generate`` would
+ruled out, and the text continues behind an end-of-sequence token. transformers' ``generate`` would
 fill in whatever the config says and a call does not.
 """
 
@@ -17,7 +17,7 @@ from softtrace.model.devices import device_of_module
 
 @torch.no_grad()
 def write_on(model: nn.Module, prompts: Tensor, count: int, draws: Tensor | None = None) -> Tensor:
-    """Go on writing after prompts of one length.
+    """Continue prompts of one length.
 
     Args:
         model: a causal language model.

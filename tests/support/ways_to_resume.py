@@ -59,7 +59,7 @@ def fit_in_parts(
     """Weights after a fit in processes of its own, or as one loads them from a checkpoint."""
     words = ["lightning", folder, world, checkpoint, strength, epochs]
     done = warm.run(
-        [sys.executable, "-m", "tests.support.ways_to_go_on", *words],
+        [sys.executable, "-m", "tests.support.ways_to_resume", *words],
         env=script_environment(), capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,7 +73,7 @@ def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: s
     parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
     given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
     fitting = trainer(*given, devices=int(world), strategy=parallel, max_epochs=int(epochs))
-    # What goes on from the end of its last epoch trains no more.
+    # What resumes at the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
     found = whole_weights(module.model)
     if checkpoint == "None":
