@@ -1,4 +1,4 @@
-"""What is done where memory runs out: work is halved and continues, or it is said what would fit."""
+"""Where memory runs out: work is halved and continues, or what would fit is said."""
 
 from __future__ import annotations
 
