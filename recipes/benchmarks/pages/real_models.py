@@ -61,24 +61,27 @@ def _said(page: str) -> str:
     return (
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
-        f"over plain fine-tuning's with the same seed (range); {run['hardware']} "
+        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']} "
         f"{sources(page, *_SOURCES)}."
     )
 
 
 def presets() -> str:
-    """The presets, plain fine-tuning and peers' losses on real models."""
+    """The presets, plain fine-tuning and the better baseline, on one real model."""
     names = {"plain": "plain", **{name: f"`{name}`" for name in PRESETS}}
-    names |= {"exit distillation, 0.1": "distilled exits", "layerskip, 0.05": "LayerSkip"}
-    tables = _tables(lambda row: row["steps"] >= _SEARCH and row["method"] in names)
-    lines = [_HEAD.format(first="model, steps: trained with (seeds)")]
-    for (model, text, lora, steps), rows in tables.items():
-        if lora or text != "prose":
-            continue
-        for row in rows:
-            name = f"{model}, {steps:,}: {names[row['method']]} ({row['seeds']})"
-            lines.append(_row(name, row))
-    return "\n".join([*lines, "", _said(README)])
+    names |= {"exit distillation, 0.1": "distilled exits"}
+    model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
+    found = {
+        (row["steps"], row["method"]): row
+        for row in read("on_real_models.json")["table"]
+        if (row["model"], row["text"], row["lora"]) == (model, text, False)
+    }
+    lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
+    for key in [*((steps, name) for name in names), (longer, "balanced")]:
+        row = found[key]
+        after = f", {key[0]:,} steps" if key[0] != steps else ""
+        lines.append(_row(f"{names[key[1]]}{after} ({row['seeds']})", row))
+    return "\n".join([*lines, "", f"{steps:,} steps. {_said(README)}"])
 
 
 def on_real_models() -> str:
