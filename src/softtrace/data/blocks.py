@@ -84,17 +84,17 @@ def pack(
     counted in ``block_size``), but where the row itself has them there.
 
     Args:
-        documents: at least one.
-        tokenizer: with an end-of-sequence token.
-        block_size: tokens in a block, at least 2 (the first has nothing to be predicted from), and
+        documents: Documents, at least one.
+        tokenizer: Tokenizer with an end-of-sequence token.
+        block_size: Tokens in a block, at least 2 (the first has nothing to be predicted from), and
             one more than the tokenizer puts in front.
 
     Returns:
         ``[N, block_size]`` int64, N >= 1.
 
     Raises:
-        DataError: not one full block, or what :func:`encode` refuses.
-        InvalidInputError: the block size is too small.
+        DataError: There is not one full block, or something that :func:`encode` refuses.
+        InvalidInputError: The block size is too small.
     """
     check_block_size(block_size, tokenizer)
     return torch.stack([block.ids for block in _blocks(documents, tokenizer, block_size)])
@@ -113,9 +113,10 @@ def pack_with_labels(
     count, and blocks of which nothing would are dropped: their mean loss is not a number.
 
     Args:
-        documents: at least one.
-        tokenizer: with an end-of-sequence token, and a chat template where documents hold messages.
-        block_size: see :func:`pack`.
+        documents: Documents, at least one.
+        tokenizer: Tokenizer with an end-of-sequence token, and with a chat template where documents
+            hold messages.
+        block_size: See :func:`pack`.
         answers_only: True to count of conversations what the assistant says, and of completions
             the same (plain text is refused); False to count everything, prompts too.
 
@@ -123,9 +124,9 @@ def pack_with_labels(
         ``[N, block_size]``, N >= 1.
 
     Raises:
-        DataError: no block with a token that counts; or what :func:`pack` refuses; or answers
-            cannot be told from the rest.
-        InvalidInputError: the block size is too small.
+        DataError: There is no block with a token that counts, :func:`pack` refuses the text, or
+            answers cannot be told from the rest.
+        InvalidInputError: The block size is too small.
     """
     check_block_size(block_size, tokenizer)
     blocks = list(_blocks(documents, tokenizer, block_size, answers_only))

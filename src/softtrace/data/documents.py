@@ -75,14 +75,14 @@ def read_documents(
     directly must be text. Empty texts are dropped.
 
     Args:
-        path: file or folder, or ``hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`` (the split
+        path: File or folder, or ``hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`` (the split
             ``train`` where none is named). Of a single file the suffix only matters where it is one
             of rows, or of what is not read (``.gz``). Parquet and the hub take the extra
             ``softtrace[data]``.
-        suffixes: for a folder, the file suffixes to read, such as ``(".py", ".md", ".txt")``.
-        exclude: for a folder, globs that drop a file or folder when they match its bare name or its
-            path relative to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).
-        special_tokens: how special tokens that are spelled out in a text are read, see
+        suffixes: File suffixes to read in a folder, such as ``(".py", ".md", ".txt")``.
+        exclude: Globs that drop a file or folder when they match its bare name or its path relative
+            to ``path`` (``"test"``, ``"*_pb2.py"``, ``"lib2to3/tests/*"``).
+        special_tokens: How special tokens that are spelled out in a text are read, see
             :class:`Document`.
 
     Returns:
@@ -90,9 +90,9 @@ def read_documents(
         do not depend on where the tree lies.
 
     Raises:
-        DataError: nothing there, nothing readable, binary, not UTF-8, malformed or unknown rows, or
-            no library to read them with.
-        InvalidInputError: suffixes or globs of the wrong form.
+        DataError: There is nothing to read, it is binary or not UTF-8, rows are malformed or
+            unknown, or the library to read them with is missing.
+        InvalidInputError: Suffixes or globs have the wrong form.
     """
     return list(stream_documents(path, suffixes, exclude, special_tokens))
 
@@ -204,16 +204,16 @@ def split_by_file(
     the other documents; check for it.
 
     Args:
-        documents: what :func:`read_documents` returned.
-        held_out_share: expected share of documents (of characters, for one document), in [0, 1).
-        salt: another salt gives another split.
+        documents: What :func:`read_documents` returned.
+        held_out_share: Expected share of documents (of characters, for one document), in [0, 1).
+        salt: Another salt gives another split.
 
     Returns:
         ``(train, held_out)``, each in the order of ``documents``.
 
     Raises:
-        InvalidInputError: the share is not in [0, 1).
-        DataError: a single document of a single line, or a single conversation, with a share above
+        InvalidInputError: The share is not in [0, 1).
+        DataError: A single document of a single line, or a single conversation, with a share above
             0.
     """
     check_share(held_out_share)

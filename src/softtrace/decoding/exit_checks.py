@@ -32,9 +32,9 @@ class ProvenExit:
     """Early exits of one model that were proven; made by :func:`check_early_exit`.
 
     Attributes:
-        model: as it was run for the proof, in the wrapper that it was handed in, if any.
-        instrument: of the model as it was then.
-        resumable: exit layers after which the rest of the model can continue, over a cache that is
+        model: The model as it was run for the proof, in the wrapper that it was handed in, if any.
+        instrument: Instrument of the model as it was then.
+        resumable: Exit layers after which the rest of the model can continue, over a cache that is
             cut; :func:`check_cache` adds them.
     """
 
@@ -74,10 +74,10 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
     GPT-NeoX, Falcon, OPT, ...) run all their layers and say nothing.
 
     Returns:
-        The proof, for :func:`softtrace.decoding.generate` and :func:`check_cache`.
+        The proof, for ``generate`` and ``check_cache``.
 
     Raises:
-        UnsupportedModelError: the exit is ignored, or gives something else than the residual
+        UnsupportedModelError: The exit is ignored, or gives something else than the residual
             stream after that layer, normed and read by the head; or see
             :func:`softtrace.attach`.
     """
@@ -142,16 +142,16 @@ def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenEx
     """Prove that a model can continue from a cache that is cut, and from its first layers' states.
 
     Args:
-        proven_exit: of the model.
-        depths: exit layers to prove it for. With none it is tried at the first, at half of the
+        proven_exit: What was proven of the model, see :func:`check_early_exit`.
+        depths: Exit layers to prove it for. With none it is tried at the first, at half of the
             layers and at all but one, as exits are, and holds for all.
 
     Returns:
         ``proven_exit`` with this proof too.
 
     Raises:
-        UnsupportedModelError: it cannot, or its logits are others then.
-        InvalidInputError: modules of the model were replaced since its exits were proven.
+        UnsupportedModelError: The model cannot, or its logits are others then.
+        InvalidInputError: Modules of the model were replaced since its exits were proven.
     """
     model, instrument, depths = proven_exit.model, proven_exit.instrument, frozenset(depths)
     proven_exit.check_model(model)

@@ -121,15 +121,15 @@ def recommend_exit(model: nn.Module, input_ids: Tensor) -> int:
     writes itself.
 
     Args:
-        model: a causal language model of transformers with at least two layers, in either mode.
+        model: A causal language model of transformers with at least two layers, in either mode.
         input_ids: ``[N, T]`` int64, text like that to be written, without padding; T at least 8.
 
     Returns:
         The exit layer, 1 to L - 1, as ``model.config.softtrace_exit_layer`` has it now.
 
     Raises:
-        UnsupportedModelError: its early exits are no exits.
-        InvalidInputError: ids of another shape, or outside the vocabulary.
+        UnsupportedModelError: Its early exits are no exits.
+        InvalidInputError: Ids have another shape, or lie outside the vocabulary.
     """
     if input_ids.dim() != 2 or not len(input_ids) or input_ids.shape[1] < _LEAST:
         raise InvalidInputError(

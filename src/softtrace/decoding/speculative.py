@@ -45,9 +45,9 @@ class Generation:
 
     Attributes:
         tokens: ``[N]`` int64, the new tokens.
-        drafted: tokens that were guessed.
-        accepted: of them, how many the whole model agreed to.
-        checks: runs of the layers above the exit after the one over the prompt, of all layers
+        drafted: Tokens that were guessed.
+        accepted: How many of them the whole model agreed to.
+        checks: Runs of the layers above the exit after the one over the prompt, of all layers
             where nothing was drafted.
     """
 
@@ -78,22 +78,23 @@ def generate(
     """Greedy decoding by transformers' own loop with an early exit that was proven to be one.
 
     Args:
-        model: a causal language model of transformers.
+        model: A causal language model of transformers.
         input_ids: ``[1, T]``; transformers' assisted loop takes one sequence.
-        exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        proven_exit: what :func:`softtrace.decoding.check_early_exit` returned for the model; None
+        exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        proven_exit: What :func:`softtrace.decoding.check_early_exit` returned for the model; None
             proves it anew for every text.
-        options: of ``model.generate``. What ends a text (``stopping_criteria``, ``stop_strings``)
-            is asked again of every token: transformers' assisted loop asks once a draft, and writes
-            past the end. Options that it does not say are the generation config's.
+        options: Options of ``model.generate``. What ends a text (``stopping_criteria``,
+            ``stop_strings``) is asked again of every token: transformers' assisted loop asks once a
+            draft, and writes past the end. Options that it does not say are the generation
+            config's.
 
     Returns:
         ``[1, T + N]``, prompt and new tokens.
 
     Raises:
-        UnsupportedModelError: no exits, or a text over which rotary frequencies change; see
-            :mod:`softtrace.decoding.exit_checks`.
-        InvalidInputError: an exit layer that is none, several sequences, a ``proven_exit`` of
+        UnsupportedModelError: The model has no exits, or rotary frequencies change over the
+            text; see :mod:`softtrace.decoding.exit_checks`.
+        InvalidInputError: An exit layer that is none, several sequences, a ``proven_exit`` of
             another model, ``stop_strings`` without a ``tokenizer``, or an option that a draft
             cannot honour (``num_beams``, ``guidance_scale``, ...).
     """
@@ -172,10 +173,10 @@ def greedy(
     """Plain greedy decoding by the same direct calls as :func:`speculate`: what it is timed by.
 
     Args:
-        model, input_ids, max_new_tokens, eos_token_id: see :func:`speculate`.
+        model, input_ids, max_new_tokens, eos_token_id: See :func:`speculate`.
 
     Raises:
-        InvalidInputError: see :func:`speculate`.
+        InvalidInputError: See :func:`speculate`.
     """
     check_decoding(model, max_new_tokens)
     cache, ends = DynamicCache(), ends_of(model, eos_token_id)
@@ -219,20 +220,20 @@ def speculate(
     and checks, so that the text is the one of ``model.generate(do_sample=False)``.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: A causal language model of transformers, in eval mode.
         input_ids: ``[1, T]``, no padding.
-        exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        max_new_tokens: how many to write at most, >= 1.
-        draft_tokens: how many to guess at most before a check, >= 1.
-        confidence: a guess with less probability than this is the last of its draft, in [0, 1].
-        eos_token_id: one or several that end the text; None takes the generation config's.
-        proven_exit: what :func:`softtrace.decoding.check_cache` returned for the model; None proves
+        exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        max_new_tokens: How many to write at most, >= 1.
+        draft_tokens: How many to guess at most before a check, >= 1.
+        confidence: A guess with less probability than this is the last of its draft, in [0, 1].
+        eos_token_id: One or several that end the text; None takes the generation config's.
+        proven_exit: What :func:`softtrace.decoding.check_cache` returned for the model; None proves
             it anew for every text. What depends on the text is checked all the same.
 
     Raises:
-        UnsupportedModelError: no exits, no cache that can be cut, or a text over which rotary
+        UnsupportedModelError: The model has no exits or no cache that can be cut, or rotary
             frequencies change; see :mod:`softtrace.decoding.exit_checks`.
-        InvalidInputError: a number outside its range, several sequences, a model in train mode,
+        InvalidInputError: A number outside its range, several sequences, a model in train mode,
             a ``proven_exit`` of another model or without a proof for this exit layer, or a
             generation config that a draft cannot honour (``num_beams``, ``guidance_scale``,
             ``stop_strings``, ...).

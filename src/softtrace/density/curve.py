@@ -68,8 +68,8 @@ class DensityCurve:
             True) last; None unless asked for.
         readings: ``[K + 1, B, T, X]`` what a caller's function read of the masked predictions, of
             the full one last; None unless asked for.
-        attention: where the masked runs took their attention probabilities from.
-        exact: whether each position was run with its own trace alone.
+        attention: Where the masked runs took their attention probabilities from.
+        exact: Whether each position was run with its own trace alone.
     """
 
     thresholds: Tensor
@@ -178,7 +178,7 @@ class DensityCurve:
         smaller one would give was not measured.
 
         Raises:
-            InvalidInputError: bound outside (0, 1).
+            InvalidInputError: The bound is outside (0, 1).
         """
         bound = check_range(
             "total_variation", total_variation, 0.0, 1.0, open_low=True, open_high=True

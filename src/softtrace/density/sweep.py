@@ -62,28 +62,28 @@ def density_curve(
     positions are halved.
 
     Args:
-        model: a causal language model; attached on the fly.
+        model: A causal language model; attached on the fly.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
-        thresholds: importances in (0, 1); None for the 11 of :func:`default_thresholds`, ``"fine"``
+        thresholds: Importances in (0, 1); None for the 11 of :func:`default_thresholds`, ``"fine"``
             for the 90 of :func:`fine_thresholds`, where TV at single sizes matters.
-        attention: where masked runs take their attention probabilities from:
+        attention: Where masked runs take their attention probabilities from:
             ``"recorded"`` in the full run, ``"recomputed"`` from the masked states, or ``"kept"``,
             recomputed with no attention edge masked (:mod:`softtrace.tracing.masking`).
-        exact: run every position with its own trace alone, one sequence a position and threshold.
+        exact: Run every position with its own trace alone, one sequence a position and threshold.
             Recorded attention is exact in any case.
-        positions: which positions are measured, ``[B, T]`` bool, or integers, the same of every
+        positions: Which positions are measured, ``[B, T]`` bool, or integers, the same of every
             sequence (negative ones count from the row's end); the others are NaN, their ``edges``
             0. It costs about one masked run a threshold of what they need: tokens after the last
             one do not run, and neither does, with recorded attention, what reaches none of them.
             None for all.
         position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
             position's |E| is then that of its own document.
-        composition: also count edges by depth quartile and kind.
-        nucleus: also compare ordered top-p lists (sorts the vocabulary once a run: slow).
+        composition: Also count edges by depth quartile and kind.
+        nucleus: Also compare ordered top-p lists (sorts the vocabulary once a run: slow).
 
     Raises:
-        UnsupportedModelError, InvalidInputError, NonFiniteError: see
+        UnsupportedModelError, InvalidInputError, NonFiniteError: See
             :func:`softtrace.edge_importance`; an unknown kind of attention; thresholds outside
             (0, 1) or none at all; positions of another shape, or so many exact runs that they would
             take hours; a sequence of which not even one position fits into memory.

@@ -39,7 +39,7 @@ class LayerEdges:
         attention_residual: ``[B, T]``, the residual into the after-attention node.
         mlp: ``[B, T]``, the MLP's output into the after-MLP node.
         mlp_residual: ``[B, T]``, the residual into the after-MLP node.
-        parallel: whether attention and MLP add into one node, as in a parallel-residual layer. Its
+        parallel: Whether attention and MLP add into one node, as in a parallel-residual layer. Its
             residual is ``attention_residual``; ``mlp_residual`` does not exist and is 0.
     """
 
@@ -150,10 +150,10 @@ class EdgeImportance:
     """Importances of all edges of a batch: shares of their node, in [0, 1], summing to 1.
 
     Attributes:
-        layers: one :class:`LayerEdges` a layer, float32 (float64 for a float64 model); of long
+        layers: One :class:`LayerEdges` a layer, float32 (float64 for a float64 model); of long
             sequences :class:`RowwiseEdges`. Absent edges
             (future, padding, outside a sliding window) and all edges into padding are exactly 0.
-        visible: one ``[B, T, S]`` bool a layer (layers may share one tensor): True where an
+        visible: One ``[B, T, S]`` bool a layer (layers may share one tensor): True where an
             attention edge exists. An edge can exist with importance 0; it still counts in |E|.
         valid: ``[B, T]`` bool, False at padding.
     """

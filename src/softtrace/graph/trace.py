@@ -46,8 +46,8 @@ class Trace:
     """An s-Trace.
 
     Attributes:
-        edges: in order of entry.
-        importances: of those edges.
+        edges: Edges in order of entry.
+        importances: Importances of those edges.
         total: |E| of the explained position.
     """
 
@@ -98,14 +98,14 @@ def extract_trace(
     edges at or above it alone.
 
     Args:
-        importance: from :func:`softtrace.edge_importance`.
-        sequence: row of the batch.
-        position: token whose prediction is explained; negative counts from the row's end.
-        size: a float is a share of |E|, an int a number of edges.
+        importance: From :func:`softtrace.edge_importance`.
+        sequence: Row of the batch.
+        position: Token whose prediction is explained; negative counts from the row's end.
+        size: A float is a share of |E|, an int a number of edges.
 
     Raises:
-        InvalidInputError: no such row, position or size, or the position is padding; a trace of
-            more than :data:`MOST_EDGES`, as shares of long prompts' edges are.
+        InvalidInputError: There is no such row, position or size, the position is padding, or the
+            trace has more than :data:`MOST_EDGES`, as shares of long prompts' edges do.
     """
     _, batch, _, length = importance.shape
     for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):

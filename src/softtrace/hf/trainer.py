@@ -52,20 +52,20 @@ class DensityMixin:
     and completions apart (GRPO, RLOO, distillation: completions count); otherwise all tokens do.
 
     Args:
-        *args: of the Trainer.
-        density: the term's options, or a mapping of some of them; None for the defaults.
-        allow_untested: run also where weights or sequences are sharded in ways that were never
+        *args: Arguments of the Trainer.
+        density: The term's options, or a mapping of some of them; None for the defaults.
+        allow_untested: Run also where weights or sequences are sharded in ways that were never
             tested (FSDP1, DeepSpeed, tensor, context or sequence parallelism).
-        **kwargs: of the Trainer.
+        **kwargs: Arguments of the Trainer.
 
     Raises:
-        InvalidInputError: an option outside its range.
-        TrainerSetupError: at the first step: no or several causal language models, several GPUs in
+        InvalidInputError: An option is outside its range.
+        TrainerSetupError: At the first step: no or several causal language models, several GPUs in
             one process (``DataParallel``), sharding, a checkpoint of another seed, a
             ``compute_loss`` of a subclass that leaves the term out or drops it, a
             ``training_step`` that computes its loss without one, a budget without evaluation. At an
             evaluation: it gave no ``monitor``.
-        UnsupportedModelError: at the first step; see :func:`softtrace.attach`.
+        UnsupportedModelError: At the first step; see :func:`softtrace.attach`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DensityMixin:
         """What the loss reads of a batch; override for batches of other shapes.
 
         Raises:
-            InvalidInputError: no ``input_ids`` among the inputs.
+            InvalidInputError: There are no ``input_ids`` among the inputs.
         """
         return batch_inputs(inputs, who=None)
 
@@ -178,7 +178,7 @@ class DensityMixin:
         """The Trainer's step, and the proof that the term was part of what it differentiated.
 
         Raises:
-            TrainerSetupError: a subclass's ``compute_loss`` leaves this one out, or drops the term;
+            TrainerSetupError: A subclass's ``compute_loss`` leaves this one out, or drops the term;
                 a subclass's ``training_step`` calls none.
         """
         self._computed, self._expected = False, None

@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint; what was at the path stays until the new one is whole.
 
         Raises:
-            CheckpointError: it could not be written, as on a full disk.
+            CheckpointError: It could not be written, as on a full disk.
         """
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            CheckpointError: it cannot be read, its checksums are not those of its bytes, or it
+            CheckpointError: It cannot be read, its checksums are not those of its bytes, or it
                 holds other things than tensors and numbers.
         """
         try:

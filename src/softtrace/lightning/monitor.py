@@ -54,34 +54,35 @@ class DensityMonitor(Callback):
     do not move, and names the dial; see :mod:`softtrace.lightning.standstill`.
 
     Attributes:
-        history: a dict a measurement, in order: what was logged, without the ``density/``, and
+        history: A dict a measurement, in order: what was logged, without the ``density/``, and
             ``step`` (optimiser steps so far) and ``tokens`` (explained positions). Kept in
             checkpoints; a fit that resumes continues it.
 
     Args:
         blocks: ``[N, T]`` ids to measure, without padding. None keeps the first rows of the first
             validation; give blocks where validation batches are in another order each time.
-        every: optimiser steps that lie between two measurements at least; 1 measures at every
+        every: Optimiser steps that lie between two measurements at least; 1 measures at every
             validation.
-        max_rows: of validation batches to keep, over all processes; given blocks are all measured.
-        batch_size: rows a forward; memory grows with it and with the square of their length.
-        min_context: real tokens that stand before a position that counts; None for half of each
+        max_rows: Number of rows of validation batches to keep, over all processes; given blocks are
+            all measured.
+        batch_size: Rows a forward; memory grows with it and with the square of their length.
+        min_context: Real tokens that stand before a position that counts; None for half of each
             row's.
-        patience: optimiser steps that densities may stand still before it warns, counted from the
+        patience: Optimiser steps that densities may stand still before it warns, counted from the
             first measurement at which the penalty has its whole strength; None never warns.
-        attention: where masked runs take their attention probabilities from, see
+        attention: Where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
-        allow_untested: run under a strategy that :mod:`softtrace.lightning.support` does not list
+        allow_untested: Run under a strategy that :mod:`softtrace.lightning.support` does not list
             as supported.
 
     Raises:
-        InvalidInputError: an argument outside its range; a validation batch that is not a mapping
+        InvalidInputError: An argument is outside its range, or a validation batch is not a mapping
             with ``input_ids`` (override :meth:`inputs_of`).
-        TrainerSetupError: at the start of fit: no or several causal language models, a strategy
+        TrainerSetupError: At the start of fit: no or several causal language models, a strategy
             that is not supported, no validation.
-        UnsupportedModelError, NonFiniteError: at a measurement; see
+        UnsupportedModelError, NonFiniteError: At a measurement; see
             :func:`softtrace.attach`.
-        SofttraceError: in the other processes, where measuring failed in one: of the class that it
+        SofttraceError: In the other processes, where measuring failed in one: of the class that it
             has there, where softtrace raised it.
     """
 
@@ -154,7 +155,7 @@ class DensityMonitor(Callback):
         (which keep packed documents apart).
 
         Raises:
-            InvalidInputError: no mapping, or no ``input_ids`` in it.
+            InvalidInputError: The batch is no mapping, or has no ``input_ids``.
         """
         return batch_inputs(batch, "DensityMonitor")
 
@@ -288,7 +289,7 @@ class DensityMonitor(Callback):
         """Continue the history of the interrupted fit.
 
         Raises:
-            TrainerSetupError: a state of another layout.
+            TrainerSetupError: The state has another layout.
         """
         if state_dict.get("version") != STATE_VERSION:
             raise TrainerSetupError(

@@ -52,14 +52,14 @@ class DensityPenalty(Callback):
         strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
         allow_untested: Run also under a strategy that :mod:`softtrace.lightning.support` does not
             list as supported.
-        **options: see :class:`softtrace.loss.DensityOptions`.
+        **options: See :class:`softtrace.loss.DensityOptions`.
 
     Raises:
-        InvalidInputError: an option outside its range.
-        TrainerSetupError: at the start of fit: two DensityPenalty callbacks, no or several causal
+        InvalidInputError: An option is outside its range.
+        TrainerSetupError: At the start of fit: two DensityPenalty callbacks, no or several causal
             language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
             that is not supported; a budget without a validation, or one that logs no ``monitor``.
-        UnsupportedModelError: at the start of training; see :func:`softtrace.attach`.
+        UnsupportedModelError: At the start of training; see :func:`softtrace.attach`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class DensityPenalty(Callback):
         ``position_ids`` (which keep packed documents apart).
 
         Raises:
-            InvalidInputError: no mapping, or no ``input_ids`` in it.
+            InvalidInputError: The batch is no mapping, or has no ``input_ids``.
         """
         return batch_inputs(batch)
 
@@ -212,7 +212,7 @@ class DensityPenalty(Callback):
         """Take what was kept, of which older checkpoints and those without the penalty lack some.
 
         Raises:
-            TrainerSetupError: an unknown layout, or another seed.
+            TrainerSetupError: The layout is unknown, or the seed is another.
         """
         if (kept := checkpoint.get(STATE_KEY)) is not None:
             found = "DensityPenalty {name} {value}"

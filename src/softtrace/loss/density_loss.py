@@ -63,19 +63,19 @@ class DensityLoss:
     measurement of the held-out loss, in every process with the same loss.
 
     Args:
-        model: a causal language model of transformers; attached (and proven) here unless the
+        model: A causal language model of transformers; attached (and proven) here unless the
             strength is 0.
-        options: a ready :class:`softtrace.loss.DensityOptions`; None for the defaults.
-        **changes: any of its fields, by name.
+        options: A ready :class:`softtrace.loss.DensityOptions`; None for the defaults.
+        **changes: Any of its fields, by name.
 
     Attributes:
-        exit_maps: learns the maps of exits; None without ``options.exit_map``.
-        budget: the :class:`softtrace.loss.budget.LossBudget` that the strength is held by; None
+        exit_maps: Learns the maps of exits; None without ``options.exit_map``.
+        budget: The :class:`softtrace.loss.budget.LossBudget` that the strength is held by; None
             without ``options.budget``.
 
     Raises:
-        UnsupportedModelError: see :func:`softtrace.attach`.
-        InvalidInputError: an option outside its range.
+        UnsupportedModelError: See :func:`softtrace.attach`.
+        InvalidInputError: An option is outside its range.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class DensityLoss:
         nothing is read of a forward that was compiled before they came, or that is checkpointed.
 
         Args:
-            host: the module whose forward is run, where that is not the model itself.
-            step: as in the call, if given there; at a step without exits nothing is watched.
+            host: The module whose forward is run, where that is not the model itself.
+            step: As in the call, if given there; at a step without exits nothing is watched.
 
         Raises:
-            InvalidInputError: layers are checkpointed in the reentrant way, which runs them without
+            InvalidInputError: Layers are checkpointed in the reentrant way, which runs them without
                 a graph.
         """
         watched = self._watched = Watched()

@@ -110,7 +110,7 @@ class DensityOptions:
             ``loss/held_out`` in Lightning, ``eval_loss`` in transformers.
 
     Raises:
-        InvalidInputError: a value outside its range, or an unknown name.
+        InvalidInputError: A value is outside its range, or a name is unknown.
     """
 
     strength: float = None  # type: ignore[assignment]  # a number once it is made
@@ -221,7 +221,7 @@ class DensityOptions:
         """``share`` as a number.
 
         Raises:
-            ValueError: it depends on the device; ask what :meth:`on` gives.
+            ValueError: It depends on the device; ask what :meth:`on` gives.
         """
         if self.share is None:
             raise ValueError("share is None: take options.on(device).window_share")

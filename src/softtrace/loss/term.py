@@ -13,16 +13,16 @@ class DensityTerm:
     """The added term of one step, and what it was made of.
 
     Attributes:
-        loss: scalar to add to the task loss (in units of the distance, times strength). Without a
+        loss: Scalar to add to the task loss (in units of the distance, times strength). Without a
             graph, and 0, if nothing was run or read.
         distortion: Σ easy·distance / Σ easy (nats for KL), detached. This and the next two are NaN
             if nothing was run, as between the steps that ``every`` leaves.
-        soft_size: easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
+        soft_size: Easy tokens' mean size (share of |E|) of the traces at the drawn thresholds,
             before the depth cut, detached.
         easy_share: Σ easy / number of counted tokens, detached.
-        strength: weight of the distortion at this step.
-        skipped: why nothing was run although the strength is positive; None otherwise.
-        exit_distance: mean KL(full ‖ exit) of the exits that were read (nats), detached; None if
+        strength: Weight of the distortion at this step.
+        skipped: Why nothing was run although the strength is positive; None otherwise.
+        exit_distance: Mean KL(full ‖ exit) of the exits that were read (nats), detached; None if
             none was: without ``exits``, or where no forward was watched.
     """
 

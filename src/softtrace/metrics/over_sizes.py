@@ -48,7 +48,7 @@ class NucleusRecovery(_OverSizes):
     :func:`softtrace.metrics.functional.nucleus_recovery`.
 
     Args:
-        **kwargs: of ``torchmetrics.Metric``.
+        **kwargs: Options of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -85,11 +85,11 @@ class NucleusRecovery(_OverSizes):
         """Take the positions of a batch.
 
         Args:
-            curve: of the batch, made with ``nucleus=True``.
+            curve: Curve of the batch, made with ``nucleus=True``.
             positions: ``[B, T]`` bool, those that count; None for all but padding.
 
         Raises:
-            InvalidInputError: a curve without nuclei.
+            InvalidInputError: The curve has no nuclei.
         """
         if curve.nucleus is None:
             raise InvalidInputError("curve: found no nuclei, make it with nucleus=True")
@@ -109,9 +109,9 @@ class NucleusRecovery(_OverSizes):
         """Recovery over size, a line for each p; needs matplotlib.
 
         Args:
-            val: one result of ``compute`` or ``forward``, or a list of them, of which the last is
+            val: One result of ``compute`` or ``forward``, or a list of them, of which the last is
                 drawn darkest; None for what ``compute`` returns now.
-            ax: axes of matplotlib to draw into; None makes a figure.
+            ax: Axes of matplotlib to draw into; None makes a figure.
 
         Returns:
             The figure and its axes.
@@ -130,7 +130,7 @@ class TraceComposition(_OverSizes):
     :func:`softtrace.metrics.functional.trace_composition`.
 
     Args:
-        **kwargs: of ``torchmetrics.Metric``.
+        **kwargs: Options of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -165,11 +165,11 @@ class TraceComposition(_OverSizes):
         """Take the positions of a batch.
 
         Args:
-            curve: of the batch, made with ``composition=True``.
+            curve: Curve of the batch, made with ``composition=True``.
             positions: ``[B, T]`` bool, those that count; None for all but padding.
 
         Raises:
-            InvalidInputError: a curve without composition.
+            InvalidInputError: The curve has no composition.
         """
         if curve.composition is None:
             raise InvalidInputError("curve: found no composition, make it with composition=True")
@@ -186,7 +186,7 @@ class TraceComposition(_OverSizes):
         """Shares of the kinds over size, all depths together; needs matplotlib.
 
         Args:
-            val, ax: see :meth:`NucleusRecovery.plot`.
+            val, ax: See :meth:`NucleusRecovery.plot`.
 
         Returns:
             The figure and its axes.

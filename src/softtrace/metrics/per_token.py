@@ -111,12 +111,12 @@ class ComputationDensity(_AreaAndSize):
     :func:`softtrace.metrics.functional.computation_density`.
 
     Args:
-        total_variation: bound of the size, in (0, 1).
-        easy_share: of the tokens, in (0, 1].
-        **kwargs: of ``torchmetrics.Metric``.
+        total_variation: Bound of the size, in (0, 1).
+        easy_share: Share of the tokens that are easy, in (0, 1].
+        **kwargs: Options of ``torchmetrics.Metric``.
 
     Raises:
-        InvalidInputError: an argument outside its range.
+        InvalidInputError: An argument is outside its range.
 
     Example:
         >>> import torch
@@ -159,8 +159,8 @@ class DensityUncertaintyCorrelation(_AreaAndSize):
     :func:`softtrace.metrics.functional.density_uncertainty_correlation`.
 
     Args:
-        total_variation: bound of the size, in (0, 1).
-        **kwargs: of ``torchmetrics.Metric``.
+        total_variation: Bound of the size, in (0, 1).
+        **kwargs: Options of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -194,11 +194,11 @@ class EarlyExitAgreement(PerToken):
     Functional twin: :func:`softtrace.metrics.functional.early_exit_agreement`.
 
     Args:
-        easy_share: of the tokens, in (0, 1].
-        **kwargs: of ``torchmetrics.Metric``.
+        easy_share: Share of the tokens that are easy, in (0, 1].
+        **kwargs: Options of ``torchmetrics.Metric``.
 
     Raises:
-        InvalidInputError: a share outside its range.
+        InvalidInputError: A share is outside its range.
 
     Example:
         >>> import torch
@@ -233,12 +233,12 @@ class EarlyExitAgreement(PerToken):
         """Take the positions of a batch.
 
         Args:
-            curve: of the batch.
+            curve: Curve of the batch.
             exits: ``[L, B, T]`` bool; the last layer is the full model.
             positions: ``[B, T]`` bool, those that count; None for all but padding.
 
         Raises:
-            InvalidInputError: exits of another shape, or of another number of layers than before.
+            InvalidInputError: Exits have another shape, or another number of layers than before.
         """
         rows = counted(curve, positions)
         known = int(self.layers)
@@ -259,9 +259,9 @@ class EarlyExitAgreement(PerToken):
         """Agreement over layers, a line a group; needs matplotlib.
 
         Args:
-            val: one result of ``compute`` or ``forward``, or a list of them, of which the last is
+            val: One result of ``compute`` or ``forward``, or a list of them, of which the last is
                 drawn darkest; None for what ``compute`` returns now.
-            ax: axes of matplotlib to draw into; None makes a figure.
+            ax: Axes of matplotlib to draw into; None makes a figure.
 
         Returns:
             The figure and its axes.

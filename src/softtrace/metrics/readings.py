@@ -33,22 +33,22 @@ def readings(
     """Keyword arguments for ``update`` of every metric, and of a ``MetricCollection`` of them.
 
     Args:
-        model: a causal language model; attached on the fly.
+        model: A causal language model; attached on the fly.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
         position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`.
-        min_context: real tokens of its document that have to stand before a position that counts:
+        min_context: Real tokens of its document that have to stand before a position that counts:
             the number of edges grows with the length, so sizes compare at similar length only.
-        attention, thresholds: see :func:`softtrace.density_curve`.
-        composition: count edges by depth and kind, for ``TraceComposition``.
-        nucleus: compare top-p lists, for ``NucleusRecovery`` (slow).
+        attention, thresholds: See :func:`softtrace.density_curve`.
+        composition: Count edges by depth and kind, for ``TraceComposition``.
+        nucleus: Compare top-p lists, for ``NucleusRecovery`` (slow).
 
     Returns:
-        ``curve`` (:class:`softtrace.DensityCurve`), ``exits`` ``[L, B, T]`` bool and ``positions``
+        ``curve`` (a ``softtrace.DensityCurve``), ``exits`` ``[L, B, T]`` bool and ``positions``
         ``[B, T]`` bool.
 
     Raises:
-        UnsupportedModelError, InvalidInputError, NonFiniteError: see
+        UnsupportedModelError, InvalidInputError, NonFiniteError: See
             :func:`softtrace.density_curve`.
     """
     check_least("min_context", min_context, 0)

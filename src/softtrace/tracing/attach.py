@@ -42,11 +42,12 @@ def attach(model: nn.Module) -> Instrument:
     wrong reading can fit.
 
     Args:
-        model: a causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
+        model: A causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
 
     Raises:
-        UnsupportedModelError: names the layer and the mismatch.
-        NonFiniteError: its logits are not finite, so that nothing can be proven.
+        UnsupportedModelError: The layers are not the sum of the graph's edges; the message names
+            the layer and the mismatch.
+        NonFiniteError: Its logits are not finite, so that nothing can be proven.
     """
     outer, model = model, unwrapped(model)
     note_units(outer)
@@ -121,27 +122,27 @@ def edge_importance(
     Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure.
 
     Args:
-        model: a causal language model; attached on the fly.
+        model: A causal language model; attached on the fly.
         input_ids: ``[B, T]`` integers.
         attention_mask: ``[B, T]`` of 0 and 1, padding on either side; None for no padding.
         position_ids: ``[B, T]`` of packed rows, starting anew with every document: no edge crosses
             from one document into another. None for one document a row.
-        norm: how large an edge is: the ``"l1"`` norm of what it carries, as in arXiv 2605.27033,
+        norm: How large an edge is: the ``"l1"`` norm of what it carries, as in arXiv 2605.27033,
             its ``"l2"`` norm, or ``"ifr"``, by how much it brings the rest of its node nearer to
             it (:mod:`softtrace.graph.proximity`), which takes H·T² vectors of d_model a layer.
-        positions: what shall be explained: ``[B, T]`` bool, or integers, the same positions of
+        positions: What shall be explained: ``[B, T]`` bool, or integers, the same positions of
             every sequence (negative ones count from the row's end). Tokens after the last of them
             are left out, T is then smaller, and logits of others are not made. None for all.
 
     Returns:
-        Importances in [0, 1], shares of their node: ``layers[l].attention`` [B,H,T,S],
+        Importances in [0, 1], shares of their node, as ``layers[l].attention`` [B,H,T,S],
         ``.attention_residual`` [B,T], ``.mlp`` [B,T], ``.mlp_residual`` [B,T]. Of long sequences
         nothing of H·T² is held: ``.attention`` is made anew, layer by layer, when it is asked for.
 
     Raises:
-        UnsupportedModelError: see :func:`attach`.
-        InvalidInputError: ids outside the vocabulary, wrong shapes, an unknown norm.
-        NonFiniteError: the model's logits are not finite.
+        UnsupportedModelError: See :func:`attach`.
+        InvalidInputError: Ids lie outside the vocabulary, shapes are wrong, or the norm is unknown.
+        NonFiniteError: The model's logits are not finite.
     """
     check_norm(norm)
     instrument = attach(model)

@@ -21,8 +21,8 @@ class Instrument(Runner):
     """A model that was proven to be the sum of its edges. Made by :func:`softtrace.attach`.
 
     Attributes:
-        verification: what was proven, and how exactly.
-        parts: modules that it was proven with, all but the model itself.
+        verification: What was proven, and how exactly.
+        parts: Modules that it was proven with, all but the model itself.
     """
 
     verification: Verification
