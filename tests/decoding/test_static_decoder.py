@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.model.exit_maps import ExitMaps, set_exit_maps
 from tests.support.cuda import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -165,6 +166,15 @@ def test_captured_steps_write_the_same(backend: str | None, draft: str) -> None:
     for _ in range(2):
         assert tokens_of(static.plain(rows, NEW)) == wanted
         assert tokens_of(static.speculate(rows, NEW)) == wanted
+
+
+@cuda
+def test_maps_that_were_loaded_before_the_model_moved_are_captured() -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    set_exit_maps(model, ExitMaps([2], model.config.hidden_size))
+    row = tiny_prompt(5)[0].cuda()
+    static = decoder(model.cuda(), exit_layer=2, backend=None)
+    assert tokens_of(static.speculate([row], NEW)) == tokens_of(static.plain([row], NEW))
 
 
 @cuda

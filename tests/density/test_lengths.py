@@ -305,6 +305,25 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
     assert peaks[1] < 2.5 * peaks[0]
 
 
+def test_of_the_square_only_which_edges_exist_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte each, of the recording and of a masked run; what it takes to make them is not."""
+    length = 1024
+    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 1 << 15)
+    model, ids = tiny_model("llama", num_hidden_layers=1), tiny_prompt(length)
+    softtrace.attach(model)
+    with torch.no_grad(), LiveBytes() as own:
+        model(ids, logits_to_keep=1)
+    with torch.no_grad(), LiveBytes() as live:
+        importance = softtrace.edge_importance(model, ids, positions=[-1])
+        softtrace.extract_trace(importance, size=10)
+    assert live.peak < 2 * length**2 + own.peak
+    del importance
+    with LiveBytes() as live:
+        softtrace.density_curve(model, ids, thresholds=[0.05], positions=[-1])
+    assert live.peak < 3 * length**2 + own.peak
+
+
 def test_the_last_layer_makes_rows_of_chosen_positions_alone(
     rowwise: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

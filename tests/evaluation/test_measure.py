@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import measure as measuring
-from softtrace.evaluation.measure import Measurements, masked_runs, measure
+from softtrace.evaluation.measure import Measurements, RunsShown, masked_runs, measure
 from softtrace.evaluation.summary import summarise
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -91,59 +91,76 @@ def test_rows_of_unequal_length() -> None:
     assert difference(found, alone) < 1e-11
 
 
-class Memory:
-    """Fits so many sequences; anything larger is out of memory, as torch says it."""
+def limit(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bool]) -> list[int]:
+    """Let memory run out at so many sequences, positions of them; blocks that were tried."""
+    tried: list[int] = []
+    measured = measuring._measured
 
-    def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tried: list[int] = []
-        measured = measuring._measured
+    def limited(*args: Any) -> Measurements:
+        batch, explained, _ = args[-1]
+        tried.append(len(batch.valid))
+        if not fits(len(batch.valid), int(explained.sum())):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return measured(*args)
 
-        def limited(instrument: Any, ids: Tensor, *args: Any) -> Measurements:
-            self.tried.append(len(ids))
-            if len(ids) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return measured(instrument, ids, *args)
-
-        monkeypatch.setattr(measuring, "_measured", limited)
+    monkeypatch.setattr(measuring, "_measured", limited)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # it takes longer than the rest
+    return tried
 
 
 def test_batches_are_halved_until_they_fit(
     whole: Measurements, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memory, done = Memory(1, monkeypatch), list[int]()
+    tried, done = limit(monkeypatch, lambda blocks, _: blocks == 1), list[int]()
     found = measured(4, progress=done.append)
-    assert memory.tried == [3, 1, 1, 1, 1, 1]
+    assert tried == [3, 1, 1, 1, 1, 1]
     assert found.batch_size == 1
     assert sum(done) == EXTRA * masked_runs(True) + (BLOCKS - EXTRA) * masked_runs(False)
     assert difference(found, whole) < 1e-11
-    assert "memory ran out at 3 blocks a batch; continuing with 1" in caplog.text
+    assert "memory ran out at 3 sequence(s); continuing with 1 at a time" in caplog.text
 
 
-def test_memory_for_not_even_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    Memory(0, monkeypatch)
-    with pytest.raises(InvalidInputError, match="memory ran out at 1 block of 8 tokens; allowed"):
-        measured(2)
+def test_explained_positions_are_halved_where_no_block_fits(
+    whole: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[int]()
+    limit(monkeypatch, lambda blocks, positions: positions <= 2)
+    found = measured(4, progress=done.append)
+    assert found.batch_size == 1
+    assert sum(done) == EXTRA * masked_runs(True) + (BLOCKS - EXTRA) * masked_runs(False)
+    assert difference(found, whole) < 1e-11
 
 
-def test_it_is_told_which_length_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured_whole = measuring._measured
-
-    def limited(instrument: Any, ids: Tensor, *args: Any) -> Measurements:
-        if ids.numel() > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return measured_whole(instrument, ids, *args)
-
-    monkeypatch.setattr(measuring, "_measured", limited)
-    with pytest.raises(InvalidInputError, match="at 1 block of 8 tokens; blocks of 4 tokens fit"):
-        measured(2)
+def test_every_masked_run_is_shown_when_it_ends() -> None:
+    """A block of 1,024 tokens takes minutes on a processor, with baselines half an hour."""
+    done = list[int]()
+    measured(BLOCKS, progress=done.append)
+    moved = [runs for runs in done if runs]
+    assert moved == [EXTRA] * masked_runs(True) + [BLOCKS - EXTRA] * masked_runs(False)
 
 
-def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Measurements:
-        raise RuntimeError("something else")
+def test_runs_that_are_made_again_are_shown_once() -> None:
+    done = list[int]()
+    runs = RunsShown(done.append)
+    ran = runs.begin(4)
+    ran()  # of 4 blocks; then memory runs out
+    ran = runs.begin(2)
+    for _ in range(3):
+        ran()
+    assert done == [4, 2]
+    runs.settle(2 * 3)
+    assert sum(done) == 6
+    runs.begin(2)()
+    assert done[-1] == 2
+    runs.begin(1)
+    runs.settle(1)  # one run of one block, where two had been shown
+    assert sum(done) == 7
 
-    monkeypatch.setattr(measuring, "_measured", broken)
-    with pytest.raises(RuntimeError, match="something else"):
+
+def test_memory_for_not_even_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, lambda *_: False)
+    message = "one position of one sequence of 8 tokens; allowed is what fits. Take shorter blocks"
+    with pytest.raises(InvalidInputError, match=message):
         measured(2)
 
 

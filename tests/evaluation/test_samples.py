@@ -8,10 +8,20 @@ import pytest
 import torch
 
 import softtrace
+from softtrace.density.curve import default_thresholds
 from softtrace.density.exits import exit_agreement
 from softtrace.evaluation import samples as module
-from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_SIZES, nearest, text_samples
+from softtrace.evaluation.samples import (
+    MOST_BLOCKS,
+    SAMPLE_RUNS,
+    SAMPLE_SIZES,
+    nearest,
+    text_samples,
+)
 from softtrace.evaluation.token_text import TokenText
+from softtrace.graph.batch import Batch
+from softtrace.tracing.recording import Recording
+from softtrace.tracing.runner import Runner
 from tests.support import oracle
 from tests.support.corpus import END, byte_tokenizer
 from tests.support.tiny import tiny_model
@@ -127,17 +137,41 @@ def test_of_a_block_that_ends_inside_of_a_character_nothing_is_lost() -> None:
     assert [pieces.texts[token["token"]] for token in shown] == ["⟨81⟩", "⟨AE⟩", "⟨E3⟩", "⟨81⟩"]
 
 
-def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
-    other = text_samples(
-        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3, attention="recorded"
-    )
-    for mine, same in zip(other["texts"], found["texts"], strict=True):
+def assert_same_texts(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for mine, same in zip(ours["texts"], theirs["texts"], strict=True):
         for a, b in zip(mine["tokens"], same["tokens"], strict=True):
-            assert other["vocabulary"][a["token"]] == found["vocabulary"][b["token"]]
+            assert ours["vocabulary"][a["token"]] == theirs["vocabulary"][b["token"]]
             assert [t["size"] for t in a["traces"]] == [t["size"] for t in b["traces"]]
             assert [t["tv"] for t in a["traces"]] == pytest.approx(
                 [t["tv"] for t in b["traces"]], abs=1e-5
             )
+
+
+def test_batches_change_nothing(model: Any, blocks: torch.Tensor, found: dict[str, Any]) -> None:
+    other = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=3, attention="recorded"
+    )
+    assert_same_texts(other, found)
+
+
+def test_where_memory_runs_out_tokens_are_done_in_portions(
+    model: Any, blocks: torch.Tensor, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, done = Runner.record, list[int]()
+
+    def limited(runner: Runner, batch: Batch, **options: Any) -> Recording:
+        if options["positions"].sum() > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return record(runner, batch, **options)
+
+    monkeypatch.setattr(Runner, "record", limited)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # it takes longer than the rest
+    other = text_samples(
+        model, byte_tokenizer(), blocks, min_context=CONTEXT, batch_size=4, attention="recorded",
+        progress=done.append,
+    )  # fmt: skip
+    assert_same_texts(other, found)
+    assert sum(done) == MOST_BLOCKS * SAMPLE_RUNS
 
 
 def test_a_page_has_room_for_so_many_tokens(
@@ -167,6 +201,16 @@ def test_the_nearest_run_by_log_size() -> None:
     # An empty trace stands at half an edge, 0.0005, and 0.0028 is nearer to 0.01.
     assert chosen[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert chosen[:, 1].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2]  # equal traces: the first
+
+
+def test_traces_of_long_blocks_are_as_large_as_those_of_short_ones() -> None:
+    short, long = module._thresholds(64), module._thresholds(1024)
+    assert len(short) == len(long) == SAMPLE_RUNS - len(default_thresholds())
+    assert (short[0], long[0]) == (0.6, 0.6)
+    assert short == pytest.approx([0.6 * 600 ** (-step / 23) for step in range(24)])
+    assert module._thresholds(10) == short
+    assert long[-1] == pytest.approx(short[-1] / 16)
+    assert sorted(long, reverse=True) == long
 
 
 def test_attention_is_recomputed_unless_told_otherwise(model: Any, blocks: torch.Tensor) -> None:

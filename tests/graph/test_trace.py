@@ -225,6 +225,15 @@ def test_sizes_as_counts_and_as_shares() -> None:
     assert extract_trace(importance, 0, 4, 2) == extract_trace(importance, 0, -1, 2)
 
 
+def test_a_trace_that_could_not_be_listed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One percent of 8,192 tokens' edges are 88 million, each an object: hours, and 16 GB."""
+    importance = padded_importance(0)
+    monkeypatch.setattr("softtrace.graph.trace.MOST_EDGES", 5)
+    assert len(extract_trace(importance, size=5).edges) == 5
+    with pytest.raises(InvalidInputError, match=r"found 6 edges, .* allowed are at most 5, .*1000"):
+        extract_trace(importance, size=6)
+
+
 @pytest.mark.parametrize(
     ("size", "total", "edges"),
     [

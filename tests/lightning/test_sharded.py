@@ -16,13 +16,23 @@ from transformers import AutoModelForCausalLM
 from softtrace import DensityLoss
 from softtrace.cli.fit import fit
 from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.lightning import DensityMonitor
 from softtrace.lightning.sharded import shard
 from tests.support import warm
-from tests.support.fitting import batches
+from tests.support.fitting import Batches, batches, trainer
 from tests.support.jobs import Jobs, saved
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model
-from tests.support.ways_to_resume import BATCHES, OPTIONS_OF_A_FIT, fit_in_parts
+from tests.support.ways_to_resume import (
+    BATCHES,
+    BLOCKS,
+    KEPT,
+    OPTIONS_OF_A_FIT,
+    OfBlocks,
+    Ranked,
+    fit_in_parts,
+    validation,
+)
 from tests.support.ways_to_shard import whole_weights
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -50,12 +60,28 @@ def by_hand(world: int) -> nn.Module:
 
 @pytest.mark.thorough
 def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
-    after = fit_in_parts(tmp_path, 2)
-    torch.testing.assert_close(after, whole_weights(by_hand(2)), atol=1e-10, rtol=0)
+    after, whole = fit_in_parts(tmp_path, 2), by_hand(2)
+    torch.testing.assert_close(after, whole_weights(whole), atol=1e-10, rtol=0)
+    check_measured(tmp_path, whole)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
     loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt")
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
+
+
+def check_measured(folder: Path, whole: nn.Module) -> None:
+    """Every process has the numbers of one that measures the whole model on the whole set."""
+    seen = [validation(rank) for rank in range(2)]
+    kept = {name: torch.cat([each[name][:KEPT] for each in seen]) for name in seen[0]}
+    module = Ranked(1)
+    module.model = whole
+    monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=2 * KEPT))
+    trainer(*monitors, limit_val_batches=1.0).validate(module, Batches(kept), verbose=False)
+    wanted = [monitor.history[-1] for monitor in monitors]
+    for rank in range(2):
+        for found, each in zip(torch.load(folder / f"measured-{rank}.pt"), wanted, strict=True):
+            assert found["step"] == BATCHES
+            assert {**found, "step": 0} == pytest.approx(each, abs=1e-9)
 
 
 PARTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -77,14 +78,31 @@ def test_exits_are_read_without_a_break_or_another_graph(how: str) -> None:
     assert graphs() == (1, 0)
 
 
-def test_a_forward_that_was_compiled_before_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("before", ["it", "another of its class"])
+def test_exits_are_read_in_a_forward_that_was_compiled_before(how: str, before: str) -> None:
+    def tiny() -> Any:
+        return tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+
+    plain, model = tiny(), tiny()
+    wanted = steps(plain, plain, DensityLoss(plain, **OPTIONS))
+    other = tiny() if before == "another of its class" else model
+    runs, ids = compiled(model, how), tiny_prompt(9, batch=3)
+    (runs if other is model else compiled(other, how))(input_ids=ids, labels=ids, use_cache=False)
+    torch.testing.assert_close(
+        steps(model, runs, DensityLoss(runs, **OPTIONS)), wanted, atol=1e-12, rtol=0
+    )
+    assert graphs()[1] == 0
+    assert copy.deepcopy(model)(input_ids=ids).logits.equal(model(input_ids=ids).logits)
+
+
+def test_a_forward_without_gradients_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = compiled(tiny_model("llama", num_hidden_layers=2).train(), "in place")
     ids = tiny_prompt(9, batch=3)
-    model(input_ids=ids, use_cache=False)
     density = DensityLoss(model, **OPTIONS)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            with density.watching() as watched:
+            with density.watching() as watched, torch.no_grad():
                 model(input_ids=ids, use_cache=False)
             assert density(ids, watched=watched).exit_distance is None
     said = [record.message for record in caplog.records if record.name.startswith("softtrace")]

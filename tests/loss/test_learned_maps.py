@@ -10,7 +10,8 @@ import torch
 
 from softtrace import DensityLoss, TrainerSetupError
 from softtrace.loss.learned_maps import LearnedMaps
-from softtrace.model.exit_maps import set_exit_maps
+from softtrace.model.exit_maps import exit_maps_of, set_exit_maps
+from tests.support.cuda import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {
@@ -129,3 +130,16 @@ def test_what_a_model_has_learned_is_learned_on() -> None:
     first = LearnedMaps(model, range(2, 3), 32)
     assert LearnedMaps(model, range(2, 3), 32).maps is first.maps
     assert LearnedMaps(model, range(1, 3), 32).maps is not first.maps
+
+
+@cuda
+def test_maps_learn_on_where_the_model_was_moved_to() -> None:
+    model, ids = model_of(), tiny_prompt(7, batch=2)
+    density = DensityLoss(model, **OPTIONS)
+    for step in (1, 2, 3):
+        if step == 3:
+            model, ids = model.cuda(), ids.cuda()
+            exit_maps_of(model)  # moves them too, and knows nothing of what learns them
+        watched_term(density, ids, step=step)
+    density.exit_maps.begin(4)
+    assert density.exit_maps.maps.weights[NAME].is_cuda

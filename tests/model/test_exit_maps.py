@@ -12,6 +12,7 @@ from softtrace import ModelDirectoryError
 from softtrace.density.exits import exit_agreement
 from softtrace.model.exit_maps import EXIT_MAPS_FILE, ExitMaps, exit_maps_of, set_exit_maps
 from softtrace.model.loading import load_model
+from tests.support.cuda import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 
@@ -74,3 +75,16 @@ def test_maps_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / EXIT_MAPS_FILE).write_bytes(b"no tensors")
     with pytest.raises(ModelDirectoryError, match=r"exit_maps\.safetensors: cannot be read"):
         softtrace.load_exit_maps(model, tmp_path)
+
+
+def test_maps_are_kept_where_a_model_has_no_values() -> None:
+    model, maps = with_maps()
+    assert exit_maps_of(model.to("meta")) is maps
+    assert maps.weights["after_layer_1"].device.type == "cpu"
+
+
+@cuda
+def test_maps_are_where_the_model_is() -> None:
+    model, maps = with_maps()
+    assert exit_maps_of(model.cuda()) is maps
+    assert maps.weights["after_layer_1"].is_cuda

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.decoding import StaticDecoder, check_cache, check_early_exit, generate, speculate
-from tests.support.real import DTYPES, MODELS, prompt, real_model, real_tokenizer
+from tests.support.real import DTYPES, LONG, MODELS, prompt, real_model, real_tokenizer
 
 pytestmark = pytest.mark.real
 
 NEW = 8
-PROMPTS = [(64, True), (64, False), (1024, True)]  # Gemma's window is of 512 tokens
+PROMPTS = [(64, True), (64, False), (LONG, True)]
 
 
 class Decoder:
@@ -71,9 +71,9 @@ def test_drafted_text_is_the_plain_text(decoder: Decoder, length: int, bos: bool
 
 def test_a_batch_over_a_cache_of_fixed_size_writes_the_plain_texts(decoder: Decoder) -> None:
     tokenizer = real_tokenizer(decoder.name)
-    rows = [prompt(tokenizer, length, bos=True)[0] for length in (8, 64, 600)]
+    rows = [prompt(tokenizer, length, bos=True)[0] for length in (8, 64, LONG)]
     static = StaticDecoder(
-        decoder.model, exit_layer=decoder.depth, draft_tokens=4, rows=3, capacity=600 + NEW,
+        decoder.model, exit_layer=decoder.depth, draft_tokens=4, rows=3, capacity=LONG + NEW,
         backend=None, proven_exit=decoder.proven_exit,
     )  # fmt: skip
     for write in (static.plain, static.speculate):

@@ -16,6 +16,7 @@ from softtrace.tracing.attach import attach
 from tests.support.real import (
     DTYPES,
     GEMMA,
+    LONG,
     SMOLLM,
     TEXT,
     documents,
@@ -80,10 +81,9 @@ def test_evaluate_writes_the_losses_of_the_plain_model(
     assert (out / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("length", [64, 1024])
+@pytest.mark.parametrize("length", [64, LONG])
 @every_model
 def test_a_recording_has_the_losses_of_the_plain_model(name: str, length: int) -> None:
-    """Over as many tokens as Gemma's window of 512 does not see."""
     model = real_model(name, "float32")
     blocks = pack(documents(), real_tokenizer(name), length)[:1]
     instrument = attach(model)

@@ -19,6 +19,7 @@ from softtrace.lightning import DensityPenalty
 from tests.support.fitting import Batches, Tuner, fit, weights
 from tests.support.real import (
     GEMMA,
+    LONG,
     SMOLLM,
     documents,
     real_model,
@@ -99,8 +100,8 @@ def stepped(
     [  # of 64 tokens the others are below
         (SMOLLM, "bfloat16", 64),
         (GEMMA, "float32", 64),
-        (SMOLLM, "float32", 1024),
-        (GEMMA, "bfloat16", 1024),
+        (SMOLLM, "float32", LONG),
+        (GEMMA, "bfloat16", LONG),
     ],
 )
 def test_a_plain_loop_takes_a_step(name: str, dtype: str, length: int, tmp_path: Path) -> None:

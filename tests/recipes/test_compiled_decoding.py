@@ -24,7 +24,7 @@ def test_the_curve_is_over_what_was_given(tmp_path: Path, monkeypatch: pytest.Mo
         *("--prompt-tokens", "8", "--dtype", "float32", "--device", "cpu", "--no-stock"),
         *("--out", str(tmp_path / "found.json")),
     ])  # fmt: skip
-    found = json.loads((tmp_path / "found.json").read_text())["measurements"]
+    found = json.loads((tmp_path / "found.json").read_text())["measurements"][0]["found"]
     measured = [each for each in found if "failed" not in each]
     assert [(each["exit_layer"], each["given_acceptance"]) for each in measured] == [
         (depth, share) for depth in (1, 2) for share in (0, 0.5, 1)

@@ -136,6 +136,14 @@ def test_every_figure_names_its_kind_of_attention(tmp_path: Path, kind: str) -> 
     assert MEANINGS[kind] in page.text
 
 
+def test_it_is_said_which_numbers_compare_at_other_lengths(tmp_path: Path) -> None:
+    density = synthetic_density() | {"min_context": 1024}
+    density["data"]["block_size"] = 2048
+    text = page_of([density], tmp_path).text
+    assert "blocks of 2,048, each with at least 1,024 tokens of context" in " ".join(text.split())
+    assert "Blocks of another lengthSizes, areas and what traces are made of compare only" in text
+
+
 def test_colours_are_of_all_runs_together_and_follow_them(tmp_path: Path) -> None:
     plain, dense = synthetic_density(), synthetic_density("dense")
     dense["scatter"]["size_at_tv_0.2"] = [0.3 + 0.005 * step for step in range(60)]
@@ -168,6 +176,12 @@ def test_intervals_stand_beside_their_numbers(tmp_path: Path) -> None:
     assert "0.40 % (0.30 % to 0.50 %)" in page.text
     assert page.text.count(" to 0.50 %") == 1
     assert "In brackets95 % of 1,000 bootstrap samples of the blocks" in page.text
+    assert "too narrow" not in page.text
+    density["data"]["blocks"] = 4
+    assert (
+        "4 blocks are too few for it: these intervals are too narrow"
+        in page_of([density], tmp_path).text
+    )
 
 
 def test_nothing_is_fetched_and_no_other_script_may_run(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,15 @@ def test_legend_explains_each_measure_and_its_direction() -> None:
         assert words in legend
     assert "lower" in legend
     assert "higher" in legend
+
+
+@pytest.mark.parametrize("make", [density_table, lambda d: comparison_table([("plain", d)])])
+def test_tables_say_which_numbers_compare_at_other_lengths(make: Any) -> None:
+    density = synthetic_density() | {"min_context": 1024}
+    density["data"]["block_size"] = 2048
+    legend = " ".join(make(density).split("\n\n")[-1].split())
+    assert "only with those of blocks of 2,048 tokens with 1,024 of context" in legend
+    assert "Loss, entropy and early exits count no edges." in legend
 
 
 @pytest.mark.parametrize("kind", ["recorded", "recomputed", "kept"])

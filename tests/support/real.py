@@ -19,6 +19,9 @@ DTYPES = ("float32", "bfloat16")
 TEXT = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 """English prose, and too new to have been learned by heart."""
 
+LONG = 576
+"""Tokens, more than Gemma's window of 512 sees."""
+
 every_model = pytest.mark.parametrize("name", MODELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 

@@ -18,15 +18,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from softtrace.hf import with_density
-from softtrace.lightning import DensityPenalty
+from softtrace.lightning import DensityMonitor, DensityPenalty
 from tests.support import warm
-from tests.support.fitting import Batches, Tuner, batches, trainer
+from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
 from tests.support.processes import script_environment
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.ways_to_shard import by_layer, whole_weights
 
 BATCHES = 4  # of a process
+BLOCKS = tiny_prompt(12, seed=9, batch=3)
+KEPT = 2  # rows of a process
+
+
+class OfBlocks(DensityMonitor):
+    """Measures given blocks, beside one that measures what it kept."""
 
 
 class Ranked(Tuner):
@@ -45,8 +51,20 @@ class Ranked(Tuner):
     def train_dataloader(self) -> Batches:
         return Batches(*batches(BATCHES * self.world).batches[self.global_rank :: self.world])
 
+    def val_dataloader(self) -> Batches:
+        return Batches(validation(self.global_rank))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("loss/held_out", self.model(**batch).loss, batch_size=4, sync_dist=True)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def validation(rank: int) -> Batch:
+    """The batch that a process validates on; one has padding among the rows that are kept."""
+    found: Batch = batches(9 + rank).batches[-1]
+    return found
 
 
 def fit_in_parts(
@@ -56,7 +74,10 @@ def fit_in_parts(
     strength: float | None = 0.5,
     epochs: int = 1,
 ) -> dict[str, Tensor]:
-    """Weights after a fit in processes of its own, or as one loads them from a checkpoint."""
+    """Weights after a fit in processes of its own, or as one loads them from a checkpoint.
+
+    What was measured at the end of the fit lies in FOLDER, a ``measured-RANK.pt`` of each process.
+    """
     words = ["lightning", folder, world, checkpoint, strength, epochs]
     done = warm.run(
         [sys.executable, "-m", "tests.support.ways_to_resume", *words],
@@ -72,11 +93,17 @@ def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: s
     module = Ranked(int(world))
     parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
     given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
-    fitting = trainer(*given, devices=int(world), strategy=parallel, max_epochs=int(epochs))
+    monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=KEPT * int(world)))
+    fitting = trainer(
+        *given, *monitors, devices=int(world), strategy=parallel, max_epochs=int(epochs),
+        limit_val_batches=1.0, num_sanity_val_steps=0,
+    )  # fmt: skip
     # What resumes at the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
     found = whole_weights(module.model)
     if checkpoint == "None":
+        measured = [monitor.history[-1] for monitor in monitors]
+        torch.save(measured, Path(folder, f"measured-{module.global_rank}.pt"))
         fitting.save_checkpoint(Path(folder, "parts.ckpt"))
     if module.global_rank == 0:
         torch.save(found, Path(folder, f"lightning-{world}.pt"))

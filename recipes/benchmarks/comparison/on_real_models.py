@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,8 @@ from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
+from softtrace.loss.early_exits import exit_distance
+from softtrace.loss.schedule import StrengthSchedule
 from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
 
@@ -64,12 +67,35 @@ def term(strength: float, **options: Any) -> type[SoftTrace]:
     return type("Term", (SoftTrace,), {"strengths": (strength,), "options": options})
 
 
+class TamedExits(term(0.35, preset="balanced")):  # type: ignore[misc]
+    """The logarithm of one and the distance: exits that are far off do not take over."""
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        tamed = lambda *args: exit_distance(*args).log1p()  # noqa: E731
+        with patch("softtrace.loss.density_loss.exit_distance", tamed):
+            found: Tensor = super().term(ids, step, task)
+        return found
+
+
+class MapFirst(term(0.35, preset="balanced")):  # type: ignore[misc]
+    """The maps of exits learn alone for the first fifth of 1,000 steps."""
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        waiting = StrengthSchedule(0.07, 200)
+        with patch.object(type(self.density.options), "exit_schedule", waiting):
+            found: Tensor = super().term(ids, step, task)
+        return found
+
+
 _OFTEN = {**DIRECT, "every": 2, "share": 0.15}
 #: ways to train beside those of ``peers.py``
 WAYS: dict[str, Any] = {
     **EVERY,
     "balanced": term(0.35, preset="balanced"),
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
+    "balanced, 0.15": term(0.15, preset="balanced"),
+    "balanced, exits tamed": TamedExits,
+    "balanced, maps first": MapFirst,
     "sparse": term(0.35, preset="sparse"),
     "sparse, 1": term(1.0, preset="sparse"),
     "sparse, thresholds from 0.08": term(0.35, preset="sparse", thresholds=(0.08, 0.6)),

@@ -107,3 +107,51 @@ def operations() -> str:
         "which is what it costs on a GPU where launches are all that counts and none are captured "
         f"{sources(CARD, 'speed/operations.py', 'results/operations.json')}."
     )
+
+
+def sharded() -> str:
+    """What a step costs where FSDP2 shards the model."""
+    result = read("sharded.json")
+    lines = [
+        "| random weights of the size of | | time | memory of a process |",
+        "|---|---|---|---|",
+    ]
+    for model, kinds in result["models"].items():
+        for kind, row in kinds.items():
+            lines.append(f"| {model} | {kind} | {quartiles(row['time'])} | {row['memory']:.2f} |")
+    rows = [row for kinds in result["models"].values() for row in kinds.values()]
+    ((count, length),) = {tuple(row["batch"]) for row in rows}
+    (rounds,) = {row["rounds"] for row in rows}
+    lines.append(
+        f"\nA step with the default term over a plain one (quartiles of {rounds} interleaved turns "
+        f"of {result['steps_a_turn']} steps), {count} x {length:,} tokens a process, "
+        f"{result['precision']}, {result['hardware']}, torch {result['versions']['torch']} "
+        f"{sources(CARD, 'speed/sharded.py', 'results/sharded.json')}."
+    )
+    return "\n".join(lines)
+
+
+def lengths() -> str:
+    """Memory by the length of the text."""
+    result = read("lengths.json")
+    rows = {(row["model"], row["what"], row["length"]): row for row in result["rows"]}
+    columns = sorted({length for *_, length in rows})
+    lines = [
+        f"| | {' | '.join(f'{length:,} tokens' for length in columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for model, what in dict.fromkeys((model, what) for model, what, _ in rows):
+        found = [rows.get((model, what, length)) for length in columns]
+        cells = [_gib(row) if row else "" for row in found]
+        lines.append(f"| {model}: {what} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nMost GiB alive beyond the weights (of that, held by the result), one sequence, steps "
+        f"eight; bfloat16, random weights, {result['hardware']} "
+        f"{sources(CARD, 'speed/lengths.py', 'results/lengths.json')}."
+    )
+    return "\n".join(lines)
+
+
+def _gib(row: dict[str, Any]) -> str:
+    held = f" ({row['held_gib']:.2f})" if row["held_gib"] >= 0.01 else ""
+    return f"{row['peak_gib']:.2f}{held}"

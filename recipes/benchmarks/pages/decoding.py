@@ -195,3 +195,44 @@ def exits_by_layer() -> str:
         f"{sources(LOG, *(f'results/{file}.json' for file in dict.fromkeys(files)))}."
     )
     return "\n".join(lines)
+
+
+def compiled_decoding() -> str:
+    """What drafting is worth beside plain decoding by the same captured steps."""
+    runs = read("compiled_decoding.json")["measurements"]
+    found = [(run, each) for run in runs for each in run["found"] if "failed" not in each]
+    given = [pair for pair in found if pair[1]["given_acceptance"] is not None]
+    shares = sorted({each["given_acceptance"] for _, each in given})
+    lines = [
+        "| random weights of the size of | exit | "
+        + " | ".join(f"{share:.0%} of guesses right" for share in shares)
+        + " |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
+    rows: dict[tuple[str, str], dict[float, str]] = {}
+    for _, each in given:
+        exit_ = f"after {each['exit_layer']} of {each['layers']}, {each['draft_tokens']} guesses"
+        speed = f"{each['speedup']['median']:.2f}"
+        rows.setdefault((each["model"], exit_), {})[each["given_acceptance"]] = speed
+    for (model, exit_), row in rows.items():
+        lines.append(f"| {model} | {exit_} | {' | '.join(row.get(s, '') for s in shares)} |")
+    lines += ["", "| own weights | exit | guesses accepted | tokens a check | speed |"]
+    lines.append("|---" * 5 + "|")
+    for _, each in found:
+        if each["given_acceptance"] is None:
+            lines.append(
+                f"| {each['model']} | after {each['exit_layer']} of {each['layers']}, "
+                f"{each['draft_tokens']} guesses | {each['accepted'] / each['drafted']:.0%} | "
+                f"{each['tokens_a_check']:.2f} | {quartiles(each['speedup'])} |"
+            )
+    plain = [each["plain_tokens_per_second"]["median"] for _, each in found]
+    (how,) = {(run["hardware"], run["dtype"], run["batch"]) for run in runs}
+    prompts = sorted({run["prompts"] for run in runs})
+    lines.append(
+        f"\nTimes plain decoding by the same steps, captured in CUDA graphs and not fused, "
+        f"{min(plain):.0f} to {max(plain):.0f} tokens a second; medians of {prompts[0]} to "
+        f"{prompts[-1]} prompts (quartiles); a wrong guess ends its draft; {how[0]}, {how[1]}, "
+        f"{how[2]} prompt at a time "
+        f"{sources(CARD, 'speed/compiled_decoding.py', 'results/compiled_decoding.json')}."
+    )
+    return "\n".join(lines)

@@ -61,22 +61,27 @@ def _said(page: str) -> str:
     return (
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
-        "over plain fine-tuning's with the same seed, its mean and range where there are several "
-        f"seeds; {run['hardware']} {sources(page, *_SOURCES)}."
+        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']} "
+        f"{sources(page, *_SOURCES)}."
     )
 
 
 def presets() -> str:
-    """The presets, plain fine-tuning and peers' losses on real models."""
-    names = {"plain": "plain fine-tuning", **{name: f'`preset="{name}"`' for name in PRESETS}}
-    names |= {"exit distillation, 0.1": "distillation of exits", "layerskip, 0.05": "LayerSkip"}
-    tables = _tables(lambda row: row["steps"] >= _SEARCH and row["method"] in names)
-    lines = []
-    for key, rows in tables.items():
-        if key[2] or key[1] != "prose":
-            continue
-        lines += _table(key, rows, names)
-    return "\n".join([*lines, _said(README)])
+    """The presets, plain fine-tuning and the better baseline, on one real model."""
+    names = {"plain": "plain", **{name: f"`{name}`" for name in PRESETS}}
+    names |= {"exit distillation, 0.1": "distilled exits"}
+    model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
+    found = {
+        (row["steps"], row["method"]): row
+        for row in read("on_real_models.json")["table"]
+        if (row["model"], row["text"], row["lora"]) == (model, text, False)
+    }
+    lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
+    for key in [*((steps, name) for name in names), (longer, "balanced")]:
+        row = found[key]
+        after = f", {key[0]:,} steps" if key[0] != steps else ""
+        lines.append(_row(f"{names[key[1]]}{after} ({row['seeds']})", row))
+    return "\n".join([*lines, "", f"{steps:,} steps. {_said(README)}"])
 
 
 def on_real_models() -> str:
@@ -116,15 +121,22 @@ def steps() -> str:
                     f"| {model}, {kind} | {way} | {time['median']:.2f} ({time['q25']:.2f} to "
                     f"{time['q75']:.2f}) | {row['memory']:.2f} |"
                 )
-    (rounds,) = {row["rounds"] for row in result["models"]["SmolLM2-135M"]["eager"].values()}
-    error = result["models"]["SmolLM2-135M"]["replayed, float32"]
+    turns = [
+        row["rounds"]
+        for found in result["models"].values()
+        for kind in found
+        if not kind.startswith("replayed")
+        for row in found[kind].values()
+    ]
+    errors = [found["replayed, float32"] for found in result["models"].values()]
+    error = {name: max(each[name] for each in errors) for name in ("term", "gradients")}
     return "\n".join([
         *lines,
         "",
-        f"Over a plain step (quartiles of {rounds} interleaved turns of {result['steps_a_turn']} "
-        f"steps), {result['batch'][0]} x {result['batch'][1]} tokens, {result['precision']}, "
-        f"{result['hardware']}, torch {result['versions']['torch']}. A replayed term equals the "
-        f"same term run as it is (largest relative difference {error['term']:.0e}), its gradients "
-        f"to {error['gradients']:.0e} in float32 "
+        f"Over a plain step (quartiles of {min(turns)} to {max(turns)} interleaved turns of "
+        f"{result['steps_a_turn']} steps), {result['batch'][0]} x {result['batch'][1]} tokens, "
+        f"{result['precision']}, {result['hardware']}, torch {result['versions']['torch']}. A "
+        "replayed term equals the same term run as it is (largest relative difference "
+        f"{error['term']:.0e}), its gradients to {error['gradients']:.0e} in float32 "
         f"{sources(CARD, 'speed/steps.py', 'results/steps.json')}.",
     ])  # fmt: skip

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from recipes.benchmarks.pages.comparison import at_budget, points, search
-from recipes.benchmarks.pages.cost import cost, operations
+from recipes.benchmarks.pages.cost import cost, lengths, operations, sharded
 from recipes.benchmarks.pages.decoding import (
+    compiled_decoding,
     decoding,
     decoding_157m,
     decoding_157m_before,
@@ -267,6 +268,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "tracing": tracing,
         "evaluating": evaluating,
         "decoding": decoding,
+        "compiled_decoding": compiled_decoding,
+        "sharded": sharded,
+        "lengths": lengths,
         "metric_parity": metric_parity,
     },
     "recipes/models.md": {"families": families, "sizes": sizes},

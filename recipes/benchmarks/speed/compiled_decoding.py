@@ -12,13 +12,14 @@ own weights, prompts are blocks of the text, and acceptance is what it is.
 
 Plain decoding and drafting take turns, prompt by prompt, over the same cache and by the same steps;
 transformers' own loops on the first prompts besides. Writes the result file anew after every
-measurement.
+measurement; what other commands measured stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,11 @@ class GivenDecoder(StaticDecoder):
         """Let so many guesses be right from now on."""
         steps: Any = self._steps
         steps.chance.fill_(share)
+
+
+def shown(name: str) -> str:
+    """A model's name in results."""
+    return Path(name).name
 
 
 def built(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -165,7 +171,7 @@ def measure(
     depths = sorted({max(1, round(share * proven.layers)) for share in args.exits})
     for backend, depth, draft in itertools.product(args.backends, depths, args.draft_tokens):
         way = {
-            "model": name, "layers": proven.layers, "backend": backend, "exit_layer": depth,
+            "model": shown(name), "layers": proven.layers, "backend": backend, "exit_layer": depth,
             "draft_tokens": draft,
         }  # fmt: skip
         try:
@@ -226,21 +232,25 @@ def main(given: Sequence[str] | None = None) -> None:
     args = parser.parse_args(given)
     device = device_of(args.device)
     names = ("prompts", "prompt_tokens", "new_tokens", "batch", "dtype")
-    result: dict[str, Any] = {
+    run: dict[str, Any] = {
         **provenance(device), **{name: getattr(args, name) for name in names},
-        "stock": {}, "measurements": [],
+        "stock": {}, "found": [],
     }  # fmt: skip
+    others = json.loads(args.out.read_text("utf-8"))["measurements"] if args.out.exists() else []
+    result = {
+        "measurements": [each for each in others if each["command"] != run["command"]] + [run]
+    }
     for name in args.models:
         model = built(name, device, getattr(torch, args.dtype))
         rows = [row.to(device) for row in prompts_for(name, args, model)]
         write_past_ends(model)
         proven = check_early_exit(model)
         for found in measure(name, model, rows, proven, args):
-            result["measurements"].append(found)
+            run["found"].append(found)
             write_json(args.out, result)
             print(said(found), flush=True)
         if not args.no_stock:
-            result["stock"][name] = stock(model, rows, args.new_tokens)
+            run["stock"][shown(name)] = stock(model, rows, args.new_tokens)
             write_json(args.out, result)
         del model
 

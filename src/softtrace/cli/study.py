@@ -91,7 +91,8 @@ def study(
         block_size: Tokens per sequence. The first half of each is context, the second half is
             explained.
         blocks: Number of sequences that are measured, evenly spaced over the held-out text.
-        batch_size: Number of sequences that are measured at a time.
+        batch_size: Number of sequences that are measured at a time; it is halved where memory runs
+            out.
         lengths: Lengths in tokens of the windows in which the same tokens are explained again. The
             token that the tokenizer puts in front of a text is one of them.
         targets: Number of tokens of each sequence that windows explain.

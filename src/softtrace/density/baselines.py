@@ -8,20 +8,25 @@ Best-first search by such scores stalls: the output node has two edges, both amo
 once one is in, most of the graph follows at a single score, so that no threshold shows the sizes
 between. Where residual edges are not kept, every node's own best edge is kept from the start
 instead: every threshold then leaves a subgraph that connects the output to the embedding.
+
+Ranks over all edges of a sequence are numbers of which all have to exist, which they cannot where
+sequences are long. So a random rank is a number that is hashed from the edge's name, and the rank
+of an importance is read from a histogram of all of them: both are uniform over the edges, as ranks
+are, made row by row, and the same whatever the batch, the blocks and the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from softtrace.density.rowwise_baselines import rowwise_scores
 from softtrace.errors import InvalidInputError
-from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
+from softtrace.graph.attention_maps import AttentionMap, EveryEdge, MadeFrom, Rows, each_block
+from softtrace.graph.edges import EdgeImportance, RowwiseEdges
 
 Baseline = Literal["random_ranks", "least_important"]
 
@@ -30,6 +35,12 @@ NAMES_IN_FILES: dict[Baseline, str] = {
     "least_important": "inverse",
 }
 """What ``density.json`` calls them, since before they were renamed."""
+
+_BINS = 1 << 15
+_OCTAVES = 60  # from 1 down to where importances are nothing
+_NODES = (4093, 4094, 4095)  # stand in for the head in names of edges of which a token has one
+Score = Callable[[Tensor, int, Tensor, Tensor, Tensor | None], Tensor]
+"""Of importances ``[B, H, n, m]``, layer, heads ``[H]``, targets ``[n]``, sources ``[m]``, None."""
 
 
 def baseline_scores(
@@ -41,108 +52,42 @@ def baseline_scores(
 ) -> EdgeImportance:
     """Scores in place of importances, so that the same sweeps give the baseline's curves.
 
-    Scores are ranks in (0, 1], uniform over the existing edges of each sequence: a threshold
-    1 - f keeps the share f of them. Of sequences so long that not all edges can be held they are
-    those of :mod:`softtrace.density.rowwise_baselines`.
+    Scores are in (0, 1] and uniform over the existing edges of each sequence, as ranks are: a
+    threshold 1 - f keeps about the share f of them.
 
     Args:
         importance: of a batch.
         kind: ``"random_ranks"`` or ``"least_important"``.
         keep_residual: residual edges get a score above every threshold; otherwise the best edge
             into each node does, so that the subgraph stays connected at every threshold.
-        seed: of the random scores; one for each sequence makes them independent of the batch that
-            a sequence is in.
+        seed: of the random scores, one for each sequence; an integer is that of the first one, and
+            others count on from it.
 
     Raises:
         InvalidInputError: unknown kind, or not as many seeds as sequences.
     """
     if kind not in get_args(Baseline):
         raise InvalidInputError(f"baseline: found {kind!r}, allowed are {get_args(Baseline)}")
-    if isinstance(importance.layers[0], RowwiseEdges):
-        rows = len(importance.valid)
-        seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
-        _check_seeds(seeds, rows)
-        return rowwise_scores(
-            importance,
-            keep_residual=keep_residual,
-            seeds=seeds if kind == "random_ranks" else None,
-        )
-    existing = importance.existing()
-    shapes = [[part.shape for part in layer] for layer in importance.layers]
-    there = _flatten(existing)
-    order = _random(there, seed) if kind == "random_ranks" else -_flatten(importance.layers)
-    # Absent edges go last, so that ranks of existing ones are dense from the top.
-    order = order.masked_fill(~there, -torch.inf)
-    rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    count = there.sum(-1, keepdim=True).clamp_min(1)
-    score = (1 - rank.double() / count).masked_fill(~there, 0.0)
-    layers = []
-    start = 0
-    for layer, layer_shapes in zip(importance.layers, shapes, strict=True):
-        parts = []
-        for shape in layer_shapes:
-            size = shape[1:].numel()
-            parts.append(score[:, start : start + size].reshape(shape))
-            start += size
-        attention, attention_residual, mlp, mlp_residual = parts
-        layers.append(LayerEdges(attention, attention_residual, mlp, mlp_residual, layer.parallel))
-    connect = _keep_residual if keep_residual else _keep_best
-    return replace(
-        importance,
-        layers=tuple(
-            connect(layer, exists) for layer, exists in zip(layers, existing, strict=True)
-        ),
-    )
-
-
-def _check_seeds(seeds: Sequence[int], sequences: int) -> None:
-    if len(seeds) != sequences:
+    rows = len(importance.valid)
+    seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
+    if len(seeds) != rows:
         raise InvalidInputError(
-            f"seed: found {len(seeds)} seeds for {sequences} sequences, allowed is one for "
-            "each, or a single integer"
+            f"seed: found {len(seeds)} seeds for {rows} sequences, allowed is one for each, or a "
+            "single integer"
         )
-
-
-def _random(there: Tensor, seed: int | Sequence[int]) -> Tensor:
-    """Numbers in [0, 1) of the shape ``[B, all edges]``."""
-    if isinstance(seed, int):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(there.shape, generator=generator, device="cpu").to(there.device)
-    _check_seeds(seed, len(there))
-    rows = torch.empty(there.shape, device="cpu")
-    for row, number, exists in zip(rows, seed, there, strict=True):
-        generator = torch.Generator().manual_seed(number)
-        # Drawn for the edges that exist, in their order: padding moves no other edge's number.
-        row[exists.cpu()] = torch.rand(int(exists.sum()), generator=generator, device="cpu")
-    return rows.to(there.device)
-
-
-def _keep_residual(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
-    """Residual edges above every threshold."""
-    return replace(
-        scores,
-        attention_residual=exists.attention_residual.to(scores.mlp.dtype),
-        mlp_residual=exists.mlp_residual.to(scores.mlp.dtype),
-    )
-
-
-def _keep_best(scores: LayerEdges, exists: LayerEdges) -> LayerEdges:
-    """The best edge into every node above every threshold; scores are ranks, so it is one edge."""
-    at_attention = torch.maximum(scores.attention.amax((1, 3)), scores.attention_residual)
-    at_mlp = torch.maximum(scores.mlp, scores.mlp_residual)
-    if scores.parallel:  # one node
-        at_attention = at_mlp = torch.maximum(at_attention, scores.mlp)
-
-    def lift(part: Tensor, best: Tensor, there: Tensor) -> Tensor:
-        return torch.where((part == best) & there, 1.0, part)
-
-    return LayerEdges(
-        lift(scores.attention, at_attention[:, None, :, None], exists.attention),
-        lift(scores.attention_residual, at_attention, exists.attention_residual),
-        lift(scores.mlp, at_mlp, exists.mlp),
-        lift(scores.mlp_residual, at_mlp, exists.mlp_residual),
-        scores.parallel,
-    )
+    score = _random(importance, seeds) if kind == "random_ranks" else _rarity(importance)
+    found = []
+    for number, (layer, seen) in enumerate(zip(importance.layers, importance.visible, strict=True)):
+        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
+        residual, mlp, mlp_residual = (
+            _of_nodes(score, part, number, code) * there
+            for part, code, there in zip(layer.nodes(), _NODES, exists, strict=True)
+        )
+        attention = MadeFrom(layer.attention_map, _scored(score, number, seen))
+        connect = _keep_residual if keep_residual else _keep_best
+        own = connect(RowwiseEdges(attention, residual, mlp, mlp_residual, layer.parallel), exists)
+        found.append(own if isinstance(layer, RowwiseEdges) else own.held())
+    return replace(importance, layers=tuple(found))
 
 
 def baseline_thresholds(count: int = 14) -> tuple[float, ...]:
@@ -151,6 +96,110 @@ def baseline_thresholds(count: int = 14) -> tuple[float, ...]:
     return tuple((1 - shares).tolist())
 
 
-def _flatten(layers: tuple[LayerEdges, ...]) -> Tensor:
-    """``[B, all edges]`` in the order of layers and kinds."""
-    return torch.cat([part.flatten(1) for layer in layers for part in layer], dim=1)
+def _scored(score: Score, layer: int, seen: Tensor) -> Callable[[Tensor, Rows], Tensor]:
+    """Scores of rows of importances, 0 where there is no edge ``[B, T, S]``."""
+
+    def scored(values: Tensor, rows: Rows) -> Tensor:
+        numbers = torch.arange(seen.shape[2], device=seen.device)
+        heads = torch.arange(values.shape[1], device=seen.device)
+        found = score(values, layer, heads, rows.of(numbers, 0), numbers[: rows.end])
+        return found * rows.edges_of(seen)[:, None]
+
+    return scored
+
+
+def _of_nodes(score: Score, values: Tensor, layer: int, code: int) -> Tensor:
+    """``[B, T]`` scores of edges of which a token has one."""
+    tokens = torch.arange(values.shape[1], device=values.device)
+    head = tokens.new_tensor([code])
+    return score(values[:, None, :, None], layer, head, tokens, None)[:, 0, :, 0]
+
+
+def _random(importance: EdgeImportance, seeds: Sequence[int]) -> Score:
+    start = importance.valid.int().argmax(1)[:, None, None, None]  # padding moves no number
+    seed = torch.tensor(seeds, device=start.device)[:, None, None, None] << 22
+
+    def score(
+        _: Tensor, layer: int, heads: Tensor, targets: Tensor, sources: Tensor | None
+    ) -> Tensor:
+        name = _mixed(seed + (layer << 12) + heads[:, None, None])
+        place = (targets[:, None] - start) << 21
+        place = place if sources is None else place + sources - start
+        bits = (_mixed(name + place) >> 40) & 0xFFFFFF
+        return 1 - bits.to(torch.float32) / (1 << 24)
+
+    return score
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Int64 numbers whose bits all depend on all bits of what was given (splitmix64)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ ((numbers >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return numbers ^ ((numbers >> 31) & ((1 << 33) - 1))
+
+
+def _place(values: Tensor) -> Tensor:
+    """Where importances stand in the histogram, a number from 0 to its bins."""
+    octave = values.clamp_min(2.0**-_OCTAVES).log2() / _OCTAVES + 1
+    return (octave * _BINS).clamp(0, _BINS - 1e-2)
+
+
+def _rarity(importance: EdgeImportance) -> Score:
+    """One minus the share of a sequence's edges that are less important."""
+    batch = len(importance.valid)
+    counts = torch.zeros(batch, _BINS, dtype=torch.int64, device=importance.valid.device)
+
+    def count(values: Tensor, there: Tensor) -> None:
+        for row, (own, exists) in enumerate(zip(_place(values).long(), there, strict=True)):
+            counts[row] += own[exists].bincount(minlength=_BINS)
+
+    for layer, seen in zip(importance.layers, importance.visible, strict=True):
+        heads = layer.shape[1]
+        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
+        for part, there in zip(layer.nodes(), exists, strict=True):
+            count(part, there)
+        every: AttentionMap = EveryEdge(seen, heads)
+        for rows, values in each_block(layer.attention_map, lambda values, _: values):
+            count(values, every.rows(rows))
+    total = counts.sum(1, keepdim=True).clamp_min(1).double()
+    before = ((counts.cumsum(1) - counts) / total).float()
+    own = (counts / total).float()
+
+    def score(values: Tensor, *_: object) -> Tensor:
+        place = _place(values)
+        bin_of = place.long().flatten(1)
+        inside = (place.flatten(1) - bin_of) * own.gather(1, bin_of)
+        return (1 - before.gather(1, bin_of) - inside).clamp_min(1e-7).reshape(values.shape)
+
+    return score
+
+
+def _keep_residual(scores: RowwiseEdges, exists: Sequence[Tensor]) -> RowwiseEdges:
+    residual, _, mlp_residual = (each.to(scores.mlp.dtype) for each in exists)
+    return RowwiseEdges(scores.attention_map, residual, scores.mlp, mlp_residual, scores.parallel)
+
+
+def _keep_best(scores: RowwiseEdges, exists: Sequence[Tensor]) -> RowwiseEdges:
+    """The best edge into every node above every threshold."""
+    highest = each_block(scores.attention_map, lambda values, _: values.amax((1, 3)))
+    residual, mlp, mlp_residual = scores.nodes()
+    at_attention = torch.maximum(torch.cat([part for _, part in highest], dim=1), residual)
+    at_mlp = torch.maximum(mlp, mlp_residual)
+    if scores.parallel:  # one node
+        at_attention = at_mlp = torch.maximum(at_attention, mlp)
+
+    def lift(part: Tensor, best: Tensor) -> Tensor:
+        return torch.where((part == best) & (part > 0), 1.0, part)
+
+    attention = MadeFrom(
+        scores.attention_map,
+        lambda values, rows: lift(values, rows.of(at_attention)[:, None, :, None]),
+    )
+    nodes = (
+        lift(part, best) * there
+        for part, best, there in zip(
+            (residual, mlp, mlp_residual), (at_attention, at_mlp, at_mlp), exists, strict=True
+        )
+    )
+    residual, mlp, mlp_residual = nodes
+    return RowwiseEdges(attention, residual, mlp, mlp_residual, scores.parallel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,13 @@ SIZE_BOUND = 0.2
 """TV of the size that a token is said to need, its "size at TV 0.2"."""
 
 DEPTH_QUARTILES = 4
+
+_SEQUENCES = {
+    **dict.fromkeys(("size", "total_variation", "composition", "nucleus", "readings"), 1),
+    **dict.fromkeys(("edges", "entropy"), 0),
+}
+"""Which dimension of the tensors of a :class:`DensityCurve` counts sequences; the next one counts
+positions."""
 
 _GRID = (
     *(0.337, 0.0652, 0.0381, 0.0289, 0.0166, 0.00716),
@@ -86,19 +93,38 @@ class DensityCurve:
             shape = [*values.shape[:dim], missing, *values.shape[dim + 1 :]]
             return torch.cat((values, values.new_full(shape, fill)), dim)
 
-        others: dict[str, Any] = {
-            name: pad(values, 2, 0)
-            for name in ("composition", "nucleus", "readings")
+        unknown = ("size", "total_variation", "entropy")
+        return self._each(
+            lambda name, values, dim: pad(values, dim + 1, torch.nan if name in unknown else 0)
+        )
+
+    def beside(self, others: Sequence[DensityCurve]) -> DensityCurve:
+        """The curve of the sequences of several curves, this one's first."""
+        return self._each(
+            lambda name, values, dim: torch.cat(
+                (values, *(getattr(other, name) for other in others)), dim
+            )
+        )
+
+    def filled(self, other: DensityCurve, places: Tensor) -> DensityCurve:
+        """This curve with another's numbers at some places, ``[B, T]`` bool."""
+
+        def chosen(name: str, values: Tensor, dim: int) -> Tensor:
+            after = values.dim() - dim - 2
+            there = places.reshape(*places.shape, *(1 for _ in range(after)))
+            return torch.where(there, getattr(other, name), values)
+
+        return self._each(chosen)
+
+    def _each(self, function: Callable[[str, Tensor, int], Tensor]) -> DensityCurve:
+        """The curve of a function of the name of each tensor, the tensor, and where sequences
+        are counted in it."""
+        found: dict[str, Any] = {
+            name: function(name, values, dim)
+            for name, dim in _SEQUENCES.items()
             if (values := getattr(self, name)) is not None
         }
-        return replace(
-            self,
-            size=pad(self.size, 2, torch.nan),
-            total_variation=pad(self.total_variation, 2, torch.nan),
-            edges=pad(self.edges, 1, 0),
-            entropy=pad(self.entropy, 1, torch.nan),
-            **others,
-        )
+        return replace(self, **found)
 
     def at_sizes(
         self, sizes: Iterable[float] | Tensor = SIZES, values: Tensor | None = None

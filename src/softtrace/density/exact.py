@@ -18,6 +18,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.reach import rows_at_once, traces_of
+from softtrace.model.memory import Portions
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, with_attention_kept
 from softtrace.tracing.means import LayerMeans
@@ -29,71 +30,84 @@ MOST_RUNS = 50_000
 _MASK_ELEMENTS = 1 << 28  # of the masks of one batch, a byte each
 
 
-def check_runs(
-    instrument: Instrument, recording: Recording, positions: Tensor, thresholds: int
-) -> None:
-    """Refuse more than :data:`MOST_RUNS` runs, and say how long they would take.
+class OwnRuns:
+    """Masked runs of single positions, several at a time, and fewer where memory runs out.
 
     Args:
         instrument: of the model.
         recording: of the batch.
-        positions: ``[B, T]`` bool.
+        attention: ``"recomputed"`` or ``"kept"``.
+        positions: ``[B, T]`` bool, those that are run.
+        means: that stand in for absent edges; None for nothing.
+    """
+
+    def __init__(
+        self,
+        instrument: Instrument,
+        recording: Recording,
+        attention: AttentionKind,
+        positions: Tensor,
+        means: Sequence[LayerMeans] | None = None,
+    ) -> None:
+        self.instrument, self.recording, self.attention = instrument, recording, attention
+        self.positions, self.means = positions, means
+        at_once = rows_at_once(recording.importance.layers, _MASK_ELEMENTS)
+        self._portions = Portions(at_once, "run(s) of single positions")
+
+    def hidden(self, masks: Sequence[LayerEdges]) -> Tensor:
+        """What the final norm gives at each position when only its own trace is kept.
+
+        Args:
+            masks: bool, of all positions at one threshold.
+
+        Returns:
+            ``[B, T, d_model]``; 0 at other positions.
+        """
+        rows, places = self.positions.nonzero().T
+
+        def run(first: int, end: int) -> Tensor:
+            return self._run(masks, rows[first:end], places[first:end])
+
+        hidden = torch.cat([read for _, read in self._portions.each(0, len(rows), run)])
+        placed = hidden.new_zeros(*self.positions.shape, hidden.shape[-1])
+        placed[self.positions] = hidden
+        return placed
+
+    def _run(self, masks: Sequence[LayerEdges], rows: Tensor, places: Tensor) -> Tensor:
+        """``[N, d_model]`` of N places of some rows."""
+        select = partial(torch.index_select, dim=0, index=rows)
+        traces = traces_of(masks, rows, places)
+        if self.attention == "kept":
+            visible = [select(seen) for seen in self.recording.importance.visible]
+            traces = with_attention_kept(traces, visible)
+        batch = self.recording.batch.part(select)
+        read = self.instrument.masked_hidden(batch, traces, means=self.means)
+        return read[torch.arange(len(read), device=read.device), places]
+
+
+def check_runs(runs: OwnRuns, thresholds: int) -> None:
+    """Refuse more than :data:`MOST_RUNS` runs, and say how long they would take.
+
+    Args:
+        runs: of the positions.
         thresholds: runs of each position.
 
     Raises:
         InvalidInputError: too many.
     """
+    positions = runs.positions
     count = int(positions.sum())
     if count * thresholds <= MOST_RUNS:
         return
-    masks = hard_masks(recording.importance, 0.01)
+    masks = hard_masks(runs.recording.importance, 0.01)
     chosen = positions & (positions.flatten().cumsum(0).reshape(positions.shape) <= 8)
-    exact_hidden(instrument, recording, masks, "recomputed", chosen)
+    few = OwnRuns(runs.instrument, runs.recording, "recomputed", chosen)
+    few.hidden(masks)
     begin = time.perf_counter()
-    exact_hidden(instrument, recording, masks, "recomputed", chosen)
+    few.hidden(masks)
     hours = (time.perf_counter() - begin) / 8 * count * thresholds / 3600
     raise InvalidInputError(
         f"exact: found {count:,} positions at {thresholds} thresholds, allowed are {MOST_RUNS:,} "
         f"runs in all; these would take about {hours:.1f} hours here. Choose fewer positions "
         "(positions=...), fewer sequences at a time, or exact=False"
     )
-
-
-def exact_hidden(
-    instrument: Instrument,
-    recording: Recording,
-    masks: tuple[LayerEdges, ...],
-    attention: AttentionKind,
-    positions: Tensor,
-    means: Sequence[LayerMeans] | None = None,
-) -> Tensor:
-    """What the final norm gives at each position when only its own trace is kept.
-
-    Args:
-        instrument: of the model.
-        recording: of the batch.
-        masks: bool, of all positions at one threshold.
-        attention: ``"recomputed"`` or ``"kept"``.
-        positions: ``[B, T]`` bool, at least one.
-        means: that stand in for absent edges; None for nothing.
-
-    Returns:
-        ``[B, T, d_model]``; 0 at other positions.
-    """
-    found: list[Tensor] = []
-    rows, places = positions.nonzero().T
-    for own_rows, own_places in zip(
-        *(torch.split(each, rows_at_once(masks, _MASK_ELEMENTS)) for each in (rows, places)),
-        strict=True,
-    ):
-        batch = recording.batch.part(partial(torch.index_select, dim=0, index=own_rows))
-        traces = traces_of(masks, own_rows, own_places)
-        if attention == "kept":
-            visible = [seen[own_rows] for seen in recording.importance.visible]
-            traces = with_attention_kept(traces, visible)
-        read = instrument.masked_hidden(batch, traces, means=means)
-        found.append(read[torch.arange(len(read), device=read.device), own_places])
-    hidden = torch.cat(found)
-    placed = hidden.new_zeros(*positions.shape, hidden.shape[-1])
-    placed[positions] = hidden
-    return placed

@@ -23,7 +23,8 @@ from softtrace.density.curve import (
     fine_thresholds,
 )
 from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
-from softtrace.density.exact import check_runs, exact_hidden
+from softtrace.density.exact import OwnRuns, check_runs
+from softtrace.density.halving import Portion, curve_in_portions
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import chosen_positions
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
@@ -31,6 +32,7 @@ from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
 from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.model.sharding import is_sharded
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
@@ -55,6 +57,9 @@ def density_curve(
     nucleus: bool = False,
 ) -> DensityCurve:
     """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
+
+    Where memory runs out the batch is halved, then attention maps are made row by row, then
+    positions are halved.
 
     Args:
         model: A causal language model; attached on the fly.
@@ -81,7 +86,7 @@ def density_curve(
         UnsupportedModelError, InvalidInputError, NonFiniteError: See
             :func:`softtrace.edge_importance`; an unknown kind of attention; thresholds outside
             (0, 1) or none at all; positions of another shape, or so many exact runs that they would
-            take hours.
+            take hours; a sequence of which not even one position fits into memory.
     """
     check_attention(attention)
     instrument = attach(model)
@@ -95,20 +100,25 @@ def density_curve(
             chosen = chosen_positions(positions, batch.valid)
             batch = batch.up_to(chosen)
             chosen = chosen[:, : batch.valid.shape[1]]
-        keep = attention == "recorded"
-        recording = instrument.record(batch, keep_attention=keep, positions=chosen)
-        curve = curve_of(
-            instrument,
-            recording,
-            recording.importance,
-            grid,
-            attention=attention,
-            exact=exact,
-            positions=chosen,
-            composition=composition,
-            nucleus=nucleus,
-        )
-        return curve.padded(length)
+
+        def work(part: Portion) -> DensityCurve:
+            keep = attention == "recorded"
+            recording = instrument.record(part.batch, keep_attention=keep, positions=part.chosen)
+            return curve_of(
+                instrument,
+                recording,
+                recording.importance,
+                grid,
+                attention=attention,
+                exact=exact,
+                positions=part.chosen,
+                composition=composition,
+                nucleus=nucleus,
+            )
+
+        if is_sharded(model):  # its processes have to run the same forwards
+            return work(Portion(batch, chosen, 0)).padded(length)
+        return curve_in_portions(batch, chosen, work).padded(length)
 
 
 def _numbers(thresholds: Iterable[float] | str) -> list[float]:
@@ -137,6 +147,7 @@ def curve_of(
     composition: bool = False,
     nucleus: bool = False,
     reader: Callable[[Tensor], Tensor] | None = None,
+    ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """Sweep thresholds over any score of the edges; the importances give the s-Traces.
 
@@ -151,6 +162,7 @@ def curve_of(
             nothing, as in the paper.
         reader: takes logits ``[n, V]`` of some positions and returns ``[n, X]``: what else is read
             of every masked prediction, so that logits of all thresholds need not be kept.
+        ran: called after each threshold, of which there is one masked run.
     """
     if not len(thresholds):
         raise InvalidInputError("thresholds: found none, at least one is needed")
@@ -165,15 +177,19 @@ def curve_of(
     own_entropy = entropy(own_logits)
     del own_logits
     others = ~measured
+    own_runs = None
     exact = exact and attention != "recorded"
-    if exact:
-        check_runs(instrument, recording, measured, len(grid))
+    if exact and bool(measured.any()):
+        own_runs = OwnRuns(instrument, recording, attention, measured, means)
+        check_runs(own_runs, len(grid))
     sizes, variations, compositions, nuclei, readings = [], [], [], [], []
     # What reaches no measured position may change others' softmax, unless that was recorded.
     narrowed = attention == "recorded" and not means
     for counts, masks in _counted(scores, grid.tolist(), places, measured, narrowed):
-        own = measured if exact else None
-        read = read_masked(instrument, recording, masks, attention, own, means)
+        if own_runs is None:
+            read = read_masked(instrument, recording, masks, attention, means)
+        else:
+            read = own_runs.hidden(masks)
         share = counts.double().sum((2, 3)) / total.clamp_min(1)
         sizes.append(share.masked_fill(others, torch.nan))
         variation, recovered, more = _distortion(
@@ -186,6 +202,8 @@ def curve_of(
             readings.append(_placed(more, measured))
         if composition:
             compositions.append(by_quartile(counts))
+        if ran is not None:
+            ran()
     if composition:
         everything = scores.existing()
         if isinstance(everything[0], RowwiseEdges):
@@ -264,19 +282,15 @@ def read_masked(
     recording: Recording,
     masks: tuple[LayerEdges, ...],
     attention: AttentionKind,
-    exact: Tensor | None = None,
     means: Sequence[LayerMeans] | None = None,
 ) -> Tensor:
-    """``[B, T, d_model]``, what the final norm gives in masked runs at one threshold.
+    """``[B, T, d_model]``, what the final norm gives in one masked run of all positions.
 
     Args:
         instrument, recording, attention: see :func:`curve_of`.
         masks: bool, at the threshold.
-        exact: ``[B, T]`` bool, positions that get runs of their own; None for one run of all.
         means: that stand in for absent edges; None for nothing.
     """
-    if exact is not None:
-        return exact_hidden(instrument, recording, masks, attention, exact, means)
     if attention == "kept":
         masks = with_attention_kept(masks, recording.importance.visible)
     recorded = recording.attention if attention == "recorded" else None

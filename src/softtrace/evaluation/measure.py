@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from softtrace.checks import check_least, check_range
@@ -21,8 +19,8 @@ from softtrace.density.baselines import (
 from softtrace.density.curve import DensityCurve, default_thresholds
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement
+from softtrace.density.halving import Halving, Portion
 from softtrace.density.sweep import curve_of
-from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import Batch
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
@@ -30,9 +28,11 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
-logger = logging.getLogger(__name__)
-
-_SHORTEST = 4  # tokens of a block
+ADVICE = (
+    "shorter blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
+    "--device_map auto"
+)
+"""What takes less memory, to one who uses the command line."""
 
 Progress = Callable[[int], Any]
 
@@ -116,9 +116,9 @@ def measure(
 ) -> Measurements:
     """Measure blocks of one length.
 
-    Where memory runs out, the batch is halved and measured again, and later batches stay at that
-    size. Batches and padding change numbers by rounding only: what is random is drawn for every
-    block by its own number.
+    Where memory runs out, what does not fit is halved and measured again, and later batches stay at
+    that size (:class:`softtrace.density.halving.Halving`). Batches, padding and this change numbers
+    by rounding only: what is random is drawn for every block by its own number.
 
     Args:
         model: a causal language model.
@@ -127,39 +127,33 @@ def measure(
             the length, so sizes are compared between positions of similar length.
         batch_size: sequences a forward, to begin with.
         extra_blocks: how many of the first blocks also get baselines and nucleus recovery.
-        progress: called with the number of masked runs of a block that were finished, see
-            :func:`masked_runs`.
+        progress: called with the number of masked runs of a block that were finished since, see
+            :func:`masked_runs`; a negative one where memory ran out and they are made again.
         attention: where masked runs take their attention probabilities from, see
             :func:`softtrace.density_curve`.
         attention_mask: ``[N, T]`` of 0 and 1, padding on either side; None for no padding.
         first: number of the first block, where these blocks are a part of more.
 
     Raises:
-        InvalidInputError: not even one block fits into memory; or a batch that
+        InvalidInputError: not even one position of one block fits into memory; or a batch that
             :meth:`softtrace.graph.batch.Batch.of` refuses.
     """
     instrument = attach(model)
     device = device_of_module(model)
-    found = Measurements(batch_size=batch_size)
+    halving = Halving(batch_size, blocks.shape[1], ADVICE)
+    found, runs = Measurements(), RunsShown(progress)
     for low, high in _ranges(len(blocks), extra_blocks):
-        start = low
-        while start < high:
-            end = min(start + found.batch_size, high)
-            mask = None if attention_mask is None else attention_mask[start:end].to(device)
-            batch = _attempt(
-                partial(
-                    _measured, instrument, blocks[start:end].to(device), mask, min_context,
-                    start < extra_blocks, first + start, attention,
-                )
-            )  # fmt: skip
-            if batch is None:
-                if end - start == 1:
-                    _nothing_fits(instrument, blocks[start:end].to(device), attention)
-                found.batch_size = _halved(end - start)
-                continue
-            found.extend(batch)
-            progress((end - start) * masked_runs(start < extra_blocks))
-            start = end
+        if low == high:
+            continue
+        mask = None if attention_mask is None else attention_mask[low:high].to(device)
+        batch = instrument.batch(blocks[low:high].to(device), mask)
+        extra, number = low < extra_blocks, first + low
+        work = partial(_measured, instrument, attention, extra, number, runs)
+        for count, parts in halving.each(batch, _explained(batch, min_context), work):
+            for _, part in parts:
+                found.extend(part)
+            runs.settle(count * masked_runs(extra))
+    found.batch_size = max(1, halving.sequences.size)
     return found
 
 
@@ -170,62 +164,52 @@ def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
     yield extra, blocks
 
 
-def _halved(batch_size: int) -> int:
-    """Half of a batch size that did not fit into memory, which is emptied."""
-    clear_device_cache(garbage_collection=True)
-    smaller = batch_size // 2
-    logger.warning("memory ran out at %d blocks a batch; continuing with %d", batch_size, smaller)
-    return smaller
+class RunsShown:
+    """Shows masked runs as they end; those of work that is done again are shown once.
 
-
-def _nothing_fits(instrument: Instrument, ids: Tensor, attention: AttentionKind) -> NoReturn:
-    """Refuse a block ``[1, T]`` that does not fit, after trying which length does.
-
-    Raises:
-        InvalidInputError: always.
+    Args:
+        progress: see :func:`measure`.
     """
-    fits, length = 0, ids.shape[1] // 2
-    while length >= _SHORTEST and not fits:
-        clear_device_cache(garbage_collection=True)
-        part = ids[:, :length]
-        if _attempt(partial(_measured, instrument, part, None, length // 2, False, 0, attention)):
-            fits = length
-        length //= 2
-    clear_device_cache(garbage_collection=True)
-    allowed = f"blocks of {fits} tokens fit here" if fits else "allowed is what fits"
-    raise InvalidInputError(
-        f"batch_size: memory ran out at 1 block of {ids.shape[1]} tokens; {allowed}. Take shorter "
-        "blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
-        "--device_map auto"
-    )
 
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._shown = self._done = 0
 
-def _attempt(measured: Callable[[], Measurements]) -> Measurements | None:
-    """One batch's measurements; None where memory ran out, with nothing of it left."""
-    try:
-        return measured()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        return None  # the traceback, which holds the batch's tensors, ends here
+    def begin(self, blocks: int) -> Callable[[], None]:
+        """Work on so many blocks begins; returns what shows that one masked run of them ended."""
+        self._done = 0
+
+        def ran() -> None:
+            self._done += blocks
+            if self._done > self._shown:
+                self._progress(self._done - self._shown)
+                self._shown = self._done
+
+        return ran
+
+    def settle(self, runs: int) -> None:
+        """The work has ended, which were so many runs."""
+        self._progress(runs - self._shown)
+        self._shown = 0
 
 
 def _measured(
     instrument: Instrument,
-    ids: Tensor,
-    mask: Tensor | None,
-    min_context: int,
+    attention: AttentionKind,
     extra: bool,
     number: int,
-    attention: AttentionKind,
+    runs: RunsShown,
+    portion: Portion,
 ) -> Measurements:
-    batch = instrument.batch(ids, mask)
-    explained = _explained(batch, min_context)
+    """Everything that is measured of a portion; ``number`` is that of the first portion's block."""
+    batch, explained = portion.batch, portion.chosen
+    assert explained is not None
+    ran = runs.begin(len(batch.valid))
     recording = instrument.record(
         batch, keep_hidden=True, keep_attention=attention == "recorded", positions=explained
     )
     curve = trace_curve(
-        instrument, recording, attention=attention, nucleus=extra, positions=explained
+        instrument, recording, attention=attention, nucleus=extra, positions=explained, ran=ran
     )
     edges = curve.at_sizes(values=_there(curve.composition)).double()
     found = Measurements(
@@ -240,7 +224,7 @@ def _measured(
     if extra:
         nucleus = curve.at_sizes(values=_there(curve.nucleus))
         found.nucleus.append(nucleus[:, explained].cpu())
-        seeds = range(number, number + len(ids))
+        seeds = range(number + portion.first, number + portion.first + len(batch.valid))
         for kind in get_args(Baseline):
             for keep in (True, False):
                 scores = baseline_scores(recording.importance, kind, keep_residual=keep, seed=seeds)
@@ -251,6 +235,7 @@ def _measured(
                     baseline_thresholds(),
                     attention=attention,
                     positions=explained,
+                    ran=ran,
                 )
                 found.baselines[kind, keep] = [_flat(other.at_sizes(), explained)]
     return found
@@ -264,13 +249,15 @@ def trace_curve(
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
     positions: Tensor | None = None,
+    ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
 
     Args:
         instrument: of the model.
         recording: of the batch.
-        attention, nucleus, reader, positions: see :func:`softtrace.density.sweep.curve_of`.
+        attention, nucleus, reader, positions, ran: see
+            :func:`softtrace.density.sweep.curve_of`.
     """
     return curve_of(
         instrument,
@@ -282,6 +269,7 @@ def trace_curve(
         nucleus=nucleus,
         reader=reader,
         positions=positions,
+        ran=ran,
     )
 
 

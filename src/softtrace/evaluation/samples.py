@@ -7,7 +7,7 @@ says how large it really is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from softtrace.density.curve import SIZES, default_thresholds
 from softtrace.density.distortion import variation_from
 from softtrace.density.easiness import loss_score
 from softtrace.density.exits import exit_agreement, exit_layers
+from softtrace.density.halving import Halving, Portion
 from softtrace.density.sweep import curve_of, read_masked
-from softtrace.evaluation.measure import Progress
+from softtrace.evaluation.measure import ADVICE, Progress, RunsShown
 from softtrace.evaluation.token_text import TokenText
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
@@ -40,10 +41,21 @@ MOST_TOKENS = 192
 
 _CONTEXT = 160  # tokens shown before the first explained one
 _TOP = 5
-_THRESHOLDS = tuple(0.6 * 600 ** (-step / 23) for step in range(24))  # 0.6 down to 0.001
+_THRESHOLDS = 24
 
-SAMPLE_RUNS = len(_THRESHOLDS) + len(default_thresholds())
+SAMPLE_RUNS = _THRESHOLDS + len(default_thresholds())
 """Masked runs that a block of the samples takes."""
+
+
+def _thresholds(length: int) -> list[float]:
+    """0.6 down to 0.001 for blocks of up to 64 tokens, and lower for longer ones.
+
+    A token's attention is shared out among all before it: in blocks of 1,024 no trace at 0.001 has
+    more than two percent of the edges, and there predictions still have little of the full one.
+    """
+    lowest = 0.001 * min(1, 64 / length)
+    last = _THRESHOLDS - 1
+    return [0.6 * (lowest / 0.6) ** (step / last) for step in range(_THRESHOLDS)]
 
 
 def _quiet(runs: int) -> None:
@@ -91,38 +103,48 @@ def text_samples(
     explained = slice(min_context, min(blocks.shape[1] - 1, min_context + MOST_TOKENS // len(rows)))
     targets = slice(explained.start + 1, explained.stop + 1)
     known = slice(max(0, min_context + 1 - _CONTEXT), min_context + 1)
-    pieces = _Pieces(tokenizer)
-    texts = []
-    for part in torch.split(rows, batch_size):
-        ids = blocks[part].to(device)
-        positions = torch.zeros_like(ids, dtype=torch.bool)
-        positions[:, explained] = True
+    batch = instrument.batch(blocks[rows].to(device))
+    positions = torch.zeros_like(batch.valid)
+    positions[:, explained] = True
+    pieces, runs = _Pieces(tokenizer), RunsShown(progress)
+
+    def work(portion: Portion) -> list[list[dict[str, Any]]]:
+        """Of each sequence, what is measured and predicted at each of some tokens."""
+        assert portion.chosen is not None
+        places = portion.chosen[0].nonzero()[:, 0].tolist()
+        own = slice(places[0], places[-1] + 1)
         recording = instrument.record(
-            instrument.batch(ids),
+            portion.batch,
             keep_hidden=True,
             keep_attention=attention == "recorded",
-            positions=positions,
+            positions=portion.chosen,
         )
-        measured = _measures(instrument, recording, explained, attention)
-        predicted = _predictions(instrument, recording, explained, attention, pieces)
-        length = explained.stop - explained.start
-        for number, block in enumerate(part.tolist()):
+        ran = runs.begin(len(portion.chosen))
+        measured = _measures(instrument, recording, attention, own, ran)
+        predicted = _predictions(instrument, recording, attention, own, ran, pieces)
+        found = [{**one, **other} for one, other in zip(measured, predicted, strict=True)]
+        return [found[start : start + len(places)] for start in range(0, len(found), len(places))]
+
+    texts: list[dict[str, Any]] = []
+    halving = Halving(batch_size, blocks.shape[1], ADVICE)
+    for count, parts in halving.each(batch, positions, work):
+        for row in range(count):
+            block = int(rows[len(texts)])
             before, shown = (pieces.of_block(blocks[block], places) for places in (known, targets))
-            own = slice(number * length, (number + 1) * length)
-            tokens = [
-                {**token, **measures, **predictions}
-                for token, measures, predictions in zip(
-                    shown, measured[own], predicted[own], strict=True
-                )
-            ]
+            found = [token for _, part in parts for token in part[row]]
+            tokens = [{**token, **more} for token, more in zip(shown, found, strict=True)]
             context = [token.get("text", token["token"]) for token in before]
             texts.append({"block": block, "context": context, "tokens": tokens})
-        progress(len(part) * SAMPLE_RUNS)
+        runs.settle(count * SAMPLE_RUNS)
     return {"sizes": list(SAMPLE_SIZES), "vocabulary": pieces.texts, "texts": texts}
 
 
 def _measures(
-    instrument: Instrument, recording: Recording, explained: slice, attention: AttentionKind
+    instrument: Instrument,
+    recording: Recording,
+    attention: AttentionKind,
+    explained: slice,
+    ran: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what is measured of all; one sequence after another."""
     positions = recording.positions
@@ -134,6 +156,7 @@ def _measures(
         default_thresholds(),
         attention=attention,
         positions=positions,
+        ran=ran,
     )
     loss = torch.zeros_like(curve.entropy)
     loss[positions] = loss_score(recording.logits, recording.batch.targets[positions]).to(loss)
@@ -155,8 +178,9 @@ def _measures(
 def _predictions(
     instrument: Instrument,
     recording: Recording,
-    explained: slice,
     attention: AttentionKind,
+    explained: slice,
+    ran: Callable[[], None],
     pieces: _Pieces,
 ) -> list[dict[str, Any]]:
     """Of each of these tokens, what the full model and its traces nearest to each size predict."""
@@ -167,7 +191,7 @@ def _predictions(
     total = total_edges(recording.importance, places).flatten().double()
     count = min(_TOP, full.shape[-1])
     sizes, variations, tops, chances = [], [], [], []
-    for tau in _THRESHOLDS:
+    for tau in _thresholds(batch.shape[1]):
         masks = hard_masks(recording.importance, tau)
         counts, needed = traces_at(masks, places)
         masks = needed if attention == "recorded" else masks
@@ -178,6 +202,7 @@ def _predictions(
         variations.append(variation_from(full, masked))
         tops.append(best.indices)
         chances.append(best.values)
+        ran()
     chosen = nearest(torch.stack(sizes), total)
     likely = full.topk(count)
     size, tv, top, chance = (torch.stack(x).tolist() for x in (sizes, variations, tops, chances))

@@ -8,6 +8,8 @@ to be able to make some of its rows. Where all layers' maps fit they are held wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -30,8 +32,23 @@ def chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS * (_MORE_ON_CUDA if device.type == "cuda" else 1)
 
 
+_NONE_HELD: ContextVar[bool] = ContextVar("softtrace_none_held", default=False)
+
+
+@contextmanager
+def none_held() -> Iterator[None]:
+    """Hold no maps of all layers, however short the sequences are: less memory, more time."""
+    token = _NONE_HELD.set(True)
+    try:
+        yield
+    finally:
+        _NONE_HELD.reset(token)
+
+
 def are_held(layers: int, shape: torch.Size, device: torch.device) -> bool:
     """Whether the maps of so many layers, ``[B, H, T, S]`` each, are held whole on a device."""
+    if _NONE_HELD.get():
+        return False
     most = HELD_ELEMENTS
     if device.type == "cuda":
         most = min(4 * most, torch.cuda.get_device_properties(device).total_memory // 64)

@@ -134,6 +134,10 @@ class RowwiseEdges(LayerEdges):
         found: AttentionMap = vars(self)["_map"]
         return found
 
+    def held(self) -> LayerEdges:
+        """The same with attention edges that are made at one go."""
+        return LayerEdges(self.attention, *self.nodes(), parallel=self.parallel)
+
     @override
     def detach(self) -> LayerEdges:
         constant = MadeFrom(self.attention_map, lambda values, _: values.detach())

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import (
@@ -107,15 +108,19 @@ class LayerNorms:
         mlp: ``[B, T]``, what the MLP adds.
         middle: ``[B, T]``, the residual stream after attention; None in a parallel layer, whose
             attention and MLP add into one node.
+        sums: ``[B, T]``, over all attention edges of a target; None where they are not known yet.
     """
 
     attention: Tensor | AttentionMap
     entry: Tensor
     mlp: Tensor
     middle: Tensor | None
+    sums: Tensor | None = None
 
     def attention_sums(self) -> Tensor:
         """``[B, T]``, over all attention edges of a target."""
+        if self.sums is not None:
+            return self.sums
         if isinstance(self.attention, Tensor):
             return self.attention.sum((1, 3))
         parts = each_block(self.attention, lambda norms, _: norms.sum((1, 3)))
@@ -137,7 +142,7 @@ def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = N
 
 def carried_map(
     probabilities: AttentionMap, visible: Tensor, norms: Tensor, scale: Tensor | None = None
-) -> AttentionMap:
+) -> MadeFrom:
     """:func:`carried_norms`, to be made row by row.
 
     Args:
@@ -151,6 +156,33 @@ def carried_map(
         return carried_norms(own, norms[..., : rows.end], None if scale is None else rows.of(scale))
 
     return MadeFrom(probabilities, carried)
+
+
+class SummedMap(AttentionMap):
+    """Attention probabilities of which the carried norms are summed as rows are made for the run.
+
+    So importances need them no second time. Rows are made once each, and without gradients.
+
+    Args:
+        probabilities: of the layer.
+        visible: ``[B, T, S]`` bool, True where an edge exists.
+        norms: ``[B, H, S]`` from :func:`head_value_norms`.
+
+    Attributes:
+        sums: ``[B, T]``, of the rows that were made.
+    """
+
+    def __init__(self, probabilities: AttentionMap, visible: Tensor, norms: Tensor) -> None:
+        self.probabilities, self.carried = probabilities, carried_map(probabilities, visible, norms)
+        self.shape, self.device = probabilities.shape, probabilities.device
+        self.sums = norms.new_zeros(self.shape[0], self.shape[2])
+
+    @override
+    def rows(self, rows: Rows) -> Tensor:
+        values = self.probabilities.rows(rows)
+        carried = self.carried.rows_from(self.probabilities, values, rows)
+        rows.place(self.sums, carried.sum((1, 3)))
+        return values
 
 
 def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ...]:

@@ -20,6 +20,9 @@ from softtrace.graph.attention_maps import Rows
 from softtrace.graph.edges import Edge, EdgeImportance, EdgeKind, LayerEdges
 from softtrace.graph.sizes import total_edges
 
+MOST_EDGES = 20_000_000
+"""Edges of a trace that is listed edge by edge, which takes half an hour and 4 GB."""
+
 _AT_LEAST = 1 << 20  # values that are held before the smaller ones are dropped
 _UNREACHED = -1.0  # below every importance, so that (max, min) keeps unreached nodes out
 
@@ -101,7 +104,8 @@ def extract_trace(
         size: A float is a share of |E|, an int a number of edges.
 
     Raises:
-        InvalidInputError: There is no such row, position or size, or the position is padding.
+        InvalidInputError: There is no such row, position or size, the position is padding, or the
+            trace has more than :data:`MOST_EDGES`, as shares of long prompts' edges do.
     """
     _, batch, _, length = importance.shape
     for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
@@ -116,6 +120,12 @@ def extract_trace(
     count = trace_length(size, total)
     if count == 0:
         return Trace((), (), total)
+    if count > MOST_EDGES:
+        raise InvalidInputError(
+            f"size: found {count:,} edges, {count / total:.2g} of |E| = {total:,}, allowed are at "
+            f"most {MOST_EDGES:,}, as each is listed by name. Give a number of edges, such as "
+            "size=1000; density_curve tells how large traces are without listing them"
+        )
     cut = _lowest(importance, sequence, position, count)
     found = list(_best_first(importance, sequence, position, count, cut))
     while len(found) < count:  # in half precision single rows round otherwise than blocks of them

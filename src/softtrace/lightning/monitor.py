@@ -28,6 +28,7 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import half_depth
+from softtrace.model.sharding import is_sharded
 from softtrace.model.wrappers import find_causal_lm
 from softtrace.processes import raise_everywhere
 from softtrace.tracing.masking import AttentionKind, check_attention
@@ -45,7 +46,9 @@ class DensityMonitor(Callback):
     ``density/exit_agreement_easy`` (exits at half depth), each also as ``_all`` and ``_hard``, and
     ``density/entropy_spearman_area`` and ``_size``: all through ``LightningModule.log``, so to
     whatever logger there is, and for ``ModelCheckpoint(monitor=...)``. In several processes each
-    measures its share of the set; ranks and quantiles are then taken of all tokens at once.
+    measures its share of the set; ranks and quantiles are then taken of all tokens at once. Where
+    they hold parts of one model (FSDP2) all of them measure the whole set, since each run gathers
+    weights from all.
 
     The set is measured in the precision of the validation. Weights that another callback swaps in
     for validation (weight averaging) are seen if that callback comes after this one.
@@ -223,10 +226,11 @@ class DensityMonitor(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
-            ComputationDensity(),
-            DensityUncertaintyCorrelation(),
-            EarlyExitAgreement(),
+            ComputationDensity(sync_on_compute=not parts),
+            DensityUncertaintyCorrelation(sync_on_compute=not parts),
+            EarlyExitAgreement(sync_on_compute=not parts),
         )
         for metric in metrics:
             metric.to(pl_module.device)
@@ -234,7 +238,7 @@ class DensityMonitor(Callback):
         failure: Exception | None = None
         try:
             model = self._model_of(pl_module)
-            for inputs in self._share(trainer):
+            for inputs in self._batches(self._whole_set() if parts else self._share(trainer)):
                 with trainer.precision_plugin.val_step_context():
                     read = self._read(model, inputs, pl_module.device)
                 tokens += read["positions"].sum()
@@ -247,7 +251,7 @@ class DensityMonitor(Callback):
         # A process that raised alone would leave the others waiting for its numbers.
         raise_everywhere(failure)
         density, correlation, exits = (metric.compute() for metric in metrics)
-        total = trainer.strategy.reduce(tokens, reduce_op="sum")
+        total = tokens if parts else trainer.strategy.reduce(tokens, reduce_op="sum")
         return {
             "tokens": int(total),
             **{name: float(value) for name, value in density.items()},
@@ -258,12 +262,22 @@ class DensityMonitor(Callback):
             **{f"entropy_spearman_{name}": float(value) for name, value in correlation.items()},
         }
 
-    def _share(self, trainer: Trainer) -> Iterator[Inputs]:
-        """This process's share of the set, in batches."""
-        kept: list[Inputs] = self._kept
+    def _share(self, trainer: Trainer) -> list[Inputs]:
+        """What of the set this process measures."""
+        if self.blocks is None:
+            return self._kept
+        own = self.blocks[trainer.global_rank :: trainer.world_size]
+        return [{**dict.fromkeys(MODEL_INPUTS), "input_ids": own}]
+
+    def _whole_set(self) -> list[Inputs]:
+        """All of the set, the same in every process; all of them have to call this."""
         if self.blocks is not None:
-            own = self.blocks[trainer.global_rank :: trainer.world_size]
-            kept = [{**dict.fromkeys(MODEL_INPUTS), "input_ids": own}]
+            return [{**dict.fromkeys(MODEL_INPUTS), "input_ids": self.blocks}]
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, self._kept)
+        return [inputs for kept in found for inputs in kept]
+
+    def _batches(self, kept: list[Inputs]) -> Iterator[Inputs]:
         for inputs in kept:
             for start in range(0, len(inputs["input_ids"]), self.batch_size):
                 rows = slice(start, start + self.batch_size)

@@ -32,10 +32,9 @@ class Support:
     note: str | None = None
 
 
-_MEASURES = "its processes would measure different numbers of batches of one model, and wait"
 _FULLY_SHARD = (
     "FSDP2: the module's configure_model calls fully_shard on layers, then on the model; "
-    "tensor_parallel_size=1; DensityMonitor is refused"
+    "tensor_parallel_size=1"
 )
 
 _TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
@@ -96,8 +95,6 @@ def check_strategy(name: str, allow_untested: bool = False, who: str = "DensityP
         TrainerSetupError: which it is, which are supported, and the way past.
     """
     rows = {row.name: row for row in LIGHTNING if row.kind == "strategy"}
-    if who == "DensityMonitor":
-        rows["ModelParallelStrategy"] = Support("strategy", "ModelParallelStrategy", _MEASURES)
     row = rows.get(name, Support("strategy", name, "it was never tested"))
     if row.refused is None or allow_untested:
         return

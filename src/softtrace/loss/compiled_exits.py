@@ -1,13 +1,15 @@
 """Early exits read in a training forward that is compiled (``torch.compile``).
 
-The compiler writes hooks into the graph that it makes at the first forward, and does not look again
-whether they are there. So in front of that forward hooks are put on the layers for good: they only
-note what enters a layer, which the graph then gives besides, without a break and without being made
-anew. A forward that was compiled before they came runs without them.
+The compiler writes hooks into the graph that it makes, and does not look again whether they are
+there. So hooks are put on the layers for good: they only note what enters a layer, which the graph
+then gives besides, without a break. A graph that was made before they came, of this model or of
+another one of its class, does not have them. The compiler does look whether a module has a
+``forward`` of its own, so each gets the one of its class as its own, and a new graph is made.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ def _noting(module: nn.Module) -> _Noted:
     if of_its_own is None:
         put: Any = hook  # mypy takes hooks with keywords for others
         module.register_forward_pre_hook(put, with_kwargs=True)
+        if "forward" not in vars(module):  # one that is there is another library's
+            module.forward = MethodType(type(module).forward, module)
     else:  # a layer that is compiled by itself: in front of its graph, not in it
         module._compiled_call_impl = call
     return noted

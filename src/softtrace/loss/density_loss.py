@@ -166,9 +166,10 @@ class DensityLoss:
             watched.forwards.append(seen)
         else:
             self._say_once(
-                "exits: nothing was noted in the compiled forward, so none is read early; it was "
-                "compiled before it was watched first. Make DensityLoss, and run the first forward "
-                "inside 'with density_loss.watching():', or call torch.compiler.reset() before it"
+                "exits: nothing was noted in the compiled forward, so none is read early; it ran "
+                "without gradients, or by a graph that was made before it was watched first. Run "
+                "the first forward inside 'with density_loss.watching():', or call "
+                "torch.compiler.reset() before it"
             )
 
     def __call__(

@@ -89,7 +89,9 @@ class LearnedMaps:
 
     def _move(self, device: torch.device) -> None:
         """To where the model is by now."""
-        if any(each.device != device for each in self.maps.parameters()):
+        states = self._optimiser.state.values()
+        averages = [value for state in states for key, value in state.items() if key != "step"]
+        if any(each.device != device for each in (*self.maps.parameters(), *averages)):
             kept = self.state()
             self.maps.to(device)
             self.load(kept)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import sdpa_mask
 from typing_extensions import override
 
-from softtrace.graph.attention_maps import AttentionMap, Rows, each_block
+from softtrace.graph.attention_maps import AttentionMap, Rows, chunk_elements, each_block
 from softtrace.graph.importance import working_dtype
 
 IMPLEMENTATION = "softtrace"
@@ -44,10 +44,26 @@ _LISTENER: ContextVar[AttentionListener] = ContextVar("softtrace_listener")
 
 
 def _visible_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as causal."""
+    """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as causal.
+
+    Of long sequences it is made in blocks of targets: what transformers combines it from are
+    several tensors of its size.
+    """
     kwargs["allow_is_causal_skip"] = False
     kwargs["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+    rows, length = kwargs.get("batch_size", 0), kwargs.get("q_length", 0)
+    columns, offset = kwargs.get("kv_length", 0), kwargs.get("q_offset")
+    device = torch.device(kwargs.get("device", "cpu"))
+    step = max(1, chunk_elements(device) // max(1, rows * columns))
+    if step >= length or not isinstance(offset, int):
+        return sdpa_mask(*args, **kwargs)
+    mask = torch.empty(rows, 1, length, columns, dtype=torch.bool, device=device)
+    for start in range(0, length, step):
+        own = {"q_length": min(step, length - start), "q_offset": offset + start}
+        made = sdpa_mask(*args, **{**kwargs, **own})
+        assert made is not None
+        mask[:, :, start : start + step] = made
+    return mask
 
 
 def attention_probabilities(

@@ -75,8 +75,11 @@ class ExitMaps(nn.Module):
 
 
 def exit_maps_of(model: nn.Module) -> ExitMaps | None:
-    """The maps that a model's exits are read through; None where it has none."""
-    return _MAPS.get(unwrapped(model))
+    """The maps that a model's exits are read through, where the model is; None without any."""
+    maps = _MAPS.get(unwrapped(model))
+    if maps is not None and (device := device_of_module(model)).type != "meta":
+        maps.to(device)  # the model may have been moved since, which no map was told
+    return maps
 
 
 def set_exit_maps(model: nn.Module, maps: ExitMaps | None) -> None:

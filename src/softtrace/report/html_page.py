@@ -26,14 +26,15 @@ from softtrace.report.drawing import COLOURS, GREY, Runs, check_count
 from softtrace.report.phases import curves_of, phases_note, shown_phases
 from softtrace.report.plots import binned_medians, scatter_points
 from softtrace.report.tables import (
-    MEANING,
     MEASURES,
     Measure,
     change,
     count,
     half_depth_exit,
     interval,
+    intervals_meaning,
     is_held_out,
+    lengths_note,
     percent,
     percent_change,
 )
@@ -107,7 +108,8 @@ def render(runs: Runs) -> str:
         headlines=[_headline(key, runs) for key in _HEADLINES],
         measures=[_row(measure, runs) for measure in MEASURES],
         data=_data(runs),
-        intervals=MEANING,
+        intervals=intervals_meaning(first),
+        lengths=lengths_note(first),
         attention=attention_name(densities),
         unmasked=unmasked_note(densities),
         attention_meaning=attention_meaning(densities),

@@ -21,7 +21,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import atomic_path
 from softtrace.report.front_matter import with_metadata
 from softtrace.report.sections import with_section
-from softtrace.report.tables import MEANING, MEASURES, Measure, interval
+from softtrace.report.tables import MEASURES, Measure, interval, intervals_meaning
 
 _HOME = "https://arxiv.org/abs/2605.27033"
 _SHOWN = tuple(m for m in MEASURES if m.unit != "correlation" and not m.key.endswith("_hard"))
@@ -61,7 +61,7 @@ def write_density(
     ]
     data = density["data"]
     known = any(interval(run, measure.key) for run in runs for measure in _SHOWN)
-    brackets = f"; in brackets {MEANING}" if known else ""
+    brackets = f"; in brackets {intervals_meaning(density)}" if known else ""
     link = ""
     if report is not None:
         link = quote(report.resolve().relative_to(Path(folder).resolve()).as_posix())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,11 +20,18 @@ GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
 _SEPARATOR = "  "
 
-MEANING = (
+_MEANING = (
     f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
     "the same tokens count as easy or hard"
 )
-"""What the intervals are, for whoever reads them."""
+_FEW = 10  # blocks, of whose resamples the intervals are far too narrow
+
+
+def intervals_meaning(density: Density) -> str:
+    """What the intervals are, for whoever reads them."""
+    blocks = density["data"]["blocks"]
+    too_few = f"; {blocks} blocks are too few for it: these intervals are too narrow"
+    return _MEANING + (too_few if blocks < _FEW else "")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,16 @@ def shorten(label: str, length: int = 20) -> str:
         return label
     tail = (length - 1) // 2
     return f"{label[: length - 1 - tail]}…{label[-tail:]}"
+
+
+def lengths_note(density: Density) -> str:
+    """Which numbers compare with those of blocks of another length, and which do not."""
+    return (
+        "Sizes, areas and what traces are made of compare only with those of blocks of "
+        f"{density['data']['block_size']:,} tokens with {density['min_context']:,} of context, as "
+        "attention edges grow with the square of the length. Loss, entropy and early exits count "
+        "no edges"
+    )
 
 
 def half_depth_exit(density: Density) -> int:
@@ -141,13 +159,14 @@ def density_table(density: Density) -> str:
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
-        f"{data['block_size']}; at least {density['min_context']} tokens of context; attention "
+        f"{data['block_size']:,}; at least {density['min_context']:,} tokens of context; attention "
         f"of masked runs {density['attention']}"
     )
     legend = (
         f"Easy, hard: the quarters of the tokens with the lowest (to "
         f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
-        f"{_nats(density['hard']['entropy_bound'])}) entropy.\n" + _MEANINGS
+        f"{_nats(density['hard']['entropy_bound'])}) entropy.\n"
+        + f"{_MEANINGS}\n{lengths_note(density)}."
     )
     return f"{header}\n\n{aligned(rows)}\n\n{legend}"
 
@@ -182,7 +201,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
         f"{attention_name(densities).capitalize()}: {attention_meaning(densities)}.\n"
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
         "and highest entropy of\neach model's own prediction, so the tokens can differ between "
-        "runs.\n" + _MEANINGS
+        "runs.\n" + _meanings(first[1])
     )
     return "\n\n".join([*tables, legend])
 
@@ -195,6 +214,10 @@ _MEANINGS = (
     "Early exit agrees: its most likely token is the full model's; higher: upper layers are needed "
     "less."
 )
+
+
+def _meanings(density: Density) -> str:
+    return f"{_MEANINGS}\n{textwrap.fill(lengths_note(density), 120)}."
 
 
 def _format(value: float | None, unit: Unit) -> str:

@@ -18,6 +18,7 @@ from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import (
     LayerNorms,
     Norm,
+    SummedMap,
     carried_map,
     carried_norms,
     edge_shares,
@@ -86,6 +87,7 @@ class _LayerNotes:
     visible: Tensor | None = None
     values: Tensor | None = None  # ``[B, H, S]`` norms, see head_value_norms; values for proximity
     attended: Tensor | None = None  # what attention adds, before ``attention_scale``
+    summed: SummedMap | None = None  # while attention runs
     scale: Tensor | None = None  # ``[B, T]`` of its attention edges; None for 1
     added: list[Tensor] = field(default_factory=list)  # by the parts of its MLP
 
@@ -109,6 +111,7 @@ class RecordingRun(Run):
         self.keep_attention = keep_attention
         packed = batch.positions if batch.packed else None
         self._documents = None if packed is None else documents_of(packed)
+        self._padded = static or not bool(batch.valid.all())
         self.attention: list[AttentionMap] = []
         self.visible: list[Tensor] = []
         self._masks: list[tuple[Tensor, Tensor]] = []
@@ -149,7 +152,10 @@ class RecordingRun(Run):
         self.visible.append(visible)
         if self.keep_attention:
             self.attention.append(probabilities)
-        return probabilities
+        if self.norm == "ifr" or probabilities.held or torch.is_grad_enabled():
+            return probabilities
+        notes.summed = SummedMap(probabilities, visible, notes.values)
+        return notes.summed
 
     @staticmethod
     def _require_apart(visible: Tensor, documents: Tensor) -> None:
@@ -166,7 +172,10 @@ class RecordingRun(Run):
         for given, existing in self._masks:
             if (given.data_ptr(), given.shape, given.stride()) == memory:
                 return existing
-        existing = visible & self.valid[:, :, None] & self.valid[:, None, :]
+        existing = visible
+        if self._padded:
+            existing = visible & self.valid[:, :, None]
+            existing &= self.valid[:, None, :]
         if self._documents is not None and not self.static:
             self._require_apart(existing, self._documents)
         if not self.static:
@@ -223,11 +232,15 @@ class RecordingRun(Run):
         entry = self._as_read(layer, self.entry) if modules.parallel else self.entry
         mlp = norm_of(self._as_read(layer, added), self._order)
         middle = None if modules.parallel else self._as_read(layer, self.middle)
+        sums = None if notes.summed is None else notes.summed.sums
+        if sums is not None and notes.scale is not None:
+            sums = sums * notes.scale
         return LayerNorms(
             self._carried(notes, notes.values),
             norm_of(entry, self._order),
             mlp if modules.mlp_scale == 1 else mlp * abs(modules.mlp_scale),
             None if middle is None else norm_of(middle, self._order),
+            sums,
         )
 
     def _carried(self, notes: _LayerNotes, norms: Tensor) -> Tensor | AttentionMap:

@@ -17,7 +17,7 @@ from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.study.readings import (
     Computation,
     computation_of,
-    curve_and_surprisal,
+    curves_and_surprisals,
     joined,
 )
 from softtrace.evaluation.study.writing import draws_for, write_on
@@ -94,9 +94,13 @@ def _read(instrument: Instrument, ids: Tensor, prompt: int, attention: Attention
     places = slice(prompt - 1, ids.shape[1] - 1)  # a token is predicted at the place before its own
     chosen = torch.zeros_like(ids, dtype=torch.bool)
     chosen[:, places] = True
-    curve, surprisal = curve_and_surprisal(instrument, ids, attention, chosen)
-    tokens = computation_of(curve, surprisal, places)
-    return Writing(ids.cpu(), tokens)
+    tokens = [
+        computation_of(curve, surprisal, places)
+        for curve, surprisal in curves_and_surprisals(
+            instrument, ids, attention, chosen, batch_size=len(ids)
+        )
+    ]
+    return Writing(ids.cpu(), joined(tokens))
 
 
 def _together(parts: Sequence[Writing]) -> Writing:

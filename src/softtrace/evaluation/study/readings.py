@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softtrace.density.curve import DensityCurve
 from softtrace.density.easiness import loss_score
+from softtrace.density.halving import Halving, Portion
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.measure import Progress, trace_curve
 from softtrace.evaluation.study.unigrams import Unigrams
@@ -23,6 +24,8 @@ from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
+
+_ADVICE = "shorter blocks (--block_size) or a smaller --dtype"
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
@@ -143,7 +146,7 @@ def read_model(
         first: explained are the tokens from this place to the last but one.
         ends: see :func:`window_ends`.
         lengths: of the windows.
-        batch_size: sequences a forward.
+        batch_size: sequences a forward, halved where memory runs out.
         progress: called with the number of sequences and windows that were run.
         beginning: of texts, see :func:`windows_of`; None for nothing.
         attention: of masked runs, see :func:`softtrace.density_curve`.
@@ -151,14 +154,13 @@ def read_model(
     instrument = attach(model)
     device = device_of_module(model)
     explained = slice(first, blocks.shape[1] - 1)
+    chosen = torch.zeros_like(blocks, dtype=torch.bool, device=device)
+    chosen[:, explained] = True
     tokens: list[Computation] = []
     sums: list[tuple[Tensor, ...]] = []
-    for batch in torch.split(blocks, batch_size):
-        chosen = torch.zeros_like(batch, dtype=torch.bool, device=device)
-        chosen[:, explained] = True
-        curve, surprisal = curve_and_surprisal(
-            instrument, batch.to(device), attention, chosen, unigrams
-        )
+    for curve, surprisal in curves_and_surprisals(
+        instrument, blocks.to(device), attention, chosen, batch_size, unigrams
+    ):
         tokens.append(computation_of(curve, surprisal, explained))
         over_sizes = (None, curve.composition, curve.nucleus, curve.readings)
         sums.append(
@@ -167,7 +169,7 @@ def read_model(
                 for values in over_sizes
             )
         )
-        progress(len(batch))
+        progress(len(surprisal))
     begun = blocks.new_empty(0) if beginning is None else beginning
     windows = {
         length: _windows(
@@ -204,60 +206,74 @@ def _windows(
     """
     length = windows.shape[-1]
     last = slice(length - 1, length)
+    ids = windows.flatten(0, 1).to(device)
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    chosen[:, last] = True
     found = []
-    for batch, target in _together(windows.flatten(0, 1), targets.flatten(), batch_size):
-        ids = batch.to(device)
-        chosen = torch.zeros_like(ids, dtype=torch.bool)
-        chosen[:, last] = True
-        curve, surprisal = curve_and_surprisal(
-            instrument, ids, attention, chosen, target=target.to(device)
-        )
+    for curve, surprisal in curves_and_surprisals(
+        instrument, ids, attention, chosen, batch_size, target=targets.flatten().to(device)
+    ):
         found.append(computation_of(curve, surprisal, last))
-        progress(len(batch))
+        progress(len(surprisal))
     together = vars(joined(found))
     return Computation(**{name: v.reshape(targets.shape) for name, v in together.items()})
 
 
-def _together(rows: Tensor, targets: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(rows, batch_size), torch.split(targets, batch_size), strict=True)
-
-
-def curve_and_surprisal(
+def curves_and_surprisals(
     instrument: Instrument,
     ids: Tensor,
     attention: AttentionKind,
     explained: Tensor,
+    batch_size: int,
     unigrams: Unigrams | None = None,
     target: Tensor | None = None,
-) -> tuple[DensityCurve, Tensor]:
-    """The curves of a batch, and the surprisal ``[B, T]`` of the token after each.
+) -> Iterator[tuple[DensityCurve, Tensor]]:
+    """The curves of some sequences, and the surprisal ``[B, T]`` of the token after each.
+
+    In batches, which are halved where memory runs out, see
+    :class:`softtrace.density.halving.Halving`.
 
     Args:
         instrument: of the model.
-        ids: ``[B, T]``.
+        ids: ``[N, T]``.
         attention: of masked runs.
-        explained: ``[B, T]`` bool, the positions that are measured; the others are NaN.
+        explained: ``[N, T]`` bool, the positions that are measured; the others are NaN.
+        batch_size: sequences of a batch, to begin with.
         unigrams: what predictions are compared with; None also leaves out nucleus recovery.
-        target: ``[B]``, the token after the last; None where it is not known.
+        target: ``[N]``, the token after the last; None where it is not known.
+
+    Raises:
+        InvalidInputError: not even one position of one sequence fits.
     """
-    batch = instrument.batch(ids)
-    recording = instrument.record(
-        batch, keep_attention=attention == "recorded", positions=explained
-    )
-    curve = trace_curve(
-        instrument,
-        recording,
-        attention=attention,
-        nucleus=unigrams is not None,
-        reader=None if unigrams is None else unigrams.read,
-        positions=explained,
-    )
-    targets = batch.targets.clone()
-    if target is not None:
-        targets[:, -1] = target
-    surprisal = torch.full_like(curve.entropy, torch.nan)
-    surprisal[explained] = loss_score(recording.logits, targets[explained]).to(surprisal.dtype)
-    return curve, surprisal
+
+    def work(portion: Portion) -> tuple[DensityCurve, Tensor]:
+        batch, chosen = portion.batch, portion.chosen
+        assert chosen is not None
+        recording = instrument.record(
+            batch, keep_attention=attention == "recorded", positions=chosen
+        )
+        curve = trace_curve(
+            instrument,
+            recording,
+            attention=attention,
+            nucleus=unigrams is not None,
+            reader=None if unigrams is None else unigrams.read,
+            positions=chosen,
+        )
+        targets = batch.targets.clone()
+        if target is not None:
+            targets[:, -1] = target[portion.first : portion.first + len(targets)]
+        surprisal = torch.full_like(curve.entropy, torch.nan)
+        surprisal[chosen] = loss_score(recording.logits, targets[chosen]).to(surprisal.dtype)
+        return curve, surprisal
+
+    halving = Halving(batch_size, ids.shape[1], _ADVICE)
+    for _, parts in halving.each(instrument.batch(ids), explained, work):
+        (_, (curve, surprisal)), *others = parts
+        for places, (other, more) in others:
+            assert places is not None
+            curve, surprisal = curve.filled(other, places), torch.where(places, more, surprisal)
+        yield curve, surprisal
 
 
 def computation_of(curve: DensityCurve, surprisal: Tensor, places: slice) -> Computation:
