@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.refusals import running
-from softtrace.anatomy.tolerances import mismatch, tolerance
+from softtrace.anatomy.tolerances import tolerance, typical_mismatch
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import (
     ProvenExit,
@@ -322,7 +322,8 @@ class StaticDecoder:
             parts.choose("rest")
             found = parts.rest(ids[:, 2:], torch.cat([*streams.values()], dim=1))
             parts.start.zero_()
-        error, allowed = mismatch(found, wanted[:, 2:].expand_as(found)), tolerance(wanted.dtype)
+        error = typical_mismatch(found, wanted[:, 2:].expand_as(found))
+        allowed = tolerance(wanted.dtype)
         if error > allowed:
             raise UnsupportedModelError(
                 f"{name} says something else over a cache of fixed size (mismatch {error:.2g}, "
