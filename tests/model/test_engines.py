@@ -23,11 +23,10 @@ SUPPORTED = {
     "DDP": "parity/test_parity.py",
     "FSDP2": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
+    "device_map": "model/test_several_devices.py",
 }
 #: refused by the doors of the trainers, where they can be seen
 BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
-#: refused row -> the file where several devices are
-ELSEWHERE = {"device_map": "model/test_devices.py"}
 
 
 def flat(model: Any) -> Any:
@@ -70,8 +69,8 @@ def test_every_row_is_walked() -> None:
     assert len(set(names)) == len(names)
     assert {each.name for each in ENGINES if each.refused is None} == set(SUPPORTED)
     refused = {each.name for each in ENGINES if each.refused}
-    assert refused == set(MADE) | BY_TRAINERS | set(ELSEWHERE)
-    for file in (*SUPPORTED.values(), *ELSEWHERE.values()):
+    assert refused == set(MADE) | BY_TRAINERS
+    for file in SUPPORTED.values():
         assert (TESTS / file).is_file(), file
 
 

@@ -40,7 +40,8 @@ ENGINES: tuple[Engine, ...] = (
         "FSDP2",
         note="fully_shard on layers, then on the model itself; all processes take the same steps",
     ),
-    Engine("offloading by Accelerate", note="device_map with one device that computes"),
+    Engine("offloading by Accelerate", note="device_map, cpu_offload, disk_offload"),
+    Engine("device_map", note="layers on several devices, each layer whole on one"),
     Engine("FSDP1", "it shards weights flat, and was never tested; FSDP2 is supported"),
     Engine("DeepSpeed", f"{_UNTESTED}; FSDP2 is supported"),
     Engine(
@@ -51,7 +52,6 @@ ENGINES: tuple[Engine, ...] = (
     Engine("CP", f"context parallelism: {_SPLIT}"),
     Engine("SP", f"sequence parallelism: {_SPLIT}"),
     Engine("DataParallel", "several GPUs in one process; start one process a GPU by torchrun"),
-    Engine("device_map", "layers on several devices; edges are compared across layers"),
 )
 
 
