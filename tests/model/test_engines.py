@@ -23,10 +23,11 @@ SUPPORTED = {
     "DDP": "parity/test_parity.py",
     "FSDP2": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
+    "DeepSpeed ZeRO 1 and 2": "hf/test_trainer_deepspeed.py",
     "device_map": "model/test_several_devices.py",
 }
 #: refused by the doors of the trainers, where they can be seen
-BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
+BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3", "FSDP1"}
 
 
 def flat(model: Any) -> Any:
@@ -60,7 +61,7 @@ def copied(model: Any) -> Any:
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "FSDP1": flat, "DeepSpeed": zero_3, "TP": split, "DataParallel": copied,
+    "FSDP1": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split, "DataParallel": copied,
 }  # fmt: skip
 
 
