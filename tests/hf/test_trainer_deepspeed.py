@@ -1,4 +1,4 @@
-"""transformers' Trainer by DeepSpeed's ZeRO 1 and 2, where it is installed: weights are whole there.
+"""transformers' Trainer by DeepSpeed's ZeRO 1 and 2, if it is there; weights stay whole.
 
 It compiles a small extension once, for which it needs a C++ compiler.
 """
@@ -45,5 +45,5 @@ def test_stage_3_is_refused_by_name(stage: int, refused: bool) -> None:
     if not refused:
         check_sharding(trainer)
         return
-    with pytest.raises(TrainerSetupError, match="found DeepSpeed ZeRO 3 .*supported are .*ZeRO 1"):
+    with pytest.raises(TrainerSetupError, match=r"found DeepSpeed ZeRO 3 .*supported are .*ZeRO 1"):
         check_sharding(trainer)

@@ -1,8 +1,8 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
 Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS`` starts its own processes,
-``trainer FOLDER CHECKPOINT`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them; without a checkpoint (``None``) they train and save. A
-strength of ``None`` is no penalty.
+``trainer FOLDER CHECKPOINT`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them; without a
+checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
 """
 
 from __future__ import annotations

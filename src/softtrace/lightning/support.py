@@ -37,7 +37,10 @@ _FULLY_SHARD = (
     "tensor_parallel_size=1"
 )
 
-_DEEPSPEED = "Lightning runs it on GPUs alone, and it was never tested; transformers' Trainer runs ZeRO 1 and 2"
+_DEEPSPEED = (
+    "Lightning runs it on GPUs alone, where it was never tested; transformers' Trainer runs ZeRO 1 "
+    "and 2"
+)
 
 _TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
 
