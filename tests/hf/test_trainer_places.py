@@ -51,7 +51,6 @@ def test_a_model_that_accelerate_prepared_can_be_attached(tmp_path: Path) -> Non
     ("place", "value", "name"),
     [
         ("is_fsdp_enabled", True, "FSDP"),
-        ("is_deepspeed_enabled", True, "DeepSpeed"),
         ("tp_size", 2, "TP"),
         ("cp_size", 2, "CP"),
     ],

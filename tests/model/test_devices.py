@@ -120,12 +120,13 @@ def test_maps_that_are_refused(words: tuple[Any, ...], message: str) -> None:
         check_device_map(*words)
 
 
-def test_only_the_computing_device_and_memory_hold_weights() -> None:
+def test_all_accelerators_may_hold_weights_unless_the_cpu_computes() -> None:
     gpu = torch.device("cuda", 1)
-    found = device_map_options("auto", {"1": "2GB", "cpu": "9GB"}, gpu, "folder")
-    assert found["max_memory"] == {1: "2GB", "cpu": "9GB"}
-    with pytest.raises(InvalidInputError, match="max_memory: found 0, allowed are 1, cpu: one"):
-        device_map_options("auto", {"0": "2GB"}, gpu, "folder")
+    limits = {"0": "2GB", "1": "2GB", "cpu": "9GB"}
+    found = device_map_options("auto", limits, gpu, "folder")
+    assert found["max_memory"] == {0: "2GB", 1: "2GB", "cpu": "9GB"}
+    with pytest.raises(InvalidInputError, match="max_memory: found 0, 1, allowed is cpu"):
+        device_map_options("auto", limits, torch.device("cpu"), "folder")
     assert device_map_options(None, None, gpu, "folder") == {}
 
 

@@ -23,11 +23,11 @@ SUPPORTED = {
     "DDP": "parity/test_parity.py",
     "FSDP2": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
+    "DeepSpeed ZeRO 1 and 2": "hf/test_trainer_deepspeed.py",
+    "device_map": "model/test_several_devices.py",
 }
 #: refused by the integrations, where they can be seen
-BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed", "FSDP1"}
-#: refused row -> the file where several devices are
-ELSEWHERE = {"device_map": "model/test_devices.py"}
+BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3", "FSDP1"}
 
 
 def flat(model: Any) -> Any:
@@ -61,7 +61,7 @@ def copied(model: Any) -> Any:
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "FSDP1": flat, "DeepSpeed": zero_3, "TP": split, "DataParallel": copied,
+    "FSDP1": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split, "DataParallel": copied,
 }  # fmt: skip
 
 
@@ -70,8 +70,8 @@ def test_every_row_is_walked() -> None:
     assert len(set(names)) == len(names)
     assert {each.name for each in ENGINES if each.refused is None} == set(SUPPORTED)
     refused = {each.name for each in ENGINES if each.refused}
-    assert refused == set(MADE) | BY_TRAINERS | set(ELSEWHERE)
-    for file in (*SUPPORTED.values(), *ELSEWHERE.values()):
+    assert refused == set(MADE) | BY_TRAINERS
+    for file in SUPPORTED.values():
         assert (TESTS / file).is_file(), file
 
 

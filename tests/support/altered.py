@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,17 +167,6 @@ def layer_twice(model: Any) -> None:
 
 def mlp_twice(model: Any) -> None:
     model.model.layers[2].mlp = model.model.layers[1].mlp
-
-
-class Scattered(transformers.LlamaForCausalLM):
-    """Says that its weights are on two devices, which this machine need not have."""
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        class Elsewhere:
-            device, is_meta = torch.device("cuda:1"), False
-
-        yield from super().parameters(recurse)
-        yield Elsewhere()  # type: ignore[misc]
 
 
 def other_norm(model: Any) -> None:

@@ -84,6 +84,7 @@ def by_hand(
     options: dict[str, Any],
     ranks: int = 1,
     added: list[float] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
     """The Trainer's loop written out, the batches of all processes one after the other.
 
@@ -93,8 +94,9 @@ def by_hand(
         options: of the term.
         ranks: processes; each draws by its rank.
         added: gets what each step adds to the task loss.
+        dtype: of the weights.
     """
-    model = tiny_model("llama", dtype=torch.float64).train()
+    model = tiny_model("llama", dtype=dtype).train()
     density = DensityLoss(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
     micro = [stacked(rows()[i : i + MICRO]) for i in range(0, ROWS, MICRO)]

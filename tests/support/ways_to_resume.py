@@ -1,8 +1,8 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
 Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS`` starts its own processes,
-``trainer FOLDER CHECKPOINT`` is one of them; without a checkpoint (``None``) they train and save. A
-strength of ``None`` is no penalty.
+``trainer FOLDER CHECKPOINT`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them; without a
+checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
 """
 
 from __future__ import annotations
@@ -147,9 +147,36 @@ def hf(folder: str, checkpoint: str) -> None:
         torch.save(loaded, Path(folder, f"trainer-{training.args.world_size}.pt"))
 
 
+def deepspeed(folder: str, stage: str, accumulate: str) -> None:
+    """Train by a stage of ZeRO; what each process has at the end."""
+    training: Any = with_density(OrderedTrainer)(
+        model=tiny_model("llama").train(),
+        args=arguments(
+            Path(folder), deepspeed=zero(int(stage)), gradient_accumulation_steps=int(accumulate)
+        ),
+        train_dataset=rows(), density=OPTIONS,
+    )  # fmt: skip
+    assert training.is_deepspeed_enabled
+    training.train()
+    rank = training.args.process_index
+    torch.save(whole_weights(training.model), Path(folder, f"zero-{stage}-{rank}.pt"))
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A configuration of DeepSpeed in which the Trainer's optimiser is kept."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    {"lightning": lightning, "trainer": hf}[sys.argv[1]](*sys.argv[2:])
+    {"lightning": lightning, "trainer": hf, "deepspeed": deepspeed}[sys.argv[1]](*sys.argv[2:])
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort or wait in an orderly exit: nothing of ours is left

@@ -20,7 +20,6 @@ from softtrace.errors import NonFiniteError, UnsupportedModelError
 from tests.support.altered import (
     Amplified,
     NoMLP,
-    Scattered,
     Skips,
     built,
     changed,
@@ -74,10 +73,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "on meta": (on_meta, r"weights of model\.embed_tokens and \d+ other modules are on the meta"),
     "one layer twice": (changed(layer_twice), "runs the same layer twice"),
     "one MLP in two layers": (changed(mlp_twice), "module that is tied into two places"),
-    "two devices": (
-        changed(lambda model: setattr(model, "__class__", Scattered)),
-        r"Scattered: its layers are computed on 2 devices \(cpu, cuda:1\)",
-    ),
     "no head": (built("Llama", "Model"), "LlamaModel|no language-model head"),
     "classifier": (built("Llama", "ForSequenceClassification"), "no language-model head"),
     "encoder": (built("Bert", "Model"), "BertModel gives logits of shape NoneType"),
@@ -100,7 +95,7 @@ def test_a_model_that_is_not_the_sum_of_its_edges_is_refused_by_name(name: str) 
     ):  # weights like a trained model's, not zeros and ones
         if parameter.dim() == 1 and not parameter.is_meta:
             parameter.data += 0.2 * torch.linspace(-1, 1, len(parameter))
-    watched = name not in ("on meta", "no model", "two devices")
+    watched = name not in ("on meta", "no model")
     before = state(model) if watched else None
     for _ in range(2):  # a refusal is not remembered as a success
         with pytest.raises(UnsupportedModelError, match=message):

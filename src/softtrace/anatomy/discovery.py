@@ -107,13 +107,14 @@ def _by_route(plain: PlainRun, route: Route) -> Anatomy:
                 "graph has one node a token (is a prompt put before the tokens?)"
             )
     for index, (sight, later) in enumerate(zip(watch.layers, watch.layers[1:], strict=False)):
-        if sight.output is None or mismatch(later.entry[valid], sight.output[valid]) > allowed:
+        if sight.output is None or _differ(later.entry, sight.output, valid) > allowed:
             raise UnsupportedModelError(
                 f"layer {index + 1} does not read what layer {index} gave; something between the "
                 "layers changes the residual stream"
             )
     decomposed = [
-        decompose(index, sight, valid, allowed) for index, sight in enumerate(watch.layers)
+        decompose(index, sight, valid.to(sight.entry.device), allowed)
+        for index, sight in enumerate(watch.layers)
     ]
     _require_own(model, [modules for _, modules in decomposed])
     heads = {sight.attention[0].probabilities.shape[1] for sight in watch.layers}
@@ -127,15 +128,27 @@ def _by_route(plain: PlainRun, route: Route) -> Anatomy:
         pattern="; ".join(dict.fromkeys(name for name, _ in decomposed)),
         route=route,
         layers=tuple(modules for _, modules in decomposed),
-        readout=find_readout(model, watch.outside, last, logits, valid, allowed),
+        readout=find_readout(
+            model,
+            [call.on(valid.device) for call in watch.outside],
+            last.to(valid.device),
+            logits,
+            valid,
+            allowed,
+        ),
         heads=heads.pop(),
         vocabulary=vocabulary_of(model),
         positions=learned_positions(model),
         looks_at_padding=any(
-            bool((s.attention[0].visible & valid[:, :, None] & ~valid[:, None, :]).any())
-            for s in watch.layers
+            bool((seen.to(valid.device) & valid[:, :, None] & ~valid[:, None, :]).any())
+            for seen in (sight.attention[0].visible for sight in watch.layers)
         ),
     )
+
+
+def _differ(one: Tensor, other: Tensor, valid: Tensor) -> float:
+    """Mismatch of two tensors ``[B, T, d]``, wherever they are, at real tokens."""
+    return mismatch(one.to(valid.device)[valid], other.to(valid.device)[valid])
 
 
 def _require_own(model: nn.Module, layers: Sequence[LayerModules]) -> None:

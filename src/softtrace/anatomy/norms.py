@@ -52,14 +52,14 @@ class LinearNorm:
         bias = weight_of(self.module, "bias")
         normed = normed.to(dtype)
         if bias is not None:
-            normed = normed - bias.to(dtype)
+            normed = normed - bias.to(normed)
         return _fitted_scale(direction, normed)
 
 
 def _linear(part: Tensor, weight: Tensor | None, centred: bool, offset: float) -> Tensor:
     if centred:
         part = part - part.mean(-1, keepdim=True)
-    return part if weight is None else part * (weight.to(part.dtype) + offset)
+    return part if weight is None else part * (weight.to(part) + offset)
 
 
 def _fitted_scale(direction: Tensor, normed: Tensor) -> Tensor:

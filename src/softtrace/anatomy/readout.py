@@ -57,11 +57,12 @@ class Readout:
 
     def logits(self, normed: Tensor) -> Tensor:
         """``[..., d_model]`` as the final norm gives it to ``[..., V]``."""
-        return within_units([self.head], self._logits)(normed)
+        return within_units([self.head], self._logits)(normed).to(normed.device)
 
     def early(self, hidden: Tensor) -> Tensor:
         """Logits of an exit: a residual stream ``[..., d_model]`` read as if it were the last."""
-        return within_units([self.norm.module, self.head], self._early)(hidden)
+        read = within_units([self.norm.module, self.head], self._early)(hidden)
+        return read.to(hidden.device)
 
     def _logits(self, normed: Tensor) -> Tensor:
         read = normed if self.before == 1 else normed * self.before

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
-from softtrace.model.devices import execution_devices, unplaced
+from softtrace.model.devices import unplaced
 from softtrace.model.engines import ENGINES, engine_around
 from softtrace.model.sharding import is_in_parts, is_part, unit_of
 
@@ -98,14 +98,6 @@ def refuse_early(model: nn.Module) -> None:
             "processes, and fully_shard was not called on the model itself, or PEFT's around it, "
             "but elsewhere, so a run of ours would find them in parts. Allowed is fully_shard on "
             "layers and then on the model"
-        )
-    devices = sorted(map(str, execution_devices(model)))
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"{name}: its layers are computed on {len(devices)} devices ({', '.join(devices)}); "
-            "edges are compared across layers, so one is allowed. Load it with device_map={'': "
-            "device}, or let main memory hold what does not fit: device_map='auto', "
-            "max_memory={device: ..., 'cpu': ...}"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from softtrace.anatomy.tolerances import ROUNDINGS, rounding
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.attention_maps import AttentionMap
+from softtrace.model.devices import arriving
 from softtrace.model.hooks import first_tensor
 
 
@@ -30,6 +31,12 @@ class Call:
     end: int = -1
     read: Tensor | None = None
     gave: Tensor | None = None
+
+    def on(self, device: torch.device) -> Call:
+        """The same with its tensors there."""
+        tensors = (self.read, self.gave)
+        read, gave = (None if each is None else each.to(device) for each in tensors)
+        return replace(self, read=read, gave=gave)
 
     @property
     def depth(self) -> int:
@@ -128,7 +135,7 @@ class Watch:
                         f"stream of shape [B, T, d_model]: found "
                         f"{None if read is None else tuple(read.shape)}"
                     )
-                self._current = LayerSight(module, args, kwargs, read.clone())
+                self._current = LayerSight(module, args, kwargs, arriving(module, read).clone())
                 self.layers.append(self._current)
             call = Call(name, module, self._tick(), read=None if read is None else read.clone())
             self._stack.append(call)

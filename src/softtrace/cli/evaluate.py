@@ -135,8 +135,9 @@ def evaluate(
             second half. Long blocks with few of them cost about their masked runs.
         base: The density.json (or its folder) of the model before training, measured on the same
             text. The report then shows what changed.
-        device_map: Give "auto" for models larger than one device: weights that do not fit stay in
-            main memory or on disk until they are used. This takes one process, and is slower.
+        device_map: Give "auto" for models larger than one device: layers go to all accelerators,
+            and weights that do not fit stay in main memory or on disk until they are used. This
+            takes one process, and is slower.
         max_memory: With device_map, how much a device may hold, such as {"0": "10GiB", "cpu":
             "60GiB"}; the rest goes to disk.
 

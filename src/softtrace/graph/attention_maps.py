@@ -215,6 +215,26 @@ class MadeFrom(AttentionMap):
         return source is map_ or (isinstance(source, MadeFrom) and source.is_made_from(map_))
 
 
+class _Moved(AttentionMap):
+    """A map whose rows are made on another device than they are used."""
+
+    def __init__(self, source: AttentionMap, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.shape, self.targets = source.shape, source.targets
+
+    @override
+    def rows(self, rows: Rows) -> Tensor:
+        at = rows.at.to(self.source.device) if isinstance(rows.at, Tensor) else rows.at
+        return self.source.rows(Rows(at, rows.end)).to(self.device)
+
+
+def on_device(map_: AttentionMap, device: torch.device) -> AttentionMap:
+    """A map as one on that device reads it."""
+    if map_.device == device:
+        return map_
+    return HeldMap(map_.whole().to(device)) if map_.held else _Moved(map_, device)
+
+
 def as_map(values: Tensor | AttentionMap) -> AttentionMap:
     """A map as it is, a tensor ``[B, H, T, S]`` as one that is held."""
     return HeldMap(values) if isinstance(values, Tensor) else values

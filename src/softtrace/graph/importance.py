@@ -22,6 +22,7 @@ from softtrace.graph.attention_maps import (
     Rows,
     chunk_elements,
     each_block,
+    on_device,
 )
 from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
@@ -116,6 +117,18 @@ class LayerNorms:
     mlp: Tensor
     middle: Tensor | None
     sums: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayerNorms:
+        """The same on a device: layers of a model may be on several, the graph is on one."""
+        if self.entry.device == device:
+            return self
+        own = self.attention
+        return LayerNorms(
+            own.to(device) if isinstance(own, Tensor) else on_device(own, device),
+            self.entry.to(device),
+            self.mlp.to(device),
+            None if self.middle is None else self.middle.to(device),
+        )
 
     def attention_sums(self) -> Tensor:
         """``[B, T]``, over all attention edges of a target."""

@@ -128,8 +128,7 @@ def exit_distance(
     """
     by_depth = torch.split(drawn.places, drawn.depths.bincount().tolist())
     streams = [
-        # index_select: the backward pass of indexing with a tensor sorts, this one adds
-        read(seen.streams[depth].flatten(0, 1).index_select(0, chosen), depth)
+        read(_rows(seen.streams[depth], chosen), depth)
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
@@ -189,5 +188,11 @@ def _full(seen: Seen, readout: Readout, places: Tensor) -> Tensor:
         raise ValueError("a forward that has not ended")
     with torch.no_grad():
         if seen.logits is None:
-            return readout.early(seen.last.flatten(0, 1).index_select(0, places))
-        return seen.logits.detach().flatten(0, 1).index_select(0, places)
+            return readout.early(_rows(seen.last, places))
+        return _rows(seen.logits.detach(), places)
+
+
+def _rows(values: Tensor, places: Tensor) -> Tensor:
+    """``[n, X]`` of ``[B, T, X]``, on the device of the places: layers may be on others."""
+    # index_select: the backward pass of indexing with a tensor sorts, this one adds
+    return values.flatten(0, 1).index_select(0, places.to(values.device)).to(places.device)

@@ -1,9 +1,10 @@
-"""Where a model's weights are: on one device, or whole only in use (offloaded, or sharded).
+"""Where a model's weights are: on one or several devices, or whole only in use.
 
 ``device_map`` and ``accelerate.cpu_offload`` wrap the forward of every module that has weights of
 its own: they come to the execution device before it and go back to the ``meta`` device after it.
 Hooks of ours stand outside of that forward, so what reads a weight there has to bring it first.
-:func:`device_map_options` loads a model larger than one device so that one computes all layers.
+Where layers are on several devices a layer's own tensors stay on its own, and what is compared
+across layers (importances, masks, residual streams that are kept) comes to that of the inputs.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ def unplaced(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if name not in placed and any(each.is_meta for each in module.parameters(recurse=False))
     ]
+
+
+def arriving(module: nn.Module, value: Tensor) -> Tensor:
+    """``value`` where the module's own forward takes it: Accelerate may move its inputs there."""
+    return value.to(device_of_module(module)) if hasattr(module, "_hf_hook") else value
 
 
 def execution_devices(model: nn.Module) -> set[torch.device]:
@@ -158,33 +164,30 @@ def device_map_options(
     device: torch.device,
     folder: str,
 ) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that make one device compute all layers.
+    """Options of ``from_pretrained`` for a model larger than one device.
 
-    The graph's edges are compared across layers, so they have to be made on one device; the others
-    that ``device_map="auto"`` would take are left out.
+    Layers may be on several accelerators, and wait in main memory or on disk where those are full;
+    what is compared across layers comes to the device of the embedding.
 
     Args:
         device_map: "auto", or None for no options.
         max_memory: device (a number, or "cpu") to what it may hold; None for what is free.
-        device: that computes.
+        device: that computes; on a CPU no accelerator does.
         folder: for weights that go to disk.
 
     Raises:
-        InvalidInputError: a limit for a device that is neither the computing one nor "cpu".
+        InvalidInputError: a limit for an accelerator where the CPU computes.
     """
     if device_map is None:
         return {}
-    computing = "cpu" if device.type == "cpu" else str(device.index or 0)
-    allowed = {computing, "cpu"}
-    if max_memory is not None and (wrong := set(max_memory) - allowed):
-        raise InvalidInputError(
-            f"max_memory: found {', '.join(sorted(wrong))}, allowed are "
-            f"{', '.join(sorted(allowed))}: one device computes all layers, others hold none"
-        )
-    free = get_max_memory() if max_memory is None else max_memory
-    limits = {
-        key if key == "cpu" else int(key): value
-        for key, value in free.items()
-        if str(key) in allowed
-    }
+    limits = get_max_memory() if max_memory is None else max_memory
+    others = sorted(key for key in map(str, limits) if key != "cpu")
+    if device.type == "cpu" and others:
+        if max_memory is not None:
+            raise InvalidInputError(
+                f"max_memory: found {', '.join(others)}, allowed is cpu, as the device is cpu"
+            )
+        others = []
+    limits = {key if key == "cpu" else int(key): value for key, value in limits.items()
+              if str(key) in ("cpu", *others)}  # fmt: skip
     return {"device_map": device_map, "max_memory": limits, "offload_folder": folder}

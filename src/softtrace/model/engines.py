@@ -40,9 +40,15 @@ ENGINES: tuple[Engine, ...] = (
         "FSDP2",
         note="fully_shard on layers, then on the model itself; all processes take the same steps",
     ),
-    Engine("offloading by Accelerate", note="device_map with one device that computes"),
-    Engine("FSDP1", "it shards weights flat, and was never tested; FSDP2 is supported"),
-    Engine("DeepSpeed", f"{_UNTESTED}; FSDP2 is supported"),
+    Engine("offloading by Accelerate", note="device_map, cpu_offload, disk_offload"),
+    Engine("device_map", note="layers on several devices, each layer whole on one"),
+    Engine(
+        "FSDP1",
+        "it gathers weights for the model's own forward alone, and exits and masked predictions "
+        "read the head outside of it; FSDP2 is supported",
+    ),
+    Engine("DeepSpeed ZeRO 1 and 2", note="in transformers' Trainer; weights are whole there"),
+    Engine("DeepSpeed ZeRO 3", f"it shards weights, and {_UNTESTED}; FSDP2 is supported"),
     Engine(
         "TP",
         f"tensor parallelism: {_SPLIT}. If it is fully_shard on a module around the model alone, "
@@ -51,7 +57,6 @@ ENGINES: tuple[Engine, ...] = (
     Engine("CP", f"context parallelism: {_SPLIT}"),
     Engine("SP", f"sequence parallelism: {_SPLIT}"),
     Engine("DataParallel", "several GPUs in one process; start one process a GPU by torchrun"),
-    Engine("device_map", "layers on several devices; edges are compared across layers"),
 )
 
 
@@ -70,6 +75,6 @@ def engine_around(model: nn.Module) -> Engine | None:
             return engine("DataParallel")
     parameters = list(model.parameters())
     if any(hasattr(each, "ds_id") for each in parameters):  # ZeRO 3 keeps parts of weights alone
-        return engine("DeepSpeed")
+        return engine("DeepSpeed ZeRO 3")
     in_parts = any(map(is_part, parameters)) and not any(map(is_unit, model.modules()))
     return engine("TP") if in_parts else None

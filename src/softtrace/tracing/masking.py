@@ -29,7 +29,14 @@ from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError
-from softtrace.graph.attention_maps import AttentionMap, EveryEdge, MadeFrom, Rows, as_map
+from softtrace.graph.attention_maps import (
+    AttentionMap,
+    EveryEdge,
+    MadeFrom,
+    Rows,
+    as_map,
+    on_device,
+)
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges, RowwiseEdges
 from softtrace.model.hooks import Hook, on_output
@@ -151,9 +158,9 @@ class MaskedRun(Run):
         self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
     ) -> AttentionMap:
         layer = self.layer_of(module)
-        mask = self.masks[layer].attention_map
+        mask = on_device(self.masks[layer].attention_map, value.device)
         if self.recorded is not None:
-            probabilities = as_map(self.recorded[layer])
+            probabilities = on_device(as_map(self.recorded[layer]), value.device)
         elif mask.held:
             probabilities = probabilities.hold()
         masked = MaskedMap(probabilities, mask)
@@ -168,10 +175,12 @@ class MaskedRun(Run):
 
     def _gates(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
         """``[B, T, 1]`` masks of the attention residual, the MLP and the MLP residual."""
-        if self._cast is None or self._cast[0].dtype != like.dtype:
+        known = None if self._cast is None else self._cast[0]
+        if known is None or (known.dtype, known.device) != (like.dtype, like.device):
             # Of all layers at once: on a GPU each operation is a launch.
             nodes = torch.stack([part for masks in self.masks for part in masks.nodes()])
-            self._cast = nodes.to(like.dtype)[..., None].unbind()
+            self._cast = nodes.to(like)[..., None].unbind()
+        assert self._cast is not None
         return self._cast[3 * layer : 3 * layer + 3]
 
     @override

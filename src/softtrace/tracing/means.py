@@ -50,7 +50,7 @@ class MeansRun(Run):
 
     def _add(self, layer: int, name: str, values: Tensor) -> None:
         """``[B, T, ...]`` values of a part."""
-        self.sums[layer][name] = values[self.valid].double().flatten(1).sum(0)
+        self.sums[layer][name] = values[self.valid.to(values.device)].double().flatten(1).sum(0)
 
     @override
     def on_attention(

@@ -110,7 +110,7 @@ class _Witness(MaskedRun):
             bias = weight_of(norm.module, "bias")
             rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
             self._compare("the norm after attention", output, rebuilt)
-        mask = self.masks[layer].attention_residual[..., None].to(output.dtype)
+        mask = self.masks[layer].attention_residual[..., None].to(output)
         added = modules.attention_scale * output
         self._expected = mask * self.entry + added
         self._size = self.entry.abs() + added.abs()
@@ -139,11 +139,11 @@ class _Witness(MaskedRun):
         size = self._size  # of entry and attention: the model's own middle has their rounding
         if len(self._parts) < len(modules.mlp_out) or size is None or self._expected is None:
             raise UnsupportedModelError(f"layer {layer}: its MLP did not run inside it")
-        mlp = masks.mlp[..., None].to(output.dtype) * sum(self._parts[1:], self._parts[0])
+        mlp = masks.mlp[..., None].to(output) * sum(self._parts[1:], self._parts[0])
         if modules.parallel:
             node = self._expected
         else:
-            node = masks.mlp_residual[..., None].to(output.dtype) * self.middle
+            node = masks.mlp_residual[..., None].to(output) * self.middle
         added = modules.mlp_scale * mlp
         self._expected, self._size, self._parts = None, None, []
         self._compare_sum("after the MLP", output, node + added, size + added.abs())
@@ -163,12 +163,14 @@ class _Witness(MaskedRun):
 
     def _compare(self, where: str, found: Tensor, expected: Tensor) -> None:
         allowed = max(tolerance(found.dtype), _NORMS)
-        error = mismatch(found[self.valid], expected[self.valid])
+        found, expected = (each.to(self.valid.device)[self.valid] for each in (found, expected))
+        error = mismatch(found, expected)
         self._require(where, error, allowed, "of the largest value")
 
     def _compare_sum(self, where: str, found: Tensor, expected: Tensor, size: Tensor) -> None:
         """Elementwise: cancelled residuals leave rounding at the scale of what was cancelled."""
-        one, other, size = (each[self.valid] for each in (found, expected, size))
+        valid = self.valid.to(found.device)
+        one, other, size = (each[valid] for each in (found, expected, size))
         eps = torch.finfo(found.dtype).eps
         error = rounding(one, other, size) * eps
         self._require(where, error, ROUNDINGS * eps, "of the terms of its sum")
@@ -249,7 +251,7 @@ def _check_mlps(
     """An MLP edge carries one token's MLP alone, so masked runs skip the tokens not kept."""
     some = valid.flatten().nonzero()[::2, 0]
     for layer, module, hidden, together in runs:
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat, some = hidden.reshape(-1, hidden.shape[-1]), some.to(hidden.device)
         name = type(module).__name__
         with running(f"layer {layer}: its MLP ({name}) does not run on some tokens alone"):
             with whole(module):
@@ -274,7 +276,7 @@ def _check_tokens(runner: Runner, found: Checks, batch: Batch) -> None:
         gave = [_disturbed(runner, batch, index, noise) for noise in (0.0, 1.0)]
         others = valid.clone()
         others[:, 2] = False
-        plain, noisy = (each.reshape(*valid.shape, -1)[others] for each in gave)
+        plain, noisy = (each.to(valid.device).reshape(*valid.shape, -1)[others] for each in gave)
         _same(
             found,
             f"layer {index}: its MLP's output at other tokens, with noise on one token's node, "

@@ -114,7 +114,7 @@ class RecordingRun(Run):
         self._padded = static or not bool(batch.valid.all())
         self.attention: list[AttentionMap] = []
         self.visible: list[Tensor] = []
-        self._masks: list[tuple[Tensor, Tensor]] = []
+        self._masks: list[tuple[Tensor, Tensor, Tensor]] = []
         self._notes = [_LayerNotes() for _ in anatomy.layers]
         self._norms: list[LayerNorms] = []
         self._last: Tensor | None = None
@@ -135,7 +135,7 @@ class RecordingRun(Run):
         self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
     ) -> AttentionMap:
         layer = self.layer_of(module)
-        visible, notes = self._existing(visible), self._notes[layer]
+        (visible, shown), notes = self._existing(visible), self._notes[layer]
         with torch.autocast(value.device.type, enabled=False):
             notes.values = (
                 value
@@ -149,7 +149,7 @@ class RecordingRun(Run):
             if self.norm == "ifr" or fits:
                 probabilities = probabilities.hold()
             notes.probabilities, notes.visible = probabilities, visible
-        self.visible.append(visible)
+        self.visible.append(shown)
         if self.keep_attention:
             self.attention.append(probabilities)
         if self.norm == "ifr" or probabilities.held or torch.is_grad_enabled():
@@ -165,24 +165,31 @@ class RecordingRun(Run):
                 "lets a token look at the document before its own; give each document a row"
             )
 
-    def _existing(self, visible: Tensor) -> Tensor:
-        """Which edges exist. Layers with the same window share one tensor: L maps would add up."""
+    def _existing(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Which edges exist, on the layer's device and on the batch's.
+
+        Layers with the same window share one tensor: L maps would add up.
+        """
         # Most models hand all layers one mask; comparing values would wait for the device.
         memory = (visible.data_ptr(), visible.shape, visible.stride())
-        for given, existing in self._masks:
+        for given, *existing in self._masks:
             if (given.data_ptr(), given.shape, given.stride()) == memory:
-                return existing
-        existing = visible
+                return existing[0], existing[1]
+        own = visible
         if self._padded:
-            existing = visible & self.valid[:, :, None]
-            existing &= self.valid[:, None, :]
+            valid = self.valid.to(visible.device)
+            own = visible & valid[:, :, None]
+            own &= valid[:, None, :]
         if self._documents is not None and not self.static:
-            self._require_apart(existing, self._documents)
+            self._require_apart(own, self._documents.to(own.device))
+        shown = own.to(self.valid.device)
         if not self.static:
-            existing = next((e for _, e in self._masks if torch.equal(e, existing)), existing)
+            shown = next((e for *_, e in self._masks if torch.equal(e, shown)), shown)
+            if own.device == shown.device:
+                own = shown
         # The last two stay alive, so that their addresses are not given away.
-        self._masks = [*self._masks[-1:], (visible, existing)]
-        return existing
+        self._masks = [*self._masks[-1:], (visible, own, shown)]
+        return own, shown
 
     @override
     def after_attention(self, layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -193,7 +200,9 @@ class RecordingRun(Run):
                 notes.scale = normed * abs(modules.attention_scale)
         elif modules.attention_scale != 1:
             size = abs(modules.attention_scale)
-            notes.scale = torch.full_like(self.valid, size, dtype=working_dtype(output.dtype))
+            notes.scale = torch.full_like(
+                self.valid, size, dtype=working_dtype(output.dtype), device=output.device
+            )
         notes.attended = output
         self._finish(layer)
         return output
@@ -222,7 +231,7 @@ class RecordingRun(Run):
                 if self.norm == "ifr"
                 else self._norms_of(layer, notes, added)
             )
-            self._norms.append(found)
+            self._norms.append(found.to(self.valid.device))
         self._notes[layer] = _LayerNotes()  # what it held is not needed any more
 
     def _norms_of(self, layer: int, notes: _LayerNotes, added: Tensor) -> LayerNorms:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
+from softtrace.model.devices import arriving
 from softtrace.model.hooks import Hook, on_input, on_output
 
 
@@ -28,7 +29,8 @@ class Run:
         anatomy: of the model.
         batch: that runs through it.
         valid: ``[B, T]`` bool, False at padding.
-        hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm.
+        hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm,
+            on the batch's device, wherever the layers are.
     """
 
     def __init__(self, anatomy: Anatomy, batch: Batch, keep_hidden: bool = False) -> None:
@@ -48,7 +50,8 @@ class Run:
         """Hooks that see a module's full input and output."""
         hooks: list[Hook] = []
         for index, modules in enumerate(self.anatomy.layers):
-            hooks.append(Hook(modules.layer, on_input(self._enter), True))
+            arrive = on_input(partial(self._arrive, modules.layer))
+            hooks.append(Hook(modules.layer, arrive, True))
             hooks.append(
                 Hook(modules.attention_out, on_output(partial(self._attention_gave, index)), False)
             )
@@ -74,15 +77,18 @@ class Run:
             raise RuntimeError("the MLP ran before its norm")
         return self._middle
 
+    def _arrive(self, layer: nn.Module, hidden: Tensor) -> Tensor | None:
+        return self._enter(arriving(layer, hidden))
+
     def _enter(self, hidden: Tensor) -> Tensor | None:
         self._entry, self._middle = hidden, None
         if self.hidden is not None:
-            self.hidden.append(hidden)
+            self.hidden.append(hidden.to(self.valid.device))
         return None
 
     def _read_last(self, hidden: Tensor) -> Tensor | None:
         if self.hidden:  # nanochat norms the embedding with the same module, before any layer
-            self.hidden.append(hidden)
+            self.hidden.append(hidden.to(self.valid.device))
         return None
 
     def _reach_middle(self, hidden: Tensor) -> Tensor | None:

@@ -193,7 +193,7 @@ class Runner:
             self.forward(run, **self._one_logit)
         finally:
             handle.remove()
-        return found[-1]
+        return found[-1].to(run.valid.device)
 
     @torch.no_grad()
     def means_of(self, batches: Iterable[Batch]) -> tuple[LayerMeans, ...]:

@@ -82,6 +82,7 @@ class KeptRows(_Narrowed):
     def narrow(self, hidden: Tensor) -> Tensor | None:
         if len(self._rows) == hidden.shape[:-1].numel():
             return None
+        self._rows = self._rows.to(hidden.device)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)[None]
 
     @override
