@@ -52,7 +52,11 @@ class ExitMaps(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = nn.ParameterDict(
-            {name_of(depth): torch.zeros(width, width, dtype=dtype) for depth in depths}
+            {
+                # not where a surrounding torch.device says: on "meta" there is nothing to learn
+                name_of(depth): torch.zeros(width, width, dtype=dtype, device="cpu")
+                for depth in depths
+            }
         )
 
     def weight(self, depth: int) -> Tensor | None:
