@@ -35,7 +35,6 @@ from softtrace.model.exit_maps import (
     save_exit_maps,
     write_exit_maps,
 )
-from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
 
@@ -327,7 +326,6 @@ class DensityMixin:
             "The term compares predictions of next tokens, which classifiers and reward models do "
             "not make; train them without it",
         )  # fmt: skip
-        note_units(trainer.model)  # PEFT's model holds weights of the one inside
         self._density = DensityLoss(model, options)
         learned, folder = self._density.exit_maps, self._resumed_from
         if learned and isinstance(folder, str) and (maps := read_exit_maps(folder)):

@@ -20,7 +20,7 @@ from transformers import (
 
 from softtrace.checks import check_least, check_range
 from softtrace.data.encoding import IGNORED
-from softtrace.lightning.lora import LoRA
+from softtrace.lightning.lora import LoRA, merged
 from softtrace.lightning.sharded import shard
 from softtrace.model.loading import load_model
 from softtrace.model.sharding import is_sharded
@@ -88,6 +88,7 @@ class CausalLM(LightningModule):
             older: Any = model  # before transformers 5.23 there is the longer name alone
             name = "activation_checkpointing_enable"
             getattr(older, name, older.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.lora = lora
         self.model = (model if lora is None else lora.wrap(model)).train()
 
     def configure_model(self) -> None:
@@ -96,10 +97,14 @@ class CausalLM(LightningModule):
             shard(self.model, self.device_mesh, str(self.trainer.precision))
 
     def again(self, weights: dict[str, Tensor]) -> PreTrainedModel:
-        """The model as it was loaded, on the CPU and not sharded, with these weights."""
+        """The model as it was loaded, on the CPU and not sharded, with these weights.
+
+        Adapters are added into its weights.
+        """
         model = load_model(self.path, dtype=self.dtype_of_weights)
-        model.load_state_dict(weights)
-        return model
+        trained = model if self.lora is None else self.lora.wrap(model)
+        trained.load_state_dict(weights)
+        return merged(trained)
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the batch, nats per token."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.model.sharding import is_sharded
+from softtrace.model.wrappers import unwrapped
 
 _IN_FOLDERS = "save_distributed_checkpoint"
 
@@ -37,12 +37,12 @@ def shard(model: Any, mesh: Any, precision: str) -> None:
     Every layer is a unit, and what is left (embedding, final norm, head) is one.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or PEFT's around one.
         mesh: of the strategy.
         precision: of the Trainer; under bf16-mixed units gather and compute in bfloat16.
 
     Raises:
-        TrainerSetupError: adapters, tensor parallelism, or a model that does not name its layers.
+        TrainerSetupError: tensor parallelism, or a model that does not name its layers.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -53,9 +53,7 @@ def shard(model: Any, mesh: Any, precision: str) -> None:
             "data_parallel_size the number of processes: weights split inside a matrix have no "
             "edge of their own"
         )
-    if not isinstance(model, PreTrainedModel):
-        raise TrainerSetupError(f"{name} shards all weights; adapters (model.lora) fit under DDP")
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    kinds = set(getattr(unwrapped(model), "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
         raise TrainerSetupError(f"{name}: {type(model).__name__} does not say what its layers are")

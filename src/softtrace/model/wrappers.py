@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softtrace.errors import TrainerSetupError, UnsupportedModelError
+from softtrace.model.sharding import note_units
 
 
 def find_causal_lm(
@@ -43,6 +44,7 @@ def find_causal_lm(
             "(an attribute such as self.model = AutoModelForCausalLM.from_pretrained(...)). "
             f"{instead}"
         )
+    note_units(module)  # PEFT's model may hold weights of the one inside
     return next(iter(found.values()))
 
 
