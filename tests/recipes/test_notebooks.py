@@ -42,7 +42,7 @@ def test_one_token_is_traced(
 ) -> None:
     """With the model and the text that it comes with, and as what is stored says."""
     found = run("trace_one_token.ipynb", monkeypatch)
-    assert len(found["trace"].edges) == 60
+    assert len(found["trace"].edges) == 64
     page = as_markdown(FOLDER / "trace_one_token.ipynb")
     said = [line for line in capsys.readouterr().out.splitlines() if "tokens, " in line]
     assert said[0] in page
