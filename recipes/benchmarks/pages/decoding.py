@@ -198,7 +198,7 @@ def exits_by_layer() -> str:
 
 
 def compiled_decoding() -> str:
-    """What drafting is worth beside plain decoding by the same captured steps."""
+    """What drafting is worth beside plain decoding by the same steps."""
     runs = read("compiled_decoding.json")["measurements"]
     found = [(run, each) for run in runs for each in run["found"] if "failed" not in each]
     given = [pair for pair in found if pair[1]["given_acceptance"] is not None]
@@ -210,29 +210,37 @@ def compiled_decoding() -> str:
         "|---" * (2 + len(shares)) + "|",
     ]
     rows: dict[tuple[str, str], dict[float, str]] = {}
-    for _, each in given:
-        exit_ = f"after {each['exit_layer']} of {each['layers']}, {each['draft_tokens']} guesses"
-        speed = f"{each['speedup']['median']:.2f}"
-        rows.setdefault((each["model"], exit_), {})[each["given_acceptance"]] = speed
+    for run, each in given:
+        name = f"{each['model']}, {run['hardware']}", _exit_of(each)
+        rows.setdefault(name, {})[each["given_acceptance"]] = f"{each['speedup']['median']:.2f}"
     for (model, exit_), row in rows.items():
         lines.append(f"| {model} | {exit_} | {' | '.join(row.get(s, '') for s in shares)} |")
     lines += ["", "| own weights | exit | guesses accepted | tokens a check | speed |"]
     lines.append("|---" * 5 + "|")
-    for _, each in found:
+    for run, each in found:
         if each["given_acceptance"] is None:
             lines.append(
-                f"| {each['model']} | after {each['exit_layer']} of {each['layers']}, "
-                f"{each['draft_tokens']} guesses | {each['accepted'] / each['drafted']:.0%} | "
-                f"{each['tokens_a_check']:.2f} | {quartiles(each['speedup'])} |"
+                f"| {each['model']}, {run['hardware']} | {_exit_of(each)} | "
+                f"{each['accepted'] / each['drafted']:.0%} | {each['tokens_a_check']:.2f} | "
+                f"{quartiles(each['speedup'])} |"
             )
-    plain = [each["plain_tokens_per_second"]["median"] for _, each in found]
-    (how,) = {(run["hardware"], run["dtype"], run["batch"]) for run in runs}
     prompts = sorted({run["prompts"] for run in runs})
     lines.append(
-        f"\nTimes plain decoding by the same steps, captured in CUDA graphs and not fused, "
-        f"{min(plain):.0f} to {max(plain):.0f} tokens a second; medians of {prompts[0]} to "
-        f"{prompts[-1]} prompts (quartiles); a wrong guess ends its draft; {how[0]}, {how[1]}, "
-        f"{how[2]} prompt at a time "
+        f"\nTimes plain decoding by the same steps, which are captured in CUDA graphs on a GPU and "
+        f"not fused; there {_plain_speed(found, 'bfloat16')} tokens a second in bfloat16, on the "
+        f"CPU {_plain_speed(found, 'float32')} in float32; medians of {prompts[0]} to "
+        f"{prompts[-1]} prompts (quartiles), one at a time; a wrong guess ends its draft "
         f"{sources(CARD, 'speed/compiled_decoding.py', 'results/compiled_decoding.json')}."
     )
     return "\n".join(lines)
+
+
+def _exit_of(each: dict[str, Any]) -> str:
+    return f"after {each['exit_layer']} of {each['layers']}, {each['draft_tokens']} guesses"
+
+
+def _plain_speed(found: list[tuple[dict[str, Any], dict[str, Any]]], dtype: str) -> str:
+    speeds = [
+        each["plain_tokens_per_second"]["median"] for run, each in found if run["dtype"] == dtype
+    ]
+    return f"{min(speeds):.0f} to {max(speeds):.0f}"
