@@ -26,7 +26,7 @@ from tests.support.ways_to_shard import whole_weights
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not there")
 @pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (2, 2)])
 def test_two_processes_equal_the_loop_by_hand(tmp_path: Path, stage: int, accumulate: int) -> None:
-    words = ["-m", "tests.support.ways_to_go_on", "deepspeed", tmp_path, stage, accumulate]
+    words = ["-m", "tests.support.ways_to_resume", "deepspeed", tmp_path, stage, accumulate]
     for done in run_ranks([sys.executable, *words], 2, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
     # It computes in float32, which AdamW's first steps make more of.
