@@ -49,6 +49,12 @@ def test_results_say_when_and_with_what_they_were_made() -> None:
         assert result["versions"]["torch"]
 
 
+def test_results_name_no_folder_of_the_machine_that_made_them() -> None:
+    for path in RESULTS.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"[\s\"=]/(?:home|mnt|opt|root|tmp|usr|var|work)/", text) == [], path
+
+
 def test_results_are_named_by_what_they_hold() -> None:
     for path in RESULTS.rglob("*.*"):
         words = set(re.split(r"[-_]", path.stem))
