@@ -26,7 +26,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
-from recipes.benchmarks.comparison.exit_variants import EVERY
+from recipes.benchmarks.comparison.exit_variants import EVERY, OtherExits
 from recipes.benchmarks.comparison.peer_losses import (
     DIRECT,
     ExitDistillation,
@@ -49,7 +49,6 @@ from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
-from softtrace.loss.early_exits import exit_distance
 from softtrace.loss.schedule import StrengthSchedule
 from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
@@ -67,24 +66,26 @@ def term(strength: float, **options: Any) -> type[SoftTrace]:
     return type("Term", (SoftTrace,), {"strengths": (strength,), "options": options})
 
 
-class TamedExits(term(0.35, preset="balanced")):  # type: ignore[misc]
+class TamedExits(OtherExits):
     """The logarithm of one and the distance: exits that are far off do not take over."""
 
-    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        tamed = lambda *args: exit_distance(*args).log1p()  # noqa: E731
-        with patch("softtrace.loss.density_loss.exit_distance", tamed):
-            found: Tensor = super().term(ids, step, task)
-        return found
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+
+    def distances(self, *args: Any) -> Tensor:
+        return super().distances(*args).log1p()
 
 
-class MapFirst(term(0.35, preset="balanced")):  # type: ignore[misc]
+class MapFirst(SoftTrace):
     """The maps of exits learn alone for the first fifth of 1,000 steps."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         waiting = StrengthSchedule(0.07, 200)
         with patch.object(type(self.density.options), "exit_schedule", waiting):
-            found: Tensor = super().term(ids, step, task)
-        return found
+            return super().term(ids, step, task)
 
 
 _OFTEN = {**DIRECT, "every": 2, "share": 0.15}
