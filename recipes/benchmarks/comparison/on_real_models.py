@@ -43,6 +43,7 @@ from recipes.benchmarks.comparison.peer_losses import (
     smoothed,
 )
 from recipes.benchmarks.comparison.real_model_plots import plot
+from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, evenly, pack, read_documents, split_by_file
 from softtrace.evaluation.measure import measure
@@ -95,6 +96,9 @@ WAYS: dict[str, Any] = {
     "balanced": term(0.35, preset="balanced"),
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "balanced, 0.15": term(0.15, preset="balanced"),
+    "balanced, 0.2": term(0.2, preset="balanced"),
+    "balanced, exits 0.1": term(0.35, preset="balanced", exits=0.1),
+    "balanced, exits 0.05": term(0.35, preset="balanced", exits=0.05),
     "balanced, exits tamed": TamedExits,
     "balanced, maps first": MapFirst,
     "sparse": term(0.35, preset="sparse"),
@@ -174,6 +178,12 @@ def make_tokens(models: Path, prose: Path, steps: int, only: list[str], texts: l
         kept = {name: blocks.to(torch.int32) for name, blocks in found.items()}
         save_file(kept, RUNS / f"{model} {text}.safetensors")
         print(model, text, {name: len(blocks) for name, blocks in found.items()}, flush=True)
+    for model in only:
+        there = {text: RUNS / f"{model} {text}.safetensors" for text in TEXTS}
+        held_out = {t: load_file(path)["held_out"] for t, path in there.items() if path.exists()}
+        tasks = make_tasks(load_tokenizer(models / model), held_out)
+        save_file(tasks, RUNS / f"{model} tasks.safetensors")
+        print(model, {name: len(each) for name, each in tasks.items()}, flush=True)
 
 
 def with_lora(model: Any) -> Any:
@@ -213,9 +223,13 @@ def train(model: Any, method: Any, blocks: Tensor, args: argparse.Namespace, see
 
 
 def measures(
-    model: nn.Module, tokens: dict[str, Tensor], elsewhere: Tensor, attention: list[str]
+    model: nn.Module,
+    tokens: dict[str, Tensor],
+    elsewhere: Tensor,
+    tasks: dict[str, Tensor],
+    attention: list[str],
 ) -> Iterator[tuple[str, Any]]:
-    """Held-out loss, side effects, and densities by length and kind of attention, one by one."""
+    """Loss, side effects, tasks, and densities by length and kind of attention, one by one."""
     device = next(model.parameters()).device
     model.eval()
     held_out = tokens["held_out"].long()
@@ -223,6 +237,7 @@ def measures(
         yield "loss", held_out_loss(model, held_out, str(device), 8)
         rare = rare_tokens(tokens["train"], int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
         yield "side_effects", side_effects(model, held_out, rare, elsewhere, str(device), 8)
+        yield "tasks", tasks_right(model, tasks, 8)
     for kind, length in itertools.product(attention, BLOCKS):
         blocks = tokens[str(length)].long()
         readings = summarise(measure(
@@ -288,7 +303,8 @@ def run_all(args: argparse.Namespace) -> None:
         }  # fmt: skip
         other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
         elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
-        for key, value in measures(network, tokens, elsewhere, args.attention):
+        tasks = load_file(RUNS / f"{model} tasks.safetensors")
+        for key, value in measures(network, tokens, elsewhere, tasks, args.attention):
             found[key] = value
             print(f"  {key}: {json.dumps(value)}", flush=True)
             write_json(RUNS / f"{name}.part", found)
@@ -327,6 +343,17 @@ def summarise_runs() -> None:
                     for run, before in zip(found, pairs, strict=True)
                 ])
                 for name in found[0].get("side_effects", {})
+            },
+            "tasks": {
+                name: {
+                    "right": spread([run["tasks"][name] for run in found]),
+                    "over plain": spread([
+                        run["tasks"][name] - before["tasks"][name]
+                        for run, before in zip(found, pairs, strict=True)
+                    ]),
+                }
+                for name in found[0].get("tasks", {})
+                if all(name in run.get("tasks", {}) for run in (*found, *pairs))
             },
         }
         for key, found in rows.items()
