@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from softtrace import DensityLoss
 from softtrace.graph.batch import Batch
-from softtrace.loss.captured import _key, with_weights
+from softtrace.loss.captured import _copy, _key, _tensors, term_and_gradients, with_weights
 from softtrace.loss.masked_term import masked_term
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
@@ -48,6 +49,53 @@ def test_gradients_at_shared_weights_are_those_of_the_model(family: str, frozen:
         if one is not None and other is not None:
             torch.testing.assert_close(one, other)
     assert sum(each is not None for each in found) > len(found) / 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("family", "changes", "backend"),
+    [
+        ("llama", {}, "aot_eager"),
+        ("gpt2", {"masks": "soft", "attention": "recomputed"}, "eager"),
+        ("gemma3_text", {"size_weight": 0.1}, "eager"),
+    ],
+)
+def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
+    family: str, changes: dict[str, Any], backend: str
+) -> None:
+    model = zoo.tiny(family, num_hidden_layers=2)
+    next(model.parameters()).requires_grad_(False)
+    penalty = DensityLoss(model, share=1.0, exits=0.0, **changes)
+    options = penalty.options.on(torch.device("cpu"))
+    first, second = (
+        penalty._windows(
+            attach(model), Batch.of(tiny_prompt(9, batch=3, seed=seed)), (seed, 0), options
+        )
+        for seed in (0, 1)
+    )
+    assert first is not None
+    assert second is not None
+    own = _copy(first)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = term_and_gradients(attach(model), own, replace(options, fuse=True), backend)
+        as_it_is = term_and_gradients(attach(model), own, replace(options, fuse=False))
+
+    def check() -> None:
+        for one, other in zip(fused(), as_it_is(), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+
+    check()
+    before = fused()[0]
+    with torch.no_grad():
+        for each in model.parameters():
+            each.mul_(1.1)
+    check()
+    for place, new in zip(_tensors(own), _tensors(second), strict=True):
+        place.copy_(new)
+    check()
+    assert fused()[0] != before
 
 
 def test_a_graph_is_of_its_shape_its_weights_and_its_options() -> None:
@@ -88,10 +136,11 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @cuda
-def test_a_replay_equals_a_run_also_after_the_weights_have_moved() -> None:
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_replay_equals_a_run_also_after_the_weights_have_moved(fuse: bool) -> None:
     model, batches = on_cuda()
     options: dict[str, Any] = {"share": 1.0, "crop": 16, "every": 1, "exits": 0.0}
-    captured = DensityLoss(model, **options)
+    captured = DensityLoss(model, **options, fuse=fuse)
     plain = DensityLoss(model, **options, cuda_graph=False)
     for step, ids in enumerate(batches):
         one, other = captured(ids, step=step), plain(ids, step=step)

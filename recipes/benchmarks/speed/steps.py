@@ -49,6 +49,8 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     **{preset: {"preset": preset} for preset in PRESETS},
+    **{f"{preset}, fused": {"preset": preset, "fuse": True} for preset in ("balanced", "sparse")},
+    "balanced, not fused": {"preset": "balanced", "fuse": False},
     "balanced, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
     "balanced, every 8th, share 0.3": {"every": 8, "share": 0.3},
     "exits alone": {"every": 1_000_000},
@@ -99,15 +101,17 @@ class Way:
 
 def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[str, Any]:
     """Times and memory of the ways to train one model."""
-    built, memory = {}, {}
+    built, memory, first = {}, {}, {}
     for way in ways:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         built[way] = Way(name, WAYS[way], compiled)
+        began = time.perf_counter()
         for _ in range(3):  # of the captured ones: until their graph is there
             built[way].period()
+        first[way] = time.perf_counter() - began
         torch.cuda.reset_peak_memory_stats()
         built[way].period()
         memory[way] = torch.cuda.max_memory_allocated() - before
@@ -121,6 +125,7 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
         way: {
             "time": quartiles([a / b for a, b in zip(seconds[way], plain, strict=True)]),
             "seconds": quartiles(seconds[way]),
+            "seconds of the first steps": first[way],
             "memory": memory[way] / memory["plain"],
             "rounds": rounds,
         }

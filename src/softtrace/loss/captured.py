@@ -11,17 +11,19 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from softtrace.loss.fused import Tensors, fused
 from softtrace.loss.masked_term import MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.windows import Windows
-from softtrace.model.state import all_modules
+from softtrace.model.state import all_modules, dropout_off, uncompiled
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
@@ -120,49 +122,22 @@ class _Captured:
 
     def __init__(self, instrument: Instrument, windows: Windows, options: DensityOptions) -> None:
         self._windows = _copy(windows)
-        model = instrument.model
-        self.weights = [each for each in model.parameters() if each.requires_grad]
-        # Gradients of the weights themselves would meet the graph of the training forward, which
-        # lives on another stream. These share their memory.
-        self._shared = {
-            name: each.detach().requires_grad_()
-            for name, each in model.named_parameters()
-            if each.requires_grad
-        }
+        self.weights = [each for each in instrument.model.parameters() if each.requires_grad]
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
+        run = term_and_gradients(instrument, self._windows, options)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
-            self._run(instrument, options)
+            run()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (of a DataLoader, say) may allocate meanwhile.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self.found, self.gradients = self._run(instrument, options)
-
-    def _run(
-        self, instrument: Instrument, options: DensityOptions
-    ) -> tuple[MaskedTerm, tuple[Tensor | None, ...]]:
-        # Without autocast's cache: it holds casts of the weights as they were in another forward.
-        with torch.autocast(
-            "cuda",
-            enabled=torch.is_autocast_enabled("cuda"),
-            dtype=torch.get_autocast_dtype("cuda"),
-            cache_enabled=False,
-        ):
-            found = with_weights(
-                instrument.model,
-                self._shared,
-                lambda: masked_term(instrument, self._windows, options, static=True),
-            )
-        assert found is not None
-        gradients: tuple[Tensor | None, ...] = (None,) * len(self.weights)
-        if found.term.requires_grad:
-            gradients = torch.autograd.grad(
-                found.term, list(self._shared.values()), allow_unused=True
-            )
-        return found._replace(term=found.term.detach()), gradients
+            found = run()
+        term = len(found) - len(self.weights)
+        self.found: list[Tensor] = [each for each in found[:term] if each is not None]
+        self.gradients = found[term:]
 
     @property
     def awaited(self) -> bool:
@@ -176,7 +151,7 @@ class _Captured:
         self._graph.replay()
         self.number += 1
         # Copies: the next replay writes over what this one gave.
-        term, *others = (each.clone() for each in self.found if each is not None)
+        term, *others = (each.clone() for each in self.found)
         if any(each is not None for each in self.gradients):
             term = _Replayed.apply(self, term, *self.weights)  # type: ignore[no-untyped-call]
         return MaskedTerm(term, *others)
@@ -190,6 +165,58 @@ class _Captured:
     def ended(self) -> None:
         """The backward pass has read the gradients."""
         self._awaiting = None
+
+
+def term_and_gradients(
+    instrument: Instrument,
+    windows: Windows,
+    options: DensityOptions,
+    backend: str = "inductor",
+) -> Callable[[], Tensors]:
+    """A static run of these windows and its backward pass, to be called again and again.
+
+    It reads the model's weights and the windows where they lie, and gives the scalars of
+    :class:`MaskedTerm` and then a gradient for every weight that is trained, None where none is.
+
+    Args:
+        instrument: of the model.
+        windows: whose values may change between calls.
+        options: of the term.
+        backend: of ``torch.compile``, with ``options.fuse``.
+    """
+    weights = dict(instrument.model.named_parameters())
+    tensors = _tensors(windows)
+    device = windows.batch.input_ids.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def run(given: Sequence[Tensor]) -> Tensors:
+        # Gradients of the weights themselves would meet the graph of the training forward, which
+        # lives on another stream. These share their memory.
+        shared = {
+            name: each.detach().requires_grad_(weights[name].requires_grad)
+            for name, each in zip(weights, given, strict=False)
+        }
+        own = _with_tensors(windows, given[len(weights) :])
+        # Without autocast's cache: it holds casts of the weights as they were in another forward.
+        with torch.autocast(device, enabled=enabled, dtype=dtype, cache_enabled=False):
+            found = with_weights(
+                instrument.model,
+                shared,
+                lambda: masked_term(instrument, own, options, static=True),
+            )
+        assert found is not None
+        trained = [each for each in shared.values() if each.requires_grad]
+        gradients: Tensors = [None] * len(trained)
+        if found.term.requires_grad:
+            gradients = torch.autograd.grad(found.term, trained, allow_unused=True)
+        scalars = [each.detach() for each in found if each is not None]
+        return [*scalars, *gradients]
+
+    inputs = [*(each.detach() for each in weights.values()), *tensors]
+    if not options.fuse:
+        return lambda: run(inputs)
+    with dropout_off(instrument.model), uncompiled(instrument.model):
+        return fused(run, inputs, backend)
 
 
 class _Within(nn.Module):
@@ -254,6 +281,20 @@ def _copy(windows: Windows) -> Windows:
     return Windows(
         windows.batch.part(torch.clone), windows.thresholds.clone(), windows.depths.clone()
     )
+
+
+def _with_tensors(windows: Windows, tensors: Sequence[Tensor]) -> Windows:
+    """The windows with other tensors of the same shapes, in the order of :func:`_tensors`."""
+    ids, valid, targets, counted, *positions, thresholds, depths = tensors
+    batch = replace(
+        windows.batch,
+        input_ids=ids,
+        valid=valid,
+        targets=targets,
+        counted=counted,
+        positions=positions[0] if positions else None,
+    )
+    return Windows(batch, thresholds, depths)
 
 
 def _tensors(windows: Windows) -> list[Tensor]:

@@ -97,6 +97,9 @@ class DensityOptions:
         cuda_graph: On CUDA, capture the masked runs of a shape once and replay them: their launches
             are most of what they cost. A graph holds its memory and the gradients of the weights.
             Models that cannot be captured, and float16, run as elsewhere, after a warning.
+        fuse: Compile the captured masked runs (``torch.compile``), which fuses their many small
+            operations: cheaper steps, after a minute or two of compiling once for every shape.
+            None: where the model is compiled.
         on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
             its term.
         seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
@@ -137,6 +140,7 @@ class DensityOptions:
     exit_map: bool = None  # type: ignore[assignment]
     size_weight: float = 0.0
     cuda_graph: bool = True
+    fuse: bool | None = None
     on_nonfinite: OnNonFinite = "raise"
     seed: int = 0
     budget: float | None = None
@@ -181,6 +185,8 @@ class DensityOptions:
                 )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidInputError(f"seed: found {self.seed!r}, allowed are integers")
+        if self.fuse is not None and not isinstance(self.fuse, bool):
+            raise InvalidInputError(f"fuse: found {self.fuse!r}, allowed are booleans and None")
         check_budget(self.budget, self.reference, self.monitor)
         if self.size_weight > 0 and self.family == "shallow":
             raise InvalidInputError(
