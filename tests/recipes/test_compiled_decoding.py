@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 300,
 }  # fmt: skip
 SHORT = [
-    *("--backends", "none", "--exits", "0.25", "0.5", "--new-tokens", "16", "--prompt-tokens", "8"),
+    *("--backends", "none", "--exits", "0.25", "0.5", "--new-tokens", "8", "--prompt-tokens", "8"),
     *("--dtype", "float32", "--device", "cpu"),
 ]
 

@@ -315,8 +315,8 @@ def run(args: argparse.Namespace) -> None:
 def free(device: torch.device) -> None:
     """Forget what was compiled and captured."""
     torch._dynamo.reset()
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
