@@ -1,36 +1,121 @@
-"""The benchmark of compiled decoding: acceptance is what was given; a failure stops no other."""
+"""The benchmark of compiled decoding: rows that can be stopped, that fail alone, that are kept."""
 
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes.benchmarks.speed import compiled_decoding
+from tests.support.corpus import write_model, write_tree
 
 TINY: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
-    "vocab_size": 2000,
+    "vocab_size": 300,
 }  # fmt: skip
+SHORT = [
+    *("--backends", "none", "--exits", "0.25", "0.5", "--new-tokens", "8", "--prompt-tokens", "8"),
+    *("--dtype", "float32", "--device", "cpu"),
+]
 
 
-def test_the_curve_is_over_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compiled_decoding.MODELS, "tiny", ("Llama", TINY))
-    compiled_decoding.main([
-        *("--models", "tiny", "--exits", "0.25", "0.5", "--acceptance", "0", "0.5", "1"),
-        *("--backends", "none", "no such", "--prompts", "4", "--batch", "2", "--new-tokens", "16"),
-        *("--prompt-tokens", "8", "--dtype", "float32", "--device", "cpu", "--no-stock"),
-        *("--out", str(tmp_path / "found.json")),
-    ])  # fmt: skip
-    found = json.loads((tmp_path / "found.json").read_text())["measurements"][0]["found"]
-    measured = [each for each in found if "failed" not in each]
-    assert [(each["exit_layer"], each["given_acceptance"]) for each in measured] == [
-        (depth, share) for depth in (1, 2) for share in (0, 0.5, 1)
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_decoding, "MODELS", {"tiny": ("Llama", TINY)})
+
+
+def measured(file: Path, *options: str) -> list[dict[str, Any]]:
+    """Rows of the only record of the file."""
+    compiled_decoding.main([*SHORT, "--out", str(file), *options])
+    (record,) = json.loads(file.read_text())["measurements"]
+    found: list[dict[str, Any]] = record["found"]
+    return found
+
+
+def test_the_curve_is_over_what_was_given(tmp_path: Path) -> None:
+    found = measured(
+        tmp_path / "found.json",
+        *("--parts", "sizes", "--acceptance", "0", "0.5", "1", "--batches", "1", "2"),
+        *("--given-prompts", "3", "--backends", "none", "no such"),
+    )
+    good = [each for each in found if "failed" not in each]
+    assert [(each["batch"], each["exit_layer"], each["given_acceptance"]) for each in good] == [
+        (batch, depth, share) for batch in (1, 2) for depth in (1, 2) for share in (0, 0.5, 1)
     ]
-    assert all(each["speedup"]["median"] > 0 for each in measured)
-    for each in measured:
+    for each in good:
+        assert each["speedup"]["median"] > 0
+        assert each["identical"] is None
         if each["given_acceptance"] != 0.5:
             assert each["tokens_a_check"] == (4 if each["given_acceptance"] else 1)
-    assert [each["backend"] for each in found if "failed" in each] == ["no such"] * 2
+    # The same positions are right whatever drafts.
+    by_chance = [each["tokens_a_check"] for each in good if each["given_acceptance"] == 0.5]
+    assert by_chance[0] == by_chance[1]
+    assert 1 < by_chance[0] < 4
+    failed = [each for each in found if "failed" in each]
+    assert [each["backend"] for each in failed] == ["no such"] * 4
+    assert all("UnsupportedModelError" in each["failed"] for each in failed)
+
+
+@pytest.mark.thorough
+def test_trained_models_are_those_of_a_folder(tmp_path: Path) -> None:
+    names = ["term-seed-0", "plain-seed-1"]  # one seed after another
+    for name in names:
+        write_model(tmp_path / "models" / name)
+    found = measured(
+        tmp_path / "found.json",
+        *("--parts", "trained", "stock", "--trained", str(tmp_path / "models"), "--prompts", "3"),
+        *("--data", str(write_tree(tmp_path / "text")), "--stock-prompts", "2"),
+        *("--drafts", "exit", "lookup", "both", "--draft-tokens", "2"),
+        *("--exits", "0.5", "--new-tokens", "4"),
+    )
+    drafts = [each for each in found if "loop" not in each]
+    assert [(each["model"], each["draft"]) for each in drafts] == [
+        (name, draft) for name in names for draft in ("exit", "lookup", "both")
+    ]
+    assert all(each["identical"] == 1 and each["tokens_a_check"] >= 1 for each in drafts)
+    loops = [(each["model"], each["loop"]) for each in found if "loop" in each]
+    assert loops == [(name, loop) for name in names for loop in compiled_decoding.LOOPS]
+    assert not any("failed" in each for each in found)
+    assert str(tmp_path) not in (tmp_path / "found.json").read_text()
+
+
+def test_what_was_measured_is_kept_and_what_failed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--parts", "sizes", "--acceptance", "1", "--batches", "1", "--given-prompts", "3")
+    own, asked = compiled_decoding.Bench.drafts, []
+
+    def drafts(self: Any, row: dict[str, Any]) -> Any:
+        asked.append(row["share"])
+        if len(asked) == 2:
+            raise TimeoutError("took more than 3 s")
+        return own(self, row)
+
+    monkeypatch.setattr(compiled_decoding.Bench, "drafts", drafts)
+    first = measured(tmp_path / "found.json", *options)
+    assert [each.get("failed") for each in first] == [None, "TimeoutError: took more than 3 s"]
+    again = measured(tmp_path / "found.json", *options)
+    assert asked == [0.25, 0.5, 0.5]
+    assert again[0] == first[0]
+    assert [each["share"] for each in again] == [0.25, 0.5]
+    assert "failed" not in again[1]
+    capsys.readouterr()
+    other = tmp_path / "other.json"
+    compiled_decoding.main([*SHORT, "--out", str(other), *options, "--minutes", "1e-9"])
+    assert "2 rows are left for the same command" in capsys.readouterr().out
+    assert not other.exists()
+
+
+def test_what_takes_too_long_is_given_up() -> None:
+    with (
+        pytest.raises(TimeoutError, match="took more than 0 s"),
+        compiled_decoding.limited(0.01),
+    ):
+        time.sleep(60)
+    with compiled_decoding.limited(60):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -200,47 +200,92 @@ def exits_by_layer() -> str:
 def compiled_decoding() -> str:
     """What drafting is worth beside plain decoding by the same steps."""
     runs = read("compiled_decoding.json")["measurements"]
-    found = [(run, each) for run in runs for each in run["found"] if "failed" not in each]
+    found = [
+        (run, each) for run in runs for each in run["found"] if not {"failed", "loop"} & {*each}
+    ]
     given = [pair for pair in found if pair[1]["given_acceptance"] is not None]
     shares = sorted({each["given_acceptance"] for _, each in given})
     lines = [
-        "| random weights of the size of | exit | "
+        "| random weights of the size of | steps | exit | "
         + " | ".join(f"{share:.0%} of guesses right" for share in shares)
-        + " |",
-        "|---" * (2 + len(shares)) + "|",
+        + " | plain tokens/s |",
+        "|---" * (4 + len(shares)) + "|",
     ]
-    rows: dict[tuple[str, str], dict[float, str]] = {}
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run, each in given:
-        name = f"{each['model']}, {run['hardware']}", _exit_of(each)
-        rows.setdefault(name, {})[each["given_acceptance"]] = f"{each['speedup']['median']:.2f}"
-    for (model, exit_), row in rows.items():
-        lines.append(f"| {model} | {exit_} | {' | '.join(row.get(s, '') for s in shares)} |")
-    lines += ["", "| own weights | exit | guesses accepted | tokens a check | speed |"]
-    lines.append("|---" * 5 + "|")
+        where = f"{each['model']}, {run['hardware']}", _steps_of(run, each), _exit_of(each)
+        rows.setdefault(where, []).append(each)
+    for where, row in rows.items():
+        gains = {each["given_acceptance"]: f"{each['speedup']['median']:.2f}" for each in row}
+        cells = [*where, *(gains.get(share, "") for share in shares), _plain_speed(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| own weights | steps | drafts | guesses accepted | tokens a check | speed |"]
+    lines.append("|---" * 6 + "|")
+    ways: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run, each in found:
         if each["given_acceptance"] is None:
-            lines.append(
-                f"| {each['model']}, {run['hardware']} | {_exit_of(each)} | "
-                f"{each['accepted'] / each['drafted']:.0%} | {each['tokens_a_check']:.2f} | "
-                f"{quartiles(each['speedup'])} |"
-            )
-    prompts = sorted({run["prompts"] for run in runs})
+            name = each["model"].rpartition("-seed-")[0] or each["model"]
+            where = f"{name}, {run['hardware']}", _steps_of(run, each), _exit_of(each)
+            ways.setdefault(where, []).append(each)
+    for where, seeds in ways.items():
+        drafted = sum(each["drafted"] for each in seeds)
+        accepted = f"{sum(each['accepted'] for each in seeds) / drafted:.0%}" if drafted else ""
+        a_check = f"{statistics.mean(each['tokens_a_check'] for each in seeds):.2f}"
+        lines.append(f"| {' | '.join([*where, accepted, a_check, _over_seeds(seeds)])} |")
+    lines += _stock_loops(runs)
     lines.append(
-        f"\nTimes plain decoding by the same steps, which are captured in CUDA graphs on a GPU and "
-        f"not fused; there {_plain_speed(found, 'bfloat16')} tokens a second in bfloat16, on the "
-        f"CPU {_plain_speed(found, 'float32')} in float32; medians of {prompts[0]} to "
-        f"{prompts[-1]} prompts (quartiles), one at a time; a wrong guess ends its draft "
+        "\nTimes plain decoding by the same steps: on a GPU captured in CUDA graphs, and fused by "
+        "inductor before where the table says so; on the CPU as they are. bfloat16 on a GPU, "
+        "float32 on a CPU; medians over prompts (quartiles, or the smallest and largest median of "
+        "seeds); a wrong guess ends its draft "
         f"{sources(CARD, 'speed/compiled_decoding.py', 'results/compiled_decoding.json')}."
     )
     return "\n".join(lines)
 
 
+def _stock_loops(runs: list[dict[str, Any]]) -> list[str]:
+    """Tokens a second of transformers' own loops."""
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for each in run["found"]:
+            if "loop" in each and "failed" not in each:
+                speeds = found.setdefault(f"{each['model']}, {run['hardware']}", {})
+                speeds[each["loop"]] = each["tokens_per_second"]["median"]
+    if not found:
+        return []
+    loops = [*dict.fromkeys(loop for speeds in found.values() for loop in speeds)]
+    lines = ["", f"| transformers' loops, tokens/s | {' | '.join(loops)} |"]
+    lines.append("|---" * (1 + len(loops)) + "|")
+    for name, speeds in found.items():
+        cells = (f"{speeds[loop]:.0f}" if loop in speeds else "" for loop in loops)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _steps_of(run: dict[str, Any], each: dict[str, Any]) -> str:
+    """How steps are run, and how many texts at once."""
+    how = {"none": "as they are" if "CPU" in run["hardware"] else "captured"}
+    named = how.get(each["backend"], f"{each['backend']}, captured")
+    return named if each["batch"] == 1 else f"{named}, {each['batch']} texts"
+
+
 def _exit_of(each: dict[str, Any]) -> str:
-    return f"after {each['exit_layer']} of {each['layers']}, {each['draft_tokens']} guesses"
+    guesses = f"{each['draft_tokens']} guesses"
+    after = f"after {each['exit_layer']} of {each['layers']}"
+    if each["draft"] == "exit":
+        return f"{after}, {guesses}"
+    return f"lookup, {guesses}" if each["draft"] == "lookup" else f"lookup or {after}, {guesses}"
 
 
-def _plain_speed(found: list[tuple[dict[str, Any], dict[str, Any]]], dtype: str) -> str:
-    speeds = [
-        each["plain_tokens_per_second"]["median"] for run, each in found if run["dtype"] == dtype
-    ]
-    return f"{min(speeds):.0f} to {max(speeds):.0f}"
+def _over_seeds(seeds: list[dict[str, Any]]) -> str:
+    """Median of the seeds' medians; of one seed, of its prompts."""
+    if len(seeds) == 1:
+        return quartiles(seeds[0]["speedup"])
+    medians = sorted(each["speedup"]["median"] for each in seeds)
+    middle = statistics.median(medians)
+    return f"{middle:.2f} ({medians[0]:.2f} to {medians[-1]:.2f}, {len(seeds)} seeds)"
+
+
+def _plain_speed(row: list[dict[str, Any]]) -> str:
+    speeds = [each["plain_tokens_per_second"]["median"] for each in row]
+    return f"{statistics.median(speeds):.0f}"

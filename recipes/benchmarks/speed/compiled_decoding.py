@@ -1,28 +1,31 @@
 """What drafting by early exits is worth against plain decoding that is compiled, on a GPU.
 
-    python -m recipes.benchmarks.speed.compiled_decoding                  # sizes of real models
-    python -m recipes.benchmarks.speed.compiled_decoding --backends none  # in a tenth of the time
-    python -m recipes.benchmarks.speed.compiled_decoding --models DIR ... --data TEXT
+    python -m recipes.benchmarks.speed.compiled_decoding --minutes 9   # what fits; again: the rest
+    python -m recipes.benchmarks.speed.compiled_decoding --parts trained --trained DIR --data TEXT
 
-A name of a size stands for random weights of the size that the model's card states. Their exits
-guess nothing right, so that how many guesses are right is given: each with the same probability,
-by chance, whatever the model says. That costs what it would cost, and is the curve over exit depth
-and acceptance that a model after fine-tuning has to reach. Models in folders are read with their
-own weights, prompts are blocks of the text, and acceptance is what it is.
+Three parts. ``sizes``: random weights of the sizes that models' cards state. Their exits guess
+nothing right, so that how many guesses are right is given (:mod:`given_acceptance
+<recipes.benchmarks.speed.given_acceptance>`): the curve over exit depth and acceptance that a model
+after fine-tuning has to reach, for steps that are captured in CUDA graphs as they are ("none") and
+for steps that inductor has fused before, with several texts at once. ``trained``: every model in a
+folder, by its own exits and by lookup, on prompts of a text; folders that end in ``-seed-0``,
+``-seed-1`` are one way to train. ``stock``: transformers' own loops on these models.
 
-Plain decoding and drafting take turns, prompt by prompt, over the same cache and by the same steps;
-transformers' own loops on the first prompts besides. Writes the result file anew after every
-measurement; what other commands measured stays.
+Plain decoding and drafts take turns, prompt by prompt, over the same cache and by the same steps.
+The result file is written anew after every row. Rows that it holds are not measured again, so that
+the same command goes on where it was stopped; a row that failed or took too long is tried again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
-import statistics
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,12 @@ import transformers
 from torch import Tensor
 
 from recipes.benchmarks.places import RESULTS
+from recipes.benchmarks.speed.given_acceptance import GivenDecoder
 from recipes.benchmarks.speed.steps import CONFIGS, MODELS
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.text_source import TextSource
 from softtrace.decoding import Generation, ProvenExit, StaticDecoder, check_early_exit
-from softtrace.decoding.static_steps import Steps
+from softtrace.decoding.static_decoder import DRAFTS
 from softtrace.evaluation.decode_race import quartiles, write_past_ends
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
@@ -43,64 +47,41 @@ from softtrace.model.devices import device_of
 from softtrace.model.loading import load_model, load_tokenizer
 
 Write = Callable[[Sequence[Tensor], int], list[Generation]]
-
-
-class GivenSteps(Steps):
-    """Steps whose guesses are right by chance.
-
-    Attributes:
-        chance: ``[1]``, the probability, which a captured step reads anew.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.chance = torch.ones(1, device=self.place.device)
-
-    def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """As the model's agreement would be used."""
-        best = scores.argmax(-1)
-        return torch.rand(best.shape, device=best.device) < self.chance, best
-
-
-class GivenDecoder(StaticDecoder):
-    """A decoder whose acceptance is given; what it writes means nothing."""
-
-    def _make_steps(self) -> Steps:
-        return GivenSteps(self._parts, self._texts, self.draft_tokens, self._processors)
-
-    def accept(self, share: float) -> None:
-        """Let so many guesses be right from now on."""
-        steps: Any = self._steps
-        steps.chance.fill_(share)
-
-
-def shown(name: str) -> str:
-    """A model's name in results."""
-    return Path(name).name
+PARTS = ("sizes", "trained", "stock")
+FEWEST = 3  # groups of prompts that a median is taken over
+LOOPS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "static cache, compiled": {"cache_implementation": "static"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 8},
+}
+"""transformers' own, by options of ``generate``."""
 
 
 def built(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model by the name of a size, with random weights, or of a folder."""
     if name not in MODELS:
-        return load_model(name, dtype=str(dtype).removeprefix("torch.")).to(device).eval()
-    stem, numbers = MODELS[name]
-    config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**numbers)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = getattr(transformers, f"{stem}ForCausalLM")(config)
-    return model.to(dtype).eval()
+        model = load_model(name, dtype=str(dtype).removeprefix("torch.")).to(device).eval()
+    else:
+        stem, numbers = MODELS[name]
+        config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**numbers)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = getattr(transformers, f"{stem}ForCausalLM")(config)
+        model = model.to(dtype).eval()
+    write_past_ends(model)
+    return model
 
 
-def prompts_for(name: str, args: argparse.Namespace, model: Any) -> list[Tensor]:
+def prompts_for(name: str, count: int, model: Any, args: argparse.Namespace) -> list[Tensor]:
     """``[T]`` each: blocks of the text, or random tokens where weights are random."""
+    device = next(model.parameters()).device
     if name in MODELS:
         draw = torch.Generator().manual_seed(0)
-        return [
-            torch.randint(1000, model.config.vocab_size, (args.prompt_tokens,), generator=draw)
-            for _ in range(args.prompts)
-        ]
+        shape = (count, args.prompt_tokens)
+        return [*torch.randint(3, model.config.vocab_size, shape, generator=draw).to(device)]
     documents = TextSource(args.data, args.held_out_share).stream()
-    return evenly(pack(documents, load_tokenizer(name), args.prompt_tokens), args.prompts)
+    blocks = pack(documents, load_tokenizer(name), args.prompt_tokens)
+    return [row.to(device) for row in evenly(blocks, count)]
 
 
 def seconds(write: Write, rows: Sequence[Tensor], new: int) -> tuple[float, list[Generation]]:
@@ -115,144 +96,262 @@ def seconds(write: Write, rows: Sequence[Tensor], new: int) -> tuple[float, list
 
 
 def in_turns(
-    plain: Write, drafted: Write, rows: Sequence[Tensor], batch: int, new: int
-) -> dict[str, Any]:
-    """Both on the same prompts: medians and quartiles of what each prompt gives."""
-    ratios, plain_speed, speed, found, same = [], [], [], [], 0
-    for place in range(0, len(rows) - batch + 1, batch):
-        group = rows[place : place + batch]
-        before, wanted = seconds(plain, group, new)
-        after, texts = seconds(drafted, group, new)
-        ratios.append(before / after)
-        plain_speed.append(batch * new / before)
-        speed.append(batch * new / after)
-        found += texts
-        same += sum(torch.equal(a.tokens, b.tokens) for a, b in zip(wanted, texts, strict=True))
-    checks = sum(each.checks for each in found)
-    return {
-        "plain_tokens_per_second": quartiles(plain_speed),
-        "tokens_per_second": quartiles(speed),
-        "speedup": quartiles(ratios),
-        "tokens_a_check": batch * len(ratios) * new / checks if checks else None,
-        "drafted": sum(each.drafted for each in found),
-        "accepted": sum(each.accepted for each in found),
-        "identical": same / len(found),  # of given acceptance: no text is what the model says
-    }
+    plain: Write,
+    drafted: StaticDecoder,
+    groups: Sequence[Sequence[Tensor]],
+    new: int,
+    shares: Sequence[float | None],
+) -> Iterator[dict[str, Any]]:
+    """Plain decoding, then drafts at each acceptance, on one group of prompts after another."""
+    before, wanted = [], []
+    after: dict[float | None, list[float]] = {share: [] for share in shares}
+    texts: dict[float | None, list[Generation]] = {share: [] for share in shares}
+    for number, group in enumerate(groups):
+        took, found = seconds(plain, group, new)
+        before.append(took)
+        wanted += found
+        for share in shares:
+            if isinstance(drafted, GivenDecoder) and share is not None:
+                drafted.accept(share, seed=number)
+            took, found = seconds(drafted.speculate, group, new)
+            after[share].append(took)
+            texts[share] += found
+    written = len(groups[0]) * new
+    for share, found in texts.items():
+        checks = sum(each.checks for each in found)
+        same = sum(torch.equal(a.tokens, b.tokens) for a, b in zip(wanted, found, strict=True))
+        yield {
+            "given_acceptance": share,
+            "plain_tokens_per_second": quartiles([written / each for each in before]),
+            "tokens_per_second": quartiles([written / each for each in after[share]]),
+            "speedup": quartiles([a / b for a, b in zip(before, after[share], strict=True)]),
+            "tokens_a_check": len(found) * new / checks if checks else None,
+            "drafted": sum(each.drafted for each in found),
+            "accepted": sum(each.accepted for each in found),
+            # Of given acceptance no text is what the model says.
+            "identical": same / len(found) if share is None else None,
+        }
 
 
-def stock(model: Any, rows: Sequence[Tensor], new: int) -> dict[str, float]:
-    """Tokens a second of transformers' own loops, medians."""
-    loops: dict[str, dict[str, Any]] = {
-        "eager": {},
-        "static cache, compiled": {"cache_implementation": "static"},
-        "prompt lookup": {"prompt_lookup_num_tokens": 8},
-    }
-    found = {}
-    for name, options in loops.items():
+class Bench:
+    """One model, and how it decodes by one backend, several texts at once.
 
-        def write(group: Sequence[Tensor], count: int, options: Any = options) -> list[Generation]:
-            row = group[0][None]
-            model.generate(
-                row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=count,
-                min_new_tokens=count, **options,
+    Args:
+        row: that is measured first; see :func:`rows_of`.
+        args: of the command.
+        device: that it runs on.
+    """
+
+    def __init__(self, row: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+        name, self.batch, self.backend = row["model"], row["batch"], row["backend"]
+        self.name, self.args, self.given = name, args, name in MODELS
+        self.model = built(name, device, getattr(torch, args.dtype))
+        self.proven: ProvenExit = check_early_exit(self.model)
+        prompts = args.given_prompts if self.given else args.prompts
+        count = max(FEWEST, prompts // self.batch) * self.batch
+        rows = prompts_for(name, count, self.model, args)
+        ends = range(self.batch, len(rows) + 1, self.batch)
+        self.groups = [rows[end - self.batch : end] for end in ends]
+        self.plain: StaticDecoder | None = None
+
+    def measures(self, row: dict[str, Any]) -> bool:
+        """Whether a row is of this model and can be timed beside the same plain decoding."""
+        own = self.name, self.batch, self.backend
+        return own == (row["model"], row["batch"], row["backend"])
+
+    def drafts(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Drafts by so many of the layers, at each acceptance that was asked for."""
+        args, began = self.args, time.perf_counter()
+        kind = GivenDecoder if self.given else StaticDecoder
+        depth = max(1, round(row["share"] * self.proven.layers))
+        drafted = kind(
+            self.model, exit_layer=depth, draft=row["draft"], draft_tokens=row["draft_tokens"],
+            rows=self.batch, capacity=args.prompt_tokens + args.new_tokens, eos_token_id=-1,
+            proven_exit=self.proven, backend=None if self.backend == "none" else self.backend,
+        )  # fmt: skip
+        self.plain = self.plain or drafted  # one for all depths: it is the same, and compiled once
+        for write in (self.plain.plain, drafted.speculate):
+            write(self.groups[0], args.new_tokens)
+        ready = time.perf_counter() - began
+        way = {"layers": self.proven.layers, "exit_layer": depth, "ready_seconds": ready}
+        shares = args.acceptance if self.given else [None]
+        for found in in_turns(self.plain.plain, drafted, self.groups, args.new_tokens, shares):
+            yield {**way, **found}
+
+    def stock(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Tokens a second of one of transformers' own loops."""
+        new = self.args.new_tokens
+
+        def write(group: Sequence[Tensor], count: int) -> list[Generation]:
+            ids = group[0][None]
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
+                min_new_tokens=count, **LOOPS[row["loop"]],
             )  # fmt: skip
             return []
 
-        for row in rows[:2]:  # compiles, and warms up
-            write([row], new)
-        found[name] = statistics.median(new / seconds(write, [row], new)[0] for row in rows)
-    return found
+        groups = self.groups[: self.args.stock_prompts]
+        for group in groups[:2]:  # compiles, and warms up
+            write(group, new)
+        speeds = [new / seconds(write, group, new)[0] for group in groups]
+        yield {"tokens_per_second": quartiles(speeds)}
 
 
-def measure(
-    name: str, model: Any, rows: Sequence[Tensor], proven: ProvenExit, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Results of one model, one by one; of what fails, why."""
-    depths = sorted({max(1, round(share * proven.layers)) for share in args.exits})
-    for backend, depth, draft in itertools.product(args.backends, depths, args.draft_tokens):
-        way = {
-            "model": shown(name), "layers": proven.layers, "backend": backend, "exit_layer": depth,
-            "draft_tokens": draft,
-        }  # fmt: skip
-        try:
-            static = (GivenDecoder if name in MODELS else StaticDecoder)(
-                model, exit_layer=depth, draft_tokens=draft, rows=args.batch, eos_token_id=-1,
-                capacity=args.prompt_tokens + args.new_tokens, proven_exit=proven,
-                backend=None if backend == "none" else backend,
-            )  # fmt: skip
-            began = time.perf_counter()
-            for write in (static.plain, static.speculate):
-                write(rows[: args.batch], args.new_tokens)
-            way["ready_seconds"] = time.perf_counter() - began
-            for share in args.acceptance if isinstance(static, GivenDecoder) else [None]:
-                if isinstance(static, GivenDecoder):
-                    static.accept(share)
-                found = in_turns(static.plain, static.speculate, rows, args.batch, args.new_tokens)
-                yield {**way, "given_acceptance": share, **found}
-        except Exception as error:  # the others are measured all the same
-            yield {**way, "failed": f"{type(error).__name__}: {error}"[:2000]}
+@contextmanager
+def limited(limit: float) -> Iterator[None]:
+    """Raise :class:`TimeoutError` in what takes longer than so many seconds."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit, 5)  # again, should a compiler go on after the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def said(found: dict[str, Any]) -> str:
+def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is to be measured, what matters most first."""
+    folders = [path.parent for path in Path(args.trained or "").glob("*/config.json")]
+    # All ways to train of the first seed before any of the second.
+    folders.sort(key=lambda path: (path.name.rpartition("-seed-")[2], path.name))
+    named = {
+        "sizes": args.models if "sizes" in args.parts else [],
+        "trained": [*map(str, folders)] if "trained" in args.parts else [],
+    }
+    for batch, backend, part in itertools.product(args.batches, args.backends, named):
+        if part == "trained" and batch != args.batches[0]:
+            continue
+        for name in named[part]:
+            common = {"model": name, "batch": batch, "backend": backend}
+            for draft, guesses in itertools.product(args.drafts, args.draft_tokens):
+                if draft != "exit" and part == "sizes":
+                    continue  # nothing is found in texts that mean nothing
+                for share in args.exits[:1] if draft == "lookup" else args.exits:
+                    yield {**common, "draft": draft, "draft_tokens": guesses, "share": share}
+    if "stock" in args.parts:
+        names = [*args.models, *map(str, folders)] if named["sizes"] else [*map(str, folders)]
+        for name, loop in itertools.product(names, LOOPS):
+            yield {"model": name, "batch": 1, "backend": "none", "loop": loop}
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as results say it: without the folders of a machine."""
+    return {**row, "model": Path(row["model"]).name}
+
+
+def said(row: dict[str, Any], found: dict[str, Any]) -> str:
     """One line on a measurement."""
-    where = (
-        f"{found['model']}, {found['backend']}: exit {found['exit_layer']} of {found['layers']}, "
-        f"{found['draft_tokens']} guesses"
-    )
+    where = ", ".join(f"{name} {value}" for name, value in shown(row).items())
     if "failed" in found:
         return f"{where}: failed, {found['failed'][:300]}"
+    if "loop" in row:
+        return f"{where}: {found['tokens_per_second']['median']:.0f} tokens a second"
     return (
-        f"{where}, acceptance {found['given_acceptance']}: {found['speedup']['median']:.2f} times "
-        f"plain decoding's {found['plain_tokens_per_second']['median']:.0f} tokens a second"
+        f"{where}, exit {found['exit_layer']} of {found['layers']}, acceptance "
+        f"{found['given_acceptance']}: {found['speedup']['median']:.2f} times plain decoding's "
+        f"{found['plain_tokens_per_second']['median']:.0f} tokens a second"
     )
+
+
+def record_in(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All results, and in them the record of measurements with these settings, new or begun."""
+    result = json.loads(file.read_text("utf-8")) if file.exists() else {"measurements": []}
+    for record in result["measurements"]:
+        if all(record.get(name) == value for name, value in settings.items()):
+            return result, record
+    record = {**settings, "found": []}
+    result["measurements"].append(record)
+    return result, record
+
+
+def is_of(found: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a result is of a row."""
+    return all(found.get(name) == value for name, value in shown(row).items()) and (
+        ("loop" in found) == ("loop" in row)
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the file does not hold, row by row."""
+    device, ends = device_of(args.device), time.monotonic() + 60 * args.minutes
+    names = ("prompts", "given_prompts", "prompt_tokens", "new_tokens", "dtype", "acceptance")
+    about = provenance(device)
+    settings = {name: about[name] for name in ("hardware", "versions")}
+    settings |= {name: getattr(args, name) for name in names}
+    result, record = record_in(args.out, settings)
+    # No folder of the machine goes into a result.
+    command = " ".join(Path(word).name for word in about["command"].split())
+    record |= {"created": about["created"], "command": command}
+    done = [each for each in record["found"] if "failed" not in each]
+    rows = [row for row in rows_of(args) if not any(is_of(each, row) for each in done)]
+    bench = None
+    for place, row in enumerate(rows):
+        left = ends - time.monotonic()
+        try:
+            with limited(min(left, args.row_seconds)):
+                if bench is None or not bench.measures(row):
+                    bench = None
+                    free(device)
+                    bench = Bench(row, args, device)
+                found = [*(bench.stock(row) if "loop" in row else bench.drafts(row))]
+        except Exception as error:  # the others are measured all the same
+            found, bench = [{"failed": f"{type(error).__name__}: {error}"[:2000]}], None
+        if time.monotonic() >= ends:
+            print(f"{len(rows) - place} rows are left for the same command")
+            return
+        record["found"] = [each for each in record["found"] if not is_of(each, row)]
+        record["found"] += [{**shown(row), **each} for each in found]
+        write_json(args.out, result)
+        for each in found:
+            print(said(row, each), flush=True)
+        if bench is None:
+            free(device)  # raises where the row has left the device broken
+
+
+def free(device: torch.device) -> None:
+    """Forget what was compiled and captured."""
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Measure, and write the result file anew after every measurement."""
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    sizes = ["SmolLM2-135M", "Llama-3.2-1B"]
-    parser.add_argument("--models", nargs="+", default=sizes, help="names of sizes, or folders")
-    parser.add_argument("--data", default="", help="text that prompts of models in folders are of")
-    parser.add_argument("--held-out-share", type=float, default=0.0)
-    parser.add_argument("--exits", nargs="+", type=float, default=[0.2, 0.35, 0.5, 0.65],
-                        help="share of the layers that draft")  # fmt: skip
-    parser.add_argument("--draft-tokens", nargs="+", type=int, default=[4])
-    parser.add_argument("--acceptance", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95],
-                        help="of each guess, where weights are random")  # fmt: skip
-    parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1, help="prompts that are written at once")
-    parser.add_argument("--backends", nargs="+", default=["none", "inductor"],
-                        help="of torch.compile; with none CUDA graphs alone")  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--no-stock", action="store_true", help="leave transformers' loops out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "compiled_decoding.json")
-    args = parser.parse_args(given)
-    device = device_of(args.device)
-    names = ("prompts", "prompt_tokens", "new_tokens", "batch", "dtype")
-    run: dict[str, Any] = {
-        **provenance(device), **{name: getattr(args, name) for name in names},
-        "stock": {}, "found": [],
-    }  # fmt: skip
-    others = json.loads(args.out.read_text("utf-8"))["measurements"] if args.out.exists() else []
-    result = {
-        "measurements": [each for each in others if each["command"] != run["command"]] + [run]
-    }
-    for name in args.models:
-        model = built(name, device, getattr(torch, args.dtype))
-        rows = [row.to(device) for row in prompts_for(name, args, model)]
-        write_past_ends(model)
-        proven = check_early_exit(model)
-        for found in measure(name, model, rows, proven, args):
-            run["found"].append(found)
-            write_json(args.out, result)
-            print(said(found), flush=True)
-        if not args.no_stock:
-            run["stock"][shown(name)] = stock(model, rows, args.new_tokens)
-            write_json(args.out, result)
-        del model
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="what is measured")
+    add("--models", nargs="+", choices=[*MODELS], default=[*MODELS], help="sizes")
+    add("--trained", help="folder of folders of models with weights of their own")
+    add("--data", default="", help="text that prompts of trained models are of")
+    add("--held-out-share", type=float, default=0.0)
+    add("--exits", nargs="+", type=float, default=[0.2, 0.333, 0.5],
+        help="share of the layers that draft")  # fmt: skip
+    add("--drafts", nargs="+", choices=DRAFTS, default=["exit", "lookup"],
+        help="ways to make guesses, for trained models")  # fmt: skip
+    add("--draft-tokens", nargs="+", type=int, default=[4], help="guesses before a check")
+    add("--acceptance", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95],
+        help="of each guess, where weights are random")  # fmt: skip
+    add("--batches", nargs="+", type=int, default=[1, 4, 16],
+        help="texts that are written at once; by trained models as many as the first")  # fmt: skip
+    add("--backends", nargs="+", default=["none", "inductor"],
+        help="of torch.compile; with none CUDA graphs alone")  # fmt: skip
+    add("--prompts", type=int, default=30, help="of trained models")
+    add("--given-prompts", type=int, default=8, help="where weights are random")
+    add("--stock-prompts", type=int, default=5, help="for transformers' own loops")
+    add("--prompt-tokens", type=int, default=64)
+    add("--new-tokens", type=int, default=128)
+    add("--row-seconds", type=float, default=240.0, help="a row that takes longer is given up")
+    add("--minutes", type=float, default=600.0, help="when to stop; the same command goes on")
+    add("--dtype", default="bfloat16")
+    add("--device", default="auto")
+    add("--out", type=Path, default=RESULTS / "compiled_decoding.json")
+    run(parser.parse_args(given))
 
 
 if __name__ == "__main__":
