@@ -4,42 +4,88 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from recipes.benchmarks.speed import lengths
+from recipes.benchmarks.speed.outcome import outcome
 
 pytestmark = pytest.mark.thorough
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 40_001}  # fmt: skip
+
+def rows_of(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> list[dict[str, Any]]:
+    """What the script leaves, run with a tiny model."""
+    command = ["lengths", "--device", "cpu", "--models", "tiny", "--out", str(out), *options]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(lengths, "ENOUGH", 0.0)  # one call each
+    monkeypatch.setattr(lengths, "IN_TURN", 0.0)
+    if "--only" in options:  # drawing takes longer than what is measured
+        monkeypatch.setattr(lengths, "plot", lambda rows, path: None)
+    lengths.main()
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def test_what_was_measured_is_kept_and_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "lengths.json"
-    monkeypatch.setitem(lengths.MODELS, "SmolLM2-135M", ("Llama", TINY))
-    command = ["lengths", "--device", "cpu", "--models", "SmolLM2-135M", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", [*command, "--lengths", "64", "--what", "forward"])
-    lengths.main()
-    first = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    monkeypatch.setattr("sys.argv", [*command, "--lengths", "64", "96"])
-    lengths.main()
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    first = rows_of(monkeypatch, out, "--lengths", "64", "--only", "forward")
+    rows = rows_of(monkeypatch, out, "--lengths", "64", "--only", *lengths.MEASURED)
     assert rows[0] == first[0]
     assert [(row["length"], row["what"]) for row in rows] == [
-        (length, what) for length in (64, 96) for what in lengths.MEASURED
+        (64, what) for what in lengths.MEASURED
     ]
     assert all(row["peak_gib"] > 0 and row["seconds"] > 0 for row in rows)
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    again = rows_of(monkeypatch, out, "--lengths", "64", "--only", "forward", "--again")
+    assert again[1:] == rows[1:]
+    assert again[0] != rows[0]
 
 
-def test_a_result_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(model: object, ids: object) -> None:
+def test_the_plot_shows_all_devices(tmp_path: Path) -> None:
+    rows = [
+        {"model": "tiny", "device": device, "length": length, "what": what,
+         "seconds": 1.0, "peak_gib": 2.0, "held_gib": 1.0}
+        for device in ("CPU", "GPU") for length in (64, 96) for what in ("forward", "trace")
+    ]  # fmt: skip
+    assert lengths.over_forward(rows[1], rows) == 0.5
+    failed = {"model": "tiny", "device": "CPU", "length": 512, "what": "trace", "error": "memory"}
+    lengths.plot([*rows, failed], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("what", lengths.RATIOS)
+def test_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    out = tmp_path / "lengths.json"
+    (row,) = rows_of(monkeypatch, out, "--only", what, "--limit", "40", "--lengths")
+    assert "error" not in row
+    found = {
+        "evaluate": lambda: row["curves"]["over_masked_runs"],
+        "literal": lambda: row["times_extrapolated"],
+        "training": lambda: row["whole rows"]["over_plain"]["median"],
+    }[what]()
+    assert found > 1
+
+
+def test_a_result_that_does_not_fit_is_told() -> None:
+    def full() -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(lengths.MEASURED, "forward", full)
-    ids, model = torch.ones(1, 4), torch.nn.Linear(1, 1)
-    assert lengths.measured(model, ids, "forward", ids.device) == {"error": "out of memory"}
+    assert outcome(full, 10) == {"error": "out of memory"}
+
+
+def test_a_row_that_takes_too_long_is_given_up() -> None:
+    def endless() -> dict[str, Any]:
+        while True:
+            torch.ones(1)
+
+    assert outcome(endless, 0.05) == {"error": "not done in 0.05 s"}
+
+
+def test_an_error_ends_its_row_alone() -> None:
+    def wrong() -> dict[str, Any]:
+        raise ValueError("this way")
+
+    assert outcome(wrong, 10) == {"error": "ValueError: this way"}

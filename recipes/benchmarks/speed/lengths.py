@@ -2,14 +2,18 @@
 
     python -m recipes.benchmarks.speed.lengths                   # all of it, on a GPU if there is
     python -m recipes.benchmarks.speed.lengths --lengths 512 2048 --models SmolLM2-135M
+    python -m recipes.benchmarks.speed.lengths --only curve literal    # rows whose names have these
     python -m recipes.benchmarks.speed.lengths --weights DIR     # SmolLM2's own weights
+    python -m recipes.benchmarks.speed.lengths --device cpu --models tiny --lengths 64
 
 Models have random weights at the sizes that their cards state, unless ``--weights`` names a folder
-for SmolLM2-135M; nothing is downloaded. Each measurement is of one sequence, in bfloat16 on a GPU
-and float32 on a CPU: seconds (on a GPU the better of two calls), the most bytes of tensors alive
-beyond what was held before, and what the result holds. What was measured before on the same device
-is not measured again. Results are written after every measurement, to ``results/lengths.json``
-and, as growth with the length, ``results/lengths.png``.
+for SmolLM2-135M; nothing is downloaded. Most rows are of one sequence, in bfloat16 on a GPU and
+float32 on a CPU: seconds (the best of up to three calls), the most bytes of tensors alive beyond
+what was held before, and what the result holds. Others, at one length, are ratios:
+:mod:`recipes.benchmarks.speed.length_ratios`. A row that takes longer than ``--limit`` is given
+up, and one that runs out of memory says so; both are results. Rows that are there already, of the
+same device, are not measured again. Results are written after every row, to
+``results/lengths.json`` and, as growth with the length, ``results/lengths.png``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import argparse
 import gc
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +32,27 @@ from torch import Tensor, nn
 
 import softtrace
 from recipes.benchmarks.places import RESULTS
-from recipes.benchmarks.speed.steps import MODELS
+from recipes.benchmarks.speed import length_ratios
+from recipes.benchmarks.speed.length_ratios import random_ids
+from recipes.benchmarks.speed.outcome import outcome
+from recipes.benchmarks.speed.peak import Peak, held_bytes
+from recipes.benchmarks.speed.steps import MODELS as OF_CARDS
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
-from tests.support.live_bytes import LiveBytes
 
 LENGTHS = (512, 2048, 8192, 32_768)
 POSITIONS = range(-64, 0)
 TRAINED = 2048  # longer training windows are not promised
+LONGEST = {"curve of all, recorded": 8192}  # all positions cost the cube of the length
+ENOUGH = 10.0  # seconds after which a call is not repeated
+IN_TURN = 40.0  # seconds that ways to train take turns
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 500}  # fmt: skip
+MODELS = {
+    "tiny": ("Llama", TINY),
+    **{name: OF_CARDS[name] for name in ("SmolLM2-135M", "Llama-3.2-1B")},
+}
 
 
 def forward(model: nn.Module, ids: Tensor) -> Any:
@@ -71,18 +87,23 @@ def every_position(model: nn.Module, ids: Tensor) -> Any:
 
 
 def plain_step(model: nn.Module, ids: Tensor) -> Any:
-    """Forward and backward of eight sequences with the model's own attention."""
-    _backward(model, model(input_ids=ids.expand(8, -1), labels=ids.expand(8, -1)).loss)
+    """Forward and backward of eight sequences (one on a CPU) with the model's own attention."""
+    rows = _trained(ids)
+    _backward(model, model(input_ids=rows, labels=rows).loss)
 
 
 def masked_step(model: nn.Module, ids: Tensor) -> Any:
     """The same and the term at a step with masked runs, of one window, which is a whole row."""
-    rows = ids.expand(8, -1)
+    rows = _trained(ids)
     density = softtrace.DensityLoss(
-        model, crop=None, every=1, share=1 / 8, exits=0, cuda_graph=False
+        model, crop=None, every=1, share=1 / len(rows), exits=0, cuda_graph=False
     )
     loss = model(input_ids=rows, labels=rows).loss
     _backward(model, loss + density(rows).loss)
+
+
+def _trained(ids: Tensor) -> Tensor:
+    return ids.expand(8 if ids.is_cuda else 1, -1)
 
 
 def _backward(model: nn.Module, loss: Tensor) -> None:
@@ -101,6 +122,14 @@ MEASURED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "step with masked runs": masked_step,
 }
 STEPS = ("plain step", "step with masked runs")
+RATIOS = {
+    "evaluate": length_ratios.EVALUATED,
+    "literal": length_ratios.LITERAL,
+    "training": (8, TRAINED),
+}
+"""What is measured once for each model, and the batch ``[B, T]`` that it is measured on."""
+SMALL = (2, 64)  # in place of those, for the tiny model
+ONLY_OF = {"literal": ("tiny", "Llama-3.2-1B")}
 
 
 def build(name: str, device: torch.device, weights: str | None) -> nn.Module:
@@ -118,73 +147,17 @@ def build(name: str, device: torch.device, weights: str | None) -> nn.Module:
     return built
 
 
-class Peak:
-    """The most bytes of tensors during a call, in GiB, beyond what was held before; seconds."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.live = LiveBytes()
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.live.__enter__()
-        self.began = time.perf_counter()
-        return self
-
-    def __exit__(self, *how: Any) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - self.before
-        else:
-            self.live.__exit__(*how)
-            peak = self.live.peak
-        self.seconds = time.perf_counter() - self.began
-        self.gib = peak / 2**30
-
-
-def held_bytes(found: Any, known: set[int] | None = None) -> int:
-    """Bytes of the tensors that a result holds, storages of several once."""
-    known = set() if known is None else known
-    if id(found) in known:
-        return 0
-    known.add(id(found))
-    if isinstance(found, Tensor):
-        storage = found.untyped_storage()
-        address = storage.data_ptr()
-        if address in known:
-            return 0
-        known.add(address)
-        return storage.nbytes()
-    if isinstance(found, tuple | list):
-        return sum(held_bytes(each, known) for each in found)
-    if hasattr(found, "__dict__"):
-        inside = [*vars(found).values()]
-        closure = getattr(getattr(found, "function", None), "__closure__", None) or ()
-        inside += [cell.cell_contents for cell in closure]
-        return sum(held_bytes(each, known) for each in inside)
-    return 0
-
-
 def measured(model: nn.Module, ids: Tensor, what: str, device: torch.device) -> dict[str, Any]:
-    """Seconds and memory of one of :data:`MEASURED`, or that memory ran out."""
-    seconds, peaks, held = [], [], 0
-    try:
-        for _ in range(2 if device.type == "cuda" else 1):
-            found = None
-            with torch.set_grad_enabled(what in STEPS), Peak(device) as peak:
-                found = MEASURED[what](model, ids)
-            seconds.append(peak.seconds)
-            peaks.append(peak.gib)
-            held = held_bytes(found)
-    except torch.OutOfMemoryError:
-        model.zero_grad(set_to_none=True)
-        return {"error": "out of memory"}
+    """Seconds and memory of one of :data:`MEASURED`."""
+    seconds: list[float] = []
+    peaks, held = [], 0
+    while not seconds or (len(seconds) < 3 and sum(seconds) < ENOUGH):
+        found = None
+        with torch.set_grad_enabled(what in STEPS), Peak(device) as peak:
+            found = MEASURED[what](model, ids)
+        seconds.append(peak.seconds)
+        peaks.append(peak.gib)
+        held = held_bytes(found)
     return {
         "seconds": round(min(seconds), 4),
         "peak_gib": round(max(peaks), 6),
@@ -192,31 +165,54 @@ def measured(model: nn.Module, ids: Tensor, what: str, device: torch.device) -> 
     }
 
 
+def ratio(model: nn.Module | None, name: str, what: str, device: torch.device) -> Any:
+    """One of :data:`RATIOS`."""
+    batch = SMALL if name == "tiny" else RATIOS[what]
+    if what == "training":
+        rows = batch[0] // 2 if name == "Llama-3.2-1B" else batch[0]
+        batch = (rows if device.type == "cuda" else 1, batch[1])
+        return length_ratios.trained(MODELS[name], batch, device.type, IN_TURN)
+    assert model is not None
+    if what == "evaluate":
+        return length_ratios.evaluated(model, batch)
+    return length_ratios.literal(model, batch)
+
+
+def over_forward(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """A row's peak, less what the result holds, over that of the model's own forward."""
+    same = ("model", "device", "length")
+    own = [each for each in rows if each["what"] == "forward" and "peak_gib" in each]
+    own = [each for each in own if all(each[key] == row[key] for key in same)]
+    if not own or "peak_gib" not in row:
+        return None
+    return float((row["peak_gib"] - row["held_gib"]) / own[0]["peak_gib"])
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory and seconds over the length, a column for each model and device."""
+    """Memory, seconds, and memory over a forward's, by the length; a column a model and device."""
     from matplotlib.figure import Figure
 
+    drawn: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "peak memory beyond the weights, GiB": lambda row: row.get("peak_gib"),
+        "seconds": lambda row: row.get("seconds"),
+        "peak less result, over a forward's": lambda row: over_forward(row, rows),
+    }
     columns = sorted({(row["model"], row["device"]) for row in rows})
-    figure = Figure(figsize=(5.2 * len(columns), 7), layout="constrained")
-    axes = figure.subplots(2, len(columns), squeeze=False, sharex=True)
+    figure = Figure(figsize=(5.2 * len(columns), 10), layout="constrained")
+    axes = figure.subplots(len(drawn), len(columns), squeeze=False, sharex=True)
     for (model, device), column in zip(columns, axes.T, strict=True):
-        column[0].set_title(f"{model}, {device}", fontsize=9)
-        for key, unit, drawn in zip(
-            ("peak_gib", "seconds"), ("peak memory beyond the weights, GiB", "seconds"), column,
-            strict=True,
-        ):  # fmt: skip
+        own = [row for row in rows if (row["model"], row["device"]) == (model, device)]
+        for (unit, number), plotted in zip(drawn.items(), column, strict=True):
             for what in MEASURED:
-                points = sorted(
-                    (row["length"], row[key])
-                    for row in rows
-                    if (row["model"], row["device"], row["what"]) == (model, device, what)
-                    and row.get(key, 0) > 0
-                )
+                found = [(row["length"], number(row)) for row in own if row["what"] == what]
+                points = sorted((at, value) for at, value in found if value)
                 if points:
-                    drawn.plot(*zip(*points, strict=True), marker="o", label=what)
-            drawn.set(xscale="log", yscale="log", ylabel=unit)
-        column[1].set_xlabel("tokens of the sequence")
-    axes[1, 0].legend(fontsize=7)
+                    plotted.plot(*zip(*points, strict=True), marker="o", label=what)
+            plotted.set(xscale="log", yscale="log", ylabel=unit)
+        column[0].set_title(f"{model}, {device}", fontsize=9)
+        column[-1].set_xlabel("tokens of the sequence")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    axes[1, 0].legend(handles, labels, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -225,9 +221,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M", "Llama-3.2-1B"],
                         choices=sorted(MODELS), help="sizes of the models")  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens")
-    parser.add_argument("--what", nargs="+", default=list(MEASURED), choices=list(MEASURED),
-                        help="what is measured")  # fmt: skip
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART",
+                        help="rows with one of these in their names, which are: "
+                        f"{', '.join([*MEASURED, *RATIOS])}")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds for a row")
     parser.add_argument("--weights", help="folder of SmolLM2-135M's own weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cuda or cpu")  # fmt: skip
@@ -235,8 +234,44 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def wanted(options: argparse.Namespace, name: str) -> list[tuple[int, str]]:
+    """Lengths and names of the rows of a model, short ones first."""
+    found = [
+        (length, what)
+        for length in options.lengths
+        for what in MEASURED
+        if length <= LONGEST.get(what, TRAINED if what in STEPS else length)
+    ]
+    for what, (_, length) in RATIOS.items():
+        if name in ONLY_OF.get(what, MODELS):
+            found.append((SMALL[1] if name == "tiny" else length, what))
+    found.sort(key=lambda row: row[0])
+    return [row for row in found if any(part in row[1] for part in options.only)]
+
+
+def row_of(
+    what: str, length: int, name: str, model: nn.Module | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What is measured for a row, or why it is not."""
+    device = torch.device(options.device)
+
+    def work() -> dict[str, Any]:
+        if what in RATIOS:
+            return ratio(model, name, what, device)
+        assert model is not None
+        return measured(model, random_ids(model, 1, length), what, device)
+
+    found = outcome(work, options.limit)
+    if model is not None:
+        model.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
 def main() -> None:
-    """Measure what is missing, and write it after each measurement."""
+    """Measure what is missing, and write it after each row."""
     options = parse()
     device = torch.device(options.device)
     facts = provenance(device)
@@ -249,25 +284,25 @@ def main() -> None:
     keys = ("model", "device", "length", "what")
     for name in options.models:
         model = None
-        for length in options.lengths:
-            for what in options.what:
-                own = dict(zip(keys, (name, where, length, what), strict=True))
-                known = any(all(row[key] == own[key] for key in keys) for row in rows)
-                if known or (what in STEPS and length > TRAINED):
-                    continue
-                if model is None:
-                    model = build(name, device, options.weights)
-                    softtrace.attach(model)
-                generator = torch.Generator().manual_seed(0)
-                ids = torch.randint(1000, 40_000, (1, length), generator=generator).to(device)
-                own["weights"] = "own" if options.weights and name == "SmolLM2-135M" else "random"
-                own |= measured(model, ids, what, device)
-                own["load"] = round(os.getloadavg()[0], 1)  # neighbours at work make a CPU slow
-                rows.append(own)
-                print(json.dumps(own), flush=True)
-                write_json(options.out, {"rows": rows, **facts})
-        del model
-        gc.collect()
+        for length, what in wanted(options, name):
+            own = dict(zip(keys, (name, where, length, what), strict=True))
+            before = [row for row in rows if all(row[key] == own[key] for key in keys)]
+            # Rows without times are of a GPU that others used too.
+            if before and not options.again and {"seconds", "batch", "error"} & set(before[0]):
+                continue
+            if what == "training":  # builds models of its own
+                model = None
+                gc.collect()
+            elif model is None:
+                model = build(name, device, options.weights)
+                softtrace.attach(model)
+            own["weights"] = "own" if options.weights and name == "SmolLM2-135M" else "random"
+            own |= row_of(what, length, name, model, options)
+            own["load"] = round(os.getloadavg()[0], 1)  # neighbours at work make a CPU slow
+            place = rows.index(before[0]) if before else len(rows)
+            rows[place : place + 1] = [own]
+            print(json.dumps(own), flush=True)
+            write_json(options.out, {"rows": rows, **facts})
     plot(rows, options.out.with_suffix(".png"))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import transformers
 import softtrace
 from recipes.benchmarks.places import RESULTS
 from recipes.benchmarks.speed import sizes
+from recipes.benchmarks.speed.timing import seconds
 from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
@@ -59,25 +59,41 @@ ROWS, LENGTH, PERIOD = 16, 512, 8
 
 
 class Way:
-    """One way to train a model of its own."""
+    """One way to train a model of its own.
 
-    def __init__(self, name: str, options: dict[str, Any] | None, compiled: bool) -> None:
-        stem, numbers = MODELS[name]
+    Args:
+        sizes_of: stem of the classes and sizes, one of :data:`MODELS`.
+        options: of the term; None leaves it out.
+        compiled: whether the model is.
+        batch: rows and tokens of a row.
+        device: "cuda", or "cpu" to see that it works.
+    """
+
+    def __init__(
+        self,
+        sizes_of: tuple[str, dict[str, Any]],
+        options: dict[str, Any] | None,
+        compiled: bool = False,
+        batch: tuple[int, int] = (ROWS, LENGTH),
+        device: str = "cuda",
+    ) -> None:
+        stem, numbers = sizes_of
         config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**numbers)
         torch.manual_seed(0)
-        with torch.device("cuda"):
+        self.device = device
+        with torch.device(device):
             self.model = getattr(transformers, f"{stem}ForCausalLM")(config).train()
         self.density = None if options is None else softtrace.DensityLoss(self.model, **options)
         if compiled:
             self.model.compile()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-5)
         self.number = 0
-        self.ids = torch.randint(1000, 40_000, (ROWS, LENGTH), device="cuda")
+        self.ids = torch.randint(min(40_000, numbers["vocab_size"]), batch, device=device)
 
     def step(self) -> None:
         """One training step."""
         ids = self.ids.roll(self.number)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             if self.density is None:
                 loss = self.model(input_ids=ids, labels=ids).loss
             else:
@@ -91,12 +107,7 @@ class Way:
 
     def period(self) -> float:
         """Mean seconds of a period's steps."""
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(PERIOD):
-            self.step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began) / PERIOD
+        return seconds(lambda: [self.step() for _ in range(PERIOD)]) / PERIOD
 
 
 def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        built[way] = Way(name, WAYS[way], compiled)
+        built[way] = Way(MODELS[name], WAYS[way], compiled)
         began = time.perf_counter()
         for _ in range(3):  # of the captured ones: until their graph is there
             built[way].period()
@@ -115,16 +126,16 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
         torch.cuda.reset_peak_memory_stats()
         built[way].period()
         memory[way] = torch.cuda.max_memory_allocated() - before
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, each in built.items():
             each.step()  # in training a step follows one of the same model
-            seconds[way].append(each.period())
-    plain = seconds["plain"]
+            taken[way].append(each.period())
+    plain = taken["plain"]
     return {
         way: {
-            "time": quartiles([a / b for a, b in zip(seconds[way], plain, strict=True)]),
-            "seconds": quartiles(seconds[way]),
+            "time": quartiles([a / b for a, b in zip(taken[way], plain, strict=True)]),
+            "seconds": quartiles(taken[way]),
             "seconds of the first steps": first[way],
             "memory": memory[way] / memory["plain"],
             "rounds": rounds,
@@ -136,7 +147,7 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
 def gradient_error(name: str) -> dict[str, float]:
     """Largest relative differences of a replayed term from the same term run as it is, float32."""
     options: dict[str, Any] = {"preset": "sparse", "every": 1, "share": 0.15}
-    way = Way(name, options, compiled=False)
+    way = Way(MODELS[name], options)
     assert way.density is not None
     weights = [each for each in way.model.parameters() if each.requires_grad]
 

@@ -12,11 +12,17 @@ import torch
 
 def seconds(function: Callable[[], Any]) -> float:
     """Wall-clock time of one call, an accelerator's queue included."""
+    settle()
     began = time.perf_counter()
     function()
+    settle()
+    return time.perf_counter() - began
+
+
+def settle() -> None:
+    """Wait until an accelerator has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

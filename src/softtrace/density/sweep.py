@@ -205,12 +205,8 @@ def curve_of(
         if ran is not None:
             ran()
     if composition:
-        everything = scores.existing()
-        if isinstance(everything[0], RowwiseEdges):
-            counts = _at_places(traces_at(everything, places)[0], places, measured)
-        else:
-            counts = edge_counts(everything) * measured[..., None, None]
-        compositions.append(by_quartile(counts))
+        counts = edge_counts(scores.existing(), places)
+        compositions.append(by_quartile(_at_places(counts, places, measured)))
     if nucleus:
         nuclei.append(torch.ones_like(nuclei[-1]))
     if reader is not None:
@@ -238,13 +234,13 @@ def _places(measured: Tensor) -> Tensor:
 
 def _at_places(values: Tensor, places: Tensor | None, measured: Tensor) -> Tensor:
     """``[B, n, ...]`` of places at ``[B, T, ...]``, 0 where nothing is measured."""
+    there = measured.reshape(*measured.shape, *(1 for _ in values.shape[2:]))
     if places is None:
-        return values
+        return values * there
     found = values.new_zeros(*measured.shape, *values.shape[2:])
     rows = torch.arange(len(places), device=places.device)[:, None]
     found[rows, places] = values
-    found[~measured] = 0
-    return found
+    return found * there
 
 
 def _counted(
@@ -270,8 +266,8 @@ def _counted(
         return
     for tau in grid:
         own = hard_masks(scores, tau)
-        if places is None or not narrowed:  # of all places at once it is faster
-            yield edge_counts(own) * measured[..., None, None], own
+        if places is None or not narrowed:
+            yield _at_places(edge_counts(own, places), places, measured), own
         else:
             counts, needed = traces_at(own, places)
             yield _at_places(counts, places, measured), needed

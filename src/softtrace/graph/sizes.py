@@ -12,7 +12,7 @@ from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.rowwise_sizes import from_outputs, products, traces_at
 
 
-def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
+def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Tensor:
     """How many masked edges of each layer and kind reach the output node of every position.
 
     One backward sweep (identity 4): a ``[T_out, T]`` reachability is propagated through the edges,
@@ -22,19 +22,20 @@ def edge_counts(masks: Sequence[LayerEdges]) -> Tensor:
 
     Args:
         masks: per layer, bool or floating ``[B, H, T, S]`` and ``[B, T]``; 0 at absent edges.
+        places: ``[B, n]`` int64, positions; the result is then ``[B, n, L, 4]``. None for all.
 
     Returns:
         ``[B, T, L, 4]`` edges by layer and kind (order of
         :data:`softtrace.graph.edges.EDGE_KINDS`); for bool masks in float64.
     """
     if isinstance(masks[0], RowwiseEdges):
-        return traces_at(masks)[0]
+        return traces_at(masks, places)[0]
     first = masks[0].attention
     soft = first.is_floating_point()
     batch, heads, length, _ = first.shape
     dtype = first.dtype if soft else torch.float32
     wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
-    reach = torch.eye(length, dtype=dtype, device=first.device).expand(batch, -1, -1)
+    reach = from_outputs(batch, length, places, first.device).to(dtype)
     # On a GPU each operation is a launch: several layers at once, fewer where they are large.
     together = max(1, chunk_elements(first.device) // (batch * length**2))
     counted: list[Tensor] = []
