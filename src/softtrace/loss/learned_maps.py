@@ -59,6 +59,7 @@ class LearnedMaps:
         Batches that are accumulated into one step are read through the same maps.
         """
         if step != self._step and any(each.grad is not None for each in self.maps.parameters()):
+            self._move(next(self.maps.parameters()).device)  # as averages do not
             self._optimiser.step()
             self._optimiser.zero_grad()
         self._step = step
