@@ -30,7 +30,9 @@ def fused(
         backend: of ``torch.compile``.
     """
     given = list(inputs)
-    traced = make_fx(run)(given)
+    # A compiled model that runs as it is written, as in runs of ours, refuses to be traced.
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        traced = make_fx(run)(given)
     compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
 
     def call() -> Any:
