@@ -145,7 +145,7 @@ class OtherExits(MoreExits):
         return exit_distance(*args)
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        with patch("softtrace.loss.density_loss.exit_distance", self.distances):
+        with patch("softtrace.loss.exit_term.exit_distance", self.distances):
             return super().term(ids, step, task)
 
 

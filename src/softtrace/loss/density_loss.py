@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.graph.batch import Batch, check_finite
+from softtrace.graph.batch import Batch
 from softtrace.graph.importance import working_dtype
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams
 from softtrace.loss.draws import draw, draw_exits
-from softtrace.loss.early_exits import Watched, easiest, exit_distance, watching
+from softtrace.loss.early_exits import Watched, watching
+from softtrace.loss.exit_term import ExitDistance, ExitTerm
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
@@ -100,6 +101,7 @@ class DensityLoss:
             instrument = attach(model)
             if self.options.exit_map:
                 self.exit_maps = _learned_maps(instrument, self.options)
+        self._exit_term = ExitTerm(self.exit_maps)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
         """The options as they are on a device, and for a model that is sharded."""
@@ -210,7 +212,7 @@ class DensityLoss:
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         watched = self._watched if watched is None else watched
-        distance = None
+        exits = None
         try:
             if strength == weight == 0 and self.exit_maps is None:
                 return DensityTerm.of_no_run(device)
@@ -223,34 +225,36 @@ class DensityLoss:
             # First what reads nothing from the device, which may still be busy with the forward.
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
-            exits = self._exits(instrument, watched, batch, drawn_by, bool(weight))
+            exits = self._exits(instrument, watched, batch, drawn_by, options, bool(weight))
             if not together:
                 instrument.check(batch)
             term = DensityTerm.of_no_run(device)
             if together or bool(batch.counted.any()):
                 with agreed(together):
-                    distance = None if exits is None else _mean_distance(*exits)
+                    if exits is not None:
+                        exits.check()
                 if strength:
                     term = self._density(instrument, batch, drawn_by, options, strength)
-                if distance is not None:
-                    loss = term.loss + weight * distance if weight else term.loss
-                    term = replace(term, loss=loss, exit_distance=distance.detach())
+                if exits is not None:
+                    loss = term.loss + weight * exits.mean if weight else term.loss
+                    term = replace(term, loss=loss, exit_distance=exits.mean.detach())
                 if term.strength and term.skipped is None and not term.loss.requires_grad:
                     self._say_without_gradient()
             else:
-                term = DensityTerm.of_no_run(device, strength, _NO_TARGET)
+                term, exits = DensityTerm.of_no_run(device, strength, _NO_TARGET), None
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             if self.options.on_nonfinite == "raise":
                 raise NonFiniteError(named) from error
             self._warn_of_skip(named)
-            term, distance = DensityTerm.of_no_run(device, strength, named), None
+            term, exits = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
             if self._streams is not None:  # our own runs pass by its hooks too
                 self._streams.clear()
         if self.exit_maps is not None:  # in every process, whatever its batch was
-            self.exit_maps.collect(distance)
+            given = (None, None) if exits is None else (exits.mean, exits.map_gradient)
+            self.exit_maps.collect(*given)
         return term
 
     def _say_once(self, what: str) -> None:
@@ -338,14 +342,14 @@ class DensityLoss:
         watched: Watched,
         batch: Batch,
         step: tuple[int, int],
+        options: DensityOptions,
         learned: bool,
-    ) -> tuple[Tensor, Tensor] | None:
-        """``[n]`` distances of exits in the last watched forward of this batch, and which count.
+    ) -> ExitDistance | None:
+        """Distance of exits in the last watched forward of this batch.
 
         None without a forward, or where neither the model learns of exits (``learned``) nor a map.
         """
-        options, anatomy = self.options, instrument.anatomy
-        layers = len(anatomy.layers)
+        layers = len(instrument.anatomy.layers)
         if layers < 2 or not (learned or self.exit_maps):
             return None
         seen = watched.last_of(batch.counted.shape, layers)
@@ -363,14 +367,7 @@ class DensityLoss:
             share=options.exit_tokens,
             bounds=options.exit_bounds(layers),
         )
-        if (share := options.exit_quantile) < 1:
-            drawn = easiest(seen, anatomy.readout, drawn, batch.targets, options.easiness, share)
-
-        def read(hidden: Tensor, depth: int) -> Tensor:
-            own = hidden if learned else hidden.detach()
-            return own if self.exit_maps is None else self.exit_maps.read(own, depth)
-
-        return exit_distance(seen, anatomy.readout, drawn, read), drawn.used
+        return self._exit_term(instrument, seen, drawn, batch.targets, options, learned)
 
 
 def _learned_maps(instrument: Instrument, options: DensityOptions) -> LearnedMaps | None:
@@ -382,11 +379,6 @@ def _learned_maps(instrument: Instrument, options: DensityOptions) -> LearnedMap
     read = instrument.anatomy.output_weight(0)
     depths = range(low, high + 1)
     return LearnedMaps(instrument.model, depths, read.shape[-1], working_dtype(read.dtype))
-
-
-def _mean_distance(distances: Tensor, used: Tensor) -> Tensor:
-    check_finite(distances.detach(), "distances of early exits", used)
-    return torch.where(used, distances, 0.0).sum() / used.sum().clamp_min(1)
 
 
 def _rank() -> int:

@@ -128,7 +128,7 @@ def exit_distance(
     """
     by_depth = torch.split(drawn.places, drawn.depths.bincount().tolist())
     streams = [
-        read(_rows(seen.streams[depth], chosen), depth)
+        read(rows(seen.streams[depth], chosen), depth)
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
@@ -164,18 +164,19 @@ def easiest(
     scores = torch.cat(ranked)
     usable = drawn.used & (scores < torch.inf)  # of a callable: infinite where never easy
     scores, first = torch.where(usable, scores, torch.inf), 0
-    kept, depths, used = [], [], []
+    kept, used = [], []
+    depths: list[int] = []
     for depth, count in enumerate(drawn.depths.bincount().tolist()):
         if count:
             group, most = slice(first, first + count), math.ceil(share * count)
             found = scores[group].topk(most, largest=False)
             wanted = share * usable[group].sum()  # no more than there are, so that all are usable
             kept.append(first + found.indices)
-            depths.append(torch.full((most,), depth, device="cpu"))
+            depths += [depth] * most
             used.append(_numbers(found.values) < wanted)
             first += count
     places = drawn.places.index_select(0, torch.cat(kept))
-    return ExitDraw(places, torch.cat(depths), torch.cat(used))
+    return ExitDraw(places, torch.tensor(depths, device="cpu"), torch.cat(used))
 
 
 def _numbers(values: Tensor) -> Tensor:
@@ -188,11 +189,11 @@ def _full(seen: Seen, readout: Readout, places: Tensor) -> Tensor:
         raise ValueError("a forward that has not ended")
     with torch.no_grad():
         if seen.logits is None:
-            return readout.early(_rows(seen.last, places))
-        return _rows(seen.logits.detach(), places)
+            return readout.early(rows(seen.last, places))
+        return rows(seen.logits.detach(), places)
 
 
-def _rows(values: Tensor, places: Tensor) -> Tensor:
+def rows(values: Tensor, places: Tensor) -> Tensor:
     """``[n, X]`` of ``[B, T, X]``, on the device of the places: layers may be on others."""
     # index_select: the backward pass of indexing with a tensor sorts, this one adds
     return values.flatten(0, 1).index_select(0, places.to(values.device)).to(places.device)

@@ -48,8 +48,8 @@ class LearnedMaps:
         """
         name = name_of(depth)
         if name not in self._copies:
-            self._move(hidden.device)
-            self._copies[name] = self.maps.weights[name].detach().clone().requires_grad_()
+            own = self.on(hidden.device).weights[name]
+            self._copies[name] = own.detach().clone().requires_grad_()
         read: Tensor = self.maps(hidden, depth, self._copies[name])
         return read
 
@@ -59,43 +59,47 @@ class LearnedMaps:
         Batches that are accumulated into one step are read through the same maps.
         """
         if step != self._step and any(each.grad is not None for each in self.maps.parameters()):
-            self._move(next(self.maps.parameters()).device)  # as averages do not
+            self.on(next(self.maps.parameters()).device)  # as averages do not
             self._optimiser.step()
             self._optimiser.zero_grad()
         self._step = step
 
-    def collect(self, distance: Tensor | None) -> None:
+    def collect(self, distance: Tensor | None, gradient: Tensor | None = None) -> None:
         """Add a batch's gradients of the maps, over all processes, which all have to call.
 
         Args:
             distance: mean distance of the batch's exits with a graph, which is kept; None where
                 there is none in this process.
+            gradient: by the only map, where it is there already.
         """
         copies, self._copies = self._copies, {}
         together = distributed.is_available() and distributed.is_initialized()
         if distance is None and not together:
             return
         found: dict[str, Tensor] = {}
-        if distance is not None and copies:
+        if gradient is not None:
+            found = dict.fromkeys(self.maps.weights, gradient)
+        elif distance is not None and copies:
             gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
             found = dict(zip(copies, gradients, strict=True))
         for name, own in self.maps.weights.items():
             read = found.get(name)
-            gradient = torch.zeros_like(own) if read is None else read.to(own)
+            added = torch.zeros_like(own) if read is None else read.to(own)
             if together:
-                distributed.all_reduce(gradient)
+                distributed.all_reduce(added)
             # Nothing is read from the device: what is not finite counts as nothing.
-            gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-            own.grad = gradient if own.grad is None else own.grad + gradient
+            added = added.nan_to_num(0.0, 0.0, 0.0)
+            own.grad = added if own.grad is None else own.grad + added
 
-    def _move(self, device: torch.device) -> None:
-        """To where the model is by now."""
+    def on(self, device: torch.device) -> ExitMaps:
+        """The maps, moved with all that learns them to where the model is by now."""
         states = self._optimiser.state.values()
         averages = [value for state in states for key, value in state.items() if key != "step"]
         if any(each.device != device for each in (*self.maps.parameters(), *averages)):
             kept = self.state()
             self.maps.to(device)
             self.load(kept)
+        return self.maps
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed training starts from, on the CPU; alike in all processes."""

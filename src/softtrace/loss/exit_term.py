@@ -1,0 +1,242 @@
+"""The distance of early exits in a watched forward, on a GPU captured with its backward pass.
+
+From the streams of the tokens that were drawn, everything that follows has the same shape at every
+step: which of them are easy, their exits, the distance and its gradients. So a GPU replays it by
+one call, and gradients by the exits' map are there with the others. Exits after a random number of
+layers have other shapes at every step and are launched one operation at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softtrace.errors import NonFiniteError
+from softtrace.loss.cuda_graphs import (
+    Captured,
+    CudaGraphs,
+    capturable,
+    shared_weights,
+    state_of,
+    with_weights,
+)
+from softtrace.loss.draws import ExitDraw
+from softtrace.loss.early_exits import Seen, easiest, exit_distance, rows
+from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.learned_maps import LearnedMaps
+from softtrace.loss.options import DensityOptions
+from softtrace.model.exit_maps import ExitMaps
+from softtrace.model.state import dropout_off, uncompiled
+from softtrace.tracing.instrument import Instrument
+
+
+class ExitDistance(NamedTuple):
+    """What the exits of a batch gave.
+
+    Attributes:
+        mean: distance of those that are used, nats, a scalar with a graph.
+        finite: bool scalar, whether all of these distances were.
+        map_gradient: by the map of the one exit, where it is there already; else None.
+    """
+
+    mean: Tensor
+    finite: Tensor
+    map_gradient: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise :class:`NonFiniteError` if a distance is NaN or infinite."""
+        if not bool(self.finite):
+            raise NonFiniteError(
+                "distances of early exits are NaN or infinite. Lower the learning rate, clip "
+                "gradients, or train in bfloat16 or float32 instead of float16."
+            )
+
+
+class ExitTerm:
+    """Reads the exits of one model.
+
+    Args:
+        maps: that its exits are read through; None for none.
+    """
+
+    def __init__(self, maps: LearnedMaps | None) -> None:
+        self.maps = maps
+        self.graphs = CudaGraphs("early exits", "With cuda_graph=False no capture is tried.")
+
+    def __call__(
+        self,
+        instrument: Instrument,
+        seen: Seen,
+        drawn: ExitDraw,
+        targets: Tensor,
+        options: DensityOptions,
+        learned: bool,
+    ) -> ExitDistance:
+        """The mean distance of the exits of the easiest tokens among those that were drawn.
+
+        Args:
+            instrument: of the model.
+            seen: a forward that ended.
+            drawn: ``n`` tokens.
+            targets: ``[B, T]``, what follows each token.
+            options: of the term.
+            learned: whether the model learns from it too, not the map alone.
+        """
+        lowest, highest = options.exit_bounds(len(instrument.anatomy.layers))
+        if lowest == highest and options.cuda_graph and capturable(drawn.places):
+            chosen = _Chosen.of(seen, drawn, targets, lowest)
+            graph = self._graph(instrument, chosen, options)
+            if graph is not None:
+                return self._replayed(graph, instrument, chosen, learned)
+            # As it is captured, so that a resumed run, which captures anew, computes the same.
+            seen, drawn, targets = chosen.seen(), chosen.drawn(), chosen.targets[None]
+
+        def read(hidden: Tensor, depth: int) -> Tensor:
+            own = hidden if learned else hidden.detach()
+            return own if self.maps is None else self.maps.read(own, depth)
+
+        return exit_mean(instrument, seen, drawn, targets, options, read)
+
+    def _graph(
+        self, instrument: Instrument, chosen: _Chosen, options: DensityOptions
+    ) -> Captured | None:
+        if self.graphs.refused:
+            return None
+        maps = None if self.maps is None else self.maps.on(chosen.early.device)
+        weight = None if maps is None else maps.weight(chosen.depth)
+
+        def capture() -> Captured:
+            own = chosen.copy()
+            run = exits_and_gradients(instrument, own, maps, options)
+            return Captured(run, own.tensors(), numbers=3)
+
+        shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
+        read_in_place = None if weight is None else weight.data_ptr()
+        key = shape, read_in_place, state_of(instrument.model), repr(options)
+        return self.graphs.of(key, capture)
+
+    @staticmethod
+    def _replayed(
+        graph: Captured, instrument: Instrument, chosen: _Chosen, learned: bool
+    ) -> ExitDistance:
+        trained = [each for each in instrument.model.parameters() if each.requires_grad]
+        found = ExitDistance(*graph.replay(chosen.tensors(), [chosen.early, *trained]))
+        return found if learned else found._replace(mean=found.mean.detach())
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is read of ``n`` tokens whose exits all come after the same number of layers.
+
+    Attributes:
+        early: ``[n, d_model]``, the stream there.
+        last: ``[n, d_model]``, the stream that the final norm reads.
+        targets: ``[n]``, what follows.
+        used: ``[n]`` bool, which of them take part.
+        depth: the number of layers.
+    """
+
+    early: Tensor
+    last: Tensor
+    targets: Tensor
+    used: Tensor
+    depth: int
+
+    @classmethod
+    def of(cls, seen: Seen, drawn: ExitDraw, targets: Tensor, depth: int) -> _Chosen:
+        assert seen.last is not None
+        following = targets.flatten().index_select(0, drawn.places)
+        last = rows(seen.last.detach(), drawn.places)
+        return cls(rows(seen.streams[depth], drawn.places), last, following, drawn.used, depth)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.early, self.last, self.targets, self.used]
+
+    def copy(self) -> _Chosen:
+        early, last, targets, used = (each.detach().clone() for each in self.tensors())
+        return _Chosen(early, last, targets, used, self.depth)
+
+    def seen(self) -> Seen:
+        """As a forward of one row."""
+        return Seen([self.early[None]] * (self.depth + 1), self.last[None], ended=True)
+
+    def drawn(self) -> ExitDraw:
+        """All of them."""
+        count = len(self.early)
+        depths = torch.full((count,), self.depth, device="cpu")
+        return ExitDraw(torch.arange(count, device=self.early.device), depths, self.used)
+
+
+def exit_mean(
+    instrument: Instrument,
+    seen: Seen,
+    drawn: ExitDraw,
+    targets: Tensor,
+    options: DensityOptions,
+    read: Callable[[Tensor, int], Tensor],
+) -> ExitDistance:
+    """See :class:`ExitTerm`; ``read`` is that of :func:`exit_distance`."""
+    readout, share = instrument.anatomy.readout, options.exit_quantile
+    if share < 1:
+        drawn = easiest(seen, readout, drawn, targets, options.easiness, share)
+    distances = exit_distance(seen, readout, drawn, read)
+    counted = torch.where(drawn.used, distances, 0.0)
+    finite = counted.detach().isfinite().all()
+    return ExitDistance(counted.sum() / drawn.used.sum().clamp_min(1), finite)
+
+
+def exits_and_gradients(
+    instrument: Instrument,
+    chosen: _Chosen,
+    maps: ExitMaps | None,
+    options: DensityOptions,
+    backend: str = "inductor",
+) -> Callable[[], Tensors]:
+    """Exits after one number of layers and their backward pass, to be called again and again.
+
+    Args:
+        instrument: of the model, whose weights are read where they lie.
+        chosen: tokens, whose tensors may change between calls.
+        maps: that exits are read through, likewise; None for none.
+        options: of the term.
+        backend: of ``torch.compile``, with ``options.fuse``.
+
+    Returns:
+        A function that gives what is in :class:`ExitDistance`, and then gradients by the early
+        stream and by every weight that is trained, None where there is none.
+    """
+    model = instrument.model
+    weights = [each.detach() for each in model.parameters()]
+    weight = None if maps is None else maps.weight(chosen.depth)
+    drawn = chosen.drawn()  # here, for numbers of layers cannot be read from what is traced
+
+    def run(given: Sequence[Tensor]) -> Tensors:
+        shared = shared_weights(model, given[: len(weights)])
+        early, last, targets, used, *own_map = (each.detach() for each in given[len(weights) :])
+        leaves = [each.requires_grad_() for each in (*own_map, early)]
+        own = replace(chosen, early=early, last=last, targets=targets, used=used)
+
+        def read(hidden: Tensor, depth: int) -> Tensor:
+            return hidden if maps is None else maps(hidden, depth, *own_map)
+
+        found = with_weights(
+            model,
+            shared,
+            lambda: exit_mean(
+                instrument, own.seen(), replace(drawn, used=used), targets[None], options, read
+            ),
+        )
+        trained = [each for each in shared.values() if each.requires_grad]
+        by_map, *gradients = torch.autograd.grad(found.mean, [*leaves, *trained], allow_unused=True)
+        numbers = [found.mean.detach(), found.finite]
+        return [*numbers, by_map, *gradients] if own_map else [*numbers, None, by_map, *gradients]
+
+    inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
+    if not options.fuse:
+        return lambda: run(inputs)
+    with dropout_off(model), uncompiled(model):
+        return fused(run, inputs, backend)
