@@ -45,6 +45,7 @@ class Captured:
 
     def __init__(self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int) -> None:
         self._inputs = inputs
+        self._run = run  # holds what the graph reads beside its inputs
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
