@@ -42,9 +42,11 @@ class CapturedTerms:
             NonFiniteError: logits are not finite.
         """
         there = options.cuda_graph and capturable(windows.batch.input_ids)
+        model = instrument.model
+        as_written = dropout_off(model), uncompiled(model)  # once: switching takes longer than runs
         if not there or self.graphs.refused:
-            return masked_term(instrument, windows, options)
-        trained = [each for each in instrument.model.parameters() if each.requires_grad]
+            with as_written[0], as_written[1]:
+                return masked_term(instrument, windows, options)
 
         def capture() -> Captured:
             own = _copy(windows)
@@ -53,12 +55,13 @@ class CapturedTerms:
 
         known = self.graphs.of(_key(instrument, windows, options), capture)
         if known is not None:
+            trained = [each for each in model.parameters() if each.requires_grad]
             found: MaskedTerm | None = MaskedTerm(*known.replay(_tensors(windows), trained))
-        elif self.graphs.refused:
-            return masked_term(instrument, windows, options)
         else:
             # As it is captured, so that a resumed run, which captures anew, computes the same.
-            found = masked_term(instrument, windows, options, static=True)
+            with as_written[0], as_written[1]:
+                static = not self.graphs.refused
+                found = masked_term(instrument, windows, options, static=static)
         if found is not None:
             found.check()
         return found
@@ -67,7 +70,7 @@ class CapturedTerms:
 def _key(instrument: Instrument, windows: Windows, options: DensityOptions) -> Hashable:
     batch = windows.batch
     shape = tuple(batch.input_ids.shape), batch.positions is None, batch.packed
-    return shape, state_of(instrument.model), repr(options)
+    return shape, state_of((instrument.model, *instrument.parts)), repr(options)
 
 
 def term_and_gradients(
@@ -104,10 +107,7 @@ def term_and_gradients(
         return [*(None if each is None else each.detach() for each in found), *gradients]
 
     inputs = [*weights, *_tensors(windows)]
-    if not options.fuse:
-        return lambda: run(inputs)
-    with dropout_off(model), uncompiled(model):
-        return fused(run, inputs, backend)
+    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)
 
 
 def _copy(windows: Windows) -> Windows:

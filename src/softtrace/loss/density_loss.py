@@ -300,15 +300,14 @@ class DensityLoss:
     ) -> DensityTerm:
         """The term without exits."""
         device = batch.valid.device
-        # Once for all runs: switching modules takes longer than asking.
-        with dropout_off(instrument.model), uncompiled(instrument.model):
-            windows = self._windows(instrument, batch, step, options)
-            if is_sharded(instrument.model):
+        windows = self._windows(instrument, batch, step, options)
+        if is_sharded(instrument.model):
+            with dropout_off(instrument.model), uncompiled(instrument.model):
                 return together_term(instrument, windows, options, strength)
-            if windows is None:
-                why = "no token of the windows has a target"
-                return DensityTerm.of_no_run(device, strength, why)
-            found = self._captured(instrument, windows, options)
+        if windows is None:
+            why = "no token of the windows has a target"
+            return DensityTerm.of_no_run(device, strength, why)
+        found = self._captured(instrument, windows, options)
         if found is None:
             return DensityTerm.of_no_run(
                 device, strength, "no token of the windows has a finite easiness"

@@ -30,7 +30,6 @@ from softtrace.loss.fused import Tensors, fused
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.model.exit_maps import ExitMaps
-from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.instrument import Instrument
 
 
@@ -116,7 +115,7 @@ class ExitTerm:
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
-        key = shape, read_in_place, state_of(instrument.model), repr(options)
+        key = shape, read_in_place, state_of((instrument.model, *instrument.parts)), repr(options)
         return self.graphs.of(key, capture)
 
     @staticmethod
@@ -236,7 +235,4 @@ def exits_and_gradients(
         return [*numbers, by_map, *gradients] if own_map else [*numbers, None, by_map, *gradients]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
-    if not options.fuse:
-        return lambda: run(inputs)
-    with dropout_off(model), uncompiled(model):
-        return fused(run, inputs, backend)
+    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from softtrace.model.state import all_modules
 
@@ -34,7 +34,9 @@ def is_unit(module: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a unit is anywhere in the model."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in all_modules(model))
+    if fsdp is None or not distributed.is_initialized():  # which every step asks first
+        return False
+    return any(isinstance(module, fsdp.FSDPModule) for module in all_modules(model))
 
 
 def note_units(model: nn.Module) -> None:

@@ -29,14 +29,14 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
     Each module's own train/eval flag is put back, not one flag for all.
     """
-    training = [module for module in all_modules(model) if module.training]
-    for module in training:
-        module.training = False
+    training = [vars(module) for module in all_modules(model) if module.training]
+    for flags in training:  # a module's own assignment looks for parameters first: 10 times slower
+        flags["training"] = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for flags in training:
+            flags["training"] = True
 
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
