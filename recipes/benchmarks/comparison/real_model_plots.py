@@ -30,7 +30,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     table = [row for row in table if row["steps"] >= LEAST]
     kinds = sorted({_kind(row) for row in table}, reverse=True)
     methods = sorted({row["method"] for row in table}, key=lambda name: (name != "plain", name))
-    colours = dict(zip(methods, mpl.colormaps["tab10"].colors, strict=False))
+    colours = dict(zip(methods, mpl.colormaps["tab20"].colors, strict=False))
     figure = Figure(figsize=(4 * len(MEASURES), 3.6 * len(kinds) + 0.6), layout="constrained")
     panels = figure.subplots(len(kinds), len(MEASURES), squeeze=False)
     for line, kind in zip(panels, kinds, strict=True):

@@ -109,12 +109,59 @@ def real_side_effects() -> str:
     return "\n".join(lines)
 
 
+def real_tasks() -> str:
+    """Tasks made of held-out text: share right after plain fine-tuning, and with the term."""
+    names = ("cloze", "completion", "chat")
+    lines = [f"| right, plain / with the term | {' | '.join(names)} |", "|---" * 4 + "|"]
+    for key, rows in _tables(lambda row: bool(row["tasks"])).items():
+        for row in (row for row in rows if row["method"] != "plain"):
+            cells = []
+            for name in names:
+                cell = "none"
+                if name in row["tasks"]:
+                    right, over = (row["tasks"][name][each] for each in ("right", "over plain"))
+                    plain = 100 * (right["mean"] - over["mean"])
+                    low, high = (100 * over[end] for end in ("min", "max"))
+                    cell = f"{plain:.1f} / {100 * right['mean']:.1f} % ({low:+.1f} to {high:+.1f})"
+                cells.append(cell)
+            seeds = f"{row['seeds']} seed" + "s" * (row["seeds"] > 1)
+            lines.append(f"| {_title(*key)}: {row['method']}, {seeds} | {' | '.join(cells)} |")
+    script = ("comparison/real_tasks.py", "results/on_real_models.json")
+    return "\n".join([
+        *lines,
+        "",
+        "Answers that greedy decoding gives whole: words of the passage that come back (cloze), "
+        "second halves of lines of code (completion), the end of an answer in the chat's format "
+        "(chat, where the tokenizer has a template; only the model that was trained on chats knows "
+        "this one). In brackets the smallest and the largest difference of a paired seed, in "
+        f"points {sources(CARD, *script)}.",
+    ])  # fmt: skip
+
+
+def _kinds(found: dict[str, Any]) -> list[str]:
+    """Kinds of a model whose steps were measured."""
+    return [kind for kind in found if not kind.startswith("replay")]
+
+
+def replays() -> str:
+    """What fusing is worth to a replay."""
+    said = [
+        f"At the size of {model} a replay of the {part} takes {fused[part]:.1f} ms instead of "
+        f"{as_it_is[part]:.1f}."
+        for model, found in read("steps.json")["models"].items()
+        if "replays, milliseconds" in found
+        for as_it_is, fused in [found["replays, milliseconds"].values()]
+        for part in fused
+    ]
+    return " ".join([*said, f"{sources(CARD, 'speed/steps.py', 'results/steps.json')}"])
+
+
 def steps() -> str:
     """What a step costs at the sizes of real models."""
     result = read("steps.json")
     lines = ["| random weights of the size of | step | time | memory |", "|---|---|---|---|"]
     for model, found in result["models"].items():
-        for kind in (kind for kind in found if not kind.startswith("replayed")):
+        for kind in _kinds(found):
             for way, row in found[kind].items():
                 time = row["time"]
                 lines.append(
@@ -124,8 +171,7 @@ def steps() -> str:
     turns = [
         row["rounds"]
         for found in result["models"].values()
-        for kind in found
-        if not kind.startswith("replayed")
+        for kind in _kinds(found)
         for row in found[kind].values()
     ]
     errors = [found["replayed, float32"] for found in result["models"].values()]

@@ -34,6 +34,8 @@ from recipes.benchmarks.pages.real_models import (
     on_real_models,
     presets,
     real_side_effects,
+    real_tasks,
+    replays,
     steps,
 )
 from recipes.benchmarks.pages.sources import CARD, LOG, link, read, sources
@@ -284,6 +286,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "sensitivity": sensitivity,
         "on_real_models": on_real_models,
         "real_side_effects": real_side_effects,
+        "real_tasks": real_tasks,
+        "replays": replays,
         "steps": steps,
         "thresholds": thresholds,
         "exactness": exactness,

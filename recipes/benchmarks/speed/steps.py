@@ -51,12 +51,16 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     **{preset: {"preset": preset} for preset in PRESETS},
     **{f"{preset}, fused": {"preset": preset, "fuse": True} for preset in ("balanced", "sparse")},
-    "balanced, not fused": {"preset": "balanced", "fuse": False},
+    **{
+        f"{preset}, not fused": {"preset": preset, "fuse": False}
+        for preset in ("balanced", "sparse")
+    },
     "balanced, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
     "balanced, every 8th, share 0.3": {"every": 8, "share": 0.3},
     "exits alone": {"every": 1_000_000},
 }
 ROWS, LENGTH, PERIOD = 16, 512, 8
+REPLAYS = "replays, milliseconds"
 
 
 class Way:
@@ -145,6 +149,26 @@ def measured(name: str, ways: list[str], rounds: int, compiled: bool) -> dict[st
     }
 
 
+def replays(name: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of one replay: of the masked runs' graph and of the exits', fused and not."""
+    found: dict[str, dict[str, float]] = {}
+    for fuse in (False, True):
+        options = {"preset": "balanced", "every": 1, "share": 0.15, "fuse": fuse}
+        way = Way(MODELS[name], options)
+        assert way.density is not None
+        for _ in range(4):
+            way.step()
+        parts = {"masked runs": way.density._captured, "exits": way.density._exit_term}
+        found["fused" if fuse else "as it is"] = {
+            part: 1e3 * seconds(lambda g=graph: [g._graph.replay() for _ in range(10)]) / 10  # type: ignore[misc]
+            for part, term in parts.items()
+            for graph in term.graphs.known.values()
+        }
+        del way, parts
+        torch.cuda.empty_cache()
+    return found
+
+
 def gradient_error(name: str) -> dict[str, float]:
     """Largest relative differences of a replayed term from the same term run as it is, float32."""
     options: dict[str, Any] = {"preset": "sparse", "every": 1, "share": 0.15}
@@ -184,7 +208,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--kinds", nargs="*", default=["eager", "compiled"], help="of a model")
+    parser.add_argument("--kinds", nargs="*", default=["eager", "compiled", REPLAYS],
+                        help="of a model, and what replays take")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS / "steps.json")
     args = parser.parse_args()
     ways = ["plain", *(way for way in args.ways if way != "plain")]
@@ -195,6 +220,9 @@ def main() -> None:
         found.setdefault(name, {})["replayed, float32"] = gradient_error(name)
         print(name, found[name]["replayed, float32"], flush=True)
         for kind in args.kinds:
+            if kind == REPLAYS:
+                found[name][REPLAYS] = replays(name)
+                continue
             found[name][kind] = measured(name, ways, args.rounds, kind == "compiled")
             gc.collect()
             torch.cuda.empty_cache()
