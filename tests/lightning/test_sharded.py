@@ -1,4 +1,4 @@
-"""Lightning's ModelParallelStrategy: a fit in parts, its checkpoints, and ``softtrace fit``."""
+"""Lightning's ModelParallelStrategy and FSDPStrategy: a fit in parts, checkpoints, and ``fit``."""
 
 from __future__ import annotations
 
@@ -59,12 +59,13 @@ def by_hand(world: int) -> nn.Module:
 
 
 @pytest.mark.thorough
-def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
-    after, whole = fit_in_parts(tmp_path, 2), by_hand(2)
+@pytest.mark.parametrize("flat", [False, True])
+def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path, flat: bool) -> None:
+    after, whole = fit_in_parts(tmp_path, 2, flat=flat), by_hand(2)
     torch.testing.assert_close(after, whole_weights(whole), atol=1e-10, rtol=0)
     check_measured(tmp_path, whole)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
-    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt")
+    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt", flat=flat)
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.thorough
 
 
 #: these have tests of their own, in several processes
-ELSEWHERE = {"DDPStrategy", "ModelParallelStrategy"}
+ELSEWHERE = {"DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 
 #: refused rows that are no strategies: what is fitted, and what the error says
 REFUSED: dict[str, tuple[type[Tuner], type[Exception], str]] = {

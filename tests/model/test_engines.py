@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import softtrace
@@ -22,21 +23,19 @@ SUPPORTED = {
     "one process": "loss/test_density_loss.py",
     "DDP": "parity/test_parity.py",
     "FSDP2": "loss/test_together.py",
+    "FSDP1": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
     "DeepSpeed ZeRO 1 and 2": "hf/test_trainer_deepspeed.py",
     "device_map": "model/test_several_devices.py",
 }
 #: refused by the integrations, where they can be seen
-BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3", "FSDP1"}
+BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3"}
 
 
 def flat(model: Any) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(wrapper)
-    model.model.layers[0].around = wrapper
-    return model
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
 
 
 def zero_3(model: Any) -> Any:
@@ -61,7 +60,8 @@ def copied(model: Any) -> Any:
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "FSDP1": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split, "DataParallel": copied,
+    "FSDP1 without use_orig_params": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split,
+    "DataParallel": copied,
 }  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def test_every_row_is_walked() -> None:
         assert (TESTS / file).is_file(), file
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_refused_is_named(name: str) -> None:
     with one_process_group():

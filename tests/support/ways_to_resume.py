@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import strategies
+from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from softtrace.hf import with_density
 from softtrace.lightning import DensityMonitor, DensityPenalty
@@ -29,6 +31,22 @@ from tests.support.ways_to_shard import by_layer, whole_weights
 BATCHES = 4  # of a process
 BLOCKS = tiny_prompt(12, seed=9, batch=3)
 KEPT = 2  # rows of a process
+
+
+class FSDPStrategy(strategies.FSDPStrategy):
+    """Lightning's own, on CPUs: for which it lets subclasses pass, and FSDP1 has to be told."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class AsItIs(FSDPPrecision):
+    """Leaves a model in float64."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 class OfBlocks(DensityMonitor):
@@ -73,12 +91,13 @@ def fit_in_parts(
     checkpoint: Path | None = None,
     strength: float | None = 0.5,
     epochs: int = 1,
+    flat: bool = False,
 ) -> dict[str, Tensor]:
     """Weights after a fit in processes of its own, or as one loads them from a checkpoint.
 
     What was measured at the end of the fit lies in FOLDER, a ``measured-RANK.pt`` of each process.
     """
-    words = ["lightning", folder, world, checkpoint, strength, epochs]
+    words = ["lightning", folder, world, checkpoint, strength, epochs, flat]
     done = warm.run(
         [sys.executable, "-m", "tests.support.ways_to_resume", *words],
         env=script_environment(), capture_output=True,
@@ -88,19 +107,29 @@ def fit_in_parts(
     return found
 
 
-def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: str) -> None:
+def lightning(
+    folder: str, world: str, checkpoint: str, strength: str, epochs: str, flat: str
+) -> None:
     """Fit and save in parts, or load and save what was loaded."""
     module = Ranked(int(world))
-    parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
+    parallel: Any = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
+    precision: list[Any] = []
+    if flat == "True":
+        kind = type(module.model.model.layers[0])
+        precision = [AsItIs("32-true")]
+        parallel = FSDPStrategy(auto_wrap_policy={kind}, state_dict_type="sharded")
     given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
     monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=KEPT * int(world)))
     fitting = trainer(
         *given, *monitors, devices=int(world), strategy=parallel, max_epochs=int(epochs),
+        plugins=precision,
         limit_val_batches=1.0, num_sanity_val_steps=0,
     )  # fmt: skip
     # What resumes at the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
-    found = whole_weights(module.model)
+    own = "model." if flat == "True" else ""
+    found = whole_weights(fitting.strategy.model if flat == "True" else module.model)
+    found = {name.removeprefix(own): each for name, each in found.items()}
     if checkpoint == "None":
         measured = [monitor.history[-1] for monitor in monitors]
         torch.save(measured, Path(folder, f"measured-{module.global_rank}.pt"))
@@ -112,24 +141,35 @@ def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: s
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
 
 
-def hf(folder: str, checkpoint: str) -> None:
+HF_CLIP = {1: 0.0, 2: 0.5}  # FSDP1 takes no norm of float64
+
+
+def hf(folder: str, checkpoint: str, version: str) -> None:
     """Train and save in parts, or load and save what was loaded."""
-    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
     loaded = {}
     torch.manual_seed(0)
     training: Any = with_density(OrderedTrainer)(
         model=tiny_model("llama", dtype=torch.float64).train(),
-        args=arguments(Path(folder), save_strategy="steps", save_steps=1),
+        args=arguments(
+            Path(folder), save_strategy="steps", save_steps=1, max_grad_norm=HF_CLIP[int(version)]
+        ),
         train_dataset=rows(), density=OPTIONS,
     )  # fmt: skip
     # Accelerate offers FSDP where there are GPUs; what it does then runs on CPUs too.
     state = training.accelerator.state
-    state.distributed_type, training.is_fsdp_enabled = DistributedType.FSDP, True
+    training.is_fsdp_enabled = True
+    if version == "1":
+        training._get_grad_norm = lambda *args, **kwargs: 0.0
+    for each in (state, PartialState()):  # of which every AcceleratorState() is updated again
+        each.distributed_type = DistributedType.FSDP
+        each.device = torch.device("cpu")  # it was cpu:0, which FSDP1 takes for another
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        fsdp_version=int(version), auto_wrap_policy="transformer_based_wrap",
         state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+        use_orig_params=True if version == "1" else None,
     )  # fmt: skip
     if checkpoint == "None":
         training.train()

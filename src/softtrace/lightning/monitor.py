@@ -28,7 +28,7 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import half_depth
-from softtrace.model.sharding import is_sharded
+from softtrace.model.sharding import is_sharded, note_units
 from softtrace.model.wrappers import find_causal_lm
 from softtrace.processes import raise_everywhere
 from softtrace.tracing.masking import AttentionKind, check_attention
@@ -226,6 +226,7 @@ class DensityMonitor(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
         parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
             ComputationDensity(sync_on_compute=not parts),

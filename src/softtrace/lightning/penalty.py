@@ -26,6 +26,7 @@ from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
+from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
 STATE_KEY = "softtrace.DensityPenalty"
@@ -113,6 +114,7 @@ class DensityPenalty(Callback):
         if self.options.strength == 0:
             return
         self._restore()  # of a fit that ended without saying so: never two terms
+        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
         density = DensityLoss(find_causal_lm(pl_module), self.options)
         self._budget, self._exit_maps = density.budget, density.exit_maps
         if self._exit_maps is not None and (maps := self._kept.get("exit_maps")) is not None:
