@@ -13,49 +13,28 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from softtrace import DensityLoss
 from softtrace.cli.fit import fit
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityMonitor
 from softtrace.lightning.sharded import shard
 from tests.support import warm
-from tests.support.fitting import Batches, batches, trainer
+from tests.support.fitting import Batches, trainer
 from tests.support.jobs import Jobs, saved
-from tests.support.processes import as_rank, script_environment
+from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_resume import (
     BATCHES,
     BLOCKS,
     KEPT,
-    OPTIONS_OF_A_FIT,
     OfBlocks,
     Ranked,
+    by_hand,
     fit_in_parts,
     validation,
 )
 from tests.support.ways_to_shard import whole_weights
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
-
-
-def by_hand(world: int) -> nn.Module:
-    """The fit written out, of one process."""
-    model = tiny_model("llama", dtype=torch.float64).train()
-    density = DensityLoss(model, strength=0.5, **OPTIONS_OF_A_FIT)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(BATCHES):
-        optimizer.zero_grad()
-        for rank in range(world):
-            batch = batches(BATCHES * world).batches[step * world + rank]
-            with density.watching(step=step):
-                loss = model(**batch).loss
-            with as_rank(rank):
-                (loss + density(**batch, step=step).loss).backward()
-        for weight in model.parameters():
-            assert weight.grad is not None
-            weight.grad /= world
-        optimizer.step()
-    return model
 
 
 @pytest.mark.thorough

@@ -1,8 +1,9 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
-Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS`` starts its own processes,
-``trainer FOLDER CHECKPOINT`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them; without a
-checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
+Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS FLAT`` and
+``lightning-deepspeed FOLDER STAGE ACCUMULATE STRENGTH`` start their own processes,
+``trainer FOLDER CHECKPOINT VERSION`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them;
+without a checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from softtrace import DensityLoss
 from softtrace.hf import with_density
 from softtrace.lightning import DensityMonitor, DensityPenalty
 from tests.support import warm
 from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
-from tests.support.processes import script_environment
+from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.ways_to_shard import by_layer, whole_weights
 
@@ -107,6 +109,30 @@ def fit_in_parts(
     return found
 
 
+def by_hand(
+    world: int, accumulate: int = 1, dtype: torch.dtype = torch.float64, rate: float = 0.1
+) -> nn.Module:
+    """The fit by Lightning written out, of one process that has the batches of all."""
+    model = tiny_model("llama", dtype=dtype).train()
+    density = DensityLoss(model, strength=0.5, **OPTIONS_OF_A_FIT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    for step in range(BATCHES // accumulate):
+        optimizer.zero_grad()
+        for number in range(accumulate * world):
+            micro, rank = divmod(number, world)
+            batch = batches(BATCHES * world).batches[step * accumulate * world + number]
+            with density.watching(step=step):
+                loss = model(**batch).loss
+            with as_rank(rank):
+                term = density(**batch, step=step, micro_step=micro).loss
+            (loss + term).backward()
+        for weight in model.parameters():
+            assert weight.grad is not None
+            weight.grad /= world * accumulate
+        optimizer.step()
+    return model
+
+
 def lightning(
     folder: str, world: str, checkpoint: str, strength: str, epochs: str, flat: str
 ) -> None:
@@ -136,6 +162,34 @@ def lightning(
         fitting.save_checkpoint(Path(folder, "parts.ckpt"))
     if module.global_rank == 0:
         torch.save(found, Path(folder, f"lightning-{world}.pt"))
+
+
+def lightning_deepspeed(folder: str, stage: str, accumulate: str, strength: str) -> None:
+    """Fit by a stage of ZeRO in two processes; what each has at the end."""
+    module = Ranked(2)
+    given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
+    fitting = trainer(
+        *given, devices=2, accumulate_grad_batches=int(accumulate),
+        strategy=deepspeed_on_cpus(int(stage)),
+    )  # fmt: skip
+    fitting.fit(module)
+    torch.save(whole_weights(module.model), Path(folder, f"zero-{stage}-{module.global_rank}.pt"))
+
+
+def deepspeed_on_cpus(stage: int) -> Any:
+    """Lightning's strategy, which asks for GPUs, for CPUs."""
+
+    class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+        root_device = torch.device("cpu", 0)  # DeepSpeed wants a number
+
+        def setup_environment(self) -> None:
+            super(strategies.DeepSpeedStrategy, self).setup_environment()
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    return DeepSpeedStrategy(stage=stage, zero_allow_untested_optimizer=True)
 
 
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
@@ -217,6 +271,9 @@ def zero(stage: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    {"lightning": lightning, "trainer": hf, "deepspeed": deepspeed}[sys.argv[1]](*sys.argv[2:])
+    {
+        "lightning": lightning, "trainer": hf, "deepspeed": deepspeed,
+        "lightning-deepspeed": lightning_deepspeed,
+    }[sys.argv[1]](*sys.argv[2:])  # fmt: skip
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort or wait in an orderly exit: nothing of ours is left

@@ -19,7 +19,7 @@ from softtrace.checks import check_counts, check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.standstill import standstill
-from softtrace.lightning.support import check_strategy
+from softtrace.lightning.support import check_strategy, name_of
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
 from softtrace.metrics import (
     ComputationDensity,
@@ -132,8 +132,7 @@ class DensityMonitor(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._warned = False
         if stage in ("fit", "validate"):
-            name = type(trainer.strategy).__name__
-            check_strategy(name, self.allow_untested, "DensityMonitor")
+            check_strategy(name_of(trainer.strategy), self.allow_untested, "DensityMonitor")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, and the validation, before time is spent."""

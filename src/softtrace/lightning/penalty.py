@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning.due_validation import check_validates, is_due, validate
-from softtrace.lightning.support import check_strategy
+from softtrace.lightning.support import check_strategy, name_of
 from softtrace.lightning.wrapped_step import WrappedStep
 from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
@@ -89,7 +89,7 @@ class DensityPenalty(Callback):
         if self.options.strength == 0:
             return
         loss_budget(self.options)  # a reference that cannot be read is refused here already
-        check_strategy(type(trainer.strategy).__name__, self.allow_untested)
+        check_strategy(name_of(trainer.strategy), self.allow_untested)
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
                 f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "

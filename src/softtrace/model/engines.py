@@ -31,7 +31,6 @@ class Engine:
 
 
 _SPLIT = "an edge's importance reads weights and tokens whole, which it splits"
-_UNTESTED = "it was never tested"
 
 ENGINES: tuple[Engine, ...] = (
     Engine("one process"),
@@ -52,8 +51,12 @@ ENGINES: tuple[Engine, ...] = (
         "weights are no tensors of their own there, so no projection can be read; pass "
         "use_orig_params=True, as Lightning does",
     ),
-    Engine("DeepSpeed ZeRO 1 and 2", note="in transformers' Trainer; weights are whole there"),
-    Engine("DeepSpeed ZeRO 3", f"it shards weights, and {_UNTESTED}; FSDP2 is supported"),
+    Engine("DeepSpeed ZeRO 1 and 2", note="in both Trainers; weights are whole there"),
+    Engine(
+        "DeepSpeed ZeRO 3",
+        "it gathers weights in an order that it learns from the training's own forward, which runs "
+        "of ours are not; FSDP2 shards as much, and ZeRO 2 leaves weights whole",
+    ),
     Engine(
         "TP",
         f"tensor parallelism: {_SPLIT}. If it is fully_shard on a module around the model alone, "
