@@ -38,13 +38,13 @@ STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("flat", [False, True])
-def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path, flat: bool) -> None:
-    after, whole = fit_in_parts(tmp_path, 2, flat=flat), by_hand(2)
+@pytest.mark.parametrize("way", ["FSDP2", "FSDP1"])
+def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path, way: str) -> None:
+    after, whole = fit_in_parts(tmp_path, 2, way=way), by_hand(2)
     torch.testing.assert_close(after, whole_weights(whole), atol=1e-10, rtol=0)
     check_measured(tmp_path, whole)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
-    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt", flat=flat)
+    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt", way=way)
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
 

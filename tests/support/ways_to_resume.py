@@ -1,9 +1,9 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
-Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS FLAT`` and
-``lightning-deepspeed FOLDER STAGE ACCUMULATE STRENGTH`` start their own processes,
-``trainer FOLDER CHECKPOINT VERSION`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them;
-without a checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
+Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS WAY ACCUMULATE`` starts its
+own processes, ``trainer FOLDER CHECKPOINT VERSION`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are
+one of them; without a checkpoint (``None``) they train and save. A strength of ``None`` is no
+penalty.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ class FSDPStrategy(strategies.FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+    """Lightning's own, on CPUs, which it refuses."""
+
+    root_device = torch.device("cpu", 0)  # DeepSpeed wants a number
+
+    def setup_environment(self) -> None:
+        super(strategies.DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
 
 
 class AsItIs(FSDPPrecision):
@@ -93,13 +106,14 @@ def fit_in_parts(
     checkpoint: Path | None = None,
     strength: float | None = 0.5,
     epochs: int = 1,
-    flat: bool = False,
+    way: str = "FSDP2",
+    accumulate: int = 1,
 ) -> dict[str, Tensor]:
-    """Weights after a fit in processes of its own, or as one loads them from a checkpoint.
+    """Weights after a fit in processes of its own, or after one that a checkpoint was of.
 
     What was measured at the end of the fit lies in FOLDER, a ``measured-RANK.pt`` of each process.
     """
-    words = ["lightning", folder, world, checkpoint, strength, epochs, flat]
+    words = ["lightning", folder, world, checkpoint, strength, epochs, way, accumulate]
     done = warm.run(
         [sys.executable, "-m", "tests.support.ways_to_resume", *words],
         env=script_environment(), capture_output=True,
@@ -134,27 +148,20 @@ def by_hand(
 
 
 def lightning(
-    folder: str, world: str, checkpoint: str, strength: str, epochs: str, flat: str
+    folder: str, world: str, checkpoint: str, strength: str, epochs: str, way: str, accumulate: str
 ) -> None:
-    """Fit and save in parts, or load and save what was loaded."""
+    """Fit and save in parts, or load, fit what is left, and save."""
     module = Ranked(int(world))
-    parallel: Any = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
-    precision: list[Any] = []
-    if flat == "True":
-        kind = type(module.model.model.layers[0])
-        precision = [AsItIs("32-true")]
-        parallel = FSDPStrategy(auto_wrap_policy={kind}, state_dict_type="sharded")
     given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
     monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=KEPT * int(world)))
     fitting = trainer(
-        *given, *monitors, devices=int(world), strategy=parallel, max_epochs=int(epochs),
-        plugins=precision,
-        limit_val_batches=1.0, num_sanity_val_steps=0,
+        *given, *monitors, devices=int(world), max_epochs=int(epochs), limit_val_batches=1.0,
+        num_sanity_val_steps=0, accumulate_grad_batches=int(accumulate), **strategy(way, module),
     )  # fmt: skip
     # What resumes at the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
-    own = "model." if flat == "True" else ""
-    found = whole_weights(fitting.strategy.model if flat == "True" else module.model)
+    own = "model." if way == "FSDP1" else ""
+    found = whole_weights(fitting.strategy.model if way == "FSDP1" else module.model)
     found = {name.removeprefix(own): each for name, each in found.items()}
     if checkpoint == "None":
         measured = [monitor.history[-1] for monitor in monitors]
@@ -164,32 +171,17 @@ def lightning(
         torch.save(found, Path(folder, f"lightning-{world}.pt"))
 
 
-def lightning_deepspeed(folder: str, stage: str, accumulate: str, strength: str) -> None:
-    """Fit by a stage of ZeRO in two processes; what each has at the end."""
-    module = Ranked(2)
-    given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
-    fitting = trainer(
-        *given, devices=2, accumulate_grad_batches=int(accumulate),
-        strategy=deepspeed_on_cpus(int(stage)),
-    )  # fmt: skip
-    fitting.fit(module)
-    torch.save(whole_weights(module.model), Path(folder, f"zero-{stage}-{module.global_rank}.pt"))
-
-
-def deepspeed_on_cpus(stage: int) -> Any:
-    """Lightning's strategy, which asks for GPUs, for CPUs."""
-
-    class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
-        root_device = torch.device("cpu", 0)  # DeepSpeed wants a number
-
-        def setup_environment(self) -> None:
-            super(strategies.DeepSpeedStrategy, self).setup_environment()
-
-        def setup_distributed(self) -> None:
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-
-    return DeepSpeedStrategy(stage=stage, zero_allow_untested_optimizer=True)
+def strategy(way: str, module: Ranked) -> dict[str, Any]:
+    """Options of a Trainer for "FSDP2", "FSDP1", "ZeRO 1" or "ZeRO 2"."""
+    if way == "FSDP2":
+        parallel = ModelParallelStrategy(data_parallel_size=module.world, tensor_parallel_size=1)
+        return {"strategy": parallel}
+    if way == "FSDP1":
+        layers = {type(module.model.model.layers[0])}
+        flat = FSDPStrategy(auto_wrap_policy=layers, state_dict_type="sharded")
+        return {"strategy": flat, "plugins": [AsItIs("32-true")]}
+    stage = int(way.partition(" ")[2])
+    return {"strategy": DeepSpeedStrategy(stage=stage, zero_allow_untested_optimizer=True)}
 
 
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
@@ -271,9 +263,6 @@ def zero(stage: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    {
-        "lightning": lightning, "trainer": hf, "deepspeed": deepspeed,
-        "lightning-deepspeed": lightning_deepspeed,
-    }[sys.argv[1]](*sys.argv[2:])  # fmt: skip
+    {"lightning": lightning, "trainer": hf, "deepspeed": deepspeed}[sys.argv[1]](*sys.argv[2:])
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort or wait in an orderly exit: nothing of ours is left

@@ -170,9 +170,9 @@ def loss_of(model: nn.Module, density: DensityLoss, step: int, rank: int, ranks:
 
 
 def model_and_optimizer(
-    shard: Callable[[Any], Any] | None,
+    shard: Callable[[Any], Any] | None, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model: Any = tiny_model("llama", seed=1, dtype=torch.float64).train()
+    model: Any = tiny_model("llama", seed=1, dtype=dtype).train()
     if shard is not None:
         model = shard(model) or model
     # AdamW would blow the rounding of a gradient of next to nothing up to a whole step.
@@ -192,7 +192,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained(
-    way: str | None, options: dict[str, Any], steps: int, rank: int, ranks: int
+    way: str | None,
+    options: dict[str, Any],
+    steps: int,
+    rank: int,
+    ranks: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses of the steps and weights after them.
 
@@ -202,8 +207,9 @@ def trained(
         steps: how many.
         rank: of this process.
         ranks: how many there are.
+        dtype: of the weights.
     """
-    model, optimizer = model_and_optimizer(None if way is None else WAYS[way])
+    model, optimizer = model_and_optimizer(None if way is None else WAYS[way], dtype)
     density = DensityLoss(model, **options)
     losses = []
     for step in range(steps):
@@ -213,14 +219,44 @@ def trained(
             loss.backward()
             losses.append(loss.detach())
         else:
-            for each in range(ranks):
-                with patch.object(density_loss, "_rank", lambda each=each: each):
-                    loss = loss_of(model, density, step, each, ranks)
-                loss.backward()
-                losses.append(loss.detach())
-            for weight in model.parameters():  # not the loss: a term's is a float32
-                weight.grad /= ranks
+            losses += of_all_ranks(model, density, step, ranks)
         optimizer.step()
+    return losses, whole_weights(model)
+
+
+def of_all_ranks(model: nn.Module, density: DensityLoss, step: int, ranks: int) -> list[Tensor]:
+    """Losses of all processes' batches in one process, and mean gradients."""
+    losses = []
+    for each in range(ranks):
+        with patch.object(density_loss, "_rank", lambda each=each: each):
+            loss = loss_of(model, density, step, each, ranks)
+        loss.backward()
+        losses.append(loss.detach())
+    for weight in model.parameters():  # not the loss: a term's is a float32
+        assert weight.grad is not None
+        weight.grad /= ranks
+    return losses
+
+
+def trained_by_zero(
+    stage: int, options: dict[str, Any], steps: int, rank: int, ranks: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """:func:`trained` by a stage of DeepSpeed's ZeRO, which computes in float32."""
+    import deepspeed
+
+    model, optimizer = model_and_optimizer(None, torch.float32)
+    settings = {
+        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": 0.0,  # it would be 1
+    }  # fmt: skip
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    density = DensityLoss(model, **options)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(engine, density, step, rank, ranks)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
     return losses, whole_weights(model)
 
 
@@ -366,12 +402,18 @@ def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
     for done in warm.run_ranks(command, ranks, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "Warning" not in done.stderr, done.stderr
+        assert ways[0].startswith("ZeRO") or "Warning" not in done.stderr, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def main(folder: str, *ways: str) -> None:
     rank, ranks = begin()
+    if ways[0].startswith("ZeRO"):
+        stage = int(ways[0].partition(" ")[2])
+        by_zero = trained_by_zero(stage, OPTIONS["default"], STEPS, rank, ranks)
+        torch.save({f"{ways[0]}, default": by_zero}, Path(folder, f"{rank}.pt"))
+        torch.distributed.barrier()
+        os._exit(0)
     found: dict[str, Any] = {
         f"{way}, {name}": trained(way, OPTIONS[name], steps, rank, ranks)
         for way, name, steps in runs(ways)

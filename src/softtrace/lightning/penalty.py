@@ -79,7 +79,8 @@ class DensityPenalty(Callback):
         """Refuse, before anything runs, what can be seen without the model."""
         if stage != "fit":
             return
-        self._kept, self._budget, self._measured_after = {}, None, -1
+        # Until here those of the last fit: a checkpoint may be saved after its end.
+        self._kept, self._budget, self._exit_maps, self._measured_after = {}, None, None, -1
         twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise TrainerSetupError(
@@ -135,7 +136,7 @@ class DensityPenalty(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the strength follow the held-out loss; before ModelCheckpoint saves."""
         batch = trainer.fit_loop.total_batch_idx
-        if self._budget is None or batch == self._measured_after:
+        if self._budget is None or self._wrapped is None or batch == self._measured_after:
             return
         own = measured_loss(trainer.callback_metrics, self.options.monitor or HELD_OUT)
         # All processes shall continue with one strength, whether the module synchronises or not.
@@ -186,7 +187,6 @@ class DensityPenalty(Callback):
         if self._wrapped is not None:
             self._wrapped.restore()
             self._wrapped = None
-        self._budget = self._exit_maps = None
 
     # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
     def on_save_checkpoint(
