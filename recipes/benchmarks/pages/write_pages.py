@@ -204,8 +204,8 @@ def exactness() -> str:
     for engine in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2"):
         row = result["resumed"][engine]
         lines.append(
-            f"| {engine} in Lightning, two processes, resumed after half of 8 steps, against a "
-            f"straight run | {row['largest']:g} (another strength from there: "
+            f"| {engine} in Lightning, two processes, resumed after half of {row['steps']} "
+            f"steps, against a straight run | {row['largest']:g} (another strength from there: "
             f"{row['control']:.0e}) |"
         )
     lines += [
