@@ -11,13 +11,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import strategies
 from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import fsdp as lightning_fsdp
 from torch import Tensor, nn
 
 from softtrace import DensityLoss
@@ -42,6 +46,36 @@ class FSDPStrategy(strategies.FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().optimizer_state(optimizer)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().load_checkpoint(*args, **kwargs)
+
+
+@contextmanager
+def _nothing_to_offload() -> Iterator[None]:
+    """FSDP1 crashes where it shall offload weights from a CPU to a CPU."""
+    from torch.distributed import fsdp
+    from torch.distributed.fsdp.api import FullOptimStateDictConfig
+
+    def context(module: nn.Module, world_size: int, rank0_only: bool = True) -> Any:
+        return fsdp.FullyShardedDataParallel.state_dict_type(
+            module,
+            fsdp.StateDictType.FULL_STATE_DICT,
+            fsdp.FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
+            FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
+        )
+
+    with patch.object(lightning_fsdp, "_get_full_state_dict_context", context):
+        yield
 
 
 class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
