@@ -52,6 +52,18 @@ def test_resumed_fit_ends_as_the_straight_one_bit_by_bit(
     assert not torch.equal(other, straight)
 
 
+def test_a_checkpoint_that_is_saved_after_the_end_has_the_maps_of_exits_too(tmp_path: Path) -> None:
+    def fitted(epochs: int, resumed: Path | None = None) -> tuple[Any, Tensor]:
+        torch.manual_seed(0)
+        fitting, module = trainer(DensityPenalty(0.5), max_epochs=epochs), Tuner()
+        fitting.fit(module, batches(), ckpt_path=resumed, weights_only=True)
+        return fitting, weights(module)
+
+    first, _ = fitted(1)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    assert torch.equal(fitted(2, tmp_path / "first.ckpt")[1], fitted(2)[1])
+
+
 LOGGED = ("loss/task", "loss/density", "density/soft_size", "density/distortion",
           "density/easy_share", "density/exit_distance")  # fmt: skip
 

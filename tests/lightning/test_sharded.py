@@ -1,4 +1,4 @@
-"""Lightning's ModelParallelStrategy: a fit in parts, its checkpoints, and ``softtrace fit``."""
+"""Lightning's ModelParallelStrategy and FSDPStrategy: a fit in parts, checkpoints, and ``fit``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from softtrace import DensityLoss
 from softtrace.cli.fit import fit
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityMonitor
+from softtrace.lightning.module import CausalLM
 from softtrace.lightning.sharded import shard
 from tests.support import warm
-from tests.support.fitting import Batches, batches, trainer
+from tests.support.fitting import Batches, trainer
 from tests.support.jobs import Jobs, saved
-from tests.support.processes import as_rank, script_environment
+from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_resume import (
     BATCHES,
     BLOCKS,
     KEPT,
-    OPTIONS_OF_A_FIT,
     OfBlocks,
     Ranked,
+    by_hand,
     fit_in_parts,
     validation,
 )
@@ -38,33 +39,14 @@ from tests.support.ways_to_shard import whole_weights
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
-def by_hand(world: int) -> nn.Module:
-    """The fit written out, of one process."""
-    model = tiny_model("llama", dtype=torch.float64).train()
-    density = DensityLoss(model, strength=0.5, **OPTIONS_OF_A_FIT)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(BATCHES):
-        optimizer.zero_grad()
-        for rank in range(world):
-            batch = batches(BATCHES * world).batches[step * world + rank]
-            with density.watching(step=step):
-                loss = model(**batch).loss
-            with as_rank(rank):
-                (loss + density(**batch, step=step).loss).backward()
-        for weight in model.parameters():
-            assert weight.grad is not None
-            weight.grad /= world
-        optimizer.step()
-    return model
-
-
 @pytest.mark.thorough
-def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path) -> None:
-    after, whole = fit_in_parts(tmp_path, 2), by_hand(2)
+@pytest.mark.parametrize("way", ["FSDP2", "FSDP1"])
+def test_two_processes_fit_as_one_and_one_goes_on(tmp_path: Path, way: str) -> None:
+    after, whole = fit_in_parts(tmp_path, 2, way=way), by_hand(2)
     torch.testing.assert_close(after, whole_weights(whole), atol=1e-10, rtol=0)
     check_measured(tmp_path, whole)
     assert (tmp_path / "parts.ckpt").is_dir()  # of each process its part
-    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt")
+    loaded = fit_in_parts(tmp_path, 1, tmp_path / "parts.ckpt", way=way)
     assert loaded.keys() == after.keys()
     assert all(torch.equal(loaded[name], after[name]) for name in after)
 
@@ -84,10 +66,14 @@ def check_measured(folder: Path, whole: nn.Module) -> None:
             assert {**found, "step": 0} == pytest.approx(each, abs=1e-9)
 
 
-PARTS = (
-    *("--trainer.strategy", STRATEGY, "--trainer.devices", 2, "--card_blocks", 0),
-    *("--trainer.strategy.data_parallel_size", 2, "--trainer.strategy.tensor_parallel_size", 1),
-    *("--trainer.strategy.save_distributed_checkpoint", "false"),
+OF_FSDP2 = (
+    *("--trainer.strategy", STRATEGY, "--trainer.strategy.data_parallel_size", 2),
+    *("--trainer.strategy.tensor_parallel_size", 1),
+)
+WHOLE = (*OF_FSDP2, "--trainer.strategy.save_distributed_checkpoint", "false")
+OF_FSDP1 = (
+    *("--trainer.strategy", "tests.support.ways_to_resume.FSDPStrategy"),
+    *("--trainer.strategy.state_dict_type", "full"),
 )
 
 
@@ -97,18 +83,21 @@ def command(jobs: Jobs, out: Path, *more: object) -> list[str]:
         *("--data.block_size", 16, "--data.batch_size", 4, "--trainer.max_steps", 3),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         *("--trainer.limit_val_batches", 0, "--model.recompute", "true", "--card_blocks", 0),
-        *("--trainer.strategy", STRATEGY, "--trainer.devices", 2, *more),
-        *("--trainer.strategy.data_parallel_size", 2, "--trainer.strategy.tensor_parallel_size", 1),
+        *("--trainer.devices", 2, *more),
     ]
     return [str(word) for word in words]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)])
-def test_softtrace_fit_saves_a_whole_model(tmp_path: Path, lora: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(
+    ("way", "lora"), [(WHOLE, ()), (WHOLE, ("--model.lora.rank", 2)), (OF_FSDP1, ())]
+)
+def test_softtrace_fit_saves_a_whole_model(
+    tmp_path: Path, way: tuple[object, ...], lora: tuple[object, ...]
+) -> None:
     jobs, out = Jobs(tmp_path), tmp_path / "out"
-    whole = ("--trainer.strategy.save_distributed_checkpoint", "false", "--checkpoint_every", 2)
-    words = [sys.executable, "-m", "softtrace.cli", "fit", *command(jobs, out, *whole, *lora)]
+    options = *way, "--checkpoint_every", 2, *lora
+    words = [sys.executable, "-m", "softtrace.cli", "fit", *command(jobs, out, *options)]
     done = warm.run(words, env=script_environment(), capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     saved, before = (
@@ -129,23 +118,42 @@ def test_softtrace_fit_saves_a_whole_model(tmp_path: Path, lora: tuple[object, .
 
 
 @pytest.mark.slow
-def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    jobs = Jobs(tmp_path)
-    assert jobs.run(tmp_path / "straight", "none", 0, 0, *PARTS).code == 0
-    for fault, at, said in (("raise", 2, "planned failure of rank 1"), ("kill", 5, "")):
+@pytest.mark.parametrize(
+    ("way", "faults"),
+    [
+        (WHOLE, [("raise", 2, "planned failure of rank 1"), ("kill", 5, "")]),
+        (OF_FSDP1, [("raise", 2, "planned failure of rank 1")]),
+    ],
+)
+def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
+    tmp_path: Path, way: tuple[object, ...], faults: list[tuple[str, int, str]]
+) -> None:
+    jobs, parts = Jobs(tmp_path), (*way, "--trainer.devices", 2, "--card_blocks", 0)
+    assert jobs.run(tmp_path / "straight", "none", 0, 0, *parts).code == 0
+    for fault, at, said in faults:
         again = ("--resume", "true") if (tmp_path / "cut").exists() else ()
-        cut = jobs.run(tmp_path / "cut", fault, at, 1, *PARTS, *again)
+        cut = jobs.run(tmp_path / "cut", fault, at, 1, *parts, *again)
         assert cut.code != 0  # both processes have ended, and nobody waits
         assert said in cut.said
-    end = jobs.run(tmp_path / "cut", "none", 0, 0, *PARTS, "--resume", "true")
+    end = jobs.run(tmp_path / "cut", "none", 0, 0, *parts, "--resume", "true")
     assert end.code == 0, end.said
     straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_checkpoints_that_a_kill_would_spoil_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="save_distributed_checkpoint: found true"):
-        fit(command(Jobs(tmp_path), tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        (OF_FSDP2, "save_distributed_checkpoint: found true"),
+        ((*OF_FSDP1, "--trainer.strategy.state_dict_type", "sharded"), "state_dict_type: found sh"),
+        (("--trainer.strategy", "deepspeed_stage_2"), "found DeepSpeed, .* ModelParallelStrategy"),
+    ],
+)
+def test_checkpoints_that_a_kill_would_spoil_are_refused(
+    tmp_path: Path, way: tuple[object, ...], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        fit(command(Jobs(tmp_path), tmp_path / "out", *way))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +164,27 @@ def test_checkpoints_that_a_kill_would_spoil_are_refused(tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_sharded_is_refused(model: Any, parts: int, message: str) -> None:
-    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: parts)}
+    strategy: Any = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: parts)}
     with pytest.raises(TrainerSetupError, match=message):
-        shard(model, mesh, "32-true")
+        shard(model, strategy, "32-true")
+
+
+def test_adapters_that_fsdp1_would_flatten_are_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(TrainerSetupError, match="allowed with LoRA is ModelParallelStrategy"):
+        shard(model, FSDPStrategy(), "32-true")
+
+
+def test_weights_decay_by_the_shapes_that_they_had_before_they_were_flattened(
+    tmp_path: Path,
+) -> None:
+    module = CausalLM(str(Jobs(tmp_path).model), warmup_steps=0)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=3)  # type: ignore[assignment]
+    shapes = [weight.dim() for weight in module.parameters()]
+    for weight in module.parameters():
+        weight.data = weight.data.flatten()
+    decayed, others = module.configure_optimizers()["optimizer"].param_groups
+    assert len(decayed["params"]) == sum(each >= 2 for each in shapes) > 0 == others["weight_decay"]
+    assert len(others["params"]) == sum(each < 2 for each in shapes) > 0

@@ -6,6 +6,7 @@ strength to other, finite weights.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityPenalty
-from softtrace.lightning.support import LIGHTNING, check_strategy
+from softtrace.lightning.support import LIGHTNING, check_strategy, name_of
 from tests.support.fitting import Batches, Manual, TakesIterator, Tuner, batches, fit, weights
 from tests.support.ways_to_fit import OPTIONS, WAYS, Checkpointed, Closures, Reentrant, Way
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.thorough
 
 
 #: these have tests of their own, in several processes
-ELSEWHERE = {"DDPStrategy", "ModelParallelStrategy"}
+ELSEWHERE = {"DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 
 #: refused rows that are no strategies: what is fitted, and what the error says
 REFUSED: dict[str, tuple[type[Tuner], type[Exception], str]] = {
@@ -88,9 +89,15 @@ def test_reentrant_checkpointing_is_refused_for_its_exits_alone() -> None:
 def test_strategies_that_are_not_supported_are_refused_by_name() -> None:
     for row in LIGHTNING:
         if row.kind == "strategy" and row.refused:
-            with pytest.raises(TrainerSetupError, match=f"found {row.name} .*supported are Single"):
+            with pytest.raises(
+                TrainerSetupError, match=f"found {re.escape(row.name)} .*supported are Single"
+            ):
                 check_strategy(row.name)
             check_strategy(row.name, allow_untested=True)
+
+    flat = strategies.FSDPStrategy(use_orig_params=False)
+    assert name_of(flat) == "FSDPStrategy(use_orig_params=False)"
+    assert name_of(strategies.FSDPStrategy()) == "FSDPStrategy"
 
     class Own(strategies.SingleDeviceStrategy):
         pass

@@ -1,4 +1,4 @@
-"""The term on models that ``fully_shard`` sharded, on two and three processes."""
+"""The term on models that FSDP2 and FSDP1 sharded, on two and three processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 
 from softtrace import density_curve
 from tests.support.tiny import tiny_model
-from tests.support.ways_to_shard import OPTIONS, WAYS, batch, of_ranks, runs, trained
+from tests.support.ways_to_shard import (
+    OPTIONS,
+    WAYS,
+    WHOLE_WAYS,
+    batch,
+    of_ranks,
+    runs,
+    trained,
+)
 
 pytestmark = pytest.mark.thorough
 
@@ -40,28 +48,34 @@ def test_three_processes_train_as_one(tmp_path: Path) -> None:
     check_trained(of_ranks(tmp_path, 3, "norm and head"), "norm and head")
 
 
-def test_strength_0_changes_nothing(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", WHOLE_WAYS)
+def test_strength_0_changes_nothing(two: list[dict[str, Any]], way: str) -> None:
     for found in two:
-        without, inert = found["untouched"]
+        without, inert = found[f"{way}, untouched"]
         assert torch.equal(without, inert)
 
 
-def test_accumulated_gradients_are_reduced_once(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", WHOLE_WAYS)
+def test_accumulated_gradients_are_reduced_once(two: list[dict[str, Any]], way: str) -> None:
     for found in two:
-        torch.testing.assert_close(*found["accumulated"], atol=1e-12, rtol=0)
+        torch.testing.assert_close(*found[f"{way}, accumulated"], atol=1e-12, rtol=0)
 
 
-def test_units_that_compute_in_bfloat16(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", WHOLE_WAYS)
+def test_units_that_compute_in_bfloat16(two: list[dict[str, Any]], way: str) -> None:
     for found in two:
-        weights, units = found["in bfloat16"]
+        weights, units = found[f"{way}, in_bfloat16"]
         assert units == pytest.approx(weights, rel=5e-3)
 
 
-def test_a_curve_is_that_of_the_whole_model(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", WHOLE_WAYS)
+def test_a_curve_is_that_of_the_whole_model(two: list[dict[str, Any]], way: str) -> None:
     model = tiny_model("llama", seed=1, dtype=torch.float64)
     wanted = density_curve(model, *batch(0, 0, 1)).total_variation
     for found in two:
-        torch.testing.assert_close(found["curve"], wanted, atol=1e-12, rtol=0, equal_nan=True)
+        torch.testing.assert_close(
+            found[f"{way}, curve"], wanted, atol=1e-12, rtol=0, equal_nan=True
+        )
 
 
 def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]]) -> None:
@@ -77,3 +91,5 @@ def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
         said = found["refusals"]
         assert "call it on layers and then on the model" in said["unit_around"]
         assert "Call fully_shard on every layer" in said["let_go_after_forward"]
+        assert "Let auto_wrap_policy wrap layers only" in said["flat_head"]
+        assert "pass what FullyShardedDataParallel(model) returned" in said["flat_inside"]

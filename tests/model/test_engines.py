@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import softtrace
+from recipes.benchmarks.places import RESULTS
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.engines import ENGINES, engine, engine_around
 from tests.support.tiny import tiny_model
@@ -22,21 +25,25 @@ SUPPORTED = {
     "one process": "loss/test_density_loss.py",
     "DDP": "parity/test_parity.py",
     "FSDP2": "loss/test_together.py",
+    "FSDP1": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
-    "DeepSpeed ZeRO 1 and 2": "hf/test_trainer_deepspeed.py",
+    "DeepSpeed ZeRO 1 and 2": "loss/test_zero.py",
     "device_map": "model/test_several_devices.py",
 }
+#: supported row that splits a model -> what its rows of the exactness table begin with
+MEASURED = {
+    "FSDP2": ("FSDP2",),
+    "FSDP1": ("FSDP1",),
+    "DeepSpeed ZeRO 1 and 2": ("ZeRO 1", "ZeRO 2"),
+}
 #: refused by the integrations, where they can be seen
-BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3", "FSDP1"}
+BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3"}
 
 
 def flat(model: Any) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(wrapper)
-    model.model.layers[0].around = wrapper
-    return model
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
 
 
 def zero_3(model: Any) -> Any:
@@ -61,7 +68,8 @@ def copied(model: Any) -> Any:
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "FSDP1": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split, "DataParallel": copied,
+    "FSDP1 without use_orig_params": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split,
+    "DataParallel": copied,
 }  # fmt: skip
 
 
@@ -75,6 +83,22 @@ def test_every_row_is_walked() -> None:
         assert (TESTS / file).is_file(), file
 
 
+def test_what_splits_a_model_was_measured() -> None:
+    found = json.loads((RESULTS / "exactness.json").read_text(encoding="utf-8"))
+    for name, rows in MEASURED.items():
+        assert engine(name).refused is None
+        for row in rows:
+            gaps = [gap for each, gap in found["sharded"].items() if each.startswith(f"{row}, ")]
+            assert len(gaps) == 4  # of losses and of weights, on two processes and on three
+            assert max(gaps) < (1e-12 if row.startswith("FSDP") else 1e-5)  # ZeRO's are float32's
+            assert found["resumed"][row]["largest"] == 0
+    for strategy in ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
+        assert (
+            found["inert"][strategy]["strength 0"] == 0 < found["inert"][strategy]["strength 0.6"]
+        )
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_refused_is_named(name: str) -> None:
     with one_process_group():

@@ -85,6 +85,7 @@ def by_hand(
     ranks: int = 1,
     added: list[float] | None = None,
     dtype: torch.dtype = torch.float64,
+    clip: float = 0.5,
 ) -> nn.Module:
     """The Trainer's loop written out, the batches of all processes one after the other.
 
@@ -95,6 +96,7 @@ def by_hand(
         ranks: processes; each draws by its rank.
         added: gets what each step adds to the task loss.
         dtype: of the weights.
+        clip: the largest norm of gradients; 0 for any.
     """
     model = tiny_model("llama", dtype=dtype).train()
     density = DensityLoss(model, **options)
@@ -116,7 +118,7 @@ def by_hand(
             (task + term).backward()
         if added is not None:
             added.append(sum(terms))
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), clip or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
     return model

@@ -1,8 +1,9 @@
 """A training in parts by Lightning or by transformers' Trainer, and what a checkpoint of it holds.
 
-Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS`` starts its own processes,
-``trainer FOLDER CHECKPOINT`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are one of them; without a
-checkpoint (``None``) they train and save. A strength of ``None`` is no penalty.
+Run as a module: ``lightning FOLDER PROCESSES CHECKPOINT STRENGTH EPOCHS WAY ACCUMULATE`` starts its
+own processes, ``trainer FOLDER CHECKPOINT VERSION`` and ``deepspeed FOLDER STAGE ACCUMULATE`` are
+one of them; without a checkpoint (``None``) they train and save. A strength of ``None`` is no
+penalty.
 """
 
 from __future__ import annotations
@@ -10,25 +11,91 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from lightning.pytorch import strategies
+from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from torch import Tensor, nn
 
+from softtrace import DensityLoss
 from softtrace.hf import with_density
 from softtrace.lightning import DensityMonitor, DensityPenalty
 from tests.support import warm
 from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
-from tests.support.processes import script_environment
+from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.ways_to_shard import by_layer, whole_weights
 
 BATCHES = 4  # of a process
 BLOCKS = tiny_prompt(12, seed=9, batch=3)
 KEPT = 2  # rows of a process
+
+
+class FSDPStrategy(strategies.FSDPStrategy):
+    """Lightning's own, on CPUs: for which it lets subclasses pass, and FSDP1 has to be told."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().optimizer_state(optimizer)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _nothing_to_offload():
+            return super().load_checkpoint(*args, **kwargs)
+
+
+@contextmanager
+def _nothing_to_offload() -> Iterator[None]:
+    """FSDP1 crashes where it shall offload weights from a CPU to a CPU."""
+    from torch.distributed import fsdp
+    from torch.distributed.fsdp.api import FullOptimStateDictConfig
+
+    def context(module: nn.Module, world_size: int, rank0_only: bool = True) -> Any:
+        return fsdp.FullyShardedDataParallel.state_dict_type(
+            module,
+            fsdp.StateDictType.FULL_STATE_DICT,
+            fsdp.FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
+            FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
+        )
+
+    with patch.object(lightning_fsdp, "_get_full_state_dict_context", context):
+        yield
+
+
+class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+    """Lightning's own, on CPUs, which it refuses."""
+
+    root_device = torch.device("cpu", 0)  # DeepSpeed wants a number
+
+    def setup_environment(self) -> None:
+        super(strategies.DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+class AsItIs(FSDPPrecision):
+    """Leaves a model in float64."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 class OfBlocks(DensityMonitor):
@@ -73,12 +140,14 @@ def fit_in_parts(
     checkpoint: Path | None = None,
     strength: float | None = 0.5,
     epochs: int = 1,
+    way: str = "FSDP2",
+    accumulate: int = 1,
 ) -> dict[str, Tensor]:
-    """Weights after a fit in processes of its own, or as one loads them from a checkpoint.
+    """Weights after a fit in processes of its own, or after one that a checkpoint was of.
 
     What was measured at the end of the fit lies in FOLDER, a ``measured-RANK.pt`` of each process.
     """
-    words = ["lightning", folder, world, checkpoint, strength, epochs]
+    words = ["lightning", folder, world, checkpoint, strength, epochs, way, accumulate]
     done = warm.run(
         [sys.executable, "-m", "tests.support.ways_to_resume", *words],
         env=script_environment(), capture_output=True,
@@ -88,19 +157,46 @@ def fit_in_parts(
     return found
 
 
-def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: str) -> None:
-    """Fit and save in parts, or load and save what was loaded."""
+def by_hand(
+    world: int, accumulate: int = 1, dtype: torch.dtype = torch.float64, rate: float = 0.1
+) -> nn.Module:
+    """The fit by Lightning written out, of one process that has the batches of all."""
+    model = tiny_model("llama", dtype=dtype).train()
+    density = DensityLoss(model, strength=0.5, **OPTIONS_OF_A_FIT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    for step in range(BATCHES // accumulate):
+        optimizer.zero_grad()
+        for number in range(accumulate * world):
+            micro, rank = divmod(number, world)
+            batch = batches(BATCHES * world).batches[step * accumulate * world + number]
+            with density.watching(step=step):
+                loss = model(**batch).loss
+            with as_rank(rank):
+                term = density(**batch, step=step, micro_step=micro).loss
+            (loss + term).backward()
+        for weight in model.parameters():
+            assert weight.grad is not None
+            weight.grad /= world * accumulate
+        optimizer.step()
+    return model
+
+
+def lightning(
+    folder: str, world: str, checkpoint: str, strength: str, epochs: str, way: str, accumulate: str
+) -> None:
+    """Fit and save in parts, or load, fit what is left, and save."""
     module = Ranked(int(world))
-    parallel = ModelParallelStrategy(data_parallel_size=int(world), tensor_parallel_size=1)
     given = () if strength == "None" else (DensityPenalty(float(strength), **OPTIONS_OF_A_FIT),)
     monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=KEPT * int(world)))
     fitting = trainer(
-        *given, *monitors, devices=int(world), strategy=parallel, max_epochs=int(epochs),
-        limit_val_batches=1.0, num_sanity_val_steps=0,
+        *given, *monitors, devices=int(world), max_epochs=int(epochs), limit_val_batches=1.0,
+        num_sanity_val_steps=0, accumulate_grad_batches=int(accumulate), **strategy(way, module),
     )  # fmt: skip
     # What resumes at the end of its last epoch trains no more.
     fitting.fit(module, ckpt_path=None if checkpoint == "None" else checkpoint)
-    found = whole_weights(module.model)
+    own = "model." if way == "FSDP1" else ""
+    found = whole_weights(fitting.strategy.model if way == "FSDP1" else module.model)
+    found = {name.removeprefix(own): each for name, each in found.items()}
     if checkpoint == "None":
         measured = [monitor.history[-1] for monitor in monitors]
         torch.save(measured, Path(folder, f"measured-{module.global_rank}.pt"))
@@ -109,27 +205,51 @@ def lightning(folder: str, world: str, checkpoint: str, strength: str, epochs: s
         torch.save(found, Path(folder, f"lightning-{world}.pt"))
 
 
+def strategy(way: str, module: Ranked) -> dict[str, Any]:
+    """Options of a Trainer for "FSDP2", "FSDP1", "ZeRO 1" or "ZeRO 2"."""
+    if way == "FSDP2":
+        parallel = ModelParallelStrategy(data_parallel_size=module.world, tensor_parallel_size=1)
+        return {"strategy": parallel}
+    if way == "FSDP1":
+        layers = {type(module.model.model.layers[0])}
+        flat = FSDPStrategy(auto_wrap_policy=layers, state_dict_type="sharded")
+        return {"strategy": flat, "plugins": [AsItIs("32-true")]}
+    stage = int(way.partition(" ")[2])
+    return {"strategy": DeepSpeedStrategy(stage=stage, zero_allow_untested_optimizer=True)}
+
+
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
 
 
-def hf(folder: str, checkpoint: str) -> None:
+HF_CLIP = {1: 0.0, 2: 0.5}  # FSDP1 takes no norm of float64
+
+
+def hf(folder: str, checkpoint: str, version: str) -> None:
     """Train and save in parts, or load and save what was loaded."""
-    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
     loaded = {}
     torch.manual_seed(0)
     training: Any = with_density(OrderedTrainer)(
         model=tiny_model("llama", dtype=torch.float64).train(),
-        args=arguments(Path(folder), save_strategy="steps", save_steps=1),
+        args=arguments(
+            Path(folder), save_strategy="steps", save_steps=1, max_grad_norm=HF_CLIP[int(version)]
+        ),
         train_dataset=rows(), density=OPTIONS,
     )  # fmt: skip
     # Accelerate offers FSDP where there are GPUs; what it does then runs on CPUs too.
     state = training.accelerator.state
-    state.distributed_type, training.is_fsdp_enabled = DistributedType.FSDP, True
+    training.is_fsdp_enabled = True
+    if version == "1":
+        training._get_grad_norm = lambda *args, **kwargs: 0.0
+    for each in (state, PartialState()):  # of which every AcceleratorState() is updated again
+        each.distributed_type = DistributedType.FSDP
+        each.device = torch.device("cpu")  # it was cpu:0, which FSDP1 takes for another
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        fsdp_version=int(version), auto_wrap_policy="transformer_based_wrap",
         state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+        use_orig_params=True if version == "1" else None,
     )  # fmt: skip
     if checkpoint == "None":
         training.train()

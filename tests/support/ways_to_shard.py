@@ -8,9 +8,10 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +28,7 @@ from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.waiting import PATIENCE
 
+_WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
 ROWS, LENGTH, STEPS = 3, 9, 10
 PADDED = 4  # the step at which the last process has nothing but padding
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,7 +97,39 @@ def offloaded(model: Any) -> None:
     by_layer(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
-WAYS: dict[str, Callable[[Any], None]] = {
+def flat(model: Any, *kinds: type[nn.Module], **options: Any) -> Any:
+    """FSDP1 as Lightning has it: wrappers around the model and what is of these kinds."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    kinds = kinds or (type(model.model.layers[0]),)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy(kinds), use_orig_params=True,
+        device_id=torch.device("cpu"), **options,
+    )  # fmt: skip
+
+
+def flat_as_one(model: Any) -> Any:
+    return flat(model, nn.Conv3d)  # it has none
+
+
+def flat_parts(model: Any) -> Any:
+    """Units inside of layers, and the embedding."""
+    layer = model.model.layers[0]
+    return flat(model, *map(type, (layer, layer.self_attn, layer.mlp)), nn.Embedding)
+
+
+def flat_checkpointed(model: Any) -> Any:
+    """In the order that Lightning has: layers are wrapped, and what is inside checkpointed."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+    kind = type(model.model.layers[0])
+    model = flat(model)
+    wrapping.apply_activation_checkpointing(model, check_fn=lambda each: isinstance(each, kind))
+    return model
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
     "by layer": by_layer,
     "norm and head": with_head_unit,
     "norm and head, let go": with_resharded_head_unit,
@@ -103,7 +137,14 @@ WAYS: dict[str, Callable[[Any], None]] = {
     "by half layer": by_half_layer,
     "checkpointed": checkpointed,
     "offloaded": offloaded,
+    "flat": flat,
+    "flat, as one": flat_as_one,
+    "flat, parts of layers": flat_parts,
+    "flat, checkpointed": flat_checkpointed,
 }
+
+
+WHOLE_WAYS = ("by layer", "flat")  # that are tried in all else too
 
 
 def batch(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
@@ -129,26 +170,34 @@ def loss_of(model: nn.Module, density: DensityLoss, step: int, rank: int, ranks:
 
 
 def model_and_optimizer(
-    shard: Callable[[Any], None] | None,
+    shard: Callable[[Any], Any] | None, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = tiny_model("llama", seed=1, dtype=torch.float64).train()
+    model: Any = tiny_model("llama", seed=1, dtype=dtype).train()
     if shard is not None:
-        shard(model)
+        model = shard(model) or model
     # AdamW would blow the rounding of a gradient of next to nothing up to a whole step.
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Weights by the names of the model that is not sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     found = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        found[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().clone()
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for name, value in model.named_parameters():
+            whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[_WRAPPERS.sub("", name)] = whole.detach().clone()
     return found
 
 
 def trained(
-    way: str | None, options: dict[str, Any], steps: int, rank: int, ranks: int
+    way: str | None,
+    options: dict[str, Any],
+    steps: int,
+    rank: int,
+    ranks: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses of the steps and weights after them.
 
@@ -158,8 +207,9 @@ def trained(
         steps: how many.
         rank: of this process.
         ranks: how many there are.
+        dtype: of the weights.
     """
-    model, optimizer = model_and_optimizer(None if way is None else WAYS[way])
+    model, optimizer = model_and_optimizer(None if way is None else WAYS[way], dtype)
     density = DensityLoss(model, **options)
     losses = []
     for step in range(steps):
@@ -169,22 +219,52 @@ def trained(
             loss.backward()
             losses.append(loss.detach())
         else:
-            for each in range(ranks):
-                with patch.object(density_loss, "_rank", lambda each=each: each):
-                    loss = loss_of(model, density, step, each, ranks)
-                loss.backward()
-                losses.append(loss.detach())
-            for weight in model.parameters():  # not the loss: a term's is a float32
-                weight.grad /= ranks
+            losses += of_all_ranks(model, density, step, ranks)
         optimizer.step()
     return losses, whole_weights(model)
 
 
-def untouched() -> list[Tensor]:
+def of_all_ranks(model: nn.Module, density: DensityLoss, step: int, ranks: int) -> list[Tensor]:
+    """Losses of all processes' batches in one process, and mean gradients."""
+    losses = []
+    for each in range(ranks):
+        with patch.object(density_loss, "_rank", lambda each=each: each):
+            loss = loss_of(model, density, step, each, ranks)
+        loss.backward()
+        losses.append(loss.detach())
+    for weight in model.parameters():  # not the loss: a term's is a float32
+        assert weight.grad is not None
+        weight.grad /= ranks
+    return losses
+
+
+def trained_by_zero(
+    stage: int, options: dict[str, Any], steps: int, rank: int, ranks: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """:func:`trained` by a stage of DeepSpeed's ZeRO, which computes in float32."""
+    import deepspeed
+
+    model, optimizer = model_and_optimizer(None, torch.float32)
+    settings = {
+        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": 0.0,  # it would be 1
+    }  # fmt: skip
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    density = DensityLoss(model, **options)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(engine, density, step, rank, ranks)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return losses, whole_weights(model)
+
+
+def untouched(way: str) -> list[Tensor]:
     """Weights after three steps, without a term and with one of strength 0."""
     found = []
     for strength in (None, 0.0):
-        model, optimizer = model_and_optimizer(by_layer)
+        model, optimizer = model_and_optimizer(WAYS[way])
         density = None if strength is None else DensityLoss(model, strength=strength)
         for step in range(3):
             optimizer.zero_grad()
@@ -198,41 +278,49 @@ def untouched() -> list[Tensor]:
     return found
 
 
-def accumulated() -> list[Tensor]:
-    """Gradients of two batches, reduced once or each."""
+def accumulated(way: str) -> list[Tensor]:
+    """Gradients of two batches, reduced once or each; FSDP1's as the weights after a step."""
     found = []
     for once in (False, True):
-        model: Any = model_and_optimizer(by_layer)[0]
+        built, optimizer = model_and_optimizer(WAYS[way])
+        model: Any = built
         density = DensityLoss(model, **OPTIONS["default"])
         for number in range(2):
-            model.set_requires_gradient_sync(not once or number == 1)
-            loss_of(model, density, number, torch.distributed.get_rank(), 9).backward()
-        found.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
+            waits = once and number == 0
+            flat_waits = model.no_sync() if waits and hasattr(model, "no_sync") else nullcontext()
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(not waits)
+            with flat_waits:
+                loss_of(model, density, number, torch.distributed.get_rank(), 9).backward()
+        optimizer.step()
+        found.append(torch.cat([each.flatten() for each in whole_weights(model).values()]))
     return found
 
 
-def in_bfloat16() -> list[float]:
+def in_bfloat16(way: str) -> list[float]:
     """Terms of a model in bfloat16, and of one that its units compute in bfloat16."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
+    kind: Any = MixedPrecision if way == "flat" else MixedPrecisionPolicy
+    mixed = kind(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    name = "mixed_precision" if way == "flat" else "mp_policy"
     found = []
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for dtype, policy in ((torch.bfloat16, {}), (torch.float32, {"mp_policy": mixed})):
-        model = tiny_model("llama", seed=1, dtype=dtype).train()
-        by_layer(model, **policy)
+    for dtype, policy in ((torch.bfloat16, {}), (torch.float32, {name: mixed})):
+        plain: Any = tiny_model("llama", seed=1, dtype=dtype).train()
+        model = WAYS[way](plain, **policy) or plain
         density = DensityLoss(model, **OPTIONS["soft"])
         loss = loss_of(model, density, 0, 0, 2)
         loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        gradients = [p.grad for p in model.parameters() if p.numel()]  # FSDP1 has empty pieces
+        assert all(each is not None and each.isfinite().all() for each in gradients)
         found.append(loss.item())
     return found
 
 
-def curve() -> Tensor:
+def curve(way: str) -> Tensor:
     """Total variation of a batch, measured on a model that is sharded."""
-    model = tiny_model("llama", seed=1, dtype=torch.float64)
-    by_layer(model)
-    return density_curve(model, *batch(0, 0, 1)).total_variation
+    plain = tiny_model("llama", seed=1, dtype=torch.float64)
+    return density_curve(WAYS[way](plain) or plain, *batch(0, 0, 1)).total_variation
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -264,8 +352,18 @@ def refusals(rank: int) -> dict[str, str]:
         fully_shard(one, reshard_after_forward=True)
         attach(one)
 
+    def flat_head() -> None:
+        attach(flat(tiny_model("llama"), nn.Linear))
+
+    def flat_inside() -> None:
+        inner = tiny_model("llama")
+        around = flat(inner)
+        attach(inner)
+        del around
+
     found = {}
-    for wrong in (wrong_mask, not_finite, unit_around, let_go_after_forward):
+    wrongs = wrong_mask, not_finite, unit_around, let_go_after_forward, flat_head, flat_inside
+    for wrong in wrongs:
         try:
             wrong()
         except SofttraceError as error:
@@ -304,19 +402,28 @@ def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.support.ways_to_shard", folder, *ways]
     for done in warm.run_ranks(command, ranks, script_environment()):
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "Warning" not in done.stderr, done.stderr
+        assert ways[0].startswith("ZeRO") or "Warning" not in done.stderr, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def main(folder: str, *ways: str) -> None:
     rank, ranks = begin()
+    if ways[0].startswith("ZeRO"):
+        stage = int(ways[0].partition(" ")[2])
+        by_zero = trained_by_zero(stage, OPTIONS["default"], STEPS, rank, ranks)
+        torch.save({f"{ways[0]}, default": by_zero}, Path(folder, f"{rank}.pt"))
+        torch.distributed.barrier()
+        os._exit(0)
     found: dict[str, Any] = {
         f"{way}, {name}": trained(way, OPTIONS[name], steps, rank, ranks)
         for way, name, steps in runs(ways)
     }
     others = {} if len(ways) == 1 else {
-        "untouched": untouched(), "accumulated": accumulated(), "in bfloat16": in_bfloat16(),
-        "curve": curve(), "refusals": refusals(rank),
+        "refusals": refusals(rank),
+        **{
+            f"{way}, {each.__name__}": each(way)
+            for way in WHOLE_WAYS for each in (untouched, accumulated, in_bfloat16, curve)
+        },
     }  # fmt: skip
     torch.save({**found, **others}, Path(folder, f"{rank}.pt"))
     torch.distributed.barrier()

@@ -4,13 +4,15 @@
     python -m recipes.benchmarks.correctness.exactness --parts kills --kills 30
 
 Uses the cases of ``tests/`` (which is not installed) and measures what those assert. Writes
-``results/exactness.json``; parts that are not named keep what the file holds.
+``results/exactness.json``; parts that are not named keep what the file holds, as do rows of
+DeepSpeed where it is not installed (``pip install deepspeed``; ``DS_ACCELERATOR=cpu``).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -41,6 +43,9 @@ from tests.support.tiny import tiny_model
 from tests.support.ways_to_fit import OPTIONS, WAYS
 
 STEPS = 50
+IN_PARTS = {
+    "ModelParallelStrategy": "FSDP2", "FSDPStrategy": "FSDP1", "DeepSpeedStrategy": "ZeRO 2",
+}  # fmt: skip
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -51,8 +56,9 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def inert(args: argparse.Namespace) -> dict[str, Any]:
     """Every supported combination at strength 0 against no callback: max |Δw|; and at 0.6."""
     found = dict(args.known.get("inert", {})) if args.fits else {}
-    if "ModelParallelStrategy" in (args.fits or ["ModelParallelStrategy"]):
-        found["ModelParallelStrategy"] = inert_in_parts()
+    for name, way in IN_PARTS.items():
+        if name in (args.fits or [name]) and is_there(way):
+            found[name] = inert_in_parts(way)
     if args.fits:
         ways = {name: way for name, way in WAYS.items() if name in args.fits}
     else:
@@ -68,12 +74,17 @@ def inert(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def inert_in_parts() -> dict[str, Any]:
-    """Two processes whose weights are sharded."""
+def is_there(way: str) -> bool:
+    """Whether an engine is installed; rows of one that is not stay as the file has them."""
+    return not way.startswith("ZeRO") or importlib.util.find_spec("deepspeed") is not None
+
+
+def inert_in_parts(way: str) -> dict[str, Any]:
+    """Two processes that share one model."""
     with tempfile.TemporaryDirectory() as folder:
         epochs = -(-STEPS // ways_to_resume.BATCHES)
         runs = [
-            ways_to_resume.fit_in_parts(Path(folder), 2, None, strength, epochs)
+            ways_to_resume.fit_in_parts(Path(folder), 2, None, strength, epochs, way)
             for strength in (None, 0.0, 0.6)
         ]
     flat = [torch.cat([each.flatten() for each in found.values()]) for found in runs]
@@ -107,7 +118,33 @@ def inert_row(
 
 def resumed(args: argparse.Namespace) -> dict[str, Any]:
     """Straight runs against runs that were resumed at every step: max |Δw|."""
-    return {"Lightning": resumed_by_lightning(), "Trainer": resumed_by_trainer()}
+    found = dict(args.known.get("resumed", {}))
+    for way in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2"):
+        if way in (args.fits or [way]) and is_there(way):
+            found[way] = resumed_in_parts(way)
+    if not args.fits:
+        found |= {"Lightning": resumed_by_lightning(), "Trainer": resumed_by_trainer()}
+    return found
+
+
+def resumed_in_parts(way: str) -> dict[str, Any]:
+    """Two processes that share one model, by Lightning."""
+    with tempfile.TemporaryDirectory() as folder:
+        ways_to_resume.fit_in_parts(Path(folder), 2, way=way)
+        runs = [
+            ways_to_resume.fit_in_parts(
+                Path(folder), 2, Path(folder, "parts.ckpt"), strength, 2, way
+            )
+            for strength in (0.5, 0.3)
+        ]
+        Path(folder, "straight").mkdir()
+        runs.append(ways_to_resume.fit_in_parts(Path(folder, "straight"), 2, None, 0.5, 2, way))
+    same, other, straight = (
+        torch.cat([each.flatten() for each in found.values()]) for found in runs
+    )
+    steps = 2 * ways_to_resume.BATCHES
+    largest, control = (difference(found, straight) for found in (same, other))
+    return {"steps": steps, "largest": largest, "control": control}
 
 
 def resumed_by_lightning() -> dict[str, Any]:
@@ -233,27 +270,46 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sharded(args: argparse.Namespace) -> dict[str, Any]:
-    """Models in parts against one process with all batches: largest relative differences."""
-    rows: dict[str, float] = {}
-    for ranks, ways in ((2, tuple(ways_to_shard.WAYS)), (3, ("norm and head",))):
+    """Engines against one process with all batches: largest relative differences."""
+    flat = tuple(name for name in ways_to_shard.WAYS if name.startswith("flat"))
+    others = tuple(name for name in ways_to_shard.WAYS if name not in flat)
+    rows: dict[str, float] = dict(args.known.get("sharded", {}))
+    for engine, ranks, ways in (
+        ("FSDP2", 2, others), ("FSDP2", 3, ("norm and head",)), ("FSDP1", 2, flat),
+        ("FSDP1", 3, ("flat",)), ("ZeRO 1", 2, ("ZeRO 1",)), ("ZeRO 2", 2, ("ZeRO 2",)),
+        ("ZeRO 1", 3, ("ZeRO 1",)), ("ZeRO 2", 3, ("ZeRO 2",)),
+    ):  # fmt: skip
+        if not is_there(engine):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = ways_to_shard.of_ranks(Path(folder), ranks, *ways)
-        worst = {"losses": 0.0, "weights": 0.0}
-        for way, name, steps in ways_to_shard.runs(ways):
-            options = ways_to_shard.OPTIONS[name]
-            losses, wanted = ways_to_shard.trained(None, options, steps, 0, ranks)
-            for rank, each in enumerate(found):
-                own, after = each[f"{way}, {name}"]
-                pairs = {
-                    "losses": zip(own, losses[rank::ranks], strict=True),
-                    "weights": ((after[key], wanted[key]) for key in wanted),
-                }
-                for what, both in pairs.items():
-                    gap = max(difference(a, b) / max(float(b.abs().max()), 1e-30) for a, b in both)
-                    worst[what] = max(worst[what], gap)
-        for what, gap in worst.items():
-            rows[f"FSDP2, {ranks} processes, {ways_to_shard.STEPS} steps, {what}"] = gap
+        zero = engine.startswith("ZeRO")
+        runs = [(ways[0], "default", ways_to_shard.STEPS)] if zero else ways_to_shard.runs(ways)
+        dtype = torch.float32 if zero else torch.float64
+        for what, gap in in_parts(found, runs, dtype).items():
+            said = " (float32)" if zero else ""
+            rows[f"{engine}, {ranks} processes, {ways_to_shard.STEPS} steps, {what}{said}"] = gap
     return rows
+
+
+def in_parts(
+    found: list[dict[str, Any]], runs: list[tuple[str, str, int]], dtype: torch.dtype
+) -> dict[str, float]:
+    """Largest relative differences of losses and weights from those of one process."""
+    worst, ranks = {"losses": 0.0, "weights": 0.0}, len(found)
+    for way, name, steps in runs:
+        options = ways_to_shard.OPTIONS[name]
+        losses, wanted = ways_to_shard.trained(None, options, steps, 0, ranks, dtype)
+        for rank, each in enumerate(found):
+            own, after = each[f"{way}, {name}"]
+            pairs = {
+                "losses": zip(own, losses[rank::ranks], strict=True),
+                "weights": ((after[key], wanted[key]) for key in wanted),
+            }
+            for what, both in pairs.items():
+                gap = max(difference(a, b) / max(float(b.abs().max()), 1e-30) for a, b in both)
+                worst[what] = max(worst[what], gap)
+    return worst
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--fits", nargs="+", help="ways to fit to run anew, by name (all)")
+    parser.add_argument("--fits", nargs="+", help="ways to fit and engines to run anew (all)")
     parser.add_argument("--guards", nargs="+", help="mutations to run anew, by name (all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "exactness.json")
     args = parser.parse_args()

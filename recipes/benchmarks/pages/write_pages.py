@@ -203,6 +203,13 @@ def exactness() -> str:
             f"| {shown}, resumed at each of {row['steps']} steps, against a straight run | "
             f"{row['largest']:g} (another strength from there: {row['control']:.0e}) |"
         )
+    for engine in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2"):
+        row = result["resumed"][engine]
+        lines.append(
+            f"| {engine} in Lightning, two processes, resumed after half of {row['steps']} "
+            f"steps, against a straight run | {row['largest']:g} (another strength from there: "
+            f"{row['control']:.0e}) |"
+        )
     lines += [
         f"| `softtrace fit` killed {killed['kills']} times at random moments: runs that resumed "
         f"and ended, their largest difference from a straight one | {killed['resumed']} of "

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from softtrace.anatomy.refusals import NOT_MADE_FOR_IT
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.importance import working_dtype
-from softtrace.model.devices import unhooked, weight_of
+from softtrace.model.devices import unhooked, weight_of, whole
+from softtrace.model.sharding import own_weights
 
 #: what is added to the stored weight before it multiplies; None: the norm has no weight
 OFFSETS: tuple[float | None, ...] = (0.0, 1.0, None)
@@ -86,18 +87,17 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
         UnsupportedModelError: no form fits.
     """
     width = sample.shape[-1]
-    vectors = {
-        name: parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.shape == (width,)
-    }
+    with whole(module):
+        vectors = {
+            name: parameter.dtype
+            for name, parameter in own_weights(module).items()
+            if parameter.shape == (width,)
+        }
     weights = [name for name in vectors if name != "bias"]
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: (torch.rand(width, generator=generator, device="cpu") + 0.5).to(
-            sample.device, parameter.dtype
-        )
-        for name, parameter in vectors.items()
+        name: (torch.rand(width, generator=generator, device="cpu") + 0.5).to(sample.device, dtype)
+        for name, dtype in vectors.items()
     }
     try:
         normed = functional_call(

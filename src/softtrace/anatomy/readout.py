@@ -13,6 +13,7 @@ from softtrace.anatomy.norms import LinearNorm, linear_norm
 from softtrace.anatomy.tolerances import mismatch
 from softtrace.anatomy.watch import Call
 from softtrace.errors import UnsupportedModelError
+from softtrace.model.flat_units import bare
 from softtrace.model.sharding import is_unit, within_units
 
 
@@ -102,6 +103,7 @@ def find_readout(
             f"{type(model).__name__} has no language-model head; load it with "
             "AutoModelForCausalLM, not AutoModel"
         )
+    head = bare(head)
     at_head = [call for call in calls if call.module is head]
     if len(at_head) != 1 or at_head[0].read is None or at_head[0].gave is None:
         raise UnsupportedModelError(

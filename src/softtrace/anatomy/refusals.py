@@ -11,6 +11,7 @@ from torch import nn
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import unplaced
 from softtrace.model.engines import ENGINES, engine_around
+from softtrace.model.flat_units import is_flat_unit, is_flattened, is_outermost
 from softtrace.model.sharding import is_in_parts, is_part, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
@@ -45,22 +46,31 @@ def running(what: str) -> Iterator[None]:
 
 
 def refuse_units(layers: Sequence[nn.Module], readout: Sequence[nn.Module]) -> None:
-    """Refuse units of ``fully_shard`` that no backward pass of ours can gather; after a forward.
+    """Refuse units that no backward pass of ours can gather; after a forward.
 
     Args:
         layers: of the decoder.
         readout: the final norm and the head.
 
     Raises:
-        UnsupportedModelError: layers lie in one unit with them, and it lets go of them by then.
+        UnsupportedModelError: layers lie in one unit with them, and it lets go of them by then; or
+            FSDP1 wrapped them apart.
     """
     units = [unit_of(each) for each in layers]
     for module in readout:
-        if is_in_parts(module) and any(unit_of(module) is unit for unit in units):
+        unit, name = unit_of(module), type(module).__name__
+        if not is_flat_unit(unit):
+            if is_in_parts(module) and any(unit is each for each in units):
+                raise UnsupportedModelError(
+                    f"one unit of fully_shard holds layers and the {name} behind them, and lets go "
+                    "of them after its forward. Call fully_shard on every layer first, or leave "
+                    "reshard_after_forward of the outermost unit as it is"
+                )
+        elif not is_outermost(unit):
             raise UnsupportedModelError(
-                f"one unit of fully_shard holds layers and the {type(module).__name__} behind "
-                "them, and lets go of them after its forward. Call fully_shard on every layer "
-                "first, or leave reshard_after_forward of the outermost unit as it is"
+                f"FSDP1: the {name} behind the layers is in a wrapper of its own, and maps of "
+                "exits are learned by a backward pass of their own, which FSDP1 allows inside the "
+                "outermost wrapper alone. Let auto_wrap_policy wrap layers only, or use FSDP2"
             )
 
 
@@ -92,6 +102,12 @@ def refuse_early(model: nn.Module) -> None:
             "(without preload_module_classes)"
         )
     parts = [each for each, weight in model.named_parameters() if is_part(weight)]
+    if any(map(is_flattened, model.parameters())) and unit_of(model) is None:
+        raise UnsupportedModelError(
+            f"{name}: {parts[0]} and {len(parts) - 1} other weights were flattened by FSDP1, whose "
+            "outermost wrapper is not known here; pass what FullyShardedDataParallel(model) "
+            "returned, not the model inside"
+        )
     if parts and unit_of(model) is None:
         raise UnsupportedModelError(
             f"{name}: {parts[0]} and {len(parts) - 1} other weights are in parts on several "

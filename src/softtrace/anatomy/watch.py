@@ -18,7 +18,9 @@ from softtrace.anatomy.tolerances import ROUNDINGS, rounding
 from softtrace.errors import UnsupportedModelError
 from softtrace.graph.attention_maps import AttentionMap
 from softtrace.model.devices import arriving
+from softtrace.model.flat_units import bare, is_flat_unit
 from softtrace.model.hooks import first_tensor
+from softtrace.model.sharding import own_weights
 
 
 @dataclass(eq=False)  # two calls are never the same one
@@ -104,7 +106,7 @@ class Watch:
     def asking(self) -> nn.Module | None:
         """The innermost running module with parameters: who a softmax belongs to."""
         for call in reversed(self._stack):
-            if self._current is not None and any(True for _ in call.module.parameters()):
+            if self._current is not None and _has_weights(call.module):
                 return call.module
         return None
 
@@ -164,7 +166,7 @@ class Watch:
                     if id(layer) in self._is_layer}  # fmt: skip
         try:
             for name, module in self.model.named_modules():
-                if module is self.model:
+                if module is self.model or is_flat_unit(module):
                     continue
                 inside = [prefix for prefix in prefixes.values() if name.startswith(prefix)]
                 short = name.removeprefix(inside[0]) if inside else name
@@ -228,12 +230,15 @@ def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seque
             f"{type(model).__name__}: {type(decoder).__name__} has no ModuleList of layers"
         )
     longest: nn.ModuleList = max(found, key=lambda each: (len(each), _size(each)))
-    # torch's checkpoint_wrapper stands between the list and a layer.
-    return output, tuple(getattr(each, "_checkpoint_wrapped_module", each) for each in longest)
+    return output, tuple(map(bare, longest))
 
 
 def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(own_weights(each) for each in module.modules())
 
 
 def _size(module: nn.Module) -> int:

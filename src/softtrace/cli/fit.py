@@ -251,7 +251,8 @@ class FitCLI(LightningCLI):
                 self.parser.save(self.config, temporary, overwrite=True)
         self._train(checkpoint)
         if not self.config["trainer"]["fast_dev_run"]:
-            weights = whole_weights(self.model.model)  # gathered from all processes
+            # gathered from all processes
+            weights = whole_weights(self.model.model, self.trainer.strategy.model)
             if self.trainer.is_global_zero:
                 self._save(weights)
                 if self.repository is not None:

@@ -54,7 +54,7 @@ class DensityMixin:
         *args: Arguments of the Trainer.
         density: The term's options, or a mapping of some of them; None for the defaults.
         allow_untested: Run also where weights or sequences are sharded in ways that were never
-            tested (FSDP1, ZeRO 3, tensor, context or sequence parallelism).
+            tested (ZeRO 3, tensor, context or sequence parallelism).
         **kwargs: Arguments of the Trainer.
 
     Raises:
@@ -386,9 +386,9 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
 
 def _sharding(trainer: Any) -> Engine | None:
     if trainer.is_fsdp_enabled:
-        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        if getattr(plugin, "fsdp_version", 1) != 2:
-            return engine("FSDP1")
+        plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) != 2 and not plugin.use_orig_params:
+            return engine("FSDP1 without use_orig_params")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         return engine("DeepSpeed ZeRO 3")
     layout = getattr(trainer.accelerator, "parallelism_config", None)

@@ -22,8 +22,8 @@ from softtrace.checks import check_least, check_range
 from softtrace.data.encoding import IGNORED
 from softtrace.lightning.lora import LoRA, merged
 from softtrace.lightning.sharded import shard
+from softtrace.model.flat_units import is_flat_unit
 from softtrace.model.loading import load_model
-from softtrace.model.sharding import is_sharded
 
 
 class CausalLM(LightningModule):
@@ -90,11 +90,12 @@ class CausalLM(LightningModule):
             getattr(older, name, older.gradient_checkpointing_enable)({"use_reentrant": False})
         self.lora = lora
         self.model = (model if lora is None else lora.wrap(model)).train()
+        # FSDP1 makes them flat before the optimiser is made.
+        self._matrices = {id(weight) for weight in self.model.parameters() if weight.dim() >= 2}
 
     def configure_model(self) -> None:
         """Shard the model where the strategy is for that; Lightning may call this twice."""
-        if self.device_mesh is not None and not is_sharded(self.model):
-            shard(self.model, self.device_mesh, str(self.trainer.precision))
+        shard(self.model, self.trainer.strategy, str(self.trainer.precision))
 
     def again(self, weights: dict[str, Tensor]) -> PreTrainedModel:
         """The model as it was loaded, on the CPU and not sharded, with these weights.
@@ -121,12 +122,29 @@ class CausalLM(LightningModule):
         loss: Tensor = self.model(**batch, use_cache=False).loss
         return loss
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, but for FSDP1, which clips by the norm of all processes' pieces itself."""
+        around: Any = self.trainer.strategy.model
+        if is_flat_unit(around) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            around.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped with the optimiser."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        matrices = [each.dim() >= 2 or id(each) in self._matrices for each in trained]
         groups = [
-            {"params": [w for w in trained if w.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
+            {
+                "params": [w for w, is_one in zip(trained, matrices, strict=True) if is_one == own],
+                "weight_decay": self.weight_decay if own else 0.0,
+            }
+            for own in (True, False)
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = self.trainer.estimated_stepping_batches

@@ -19,7 +19,7 @@ from softtrace.checks import check_counts, check_least
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.standstill import standstill
-from softtrace.lightning.support import check_strategy
+from softtrace.lightning.support import check_strategy, name_of
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
 from softtrace.metrics import (
     ComputationDensity,
@@ -28,7 +28,7 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import half_depth
-from softtrace.model.sharding import is_sharded
+from softtrace.model.sharding import is_sharded, note_units
 from softtrace.model.wrappers import find_causal_lm
 from softtrace.processes import raise_everywhere
 from softtrace.tracing.masking import AttentionKind, check_attention
@@ -132,8 +132,7 @@ class DensityMonitor(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._warned = False
         if stage in ("fit", "validate"):
-            name = type(trainer.strategy).__name__
-            check_strategy(name, self.allow_untested, "DensityMonitor")
+            check_strategy(name_of(trainer.strategy), self.allow_untested, "DensityMonitor")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, and the validation, before time is spent."""
@@ -226,6 +225,7 @@ class DensityMonitor(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
         parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
             ComputationDensity(sync_on_compute=not parts),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning.due_validation import check_validates, is_due, validate
-from softtrace.lightning.support import check_strategy
+from softtrace.lightning.support import check_strategy, name_of
 from softtrace.lightning.wrapped_step import WrappedStep
 from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
@@ -26,6 +26,7 @@ from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
+from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
 STATE_KEY = "softtrace.DensityPenalty"
@@ -78,7 +79,8 @@ class DensityPenalty(Callback):
         """Refuse, before anything runs, what can be seen without the model."""
         if stage != "fit":
             return
-        self._kept, self._budget, self._measured_after = {}, None, -1
+        # Until here those of the last fit: a checkpoint may be saved after its end.
+        self._kept, self._budget, self._exit_maps, self._measured_after = {}, None, None, -1
         twins = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise TrainerSetupError(
@@ -88,7 +90,7 @@ class DensityPenalty(Callback):
         if self.options.strength == 0:
             return
         loss_budget(self.options)  # a reference that cannot be read is refused here already
-        check_strategy(type(trainer.strategy).__name__, self.allow_untested)
+        check_strategy(name_of(trainer.strategy), self.allow_untested)
         if not pl_module.automatic_optimization:
             raise TrainerSetupError(
                 f"{type(pl_module).__name__} uses manual optimisation; DensityPenalty works with "
@@ -113,6 +115,7 @@ class DensityPenalty(Callback):
         if self.options.strength == 0:
             return
         self._restore()  # of a fit that ended without saying so: never two terms
+        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
         density = DensityLoss(find_causal_lm(pl_module), self.options)
         self._budget, self._exit_maps = density.budget, density.exit_maps
         if self._exit_maps is not None and (maps := self._kept.get("exit_maps")) is not None:
@@ -133,7 +136,7 @@ class DensityPenalty(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the strength follow the held-out loss; before ModelCheckpoint saves."""
         batch = trainer.fit_loop.total_batch_idx
-        if self._budget is None or batch == self._measured_after:
+        if self._budget is None or self._wrapped is None or batch == self._measured_after:
             return
         own = measured_loss(trainer.callback_metrics, self.options.monitor or HELD_OUT)
         # All processes shall continue with one strength, whether the module synchronises or not.
@@ -184,7 +187,6 @@ class DensityPenalty(Callback):
         if self._wrapped is not None:
             self._wrapped.restore()
             self._wrapped = None
-        self._budget = self._exit_maps = None
 
     # Not state_dict: Lightning refuses two callbacks with state before setup can say it better.
     def on_save_checkpoint(

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
+from softtrace.model.flat_units import is_flat_unit
 from softtrace.model.sharding import is_sharded
 from softtrace.model.wrappers import unwrapped
 
-_IN_FOLDERS = "save_distributed_checkpoint"
+#: option of a strategy, and the value with which each process writes its part
+_IN_FOLDERS = {
+    "save_distributed_checkpoint": (True, "false"),
+    "state_dict_type": ("sharded", "full"),
+}
 
 
 def check_checkpoints(strategy: Any) -> None:
@@ -23,27 +29,65 @@ def check_checkpoints(strategy: Any) -> None:
     Raises:
         InvalidInputError: each process would write its part over the last one's.
     """
-    if getattr(strategy, "init_args", {}).get(_IN_FOLDERS):
+    over = (
+        "which writes over the last checkpoint in place, so that a run that is killed meanwhile "
+        "has none"
+    )
+    if "deepspeed" in str(getattr(strategy, "class_path", strategy)).lower():
         raise InvalidInputError(
-            f"trainer.strategy.{_IN_FOLDERS}: found true, which writes over the last checkpoint "
-            "in place, so that a run that is killed meanwhile has none; set it to false: then a "
-            "checkpoint is one file, whole or not there"
+            f"trainer.strategy: found DeepSpeed, {over}. Use ModelParallelStrategy, or train with "
+            "DeepSpeedStrategy in a Trainer of your own, where DensityPenalty takes ZeRO 1 and 2"
         )
+    options = getattr(strategy, "init_args", {})
+    for name, (found, instead) in _IN_FOLDERS.items():
+        if options.get(name) == found:
+            said = str(found).lower()
+            raise InvalidInputError(
+                f"trainer.strategy.{name}: found {said}, {over}; set it to {instead}: then a "
+                "checkpoint is one file, whole or not there"
+            )
 
 
-def shard(model: Any, mesh: Any, precision: str) -> None:
-    """Shard a model by ``fully_shard`` for Lightning's ModelParallelStrategy, in place.
+def shard(model: Any, strategy: Any, precision: str) -> None:
+    """Shard a model for Lightning's ModelParallelStrategy, in place, or say how for FSDPStrategy.
 
-    Every layer is a unit, and what is left (embedding, final norm, head) is one.
+    Every layer is a unit, and what is left (embedding, final norm, head) is one. Of other
+    strategies nothing happens.
 
     Args:
         model: a causal language model of transformers, or PEFT's around one.
-        mesh: of the strategy.
+        strategy: of the Trainer, before it is set up.
         precision: of the Trainer; under bf16-mixed units gather and compute in bfloat16.
 
     Raises:
-        TrainerSetupError: tensor parallelism, or a model that does not name its layers.
+        TrainerSetupError: tensor parallelism, LoRA under FSDPStrategy, or a model that does not
+            name its layers.
     """
+    if isinstance(strategy, FSDPStrategy) and "auto_wrap_policy" not in strategy.kwargs:
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        if not all(weight.requires_grad for weight in model.parameters()):
+            raise TrainerSetupError(
+                "strategy: FSDPStrategy flattens a layer's frozen weights and its adapters into "
+                "one tensor, with gradients for all of it; allowed with LoRA is "
+                "ModelParallelStrategy"
+            )
+        kinds = {type(each) for each in _layers(model, "FSDPStrategy")}
+        strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(kinds)
+    elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(model):
+        _shard(model, strategy.device_mesh, precision)
+
+
+def _layers(model: Any, strategy: str) -> list[nn.Module]:
+    kinds = set(getattr(unwrapped(model), "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        name = type(model).__name__
+        raise TrainerSetupError(f"strategy: {strategy}: {name} does not say what its layers are")
+    return layers
+
+
+def _shard(model: Any, mesh: Any, precision: str) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     name = "strategy: ModelParallelStrategy"
@@ -53,27 +97,34 @@ def shard(model: Any, mesh: Any, precision: str) -> None:
             "data_parallel_size the number of processes: weights split inside a matrix have no "
             "edge of their own"
         )
-    kinds = set(getattr(unwrapped(model), "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise TrainerSetupError(f"{name}: {type(model).__name__} does not say what its layers are")
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()
-    for layer in layers:
+    for layer in _layers(model, "ModelParallelStrategy"):
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
     fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
 
 
-def whole_weights(model: Any) -> dict[str, Tensor] | None:
+def whole_weights(model: Any, around: Any) -> dict[str, Tensor] | None:
     """All weights of a model that is sharded, on the first process's CPU; all have to call this.
+
+    Args:
+        model: that was trained.
+        around: what the strategy made of the module that holds it, which FSDP1 gathers.
 
     Returns:
         None where the model is not sharded; nothing on the other processes.
     """
-    if not is_sharded(model):
-        return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if is_flat_unit(around):
+        inside = next(name for name, each in around.named_modules() if each is model)
+        prefix = inside.replace("_fsdp_wrapped_module.", "") + "."
+        flat: Any = around
+        whole.cpu_offload = flat.compute_device.type != "cpu"  # from CPU to CPU it crashes
+        weights: Any = get_model_state_dict(around, options=whole)
+        return {name.removeprefix(prefix): each for name, each in weights.items()}
+    if not is_sharded(model):
+        return None
     found: Any = get_model_state_dict(model, options=whole)
     return dict(found)

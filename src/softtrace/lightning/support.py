@@ -37,19 +37,20 @@ _FULLY_SHARD = (
     "tensor_parallel_size=1"
 )
 
-_DEEPSPEED = (
-    "Lightning runs it on GPUs alone, where it was never tested; transformers' Trainer runs ZeRO 1 "
-    "and 2"
-)
-
 _TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
 
 LIGHTNING: tuple[Support, ...] = (
     Support("strategy", "SingleDeviceStrategy"),
     Support("strategy", "DDPStrategy"),
     Support("strategy", "ModelParallelStrategy", note=_FULLY_SHARD),
-    Support("strategy", "FSDPStrategy", f"FSDP1: {engine('FSDP1').refused}"),
-    Support("strategy", "DeepSpeedStrategy", _DEEPSPEED),
+    Support("strategy", "FSDPStrategy", note="FSDP1; auto_wrap_policy wraps layers alone"),
+    Support(
+        "strategy",
+        "FSDPStrategy(use_orig_params=False)",
+        engine("FSDP1 without use_orig_params").refused,
+    ),
+    Support("strategy", "DeepSpeedStrategy", note="stages 1 and 2: weights are whole"),
+    Support("strategy", "DeepSpeedStrategy(stage=3)", engine("DeepSpeed ZeRO 3").refused),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -88,11 +89,21 @@ LIGHTNING: tuple[Support, ...] = (
 )
 
 
+def name_of(strategy: object) -> str:
+    """A strategy as the table has it: its class, and the setting by which it is refused."""
+    name, options = type(strategy).__name__, getattr(strategy, "kwargs", {})
+    if name == "FSDPStrategy" and not options.get("use_orig_params", True):
+        return f"{name}(use_orig_params=False)"
+    if getattr(strategy, "zero_stage_3", False):
+        return f"{name}(stage=3)"
+    return name
+
+
 def check_strategy(name: str, allow_untested: bool = False, who: str = "DensityPenalty") -> None:
     """Refuse a strategy that is not supported.
 
     Args:
-        name: of its class.
+        name: that :func:`name_of` gives.
         allow_untested: let it pass.
         who: asks, for the error.
 

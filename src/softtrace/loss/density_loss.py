@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch
-from softtrace.graph.importance import working_dtype
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams
 from softtrace.loss.draws import draw, draw_exits
@@ -34,7 +33,8 @@ from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.windows import Windows, first_token_of
-from softtrace.model.sharding import is_sharded
+from softtrace.model.flat_units import bare
+from softtrace.model.sharding import as_one_forward, is_sharded
 from softtrace.model.state import (
     all_modules,
     dropout_off,
@@ -89,7 +89,7 @@ class DensityLoss:
             )
         self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
         self.budget = loss_budget(self.options)
-        self.model = model
+        self.model = bare(model)
         self.step = 0
         self.skipped_steps = 0
         self._watched = Watched()
@@ -100,7 +100,7 @@ class DensityLoss:
         if self.options.strength > 0:
             instrument = attach(model)
             if self.options.exit_map:
-                self.exit_maps = _learned_maps(instrument, self.options)
+                self.exit_maps = LearnedMaps.of(instrument, self.options)
         self._exit_term = ExitTerm(self.exit_maps)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
@@ -207,21 +207,38 @@ class DensityLoss:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        device, together = input_ids.device, is_sharded(unwrapped(self.model))
+        watched = self._watched if watched is None else watched
+        found: list[DensityTerm] = []
+
+        def loss() -> Tensor:
+            read = input_ids, attention_mask, labels, position_ids
+            found.append(self._term(read, (step, micro_step), watched))
+            return found[0].loss
+
+        added = as_one_forward(unwrapped(self.model), loss)
+        return replace(found[0], loss=added)
+
+    def _term(
+        self,
+        read: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        drawn_by: tuple[int, int],
+        watched: Watched,
+    ) -> DensityTerm:
+        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
+        step, device = drawn_by[0], read[0].device
+        together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
-        watched = self._watched if watched is None else watched
         exits = None
         try:
             if strength == weight == 0 and self.exit_maps is None:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):
-                batch = self._batch(input_ids, attention_mask, labels, position_ids)
+                batch = self._batch(*read)
                 if together:  # before any waits for the others in a forward
                     instrument.check(batch)
-            drawn_by = (step, micro_step)
             # First what reads nothing from the device, which may still be busy with the forward.
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
@@ -367,17 +384,6 @@ class DensityLoss:
             bounds=options.exit_bounds(layers),
         )
         return self._exit_term(instrument, seen, drawn, batch.targets, options, learned)
-
-
-def _learned_maps(instrument: Instrument, options: DensityOptions) -> LearnedMaps | None:
-    """Of a model that was attached; None where it has no exit."""
-    layers = len(instrument.anatomy.layers)
-    if layers < 2:
-        return None
-    low, high = options.exit_bounds(layers)
-    read = instrument.anatomy.output_weight(0)
-    depths = range(low, high + 1)
-    return LearnedMaps(instrument.model, depths, read.shape[-1], working_dtype(read.dtype))
 
 
 def _rank() -> int:

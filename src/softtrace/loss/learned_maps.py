@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from softtrace.errors import TrainerSetupError
+from softtrace.graph.importance import working_dtype
+from softtrace.loss.options import DensityOptions
 from softtrace.model.exit_maps import ExitMaps, exit_maps_of, name_of, set_exit_maps
+from softtrace.tracing.instrument import Instrument
 
 _RATE = 1e-3
 
@@ -39,6 +42,17 @@ class LearnedMaps:
         self._optimiser = torch.optim.AdamW(self.maps.parameters(), _RATE, weight_decay=0.0)
         self._copies: dict[str, Tensor] = {}
         self._step = -1
+
+    @classmethod
+    def of(cls, instrument: Instrument, options: DensityOptions) -> LearnedMaps | None:
+        """Of a model that was attached; None where it has no exit."""
+        layers = len(instrument.anatomy.layers)
+        if layers < 2:
+            return None
+        low, high = options.exit_bounds(layers)
+        read = instrument.anatomy.output_weight(0)
+        depths = range(low, high + 1)
+        return cls(instrument.model, depths, read.shape[-1], working_dtype(read.dtype))
 
     def read(self, hidden: Tensor, depth: int) -> Tensor:
         """A stream as the final norm reads it, see :class:`softtrace.model.exit_maps.ExitMaps`.

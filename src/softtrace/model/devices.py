@@ -21,7 +21,15 @@ from accelerate.utils.modeling import align_module_device, get_max_memory
 from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError
-from softtrace.model.sharding import as_it_was, computing_device, gathered, is_unit, unit_of
+from softtrace.model.flat_units import is_flat_unit, through_unit
+from softtrace.model.sharding import (
+    as_it_was,
+    computing_device,
+    gathered,
+    is_unit,
+    own_weights,
+    unit_of,
+)
 
 
 @contextmanager
@@ -32,6 +40,15 @@ def whole(module: nn.Module) -> Iterator[None]:
     """
     with gathered(module), align_module_device(module):
         yield
+
+
+def alone(module: nn.Module, value: Tensor) -> Any:
+    """What a module gives by itself, its weights as they are in the model's own forward."""
+    unit = unit_of(module)
+    if is_flat_unit(unit):  # its mixed precision is that of its forward alone
+        return through_unit(unit, module, value)
+    with whole(module):
+        return module(value)
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor | None:
@@ -52,9 +69,10 @@ def unhooked(module: nn.Module) -> nn.Module:
     For runs with other weights than its own, which the offloading would put back.
     """
     bare = as_it_was(module) if is_unit(module) else copy.copy(module)
-    for name in ("forward", "_old_forward", "_hf_hook"):
+    weights: dict[str, Any] = own_weights(module)
+    for name in ("forward", "_old_forward", "_hf_hook", *weights):
         vars(bare).pop(name, None)
-    bare._parameters = dict(module._parameters)
+    bare._parameters = {**module._parameters, **weights}
     bare._buffers = dict(module._buffers)
     return bare
 
@@ -107,6 +125,10 @@ def best_device() -> torch.device:
 
 def device_of_module(module: nn.Module) -> torch.device:
     """The device that inputs of a model, or of a module of it, have to be on."""
+    unit: Any = unit_of(module)
+    if is_flat_unit(unit):  # which has no parameters while it runs
+        device: torch.device = unit.compute_device
+        return device
     first = computing_device(next(itertools.chain(module.parameters(), module.buffers())))
     if first.type != "meta":
         return first

@@ -6,13 +6,13 @@ process; others are refused by name, before anything runs.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from softtrace.model.sharding import is_part, is_unit
+from softtrace.model.flat_units import is_flat_unit, is_flattened
+from softtrace.model.sharding import is_part, is_sharded, unit_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Engine:
 
 
 _SPLIT = "an edge's importance reads weights and tokens whole, which it splits"
-_UNTESTED = "it was never tested"
 
 ENGINES: tuple[Engine, ...] = (
     Engine("one process"),
@@ -44,11 +43,20 @@ ENGINES: tuple[Engine, ...] = (
     Engine("device_map", note="layers on several devices, each layer whole on one"),
     Engine(
         "FSDP1",
-        "it gathers weights for the model's own forward alone, and exits and masked predictions "
-        "read the head outside of it; FSDP2 is supported",
+        note="FullyShardedDataParallel with use_orig_params=True around the model, its layers "
+        "wrapped by auto_wrap_policy; all processes take the same steps",
     ),
-    Engine("DeepSpeed ZeRO 1 and 2", note="in transformers' Trainer; weights are whole there"),
-    Engine("DeepSpeed ZeRO 3", f"it shards weights, and {_UNTESTED}; FSDP2 is supported"),
+    Engine(
+        "FSDP1 without use_orig_params",
+        "weights are no tensors of their own there, so no projection can be read; pass "
+        "use_orig_params=True, as Lightning does",
+    ),
+    Engine("DeepSpeed ZeRO 1 and 2", note="in both Trainers; weights are whole there"),
+    Engine(
+        "DeepSpeed ZeRO 3",
+        "it gathers weights in an order that it learns from the training's own forward, which runs "
+        "of ours are not; FSDP2 shards as much, and ZeRO 2 leaves weights whole",
+    ),
     Engine(
         "TP",
         f"tensor parallelism: {_SPLIT}. If it is fully_shard on a module around the model alone, "
@@ -67,14 +75,14 @@ def engine(name: str) -> Engine:
 
 def engine_around(model: nn.Module) -> Engine | None:
     """The engine that is refused and was put around a model, or into it; None without one."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
-            return engine("FSDP1")
+    around: Any = unit_of(model)
+    for module in (*model.modules(), *([] if around is None else [around])):
+        if is_flat_unit(module) and not module._use_orig_params:
+            return engine("FSDP1 without use_orig_params")
         if isinstance(module, nn.DataParallel):
             return engine("DataParallel")
     parameters = list(model.parameters())
     if any(hasattr(each, "ds_id") for each in parameters):  # ZeRO 3 keeps parts of weights alone
         return engine("DeepSpeed ZeRO 3")
-    in_parts = any(map(is_part, parameters)) and not any(map(is_unit, model.modules()))
-    return engine("TP") if in_parts else None
+    in_parts = any(map(is_part, parameters)) and not is_sharded(model)
+    return engine("TP") if in_parts and not any(map(is_flattened, parameters)) else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from softtrace.model.flat_units import is_flat_unit
 from softtrace.model.sharding import is_unit
 from softtrace.model.state import all_modules
 
@@ -56,7 +57,7 @@ def watched(model: nn.Module) -> bool:
     )
     return any(
         not str(getattr(hook, "__module__", "")).startswith(_ONLY_LOOK) for hook in hooks
-    ) or any("forward" in vars(module) for module in modules)
+    ) or any("forward" in vars(module) or is_flat_unit(module) for module in modules)
 
 
 def first_tensor(*places: Any) -> Tensor | None:

@@ -1,9 +1,10 @@
-"""Weights that FSDP2 shards (``fully_shard``): whole only while the unit that holds them runs.
+"""Weights that FSDP shards: whole only while the unit that holds them runs.
 
 A unit gathers its weights before its own forward and lets go of them after it. Hooks of ours inside
 of that forward find them whole. What is read or run outside of it has to have them gathered:
 :func:`gathered` for reading, :func:`within_units` for running with gradients. All processes have to
-come here together, as each of these waits for the others.
+come here together, as each of these waits for the others. Units are modules that ``fully_shard``
+was called on (FSDP2), or wrappers (FSDP1, :mod:`softtrace.model.flat_units`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from softtrace.model.flat_units import (
+    dtype_of_unit,
+    is_flat_unit,
+    is_flattened,
+    is_running,
+    through_unit,
+    whole_unit,
+)
 from softtrace.model.state import all_modules
 
 _UNITS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -32,11 +41,12 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a unit is anywhere in the model."""
+    """Whether a unit is anywhere in the model, or around it and known."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not distributed.is_initialized():  # which every step asks first
         return False
-    return any(isinstance(module, fsdp.FSDPModule) for module in all_modules(model))
+    units = fsdp.FSDPModule, fsdp.FullyShardedDataParallel
+    return unit_of(model) is not None or any(isinstance(m, units) for m in all_modules(model))
 
 
 def note_units(model: nn.Module) -> None:
@@ -49,7 +59,7 @@ def note_units(model: nn.Module) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        unit = module if is_unit(module) else unit
+        unit = module if is_unit(module) or is_flat_unit(module) else unit
         if unit is not None:
             _UNITS[module] = weakref.ref(unit)
         for child in module.children():
@@ -65,9 +75,20 @@ def unit_of(module: nn.Module) -> nn.Module | None:
 
 
 def is_part(weight: Tensor | None) -> bool:
-    """Whether this is a weight of which each process has a part (a ``DTensor``)."""
+    """Whether this is a weight of which each process has a part."""
+    return _is_dtensor(weight) or (weight is not None and is_flattened(weight))
+
+
+def _is_dtensor(weight: Tensor | None) -> bool:
     tensor: Any = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(weight, tensor.DTensor)
+
+
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Weights of a module itself, by name; FSDP1 makes them plain tensors while they are whole."""
+    flat = is_flat_unit(unit_of(module))
+    places = {**vars(module), **module._parameters} if flat else module._parameters
+    return {name: each for name, each in places.items() if isinstance(each, Tensor)}
 
 
 def as_it_was(unit: nn.Module) -> nn.Module:
@@ -82,6 +103,8 @@ def as_it_was(unit: nn.Module) -> nn.Module:
 def is_in_parts(module: nn.Module) -> bool:
     """Whether weights of the module that its own unit holds are not gathered at this moment."""
     unit = unit_of(module)
+    if is_flat_unit(unit):
+        return not is_running(unit)
     own = (each for each in all_modules(module) if unit is not None and unit_of(each) is unit)
     return any(is_part(weight) for each in own for weight in each.parameters(recurse=False))
 
@@ -96,6 +119,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
         return
     unit: Any = unit_of(module)
+    if is_flat_unit(unit):
+        with whole_unit(unit):
+            yield
+        return
     unit.unshard()
     try:
         yield
@@ -118,20 +145,35 @@ def within_units(
     units: dict[int, nn.Module] = {}
     for module in modules:
         unit: Any = unit_of(module)
-        if unit is not None and (is_in_parts(module) or not unit._get_fsdp_state()._is_root):
+        if is_flat_unit(unit):
+            units[id(unit)] = unit
+        elif unit is not None and (is_in_parts(module) or not unit._get_fsdp_state()._is_root):
             units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
     for unit in units.values():
         call = partial(_through, unit, call)
     return call
 
 
+def as_one_forward(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """``call`` as one forward of the unit around a model, if FSDP1 made one; else just called.
+
+    A second backward pass through part of it can then come before the training's own, which FSDP1
+    takes for the end of that where it meets the output of a unit.
+    """
+    unit = unit_of(model)
+    found: Tensor = through_unit(unit, call) if is_flat_unit(unit) else call()
+    return found
+
+
 def run(model: nn.Module, **inputs: Any) -> Any:
-    """What a model gives; inside of the unit around it that holds weights of it (PEFT's model)."""
+    """What a model gives; inside of the unit around it that holds weights of it (PEFT's, FSDP1)."""
     unit = unit_of(model)
     return model(**inputs) if unit in (None, model) else _through(unit, model, **inputs)
 
 
 def _through(unit: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if is_flat_unit(unit):
+        return through_unit(unit, call, *args, **kwargs)
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     # Not the call itself: a module would become a part of the unit.
@@ -155,6 +197,8 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     """In which a model computes: that of its weights, or of its units' mixed precision."""
     units: list[Any] = [each for each in all_modules(model) if is_unit(each)]
     dtypes = [unit._get_fsdp_state()._mp_policy.param_dtype for unit in units]
+    around = {id(unit): unit for each in all_modules(model) if is_flat_unit(unit := unit_of(each))}
+    dtypes += map(dtype_of_unit, around.values())
     stored = next(model.parameters()).dtype
     lowest: torch.dtype = min((stored, *filter(None, dtypes)), key=lambda each: each.itemsize)
     return lowest
@@ -162,7 +206,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
 
 def computing_device(parameter: Tensor) -> torch.device:
     """Where a weight is when it is used: its units may keep their part of it in main memory."""
-    if not is_part(parameter):
+    if not _is_dtensor(parameter):
         return parameter.device
     part: Any = parameter
     kind: str = part.device_mesh.device_type

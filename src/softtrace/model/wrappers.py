@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softtrace.errors import TrainerSetupError, UnsupportedModelError
+from softtrace.model.flat_units import bare, is_flat_unit
 from softtrace.model.sharding import note_units
 
 
@@ -49,7 +50,7 @@ def find_causal_lm(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside ``torch.compile``'s wrapper and PEFT's.
+    """The transformers model inside ``torch.compile``'s wrapper, FSDP1's and PEFT's.
 
     PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
 
@@ -57,6 +58,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
     """
     model = getattr(model, "_orig_mod", model)
+    if is_flat_unit(model):
+        model = bare(model)
     settings = getattr(model, "peft_config", None)
     base = getattr(model, "get_base_model", None)
     if isinstance(settings, dict) and callable(base):

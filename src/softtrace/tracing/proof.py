@@ -21,7 +21,7 @@ from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
-from softtrace.model.devices import weight_of, whole
+from softtrace.model.devices import alone, weight_of
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.tracing.independence import check_independence
 from softtrace.tracing.masking import MaskedRun
@@ -254,14 +254,13 @@ def _check_mlps(
         flat, some = hidden.reshape(-1, hidden.shape[-1]), some.to(hidden.device)
         name = type(module).__name__
         with running(f"layer {layer}: its MLP ({name}) does not run on some tokens alone"):
-            with whole(module):
-                alone = first_tensor(module(flat[some][None]))
-            assert alone is not None
+            by_themselves = first_tensor(alone(module, flat[some][None]))
+            assert by_themselves is not None
         _same(
             found,
             f"layer {layer}: its MLP on some tokens against the same tokens among all (the graph "
             "has one MLP edge a token, so an MLP may not mix tokens)",
-            alone.reshape(len(some), -1),
+            by_themselves.reshape(len(some), -1),
             together.reshape(len(flat), -1)[some],
             name="MLPs of some tokens alone",
         )
