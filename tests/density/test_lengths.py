@@ -134,6 +134,18 @@ def test_every_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -
         model, ids, thresholds=THRESHOLDS, composition=True, positions=[4, -2]
     )
     assert_same_curve(of_positions(positions, [4, -2]), of_positions(held, [4, -2]))
+    with torch.no_grad():
+        every = softtrace.edge_importance(model, ids)
+        some = softtrace.edge_importance(model, ids, positions=[7])
+    assert some.shape[3] == 8  # tokens up to the chosen one
+    for one, other in zip(some.layers, every.layers, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            own = theirs[..., :8, :8] if ours.dim() == 4 else theirs[:, :8]
+            torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)
+    found = softtrace.extract_trace(some, size=20)
+    expected = softtrace.extract_trace(every, position=7, size=20)
+    assert found.total == expected.total
+    assert found.importances == pytest.approx(expected.importances, abs=1e-5)
 
 
 def of_positions(curve: DensityCurve, positions: list[int]) -> DensityCurve:
