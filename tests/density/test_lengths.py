@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import softtrace
 from softtrace.density.curve import DensityCurve
 from softtrace.density.sweep import curve_of
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.sizes import total_edges
@@ -302,6 +302,20 @@ def test_no_map_of_all_layers_is_alive(
         )
     assert live.peak < ALL_MAPS / 2
     assert live.largest < HEADS * LONG * LONG
+
+
+def test_importances_make_no_logits_of_all_tokens_but_check_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = tiny_model("llama", vocab_size=1000), tiny_prompt(LENGTH)
+    softtrace.attach(model)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 5000)
+    with LiveBytes() as live, torch.no_grad():
+        softtrace.edge_importance(model, ids)
+    assert live.largest <= 5000
+    model.lm_head.weight.data[-1] = torch.nan
+    with pytest.raises(NonFiniteError, match="logits of the full model"):
+        softtrace.edge_importance(model, ids)
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(
