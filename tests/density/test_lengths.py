@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import softtrace
 from softtrace.density.curve import DensityCurve
 from softtrace.density.sweep import curve_of
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.sizes import total_edges
@@ -134,6 +134,18 @@ def test_every_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -
         model, ids, thresholds=THRESHOLDS, composition=True, positions=[4, -2]
     )
     assert_same_curve(of_positions(positions, [4, -2]), of_positions(held, [4, -2]))
+    with torch.no_grad():
+        every = softtrace.edge_importance(model, ids)
+        some = softtrace.edge_importance(model, ids, positions=[7])
+    assert some.shape[3] == 8  # tokens up to the chosen one
+    for one, other in zip(some.layers, every.layers, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            own = theirs[..., :8, :8] if ours.dim() == 4 else theirs[:, :8]
+            torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)
+    found = softtrace.extract_trace(some, size=20)
+    expected = softtrace.extract_trace(every, position=7, size=20)
+    assert found.total == expected.total
+    assert found.importances == pytest.approx(expected.importances, abs=1e-5)
 
 
 def of_positions(curve: DensityCurve, positions: list[int]) -> DensityCurve:
@@ -290,6 +302,20 @@ def test_no_map_of_all_layers_is_alive(
         )
     assert live.peak < ALL_MAPS / 2
     assert live.largest < HEADS * LONG * LONG
+
+
+def test_importances_make_no_logits_of_all_tokens_but_check_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = tiny_model("llama", vocab_size=1000), tiny_prompt(LENGTH)
+    softtrace.attach(model)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 5000)
+    with LiveBytes() as live, torch.no_grad():
+        softtrace.edge_importance(model, ids)
+    assert live.largest <= 5000
+    model.lm_head.weight.data[-1] = torch.nan
+    with pytest.raises(NonFiniteError, match="logits of the full model"):
+        softtrace.edge_importance(model, ids)
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(

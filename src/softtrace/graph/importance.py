@@ -165,8 +165,9 @@ def carried_map(
     """
 
     def carried(values: Tensor, rows: Rows) -> Tensor:
-        own = torch.where(rows.edges_of(visible)[:, None], values, 0.0)
-        return carried_norms(own, norms[..., : rows.end], None if scale is None else rows.of(scale))
+        own = None if scale is None else rows.of(scale)
+        found = carried_norms(values, norms[..., : rows.end], own)
+        return found.mul_(rows.edges_of(visible)[:, None])
 
     return MadeFrom(probabilities, carried)
 

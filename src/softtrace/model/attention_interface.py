@@ -22,6 +22,8 @@ from softtrace.graph.attention_maps import AttentionMap, Rows, chunk_elements, e
 from softtrace.graph.importance import working_dtype
 
 IMPLEMENTATION = "softtrace"
+_NOWHERE = torch.finfo(torch.float32).min / 2
+"""Added to a score that is not there: sums are finite, and equal in a row that sees nothing."""
 
 
 class AttentionListener(Protocol):
@@ -95,18 +97,20 @@ def attention_probabilities(
     # Query heads of a group share a key head: fold the group into the target axis, repeat nothing.
     grouped = query.reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, sources)
-    scores = scores.to(working_dtype(scores.dtype)) * scale
+    scores = scores.to(working_dtype(scores.dtype)).mul_(scale)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    if bias is not None:
-        scores = scores + bias
     seen = visible[:, None]
-    scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+    if bias is not None:  # it may be infinite where there is no edge
+        scores = torch.where(seen, scores + bias, 0.0)
+    # Added in place, once for all heads: torch.where takes five times as long on a CPU.
+    scores = scores.add_(torch.where(seen, 0.0, _NOWHERE).to(scores.dtype))
     if sinks is not None:
         column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
         scores = torch.cat((scores, column), dim=-1)
     # A row that sees nothing (left padding) is uniform after the softmax; it has no edges.
-    return torch.where(seen, scores.softmax(-1)[..., :sources], 0.0)
+    probabilities = scores.softmax(-1)[..., :sources]
+    return probabilities * seen if probabilities.requires_grad else probabilities.mul_(seen)
 
 
 class SoftmaxMap(AttentionMap):

@@ -152,4 +152,7 @@ def edge_importance(
         chosen = chosen_positions(positions, batch.valid)
         batch = batch.up_to(chosen)
         chosen = chosen[:, : batch.valid.shape[1]]
-    return instrument.record(batch, keep_attention=False, norm=norm, positions=chosen).importance
+    recording = instrument.record(
+        batch, keep_attention=False, norm=norm, positions=chosen, keep_logits=False
+    )
+    return recording.importance

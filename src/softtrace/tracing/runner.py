@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, UnsupportedModelError
-from softtrace.graph.attention_maps import AttentionMap, HeldMap
+from softtrace.graph.attention_maps import AttentionMap, HeldMap, chunk_elements
 from softtrace.graph.batch import Batch, check_finite, check_length
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import Norm
@@ -29,13 +29,15 @@ from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
-from softtrace.model.sharding import note_units
+from softtrace.model.sharding import is_sharded, note_units
 from softtrace.model.sharding import run as run_model
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
 from softtrace.tracing.run import DeepEnough, Run
+
+_LOGITS = "logits of the full model"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,6 +119,7 @@ class Runner:
         norm: Norm = "l1",
         static: bool = False,
         positions: Tensor | None = None,
+        keep_logits: bool = True,
     ) -> Recording:
         """Run the full model and measure every edge; differentiable unless gradients are off.
 
@@ -128,24 +131,42 @@ class Runner:
             static: read nothing from the device, so that a CUDA graph can capture the run; logits
                 and packed documents are not checked then.
             positions: ``[B, T]`` bool, of which alone logits are made; None for all.
+            keep_logits: keep the logits; otherwise they are checked in portions, and none are kept.
 
         Raises:
             NonFiniteError: a logit at a real token is NaN or infinite.
         """
         run = RecordingRun(self.anatomy, batch, keep_hidden, keep_attention, norm, static=static)
-        if positions is None:
+        if not keep_logits:
+            logits = self._checked_logits(run, batch.valid if positions is None else positions)
+        elif positions is None:
             logits = self.forward(run)
         else:
             logits = self.anatomy.readout.logits(self._read_by_head(run)[positions])
-        if not static:
+        if keep_logits and not static:
             valid = batch.valid if positions is None else None
-            check_finite(logits.detach(), "logits of the full model", valid)
+            check_finite(logits.detach(), _LOGITS, valid)
         importance = EdgeImportance(run.importances(), tuple(run.visible), batch.valid)
         hidden = None if run.hidden is None else tuple(run.hidden)
         attention = tuple(
             each.values if isinstance(each, HeldMap) else each for each in run.attention
         )
         return Recording(batch, logits, importance, attention, hidden, positions)
+
+    def _checked_logits(self, run: Run, places: Tensor) -> Tensor:
+        """No logits, ``[0, V]``, of a run whose logits at some places ``[B, T]`` bool are finite.
+
+        Of a long text they are more than all else that a run holds. The processes of a sharded
+        model have to ask the head equally often: once.
+        """
+        read = self._read_by_head(run).detach()[places]
+        most = chunk_elements(read.device) // self.anatomy.vocabulary
+        step = max(1, len(read) if is_sharded(self.model) else most)
+        with torch.no_grad():
+            for part in torch.split(read, step):
+                logits: Tensor = self.anatomy.readout.logits(part)
+                check_finite(logits, _LOGITS)
+        return logits[:0].clone()
 
     def masked_logits(
         self,
