@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from softtrace.decoding import check_cache, check_early_exit
+from softtrace.decoding import Generation, check_cache, check_early_exit
 from softtrace.decoding.replay import Drafting
 from softtrace.evaluation.decode_race import write_past_ends
-from softtrace.evaluation.decode_ways import race_ways
+from softtrace.evaluation.decode_ways import _largest_tie, race_ways
 from softtrace.model.exit_maps import ExitMaps, set_exit_maps
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -56,3 +56,22 @@ def test_what_is_not_compiled_is_left_out() -> None:
     assert "not compiled by 'no such'" in race["left_out"]
     assert not any("compiled" in name for name in race["ways"])
     assert race["use"] in race["ways"]
+
+
+def test_a_tie_is_named() -> None:
+    model, row = tiny_model("llama", seed=2), tiny_prompt(8)
+    with torch.no_grad():
+        scores = model(row).logits[0, -1]
+        order = scores.argsort(descending=True)
+        second = (scores[order[0]] - scores[order[1]]) / scores.abs().max()
+
+    def text(token: Tensor) -> Generation:
+        return Generation(torch.stack([token, order[5]]), 0, 0, 0)
+
+    rows = [tiny_prompt(8, seed=1), row]
+    same, other = [text(order[0])] * 4, [text(order[0]), text(order[1])] * 2
+    assert _largest_tie(model, rows, same, same) is None
+    assert _largest_tie(model, rows, same, other) == pytest.approx(float(second), rel=1e-4)
+    with torch.no_grad():
+        model.lm_head.weight[order[1]] = model.lm_head.weight[order[0]]
+    assert _largest_tie(model, rows, same, other) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.decoding.exit_checks import ProvenExit
+from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.replay import Drafting
 from softtrace.decoding.speculative import Generation, greedy, speculate
 from softtrace.decoding.static_decoder import StaticDecoder
@@ -40,8 +42,9 @@ def race_ways(
         backend: of ``torch.compile``; None runs the steps of fixed shapes as they are.
 
     Returns:
-        ``ways``: of each its speed, the share of texts that are the eager loop's, and the share
-        of guesses that were right, where it says so.
+        ``ways``: of each its speed, the share of texts that are the eager loop's (and by how much
+        the two tokens' scores differ at most where one begins to be another), and the share of
+        guesses that were right, where it says so.
         ``left_out``: why there are no steps of fixed shapes, if so. ``use``: the fastest way.
         ``drafts_over_plain``: median ratio of the fastest way that drafts over the fastest that
         does not, prompt by prompt.
@@ -91,6 +94,7 @@ def race_ways(
             name: {
                 "tokens_per_second": quartiles(each),
                 "identical": _identical(texts["plain, eager"], texts[name]),
+                "largest_tie": _largest_tie(network, rows, texts["plain, eager"], texts[name]),
                 "acceptance": _acceptance(texts[name]),
             }
             for name, each in speeds.items()
@@ -161,6 +165,29 @@ def _time(
 def _identical(wanted: Sequence[Generation], found: Sequence[Generation]) -> float:
     same = [torch.equal(a.tokens, b.tokens) for a, b in zip(wanted, found, strict=True)]
     return sum(same) / len(same)
+
+
+@torch.no_grad()
+def _largest_tie(
+    network: Any, rows: Sequence[Tensor], wanted: Sequence[Generation], found: Sequence[Generation]
+) -> float | None:
+    """How far apart the scores of two tokens are where two texts begin to differ, at most.
+
+    Over the largest score's magnitude: what rounding decides is below a machine epsilon or two.
+    None where all texts are the same.
+    """
+    gaps = []
+    for row, first, second in zip(itertools.cycle(rows), wanted, found, strict=False):
+        a, b = first.tokens, second.tokens
+        if torch.equal(a, b):
+            continue
+        place = int((a != b).nonzero()[0])
+        whole = torch.cat((row, a[None, :place]), dim=1)
+        choice = greedy_choice(network, row, len(a), ())
+        scores = choice.scores(network(input_ids=whole).logits[0, -1:], a[:place].tolist())[0]
+        gap = (scores[a[place]] - scores[b[place]]).abs() / scores[scores.isfinite()].abs().max()
+        gaps.append(float(gap))
+    return max(gaps, default=None)
 
 
 def _acceptance(found: Sequence[Generation]) -> float | None:

@@ -54,7 +54,7 @@ def _race(race: dict[str, Any]) -> list[str]:
         speed = way["tokens_per_second"]
         lines.append(
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
-            f"   {way['identical']:.0%}{_accepted(way)}"
+            f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
         )
     if race["left_out"]:
         lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
@@ -67,6 +67,11 @@ def _race(race: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"use: {plain}. Drafts do not pay here: the fastest, {draft}, is {said} of it")
     return lines
+
+
+def _tie(way: dict[str, Any]) -> str:
+    gap = way.get("largest_tie")
+    return "" if gap is None else f", the others part where two scores are {gap:.1g} apart"
 
 
 def _accepted(way: dict[str, Any]) -> str:
