@@ -79,3 +79,28 @@ def test_lossless_or_refused(case: str) -> None:
             logits = model(input_ids=whole, use_cache=False).logits[0, -1]
         assert logits.max() - logits[token] < 1e-4
         whole = torch.cat((whole, torch.tensor([[token]])), dim=1)
+
+
+#: what attention sees of a long text: all of it, a window, both by turns, no positions
+LONG = ("gemma3_text", "llama", "mistral, window", "smollm3")
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_prompts_of_eight_and_of_two_thousand_tokens_write_as_plainly(case: str) -> None:
+    kind, changes = VERIFIED[case]
+    window = {"sliding_window": 129} if "sliding_window" in changes else {}
+    model = tiny(kind, **{**changes, **window, "max_position_embeddings": 2048}).eval()
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 60, (count,), generator=draw) for count in (8, 2000)]
+    proven_exit = check_early_exit(model)
+    static = StaticDecoder(
+        model, exit_layer=1, draft_tokens=3, rows=2, capacity=2007, backend=None, eos_token_id=-1,
+        proven_exit=proven_exit,
+    )  # fmt: skip
+    wanted = [greedy(model, row[None], 7, -1).tokens.tolist() for row in rows]
+    assert [each.tokens.tolist() for each in static.speculate(rows, 7)] == wanted
+    found = speculate(
+        model, rows[1][None], exit_layer=1, max_new_tokens=7, draft_tokens=3, confidence=0,
+        eos_token_id=-1,
+    )  # fmt: skip
+    assert found.tokens.tolist() == wanted[1]

@@ -129,6 +129,30 @@ def test_nothing_is_compiled_after_the_first_text() -> None:
 
 
 @pytest.mark.thorough
+def test_nor_is_it_for_other_ways_to_guess() -> None:
+    model = tiny_model("llama", seed=2, num_hidden_layers=2)
+    static = decoder(
+        model,
+        exit_layer=1,
+        rows=2,
+        backend="eager",
+        draft="both",
+        confidence=0.05,
+        sampling=Sampling(),
+    )
+    repeated = tiny_prompt(4)[0].repeat(3)
+    before = graphs()
+    static.plain(prompts_of(5), 4)
+    static.speculate(prompts_of(5), 4)
+    after = graphs()
+    assert after - before == 5  # a token, a guess, a check, a look, a check of what was looked up
+    for rows in ([repeated], [repeated, tiny_prompt(9)[0]], prompts_of(40)):
+        static.plain(rows, 7)
+        static.speculate(rows, 11)
+    assert graphs() == after
+
+
+@pytest.mark.thorough
 def test_other_weights_are_those_that_write() -> None:
     model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)[0]
     other = tiny_model("llama", seed=5, dtype=torch.float64)

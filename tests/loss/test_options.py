@@ -58,6 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"size_weight": 1.0, "family": "shallow"}, "size_weight: the family 'shallow' has no"),
     ({"on_nonfinite": "ignore"}, "on_nonfinite: found 'ignore', allowed are 'raise', 'skip'"),
     ({"cuda_graph": 1}, "cuda_graph: found 1, allowed are booleans"),
+    ({"fuse": 1}, "fuse: found 1, allowed are booleans and None"),
     ({"seed": 0.5}, "seed: found 0.5, allowed are integers"),
     ({"seed": True}, "seed: found True, allowed are integers"),
     ({"budget": 0.01}, "budget: found no reference, .* run once with strength 0"),

@@ -35,6 +35,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, start: Tensor, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.start, self.capacity = start, capacity
+        self.rows = torch.arange(len(start), device=start.device)[:, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for keys and values like these, for as many rows as ``start`` has."""
@@ -57,7 +58,8 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert keys is not None
         assert values is not None
         for held, new in ((keys, key_states), (values, value_states)):
-            held.scatter_(2, places[:, None, :, None].expand_as(new), new)
+            # inductor writes this in place; of scatter_ it makes a copy of all that is held.
+            held[self.rows, :, places] = new.transpose(1, 2)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

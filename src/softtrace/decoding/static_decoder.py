@@ -296,12 +296,13 @@ class StaticDecoder:
         options = None if self.sampling is None else self.sampling.options()
         # With one new token at most, generate would leave out what keeps a text from its end.
         choice = greedy_choice(self.model, prompt, self.capacity, self.ends, options)
+        other = "softtrace.decoding.speculate" if self.sampling is None else "model.generate"
         for processor in choice.processors:
             if type(processor) not in OF_LOGITS:
                 raise InvalidInputError(
                     f"model.generation_config: found one that asks for {type(processor).__name__}, "
                     "which steps of fixed shapes do not apply; take the option out or decode with "
-                    "softtrace.decoding.speculate"
+                    f"{other}"
                 )
         return list(choice.processors)
 

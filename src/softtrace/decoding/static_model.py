@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.decoding.few_rows import fast_few_rows
 from softtrace.decoding.split_model import counter, first_layers
 from softtrace.decoding.static_cache import masks_by_position, position_cache
 
@@ -112,7 +113,11 @@ class StaticModel:
         """Put gates and masks in place, and take them away again at exit."""
         first = self.layers[: self.depth]
         before = [vars(layer).get("forward") for layer in first]
-        with masks_by_position(), first_layers(self.model, len(self.layers)):
+        with (
+            masks_by_position(),
+            first_layers(self.model, len(self.layers)),
+            fast_few_rows(self.model),
+        ):
             try:
                 for layer, gate in zip(first, self._gates, strict=True):
                     layer.forward = gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softtrace.decoding.exit_checks import ProvenExit
+from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.replay import Drafting
-from softtrace.decoding.speculative import greedy, speculate
+from softtrace.decoding.speculative import Generation, greedy, speculate
 from softtrace.decoding.static_decoder import StaticDecoder
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.evaluation.decode_race import now, quartiles, stock
+from softtrace.model.exit_maps import exit_maps_of
 
-Write = Callable[[Tensor], Tensor]
+Write = Callable[[Tensor], Generation]
 LOOKED_UP = 6
 """Tokens that lookups guess before a check, transformers' and ours."""
 
@@ -39,23 +42,23 @@ def race_ways(
         backend: of ``torch.compile``; None runs the steps of fixed shapes as they are.
 
     Returns:
-        ``ways``: of each its speed, and the share of texts that are the eager loop's.
+        ``ways``: of each its speed, the share of texts that are the eager loop's (and by how much
+        the two tokens' scores differ at most where one begins to be another), and the share of
+        guesses that were right, where it says so.
         ``left_out``: why there are no steps of fixed shapes, if so. ``use``: the fastest way.
         ``drafts_over_plain``: median ratio of the fastest way that drafts over the fastest that
         does not, prompt by prompt.
     """
     plain: dict[str, Write] = {
-        "plain, eager": lambda row: greedy(network, row, new_tokens).tokens,
-        "plain, transformers": lambda row: stock(network, row, way, new_tokens, None).tokens,
+        "plain, eager": lambda row: greedy(network, row, new_tokens),
+        "plain, transformers": lambda row: stock(network, row, way, new_tokens, None),
     }
     drafted: dict[str, Write] = {
         "exit drafts, eager": lambda row: speculate(
             network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
             draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
-        ).tokens,
-        "exit drafts, transformers": lambda row: stock(
-            network, row, way, new_tokens, proven_exit
-        ).tokens,
+        ),
+        "exit drafts, transformers": lambda row: stock(network, row, way, new_tokens, proven_exit),
         "prompt lookup, transformers": lambda row: _prompt_lookup(network, row, new_tokens),
     }  # fmt: skip
     if torch.device(rows[0].device).type == "cuda":
@@ -63,14 +66,19 @@ def race_ways(
     left_out = None
     try:
         fixed = _fixed(network, proven_exit, rows, way, new_tokens, backend)
-        kind = "fixed shapes" if backend is None else "compiled"
-        plain[f"plain, {kind}"] = lambda row: fixed["exit"].plain([row], new_tokens)[0].tokens
-        for draft, decoder in fixed.items():
-            drafted[f"{draft} drafts, {kind}"] = _drafts(decoder, new_tokens)
+        first = next(iter(fixed.values()))
+        first.plain([rows[0]], 1)  # what cannot be compiled is known here
+        for decoder in fixed.values():
+            decoder.speculate([rows[0]], 1)
     except (InvalidInputError, UnsupportedModelError) as error:
         left_out = str(error)
+    else:
+        kind = "fixed shapes" if backend is None else "compiled"
+        plain[f"plain, {kind}"] = lambda row: first.plain([row], new_tokens)[0]
+        for draft, decoder in fixed.items():
+            drafted[f"{draft}, {kind}"] = _drafts(decoder, new_tokens)
     ways = {**plain, **drafted}
-    seconds, same = _time(ways, rows, rounds)
+    seconds, texts = _time(ways, rows, rounds)
     speeds = {name: [new_tokens / spent for spent in each] for name, each in seconds.items()}
     middle = {name: statistics.median(each) for name, each in speeds.items()}
     best_plain, best_draft = (
@@ -83,7 +91,12 @@ def race_ways(
         "backend": backend,
         "left_out": left_out,
         "ways": {
-            name: {"tokens_per_second": quartiles(each), "identical": same[name] / len(each)}
+            name: {
+                "tokens_per_second": quartiles(each),
+                "identical": _identical(texts["plain, eager"], texts[name]),
+                "largest_tie": _largest_tie(network, rows, texts["plain, eager"], texts[name]),
+                "acceptance": _acceptance(texts[name]),
+            }
             for name, each in speeds.items()
         },
         "best_plain": best_plain,
@@ -94,7 +107,7 @@ def race_ways(
 
 
 def _drafts(decoder: StaticDecoder, new_tokens: int) -> Write:
-    return lambda row: decoder.speculate([row], new_tokens)[0].tokens
+    return lambda row: decoder.speculate([row], new_tokens)[0]
 
 
 def _fixed(
@@ -105,58 +118,95 @@ def _fixed(
     new_tokens: int,
     backend: str | None,
 ) -> dict[str, StaticDecoder]:
-    """Decoders by how they draft. On CUDA a bound on confidence would cost a wait a guess."""
-    waits = rows[0].device.type != "cuda"
+    """Decoders by how they draft, each way alone."""
     usual: dict[str, Any] = {
         "exit_layer": way.exit_layer, "proven_exit": proven_exit, "backend": backend,
         "capacity": max(8, max(row.shape[1] for row in rows) + new_tokens), "eos_token_id": -1,
     }  # fmt: skip
-    return {
-        "exit": StaticDecoder(
-            network,
-            draft_tokens=way.draft_tokens,
-            confidence=way.confidence if waits else 0.0,
-            **usual,
-        ),
-        "lookup": StaticDecoder(network, draft="lookup", draft_tokens=LOOKED_UP, **usual),
+    guesses = {"draft_tokens": way.draft_tokens}
+    options: dict[str, dict[str, Any]] = {
+        "exit drafts": guesses,
+        "lookup drafts": {"draft": "lookup", "draft_tokens": LOOKED_UP},
+        "lookup or exit drafts": {"draft": "both", **guesses},
     }
+    if way.confidence:
+        options["exit drafts to the first unsure"] = {"confidence": way.confidence, **guesses}
+    maps = exit_maps_of(network)
+    if maps is not None and maps.weight(way.exit_layer) is not None:
+        options["exit drafts without the map"] = {"exit_map": _as_it_is, **guesses}
+    return {name: StaticDecoder(network, **usual, **each) for name, each in options.items()}
+
+
+def _as_it_is(stream: Tensor) -> Tensor:
+    return stream
 
 
 def _time(
     ways: dict[str, Write], rows: Sequence[Tensor], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each text, and how many are what the first way wrote."""
+) -> tuple[dict[str, list[float]], dict[str, list[Generation]]]:
+    """Seconds of each text, and the texts."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    same = dict.fromkeys(ways, 0)
+    texts: dict[str, list[Generation]] = {name: [] for name in ways}
     with tqdm(total=rounds * len(rows), desc="decoding, all ways", unit="prompt") as bar:
         for turn in range(rounds + 1):  # the first one compiles and warms up
             for row in rows if turn else rows[:1]:
-                wanted = None
                 for name, write in ways.items():
                     began = now(row)
-                    tokens = write(row)
+                    text = write(row)
                     spent = now(row) - began
-                    if not turn:
-                        continue
-                    wanted = tokens if wanted is None else wanted
-                    seconds[name].append(spent)
-                    same[name] += torch.equal(tokens, wanted)
+                    if turn:
+                        seconds[name].append(spent)
+                        texts[name].append(text)
                 if turn:
                     bar.update()
-    return seconds, same
+    return seconds, texts
 
 
-def _prompt_lookup(network: Any, row: Tensor, new_tokens: int) -> Tensor:
+def _identical(wanted: Sequence[Generation], found: Sequence[Generation]) -> float:
+    same = [torch.equal(a.tokens, b.tokens) for a, b in zip(wanted, found, strict=True)]
+    return sum(same) / len(same)
+
+
+@torch.no_grad()
+def _largest_tie(
+    network: Any, rows: Sequence[Tensor], wanted: Sequence[Generation], found: Sequence[Generation]
+) -> float | None:
+    """How far apart the scores of two tokens are where two texts begin to differ, at most.
+
+    Over the largest score's magnitude: what rounding decides is below a machine epsilon or two.
+    None where all texts are the same.
+    """
+    gaps = []
+    for row, first, second in zip(itertools.cycle(rows), wanted, found, strict=False):
+        a, b = first.tokens, second.tokens
+        if torch.equal(a, b):
+            continue
+        place = int((a != b).nonzero()[0])
+        whole = torch.cat((row, a[None, :place]), dim=1)
+        choice = greedy_choice(network, row, len(a), ())
+        scores = choice.scores(network(input_ids=whole).logits[0, -1:], a[:place].tolist())[0]
+        gap = (scores[a[place]] - scores[b[place]]).abs() / scores[scores.isfinite()].abs().max()
+        gaps.append(float(gap))
+    return max(gaps, default=None)
+
+
+def _acceptance(found: Sequence[Generation]) -> float | None:
+    """Share of guesses that were right; None where nothing was guessed, or nothing is said."""
+    drafted = sum(each.drafted for each in found)
+    return sum(each.accepted for each in found) / drafted if drafted else None
+
+
+def _prompt_lookup(network: Any, row: Tensor, new_tokens: int) -> Generation:
     return _generated(network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP)
 
 
-def _static(network: Any, row: Tensor, new_tokens: int) -> Tensor:
+def _static(network: Any, row: Tensor, new_tokens: int) -> Generation:
     return _generated(network, row, new_tokens, cache_implementation="static")
 
 
-def _generated(network: Any, row: Tensor, new_tokens: int, **options: Any) -> Tensor:
+def _generated(network: Any, row: Tensor, new_tokens: int, **options: Any) -> Generation:
     whole: Tensor = network.generate(
         row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=new_tokens,
         **options,
     )  # fmt: skip
-    return whole[0, row.shape[1] :][:new_tokens]
+    return Generation(whole[0, row.shape[1] :][:new_tokens], 0, 0, 0)

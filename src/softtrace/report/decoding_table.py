@@ -46,12 +46,15 @@ def decoding_table(found: dict[str, Any]) -> str:
 
 def _race(race: dict[str, Any]) -> list[str]:
     """Every way to decode, and which one to use."""
-    lines = ["all ways, tokens a second (quartiles), texts that are the eager loop's"]
+    lines = [
+        "all ways, tokens a second (quartiles), texts that are the eager loop's, guesses accepted"
+    ]
+    width = max(map(len, race["ways"]))
     for name, way in race["ways"].items():
         speed = way["tokens_per_second"]
         lines.append(
-            f"  {name:31s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
-            f"   {way['identical']:.0%}"
+            f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
+            f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
         )
     if race["left_out"]:
         lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
@@ -64,6 +67,16 @@ def _race(race: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"use: {plain}. Drafts do not pay here: the fastest, {draft}, is {said} of it")
     return lines
+
+
+def _tie(way: dict[str, Any]) -> str:
+    gap = way.get("largest_tie")
+    return "" if gap is None else f", the others part where two scores are {gap:.1g} apart"
+
+
+def _accepted(way: dict[str, Any]) -> str:
+    share = way.get("acceptance")  # results of older releases say nothing of it
+    return "" if share is None else f"   {share:.0%}"
 
 
 def _early(early: dict[str, Any]) -> list[str]:

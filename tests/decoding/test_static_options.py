@@ -1,0 +1,64 @@
+"""Steps of fixed shapes apply what a generation config asks for, or refuse it by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from softtrace.decoding import Sampling, StaticDecoder, check_early_exit
+from softtrace.errors import InvalidInputError
+from tests.decoding.test_greedy_choice import CHANGING, UNCHANGING, drafting_model
+from tests.support.tiny import tiny_prompt
+
+NEW = 12
+#: option -> a value, and what is refused: a processor, or the option itself
+REFUSED: dict[str, tuple[Any, str]] = {
+    **{name: (value, "Processor|LengthPenalty") for name, value in CHANGING.items()
+       if name != "suppress_tokens"},
+    **{name: (value, name) for name, value in {
+        "num_beams": 2, "num_return_sequences": 2, "guidance_scale": 1.5, "penalty_alpha": 0.5,
+        "dola_layers": "low", "stop_strings": ["a"], "max_time": 1.0, "token_healing": True,
+        "cache_implementation": "quantized",
+    }.items()},
+}  # fmt: skip
+#: of drawing alone: greedy decoding does not look at them
+DRAWN: dict[str, tuple[Any, str | None]] = {
+    "temperature": (2.0, None), "top_k": (3, None), "top_p": (0.5, None), "min_p": (0.1, None),
+    "typical_p": (0.5, "TypicalLogitsWarper"), "epsilon_cutoff": (0.01, "EpsilonLogitsWarper"),
+    "eta_cutoff": (0.01, "EtaLogitsWarper"), "top_h": (0.5, "TopHLogitsWarper"),
+}  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_every_option_is_applied_or_refused() -> None:
+    model, ids = drafting_model("llama"), tiny_prompt(6)
+    proven_exit = check_early_exit(model)
+
+    def decoder(name: str, value: Any, sampling: Sampling | None = None) -> StaticDecoder:
+        model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=2)
+        setattr(model.generation_config, name, value)
+        return StaticDecoder(
+            model, exit_layer=2, draft_tokens=3, capacity=32, backend=None, sampling=sampling,
+            proven_exit=proven_exit,
+        )  # fmt: skip
+
+    for name, (value, said) in REFUSED.items():
+        for sampling in (None, Sampling()):
+            with pytest.raises(InvalidInputError, match=said):
+                decoder(name, value, sampling)
+    applied = {"suppress_tokens": CHANGING["suppress_tokens"], **UNCHANGING}
+    for name, value in {**applied, **{name: value for name, (value, _) in DRAWN.items()}}.items():
+        found = decoder(name, value).speculate([ids], NEW)[0].tokens
+        wanted = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW
+        )
+        assert torch.equal(found, wanted[0, 6:]), name
+    for name, (value, refused) in DRAWN.items():
+        if refused is None:
+            assert decoder(name, value, Sampling())._processors
+            continue
+        with pytest.raises(InvalidInputError, match=refused):
+            decoder(name, value, Sampling())
