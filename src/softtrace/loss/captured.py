@@ -51,12 +51,12 @@ class CapturedTerms:
         def capture() -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, options)
-            return Captured(run, _tensors(own), len(MaskedTerm._fields))
+            numbers = len(MaskedTerm._fields)
+            return Captured(run, _tensors(own), numbers, model.parameters())
 
         known = self.graphs.of(_key(instrument, windows, options), capture)
         if known is not None:
-            trained = [each for each in model.parameters() if each.requires_grad]
-            found: MaskedTerm | None = MaskedTerm(*known.replay(_tensors(windows), trained))
+            found: MaskedTerm | None = MaskedTerm(*known.replay(_tensors(windows)))
         else:
             # As it is captured, so that a resumed run, which captures anew, computes the same.
             with as_written[0], as_written[1]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,13 +37,21 @@ class Captured:
             weights where they lie.
         inputs: that are written anew before every replay.
         numbers: how many there are; all that follows are gradients.
+        weights: that the last of the gradients go to.
 
     Raises:
         RuntimeError: the function does something that cannot be captured.
     """
 
-    def __init__(self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int) -> None:
+    def __init__(
+        self,
+        run: Callable[[], Tensors],
+        inputs: Sequence[Tensor],
+        numbers: int,
+        weights: Iterable[Tensor],
+    ) -> None:
         self._inputs = inputs
+        self._weights = [each for each in weights if each.requires_grad]
         self._run = run  # holds what the graph reads beside its inputs
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
@@ -64,12 +72,12 @@ class Captured:
         """Whether a backward pass through the last replay may still come."""
         return self._awaiting is not None and self._awaiting() is not None
 
-    def replay(self, values: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
+    def replay(self, values: Sequence[Tensor], by: Sequence[Tensor] = ()) -> list[Tensor]:
         """The numbers on these values; gradients come with the backward pass of the first.
 
         Args:
             values: of the inputs, in their order.
-            by: what gradients go to, a tensor for each of :attr:`gradients`.
+            by: what the first of the gradients go to, those that do not go to the weights.
         """
         for own, new in zip(self._inputs, values, strict=True):
             own.copy_(new.detach())
@@ -77,9 +85,10 @@ class Captured:
         self.number += 1
         # Copies: the next replay writes over what this one gave.
         first, *others = (each.clone() for each in self._numbers)
-        pairs = zip(by, self.gradients, strict=True)
-        if any(each is not None and one.requires_grad for one, each in pairs):
-            first = _Replayed.apply(self, first, *by)  # type: ignore[no-untyped-call]
+        leaves = [*by, *self._weights]
+        pairs = zip(leaves, self.gradients, strict=True)
+        if any(each is not None and leaf.requires_grad for leaf, each in pairs):
+            first = _Replayed.apply(self, first, *leaves)  # type: ignore[no-untyped-call]
         return [first, *others]
 
     def await_backward(self) -> _Awaited:

@@ -90,7 +90,8 @@ class ExitTerm:
             chosen = _Chosen.of(seen, drawn, targets, lowest)
             graph = self._graph(instrument, chosen, options)
             if graph is not None:
-                return self._replayed(graph, instrument, chosen, learned)
+                found = ExitDistance(*graph.replay(chosen.tensors(), [chosen.early]))
+                return found if learned else found._replace(mean=found.mean.detach())
             # As it is captured, so that a resumed run, which captures anew, computes the same.
             seen, drawn, targets = chosen.seen(), chosen.drawn(), chosen.targets[None]
 
@@ -111,20 +112,12 @@ class ExitTerm:
         def capture() -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, options)
-            return Captured(run, own.tensors(), numbers=3)
+            return Captured(run, own.tensors(), 3, instrument.model.parameters())
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
         key = shape, read_in_place, state_of((instrument.model, *instrument.parts)), repr(options)
         return self.graphs.of(key, capture)
-
-    @staticmethod
-    def _replayed(
-        graph: Captured, instrument: Instrument, chosen: _Chosen, learned: bool
-    ) -> ExitDistance:
-        trained = [each for each in instrument.model.parameters() if each.requires_grad]
-        found = ExitDistance(*graph.replay(chosen.tensors(), [chosen.early, *trained]))
-        return found if learned else found._replace(mean=found.mean.detach())
 
 
 @dataclass(frozen=True)
