@@ -48,13 +48,13 @@ class CapturedTerms:
             with as_written[0], as_written[1]:
                 return masked_term(instrument, windows, options)
 
-        def capture() -> Captured:
+        def capture(fuse: bool) -> Captured:
             own = _copy(windows)
-            run = term_and_gradients(instrument, own, options)
+            run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
             numbers = len(MaskedTerm._fields)
             return Captured(run, _tensors(own), numbers, model.parameters())
 
-        known = self.graphs.of(_key(instrument, windows, options), capture)
+        known = self.graphs.of(_key(instrument, windows, options), capture, bool(options.fuse))
         if known is not None:
             found: MaskedTerm | None = MaskedTerm(*known.replay(_tensors(windows)))
         else:

@@ -119,36 +119,41 @@ class CudaGraphs:
         self._seen: Counter[Hashable] = Counter()
         self._said = what, instead
 
-    def of(self, key: Hashable, capture: Callable[[], Captured]) -> Captured | None:
+    def of(self, key: Hashable, capture: Callable[[bool], Captured], fuse: bool) -> Captured | None:
         """The graph of this key; None where there is none yet, or its last replay is awaited.
 
         Args:
             key: all that a graph depends on.
-            capture: makes it, once the key has come back often enough.
+            capture: makes it, fused or not, once the key has come back often enough.
+            fuse: whether to try that first.
         """
-        if key not in self.known and self._seen[key] >= _SEEN and len(self.known) < _MOST:
-            self._capture(key, capture)
+        new = key not in self.known and self._seen[key] >= _SEEN and len(self.known) < _MOST
+        tried = new and not self.refused
+        if tried and not (fuse and self._captures(key, capture, fuse=True)):
+            self.refused = not self._captures(key, capture, fuse=False)
         self._seen[key] += 1
         found = self.known.get(key)
         return None if found is None or found.awaited else found
 
-    def _capture(self, key: Hashable, capture: Callable[[], Captured]) -> None:
+    def _captures(self, key: Hashable, capture: Callable[[bool], Captured], *, fuse: bool) -> bool:
+        what, instead = self._said
         try:
             # A capture that fails does not give the stream back that it switched to.
             with torch.cuda.stream(torch.cuda.current_stream()):
-                self.known[key] = capture()
+                self.known[key] = capture(fuse)
         except Exception as error:  # what is wrong with more than the capture is said by the run
-            self.refused = True
             _end_capture_of_random_numbers()
             reason = str(error).strip().partition("\n")[0]
-            what, instead = self._said
-            logger.warning(
-                "%s cannot be captured as a CUDA graph here and are launched one operation at a "
-                "time, which takes longer. %s What happened: %s",
-                what,
-                instead,
-                reason,
-            )
+            if fuse:
+                said = "cannot be compiled here and are captured as they are (fuse=False)."
+            else:
+                said = (
+                    "cannot be captured as a CUDA graph here and are launched one operation at a "
+                    f"time, which takes longer. {instead}"
+                )
+            logger.warning("%s %s What happened: %s", what, said, reason)
+            return False
+        return True
 
 
 def capturable(values: Tensor) -> bool:

@@ -109,15 +109,15 @@ class ExitTerm:
         maps = None if self.maps is None else self.maps.on(chosen.early.device)
         weight = None if maps is None else maps.weight(chosen.depth)
 
-        def capture() -> Captured:
+        def capture(fuse: bool) -> Captured:
             own = chosen.copy()
-            run = exits_and_gradients(instrument, own, maps, options)
+            run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
             return Captured(run, own.tensors(), 3, instrument.model.parameters())
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
         key = shape, read_in_place, state_of((instrument.model, *instrument.parts)), repr(options)
-        return self.graphs.of(key, capture)
+        return self.graphs.of(key, capture, bool(options.fuse))
 
 
 @dataclass(frozen=True)
