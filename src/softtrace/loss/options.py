@@ -94,12 +94,13 @@ class DensityOptions:
         size_weight: Weight of a size term, >= 0: adds ``size_weight · soft size`` inside the term,
             differentiable through the importances. Never without the distortion: alone it is gamed
             by rescaling.
-        cuda_graph: On CUDA, capture the masked runs of a shape once and replay them: their launches
-            are most of what they cost. A graph holds its memory and the gradients of the weights.
-            Models that cannot be captured, and float16, run as elsewhere, after a warning.
-        fuse: Compile the captured masked runs (``torch.compile``), which fuses their many small
-            operations: cheaper steps, after a minute or two of compiling once for every shape.
-            None: where the model is compiled.
+        cuda_graph: On CUDA, capture the masked runs of a shape once and replay them, and exits at a
+            single depth: launches are most of what they cost. A graph holds its memory and the
+            gradients of the weights. Models that cannot be captured, and float16, run as elsewhere,
+            after a warning.
+        fuse: Compile what is captured (``torch.compile``), which fuses its many small operations:
+            cheaper steps, after a minute or two of compiling once for every shape. None: where the
+            model is compiled.
         on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
             its term.
         seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
