@@ -30,7 +30,8 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     table = [row for row in table if row["steps"] >= LEAST]
     kinds = sorted({_kind(row) for row in table}, reverse=True)
     methods = sorted({row["method"] for row in table}, key=lambda name: (name != "plain", name))
-    colours = dict(zip(methods, mpl.colormaps["tab20"].colors, strict=False))
+    pairs = mpl.colormaps["tab20"].colors  # dark and light in turn
+    colours = dict(zip(methods, (*pairs[::2], *pairs[1::2]), strict=False))
     figure = Figure(figsize=(4 * len(MEASURES), 3.6 * len(kinds) + 0.6), layout="constrained")
     panels = figure.subplots(len(kinds), len(MEASURES), squeeze=False)
     for line, kind in zip(panels, kinds, strict=True):
@@ -43,6 +44,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
             panel.tick_params(labelsize=8)
             if measure == "size_easy":
                 panel.set_yscale("log")
+                panel.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     handles = [
         mpl.lines.Line2D([], [], color=colours[name], marker="o", linestyle="", label=name)
         for name in methods
