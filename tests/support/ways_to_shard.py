@@ -323,11 +323,21 @@ def curve(way: str) -> Tensor:
     return density_curve(WAYS[way](plain) or plain, *batch(0, 0, 1)).total_variation
 
 
-def refusals(rank: int) -> dict[str, str]:
-    """What each process says of a model or batch that cannot be, of one process or of all."""
-    from torch.distributed.fsdp import fully_shard
+def said_by(*wrongs: Callable[[], Any]) -> dict[str, str]:
+    """What softtrace says of each, by its name."""
+    found = {}
+    for wrong in wrongs:
+        try:
+            wrong()
+        except SofttraceError as error:
+            found[wrong.__name__] = f"{type(error).__name__}: {error}"
+    return found
 
-    model: Any = model_and_optimizer(by_layer)[0]
+
+def wrong_on_one(way: str) -> dict[str, str]:
+    """What each process says of a batch or a forward that is wrong on the second alone."""
+    rank = torch.distributed.get_rank()
+    model: Any = model_and_optimizer(WAYS[way])[0]
     density = DensityLoss(model, share=1.0, exits=0.0)
     ids, mask = batch(0, rank, 2)
     nan = torch.tensor(torch.nan if rank == 1 else 1.0, dtype=torch.float64)
@@ -341,6 +351,15 @@ def refusals(rank: int) -> dict[str, str]:
             density(ids, mask)
         finally:
             handle.remove()
+
+    found = said_by(wrong_mask, not_finite)
+    assert density(ids, mask).loss.requires_grad  # and continues
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What is said of models whose units cannot be."""
+    from torch.distributed.fsdp import fully_shard
 
     def unit_around() -> None:
         inner = tiny_model("llama")
@@ -361,15 +380,7 @@ def refusals(rank: int) -> dict[str, str]:
         attach(inner)
         del around
 
-    found = {}
-    wrongs = wrong_mask, not_finite, unit_around, let_go_after_forward, flat_head, flat_inside
-    for wrong in wrongs:
-        try:
-            wrong()
-        except SofttraceError as error:
-            found[wrong.__name__] = f"{type(error).__name__}: {error}"
-    assert density(ids, mask).loss.requires_grad  # and continues
-    return found
+    return said_by(unit_around, let_go_after_forward, flat_head, flat_inside)
 
 
 @contextmanager
@@ -419,10 +430,11 @@ def main(folder: str, *ways: str) -> None:
         for way, name, steps in runs(ways)
     }
     others = {} if len(ways) == 1 else {
-        "refusals": refusals(rank),
+        "refusals": refusals(),
         **{
             f"{way}, {each.__name__}": each(way)
-            for way in WHOLE_WAYS for each in (untouched, accumulated, in_bfloat16, curve)
+            for way in WHOLE_WAYS
+            for each in (untouched, accumulated, in_bfloat16, curve, wrong_on_one)
         },
     }  # fmt: skip
     torch.save({**found, **others}, Path(folder, f"{rank}.pt"))
