@@ -10,9 +10,9 @@ import torch
 
 from softtrace import density_curve
 from tests.support.tiny import tiny_model
+from tests.support.units import WAYS
 from tests.support.ways_to_shard import (
     OPTIONS,
-    WAYS,
     WHOLE_WAYS,
     batch,
     of_ranks,
