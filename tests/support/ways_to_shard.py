@@ -29,7 +29,7 @@ from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.units import WAYS, flat
 from tests.support.waiting import PATIENCE
 
-_WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
+_WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 ROWS, LENGTH, STEPS = 3, 9, 10
 PADDED = 4  # the step at which the last process has nothing but padding
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,8 @@ def model_and_optimizer(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model: Any = tiny_model("llama", seed=1, dtype=dtype).train()
     if shard is not None:
-        model = shard(model) or model
+        made = shard(model)
+        model = model if made is None else made
     # AdamW would blow the rounding of a gradient of next to nothing up to a whole step.
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 

@@ -111,3 +111,11 @@ def test_layers_that_are_compiled_and_then_sharded() -> None:
         layers[index] = torch.compile(layer, backend="eager")
     check_same(whole, sharded(parts))
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_wrapper_of_fsdp1_that_is_compiled() -> None:
+    whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
+    check_same(whole, torch.compile(flattened(parts), backend="eager"))
+    torch._dynamo.reset()
