@@ -47,7 +47,7 @@ class DensityMonitor(Callback):
     ``density/entropy_spearman_area`` and ``_size``: all through ``LightningModule.log``, so to
     whatever logger there is, and for ``ModelCheckpoint(monitor=...)``. In several processes each
     measures its share of the set; ranks and quantiles are then taken of all tokens at once. Where
-    they hold parts of one model (FSDP2) all of them measure the whole set, since each run gathers
+    they hold parts of one model (FSDP) all of them measure the whole set, since each run gathers
     weights from all.
 
     The set is measured in the precision of the validation. Weights that another callback swaps in
