@@ -225,7 +225,8 @@ class DensityMonitor(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
+        around = trainer.strategy.model  # FSDP1 wraps the module
+        note_units(pl_module if around is None else around)
         parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
             ComputationDensity(sync_on_compute=not parts),
