@@ -173,6 +173,27 @@ def test_differences_are_after_less_before_and_paired(
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("mode", [{}, {"generation": True}, {"paper": True}])
+def test_a_model_that_is_spread_out_has_the_same_answers(
+    sources: dict[str, str],
+    undrawn: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: dict[str, bool],
+) -> None:
+    for name in ("paper.write_paper_plot", "generation.write_generation_plot"):
+        monkeypatch.setattr(f"softtrace.cli.{name}", lambda found, folder: None)
+    options = {**OPTIONS, "block_size": 17, "lengths": (4, 8), "blocks": 2, **mode}
+    spread = {"device_map": "auto", "max_memory": {"cpu": "1KB"}}  # the rest is on disk
+    found, wanted = (
+        study([sources["before"]], half(sources["text"]), str(tmp_path / name), **options, **more)
+        for name, more in (("spread", spread), ("whole", {}))
+    )
+    for key, result in wanted["results"].items():
+        for one, other in zip(found["results"][key]["models"], result["models"], strict=True):
+            np.testing.assert_allclose(array(one["value"]), array(other["value"]), atol=1e-6)
+
+
 def test_another_seed_moves_intervals_alone(
     alone: dict[str, Any], sources: dict[str, str], tmp_path: Path
 ) -> None:

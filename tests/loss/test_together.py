@@ -10,9 +10,9 @@ import torch
 
 from softtrace import density_curve
 from tests.support.tiny import tiny_model
+from tests.support.units import WAYS
 from tests.support.ways_to_shard import (
     OPTIONS,
-    WAYS,
     WHOLE_WAYS,
     batch,
     of_ranks,
@@ -78,8 +78,9 @@ def test_a_curve_is_that_of_the_whole_model(two: list[dict[str, Any]], way: str)
         )
 
 
-def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]]) -> None:
-    first, second = (found["refusals"] for found in two)
+@pytest.mark.parametrize("way", WHOLE_WAYS)
+def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]], way: str) -> None:
+    first, second = (found[f"{way}, wrong_on_one"] for found in two)
     for name, words in (("wrong_mask", "values other than 0 and 1"), ("not_finite", "infinite")):
         assert words in second[name]
         assert "process 1 (of 0 to 1) failed" in first[name]

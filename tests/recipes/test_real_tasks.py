@@ -30,7 +30,7 @@ def test_words_that_came_before_are_asked_for_in_the_second_half() -> None:
         " every",
         " bus",
     ]
-    # " every" ends the second half's words; " bus" was not there before and may go on.
+    # " every" ends the second half's words; " bus" was not there before and may continue.
     assert cloze_spans(texts) == [(6, 7), (7, 9), (9, 10)]
     assert cloze_spans(texts[:6]) == []
 

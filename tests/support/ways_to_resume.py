@@ -32,7 +32,8 @@ from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
 from tests.support.processes import as_rank, script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
-from tests.support.ways_to_shard import by_layer, whole_weights
+from tests.support.units import by_layer
+from tests.support.ways_to_shard import whole_weights
 
 BATCHES = 4  # of a process
 BLOCKS = tiny_prompt(12, seed=9, batch=3)

@@ -26,9 +26,10 @@ from softtrace.loss import density_loss
 from tests.support import warm
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.units import WAYS, flat
 from tests.support.waiting import PATIENCE
 
-_WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
+_WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 ROWS, LENGTH, STEPS = 3, 9, 10
 PADDED = 4  # the step at which the last process has nothing but padding
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,110 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "exits": 0.6, "exit_tokens": 0.5,
     },
 }  # fmt: skip
-
-
-def by_layer(model: Any, **policy: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.model.layers:
-        fully_shard(layer, **policy)
-    fully_shard(model, **policy)
-
-
-def with_head_unit(model: Any) -> None:
-    """As accelerate and torchtitan do it: the final norm and the head are one unit."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model.model.embed_tokens)
-    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
-    by_layer(model)
-
-
-def with_resharded_head_unit(model: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard([model.model.norm, model.lm_head])
-    by_layer(model)
-
-
-def as_one(model: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model)
-
-
-def by_half_layer(model: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.model.layers:
-        fully_shard(layer.self_attn)
-        fully_shard(layer.mlp)
-    fully_shard(model.lm_head)
-    fully_shard(model.model.norm)
-    by_layer(model)
-
-
-def checkpointed(model: Any) -> None:
-    """Layers that run again in the backward pass; the root is let go after its forward too."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layers[index] = checkpoint_wrapper(layer)
-    by_layer(model, reshard_after_forward=True)
-
-
-def offloaded(model: Any) -> None:
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    by_layer(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
-
-
-def flat(model: Any, *kinds: type[nn.Module], **options: Any) -> Any:
-    """FSDP1 as Lightning has it: wrappers around the model and what is of these kinds."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    kinds = kinds or (type(model.model.layers[0]),)
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=ModuleWrapPolicy(kinds), use_orig_params=True,
-        device_id=torch.device("cpu"), **options,
-    )  # fmt: skip
-
-
-def flat_as_one(model: Any) -> Any:
-    return flat(model, nn.Conv3d)  # it has none
-
-
-def flat_parts(model: Any) -> Any:
-    """Units inside of layers, and the embedding."""
-    layer = model.model.layers[0]
-    return flat(model, *map(type, (layer, layer.self_attn, layer.mlp)), nn.Embedding)
-
-
-def flat_checkpointed(model: Any) -> Any:
-    """In the order that Lightning has: layers are wrapped, and what is inside checkpointed."""
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
-
-    kind = type(model.model.layers[0])
-    model = flat(model)
-    wrapping.apply_activation_checkpointing(model, check_fn=lambda each: isinstance(each, kind))
-    return model
-
-
-WAYS: dict[str, Callable[[Any], Any]] = {
-    "by layer": by_layer,
-    "norm and head": with_head_unit,
-    "norm and head, let go": with_resharded_head_unit,
-    "as one": as_one,
-    "by half layer": by_half_layer,
-    "checkpointed": checkpointed,
-    "offloaded": offloaded,
-    "flat": flat,
-    "flat, as one": flat_as_one,
-    "flat, parts of layers": flat_parts,
-    "flat, checkpointed": flat_checkpointed,
-}
 
 
 WHOLE_WAYS = ("by layer", "flat")  # that are tried in all else too
@@ -174,7 +71,8 @@ def model_and_optimizer(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model: Any = tiny_model("llama", seed=1, dtype=dtype).train()
     if shard is not None:
-        model = shard(model) or model
+        made = shard(model)
+        model = model if made is None else made
     # AdamW would blow the rounding of a gradient of next to nothing up to a whole step.
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -323,11 +221,21 @@ def curve(way: str) -> Tensor:
     return density_curve(WAYS[way](plain) or plain, *batch(0, 0, 1)).total_variation
 
 
-def refusals(rank: int) -> dict[str, str]:
-    """What each process says of a model or batch that cannot be, of one process or of all."""
-    from torch.distributed.fsdp import fully_shard
+def said_by(*wrongs: Callable[[], Any]) -> dict[str, str]:
+    """What softtrace says of each, by its name."""
+    found = {}
+    for wrong in wrongs:
+        try:
+            wrong()
+        except SofttraceError as error:
+            found[wrong.__name__] = f"{type(error).__name__}: {error}"
+    return found
 
-    model: Any = model_and_optimizer(by_layer)[0]
+
+def wrong_on_one(way: str) -> dict[str, str]:
+    """What each process says of a batch or a forward that is wrong on the second alone."""
+    rank = torch.distributed.get_rank()
+    model: Any = model_and_optimizer(WAYS[way])[0]
     density = DensityLoss(model, share=1.0, exits=0.0)
     ids, mask = batch(0, rank, 2)
     nan = torch.tensor(torch.nan if rank == 1 else 1.0, dtype=torch.float64)
@@ -341,6 +249,15 @@ def refusals(rank: int) -> dict[str, str]:
             density(ids, mask)
         finally:
             handle.remove()
+
+    found = said_by(wrong_mask, not_finite)
+    assert density(ids, mask).loss.requires_grad  # and continues
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What is said of models whose units cannot be."""
+    from torch.distributed.fsdp import fully_shard
 
     def unit_around() -> None:
         inner = tiny_model("llama")
@@ -361,15 +278,7 @@ def refusals(rank: int) -> dict[str, str]:
         attach(inner)
         del around
 
-    found = {}
-    wrongs = wrong_mask, not_finite, unit_around, let_go_after_forward, flat_head, flat_inside
-    for wrong in wrongs:
-        try:
-            wrong()
-        except SofttraceError as error:
-            found[wrong.__name__] = f"{type(error).__name__}: {error}"
-    assert density(ids, mask).loss.requires_grad  # and continues
-    return found
+    return said_by(unit_around, let_go_after_forward, flat_head, flat_inside)
 
 
 @contextmanager
@@ -419,10 +328,11 @@ def main(folder: str, *ways: str) -> None:
         for way, name, steps in runs(ways)
     }
     others = {} if len(ways) == 1 else {
-        "refusals": refusals(rank),
+        "refusals": refusals(),
         **{
             f"{way}, {each.__name__}": each(way)
-            for way in WHOLE_WAYS for each in (untouched, accumulated, in_bfloat16, curve)
+            for way in WHOLE_WAYS
+            for each in (untouched, accumulated, in_bfloat16, curve, wrong_on_one)
         },
     }  # fmt: skip
     torch.save({**found, **others}, Path(folder, f"{rank}.pt"))

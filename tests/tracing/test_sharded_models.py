@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softtrace import DensityLoss
 from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.units import flat
 from tests.support.ways_to_shard import one_process_group
 from tests.support.zoo import VERIFIED, tiny
 
@@ -53,7 +54,7 @@ def step(model: nn.Module, density: DensityLoss) -> tuple[Tensor, dict[str, Tens
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             part: Any = weight.grad
-            name = name.replace("_orig_mod.", "")
+            name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
             found[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
     return term.loss.detach(), found
 
@@ -64,10 +65,18 @@ def check_same(whole: nn.Module, parts: nn.Module) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
+def flattened(model: Any) -> Any:
+    """By FSDP1, which leaves weights whole where one process has them all, as views of one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return flat(model, *{type(layer) for layer in max(lists, key=len)})
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("way", [sharded, flattened])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str) -> None:
+def test_families(name: str, way: Callable[[Any], Any]) -> None:
     kind, changes = VERIFIED[name]
-    check_same(tiny(kind, **changes).eval(), sharded(tiny(kind, **changes).eval()))
+    check_same(tiny(kind, **changes).eval(), way(tiny(kind, **changes).eval()))
 
 
 def test_on_gpus_masked_runs_come_as_seldom_as_where_they_are_not_captured() -> None:
@@ -101,4 +110,12 @@ def test_layers_that_are_compiled_and_then_sharded() -> None:
     for index, layer in enumerate(layers):
         layers[index] = torch.compile(layer, backend="eager")
     check_same(whole, sharded(parts))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_wrapper_of_fsdp1_that_is_compiled() -> None:
+    whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
+    check_same(whole, torch.compile(flattened(parts), backend="eager"))
     torch._dynamo.reset()

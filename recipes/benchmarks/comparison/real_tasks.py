@@ -40,7 +40,7 @@ def cloze_spans(texts: list[str]) -> list[tuple[int, int]]:
     for first, end, text in words:
         word = text.strip()
         asked = text[:1] == " " and word.isalpha() and len(word) >= _LETTERS
-        # The last word may go on in the next block.
+        # The last word may continue in the next block.
         if asked and word in seen and first >= len(texts) // 2 and end < len(texts):
             found.append((first, end))
         seen.add(word)

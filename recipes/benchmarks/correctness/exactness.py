@@ -40,6 +40,7 @@ from tests.support.jobs import Jobs, saved
 from tests.support.mutations import MUTATIONS, run_tests
 from tests.support.processes import as_rank
 from tests.support.tiny import tiny_model
+from tests.support.units import WAYS as WAYS_TO_SHARD
 from tests.support.ways_to_fit import OPTIONS, WAYS
 
 STEPS = 50
@@ -271,8 +272,8 @@ def parallel(args: argparse.Namespace) -> dict[str, Any]:
 
 def sharded(args: argparse.Namespace) -> dict[str, Any]:
     """Engines against one process with all batches: largest relative differences."""
-    flat = tuple(name for name in ways_to_shard.WAYS if name.startswith("flat"))
-    others = tuple(name for name in ways_to_shard.WAYS if name not in flat)
+    flat = tuple(name for name in WAYS_TO_SHARD if name.startswith("flat"))
+    others = tuple(name for name in WAYS_TO_SHARD if name not in flat)
     rows: dict[str, float] = dict(args.known.get("sharded", {}))
     for engine, ranks, ways in (
         ("FSDP2", 2, others), ("FSDP2", 3, ("norm and head",)), ("FSDP1", 2, flat),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_RUNS, text_samples
 from softtrace.evaluation.summary import summarise
 from softtrace.files import claimed, prepare_output, write_json
-from softtrace.model.devices import check_device_map, device_map_options
-from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
+from softtrace.model.devices import check_device_map
+from softtrace.model.loading import check_model_directory, load_tokenizer, placed_model
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
 from softtrace.report.tables import density_table
@@ -238,8 +237,14 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
         unit="run",
         disable=not processes.main,
     )
-    with bar, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as offload_folder:
-        network = _loaded(measuring, processes.device, offload_folder)
+    placed = placed_model(
+        measuring.model,
+        measuring.dtype,
+        processes.device,
+        measuring.device_map,
+        measuring.max_memory,
+    )
+    with bar, placed as network:
         size = _measure_parts(network, measuring, task, own, bar.update)
         if not processes.main:
             return {}
@@ -258,16 +263,6 @@ def _runs(measuring: _Measuring, part: Part) -> int:
     extra = min(part.end, max(part.first, measuring.extra_blocks)) - part.first
     others = part.end - part.first - extra
     return extra * masked_runs(True) + others * masked_runs(False)
-
-
-def _loaded(measuring: _Measuring, device: torch.device, offload_folder: str) -> PreTrainedModel:
-    """The model on its device, or spread out as its device map says."""
-    options = device_map_options(measuring.device_map, measuring.max_memory, device, offload_folder)
-    network = load_model(measuring.model, dtype=measuring.dtype, **options)
-    network.eval()  # type: ignore[no-untyped-call]
-    if measuring.device_map is None:
-        network.to(device)  # type: ignore[arg-type]
-    return network
 
 
 def _measure_parts(

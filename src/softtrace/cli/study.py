@@ -25,7 +25,7 @@ from softtrace.evaluation.measure import first_explained
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.readings import window_ends
 from softtrace.files import check_output, claims_out
-from softtrace.model.devices import device_of
+from softtrace.model.devices import check_device_map, device_of
 from softtrace.model.loading import check_model_directory, load_tokenizer
 from softtrace.tracing.masking import AttentionKind, check_attention
 
@@ -78,6 +78,8 @@ def study(
     paper: bool = False,
     generation: bool = False,
     run: RunOptions = DEFAULT_RUN,
+    device_map: str | None = None,
+    max_memory: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Answer the paper's questions of models, with intervals; write them to OUT.
 
@@ -115,6 +117,10 @@ def study(
             greedily and sampled, and measure what it writes beside the text: generation.json,
             generation.txt and generation.png.
         run: How the models are run.
+        device_map: Give "auto" for models larger than one device: layers go to all accelerators,
+            and weights that do not fit stay in main memory or on disk until they are used.
+        max_memory: With device_map, how much a device may hold, such as {"0": "10GiB", "cpu":
+            "60GiB"}; the rest goes to disk.
 
     Raises:
         ModelDirectoryError, UnsupportedModelError: a model.
@@ -140,6 +146,7 @@ def study(
     longest = lengths[-1] if windowed else 1
     ends = window_ends(block_size, first, longest, targets)
     device_of(run.device)
+    check_device_map(device_map, max_memory, processes=1)
     check_output(out, run.overwrite)
     for model in models:
         check_model_directory(model)
@@ -170,6 +177,8 @@ def study(
         seed=seed,
         attention=attention,
         run=run,
+        device_map=device_map,
+        max_memory=max_memory,
         began=began,
     )
     if paper:

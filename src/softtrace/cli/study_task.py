@@ -19,7 +19,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.run_options import RunOptions
 from softtrace.files import prepare_output, write_json, write_text
 from softtrace.model.devices import device_of
-from softtrace.model.loading import load_model
+from softtrace.model.loading import placed_model
 from softtrace.tracing.masking import AttentionKind
 
 R = TypeVar("R")
@@ -38,7 +38,8 @@ class StudyTask:
         training: documents of the other side of the split.
         tokenizers: of the models, in their order; the first one's where another reads alike.
         data: what result files say of the blocks.
-        out, batch_size, resamples, seed, attention, run: see ``softtrace study``.
+        out, batch_size, resamples, seed, attention, run, device_map, max_memory: see ``softtrace
+            study``.
         began: seconds on the clock when the command did.
     """
 
@@ -54,6 +55,8 @@ class StudyTask:
     seed: int
     attention: AttentionKind
     run: RunOptions
+    device_map: str | None = None
+    max_memory: Mapping[str, str] | None = None
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -82,14 +85,14 @@ class StudyTask:
         models: list[Found] = []
         found: list[R] = []
         for label, path in self.models.items():
-            network = load_model(path, dtype=self.run.dtype)
-            network.to(where).eval()  # type: ignore[arg-type]
-            models.append({"label": label, **described(network, path)})
-            if self.one_tokenizer:
-                check_vocabulary(models)
-            with tqdm(total=total, desc=f"measuring {label}", unit=unit) as bar:
-                found.append(read(network, models[-1], bar.update))
-            del network  # the next one is loaded into the room that it had
+            placed = placed_model(path, self.run.dtype, where, self.device_map, self.max_memory)
+            with placed as network:
+                models.append({"label": label, **described(network, path)})
+                if self.one_tokenizer:
+                    check_vocabulary(models)
+                with tqdm(total=total, desc=f"measuring {label}", unit=unit) as bar:
+                    found.append(read(network, models[-1], bar.update))
+            del network, placed  # the next one is loaded into the room that it had
         return models, found
 
     def settings(self) -> Found:

@@ -387,7 +387,8 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
 def _sharding(trainer: Any) -> Engine | None:
     if trainer.is_fsdp_enabled:
         plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        if getattr(plugin, "fsdp_version", 1) != 2 and not plugin.use_orig_params:
+        whole = getattr(plugin, "use_orig_params", False)
+        if getattr(plugin, "fsdp_version", 1) != 2 and not whole:
             return engine("FSDP1 without use_orig_params")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         return engine("DeepSpeed ZeRO 3")

@@ -48,7 +48,8 @@ class CausalLM(LightningModule):
         recompute: Keep no activations of layers, but run them again in the backward pass
             (activation checkpointing): a third more time, and far less memory.
 
-    Under Lightning's ModelParallelStrategy every layer is sharded by ``fully_shard`` (FSDP2).
+    Under Lightning's ModelParallelStrategy every layer is sharded by ``fully_shard`` (FSDP2),
+    under FSDPStrategy every layer is wrapped (FSDP1).
 
     Raises:
         InvalidInputError: a number outside its range.

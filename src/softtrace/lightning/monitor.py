@@ -47,7 +47,7 @@ class DensityMonitor(Callback):
     ``density/entropy_spearman_area`` and ``_size``: all through ``LightningModule.log``, so to
     whatever logger there is, and for ``ModelCheckpoint(monitor=...)``. In several processes each
     measures its share of the set; ranks and quantiles are then taken of all tokens at once. Where
-    they hold parts of one model (FSDP2) all of them measure the whole set, since each run gathers
+    they hold parts of one model (FSDP) all of them measure the whole set, since each run gathers
     weights from all.
 
     The set is measured in the precision of the validation. Weights that another callback swaps in
@@ -225,7 +225,8 @@ class DensityMonitor(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
+        around = trainer.strategy.model  # FSDP1 wraps the module
+        note_units(pl_module if around is None else around)
         parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
             ComputationDensity(sync_on_compute=not parts),

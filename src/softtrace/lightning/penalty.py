@@ -115,7 +115,8 @@ class DensityPenalty(Callback):
         if self.options.strength == 0:
             return
         self._restore()  # of a fit that ended without saying so: never two terms
-        note_units(trainer.strategy.model or pl_module)  # FSDP1 wraps the module
+        around = trainer.strategy.model  # FSDP1 wraps the module
+        note_units(pl_module if around is None else around)
         density = DensityLoss(find_causal_lm(pl_module), self.options)
         self._budget, self._exit_maps = density.budget, density.exit_maps
         if self._exit_maps is not None and (maps := self._kept.get("exit_maps")) is not None:

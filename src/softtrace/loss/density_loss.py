@@ -58,7 +58,7 @@ class DensityLoss:
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
     task loss before the backward pass. With several processes the draws differ by rank; average
-    gradients as usual. Where weights are sharded (``fully_shard``) all processes construct this and
+    gradients as usual. Where weights are sharded (FSDP) all processes construct this and
     call it at the same steps, those too whose batch has nothing to look at: each waits for the
     others. With a budget, call ``density_loss.budget.update(step, loss)`` after every
     measurement of the held-out loss, in every process with the same loss.

@@ -1,6 +1,6 @@
 """The masked runs of processes that hold parts of one model: all of them run, or none does.
 
-A unit of ``fully_shard`` gathers its weights from all processes, in the forward and again in the
+A unit of FSDP gathers its weights from all processes, in the forward and again in the
 backward pass. So a process whose batch has nothing to look at runs too, on tokens that stand in for
 its own and count nothing; and what is wrong on one is raised on all, once all have run.
 """

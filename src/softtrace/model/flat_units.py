@@ -28,8 +28,9 @@ def is_flat_unit(module: object) -> bool:
 def bare(module: nn.Module) -> nn.Module:
     """The module inside of FSDP1's wrapper and of torch's ``checkpoint_wrapper``, if any."""
     for name in _AROUND * 2:  # either may be around the other
-        module = module._modules.get(name) or module
-    return module
+        inside = module._modules.get(name)
+        module = module if inside is None else inside
+    return module.instead_of[0] if isinstance(module, _Instead) else module
 
 
 def is_flattened(weight: Tensor) -> bool:
@@ -62,7 +63,7 @@ def through_unit(unit: Any, call: Callable[..., Any], *args: Any, **kwargs: Any)
         return call(*args, **kwargs)
     is_outermost(unit)  # it looks for units inside of it once, while they are there
     inside = unit._fsdp_wrapped_module
-    unit._fsdp_wrapped_module = _Instead(call)
+    unit._fsdp_wrapped_module = _Instead(call, inside)
     try:
         return unit(*args, **kwargs)
     finally:
@@ -72,8 +73,9 @@ def through_unit(unit: Any, call: Callable[..., Any], *args: Any, **kwargs: Any)
 class _Instead(nn.Module):
     """Stands in for the module of a unit. A module that is called must not be a part of this."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any], inside: nn.Module) -> None:
         super().__init__()
+        self.instead_of = [inside]  # in a list, so that it is no module of this one
         self.forward = lambda *args, **kwargs: call(*args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 
 from softtrace.errors import ModelDirectoryError
 from softtrace.libraries import from_library
+from softtrace.model.devices import device_map_options
 from softtrace.model.exit_maps import load_exit_maps
 
 _NO_CODE = {"trust_remote_code": False}  # left open, transformers asks at the terminal
@@ -63,6 +65,34 @@ def load_model(
     _check_complete(name_or_path, model, report)
     load_exit_maps(model, name_or_path)
     return model
+
+
+@contextmanager
+def placed_model(
+    name_or_path: str,
+    dtype: str,
+    device: torch.device,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
+) -> Iterator[PreTrainedModel]:
+    """A model in eval mode on a device, or spread out as a device map says, to be measured inside.
+
+    Args:
+        name_or_path, dtype: see :func:`load_model`.
+        device: that computes.
+        device_map, max_memory: see :func:`softtrace.model.devices.device_map_options`.
+
+    Raises:
+        ModelDirectoryError: see :func:`load_model`.
+        InvalidInputError: a limit for an accelerator where the CPU computes.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # for weights on disk
+        options = device_map_options(device_map, max_memory, device, folder)
+        network = load_model(name_or_path, dtype=dtype, **options)
+        network.eval()  # type: ignore[no-untyped-call]
+        if device_map is None:
+            network.to(device)  # type: ignore[arg-type]
+        yield network
 
 
 def _check_complete(name_or_path: str | Path, model: PreTrainedModel, report: Any) -> None:
