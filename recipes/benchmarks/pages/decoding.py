@@ -235,8 +235,9 @@ def compiled_decoding() -> str:
     lines += _stock_loops(runs)
     lines.append(
         "\nTimes plain decoding by the same steps: on a GPU captured in CUDA graphs, and fused by "
-        "inductor before where the table says so; on the CPU as they are. bfloat16 on a GPU, "
-        "float32 on a CPU; medians over prompts (quartiles, or the smallest and largest median of "
+        "inductor before where the table says so; on the CPU as they are, timed by the time of the "
+        "one thread, since the machine did other work besides. bfloat16 on a GPU, float32 on a "
+        "CPU; medians over prompts (quartiles, or the smallest and largest median of "
         "seeds); a wrong guess ends its draft "
         f"{sources(CARD, 'speed/compiled_decoding.py', 'results/compiled_decoding.json')}."
     )
