@@ -7,20 +7,25 @@ from typing import Any
 
 from recipes.benchmarks.pages.comparison import quartiles
 from recipes.benchmarks.pages.sources import CARD, read, sources
+from recipes.benchmarks.places import RESULTS
 
 Row = dict[str, Any]
+FILES, PLOT = ("lengths.json", "lengths-cpu.json"), "lengths.png"
 
 
 def lengths() -> str:
     """Memory and time by the length of the text, a table a device, and what is asked of one."""
-    rows = read("lengths.json")["rows"]
+    rows = [row for name in FILES for row in read(name)["rows"]]
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows):
         own = [row for row in rows if row["device"] == device]
         parts.append(_table([row for row in own if row["what"] not in SAID], device))
         said = [SAID[row["what"]](row) for row in own if row["what"] in SAID]
         parts += ["\n".join(f"- {each}" for each in said)] if said else []
-    parts.append(f"{sources(CARD, 'speed/lengths.py', 'results/lengths.json')}")
+    if (RESULTS / PLOT).exists():  # drawn by the script, where it measured last
+        parts.append(f"![Memory and seconds by the length]({CARD}results/{PLOT})")
+    files = (f"results/{name}" for name in FILES)
+    parts.append(sources(CARD, "speed/lengths.py", *files))
     return "\n\n".join(parts)
 
 
@@ -36,12 +41,18 @@ def _table(rows: list[Row], device: str) -> str:
         found = (cells.get((model, what, length)) for length in columns)
         lines.append(f"| {model}: {what} | {' | '.join(map(_cell, found))} |")
     dtype, count = ("float32", "one") if device.startswith("CPU") else ("bfloat16", "eight")
+    busy = max(row["load"] for row in rows)
+    if device.startswith("CPU") and busy > int(device.split()[-1]):
+        beside = f" Other programs ran on the same cores (load up to {busy:g})."
+    else:
+        beside = ""
+    steps = f", steps of {count}" if any("step" in row["what"] for row in rows) else ""
     timed = any("seconds" in row for row in rows)
     shown = "Seconds and most GiB" if timed else "Most GiB"
     untimed = "" if timed else " Others used the GPU too, so that no times are given."
     lines.append(
-        f"\n{shown} alive beyond the weights (of that, held by the result), one sequence, steps of "
-        f"{count}; {dtype}, random weights.{untimed}"
+        f"\n{shown} alive beyond the weights (of that, held by the result), one "
+        f"sequence{steps}; {dtype}, random weights.{untimed}{beside}"
     )
     return "\n".join(lines)
 
