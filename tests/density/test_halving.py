@@ -14,6 +14,7 @@ from softtrace.density.curve import DensityCurve
 from softtrace.errors import InvalidInputError
 from softtrace.graph import attention_maps
 from softtrace.graph.batch import Batch
+from softtrace.graph.edges import RowwiseEdges
 from softtrace.tracing.recording import Recording
 from softtrace.tracing.runner import Runner
 from tests.density.test_lengths import LENGTH, THRESHOLDS, assert_same_curve, padded_batch
@@ -140,3 +141,37 @@ def test_runs_of_single_positions_are_halved(monkeypatch: pytest.MonkeyPatch) ->
     many = sum(counts(whole))
     assert tried[:2] == [many, many // 2]
     assert max(tried[3:]) <= 3  # what was halved stays so, also at other thresholds
+
+
+@pytest.mark.parametrize(
+    ("fits", "told"),
+    [
+        (lambda rows, length: rows == 1, "1 of them fit here"),
+        (lambda rows, length: length <= 6, "one of 6 tokens fits here"),
+        (lambda rows, length: False, "allowed is what fits"),
+    ],
+)
+def test_importances_that_do_not_fit_are_refused_with_what_does(
+    monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bool], told: str
+) -> None:
+    record = Runner.record
+
+    def limited(runner: Runner, batch: Batch, **options: Any) -> Recording:
+        if not fits(*batch.valid.shape):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return record(runner, batch, **options)
+
+    monkeypatch.setattr(Runner, "record", limited)
+    message = f"3 sequence\\(s\\) of {LENGTH} tokens; {told}. Take fewer"
+    with pytest.raises(InvalidInputError, match=message):
+        softtrace.edge_importance(MODEL, *padded_batch())
+
+
+def test_importances_hold_no_maps_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = softtrace.edge_importance(MODEL, *padded_batch())
+    tried = limit(monkeypatch, lambda rows, positions, held: not held)
+    found = softtrace.edge_importance(MODEL, *padded_batch())
+    assert [held for *_, held in tried] == [True, False]
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert isinstance(one, RowwiseEdges)
+        torch.testing.assert_close(one.attention, other.attention)

@@ -129,29 +129,3 @@ def sharded() -> str:
         f"{sources(CARD, 'speed/sharded.py', 'results/sharded.json')}."
     )
     return "\n".join(lines)
-
-
-def lengths() -> str:
-    """Memory by the length of the text."""
-    result = read("lengths.json")
-    rows = {(row["model"], row["what"], row["length"]): row for row in result["rows"]}
-    columns = sorted({length for *_, length in rows})
-    lines = [
-        f"| | {' | '.join(f'{length:,} tokens' for length in columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for model, what in dict.fromkeys((model, what) for model, what, _ in rows):
-        found = [rows.get((model, what, length)) for length in columns]
-        cells = [_gib(row) if row else "" for row in found]
-        lines.append(f"| {model}: {what} | {' | '.join(cells)} |")
-    lines.append(
-        f"\nMost GiB alive beyond the weights (of that, held by the result), one sequence, steps "
-        f"eight; bfloat16, random weights, {result['hardware']} "
-        f"{sources(CARD, 'speed/lengths.py', 'results/lengths.json')}."
-    )
-    return "\n".join(lines)
-
-
-def _gib(row: dict[str, Any]) -> str:
-    held = f" ({row['held_gib']:.2f})" if row["held_gib"] >= 0.01 else ""
-    return f"{row['peak_gib']:.2f}{held}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from recipes.benchmarks.pages.comparison import at_budget, points, search
-from recipes.benchmarks.pages.cost import cost, lengths, operations, sharded
+from recipes.benchmarks.pages.cost import cost, operations, sharded
 from recipes.benchmarks.pages.decoding import (
     compiled_decoding,
     decoding,
@@ -30,6 +30,7 @@ from recipes.benchmarks.pages.effect import (
     side_effects_157m,
     side_effects_first,
 )
+from recipes.benchmarks.pages.lengths import lengths
 from recipes.benchmarks.pages.real_models import (
     on_real_models,
     presets,
@@ -88,12 +89,12 @@ def tracing() -> str:
     """Speed, memory, precision and the cost of a step."""
     result = read("tracing.json")
     speed, cost, precision = result["speed"], result["cost"], result["precision"]
-    lengths = list(result["memory"]["lengths"].items())
+    sizes_of = list(result["memory"]["lengths"].items())
     peaks = " and ".join(
         f"{row['peak_bytes'] / 1e6:.0f} MB at {length} tokens ("
         f"{row['peak_over_importance']:.1f} times the importances themselves; one layer's edge "
         f"vectors would be {row['edge_vectors_of_one_layer_bytes'] / 1e6:,.0f} MB)"
-        for length, row in lengths
+        for length, row in sizes_of
     )
     times = speed["times_faster"]
     ratio = cost["ratio"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,22 @@ from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
 from softtrace.anatomy.refusals import refuse_early, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
-from softtrace.errors import UnsupportedModelError
-from softtrace.graph.batch import check_finite, chosen_positions
+from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.graph.attention_maps import none_held
+from softtrace.graph.batch import Batch, check_finite, chosen_positions
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
-from softtrace.model.sharding import computing_dtype, let_go, note_units, run
+from softtrace.model.memory import attempt, half_that_fits
+from softtrace.model.sharding import computing_dtype, is_sharded, let_go, note_units, run
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
 from softtrace.tracing.runner import Runner, forward_parameters
 from softtrace.tracing.verification import Verification
+
+logger = logging.getLogger(__name__)
 
 _TINY = 6  # tokens of the batch that a model is proven on
 
@@ -119,7 +124,8 @@ def edge_importance(
 ) -> EdgeImportance:
     """Importance of every edge of a batch (identity 1).
 
-    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure.
+    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure. Where memory
+    runs out no attention maps are held, as of long sequences.
 
     Args:
         model: A causal language model; attached on the fly.
@@ -141,7 +147,8 @@ def edge_importance(
 
     Raises:
         UnsupportedModelError: See :func:`attach`.
-        InvalidInputError: Ids lie outside the vocabulary, shapes are wrong, or the norm is unknown.
+        InvalidInputError: Ids lie outside the vocabulary, shapes are wrong, the norm is unknown, or
+            memory does not suffice.
         NonFiniteError: The model's logits are not finite.
     """
     check_norm(norm)
@@ -152,7 +159,38 @@ def edge_importance(
         chosen = chosen_positions(positions, batch.valid)
         batch = batch.up_to(chosen)
         chosen = chosen[:, : batch.valid.shape[1]]
-    recording = instrument.record(
-        batch, keep_attention=False, norm=norm, positions=chosen, keep_logits=False
+
+    def record(batch: Batch, chosen: Tensor | None = None) -> EdgeImportance:
+        recording = instrument.record(
+            batch, keep_attention=False, norm=norm, positions=chosen, keep_logits=False
+        )
+        return recording.importance
+
+    if is_sharded(model):  # its processes have to run the same forwards
+        return record(batch, chosen)
+    found = attempt(lambda: record(batch, chosen))
+    if found is not None:
+        return found
+    logger.warning("memory ran out; attention maps are now made when they are asked for")
+    with none_held():
+        found = attempt(lambda: record(batch, chosen))
+        if found is None:
+            _refuse_size(batch, record)
+    return found
+
+
+def _refuse_size(batch: Batch, record: Callable[[Batch], EdgeImportance]) -> NoReturn:
+    """Refuse a batch for which memory does not suffice, after trying what does."""
+    rows, length = batch.valid.shape
+    real = batch.valid[0].nonzero()[:, 0]
+    fits = "allowed is what fits"
+    if few := half_that_fits(rows, 1, lambda n: record(batch.part(lambda values: values[:n]))):
+        fits = f"{few} of them fit here"
+    elif short := half_that_fits(
+        len(real), 2, lambda n: record(batch.part(lambda values: values[:1, real[:n]]))
+    ):
+        fits = f"one of {short:,} tokens fits here"
+    raise InvalidInputError(
+        f"input_ids: memory ran out at {rows} sequence(s) of {length:,} tokens; {fits}. Take fewer "
+        "or shorter sequences, a smaller dtype of the weights, or device_map='auto'"
     )
-    return recording.importance
