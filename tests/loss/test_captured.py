@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from softtrace import DensityLoss
 from softtrace.graph.batch import Batch
-from softtrace.loss.captured import _copy, _key, _tensors, term_and_gradients
-from softtrace.loss.cuda_graphs import with_weights
+from softtrace.loss.captured import _copy, _tensors, term_and_gradients
+from softtrace.loss.cuda_graphs import key_of, with_weights
 from softtrace.loss.masked_term import masked_term
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
@@ -101,30 +101,48 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
     assert fused()[0] != before
 
 
-def test_a_graph_is_of_its_shape_its_weights_and_its_options() -> None:
+def test_a_graph_is_of_its_shapes_its_weights_and_what_they_do() -> None:
     model = zoo.tiny("llama")
-    penalty = DensityLoss(model, share=1.0, crop=4)
-    options = penalty.options.on(torch.device("cpu"))
+    instrument = attach(model)
+    options = DensityLoss(model, share=1.0, crop=4).options
 
-    def key(rows: int = 3, strength: float = 0.35) -> object:
-        batch = Batch.of(tiny_prompt(9, batch=rows))
-        windows = penalty._windows(attach(model), batch, (0, 0), options)
-        assert windows is not None
-        changed = DensityLoss(model, options, strength=strength).options
-        return hash(_key(attach(model), windows, changed))
+    def key(rows: int = 3, **changes: Any) -> object:
+        return key_of(instrument, replace(options, **changes), (rows, 9))
 
     first = key()
-    assert first == key()
+    assert first == key(strength=0.1, every=4, warmup_steps=3)  # only what runs compute matters
+    assert hash(first) == hash(key())
     with torch.no_grad():
         next(model.parameters()).add_(1)  # an optimiser's step, in place
     assert first == key()
-    assert first not in (key(rows=2), key(strength=0.1))
+    assert first not in (key(rows=2), key(thresholds=(0.1, 0.2)), key(exits=0.0))
     frozen = next(model.parameters()).requires_grad_(False)
     assert first != key()
     frozen.requires_grad_(True)
     assert first == key()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.autocast("cpu"):
+        assert first == key()  # a graph is CUDA's, and so is its autocast
+    table = model.model.rotary_emb.inv_freq
+    model.model.rotary_emb.inv_freq = table.clone()  # a table that has grown
     assert first != key()
+    model.model.rotary_emb.inv_freq = table
+    assert first == key()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data)  # the same memory
+    assert first != key()
+
+
+@pytest.mark.thorough
+def test_a_graph_is_of_its_adapters_and_their_scale() -> None:
+    peft = pytest.importorskip("peft")
+    model = zoo.tiny("llama")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    instrument, options = attach(model), DensityLoss(model, exits=0.0).options
+    layer = model.model.layers[0].self_attn.o_proj
+    first = key_of(instrument, options)
+    layer.set_scale("default", 3.0)
+    scaled = key_of(instrument, options)
+    layer.enable_adapters(False)
+    assert len({first, scaled, key_of(instrument, options)}) == 3
 
 
 def on_cuda() -> tuple[PreTrainedModel, list[torch.Tensor]]:

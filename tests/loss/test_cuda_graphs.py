@@ -1,4 +1,4 @@
-"""Which graphs are made, and what happens where one cannot be; no GPU is asked."""
+"""Which graphs are made, what a replay gives, and what happens where none can be; without a GPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,101 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from softtrace.loss import cuda_graphs
-from softtrace.loss.cuda_graphs import CudaGraphs
+from softtrace.loss.cuda_graphs import Captured, CudaGraphs
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(cuda_graphs, "_end_capture_of_random_numbers", lambda: None)
+def graphs() -> CudaGraphs:
     return CudaGraphs("these runs", "Do without.")
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph asks of CUDA does nothing."""
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(cuda_graphs, "_end_capture_of_random_numbers", lambda: None)
+
+
+def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
+    """A graph of ``Σ model(x)²``, whose replay computes anew into the same memory."""
+    own = [torch.zeros(3)]
+
+    def run() -> list[Tensor | None]:
+        x = own[0].detach().requires_grad_()
+        weight = model.weight.detach().requires_grad_()
+        found = (weight @ x).square().sum()
+        by_x, by_weight = torch.autograd.grad(found, [x, weight])
+        return [found.detach(), None, found.detach() + 1, by_x, by_weight, None]
+
+    graph = Captured(run, own, 3, model)
+
+    def replay() -> None:
+        new = run()
+        found = [each for each in new[:3] if each is not None]
+        for place, value in zip(
+            [*graph._numbers, *graph.gradients], [*found, *new[3:]], strict=True
+        ):
+            if place is not None and value is not None:
+                place.copy_(value)
+
+    graph._graph.replay = replay
+    return graph, own
+
+
+def test_a_replay_gives_numbers_and_gradients_of_the_values_and_weights_then(on_cpu: None) -> None:
+    model = nn.Linear(3, 2)  # nothing goes to its bias
+    graph, _ = captured(model)
+    for scale in (1.0, 3.0):
+        x = torch.arange(3.0, requires_grad=True)
+        first, second = graph.replay([scale * x], [scale * x])
+        assert second == first.detach() + 1
+        assert graph.awaited
+        (2 * first).backward()
+        assert not graph.awaited
+        again = torch.arange(3.0, requires_grad=True)
+        (weight_gradient,) = torch.autograd.grad(
+            (2 * (model.weight @ (scale * again)).square()).sum(), [model.weight], retain_graph=True
+        )
+        (2 * (model.weight @ (scale * again)).square()).sum().backward()
+        torch.testing.assert_close(x.grad, again.grad)
+        assert model.bias.grad is None
+        torch.testing.assert_close(model.weight.grad, 2 * weight_gradient)
+        model.zero_grad()
+        with torch.no_grad():
+            model.weight.mul_(1.5)
+
+
+def test_a_replay_is_awaited_until_its_backward_pass_or_until_it_is_dropped(on_cpu: None) -> None:
+    graph, _ = captured(nn.Linear(3, 2))
+    x = torch.ones(3)
+    first, _ = graph.replay([x], [x])
+    assert graph.awaited
+    del first
+    assert not graph.awaited
+    first, _ = graph.replay([x], [x])
+    graph.replay([x], [x])
+    with pytest.raises(RuntimeError, match="was replayed since"):
+        first.backward()
+
+
+def test_a_replay_without_anything_to_learn_has_no_graph(on_cpu: None) -> None:
+    model = nn.Linear(3, 2)
+    graph, _ = captured(model)
+    model.requires_grad_(False)
+    first, _ = graph.replay([torch.ones(3)], [torch.ones(3)])
+    assert not first.requires_grad
+    assert not graph.awaited
 
 
 def asked(graphs: CudaGraphs, key: str, cannot: tuple[bool, ...], fuse: bool = True) -> list[Any]:
@@ -54,6 +138,11 @@ def test_what_cannot_be_fused_is_captured_as_it_is(
         "these runs cannot be compiled here and are captured as they are (fuse=False). "
         "What happened: no way"
     ]
+
+
+def test_the_compiler_is_not_asked_twice(graphs: CudaGraphs) -> None:
+    asked(graphs, "one", cannot=(True,))
+    assert asked(graphs, "two", cannot=())[-1].fused is False
 
 
 def test_what_cannot_be_captured_is_tried_once(

@@ -40,6 +40,21 @@ def kl_of_exit(model: Any, ids: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
+def test_gradients_that_are_there_already_reach_their_own_map_alone() -> None:
+    model = model_of()
+    density = DensityLoss(model, **{**OPTIONS, "exit_depths": (0.25, 0.75)})
+    maps = density.exit_maps
+    assert maps is not None
+    known = torch.full((maps.maps.weights[NAME].shape), 2.0)
+    for _ in range(2):  # batches that are accumulated
+        maps.collect(torch.tensor(1.0), {NAME: known})
+    gradients = {name: each.grad for name, each in maps.maps.weights.items()}
+    assert len(gradients) == 3
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert gradient.unique().tolist() == [4.0 if name == NAME else 0.0]
+
+
 def test_a_map_follows_the_gradient_of_the_distance_and_the_model_that_of_its_weight() -> None:
     model, ids = model_of(dtype=torch.float64), tiny_prompt(7, batch=2)
     density = DensityLoss(model, **OPTIONS)

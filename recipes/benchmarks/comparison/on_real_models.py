@@ -26,31 +26,23 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
-from recipes.benchmarks.comparison.exit_variants import EVERY, OtherExits
-from recipes.benchmarks.comparison.peer_losses import (
-    DIRECT,
-    ExitDistillation,
-    LayerSkip,
-    SoftTrace,
-    smoothed,
-)
+from recipes.benchmarks.comparison.peer_losses import smoothed
 from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
+from recipes.benchmarks.comparison.real_ways import WAYS
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace.data import Document, evenly, pack, read_documents, split_by_file
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.summary import summarise
 from softtrace.files import write_json
-from softtrace.loss.schedule import StrengthSchedule
 from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
 
@@ -60,67 +52,6 @@ TEXTS = ("prose", "python", "chat")
 BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
 HELD_OUT = 64  # blocks of 512 tokens for the loss
-
-
-def term(strength: float, **options: Any) -> type[SoftTrace]:
-    """The term at one strength, with other options than the defaults."""
-    return type("Term", (SoftTrace,), {"strengths": (strength,), "options": options})
-
-
-class TamedExits(OtherExits):
-    """The logarithm of one and the distance: exits that are far off do not take over."""
-
-    strengths = (0.35,)
-    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
-
-    def distances(self, *args: Any) -> Tensor:
-        return super().distances(*args).log1p()
-
-
-class MapFirst(SoftTrace):
-    """The maps of exits learn alone for the first fifth of 1,000 steps."""
-
-    strengths = (0.35,)
-    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
-
-    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
-        waiting = StrengthSchedule(0.07, 200)
-        with patch.object(type(self.density.options), "exit_schedule", waiting):
-            return super().term(ids, step, task)
-
-
-_OFTEN = {**DIRECT, "every": 2, "share": 0.15}
-#: ways to train beside those of ``peers.py``
-WAYS: dict[str, Any] = {
-    **EVERY,
-    "balanced": term(0.35, preset="balanced"),
-    "balanced, 1": term(1.0, preset="balanced", exits=0.07),
-    "balanced, 0.15": term(0.15, preset="balanced"),
-    "balanced, 0.2": term(0.2, preset="balanced"),
-    "balanced, exits 0.1": term(0.35, preset="balanced", exits=0.1),
-    "balanced, exits 0.05": term(0.35, preset="balanced", exits=0.05),
-    "balanced, exits tamed": TamedExits,
-    "balanced, maps first": MapFirst,
-    "sparse": term(0.35, preset="sparse"),
-    "sparse, 1": term(1.0, preset="sparse"),
-    "sparse, thresholds from 0.08": term(0.35, preset="sparse", thresholds=(0.08, 0.6)),
-    "sparse, windows of 256": term(0.35, preset="sparse", crop=256),
-    "decode": term(0.1, preset="decode"),
-    "map alone": term(0.35, preset="sparse", exit_map=True),
-    "layerskip, 0.05": type("LayerSkip", (LayerSkip,), {"strengths": (0.05,)}),
-    "exit distillation, 0.1": type("Exits", (ExitDistillation,), {"strengths": (0.1,)}),
-    **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},
-    **{f"every 2nd, {s:g}, no exits": term(s, **_OFTEN, exits=0.0) for s in (0.35, 1.0, 3.0)},
-    "every 2nd, 1, few exits": term(1.0, **_OFTEN, exits=0.02),
-    "every 2nd, 1, no exits, windows of 128": term(1.0, **_OFTEN, exits=0.0, crop=128),
-    "every 2nd, 1, no exits, soft": term(1.0, **_OFTEN, exits=0.0, masks="soft", temperature=0.1),
-    "every 8th, 0.35": term(0.35, **{**DIRECT, "every": 8, "share": 0.3}),
-    "every 2nd, 0.2, recomputed": term(0.2, **_OFTEN, attention="recomputed"),
-    "every 2nd, 0.2, soft": term(0.2, **_OFTEN, masks="soft", temperature=0.1),
-    "every 2nd, 0.2, windows of 128": term(0.2, **_OFTEN, crop=128),
-    "every step, 0.2": term(0.2, **{**DIRECT, "every": 1, "share": 0.075}),
-    "every 2nd, 0.1, more exits": term(0.1, **{**_OFTEN, "exits": 2.0, "exit_tokens": 0.25}),
-}
 
 
 def documents(text: str, prose: Path) -> tuple[list[Document], list[Document]]:

@@ -192,6 +192,7 @@ def gradient_error(name: str) -> dict[str, float]:
     for step in range(4):
         term_at(step, captured=True)
         way.step()  # weights move between the capture and its replays
+    assert way.density._captured.graphs.known, "nothing was captured, so nothing is replayed"
     errors: dict[str, list[float]] = {"term": [], "gradients": [], "gradients, run twice": []}
     for step in range(4, 8):
         loss, replayed = term_at(step, captured=True)

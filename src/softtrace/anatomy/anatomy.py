@@ -140,11 +140,12 @@ def effective_projection(
     return (rows[1:] - rows[0]) / times, rows[0]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _probe(width: int, dtype: torch.dtype, device: torch.device, times: float) -> Tensor:
     """A row of zeros, then ``times`` the identity: one tensor for all layers that need it.
 
     A backward pass keeps what every layer was run on; without sharing that would be a matrix each.
+    It is kept for good, for CUDA graphs read it where it lies and hold nothing.
     """
     with torch.inference_mode(False):  # or no later backward could keep it
         eye = torch.eye(width, dtype=dtype, device=device) * times

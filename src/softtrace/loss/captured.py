@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,8 @@ from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
     capturable,
+    key_of,
     shared_weights,
-    state_of,
     with_weights,
 )
 from softtrace.loss.fused import Tensors, fused
@@ -41,36 +41,28 @@ class CapturedTerms:
         Raises:
             NonFiniteError: logits are not finite.
         """
-        there = options.cuda_graph and capturable(windows.batch.input_ids)
-        model = instrument.model
-        as_written = dropout_off(model), uncompiled(model)  # once: switching takes longer than runs
-        if not there or self.graphs.refused:
-            with as_written[0], as_written[1]:
-                return masked_term(instrument, windows, options)
+        model, shapes = instrument.model, [tuple(each.shape) for each in _tensors(windows)]
 
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
-            numbers = len(MaskedTerm._fields)
-            return Captured(run, _tensors(own), numbers, model.parameters())
+            return Captured(run, _tensors(own), len(MaskedTerm._fields), model)
 
-        known = self.graphs.of(_key(instrument, windows, options), capture, bool(options.fuse))
-        if known is not None:
-            found: MaskedTerm | None = MaskedTerm(*known.replay(_tensors(windows)))
-        else:
-            # As it is captured, so that a resumed run, which captures anew, computes the same.
-            with as_written[0], as_written[1]:
-                static = not self.graphs.refused
+        graph, static = None, False
+        if options.cuda_graph and capturable(windows.batch.input_ids, model):
+            key = key_of(instrument, options, *shapes, windows.batch.packed)
+            graph = self.graphs.of(key, capture, bool(options.fuse))
+            # Like what is captured, so that a resumed run, which captures anew, computes the same
+            # up to the rounding of what was fused.
+            static = not self.graphs.refused
+        if graph is not None:
+            found: MaskedTerm | None = MaskedTerm(*graph.replay(_tensors(windows)))
+        else:  # once for all runs: a module's mode takes longer to switch than to ask for
+            with dropout_off(model), uncompiled(model):
                 found = masked_term(instrument, windows, options, static=static)
         if found is not None:
             found.check()
         return found
-
-
-def _key(instrument: Instrument, windows: Windows, options: DensityOptions) -> Hashable:
-    batch = windows.batch
-    shape = tuple(batch.input_ids.shape), batch.positions is None, batch.packed
-    return shape, state_of((instrument.model, *instrument.parts)), repr(options)
 
 
 def term_and_gradients(

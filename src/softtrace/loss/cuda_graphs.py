@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from softtrace.loss.fused import Tensors
+from softtrace.loss.options import DensityOptions
+from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,6 +29,11 @@ T = TypeVar("T")
 _MOST = 4  # graphs at a time, each of which holds the memory of a run
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
+_WHEN = {
+    "strength", "preset", "start_step", "warmup_steps", "every", "on_nonfinite", "seed", "budget",
+    "reference", "monitor", "share", "crop",
+}  # fmt: skip
+_DIALS = [each.name for each in fields(DensityOptions) if each.name not in _WHEN]
 
 
 class Captured:
@@ -34,38 +42,48 @@ class Captured:
     Args:
         run: gives some numbers, the first of which is differentiated, and then its gradients by
             what :meth:`replay` is called with, None where there is none. It reads ``inputs`` and
-            weights where they lie.
-        inputs: that are written anew before every replay.
+            the model's weights where they lie.
+        inputs: that are written anew before every replay; the graph is of their device.
         numbers: how many there are; all that follows are gradients.
-        weights: that the last of the gradients go to.
+        model: to whose weights, those that are trained, the last of the gradients go.
 
     Raises:
         RuntimeError: the function does something that cannot be captured.
     """
 
     def __init__(
-        self,
-        run: Callable[[], Tensors],
-        inputs: Sequence[Tensor],
-        numbers: int,
-        weights: Iterable[Tensor],
+        self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int, model: nn.Module
     ) -> None:
         self._inputs = inputs
-        self._weights = [each for each in weights if each.requires_grad]
-        self._run = run  # holds what the graph reads beside its inputs
+        self._weights = [each for each in model.parameters() if each.requires_grad]
+        # A graph holds nothing of what it reads.
+        self._held = run, [*model.parameters(), *model.buffers()]
         self.number = 0
         self._awaiting: weakref.ref[_Awaited] | None = None
+        self._device = inputs[0].device
+        with torch.cuda.device(self._device):
+            found = self._capture(run)
+        self._numbers = [each for each in found[:numbers] if each is not None]
+        self.gradients = found[numbers:]
+
+    def _capture(self, run: Callable[[], Tensors]) -> Tensors:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
             run()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads (of a DataLoader, say) may allocate meanwhile.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            found = run()
-        self._numbers = [each for each in found[:numbers] if each is not None]
-        self.gradients = found[numbers:]
+        try:
+            # A capture that fails does not give the stream back that it switched to. Other threads
+            # (of a DataLoader, say) may allocate meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                return run()
+        except BaseException:
+            _end_capture_of_random_numbers()
+            raise
 
     @property
     def awaited(self) -> bool:
@@ -81,14 +99,19 @@ class Captured:
         """
         for own, new in zip(self._inputs, values, strict=True):
             own.copy_(new.detach())
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         self.number += 1
         # Copies: the next replay writes over what this one gave.
         first, *others = (each.clone() for each in self._numbers)
-        leaves = [*by, *self._weights]
-        pairs = zip(leaves, self.gradients, strict=True)
-        if any(each is not None and leaf.requires_grad for leaf, each in pairs):
-            first = _Replayed.apply(self, first, *leaves)  # type: ignore[no-untyped-call]
+        pairs = [
+            (leaf, gradient)
+            for leaf, gradient in zip((*by, *self._weights), self.gradients, strict=True)
+            if gradient is not None and leaf.requires_grad
+        ]
+        if pairs:  # weights without a gradient stay out, for who waits for all that take part
+            leaves, gradients = zip(*pairs, strict=True)
+            first = _Replayed.apply(self, gradients, first, *leaves)  # type: ignore[no-untyped-call]
         return [first, *others]
 
     def await_backward(self) -> _Awaited:
@@ -111,12 +134,14 @@ class CudaGraphs:
 
     Attributes:
         refused: whether a capture failed, after which none is tried.
+        known: the graphs, by their keys.
     """
 
     def __init__(self, what: str, instead: str) -> None:
         self.refused = False
         self.known: dict[Hashable, Captured] = {}
-        self._seen: Counter[Hashable] = Counter()
+        self._seen: Counter[int] = Counter()  # by hashes: keys of a large model are large
+        self._fuses = True
         self._said = what, instead
 
     def of(self, key: Hashable, capture: Callable[[bool], Captured], fuse: bool) -> Captured | None:
@@ -127,22 +152,25 @@ class CudaGraphs:
             capture: makes it, fused or not, once the key has come back often enough.
             fuse: whether to try that first.
         """
-        new = key not in self.known and self._seen[key] >= _SEEN and len(self.known) < _MOST
-        tried = new and not self.refused
-        if tried and not (fuse and self._captures(key, capture, fuse=True)):
-            self.refused = not self._captures(key, capture, fuse=False)
-        self._seen[key] += 1
-        found = self.known.get(key)
-        return None if found is None or found.awaited else found
+        known, seen = self.known.get(key), hash(key)
+        new = known is None and self._seen[seen] >= _SEEN and len(self.known) < _MOST
+        if new and not self.refused:
+            if fuse and self._fuses:
+                known = self._captured(capture, fuse=True)
+                self._fuses = known is not None  # compiling takes long: no second try
+            if known is None:
+                known = self._captured(capture, fuse=False)
+                self.refused = known is None
+            if known is not None:
+                self.known[key] = known
+        self._seen[seen] += 1
+        return None if known is None or known.awaited else known
 
-    def _captures(self, key: Hashable, capture: Callable[[bool], Captured], *, fuse: bool) -> bool:
+    def _captured(self, capture: Callable[[bool], Captured], *, fuse: bool) -> Captured | None:
         what, instead = self._said
         try:
-            # A capture that fails does not give the stream back that it switched to.
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                self.known[key] = capture(fuse)
+            return capture(fuse)
         except Exception as error:  # what is wrong with more than the capture is said by the run
-            _end_capture_of_random_numbers()
             reason = str(error).strip().partition("\n")[0]
             if fuse:
                 said = "cannot be compiled here and are captured as they are (fuse=False)."
@@ -152,36 +180,41 @@ class CudaGraphs:
                     f"time, which takes longer. {instead}"
                 )
             logger.warning("%s %s What happened: %s", what, said, reason)
-            return False
-        return True
+            return None
 
 
-def capturable(values: Tensor) -> bool:
+def capturable(values: Tensor, model: nn.Module) -> bool:
     """Whether this is CUDA with gradients, and not in float16, whose gradients vanish."""
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
+    half = half or next(model.parameters()).dtype == torch.float16
     return values.is_cuda and torch.is_grad_enabled() and not half
 
 
-def state_of(modules: Sequence[nn.Module]) -> Hashable:
-    """What a graph of a model's weights depends on, beside the values that are copied into it.
+def key_of(instrument: Instrument, options: DensityOptions, *others: Hashable) -> Hashable:
+    """What a graph depends on, beside the values that are copied into it.
 
     Args:
-        modules: all of the model.
+        instrument: of the model.
+        options: of the term; those that decide when and how strongly it comes do not matter.
+        others: shapes, say.
     """
+    modules = instrument.model, *instrument.parts
     own = [vars(module) for module in modules]  # asking a module takes 10 times as long
     weights = tuple(
-        (each.data_ptr(), each.requires_grad)
+        (id(each), each.data_ptr(), each.requires_grad)
         for names in own
-        for each in names["_parameters"].values()
+        for kind in ("_parameters", "_buffers")
+        for each in names[kind].values()
         if each is not None
     )
     adapters = tuple(
-        str([getattr(module, name) for name in _ADAPTERS])
+        str([getattr(module, name) for name in _ADAPTERS] + [names.get("scaling")])
         for module, names in zip(modules, own, strict=True)
         if _ADAPTERS[0] in names
     )
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return weights, adapters, autocast
+    dials = repr([getattr(options, name) for name in _DIALS])
+    return id(instrument), weights, adapters, autocast, dials, others
 
 
 class _Within(nn.Module):
@@ -220,14 +253,18 @@ def shared_weights(model: nn.Module, weights: Sequence[Tensor]) -> dict[str, Ten
     """Leaves that share the memory of a model's weights, by name; trained where those are.
 
     Gradients of the weights themselves would meet the graph of the training forward, which lives on
-    another stream.
+    another stream. Frozen weights of a class of their own (quantised ones) are left out: their
+    layers ask for more than their values.
 
     Args:
         model: any.
         weights: its parameters, or what stands in for them, in their order.
     """
-    named = zip(model.named_parameters(), weights, strict=True)
-    return {name: each.detach().requires_grad_(own.requires_grad) for (name, own), each in named}
+    return {
+        name: each.detach().requires_grad_(own.requires_grad)
+        for (name, own), each in zip(model.named_parameters(), weights, strict=True)
+        if own.requires_grad or type(own) is nn.Parameter
+    }
 
 
 def _end_capture_of_random_numbers() -> None:
@@ -244,8 +281,10 @@ class _Replayed(torch.autograd.Function):
     """The first number of a replay, whose gradients were computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, captured: Captured, number: Tensor, *by: Tensor) -> Tensor:
-        ctx.captured, ctx.number = captured, captured.number
+    def forward(
+        ctx: Any, captured: Captured, gradients: Sequence[Tensor], number: Tensor, *by: Tensor
+    ) -> Tensor:
+        ctx.captured, ctx.number, ctx.gradients = captured, captured.number, gradients
         ctx.token = captured.await_backward()
         return number.view_as(number)
 
@@ -255,10 +294,8 @@ class _Replayed(torch.autograd.Function):
         captured: Captured = ctx.captured
         if captured.number != ctx.number:
             raise RuntimeError(
-                "a second backward pass through a density term whose masked runs were replayed "
-                "since; set cuda_graph=False"
+                "a second backward pass through a density term that was replayed since; set "
+                "cuda_graph=False"
             )
         captured.ended()
-        there = [each for each in captured.gradients if each is not None]
-        scaled = iter(torch._foreach_mul(there, gradient))
-        return None, None, *(None if each is None else next(scaled) for each in captured.gradients)
+        return None, None, None, *torch._foreach_mul(list(ctx.gradients), gradient)

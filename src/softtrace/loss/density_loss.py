@@ -270,7 +270,7 @@ class DensityLoss:
             if self._streams is not None:  # our own runs pass by its hooks too
                 self._streams.clear()
         if self.exit_maps is not None:  # in every process, whatever its batch was
-            given = (None, None) if exits is None else (exits.mean, exits.map_gradient)
+            given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
         return term
 

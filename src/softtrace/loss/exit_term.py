@@ -8,7 +8,7 @@ layers have other shapes at every step and are launched one operation at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
     capturable,
+    key_of,
     shared_weights,
-    state_of,
     with_weights,
 )
 from softtrace.loss.draws import ExitDraw
@@ -29,7 +29,7 @@ from softtrace.loss.early_exits import Seen, easiest, exit_distance, rows
 from softtrace.loss.fused import Tensors, fused
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
-from softtrace.model.exit_maps import ExitMaps
+from softtrace.model.exit_maps import ExitMaps, name_of
 from softtrace.tracing.instrument import Instrument
 
 
@@ -39,12 +39,12 @@ class ExitDistance(NamedTuple):
     Attributes:
         mean: distance of those that are used, nats, a scalar with a graph.
         finite: bool scalar, whether all of these distances were.
-        map_gradient: by the map of the one exit, where it is there already; else None.
+        map_gradients: by maps, by their names, where these are there already; else None.
     """
 
     mean: Tensor
     finite: Tensor
-    map_gradient: Tensor | None = None
+    map_gradients: Mapping[str, Tensor] | None = None
 
     def check(self) -> None:
         """Raise :class:`NonFiniteError` if a distance is NaN or infinite."""
@@ -86,14 +86,18 @@ class ExitTerm:
             learned: whether the model learns from it too, not the map alone.
         """
         lowest, highest = options.exit_bounds(len(instrument.anatomy.layers))
-        if lowest == highest and options.cuda_graph and capturable(drawn.places):
+        there = options.cuda_graph and capturable(drawn.places, instrument.model)
+        if lowest == highest and there:
             chosen = _Chosen.of(seen, drawn, targets, lowest)
             graph = self._graph(instrument, chosen, options)
             if graph is not None:
-                found = ExitDistance(*graph.replay(chosen.tensors(), [chosen.early]))
-                return found if learned else found._replace(mean=found.mean.detach())
-            # As it is captured, so that a resumed run, which captures anew, computes the same.
-            seen, drawn, targets = chosen.seen(), chosen.drawn(), chosen.targets[None]
+                mean, finite, *by_map = graph.replay(chosen.tensors(), [chosen.early])
+                named = {name_of(lowest): each for each in by_map}
+                return ExitDistance(mean if learned else mean.detach(), finite, named)
+            if not self.graphs.refused:
+                # Like what is captured, so that a resumed run, which captures anew, computes the
+                # same up to the rounding of what was fused.
+                seen, drawn, targets = chosen.seen(), chosen.drawn(), chosen.targets[None]
 
         def read(hidden: Tensor, depth: int) -> Tensor:
             own = hidden if learned else hidden.detach()
@@ -104,19 +108,17 @@ class ExitTerm:
     def _graph(
         self, instrument: Instrument, chosen: _Chosen, options: DensityOptions
     ) -> Captured | None:
-        if self.graphs.refused:
-            return None
         maps = None if self.maps is None else self.maps.on(chosen.early.device)
         weight = None if maps is None else maps.weight(chosen.depth)
 
         def capture(fuse: bool) -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
-            return Captured(run, own.tensors(), 3, instrument.model.parameters())
+            return Captured(run, own.tensors(), 3, instrument.model)
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
-        key = shape, read_in_place, state_of((instrument.model, *instrument.parts)), repr(options)
+        key = key_of(instrument, options, shape, read_in_place)
         return self.graphs.of(key, capture, bool(options.fuse))
 
 
@@ -198,8 +200,9 @@ def exits_and_gradients(
         backend: of ``torch.compile``, with ``options.fuse``.
 
     Returns:
-        A function that gives what is in :class:`ExitDistance`, and then gradients by the early
-        stream and by every weight that is trained, None where there is none.
+        A function that gives the mean distance, whether all were finite, the gradient by the map,
+        and then those by the early stream and by every weight that is trained, None where there is
+        none: without a map, and all but the map's where the model does not learn (``exits=0``).
     """
     model = instrument.model
     weights = [each.detach() for each in model.parameters()]
@@ -209,7 +212,8 @@ def exits_and_gradients(
     def run(given: Sequence[Tensor]) -> Tensors:
         shared = shared_weights(model, given[: len(weights)])
         early, last, targets, used, *own_map = (each.detach() for each in given[len(weights) :])
-        leaves = [each.requires_grad_() for each in (*own_map, early)]
+        for each in (early, *own_map):
+            each.requires_grad_()
         own = replace(chosen, early=early, last=last, targets=targets, used=used)
 
         def read(hidden: Tensor, depth: int) -> Tensor:
@@ -223,9 +227,11 @@ def exits_and_gradients(
             ),
         )
         trained = [each for each in shared.values() if each.requires_grad]
-        by_map, *gradients = torch.autograd.grad(found.mean, [*leaves, *trained], allow_unused=True)
-        numbers = [found.mean.detach(), found.finite]
-        return [*numbers, by_map, *gradients] if own_map else [*numbers, None, by_map, *gradients]
+        by = [early, *trained] if options.exits > 0 else []
+        gradients = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
+        of_map, others = gradients[: len(own_map)], gradients[len(own_map) :]
+        nothing = [None] * (1 + len(trained) - len(others))
+        return [found.mean.detach(), found.finite, *(of_map or [None]), *others, *nothing]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
     return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

@@ -1,4 +1,4 @@
-"""Masked runs as one compiled function: traced operation by operation, then fused.
+"""What a step runs as one compiled function: traced operation by operation, then fused.
 
 A compiler that reads Python meets hooks, context variables and a second run of the same modules in
 masked runs. What they compute is a fixed list of tensor operations all the same, backward pass

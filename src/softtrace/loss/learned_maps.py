@@ -73,26 +73,26 @@ class LearnedMaps:
         Batches that are accumulated into one step are read through the same maps.
         """
         if step != self._step and any(each.grad is not None for each in self.maps.parameters()):
-            self.on(next(self.maps.parameters()).device)  # as averages do not
+            self.on(next(self.maps.parameters()).device)  # where the model is by now
             self._optimiser.step()
             self._optimiser.zero_grad()
         self._step = step
 
-    def collect(self, distance: Tensor | None, gradient: Tensor | None = None) -> None:
+    def collect(self, distance: Tensor | None, known: Mapping[str, Tensor] | None = None) -> None:
         """Add a batch's gradients of the maps, over all processes, which all have to call.
 
         Args:
             distance: mean distance of the batch's exits with a graph, which is kept; None where
                 there is none in this process.
-            gradient: by the only map, where it is there already.
+            known: gradients by maps, by their names, where these are there already.
         """
         copies, self._copies = self._copies, {}
         together = distributed.is_available() and distributed.is_initialized()
         if distance is None and not together:
             return
         found: dict[str, Tensor] = {}
-        if gradient is not None:
-            found = dict.fromkeys(self.maps.weights, gradient)
+        if known is not None:
+            found = dict(known)
         elif distance is not None and copies:
             gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
             found = dict(zip(copies, gradients, strict=True))

@@ -67,7 +67,8 @@ class DensityOptions:
             in [0, 1]; bounded, so that hopeless tokens do not take over), ``"kl"`` (nats), or a
             callable ``(full logits [N,V], masked logits [N,V]) -> distances [N]``.
         easiness: What makes a token easy: ``"entropy"``, ``"loss"``, ``"margin"``, or a callable
-            ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy.
+            ``(logits [B,T,V], targets [B,T]) -> scores [B,T]``, low where easy. A callable depends
+            on its arguments alone, here and above, or ``cuda_graph`` is off.
         easy_quantile: Share of the tokens that are easy, in (0, 1].
         easy_width: Smoothness of the step at the quantile, standard deviations of the score, >= 0.
         share: Share of the batch's windows that the term looks at, in (0, 1]; at least one. This is
