@@ -104,7 +104,7 @@ def attention_probabilities(
     if bias is not None:  # it may be infinite where there is no edge
         scores = torch.where(seen, scores + bias, 0.0)
     # Added in place, once for all heads: torch.where takes five times as long on a CPU.
-    scores = scores.add_(torch.where(seen, 0.0, _NOWHERE).to(scores.dtype))
+    scores = scores.add_(~seen, alpha=_NOWHERE)
     if sinks is not None:
         column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
         scores = torch.cat((scores, column), dim=-1)
