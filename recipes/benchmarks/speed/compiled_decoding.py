@@ -13,7 +13,7 @@ folder, by its own exits and by lookup, on prompts of a text; folders that end i
 
 Plain decoding and drafts take turns, prompt by prompt, over the same cache and by the same steps.
 The result file is written anew after every row. Rows that it holds are not measured again, so that
-the same command goes on where it was stopped; a row that failed or took too long is tried again.
+the same command resumes where it was stopped; a row that failed or took too long is tried again.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def limited(limit: float) -> Iterator[None]:
         raise TimeoutError(f"took more than {limit:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit, 5)  # again, should a compiler go on after the first
+    signal.setitimer(signal.ITIMER_REAL, limit, 5)  # again, if a compiler caught the first
     try:
         yield
     finally:
@@ -362,7 +362,7 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--prompt-tokens", type=int, default=64)
     add("--new-tokens", type=int, default=128)
     add("--row-seconds", type=float, default=240.0, help="a row that takes longer is given up")
-    add("--minutes", type=float, default=600.0, help="when to stop; the same command goes on")
+    add("--minutes", type=float, default=600.0, help="when to stop; the same command resumes")
     add("--clock", choices=[*CLOCKS], default="wall", help="processor: this process's time alone")
     add("--dtype", default="bfloat16")
     add("--device", default="auto")
