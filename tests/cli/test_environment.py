@@ -47,7 +47,7 @@ LACKING = {
     ),
     "accelerator that nobody knows": (("--trainer.accelerator", "gpuu"), "Available names are"),
     "sharding": (("--trainer.strategy", "fsdp"), "requires a GPU"),
-    "engine": (("--trainer.strategy", "deepspeed_stage_2"), "must have DeepSpeed installed"),
+    "engine": (("--trainer.strategy", "deepspeed_stage_2"), "found DeepSpeed, which writes over"),
     "strategy that nobody knows": (("--trainer.strategy", "ddpp"), "invalid strategy name"),
     "devices": (("--trainer.devices", 0), "asked for by --trainer.accelerator, --trainer.devices"),
     "list of devices": (("--trainer.devices", "[0, 1]"), "should be an int > 0"),

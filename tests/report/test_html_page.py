@@ -324,7 +324,7 @@ def test_a_base_on_other_tokens_is_refused_before_anything_is_measured(
     sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(write_run(tmp_path / "base", synthetic_density()))
-    monkeypatch.setattr("softtrace.cli.evaluate.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("softtrace.cli.evaluate.placed_model", lambda *_, **__: 1 / 0)
     model, text = str(sources[0]), TextSource(str(sources[1]))
     with pytest.raises(InvalidInputError, match=r"data sha256\) differs, .* in this run"):
         evaluate(model, text, str(tmp_path / "out"), base=base, **OPTIONS)

@@ -132,12 +132,29 @@ MUTATIONS: tuple[Mutation, ...] = (
         "exits wait for the device", "loss/density_loss.py",
         (
             (
-                "watched, batch, drawn_by, bool(weight))\n",
-                "watched, batch, drawn_by, bool(weight * batch.counted.any()))\n",
+                "batch, drawn_by, options, bool(weight))\n",
+                "batch, drawn_by, options, bool(weight * batch.counted.any()))\n",
             ),
         ),
         "tests/loss/test_early_exits.py::"
         "test_exits_are_on_their_way_before_anything_waits_for_the_device",
+    ),
+    Mutation(
+        "a replay writes over one whose gradients are awaited", "loss/cuda_graphs.py",
+        (("known is None or known.awaited else known", "known is None else known"),),
+        "tests/loss/test_cuda_graphs.py::test_a_key_is_captured_once_it_comes_back",
+    ),
+    Mutation(
+        "a graph does not see that a weight was replaced", "loss/cuda_graphs.py",
+        (("(id(each), each.data_ptr(),", "(each.data_ptr(),"),),
+        "tests/loss/test_captured.py::"
+        "test_a_graph_is_of_its_shapes_its_weights_and_what_they_do",
+    ),
+    Mutation(
+        "gradients of one map reach all", "loss/learned_maps.py",
+        (("dict(known)", "dict.fromkeys(self.maps.weights, next(iter(known.values())))"),),
+        "tests/loss/test_learned_maps.py::"
+        "test_gradients_that_are_there_already_reach_their_own_map_alone",
     ),
 )  # fmt: skip
 
