@@ -12,6 +12,10 @@ from torch import Tensor
 
 from softtrace.errors import InvalidInputError, NonFiniteError
 
+_NOT_FINITE = (
+    "Lower the learning rate, clip gradients, or train in bfloat16 or float32 instead of float16."
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -277,9 +281,14 @@ def check_finite(tensor: Tensor, what: str, valid: Tensor | None = None) -> None
         counted = tensor if valid is None else tensor[valid]
         wrong = int((~torch.isfinite(counted)).sum())
         raise NonFiniteError(
-            f"{what}: {wrong} of {counted.numel()} values are NaN or infinite. Lower the learning "
-            "rate, clip gradients, or train in bfloat16 or float32 instead of float16."
+            f"{what}: {wrong} of {counted.numel()} values are NaN or infinite. {_NOT_FINITE}"
         )
+
+
+def require_finite(finite: Tensor, what: str) -> None:
+    """Raise :class:`NonFiniteError` unless a run that did not look itself says ``finite``."""
+    if not bool(finite):
+        raise NonFiniteError(f"{what} are NaN or infinite. {_NOT_FINITE}")
 
 
 def _next_tokens(

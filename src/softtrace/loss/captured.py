@@ -41,7 +41,7 @@ class CapturedTerms:
         Raises:
             NonFiniteError: logits are not finite.
         """
-        model, shapes = instrument.model, [tuple(each.shape) for each in _tensors(windows)]
+        model = instrument.model
 
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
@@ -50,6 +50,7 @@ class CapturedTerms:
 
         graph, static = None, False
         if options.cuda_graph and capturable(windows.batch.input_ids, model):
+            shapes = [tuple(each.shape) for each in _tensors(windows)]
             key = key_of(instrument, options, *shapes, windows.batch.packed)
             graph = self.graphs.of(key, capture, bool(options.fuse))
             # Like what is captured, so that a resumed run, which captures anew, computes the same

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softtrace.errors import NonFiniteError
+from softtrace.graph.batch import require_finite
 from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
@@ -48,11 +48,7 @@ class ExitDistance(NamedTuple):
 
     def check(self) -> None:
         """Raise :class:`NonFiniteError` if a distance is NaN or infinite."""
-        if not bool(self.finite):
-            raise NonFiniteError(
-                "distances of early exits are NaN or infinite. Lower the learning rate, clip "
-                "gradients, or train in bfloat16 or float32 instead of float16."
-            )
+        require_finite(self.finite, "distances of early exits")
 
 
 class ExitTerm:

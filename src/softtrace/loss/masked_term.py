@@ -17,8 +17,8 @@ from torch import Tensor
 
 from softtrace.density.distortion import DISTANCES
 from softtrace.density.easiness import easiness, easy_weights
-from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.graph.batch import Batch, check_finite
+from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import Batch, check_finite, require_finite
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks, soft_masks
@@ -51,11 +51,8 @@ class MaskedTerm(NamedTuple):
 
     def check(self) -> None:
         """Raise :class:`NonFiniteError` if a run that did not look itself met NaN or infinity."""
-        if self.finite is not None and not bool(self.finite):
-            raise NonFiniteError(
-                "logits of the full model or of the masked run are NaN or infinite. Lower the "
-                "learning rate, clip gradients, or train in bfloat16 or float32."
-            )
+        if self.finite is not None:
+            require_finite(self.finite, "logits of the full model or of the masked run")
 
     def at(self, strength: float) -> DensityTerm:
         """As it is added to a loss, at this strength."""
