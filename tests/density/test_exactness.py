@@ -147,11 +147,10 @@ def test_curves_equal_the_oracles(number: int) -> None:
         assert curve.entropy[0, position].item() == pytest.approx(
             -(full * full.log()).sum().item(), abs=1e-4
         )
-        for index, tau in enumerate(curve.thresholds.tolist()):
-            kept = {edge for edge, _ in oracle.trace_at_threshold(ordered, tau)}
-            masked = oracle.masked_distribution(model, input_ids, kept, position, run.attention)
-            expected = oracle.total_variation(full, masked)
-            assert curve.size[index, 0, position].item() * len(ordered) == pytest.approx(len(kept))
+        taus = curve.thresholds.tolist()
+        literal = oracle.threshold_curve(model, input_ids, run, ordered, position, taus)
+        for index, (kept, expected) in enumerate(literal):
+            assert curve.size[index, 0, position].item() * len(ordered) == pytest.approx(kept)
             assert curve.total_variation[index, 0, position].item() == pytest.approx(
                 expected, abs=1e-5
             )

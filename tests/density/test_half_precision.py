@@ -42,10 +42,7 @@ def test_bfloat16_differs_from_the_oracle_by_its_rounding(
     graph = oracle.build_graph(run)
     for position in POSITIONS:
         ordered = oracle.best_first(graph, position)
-        full = run.logits[position].double().softmax(-1)
         assert curve.edges[0, position] == len(ordered)
-        for index, tau in enumerate(THRESHOLDS):
-            kept = {edge for edge, _ in oracle.trace_at_threshold(ordered, tau)}
-            masked = oracle.masked_distribution(exact, ids, kept, position, run.attention)
-            expected = oracle.total_variation(full, masked)
+        literal = oracle.threshold_curve(exact, ids, run, ordered, position, THRESHOLDS)
+        for index, (_, expected) in enumerate(literal):
             assert abs(curve.total_variation[index, 0, position] - expected) < LARGEST

@@ -203,13 +203,10 @@ def test_chosen_positions_equal_the_oracle(
     graph = oracle.build_graph(run)
     for position in positions:
         ordered = oracle.best_first(graph, position)
-        full = run.logits[position].double().softmax(-1)
         assert curve.edges[0, position] == len(ordered)
-        for index, tau in enumerate(THRESHOLDS):
-            kept = {edge for edge, _ in oracle.trace_at_threshold(ordered, tau)}
-            masked = oracle.masked_distribution(model, ids, kept, position, run.attention)
-            expected = oracle.total_variation(full, masked)
-            assert curve.size[index, 0, position] * len(ordered) == pytest.approx(len(kept))
+        literal = oracle.threshold_curve(model, ids, run, ordered, position, THRESHOLDS)
+        for index, (kept, expected) in enumerate(literal):
+            assert curve.size[index, 0, position] * len(ordered) == pytest.approx(kept)
             assert curve.total_variation[index, 0, position] == pytest.approx(expected, abs=1e-5)
         for count in (1, 20, len(ordered) // 2):
             trace = softtrace.extract_trace(importance, position=position, size=count)

@@ -299,3 +299,29 @@ def full_curve(
         masked_distribution(model, input_ids, trace, position, run.attention) for trace in traces
     )
     return [total_variation(full, masked) for masked in runs]
+
+
+def threshold_curve(
+    model: Module,
+    input_ids: Tensor,
+    run: FullRun,
+    ordered: Ordered,
+    position: int,
+    thresholds: Sequence[float],
+) -> list[tuple[int, float]]:
+    """Edges and TV of the trace at every threshold, by one masked run each.
+
+    Args:
+        model: that runs, whose own full run is ``run``.
+        input_ids: ``[T]`` or ``[1, T]``.
+        run: of the full model.
+        ordered: what :func:`best_first` gives for the position.
+        position: of the prediction.
+        thresholds: of importance.
+    """
+    full, found = run.logits[position].double().softmax(-1), []
+    for tau in thresholds:
+        kept = {edge for edge, _ in trace_at_threshold(ordered, tau)}
+        masked = masked_distribution(model, input_ids, kept, position, run.attention)
+        found.append((len(kept), total_variation(full, masked)))
+    return found
