@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -236,6 +237,17 @@ READ: tuple[Wall, ...] = (upward, circles, strangers, crowded, long_files)
 )
 def test_the_house_stands(wall: Wall) -> None:
     assert not (found := wall(HOUSE)), "\n".join(found)
+
+
+def test_every_reason_for_a_skip_is_on_one_list() -> None:
+    """Nothing is skipped, or expected to fail, for a reason that tests/support/skips.py lacks."""
+    skipping = re.compile(r"skipif|importorskip|pytest\.skip\b|mark\.skip\b|xfail|SkipTest")
+    tests = Path(__file__).parent
+    allowed = {tests / "support" / "skips.py", Path(__file__)}
+    files = [path for path in tests.rglob("*.py") if path not in allowed]
+    assert len(files) > 150
+    assert [str(path) for path in files if skipping.search(path.read_text("utf-8"))] == []
+    assert len(skipping.findall((tests / "support" / "skips.py").read_text("utf-8"))) == 2
 
 
 def test_no_recipe_is_too_long() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.exit_maps import ExitMaps, set_exit_maps
-from tests.support.cuda import cuda
+from tests.support.skips import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 NEW = 20

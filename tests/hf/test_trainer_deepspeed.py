@@ -5,7 +5,6 @@ It compiles a small extension once, for which it needs a C++ compiler.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +17,13 @@ from softtrace.errors import TrainerSetupError
 from softtrace.hf.trainer import check_sharding
 from tests.support.hf_training import OPTIONS, by_hand
 from tests.support.processes import script_environment
+from tests.support.skips import deepspeed
 from tests.support.warm import run_ranks
 from tests.support.ways_to_shard import whole_weights
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not there")
+@deepspeed
 @pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (2, 2)])
 def test_two_processes_equal_the_loop_by_hand(tmp_path: Path, stage: int, accumulate: int) -> None:
     words = ["-m", "tests.support.ways_to_resume", "deepspeed", tmp_path, stage, accumulate]

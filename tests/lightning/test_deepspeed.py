@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning import DensityMonitor, DensityPenalty
+from tests.support.skips import deepspeed
 from tests.support.ways_to_resume import by_hand, fit_in_parts
 from tests.support.ways_to_shard import whole_weights
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not there")
+@deepspeed
 @pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (2, 2)])
 def test_two_processes_fit_as_one_and_resume(tmp_path: Path, stage: int, accumulate: int) -> None:
     how: dict[str, Any] = {"way": f"ZeRO {stage}", "accumulate": accumulate}

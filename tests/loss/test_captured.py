@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from softtrace import DensityLoss
@@ -17,7 +18,7 @@ from softtrace.loss.masked_term import masked_term
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
-from tests.support.cuda import cuda
+from tests.support.skips import cuda
 from tests.support.tiny import tiny_prompt
 
 
@@ -133,9 +134,8 @@ def test_a_graph_is_of_its_shapes_its_weights_and_what_they_do() -> None:
 
 @pytest.mark.thorough
 def test_a_graph_is_of_its_adapters_and_their_scale() -> None:
-    peft = pytest.importorskip("peft")
     model = zoo.tiny("llama")
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"]))
     instrument, options = attach(model), DensityLoss(model, exits=0.0).options
     layer = model.model.layers[0].self_attn.o_proj
     first = key_of(instrument, options)

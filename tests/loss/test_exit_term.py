@@ -16,7 +16,7 @@ from softtrace.loss.exit_term import ExitDistance, _Chosen, exits_and_gradients
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
-from tests.support.cuda import cuda
+from tests.support.skips import cuda
 from tests.support.tiny import tiny_prompt
 
 LAYERS = 4

@@ -11,7 +11,7 @@ import torch
 from softtrace import DensityLoss, TrainerSetupError
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.model.exit_maps import exit_maps_of, set_exit_maps
-from tests.support.cuda import cuda
+from tests.support.skips import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {

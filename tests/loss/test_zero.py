@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.skips import deepspeed
 from tests.support.ways_to_shard import OPTIONS, STEPS, of_ranks, trained
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not there")
+@deepspeed
 @pytest.mark.parametrize("way", ["ZeRO 1", "ZeRO 2"])
 def test_two_processes_train_as_one(tmp_path: Path, way: str) -> None:
     losses, weights = trained(None, OPTIONS["default"], STEPS, 0, 2, torch.float32)

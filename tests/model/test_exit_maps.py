@@ -12,7 +12,7 @@ from softtrace import ModelDirectoryError
 from softtrace.density.exits import exit_agreement
 from softtrace.model.exit_maps import EXIT_MAPS_FILE, ExitMaps, exit_maps_of, set_exit_maps
 from softtrace.model.loading import load_model
-from tests.support.cuda import cuda
+from tests.support.skips import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
 
