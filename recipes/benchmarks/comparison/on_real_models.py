@@ -52,6 +52,7 @@ TEXTS = ("prose", "python", "chat")
 BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
 HELD_OUT = 64  # blocks of 512 tokens for the loss
+MEASURED = 25  # times that the held-out loss is measured while training
 
 
 def documents(text: str, prose: Path) -> tuple[list[Document], list[Document]]:
@@ -126,14 +127,18 @@ def with_lora(model: Any) -> Any:
     return model
 
 
-def train(model: Any, method: Any, blocks: Tensor, args: argparse.Namespace, seed: int) -> float:
-    """Fine-tune in place; the mean seconds of a step after the first tenth."""
+def train(
+    model: Any, method: Any, tokens: dict[str, Tensor], args: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    """Fine-tune in place; mean seconds of a step after the first tenth, held-out loss by step."""
+    blocks, held_out = tokens["train"], tokens["held_out"].long()
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     rate = LORA_RATE if args.lora else RATE
     weights = [each for each in model.parameters() if each.requires_grad]
     optimiser = torch.optim.AdamW(weights, rate, weight_decay=0.0)
     device, began, curve = weights[0].device, 0.0, None
-    first = max(1, args.steps // 10)
+    first, between = max(1, args.steps // 10), max(1, args.steps // MEASURED)
+    losses: dict[int, float] = {}
     for step in range(args.steps):
         if step == first:
             began = time.perf_counter()
@@ -150,7 +155,22 @@ def train(model: Any, method: Any, blocks: Tensor, args: argparse.Namespace, see
         if step % 50 == 0:
             curve = task.item() if curve is None else smoothed(curve, task.item())
             print(f"  step {step}: task loss {curve:.3f}", flush=True)
-    return (time.perf_counter() - began) / max(1, args.steps - first)
+        if (step + 1) % between == 0:
+            paused = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16):
+                losses[step + 1] = held_out_loss(model, held_out, str(device), 8)
+            method.measured(step + 1, losses[step + 1])
+            began += time.perf_counter() - paused
+    seconds = (time.perf_counter() - began) / max(1, args.steps - first)
+    return {"seconds_a_step": seconds, "held_out_losses": losses}
+
+
+def plain_losses(name: str) -> dict[int, float] | None:
+    """Held-out losses by step of a plain run that is there already."""
+    if not (path := RUNS / f"{name}.json").exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8")).get("held_out_losses", {})
+    return {int(step): loss for step, loss in found.items()} or None
 
 
 def measures(
@@ -222,15 +242,16 @@ def run_all(args: argparse.Namespace) -> None:
         network = load_model(args.folder / model).float().to(device).train()
         if args.lora:
             network = with_lora(network)
-        method = WAYS[way](network, strength, seed, [10.0] * 100_000)
-        seconds = train(network, method, tokens["train"], args, seed)
+        plain = plain_losses(name_of(model, text, "plain 0", args, seed))
+        method = WAYS[way](network, strength, seed, plain)
+        trained = train(network, method, tokens, args, seed)
         if args.save:
             save(
                 network, args.folder / model, args.save / name.replace(", ", "-").replace(" ", "-")
             )
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
-            "steps": args.steps, "lora": args.lora, "seconds_a_step": seconds, **provenance(device),
+            "steps": args.steps, "lora": args.lora, **trained, **provenance(device),
         }  # fmt: skip
         other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
         elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
@@ -320,7 +341,8 @@ def main() -> None:
     parser.add_argument("--prose", type=Path, default=ROOT / "runs" / "prose")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
-    parser.add_argument("--ways", nargs="+", default=["plain", "softtrace"], choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=["plain", "balanced"], choices=list(WAYS),
+                        metavar="WAY", help=", ".join(WAYS))  # fmt: skip
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")

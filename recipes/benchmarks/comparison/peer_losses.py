@@ -27,7 +27,8 @@ class Method:
         model: ``LlamaForCausalLM`` or one with the same module names.
         strength: the method's dial; nothing here.
         seed: of random choices.
-        plain: smoothed training losses of the paired plain run, for methods with a loss budget.
+        plain: losses of the paired plain run, for methods with a loss budget: smoothed training
+            losses of every step, or held-out losses by step.
     """
 
     source = "cross-entropy alone"
@@ -36,7 +37,11 @@ class Method:
     every = 1  # steps after which what a step does comes again
 
     def __init__(
-        self, model: Any, strength: float = 0.0, seed: int = 0, plain: list[float] | None = None
+        self,
+        model: Any,
+        strength: float = 0.0,
+        seed: int = 0,
+        plain: list[float] | dict[int, float] | None = None,
     ) -> None:
         self.model, self.strength, self.seed, self.plain = model, strength, seed, plain
         self.layers: list[nn.Module] = list(model.model.layers)
@@ -49,6 +54,9 @@ class Method:
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         """What is added to the task loss."""
         return task.new_zeros(())
+
+    def measured(self, step: int, loss: float) -> None:
+        """Take in the held-out loss after so many steps."""
 
     def exit_logits(self, hidden: Tensor) -> Tensor:
         """A residual stream read by the model's own final norm and head."""

@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from recipes.benchmarks.comparison.exit_variants import EVERY, OtherExits
+from recipes.benchmarks.comparison.exit_variants import OtherExits
 from recipes.benchmarks.comparison.peer_losses import (
     DIRECT,
+    METHODS,
     ExitDistillation,
     LayerSkip,
     SoftTrace,
@@ -44,11 +45,27 @@ class MapFirst(SoftTrace):
             return super().term(ids, step, task)
 
 
+class Budgeted(SoftTrace):
+    """One per cent of held-out loss is what it may cost; the strength follows."""
+
+    strengths = (0.35,)
+
+    def __init__(self, model: Any, strength: float, seed: int, plain: dict[int, float]) -> None:
+        self.options = {"budget": 0.01, "reference": plain}  # type: ignore[misc]
+        super().__init__(model, strength, seed, plain)
+
+    def measured(self, step: int, loss: float) -> None:
+        assert self.density.budget is not None
+        self.density.budget.update(step, loss)
+        print(f"  factor of the strength: {self.density.budget.factor:.3f}", flush=True)
+
+
 _OFTEN = {**DIRECT, "every": 2, "share": 0.15}
 #: ways to train beside those of ``peers.py``
 WAYS: dict[str, Any] = {
-    **EVERY,
+    **METHODS,
     "balanced": term(0.35, preset="balanced"),
+    "balanced, budget 0.01": Budgeted,
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "balanced, 0.15": term(0.15, preset="balanced"),
     "balanced, 0.2": term(0.2, preset="balanced"),
