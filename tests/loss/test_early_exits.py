@@ -310,7 +310,7 @@ def test_tokens_that_do_not_count_cannot_spoil_a_gradient() -> None:
         model(input_ids=ids, attention_mask=mask)
     spoilt = torch.where(mask[..., None] == 0, torch.nan, 0.0)
     seen = watched.forwards[-1]
-    seen.streams[:] = [stream + spoilt for stream in seen.streams]
+    seen.streams = {at: stream + spoilt for at, stream in seen.streams.items()}
     density(ids, mask, step=1, watched=watched).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -380,7 +380,7 @@ def test_the_easiest_of_every_depth_are_kept(share: float, score: str) -> None:
     counted[:, -1] = False
     targets = torch.where(counted, ids.roll(-1, 1), -100)
     anatomy, watched = softtrace.attach(model).anatomy, Watched()
-    with watching(model, anatomy, watched):
+    with watching(model, anatomy, watched, (1, 2, 3)):
         logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)
     drawn = draw_exits(seed=1, step=(0, 0), rank=0, counted=counted, share=0.8, bounds=(1, 3))
     kept = easiest(watched.forwards[0], anatomy.readout, drawn, targets, score, share)

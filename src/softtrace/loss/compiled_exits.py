@@ -9,6 +9,7 @@ another one of its class, does not have them. The compiler does look whether a m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -21,45 +22,54 @@ from softtrace.model.hooks import first_tensor
 
 
 class _Noted:
-    """What entered one module last, ``[B, T, d_model]``."""
+    """What entered one module last, ``[B, T, d_model]``, and whether it had a graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_graph: bool) -> None:
+        self.with_graph = with_graph
         self.stream: Tensor | None = None
+        self.had_graph = False
 
 
 class CompiledStreams:
-    """The residual streams of the newest forward with gradients, of one model.
+    """The residual streams of exits in the newest forward with gradients, of one model.
 
     Args:
         anatomy: of the model.
+        depths: of the exits, numbers of layers.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, depths: Iterable[int]) -> None:
         self.anatomy = anatomy
-        norm = anatomy.readout.norm.module
-        self._noted = [_noting(modules.layer) for modules in anatomy.layers] + [_noting(norm)]
+        self._noted = {
+            at: _noting(anatomy.layers[at].layer, _Noted(with_graph=True)) for at in depths
+        }
+        # The full prediction is held constant. What a compiled graph gives with gradients is one
+        # more tensor of zeros in its backward pass where nothing comes back.
+        self._last = _noting(anatomy.readout.norm.module, _Noted(with_graph=False))
 
     def clear(self) -> None:
         """Let go of what is held."""
-        for noted in self._noted:
+        for noted in (*self._noted.values(), self._last):
             noted.stream = None
 
     def take(self) -> Seen | None:
         """What was noted since :meth:`clear`; None where the forward had no hooks or gradients."""
-        streams = [noted.stream for noted in self._noted if noted.stream is not None]
+        found = {at: noted.stream for at, noted in self._noted.items() if noted.stream is not None}
+        last = self._last.stream
         self.clear()
-        if len(streams) < len(self._noted) or not streams[-1].requires_grad:
+        if len(found) < len(self._noted) or last is None or not self._last.had_graph:
             return None
-        return Seen(streams[:-1], streams[-1], ended=True)
+        return Seen(found, last, ended=True)
 
 
-def _noting(module: nn.Module) -> _Noted:
+def _noting(module: nn.Module, noted: _Noted) -> _Noted:
     """Note what enters a module, for good."""
-    noted, of_its_own = _Noted(), module._compiled_call_impl
+    of_its_own = module._compiled_call_impl
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            noted.stream = first_tensor(args, kwargs)
+        if torch.is_grad_enabled() and (stream := first_tensor(args, kwargs)) is not None:
+            noted.had_graph = stream.requires_grad
+            noted.stream = stream if noted.with_graph else stream.detach()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(args, kwargs)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch
 from softtrace.loss.captured import CapturedTerms
@@ -145,26 +146,28 @@ class DensityLoss:
         if step is not None and self.exit_maps is None and not self.options.exit_schedule(step):
             yield watched
             return
+        anatomy = attach(model).anatomy
         if is_compiled(modules):
-            with self._compiled_watched(model, watched):
+            with self._compiled_watched(model, anatomy, watched):
                 yield watched
             return
         try:
-            with watching(model, attach(model).anatomy, watched):
+            with watching(model, anatomy, watched, self._depths(anatomy)):
                 yield watched
         except BaseException:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
 
     @contextmanager
-    def _compiled_watched(self, model: nn.Module, watched: Watched) -> Iterator[None]:
-        anatomy = attach(model).anatomy
+    def _compiled_watched(
+        self, model: nn.Module, anatomy: Anatomy, watched: Watched
+    ) -> Iterator[None]:
         if model.training and is_checkpointed(all_modules(model)):
             self._say_once("exits: the model is compiled and checkpointed, so none is read early")
             yield
             return
         if self._streams is None or self._streams.anatomy is not anatomy:
-            self._streams = CompiledStreams(anatomy)
+            self._streams = CompiledStreams(anatomy, self._depths(anatomy))
         self._streams.clear()
         yield
         if (seen := self._streams.take()) is not None:
@@ -211,7 +214,7 @@ class DensityLoss:
         found: list[DensityTerm] = []
 
         def loss() -> Tensor:
-            read = input_ids, attention_mask, labels, position_ids
+            read = input_ids, attention_mask, position_ids, labels
             found.append(self._term(read, (step, micro_step), watched))
             return found[0].loss
 
@@ -224,7 +227,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
+        """The term; ``read`` as :meth:`Batch.of` takes it, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
@@ -236,7 +239,7 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):
-                batch = self._batch(*read)
+                batch = Batch.of(*read)  # what ids and mask say is checked later
                 if together:  # before any waits for the others in a forward
                     instrument.check(batch)
             # First what reads nothing from the device, which may still be busy with the forward.
@@ -274,6 +277,12 @@ class DensityLoss:
             self.exit_maps.collect(*given)
         return term
 
+    def _depths(self, anatomy: Anatomy) -> range:
+        """After how many layers exits are; a single layer has none."""
+        layers = len(anatomy.layers)
+        low, high = self.options.exit_bounds(layers) if layers > 1 else (0, -1)
+        return range(low, high + 1)
+
     def _say_once(self, what: str) -> None:
         if what not in self._said:
             self._said.add(what)
@@ -296,16 +305,6 @@ class DensityLoss:
             logger.warning(
                 "%s The density term was left out; so far %d times.", why, self.skipped_steps
             )
-
-    def _batch(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Batch:
-        """Which tokens a call looks at; what it says of ids and mask is checked later."""
-        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _density(
         self,
@@ -365,10 +364,10 @@ class DensityLoss:
 
         None without a forward, or where neither the model learns of exits (``learned``) nor a map.
         """
-        layers = len(instrument.anatomy.layers)
-        if layers < 2 or not (learned or self.exit_maps):
+        depths = self._depths(instrument.anatomy)
+        if not depths or not (learned or self.exit_maps):
             return None
-        seen = watched.last_of(batch.counted.shape, layers)
+        seen = watched.last_of(batch.counted.shape, depths)
         if seen is None:
             self._say_once(
                 "exits: no forward of this batch was watched, so none is read early; run it inside "
@@ -381,7 +380,7 @@ class DensityLoss:
             rank=_rank(),
             counted=batch.counted,
             share=options.exit_tokens,
-            bounds=options.exit_bounds(layers),
+            bounds=(depths[0], depths[-1]),
         )
         return self._exit_term(instrument, seen, drawn, batch.targets, options, learned)
 

@@ -10,9 +10,10 @@ TRL) gives no logits; there the full prediction of those tokens is read from the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ class Seen:
     """What one forward of the model let be seen.
 
     Attributes:
-        streams: residual streams ``[B, T, d_model]`` that entered each layer.
+        streams: residual streams ``[B, T, d_model]`` of exits, by the number of layers before.
         last: the one that the final norm read, ``[B, T, d_model]``.
         logits: ``[B, T, V]``; None where the forward gave none, or not those of every token
             (``logits_to_keep``, a fused loss).
         ended: whether the forward did.
     """
 
-    streams: list[Tensor] = field(default_factory=list)
+    streams: dict[int, Tensor] = field(default_factory=dict)
     last: Tensor | None = None
     logits: Tensor | None = None
     ended: bool = False
@@ -57,11 +58,12 @@ class Watched:
 
     forwards: list[Seen] = field(default_factory=list)
 
-    def last_of(self, shape: torch.Size, layers: int) -> Seen | None:
-        """The last forward of a batch ``(B, T)`` that went through all layers; None without one."""
+    def last_of(self, shape: torch.Size, depths: Iterable[int]) -> Seen | None:
+        """The last forward of a batch ``(B, T)`` with a stream at every depth; None without one."""
         fitting = [
             each for each in self.forwards
-            if each.ended and len(each.streams) == layers and each.streams[0].shape[:2] == shape
+            if each.ended
+            and all(at in each.streams and each.streams[at].shape[:2] == shape for at in depths)
         ]  # fmt: skip
         return fitting[-1] if fitting else None
 
@@ -71,19 +73,21 @@ class Watched:
 
 
 @contextmanager
-def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[None]:
+def watching(
+    model: nn.Module, anatomy: Anatomy, watched: Watched, depths: Iterable[int]
+) -> Iterator[None]:
     """Collect what every forward of ``model`` inside gives, for nothing but looking.
 
-    A forward without gradients is left out.
+    A forward without gradients is left out. ``depths`` are those of exits, numbers of layers.
     """
     seen = watched.forwards
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(Seen())
 
-    def enter(hidden: Tensor) -> None:
+    def enter(depth: int, hidden: Tensor) -> None:
         if seen and not seen[-1].ended:  # not a layer that somebody calls on its own
-            seen[-1].streams.append(hidden)
+            seen[-1].streams[depth] = hidden
 
     def leave(hidden: Tensor) -> None:
         if seen and not seen[-1].ended:
@@ -102,7 +106,10 @@ def watching(model: nn.Module, anatomy: Anatomy, watched: Watched) -> Iterator[N
 
     hooks = [Hook(model, begin, before=True), Hook(model, end, before=False)]
     hooks.append(Hook(anatomy.readout.norm.module, on_input(leave), before=True))
-    hooks += [Hook(modules.layer, on_input(enter), before=True) for modules in anatomy.layers]
+    hooks += [
+        Hook(anatomy.layers[depth].layer, on_input(partial(enter, depth)), before=True)
+        for depth in depths
+    ]
     handles: list[RemovableHandle] = []
     try:
         register(hooks, handles)

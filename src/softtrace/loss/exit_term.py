@@ -152,7 +152,7 @@ class _Chosen:
 
     def seen(self) -> Seen:
         """As a forward of one row."""
-        return Seen([self.early[None]] * (self.depth + 1), self.last[None], ended=True)
+        return Seen({self.depth: self.early[None]}, self.last[None], ended=True)
 
     def drawn(self) -> ExitDraw:
         """All of them."""
