@@ -11,8 +11,9 @@ A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of
 Runs of a seed start from the same weights and see the same blocks in the same order: 16 of 512
 tokens a step, AdamW, 20 steps of warm-up, bfloat16 autocast. Each is measured on held-out text at
 64, 256 and 1,024 tokens, with recomputed and recorded attention, and leaves one file in RUNS, so
-that several processes can share the runs (``--part``). Methods are read where they cost +1 % of
-plain fine-tuning's held-out loss, as in ``peers.py``.
+that several processes can share the runs (``--part``). A GPU does not give the same twice: with
+``--repeat 1`` runs that are there are made once more, and count beside the first ones. Methods are
+read where they cost +1 % of plain fine-tuning's held-out loss, as in ``peers.py``.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ def measures(
 def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int) -> str:
     """Of a run's file."""
     kind = "lora" if args.lora else "full"
-    return f"{model}, {text}, {way}, {kind}, {args.steps} steps, seed {seed}"
+    again = f", repeat {args.repeat}" if args.repeat else ""
+    return f"{model}, {text}, {way}, {kind}, {args.steps} steps, seed {seed}{again}"
 
 
 def save(network: Any, origin: Path, folder: Path) -> None:
@@ -266,10 +268,14 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def summarise_runs() -> None:
-    """Every run, and means over seeds; losses and side effects over the paired plain run's."""
+    """Every run, and means over seeds; losses and side effects over the paired plain runs' mean."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
     kinds = ("model", "text", "lora", "steps")
-    plain = {(*(r[k] for k in kinds), r["seed"]): r for r in runs if r["method"] == "plain"}
+    plain_runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["method"] == "plain":
+            plain_runs.setdefault((*(run[k] for k in kinds), run["seed"]), []).append(run)
+    plain = {key: mean_of(found) for key, found in plain_runs.items()}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         if (*(run[k] for k in kinds), run["seed"]) in plain:
@@ -278,7 +284,8 @@ def summarise_runs() -> None:
     table = [
         {
             **dict(zip((*kinds, "method", "strength"), key, strict=True)),
-            "seeds": len(found),
+            "seeds": len({run["seed"] for run in found}),
+            "runs": len(found),
             "loss": spread([
                 run["loss"] / before["loss"] for run, before in zip(found, pairs, strict=True)
             ]),
@@ -329,6 +336,18 @@ def summarise_runs() -> None:
         )
 
 
+def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss, side effects and tasks of runs that repeat each other."""
+    found: dict[str, Any] = {"loss": statistics.mean(run["loss"] for run in runs)}
+    for group in ("side_effects", "tasks"):
+        each = [run[group] for run in runs if group in run]
+        found[group] = {
+            name: statistics.mean(values[name] for values in each)
+            for name in (each[0] if each else {})
+        }
+    return found
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Mean, smallest and largest."""
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
@@ -345,6 +364,7 @@ def main() -> None:
                         metavar="WAY", help=", ".join(WAYS))  # fmt: skip
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=0, help="count of earlier runs of the same")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save", type=Path, help="a folder for the models after training")
     parser.add_argument(
