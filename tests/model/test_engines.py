@@ -106,9 +106,15 @@ def test_what_splits_a_model_was_measured() -> None:
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_refused_is_named(name: str) -> None:
+    message = f"found {name} .*allowed are one process"
     with one_process_group():
         model = MADE[name](tiny_model("llama"))
         assert engine_around(model) is engine(name)
-        with pytest.raises(UnsupportedModelError, match=f"found {name} .*allowed are one process"):
+        with pytest.raises(UnsupportedModelError, match=message):
             softtrace.attach(model)
+        inside = tiny_model("llama")
+        softtrace.attach(inside)
+        later = MADE[name](inside)
+        with pytest.raises(UnsupportedModelError, match=message):
+            softtrace.attach(later)
     assert engine_around(tiny_model("llama")) is None

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
-from softtrace.anatomy.refusals import refuse_early, refuse_units, running
+from softtrace.anatomy.refusals import refuse_early, refuse_engine, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
@@ -58,6 +58,8 @@ def attach(model: nn.Module) -> Instrument:
     note_units(outer)
     known = attached(model)
     if known is not None:
+        if distributed.is_available() and distributed.is_initialized():
+            refuse_engine(model)  # ZeRO 3 and tensor parallelism leave the modules as they were
         return known
     refuse_early(model)
     device = device_of_module(model).type
