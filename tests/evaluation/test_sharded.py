@@ -56,7 +56,8 @@ def test_gradients_of_importances_are_means_over_processes(
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_wrong_on_one_process_is_said_by_all(two: list[dict[str, Any]], way: str) -> None:
     first, second = (found[way]["wrong"] for found in two)
-    assert first.keys() == second.keys() == {"wrong_mask", "wrong_ids", "wrong_block"}
+    assert first.keys() == second.keys()
+    assert second.keys() == {"wrong_mask", "wrong_ids", "wrong_block", "wrong_between"}
     for name, said in second.items():
         kind, _, words = said.partition(": ")
         assert first[name] == f"{kind}: process 1 (of 0 to 1) failed: {words}"

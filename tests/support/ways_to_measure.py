@@ -15,8 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from softtrace import DensityCurve, density_curve, edge_importance
+from softtrace import DensityCurve, attach, density_curve, edge_importance
 from softtrace.density import exact, sweep
+from softtrace.errors import InvalidInputError
 from softtrace.evaluation.measure import Measurements, measure
 from softtrace.metrics.readings import readings
 from tests.support import warm
@@ -91,7 +92,8 @@ def measured(model: nn.Module, rank: int) -> dict[str, Any]:
     """Of as many blocks as this process has, some with baselines; the second has none."""
     blocks = tiny_prompt(8, seed=3, batch=8)[: BLOCKS[rank]]
     options: dict[str, Any] = {"min_context": 4, "batch_size": 2, "extra_blocks": 1}
-    return as_lists(measure(model, blocks, progress=lambda runs: None, **options))
+    with patch("softtrace.evaluation.measure.baseline_thresholds", lambda: (0.5, 0.9)):  # not 14
+        return as_lists(measure(model, blocks, progress=lambda runs: None, **options))
 
 
 def wrong_on_one(model: nn.Module, rank: int) -> dict[str, str]:
@@ -99,7 +101,7 @@ def wrong_on_one(model: nn.Module, rank: int) -> dict[str, str]:
     ids, mask = own_batch(rank)
 
     def wrong_mask() -> None:
-        density_curve(model, ids, mask + mask * rank)
+        density_curve(model, ids, mask + mask * rank, (0.1,))
 
     def wrong_ids() -> None:
         edge_importance(model, ids - rank * 1000)
@@ -108,7 +110,15 @@ def wrong_on_one(model: nn.Module, rank: int) -> dict[str, str]:
         options: dict[str, Any] = {"min_context": 2, "batch_size": 2, "extra_blocks": 0}
         measure(model, ids - rank * 1000, progress=lambda runs: None, **options)
 
-    return said_by(wrong_mask, wrong_ids, wrong_block)
+    def wrong_between() -> None:
+        """After one of two batches, as where a monitor goes through them."""
+        with attach(model).in_turns():
+            for number in range(2):
+                if rank == number == 1:
+                    raise InvalidInputError("broken here")
+                readings(model, ids, mask, thresholds=(0.1,))
+
+    return said_by(wrong_mask, wrong_ids, wrong_block, wrong_between)
 
 
 MEASURES: tuple[Callable[[nn.Module, int], Any], ...] = (
