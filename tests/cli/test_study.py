@@ -276,6 +276,15 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    where: dict[str, Any] = {"models": [sources["before"]], "source": half(sources["text"])}
+    with pytest.raises(InvalidInputError, match=r"found 2 processes.*--device_map auto"):
+        study(**where, out=str(tmp_path / "out"), **OPTIONS)
+
+
 def test_one_block_is_no_sample(sources: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a line\n" * 8)
     with pytest.raises(DataError, match=r"found 1 block of 16 tokens .* at least 2"):

@@ -30,6 +30,8 @@ SUPPORTED = {
     "DeepSpeed ZeRO 1 and 2": "loss/test_zero.py",
     "device_map": "model/test_several_devices.py",
 }
+#: supported row that splits weights -> the file that measures it
+MEASURING = {"FSDP2": "evaluation/test_sharded.py", "FSDP1": "evaluation/test_sharded.py"}
 #: supported row that splits a model -> what its rows of the exactness table begin with
 MEASURED = {
     "FSDP2": ("FSDP2",),
@@ -79,7 +81,10 @@ def test_every_row_is_walked() -> None:
     assert {each.name for each in ENGINES if each.refused is None} == set(SUPPORTED)
     refused = {each.name for each in ENGINES if each.refused}
     assert refused == set(MADE) | BY_TRAINERS
-    for file in SUPPORTED.values():
+    assert MEASURING.keys() == {
+        each.name for each in ENGINES if "measure together" in (each.note or "")
+    }
+    for file in (*SUPPORTED.values(), *MEASURING.values()):
         assert (TESTS / file).is_file(), file
 
 
@@ -101,9 +106,15 @@ def test_what_splits_a_model_was_measured() -> None:
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_refused_is_named(name: str) -> None:
+    message = f"found {name} .*allowed are one process"
     with one_process_group():
         model = MADE[name](tiny_model("llama"))
         assert engine_around(model) is engine(name)
-        with pytest.raises(UnsupportedModelError, match=f"found {name} .*allowed are one process"):
+        with pytest.raises(UnsupportedModelError, match=message):
             softtrace.attach(model)
+        inside = tiny_model("llama")
+        softtrace.attach(inside)
+        later = MADE[name](inside)
+        with pytest.raises(UnsupportedModelError, match=message):
+            softtrace.attach(later)
     assert engine_around(tiny_model("llama")) is None

@@ -187,6 +187,20 @@ def test_weights_of_other_formats_and_a_tokenizer_alone(tmp_path: Path) -> None:
     assert "the directory of a tokenizer alone" in refusal(load_model, tmp_path)
 
 
+def test_checkpoints_in_parts(tmp_path: Path) -> None:
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").touch()
+    said = refusal(load_model, tmp_path)
+    assert f"accelerate merge-weights {tmp_path / 'pytorch_model_fsdp_0'} OUT" in said
+    zero = tmp_path / "zero"
+    zero.mkdir()
+    (zero / "zero_to_fp32.py").touch()
+    assert "python zero_to_fp32.py . OUT --safe_serialization" in refusal(load_model, zero)
+    write_model(tmp_path)  # whole, beside the optimiser's parts
+    load_model(tmp_path)
+
+
 def test_a_tokenizer_of_another_format(tmp_path: Path) -> None:
     (write_model(tmp_path) / "tokenizer.json").write_text("{}")
     assert "it cannot be loaded by this installation of transformers" in refusal(

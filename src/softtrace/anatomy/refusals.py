@@ -74,6 +74,20 @@ def refuse_units(layers: Sequence[nn.Module], readout: Sequence[nn.Module]) -> N
             )
 
 
+def refuse_engine(model: nn.Module) -> None:
+    """Refuse a model in the hands of an engine that is not supported.
+
+    Raises:
+        UnsupportedModelError: which it is, why, and which are supported.
+    """
+    around = engine_around(model)
+    if around is not None:
+        allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: found {around.name} ({around.refused}); allowed are {allowed}"
+        )
+
+
 def refuse_early(model: nn.Module) -> None:
     """Refuse what no run is needed for.
 
@@ -87,12 +101,7 @@ def refuse_early(model: nn.Module) -> None:
             f"{name} is not a transformers causal language model; pass the model that "
             "AutoModelForCausalLM returns"
         )
-    around = engine_around(model)
-    if around is not None:
-        allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
-        raise UnsupportedModelError(
-            f"{name}: found {around.name} ({around.refused}); allowed are {allowed}"
-        )
+    refuse_engine(model)
     lost = unplaced(model)
     if lost:
         raise UnsupportedModelError(

@@ -22,6 +22,7 @@ from softtrace.data.text_source import TextSource
 from softtrace.errors import DataError, InvalidInputError
 from softtrace.evaluation.identity import text_identity
 from softtrace.evaluation.measure import first_explained
+from softtrace.evaluation.processes import check_one_process
 from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.evaluation.study.readings import window_ends
 from softtrace.files import check_output, claims_out
@@ -145,6 +146,7 @@ def study(
     windowed = not (paper or sensitivity or generation)
     longest = lengths[-1] if windowed else 1
     ends = window_ends(block_size, first, longest, targets)
+    check_one_process("softtrace study")
     device_of(run.device)
     check_device_map(device_map, max_memory, processes=1)
     check_output(out, run.overwrite)

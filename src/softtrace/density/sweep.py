@@ -32,7 +32,6 @@ from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
 from softtrace.graph.sizes import edge_counts, total_edges
-from softtrace.model.sharding import is_sharded
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
@@ -59,7 +58,9 @@ def density_curve(
     """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
 
     Where memory runs out the batch is halved, then attention maps are made row by row, then
-    positions are halved.
+    positions are halved. Where weights are sharded (FSDP) all processes call this, each with a
+    batch of its own, or all with the same, and each gets the curve of its own batch; what does not
+    fit in the middle of a run cannot be halved there, and is refused.
 
     Args:
         model: A causal language model; attached on the fly.
@@ -87,13 +88,14 @@ def density_curve(
             :func:`softtrace.edge_importance`; an unknown kind of attention; thresholds outside
             (0, 1) or none at all; positions of another shape, or so many exact runs that they would
             take hours; a sequence of which not even one position fits into memory.
+        SofttraceError: Where weights are sharded, another process failed.
     """
     check_attention(attention)
     instrument = attach(model)
     grid = _numbers(default_thresholds() if thresholds is None else thresholds)
     for tau in grid:
         check_range("threshold", tau, 0.0, 1.0, open_low=True, open_high=True)
-    with torch.no_grad():
+    with torch.no_grad(), instrument.in_turns():
         batch = instrument.batch(input_ids, attention_mask, position_ids)
         chosen, length = None, batch.valid.shape[1]
         if positions is not None:
@@ -116,8 +118,6 @@ def density_curve(
                 nucleus=nucleus,
             )
 
-        if is_sharded(model):  # its processes have to run the same forwards
-            return work(Portion(batch, chosen, 0)).padded(length)
         return curve_in_portions(batch, chosen, work).padded(length)
 
 

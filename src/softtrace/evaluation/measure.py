@@ -120,6 +120,11 @@ def measure(
     that size (:class:`softtrace.density.halving.Halving`). Batches, padding and this change numbers
     by rounding only: what is random is drawn for every block by its own number.
 
+    Where weights are sharded (FSDP) all processes call this, each with blocks of its own, as many
+    as it has (also none), and each gets the measurements of its own; give ``first``, and what
+    of ``extra_blocks`` is among them, as where a single process measures a part of all. What does
+    not fit in the middle of a run cannot be halved there, and is refused.
+
     Args:
         model: a causal language model.
         blocks: ``[N, T]`` ids.
@@ -137,22 +142,24 @@ def measure(
     Raises:
         InvalidInputError: not even one position of one block fits into memory; or a batch that
             :meth:`softtrace.graph.batch.Batch.of` refuses.
+        SofttraceError: where weights are sharded, another process failed.
     """
     instrument = attach(model)
     device = device_of_module(model)
     halving = Halving(batch_size, blocks.shape[1], ADVICE)
     found, runs = Measurements(), RunsShown(progress)
-    for low, high in _ranges(len(blocks), extra_blocks):
-        if low == high:
-            continue
-        mask = None if attention_mask is None else attention_mask[low:high].to(device)
-        batch = instrument.batch(blocks[low:high].to(device), mask)
-        extra, number = low < extra_blocks, first + low
-        work = partial(_measured, instrument, attention, extra, number, runs)
-        for count, parts in halving.each(batch, _explained(batch, min_context), work):
-            for _, part in parts:
-                found.extend(part)
-            runs.settle(count * masked_runs(extra))
+    with instrument.in_turns():
+        for low, high in _ranges(len(blocks), extra_blocks):
+            if low == high:
+                continue
+            mask = None if attention_mask is None else attention_mask[low:high].to(device)
+            batch = instrument.batch(blocks[low:high].to(device), mask)
+            extra, number = low < extra_blocks, first + low
+            work = partial(_measured, instrument, attention, extra, number, runs)
+            for count, parts in halving.each(batch, _explained(batch, min_context), work):
+                for _, part in parts:
+                    found.extend(part)
+                runs.settle(count * masked_runs(extra))
     found.batch_size = max(1, halving.sequences.size)
     return found
 

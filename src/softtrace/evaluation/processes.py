@@ -23,6 +23,26 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=7)
 
 
+def launched() -> int:
+    """How many processes ``accelerate launch`` or ``torchrun`` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))  # Accelerate's own state would stay
+
+
+def check_one_process(command: str) -> None:
+    """Refuse several processes for a command that does not divide its work.
+
+    Raises:
+        InvalidInputError: what to do instead.
+    """
+    if launched() > 1:
+        raise InvalidInputError(
+            f"WORLD_SIZE: found {launched()} processes in the environment, and {command} takes "
+            "one; start it without torchrun. For a model larger than one device pass --device_map "
+            "auto; a model that was trained in parts has to be saved whole first. Several "
+            "processes divide the blocks of softtrace evaluate"
+        )
+
+
 class Processes:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
 
@@ -44,21 +64,21 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         self._state: Any = None
-        launched = int(os.environ.get("WORLD_SIZE", "1"))  # Accelerate's own state would stay
-        if launched < 2:
+        count = launched()
+        if count < 2:
             self.count, self.index = 1, 0
             self.device = device_of(device)
             return
         # Left alone without an accelerator, Accelerate lets every process think it is the only one.
         cpu = "cpu" in (device, best_device().type)
-        with refusals(InvalidInputError, f"WORLD_SIZE: found {launched} in the environment"):
+        with refusals(InvalidInputError, f"WORLD_SIZE: found {count} in the environment"):
             self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
         self.device = self._state.device
         atexit.register(_leave)
-        if self.count != launched:
+        if self.count != count:
             raise InvalidInputError(
-                f"WORLD_SIZE: found {launched} in the environment, but Accelerate sees "
+                f"WORLD_SIZE: found {count} in the environment, but Accelerate sees "
                 f"{self.count} processes; start them with accelerate launch or torchrun"
             )
         if device not in ("auto", self.device.type):

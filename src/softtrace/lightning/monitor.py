@@ -31,6 +31,7 @@ from softtrace.metrics.functional import half_depth
 from softtrace.model.sharding import is_sharded, note_units
 from softtrace.model.wrappers import find_causal_lm
 from softtrace.processes import raise_everywhere
+from softtrace.tracing.attach import attach
 from softtrace.tracing.masking import AttentionKind, check_attention
 
 STATE_VERSION = 1
@@ -46,9 +47,8 @@ class DensityMonitor(Callback):
     ``density/exit_agreement_easy`` (exits at half depth), each also as ``_all`` and ``_hard``, and
     ``density/entropy_spearman_area`` and ``_size``: all through ``LightningModule.log``, so to
     whatever logger there is, and for ``ModelCheckpoint(monitor=...)``. In several processes each
-    measures its share of the set; ranks and quantiles are then taken of all tokens at once. Where
-    they hold parts of one model (FSDP) all of them measure the whole set, since each run gathers
-    weights from all.
+    measures its share of the set, also where they hold parts of one model (FSDP); ranks and
+    quantiles are then taken of all tokens at once.
 
     The set is measured in the precision of the validation. Weights that another callback swaps in
     for validation (weight averaging) are seen if that callback comes after this one.
@@ -227,32 +227,32 @@ class DensityMonitor(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         around = trainer.strategy.model  # FSDP1 wraps the module
         note_units(pl_module if around is None else around)
-        parts = is_sharded(pl_module)
         metrics: tuple[Metric, ...] = (
-            ComputationDensity(sync_on_compute=not parts),
-            DensityUncertaintyCorrelation(sync_on_compute=not parts),
-            EarlyExitAgreement(sync_on_compute=not parts),
-        )
+            ComputationDensity(), DensityUncertaintyCorrelation(), EarlyExitAgreement(),
+        )  # fmt: skip
         for metric in metrics:
             metric.to(pl_module.device)
         tokens = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         failure: Exception | None = None
+        model = self._model_of(pl_module)
         try:
-            model = self._model_of(pl_module)
-            for inputs in self._batches(self._whole_set() if parts else self._share(trainer)):
-                with trainer.precision_plugin.val_step_context():
-                    read = self._read(model, inputs, pl_module.device)
-                tokens += read["positions"].sum()
-                exits = read.pop("exits")
-                for metric in metrics[:2]:
-                    metric.update(**read)
-                metrics[2].update(**read, exits=exits)
+            with attach(model).in_turns():
+                for inputs in self._batches(self._share(trainer)):
+                    with trainer.precision_plugin.val_step_context():
+                        read = self._read(model, inputs, pl_module.device)
+                    tokens += read["positions"].sum()
+                    exits = read.pop("exits")
+                    for metric in metrics[:2]:
+                        metric.update(**read)
+                    metrics[2].update(**read, exits=exits)
         except Exception as error:
+            if is_sharded(model):  # the others know of it
+                raise
             failure = error
         # A process that raised alone would leave the others waiting for its numbers.
         raise_everywhere(failure)
         density, correlation, exits = (metric.compute() for metric in metrics)
-        total = tokens if parts else trainer.strategy.reduce(tokens, reduce_op="sum")
+        total = trainer.strategy.reduce(tokens, reduce_op="sum")
         return {
             "tokens": int(total),
             **{name: float(value) for name, value in density.items()},
@@ -269,14 +269,6 @@ class DensityMonitor(Callback):
             return self._kept
         own = self.blocks[trainer.global_rank :: trainer.world_size]
         return [{**dict.fromkeys(MODEL_INPUTS), "input_ids": own}]
-
-    def _whole_set(self) -> list[Inputs]:
-        """All of the set, the same in every process; all of them have to call this."""
-        if self.blocks is not None:
-            return [{**dict.fromkeys(MODEL_INPUTS), "input_ids": self.blocks}]
-        found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, self._kept)
-        return [inputs for kept in found for inputs in kept]
 
     def _batches(self, kept: list[Inputs]) -> Iterator[Inputs]:
         for inputs in kept:

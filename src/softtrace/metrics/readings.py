@@ -32,6 +32,9 @@ def readings(
 ) -> dict[str, Any]:
     """Keyword arguments for ``update`` of every metric, and of a ``MetricCollection`` of them.
 
+    Where weights are sharded (FSDP) all processes call this equally often, each with a batch of its
+    own: metrics then reduce over processes as torchmetrics does.
+
     Args:
         model: A causal language model; attached on the fly.
         input_ids: ``[B, T]``.
@@ -54,24 +57,26 @@ def readings(
     check_least("min_context", min_context, 0)
     check_attention(attention)
     instrument = attach(model)
-    batch = instrument.batch(input_ids, attention_mask, position_ids)
-    recording = instrument.record(batch, keep_hidden=True, keep_attention=attention == "recorded")
-    valid = batch.valid
-    before = valid.cumsum(-1) - 1 if batch.positions is None else batch.positions
-    curve = curve_of(
-        instrument,
-        recording,
-        recording.importance,
-        default_thresholds() if thresholds is None else thresholds,
-        attention=attention,
-        composition=composition,
-        nucleus=nucleus,
-    )
-    return {
-        "curve": curve,
-        "exits": exit_agreement(instrument, recording),
-        "positions": valid & (before >= min_context),
-    }
+    with instrument.in_turns():
+        batch = instrument.batch(input_ids, attention_mask, position_ids)
+        keep = attention == "recorded"
+        recording = instrument.record(batch, keep_hidden=True, keep_attention=keep)
+        valid = batch.valid
+        before = valid.cumsum(-1) - 1 if batch.positions is None else batch.positions
+        curve = curve_of(
+            instrument,
+            recording,
+            recording.importance,
+            default_thresholds() if thresholds is None else thresholds,
+            attention=attention,
+            composition=composition,
+            nucleus=nucleus,
+        )
+        return {
+            "curve": curve,
+            "exits": exit_agreement(instrument, recording),
+            "positions": valid & (before >= min_context),
+        }
 
 
 def counted(curve: DensityCurve, positions: Tensor | None) -> Tensor:

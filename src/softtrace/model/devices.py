@@ -176,7 +176,7 @@ def check_device_map(
     if device_map is not None and processes > 1:
         raise InvalidInputError(
             f"device_map: found {device_map!r} with {processes} processes, each of which would "
-            "offload the model to the same main memory; allowed is one process"
+            "offload the model to the same main memory; allowed is one process, without torchrun"
         )
 
 

@@ -37,14 +37,15 @@ ENGINES: tuple[Engine, ...] = (
     Engine("DDP"),
     Engine(
         "FSDP2",
-        note="fully_shard on layers, then on the model itself; all processes take the same steps",
+        note="fully_shard on layers, then on the model itself; all processes take the same steps, "
+        "and measure together, each what is its own",
     ),
     Engine("offloading by Accelerate", note="device_map, cpu_offload, disk_offload"),
     Engine("device_map", note="layers on several devices, each layer whole on one"),
     Engine(
         "FSDP1",
         note="FullyShardedDataParallel with use_orig_params=True around the model, its layers "
-        "wrapped by auto_wrap_policy; all processes take the same steps",
+        "wrapped by auto_wrap_policy; all processes take the same steps, and measure together",
     ),
     Engine(
         "FSDP1 without use_orig_params",

@@ -242,6 +242,7 @@ def check_model_directory(name_or_path: str | Path) -> None:
         return
     if not path.is_dir():
         raise ModelDirectoryError(f"{name_or_path}: is a file; expected a model directory")
+    _refuse_parts(path)
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
         raise ModelDirectoryError(
             f"{name_or_path}: holds a PEFT adapter and no model. Merge it into its base model "
@@ -258,6 +259,24 @@ def check_model_directory(name_or_path: str | Path) -> None:
             "model.save_pretrained(directory) writes"
         )
     _check_weights(path)
+
+
+def _refuse_parts(path: Path) -> None:
+    """Refuse a checkpoint of a training whose processes wrote a part each."""
+    whole = "then put config.json and the tokenizer beside it. softtrace fit saves whole models"
+    parts = sorted((*path.glob("*.distcp"), *path.glob("*/*.distcp")))
+    if any(path.glob("*.safetensors")):
+        return
+    if parts:  # the optimiser's come first
+        raise ModelDirectoryError(
+            f"{path}: holds weights in parts, one of each process ({parts[-1].name}); expected a "
+            f"whole model. Make one first: accelerate merge-weights {parts[-1].parent} OUT, {whole}"
+        )
+    if (path / "zero_to_fp32.py").is_file():
+        raise ModelDirectoryError(
+            f"{path}: holds weights in parts, as DeepSpeed saves them; expected a whole model. "
+            f"Make one first: python zero_to_fp32.py . OUT --safe_serialization, {whole}"
+        )
 
 
 def _check_weights(path: Path) -> None:

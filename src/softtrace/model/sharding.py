@@ -136,7 +136,8 @@ def within_units(
     """``call`` as a forward of the units that hold the weights of some modules.
 
     Gathered for it, and again for its backward pass, and with gradients that are reduced. A root
-    that keeps what it gathered until the end of the backward pass is left as it is.
+    that keeps what it gathered until the end of the backward pass is left as it is, and so is what
+    is whole where no gradients are taken.
 
     Args:
         modules: whose forward (not ``__call__``) is run by ``call``.
@@ -147,7 +148,9 @@ def within_units(
         unit: Any = unit_of(module)
         if is_flat_unit(unit):
             units[id(unit)] = unit
-        elif unit is not None and (is_in_parts(module) or not unit._get_fsdp_state()._is_root):
+        elif unit is not None and (
+            is_in_parts(module) or (torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root)
+        ):
             units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
     for unit in units.values():
         call = partial(_through, unit, call)

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
-from softtrace.anatomy.refusals import refuse_early, refuse_units, running
+from softtrace.anatomy.refusals import refuse_early, refuse_engine, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
@@ -24,7 +24,7 @@ from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
 from softtrace.model.memory import attempt, half_that_fits
-from softtrace.model.sharding import computing_dtype, is_sharded, let_go, note_units, run
+from softtrace.model.sharding import computing_dtype, let_go, note_units, run
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
@@ -58,6 +58,8 @@ def attach(model: nn.Module) -> Instrument:
     note_units(outer)
     known = attached(model)
     if known is not None:
+        if distributed.is_available() and distributed.is_initialized():
+            refuse_engine(model)  # ZeRO 3 and tensor parallelism leave the modules as they were
         return known
     refuse_early(model)
     device = device_of_module(model).type
@@ -124,8 +126,10 @@ def edge_importance(
 ) -> EdgeImportance:
     """Importance of every edge of a batch (identity 1).
 
-    Differentiable in the model's weights; wrap in ``torch.no_grad()`` to only measure. Where memory
-    runs out no attention maps are held, as of long sequences.
+    Differentiable in the model's weights (but for FSDP1's); wrap in ``torch.no_grad()`` to only
+    measure. Where memory runs out no attention maps are held, as of long sequences. Where weights
+    are sharded (FSDP) all processes call this, each with a batch of its own, or all with the same,
+    and each gets what is of its own batch.
 
     Args:
         model: A causal language model; attached on the fly.
@@ -150,15 +154,10 @@ def edge_importance(
         InvalidInputError: Ids lie outside the vocabulary, shapes are wrong, the norm is unknown, or
             memory does not suffice.
         NonFiniteError: The model's logits are not finite.
+        SofttraceError: Where weights are sharded, another process failed.
     """
     check_norm(norm)
     instrument = attach(model)
-    batch = instrument.batch(input_ids, attention_mask, position_ids)
-    chosen = None
-    if positions is not None:
-        chosen = chosen_positions(positions, batch.valid)
-        batch = batch.up_to(chosen)
-        chosen = chosen[:, : batch.valid.shape[1]]
 
     def record(batch: Batch, chosen: Tensor | None = None) -> EdgeImportance:
         recording = instrument.record(
@@ -166,17 +165,22 @@ def edge_importance(
         )
         return recording.importance
 
-    if is_sharded(model):  # its processes have to run the same forwards
-        return record(batch, chosen)
-    found = attempt(lambda: record(batch, chosen))
-    if found is not None:
-        return found
-    logger.warning("memory ran out; attention maps are now made when they are asked for")
-    with none_held():
+    with instrument.in_turns(norm):
+        batch = instrument.batch(input_ids, attention_mask, position_ids)
+        chosen = None
+        if positions is not None:
+            chosen = chosen_positions(positions, batch.valid)
+            batch = batch.up_to(chosen)
+            chosen = chosen[:, : batch.valid.shape[1]]
         found = attempt(lambda: record(batch, chosen))
-        if found is None:
-            _refuse_size(batch, record)
-    return found
+        if found is not None:
+            return found
+        logger.warning("memory ran out; attention maps are now made when they are asked for")
+        with none_held():
+            found = attempt(lambda: record(batch, chosen))
+            if found is None:
+                _refuse_size(batch, record)
+        return found
 
 
 def _refuse_size(batch: Batch, record: Callable[[Batch], EdgeImportance]) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.anatomy import Anatomy
+from softtrace.anatomy.discovery import tiny_batch
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.attention_maps import AttentionMap, HeldMap, chunk_elements
 from softtrace.graph.batch import Batch, check_finite, check_length
@@ -29,13 +30,14 @@ from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
-from softtrace.model.sharding import is_sharded, note_units
+from softtrace.model.sharding import note_units
 from softtrace.model.sharding import run as run_model
 from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
 from softtrace.tracing.run import DeepEnough, Run
+from softtrace.tracing.turns import Kind, in_turns, turn_of
 
 _LOGITS = "logits of the full model"
 
@@ -156,14 +158,12 @@ class Runner:
     def _checked_logits(self, run: Run, places: Tensor) -> Tensor:
         """No logits, ``[0, V]``, of a run whose logits at some places ``[B, T]`` bool are finite.
 
-        Of a long text they are more than all else that a run holds. The processes of a sharded
-        model have to ask the head equally often: once.
+        Of a long text they are more than all else that a run holds.
         """
         read = self._read_by_head(run).detach()[places]
         most = chunk_elements(read.device) // self.anatomy.vocabulary
-        step = max(1, len(read) if is_sharded(self.model) else most)
         with torch.no_grad():
-            for part in torch.split(read, step):
+            for part in torch.split(read, max(1, most)):
                 logits: Tensor = self.anatomy.readout.logits(part)
                 check_finite(logits, _LOGITS)
         return logits[:0].clone()
@@ -325,10 +325,33 @@ class Runner:
             options: of the model's own forward.
         """
         inputs = run.batch.forward_inputs(self.forward_parameters)
-        with self._running(run):
+        kind: Kind = "recording" if isinstance(run, RecordingRun) else "masked"
+        with turn_of(self.model, kind), self._running(run):
             output = run_model(self.model, **inputs, **options)
         logits: Tensor = output.logits
         return logits
+
+    def in_turns(self, norm: Norm = "l1") -> AbstractContextManager[None]:
+        """Let each process run a model that is sharded as often as it needs to; all come here.
+
+        Of a model that is whole nothing happens. See :func:`softtrace.tracing.turns.in_turns`.
+
+        Args:
+            norm: of recordings, the same in all processes.
+        """
+        model, readout = self.model, self.anatomy.readout
+
+        def recording() -> None:
+            self.record(tiny_batch(model, 4), keep_attention=False, norm=norm, keep_logits=False)
+
+        def masked() -> None:  # masks are no weights
+            inputs = tiny_batch(model, 4).forward_inputs(self.forward_parameters)
+            eager = uncompiled(model), uncheckpointed(model), dropout_off(model)
+            with turn_of(model, "masked"), eager[0], eager[1], eager[2]:
+                run_model(model, **inputs)
+
+        stand_ins: dict[Kind, Callable[[], None]] = {"recording": recording, "masked": masked}
+        return in_turns(model, (readout.norm.module, readout.head), stand_ins)
 
     @property
     def _one_logit(self) -> dict[str, int]:
