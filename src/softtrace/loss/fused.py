@@ -1,21 +1,28 @@
-"""What a step runs as one compiled function: traced operation by operation, then fused.
+"""What a step runs as compiled functions: traced operation by operation, then fused.
 
 A compiler that reads Python meets hooks, context variables and a second run of the same modules in
 masked runs. What they compute is a fixed list of tensor operations all the same, backward pass
 included, for no shape follows from a value: ``make_fx`` writes it down while it runs once, and
-``torch.compile`` fuses the list.
+``torch.compile`` fuses the list. Layers repeat, and a compiler that is given 30 of them at once
+takes many minutes; so the list is cut where it repeats, and what is equal is compiled once.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.split_module import split_module
 
 Tensors = Sequence[Tensor | None]
+
+_REPEATED = re.compile("(.{50,2000}?)\\1{2,}", re.DOTALL)
+"""A pattern of so many operations that comes three times or more, one after the other."""
 
 
 def fused(
@@ -32,14 +39,53 @@ def fused(
     given = list(inputs)
     # A compiled model that runs as it is written, as in runs of ours, refuses to be traced.
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-        traced = make_fx(run)(given)
-    compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
+        parts = cut_where_it_repeats(make_fx(run)(given))
+    compiled: dict[str, Any] = {}
+    for name, part in list(parts.named_children()):
+        shape = _written(part)
+        if shape not in compiled:
+            compiled[shape] = torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
+        setattr(parts, name, compiled[shape])
 
     def call() -> Any:
         # What autocast does is among the operations already.
         autocast_off = torch.autocast(given[0].device.type, enabled=False)
         # Around runs of ours a compiled model runs as it is written, and so would this.
         with torch.no_grad(), autocast_off, torch.compiler.set_stance("default"):
-            return compiled(given)
+            return parts(*given)
 
     return call
+
+
+def cut_where_it_repeats(traced: fx.GraphModule) -> fx.GraphModule:
+    """The same function as calls of parts, each of which is one of a row of equal ones, or between.
+
+    Args:
+        traced: operations on tensors alone, in the order in which they run.
+    """
+    operations = [node for node in traced.graph.nodes if node.op.startswith("call")]
+    letters: dict[str, str] = {}
+    text = "".join(
+        letters.setdefault(str(node.target), chr(len(letters))) for node in operations
+    )
+    cuts = [
+        match.start() + number * len(match[1])
+        for match in _REPEATED.finditer(text)
+        for number in range(len(match[0]) // len(match[1]) + 1)
+    ]
+    part = {node: bisect(cuts, place) for place, node in enumerate(operations)}
+    return split_module(traced, traced, part.__getitem__, keep_original_order=True)
+
+
+def _written(part: fx.GraphModule) -> str:
+    """What a part computes, equal for equal ones: its operations without their names."""
+    number = {node: f"%{place}" for place, node in enumerate(part.graph.nodes)}
+    lines = []
+    for node in part.graph.nodes:
+        read = fx.map_arg((node.args, node.kwargs), number.__getitem__)
+        # A constant is equal to itself alone; what is read has the place of its argument.
+        target = "" if node.op in ("placeholder", "output") else node.target
+        if node.op == "get_attr":
+            target = id(getattr(part, node.target))
+        lines.append(f"{node.op} {target} {read if node.op != 'placeholder' else ''}")
+    return "\n".join(lines)
