@@ -53,7 +53,7 @@ def main() -> None:
     while step < args.steps:
         for ids in loader:
             with accelerator.accumulate(model):
-                with density_loss.watching(model, step) as watched:
+                with density_loss.watching(model, step, {"input_ids": ids}) as watched:
                     task = model(input_ids=ids, labels=ids).loss
                 term = density_loss(ids, step=step, micro_step=micro_step, watched=watched)
                 accelerator.backward(task + term.loss)

@@ -11,10 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from softtrace import DensityLoss
+from softtrace.errors import NonFiniteError
 from softtrace.graph.batch import Batch
 from softtrace.loss.captured import _copy, _tensors, term_and_gradients
 from softtrace.loss.cuda_graphs import key_of, with_weights
 from softtrace.loss.masked_term import masked_term
+from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
@@ -33,7 +35,7 @@ def test_gradients_at_shared_weights_are_those_of_the_model(family: str, frozen:
     shared = {name: each.detach().requires_grad_() for name, each in own.items()}
     penalty = DensityLoss(model, share=1.0)
     options = penalty.options.on(torch.device("cpu"))
-    windows = penalty._windows(attach(model), Batch.of(tiny_prompt(9, batch=3)), (0, 0), options)
+    windows = draw_windows(attach(model), Batch.of(tiny_prompt(9, batch=3)), (0, 0), options)
     assert windows is not None
 
     def run() -> torch.Tensor:
@@ -70,7 +72,7 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
     penalty = DensityLoss(model, share=1.0, exits=0.0, **changes)
     options = penalty.options.on(torch.device("cpu"))
     first, second = (
-        penalty._windows(
+        draw_windows(
             attach(model), Batch.of(tiny_prompt(9, batch=3, seed=seed)), (seed, 0), options
         )
         for seed in (0, 1)
@@ -173,6 +175,56 @@ def test_a_replay_equals_a_run_also_after_the_weights_have_moved(fuse: bool) -> 
                 each.mul_(1.05)
     assert len(captured._captured.graphs.known) == 1
     assert next(iter(captured._captured.graphs.known.values())).number == len(batches) - 2
+
+
+@cuda
+def test_a_replayed_step_waits_for_nothing() -> None:
+    model, batches = on_cuda()
+    density = DensityLoss(model, share=1.0, crop=16, every=2, exit_every=2, exit_tokens=0.5)
+    for step, ids in enumerate([*batches, *batches]):
+        inputs = {"input_ids": ids, "labels": ids.clone()}
+        replayed = step >= 6
+        if replayed:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with density.watching(step=step, batch=inputs) as watched:
+                loss = model(**inputs).loss
+            term = density(ids, None, inputs["labels"], step=step, watched=watched)
+            (loss + term.loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not replayed or (term.exit_distance is not None) == (step % 2 == 1)
+    for graphs in (density._captured.graphs, density._exit_term.graphs):
+        assert next(iter(graphs.known.values())).number > 0
+
+
+@cuda
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_what_was_not_finite_in_a_replay_is_left_out_and_said_at_the_next_step(
+    mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batches = on_cuda()
+    density = DensityLoss(model, share=1.0, crop=16, every=1, exits=0.0, on_nonfinite=mode)
+    for step in range(3):
+        gradients(model, density(batches[step], step=step).loss)
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        kept = weight.clone()
+        weight[0, 0] = torch.nan
+    term = density(batches[3], step=3)
+    assert term.loss == 0
+    for gradient in gradients(model, term.loss):
+        assert not gradient.any()
+    with torch.no_grad():
+        weight.copy_(kept)
+    named = "step 3: logits of the full model or of the masked run are NaN or infinite"
+    if mode == "raise":
+        with pytest.raises(NonFiniteError, match=named):
+            density(batches[4], step=4)
+    else:
+        assert density(batches[4], step=4).loss > 0
+        assert named in caplog.text
+    assert density(batches[4], step=5).loss > 0
 
 
 @cuda

@@ -351,25 +351,26 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_exits_are_on_their_way_before_anything_waits_for_the_device() -> None:
-    """On a GPU a number that is asked for comes only when the forward has ended."""
+def test_exits_come_at_their_own_steps_between_masked_runs_and_weigh_as_much() -> None:
     model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
-    density = DensityLoss(model, **OPTIONS, every=8)
-    labels = ids.masked_fill(mask == 0, -100)
-    for step in (0, 1):
-        with density.watching(step=step):
+    density = DensityLoss(model, **OPTIONS, every=2, exit_every=2)
+    seldom = DensityLoss(model, **OPTIONS, every=2, exit_every=4, start_step=1)
+    always = DensityLoss(model, **{**OPTIONS, "seed": density.options.seed}, every=100)
+    for step in range(4):
+        with density.watching(step=step) as watched:
             model(input_ids=ids, attention_mask=mask)
-        with Ops() as ops:
-            term = density(ids, mask, labels, step=step)
-        assert term.exit_distance is not None
-        waits = [
-            index
-            for index, name in enumerate(ops.names)
-            if name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal"))
-        ]
-        read = [i for i, name in enumerate(ops.names) if "log_softmax" in name]
-        assert waits
-        assert read[1] < waits[0]  # of the full prediction and of the exits
+        assert bool(watched.forwards) == (step % 2 == 1)
+        term = density(ids, mask, step=step, watched=watched)
+        assert (term.strength > 0) == (step % 2 == 0)
+        assert (term.exit_distance is not None) == (step % 2 == 1)
+        if step % 2:
+            with always.watching(step=step):
+                model(input_ids=ids, attention_mask=mask)
+            torch.testing.assert_close(term.loss, 2 * always(ids, mask, step=step).loss)
+    for step in range(9):
+        with seldom.watching(step=step) as watched:
+            model(input_ids=ids, attention_mask=mask)
+        assert bool(watched.forwards) == (step in (4, 8))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 1.0])

@@ -117,8 +117,8 @@ def test_replayed_exits_train_the_model_and_the_map_as_launched_ones_do(
     for captured in (False, True):
         model = zoo.tiny("llama", num_hidden_layers=LAYERS).cuda().train()
         density = DensityLoss(
-            model, every=100, exits=exits, exit_map=True, cuda_graph=captured, fuse=fuse,
-            exit_tokens=1.0,
+            model, every=100, exit_every=1, exits=exits, exit_map=True, cuda_graph=captured,
+            fuse=fuse, exit_tokens=1.0,
         )  # fmt: skip
         optimiser = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(1, 8):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from softtrace import DensityLoss
 from softtrace.graph.batch import Batch
 from softtrace.loss.masked_term import MaskedTerm, masked_term
+from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
@@ -40,7 +41,7 @@ class NothingRead(TorchDispatchMode):
 
 def windows_of(model: nn.Module, penalty: DensityLoss, ids: Tensor, mask: Tensor | None) -> Any:
     options = penalty.options.on(ids.device)
-    return penalty._windows(attach(model), Batch.of(ids, mask), (0, 0), options), options
+    return draw_windows(attach(model), Batch.of(ids, mask), (0, 0), options), options
 
 
 def gradients(model: nn.Module, found: MaskedTerm | None) -> list[Tensor]:

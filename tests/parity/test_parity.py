@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace import DensityLoss, DensityOptions
-from softtrace.loss import density_loss as loss_module
+from softtrace.loss import draws
 from tests.loss.test_gradients import replay
 from tests.support.tiny import FAMILIES, tiny_model
 from tests.support.ways_to_step import (
@@ -78,13 +78,13 @@ def test_two_processes_average_what_each_computes_alone(monkeypatch: pytest.Monk
         model = tiny_model("llama", seed=1, dtype=torch.float64)
         penalty, serial, losses = DensityLoss(model, **options), [], []
         for rank, (ids, mask) in enumerate(micro_batches(RANKS)):
-            monkeypatch.setattr(loss_module, "_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(draws, "rank", lambda rank=rank: rank)
             task, term = both(model, penalty, ids, mask)
             losses.append(term.item())
             serial.append(gradient_of(model, task + term))
         average = (serial[0] + serial[1]) / 2
         torch.testing.assert_close(parallel[0][index], average, atol=1e-9, rtol=1e-7)
-        monkeypatch.setattr(loss_module, "_rank", lambda: 0)
+        monkeypatch.setattr(draws, "rank", lambda: 0)
         ids, mask = micro_batches(RANKS)[1]
         assert both(model, penalty, ids, mask)[1].item() != losses[1]  # the rank enters the draws
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import softtrace
-from softtrace.loss import density_loss as loss_module
+from softtrace.loss import draws
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,5 +28,5 @@ def script_environment() -> dict[str, str]:
 @contextmanager
 def as_rank(rank: int) -> Iterator[None]:
     """Draw as the process of this rank would."""
-    with patch.object(loss_module, "_rank", lambda: rank):
+    with patch.object(draws, "rank", lambda: rank):
         yield

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from softtrace import DensityLoss, attach, density_curve
 from softtrace.errors import SofttraceError
-from softtrace.loss import density_loss
+from softtrace.loss import draws
 from tests.support import warm
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -126,7 +126,7 @@ def of_all_ranks(model: nn.Module, density: DensityLoss, step: int, ranks: int) 
     """Losses of all processes' batches in one process, and mean gradients."""
     losses = []
     for each in range(ranks):
-        with patch.object(density_loss, "_rank", lambda each=each: each):
+        with patch.object(draws, "rank", lambda each=each: each):
             loss = loss_of(model, density, step, each, ranks)
         loss.backward()
         losses.append(loss.detach())

@@ -102,7 +102,7 @@ class Way:
             if self.density is None:
                 loss = self.model(input_ids=ids, labels=ids).loss
             else:
-                with self.density.watching(step=self.number) as watched:
+                with self.density.watching(step=self.number, batch={"input_ids": ids}) as watched:
                     loss = self.model(input_ids=ids, labels=ids).loss
                 loss = loss + self.density(ids, step=self.number, watched=watched).loss
         loss.backward()

@@ -54,13 +54,15 @@ class WrappedStep:
             if density is None:  # another wrapper put this one back after the end of its fit
                 return step(*args, **kwargs)
             at = self._trainer.global_step
-            with density.watching(self._module, at) as watched:
+            batch = args[0] if args else kwargs.get("batch")
+            begun = batch if isinstance(batch, Mapping) else None
+            with density.watching(self._module, at, begun) as watched:
                 output = step(*args, **kwargs)
             task = output.get("loss") if isinstance(output, Mapping) else output
             # None skips the batch, and the term with it; what Lightning refuses is left to it.
             if not isinstance(task, Tensor):
                 return output
-            read = self._inputs_of(args[0] if args else kwargs["batch"])
+            read = self._inputs_of(batch)
             micro = micro_step_of(self._trainer)
             term = density(**read, step=at, micro_step=micro, watched=watched)
             self._log(self._module, task, term)

@@ -11,23 +11,32 @@ from torch import Tensor
 from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
+    Pool,
     capturable,
     key_of,
     shared_weights,
     with_weights,
+    zero_unless,
 )
 from softtrace.loss.fused import Tensors, fused
-from softtrace.loss.masked_term import MaskedTerm, masked_term
+from softtrace.loss.masked_term import MASKED_LOGITS, MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.transfers import LaterChecks
 from softtrace.loss.windows import Windows
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.instrument import Instrument
 
 
 class CapturedTerms:
-    """Runs masked runs, captured where they can be; of one model at a time."""
+    """Runs masked runs, captured where they can be; of one model at a time.
 
-    def __init__(self) -> None:
+    Args:
+        later: asks whether what was replayed is finite.
+        pool: of the graphs' memory.
+    """
+
+    def __init__(self, later: LaterChecks, pool: Pool) -> None:
+        self._later, self._pool = later, pool
         self.graphs = CudaGraphs(
             "the masked runs",
             "With cuda_graph=False they come as seldom as suits that (every=8, share=0.3).",
@@ -39,14 +48,14 @@ class CapturedTerms:
         """See :func:`softtrace.loss.masked_term.masked_term`.
 
         Raises:
-            NonFiniteError: logits are not finite.
+            NonFiniteError: logits are not finite; of a replay it is said later, and its term is 0.
         """
         model = instrument.model
 
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
-            return Captured(run, _tensors(own), len(MaskedTerm._fields), model)
+            return Captured(run, _tensors(own), len(MaskedTerm._fields), model, self._pool)
 
         graph, static = None, False
         if options.cuda_graph and capturable(windows.batch.input_ids, model):
@@ -57,7 +66,10 @@ class CapturedTerms:
             # up to the rounding of what was fused.
             static = not self.graphs.refused
         if graph is not None:
-            found: MaskedTerm | None = MaskedTerm(*graph.replay(_tensors(windows)))
+            replayed = MaskedTerm(*graph.replay(_tensors(windows)))
+            assert replayed.finite is not None
+            self._later.ask(replayed.finite, MASKED_LOGITS)
+            return replayed
         else:  # once for all runs: a module's mode takes longer to switch than to ask for
             with dropout_off(model), uncompiled(model):
                 found = masked_term(instrument, windows, options, static=static)
@@ -93,11 +105,17 @@ def term_and_gradients(
             model, shared, lambda: masked_term(instrument, own, options, static=True)
         )
         assert found is not None
+        assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         gradients: Tensors = [None] * len(trained)
         if found.term.requires_grad:
             gradients = torch.autograd.grad(found.term, trained, allow_unused=True)
-        return [*(None if each is None else each.detach() for each in found), *gradients]
+        others = [None if each is None else each.detach() for each in found[1:]]
+        return [
+            *zero_unless(found.finite, found.term.detach()),
+            *others,
+            *zero_unless(found.finite, *gradients),
+        ]
 
     inputs = [*weights, *_tensors(windows)]
     return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

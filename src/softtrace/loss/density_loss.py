@@ -12,7 +12,7 @@ user's forward, which is looked at and not changed (:mod:`softtrace.loss.early_e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch
+from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams
-from softtrace.loss.draws import draw, draw_exits
+from softtrace.loss.cuda_graphs import Pool
+from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
 from softtrace.loss.learned_maps import LearnedMaps
@@ -33,7 +35,8 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
-from softtrace.loss.windows import Windows, first_token_of
+from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
+from softtrace.loss.windows import draw_windows
 from softtrace.model.flat_units import bare
 from softtrace.model.sharding import as_one_forward, is_sharded
 from softtrace.model.state import (
@@ -95,14 +98,16 @@ class DensityLoss:
         self.skipped_steps = 0
         self._watched = Watched()
         self._streams: CompiledStreams | None = None
-        self._captured = CapturedTerms()
+        self._later = LaterChecks()
+        pool = Pool()
+        self._captured = CapturedTerms(self._later, pool)
         self._said: set[str] = set()
         self.exit_maps: LearnedMaps | None = None
         if self.options.strength > 0:
             instrument = attach(model)
             if self.options.exit_map:
                 self.exit_maps = LearnedMaps.of(instrument, self.options)
-        self._exit_term = ExitTerm(self.exit_maps)
+        self._exit_term = ExitTerm(self.exit_maps, self._later, pool)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
         """The options as they are on a device, and for a model that is sharded."""
@@ -115,7 +120,12 @@ class DensityLoss:
         return options.on(device)
 
     @contextmanager
-    def watching(self, host: nn.Module | None = None, step: int | None = None) -> Iterator[Watched]:
+    def watching(
+        self,
+        host: nn.Module | None = None,
+        step: int | None = None,
+        batch: Mapping[str, Any] | None = None,
+    ) -> Iterator[Watched]:
         """Look at the training forward inside, for the exits of the call that is given the handle.
 
         Nothing about the forward changes; residual streams and logits are held until that call. A
@@ -126,12 +136,14 @@ class DensityLoss:
         Args:
             host: The module whose forward is run, where that is not the model itself.
             step: As in the call, if given there; at a step without exits nothing is watched.
+            batch: Holds the tensors that the call will be given. On CUDA their copies to the CPU
+                begin before the forward, which the call would wait for otherwise.
 
         Raises:
             InvalidInputError: Layers are checkpointed in the reentrant way, which runs them without
                 a graph.
         """
-        watched = self._watched = Watched()
+        watched = self._watched = Watched(copies=EarlyCopies(batch))
         model = unwrapped(self.model)
         if not self.options.reads_exits:
             yield watched
@@ -143,7 +155,8 @@ class DensityLoss:
                 "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(the default of transformers), or set exits=0"
             )
-        if step is not None and self.exit_maps is None and not self.options.exit_schedule(step):
+        options = self.options_of_a_step(next(model.parameters()).device)
+        if step is not None and not self._reads_exits(step, options):
             yield watched
             return
         anatomy = attach(model).anatomy
@@ -157,6 +170,11 @@ class DensityLoss:
         except BaseException:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
+
+    def _reads_exits(self, step: int, options: DensityOptions) -> bool:
+        """Whether exits are read at a step, for the model or for their map."""
+        schedule = options.exit_schedule
+        return bool(schedule(step)) or (self.exit_maps is not None and schedule.comes(step))
 
     @contextmanager
     def _compiled_watched(
@@ -233,28 +251,31 @@ class DensityLoss:
         options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
-        exits = None
+        exits, reads_exits = None, self._reads_exits(step, options)
         try:
-            if strength == weight == 0 and self.exit_maps is None:
+            self._later.begin(step)
+        except NonFiniteError as error:
+            self._not_finite(str(error), error)
+        try:
+            if not strength and not reads_exits:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
-            with agreed(together):
-                batch = Batch.of(*read)  # what ids and mask say is checked later
-                if together:  # before any waits for the others in a forward
-                    instrument.check(batch)
-            # First what reads nothing from the device, which may still be busy with the forward.
+            with agreed(together):  # before any waits for the others in a forward
+                batch = Batch.of(*watched.copies.of(*read))
+                instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
-            exits = self._exits(instrument, watched, batch, drawn_by, options, bool(weight))
-            if not together:
-                instrument.check(batch)
             term = DensityTerm.of_no_run(device)
             if together or bool(batch.counted.any()):
+                if reads_exits:
+                    exits = self._exits(
+                        instrument, watched, batch, drawn_by, options, bool(weight), device
+                    )
                 with agreed(together):
                     if exits is not None:
                         exits.check()
                 if strength:
-                    term = self._density(instrument, batch, drawn_by, options, strength)
+                    term = self._density(instrument, batch, drawn_by, options, strength, device)
                 if exits is not None:
                     loss = term.loss + weight * exits.mean if weight else term.loss
                     term = replace(term, loss=loss, exit_distance=exits.mean.detach())
@@ -264,15 +285,13 @@ class DensityLoss:
                 term, exits = DensityTerm.of_no_run(device, strength, _NO_TARGET), None
         except NonFiniteError as error:
             named = f"step {step}: {error}"
-            if self.options.on_nonfinite == "raise":
-                raise NonFiniteError(named) from error
-            self._warn_of_skip(named)
+            self._not_finite(named, error)
             term, exits = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
             if self._streams is not None:  # our own runs pass by its hooks too
                 self._streams.clear()
-        if self.exit_maps is not None:  # in every process, whatever its batch was
+        if self.exit_maps is not None and reads_exits:  # in every process, whatever its batch was
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
         return term
@@ -298,8 +317,10 @@ class DensityLoss:
                 "attention='recomputed' or exits above 0, or train other weights too"
             )
 
-    def _warn_of_skip(self, why: str) -> None:
-        """At the 1st, 2nd, 4th, 8th, ... skipped step: seen from the start, never a flood."""
+    def _not_finite(self, why: str, error: NonFiniteError) -> None:
+        """Raise, or warn at the 1st, 2nd, 4th, ... skipped step: from the start, never a flood."""
+        if self.options.on_nonfinite == "raise":
+            raise NonFiniteError(why) from error
         self.skipped_steps += 1
         if self.skipped_steps.bit_count() == 1:
             logger.warning(
@@ -313,10 +334,11 @@ class DensityLoss:
         step: tuple[int, int],
         options: DensityOptions,
         strength: float,
+        device: torch.device,
     ) -> DensityTerm:
         """The term without exits."""
-        device = batch.valid.device
-        windows = self._windows(instrument, batch, step, options)
+        chosen = draw_windows(instrument, batch, step, options)
+        windows = None if chosen is None else chosen.on(device)
         if is_sharded(instrument.model):
             with dropout_off(instrument.model), uncompiled(instrument.model):
                 return together_term(instrument, windows, options, strength)
@@ -330,27 +352,6 @@ class DensityLoss:
             )
         return found.at(strength)
 
-    @staticmethod
-    def _windows(
-        instrument: Instrument, batch: Batch, step: tuple[int, int], options: DensityOptions
-    ) -> Windows | None:
-        """Draw what a step looks at; None where no token of it has a target."""
-        length = batch.valid.shape[1]
-        window = length if options.crop is None else min(options.crop, length)
-        chosen = draw(
-            seed=options.seed,
-            step=step,
-            rank=_rank(),
-            counted=batch.counted,
-            share=options.window_share,
-            window=window,
-            thresholds=options.thresholds,
-            depths=options.depth_bounds(len(instrument.anatomy.layers)),
-        )
-        if chosen is None:
-            return None
-        return Windows.of(batch, chosen, window, first_token_of(instrument.model))
-
     def _exits(
         self,
         instrument: Instrument,
@@ -359,6 +360,7 @@ class DensityLoss:
         step: tuple[int, int],
         options: DensityOptions,
         learned: bool,
+        device: torch.device,
     ) -> ExitDistance | None:
         """Distance of exits in the last watched forward of this batch.
 
@@ -377,16 +379,10 @@ class DensityLoss:
         drawn = draw_exits(
             seed=options.seed,
             step=step,
-            rank=_rank(),
+            rank=draws.rank(),
             counted=batch.counted,
             share=options.exit_tokens,
             bounds=(depths[0], depths[-1]),
         )
-        return self._exit_term(instrument, seen, drawn, batch.targets, options, learned)
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return (
-        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    )
+        targets = sent(batch.targets, device)
+        return self._exit_term(instrument, seen, drawn.on(device), targets, options, learned)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from softtrace.loss.transfers import sent
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it fill [0, 1) evenly, however many they are
 
@@ -79,15 +81,15 @@ def draw(
         return None
     count = max(1, round(share * len(rows)))
     device = rows.device
-    order = _sent(torch.randperm(len(rows), generator=generator, device="cpu")[:count], device)
+    order = sent(torch.randperm(len(rows), generator=generator, device="cpu")[:count], device)
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
     return Draw(
         rows[order],
         offset + places[order] * window,
-        _sent(levels.exp(), device),
-        _sent(layers.long().clamp(max=depths[1]).reshape(count, window), device),
+        sent(levels.exp(), device),
+        sent(layers.long().clamp(max=depths[1]).reshape(count, window), device),
     )
 
 
@@ -105,6 +107,10 @@ class ExitDraw:
     places: Tensor
     depths: Tensor
     used: Tensor
+
+    def on(self, device: torch.device) -> ExitDraw:
+        """The same there."""
+        return replace(self, places=sent(self.places, device), used=sent(self.used, device))
 
 
 def draw_exits(
@@ -134,12 +140,12 @@ def draw_exits(
     count = max(1, round(share * total))
     # First what does not depend on the shape; of the keys a smaller batch has the first ones.
     start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
-    keys = _sent(torch.rand(total, generator=generator, device="cpu"), device)
+    keys = sent(torch.rand(total, generator=generator, device="cpu"), device)
     low, high = bounds
     spread = (start + _GOLDEN * torch.arange(count, device="cpu")) % 1
     depths = (low + ((high - low + 1) * spread).long()).clamp(max=high)
     depths, ascending = depths.sort(stable=True)
-    ascending = _sent(ascending, device)
+    ascending = sent(ascending, device)
     there = counted.flatten()
     key = torch.where(there, keys[(there.cumsum(0) - 1).clamp_min(0)], 2.0)
     first = key.sort(stable=True).indices[:count]  # who counts, in random order
@@ -147,13 +153,6 @@ def draw_exits(
     used = there.index_select(0, first) & (torch.arange(count, device=device) < wanted)
     first = torch.where(used, first, first[:1])  # what nobody counts is not even looked at
     return ExitDraw(first.index_select(0, ascending), depths, used.index_select(0, ascending))
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device; pinned memory spares waiting for it."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:
@@ -166,3 +165,11 @@ def hashed_seed(*parts: object) -> int:
     """A 63-bit seed for a combination of values; neighbours have nothing in common."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def rank() -> int:
+    """Of this process among all, by which draws differ."""
+    distributed = torch.distributed
+    return (
+        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    )

@@ -25,9 +25,13 @@ from softtrace.anatomy.readout import Readout
 from softtrace.density.distortion import divergence
 from softtrace.density.easiness import Easiness, easiness
 from softtrace.loss.draws import ExitDraw
+from softtrace.loss.transfers import EarlyCopies
 from softtrace.model.hooks import Hook, on_input, register
 
-_CHUNK = 256  # tokens whose easiness is computed at a time
+_CHUNK = 256
+"""Tokens whose easiness is computed at a time, for it takes copies of their logits."""
+FUSED_CHUNK = 1024
+"""Likewise where it is fused, which takes none, and is fast at many rows."""
 
 
 @dataclass
@@ -54,9 +58,11 @@ class Watched:
 
     Attributes:
         forwards: those with gradients; the last one may not have ended.
+        copies: of the batch that they were given, on the CPU.
     """
 
     forwards: list[Seen] = field(default_factory=list)
+    copies: EarlyCopies = field(default_factory=EarlyCopies)
 
     def last_of(self, shape: torch.Size, depths: Iterable[int]) -> Seen | None:
         """The last forward of a batch ``(B, T)`` with a stream at every depth; None without one."""
@@ -70,6 +76,7 @@ class Watched:
     def forget(self) -> None:
         """Let go of the streams and logits that are held."""
         self.forwards.clear()
+        self.copies = EarlyCopies()
 
 
 @contextmanager
@@ -150,6 +157,7 @@ def easiest(
     targets: Tensor,
     score: str | Easiness,
     share: float,
+    chunk: int = _CHUNK,
 ) -> ExitDraw:
     """The easiest of the tokens that were drawn, as many of every depth as their share.
 
@@ -163,9 +171,10 @@ def easiest(
         targets: ``[B, T]``, what follows each token.
         score: of the full prediction, low where easy.
         share: of the tokens, in (0, 1].
+        chunk: tokens whose logits are there at a time.
     """
     ranked = []
-    for places in torch.split(drawn.places, _CHUNK):  # scores take copies of the logits
+    for places in torch.split(drawn.places, chunk):
         full = _full(seen, readout, places)[None]
         ranked.append(easiness(score)(full, targets.flatten()[places][None])[0].float())
     scores = torch.cat(ranked)

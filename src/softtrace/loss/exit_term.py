@@ -19,18 +19,23 @@ from softtrace.graph.batch import require_finite
 from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
+    Pool,
     capturable,
     key_of,
     shared_weights,
     with_weights,
+    zero_unless,
 )
 from softtrace.loss.draws import ExitDraw
-from softtrace.loss.early_exits import Seen, easiest, exit_distance, rows
+from softtrace.loss.early_exits import FUSED_CHUNK, Seen, easiest, exit_distance, rows
 from softtrace.loss.fused import Tensors, fused
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
+from softtrace.loss.transfers import LaterChecks
 from softtrace.model.exit_maps import ExitMaps, name_of
 from softtrace.tracing.instrument import Instrument
+
+_DISTANCES = "distances of early exits"
 
 
 class ExitDistance(NamedTuple):
@@ -38,17 +43,19 @@ class ExitDistance(NamedTuple):
 
     Attributes:
         mean: distance of those that are used, nats, a scalar with a graph.
-        finite: bool scalar, whether all of these distances were.
+        finite: bool scalar, whether all of these distances were; None of a replay, where it is
+            asked later and all is 0 if they were not.
         map_gradients: by maps, by their names, where these are there already; else None.
     """
 
     mean: Tensor
-    finite: Tensor
+    finite: Tensor | None
     map_gradients: Mapping[str, Tensor] | None = None
 
     def check(self) -> None:
         """Raise :class:`NonFiniteError` if a distance is NaN or infinite."""
-        require_finite(self.finite, "distances of early exits")
+        if self.finite is not None:
+            require_finite(self.finite, _DISTANCES)
 
 
 class ExitTerm:
@@ -56,10 +63,12 @@ class ExitTerm:
 
     Args:
         maps: that its exits are read through; None for none.
+        later: asks whether what was replayed is finite.
+        pool: of the graphs' memory.
     """
 
-    def __init__(self, maps: LearnedMaps | None) -> None:
-        self.maps = maps
+    def __init__(self, maps: LearnedMaps | None, later: LaterChecks, pool: Pool) -> None:
+        self.maps, self._later, self._pool = maps, later, pool
         self.graphs = CudaGraphs("early exits", "With cuda_graph=False no capture is tried.")
 
     def __call__(
@@ -89,7 +98,8 @@ class ExitTerm:
             if graph is not None:
                 mean, finite, *by_map = graph.replay(chosen.tensors(), [chosen.early])
                 named = {name_of(lowest): each for each in by_map}
-                return ExitDistance(mean if learned else mean.detach(), finite, named)
+                self._later.ask(finite, _DISTANCES)
+                return ExitDistance(mean if learned else mean.detach(), None, named)
             if not self.graphs.refused:
                 # Like what is captured, so that a resumed run, which captures anew, computes the
                 # same up to the rounding of what was fused.
@@ -110,7 +120,7 @@ class ExitTerm:
         def capture(fuse: bool) -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
-            return Captured(run, own.tensors(), 3, instrument.model)
+            return Captured(run, own.tensors(), 3, instrument.model, self._pool)
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
@@ -168,11 +178,12 @@ def exit_mean(
     targets: Tensor,
     options: DensityOptions,
     read: Callable[[Tensor, int], Tensor],
+    **chunk: int,
 ) -> ExitDistance:
-    """See :class:`ExitTerm`; ``read`` is that of :func:`exit_distance`."""
+    """See :class:`ExitTerm`, :func:`exit_distance` for ``read``, :func:`easiest` for ``chunk``."""
     readout, share = instrument.anatomy.readout, options.exit_quantile
     if share < 1:
-        drawn = easiest(seen, readout, drawn, targets, options.easiness, share)
+        drawn = easiest(seen, readout, drawn, targets, options.easiness, share, **chunk)
     distances = exit_distance(seen, readout, drawn, read)
     counted = torch.where(drawn.used, distances, 0.0)
     finite = counted.detach().isfinite().all()
@@ -219,15 +230,23 @@ def exits_and_gradients(
             model,
             shared,
             lambda: exit_mean(
-                instrument, own.seen(), replace(drawn, used=used), targets[None], options, read
+                instrument,
+                own.seen(),
+                replace(drawn, used=used),
+                targets[None],
+                options,
+                read,
+                **({"chunk": FUSED_CHUNK} if options.fuse else {}),
             ),
         )
         trained = [each for each in shared.values() if each.requires_grad]
         by = [early, *trained] if options.exits > 0 else []
-        gradients = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
+        gradients: Tensors = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
         of_map, others = gradients[: len(own_map)], gradients[len(own_map) :]
         nothing = [None] * (1 + len(trained) - len(others))
-        return [found.mean.detach(), found.finite, *(of_map or [None]), *others, *nothing]
+        assert found.finite is not None
+        kept = zero_unless(found.finite, found.mean.detach(), *(of_map or [None]), *others)
+        return [kept[0], found.finite, *kept[1:], *nothing]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
     return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

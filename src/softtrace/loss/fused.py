@@ -42,6 +42,7 @@ def fused(
         parts = cut_where_it_repeats(make_fx(run)(given))
     compiled: dict[str, Any] = {}
     for name, part in list(parts.named_children()):
+        assert isinstance(part, fx.GraphModule)
         shape = _written(part)
         if shape not in compiled:
             compiled[shape] = torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
@@ -65,9 +66,7 @@ def cut_where_it_repeats(traced: fx.GraphModule) -> fx.GraphModule:
     """
     operations = [node for node in traced.graph.nodes if node.op.startswith("call")]
     letters: dict[str, str] = {}
-    text = "".join(
-        letters.setdefault(str(node.target), chr(len(letters))) for node in operations
-    )
+    text = "".join(letters.setdefault(str(node.target), chr(len(letters))) for node in operations)
     cuts = [
         match.start() + number * len(match[1])
         for match in _REPEATED.finditer(text)

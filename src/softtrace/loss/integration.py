@@ -16,6 +16,7 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.term import DensityTerm
 
 STATE_VERSION = 3
+_EXITS = "density/exit_distance"
 _READ = (1, 2, STATE_VERSION)  # 1 kept nothing of what was logged, 2 nothing of a budget
 
 
@@ -37,9 +38,10 @@ class ExpectedGradient:
 class TermLog:
     """Names and values of what is logged of the term in one training.
 
-    What masked runs measure stays as the last one gave it: loggers look at every 50th step or so,
-    where the masked runs of ``every`` seldom are. NaN before the first and where it was skipped. So
-    what is logged next depends on steps that are over, and is part of what a checkpoint keeps.
+    What masked runs and exits measure stays as the last ones gave it: loggers look at every 50th
+    step or so, where those of ``every`` and ``exit_every`` seldom are. NaN before the first and
+    where a run was skipped. So what is logged next depends on steps that are over, and is part of
+    what a checkpoint keeps.
 
     Args:
         options: of the term.
@@ -57,7 +59,7 @@ class TermLog:
 
     @property
     def measured(self) -> dict[str, Tensor]:
-        """What the last masked run gave, by name; scalars, none before the first step."""
+        """What the last runs gave, by name; scalars, none before the first step."""
         return self._measured
 
     def state(self) -> dict[str, Any]:
@@ -81,16 +83,17 @@ class TermLog:
         """What to log at the step of this term; scalars without a graph."""
         self._added.append(term.loss.detach())
         if term.strength > 0 or not self._measured:
-            self._measured = {
+            self._measured |= {
                 "density/soft_size": term.soft_size,
                 "density/distortion": term.distortion,
                 "density/easy_share": term.easy_share,
             }
-        values = {"loss/density": torch.stack(list(self._added)).mean(), **self._measured}
         if self._has_exits:
             read = term.exit_distance
-            unread = torch.full_like(term.soft_size, torch.nan)
-            values["density/exit_distance"] = unread if read is None else read
+            if read is not None or _EXITS not in self._measured:
+                unread = torch.full_like(term.soft_size, torch.nan)
+                self._measured[_EXITS] = unread if read is None else read
+        values = {"loss/density": torch.stack(list(self._added)).mean(), **self._measured}
         if (budget := self._budget) is not None:
             spent = math.nan if budget.spent is None else budget.spent
             strength = self._strength * budget.factor

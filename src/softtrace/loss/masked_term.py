@@ -28,6 +28,7 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.windows import Windows
 from softtrace.tracing.instrument import Instrument
 
+MASKED_LOGITS = "logits of the full model or of the masked run"
 _BEYOND_QUANTILE = 0.25
 """Share of the tokens that a static run reads beyond the easy quantile: the step is smooth."""
 
@@ -52,7 +53,7 @@ class MaskedTerm(NamedTuple):
     def check(self) -> None:
         """Raise :class:`NonFiniteError` if a run that did not look itself met NaN or infinity."""
         if self.finite is not None:
-            require_finite(self.finite, "logits of the full model or of the masked run")
+            require_finite(self.finite, MASKED_LOGITS)
 
     def at(self, strength: float) -> DensityTerm:
         """As it is added to a loss, at this strength."""

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.graph.batch import Batch, documents_of
-from softtrace.loss.draws import Draw
+from softtrace.loss import draws
+from softtrace.loss.draws import Draw, draw
+from softtrace.loss.options import DensityOptions
+from softtrace.loss.transfers import sent
+from softtrace.tracing.instrument import Instrument
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Windows:
         inside = _continues(batch, first_token)[drawn.rows, drawn.starts]
         return windows._begun(first_token, inside) if bool(inside.any()) else windows
 
+    def on(self, device: torch.device) -> Windows:
+        """The same there."""
+        batch = self.batch.part(lambda values: sent(values, device))
+        return Windows(batch, sent(self.thresholds, device), sent(self.depths, device))
+
     def _begun(self, first_token: int, inside: Tensor) -> Windows:
         """With one more token in front, which counts nowhere.
 
@@ -70,6 +79,37 @@ class Windows:
             positions=positions,
         )
         return replace(self, batch=begun, depths=_ahead(self.depths[:, :1], self.depths))
+
+
+def draw_windows(
+    instrument: Instrument, batch: Batch, step: tuple[int, int], options: DensityOptions
+) -> Windows | None:
+    """Draw what a step looks at.
+
+    Args:
+        instrument: of the model.
+        batch: on the CPU, where nobody waits for what is drawn.
+        step: the global step, and which of its accumulated batches.
+        options: as they are on the model's device.
+
+    Returns:
+        None where no token of it has a target.
+    """
+    length = batch.valid.shape[1]
+    window = length if options.crop is None else min(options.crop, length)
+    drawn = draw(
+        seed=options.seed,
+        step=step,
+        rank=draws.rank(),
+        counted=batch.counted,
+        share=options.window_share,
+        window=window,
+        thresholds=options.thresholds,
+        depths=options.depth_bounds(len(instrument.anatomy.layers)),
+    )
+    if drawn is None:
+        return None
+    return Windows.of(batch, drawn, window, first_token_of(instrument.model))
 
 
 def first_token_of(model: nn.Module) -> int | None:

@@ -1,0 +1,93 @@
+"""What is fused: cut where it repeats, equal parts once, and the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from softtrace.loss.fused import _written, cut_where_it_repeats, fused
+
+LAYERS = 12
+
+
+def run(given: Sequence[Tensor]) -> list[Tensor | None]:
+    """Twelve equal layers of ten operations and more, their backward pass, and what differs."""
+    hidden, *weights = (each.detach().requires_grad_() for each in given)
+    stream = (hidden * 2).cumsum(0)
+    for weight in weights:
+        inner = stream @ weight
+        for _ in range(20):
+            inner = (inner.sin() + 0.1) * 0.9
+        stream = stream + inner
+    loss = (stream.softmax(-1) * hidden).square().sum()
+    return [loss.detach(), None, *torch.autograd.grad(loss, [hidden, *weights])]
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(5, 4, dtype=torch.float64) for _ in range(1)] + [
+        torch.randn(4, 4, dtype=torch.float64) for _ in range(LAYERS)
+    ]
+
+
+def kinds(parts: fx.GraphModule) -> list[str]:
+    return [
+        _written(part) for _, part in parts.named_children() if isinstance(part, fx.GraphModule)
+    ]
+
+
+def test_equal_layers_are_equal_parts_and_all_parts_together_the_whole() -> None:
+    given = inputs()
+    traced = make_fx(run)(given)
+    parts = cut_where_it_repeats(traced)
+    found = kinds(parts)
+    repeated = [found.count(each) for each in set(found) if found.count(each) > 1]
+    assert len(repeated) == 2  # forward and backward pass
+    assert min(repeated) >= LAYERS - 3
+    assert len(set(found)) <= 8
+    for one, other in zip(parts(*given), run(given), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_each_kind_of_part_is_compiled_once() -> None:
+    given, compiled = inputs(), []
+
+    def compile_part(part: nn.Module, **options: Any) -> nn.Module:
+        assert options["fullgraph"]
+        compiled.append(part)
+        return part
+
+    with patch("torch.compile", compile_part):
+        call = fused(run, given)
+    assert len(compiled) <= 8
+    given[1].mul_(1.5)  # read in place
+    for one, other in zip(call(), run(given), strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_what_reads_other_constants_is_not_equal() -> None:
+    tables = torch.randn(2, 3)
+
+    def read(table: Tensor) -> fx.GraphModule:
+        return make_fx(lambda x: [x * table])(torch.ones(3))
+
+    first, other = read(tables[0]), read(tables[1])
+    for graph in (first, other):
+        assert any(node.op == "get_attr" for node in graph.graph.nodes)
+    assert _written(first) == _written(first)
+    assert _written(first) != _written(other)
+
+
+def test_what_never_repeats_is_one_part() -> None:
+    traced = make_fx(lambda x: [x.sin().cos() + 1])(torch.ones(3))
+    parts = cut_where_it_repeats(traced)
+    assert len(kinds(parts)) == 1
+    torch.testing.assert_close(parts(torch.ones(3))[0], torch.ones(3).sin().cos() + 1)
