@@ -180,6 +180,7 @@ def test_other_weights_are_those_that_write() -> None:
 
 
 @cuda
+@pytest.mark.filterwarnings("ignore")  # the compiler's own: of TorchScript, and of TensorFloat32
 @pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("draft", ["exit", "lookup", "both"])
 def test_captured_steps_write_the_same(backend: str | None, draft: str) -> None:

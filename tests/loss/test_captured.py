@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
+from tests.support.cuda_waits import refusing_to_wait
 from tests.support.skips import cuda
 from tests.support.tiny import tiny_prompt
 
@@ -184,15 +186,11 @@ def test_a_replayed_step_waits_for_nothing() -> None:
     for step, ids in enumerate([*batches, *batches]):
         inputs = {"input_ids": ids, "labels": ids.clone()}
         replayed = step >= 6
-        if replayed:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with refusing_to_wait() if replayed else nullcontext():
             with density.watching(step=step, batch=inputs) as watched:
                 loss = model(**inputs).loss
             term = density(ids, None, inputs["labels"], step=step, watched=watched)
             (loss + term.loss).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert not replayed or (term.exit_distance is not None) == (step % 2 == 1)
     for graphs in (density._captured.graphs, density._exit_term.graphs):
         assert next(iter(graphs.known.values())).number > 0

@@ -9,6 +9,7 @@ import torch
 
 from softtrace.errors import NonFiniteError
 from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
+from tests.support.cuda_waits import refusing_to_wait
 from tests.support.skips import cuda
 
 
@@ -28,13 +29,10 @@ def test_a_copy_is_of_the_very_tensor_as_it_was() -> None:
     ids = torch.arange(6, device="cuda").view(2, 3)
     copies = EarlyCopies({"input_ids": ids, "weights": ids / 2})
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_to_wait():
         early = copies.of(ids, None, None, None)[0]
         with pytest.raises(RuntimeError, match="synchroniz"):
             copies.of(ids.clone(), None, None, None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert early.tolist() == [[0, 1, 2], [3, 4, 5]]
     ids.add_(1)  # written since
     assert copies.of(ids, None, None, None)[0].tolist() == [[1, 2, 3], [4, 5, 6]]

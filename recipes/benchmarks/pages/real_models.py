@@ -140,7 +140,7 @@ def real_tasks() -> str:
 
 def _kinds(found: dict[str, Any]) -> list[str]:
     """Kinds of a model whose steps were measured."""
-    return [kind for kind in found if not kind.startswith("replay")]
+    return [kind for kind in found if not kind.startswith(("replay", "measured"))]
 
 
 def replays() -> str:

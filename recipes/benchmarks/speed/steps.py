@@ -228,9 +228,10 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
             print(name, kind, json.dumps(found[name][kind], indent=1), flush=True)
+        found[name]["measured"] = provenance(torch.device("cuda"))
         write_json(args.out, {
             "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
-            "options": WAYS, "models": found, **provenance(torch.device("cuda")),
+            "options": WAYS, "models": found, **found[name]["measured"],
         })  # fmt: skip
 
 
