@@ -96,6 +96,21 @@ def test_exits_are_read_in_a_forward_that_was_compiled_before(how: str, before: 
     assert copy.deepcopy(model)(input_ids=ids).logits.equal(model(input_ids=ids).logits)
 
 
+def test_a_first_step_without_exits_costs_no_other_graph() -> None:
+    model = tiny_model("llama", seed=1, num_hidden_layers=2).train()
+    density = DensityLoss(model, **OPTIONS, exit_every=2)
+    model, read = compiled(model, "in place"), []
+    for number in range(4):
+        ids = tiny_prompt(9, seed=number, batch=3)
+        with density.watching(step=number) as watched:
+            task = model(input_ids=ids, labels=ids, use_cache=False).loss
+        term = density(ids, step=number, watched=watched)
+        (task + term.loss).backward()
+        read.append(term.exit_distance is not None)
+    assert read == [False, True, False, True]
+    assert graphs() == (1, 0)
+
+
 def test_a_forward_without_gradients_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = compiled(tiny_model("llama", num_hidden_layers=2).train(), "in place")
     ids = tiny_prompt(9, batch=3)

@@ -155,13 +155,17 @@ class DensityLoss:
                 "run without a graph; pass gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(the default of transformers), or set exits=0"
             )
+        anatomy, compiled = attach(model).anatomy, is_compiled(modules)
+        noted = compiled and not (model.training and is_checkpointed(all_modules(model)))
+        if noted and (self._streams is None or self._streams.anatomy is not anatomy):
+            # Also where this step reads none: what is compiled now is not compiled again then.
+            self._streams = CompiledStreams(anatomy, self._depths(anatomy))
         options = self.options_of_a_step(next(model.parameters()).device)
         if step is not None and not self._reads_exits(step, options):
             yield watched
             return
-        anatomy = attach(model).anatomy
-        if is_compiled(modules):
-            with self._compiled_watched(model, anatomy, watched):
+        if compiled:
+            with self._compiled_watched(watched, noted=noted):
                 yield watched
             return
         try:
@@ -177,15 +181,11 @@ class DensityLoss:
         return bool(schedule(step)) or (self.exit_maps is not None and schedule.comes(step))
 
     @contextmanager
-    def _compiled_watched(
-        self, model: nn.Module, anatomy: Anatomy, watched: Watched
-    ) -> Iterator[None]:
-        if model.training and is_checkpointed(all_modules(model)):
+    def _compiled_watched(self, watched: Watched, *, noted: bool) -> Iterator[None]:
+        if not noted or self._streams is None:
             self._say_once("exits: the model is compiled and checkpointed, so none is read early")
             yield
             return
-        if self._streams is None or self._streams.anatomy is not anatomy:
-            self._streams = CompiledStreams(anatomy, self._depths(anatomy))
         self._streams.clear()
         yield
         if (seen := self._streams.take()) is not None:
