@@ -106,6 +106,28 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
     assert fused()[0] != before
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's head is its embedding
+def test_what_is_not_finite_gives_a_term_and_gradients_of_zero(family: str) -> None:
+    model = zoo.tiny(family)
+    penalty = DensityLoss(model, share=1.0, exits=0.0, on_nonfinite="skip")
+    options = replace(penalty.options.on(torch.device("cpu")), fuse=False)
+    windows = draw_windows(attach(model), Batch.of(tiny_prompt(9, batch=3)), (0, 0), options)
+    assert windows is not None
+    run = term_and_gradients(attach(model), windows, options)
+    term, _, _, _, finite, *gradients = run()
+    assert finite
+    assert term > 0
+    assert any(each is not None and each.any() for each in gradients)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = torch.nan
+    term, _, _, _, finite, *broken = run()
+    assert not finite
+    assert term == 0
+    for one, other in zip(broken, gradients, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or not one.any()
+
+
 def test_a_graph_is_of_its_shapes_its_weights_and_what_they_do() -> None:
     model = zoo.tiny("llama")
     instrument = attach(model)

@@ -26,11 +26,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"exits": -1.0}, r"exits: found -1.0, allowed \[0, inf\)"),
     ({"exit_tokens": 0.0}, r"exit_tokens: found 0.0, allowed \(0, 1\]"),
     ({"exit_quantile": 1.5}, r"exit_quantile: found 1.5, allowed \(0, 1\]"),
-    ({"exit_every": 0}, "exit_every: found 0, allowed are integers from 1, None"),
+    ({"exit_every": 0}, "exit_every: found 0, allowed are integers from 1"),
     ({"exit_map": 1}, "exit_map: found 1, allowed are booleans"),
     ({"exit_depths": (-0.1, 1.0)}, r"exit_depths: found -0.1, allowed \[0, 1\]"),
     ({"exit_depths": (0.6, 0.5)}, r"exit_depths: found \(0.6, 0.5\), expected \(low, high\)"),
-    ({"every": 0}, "every: found 0, allowed are integers from 1, None"),
+    ({"every": 0}, "every: found 0, allowed are integers from 1"),
     ({"masks": "hard"}, "masks: found 'hard', allowed are 'straight', 'soft'"),
     ({"temperature": 0.0}, r"temperature: found 0.0, allowed \(0, inf\)"),
     ({"temperature": -0.5}, r"temperature: found -0.5, allowed \(0, inf\)"),
@@ -156,20 +156,18 @@ def test_options_are_constants_with_a_schedule() -> None:
 def test_what_a_device_decides_is_decided_for_it_and_nothing_else() -> None:
     options = DensityOptions(strength=2.0)
     cpu, cuda, mps = (options.on(torch.device(name)) for name in ("cpu", "cuda:1", "mps"))
-    found = [(each.every, each.exit_every, each.share) for each in (cpu, cuda, mps)]
-    assert found == [(1, 1, 0.125), (2, 2, 0.15), (8, 1, 0.3)]
+    found = [(each.every, each.share) for each in (cpu, cuda, mps)]
+    assert found == [(1, 0.125), (2, 0.15), (8, 0.3)]
     launched = dataclasses.replace(options, cuda_graph=False)
     assert launched.on(torch.device("cuda")) == dataclasses.replace(mps, cuda_graph=False)
-    assert dataclasses.replace(cuda, every=None, exit_every=None, share=None) == options
+    assert dataclasses.replace(cuda, every=None, share=None) == options
     assert cuda.window_share == cuda.share
     assert [mps.schedule(step) for step in (0, 1, 7, 8)] == [16, 0, 0, 16]
     with pytest.raises(ValueError, match="every is None"):
         _ = options.schedule
-    with pytest.raises(ValueError, match="exit_every is None"):
-        _ = options.exit_schedule
     with pytest.raises(ValueError, match="share is None"):
         _ = options.window_share
-    chosen = DensityOptions(every=3, exit_every=4, share=0.5)
+    chosen = DensityOptions(every=3, share=0.5)
     assert chosen.on(torch.device("cuda")) == chosen.on(torch.device("cpu")) == chosen
 
 

@@ -74,7 +74,7 @@ def dials() -> str:
         ("exits", "weight of early exits, times `strength`: lower and better exits"),
         ("exit_tokens", "share of the batch's tokens that are looked at for them"),
         ("exit_quantile", "share of those, the easiest, at which they are read"),
-        ("exit_every", "they are read at every k-th step, between masked runs, k times as strong"),
+        ("exit_every", "read them at every k-th step only, between masked runs, k times as strong"),
         ("exit_map", "read them through a linear map, learned beside the model"),
         ("exit_depths", "where, as shares of the layers"),
     )  # fmt: skip

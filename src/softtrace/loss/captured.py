@@ -108,14 +108,10 @@ def term_and_gradients(
         assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         gradients: Tensors = [None] * len(trained)
+        term = zero_unless(found.finite, found.term, trained)
         if found.term.requires_grad:
             gradients = torch.autograd.grad(found.term, trained, allow_unused=True)
-        others = [None if each is None else each.detach() for each in found[1:]]
-        return [
-            *zero_unless(found.finite, found.term.detach()),
-            *others,
-            *zero_unless(found.finite, *gradients),
-        ]
+        return [term, *(None if each is None else each.detach() for each in found[1:]), *gradients]
 
     inputs = [*weights, *_tensors(windows)]
     return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

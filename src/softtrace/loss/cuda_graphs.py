@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -290,12 +290,20 @@ def shared_weights(model: nn.Module, weights: Sequence[Tensor]) -> dict[str, Ten
     }
 
 
-def zero_unless(finite: Tensor, *values: Tensor | None) -> Tensors:
-    """The values, or 0 where a bool scalar says that something was not finite.
+def zero_unless(finite: Tensor, number: Tensor, leaves: Iterable[Tensor]) -> Tensor:
+    """``number``, or 0 unless all was finite; so are its gradients, which are to be taken later.
 
-    What is replayed is not looked at before its gradients are added.
+    What is replayed is not looked at before its gradients are added. They become 0 one by one, as
+    they come, so that no second copy of all of them is held.
+
+    Args:
+        finite: bool scalar.
+        number: scalar.
+        leaves: by which gradients will be taken.
     """
-    return [None if each is None else torch.where(finite, each, 0.0) for each in values]
+    for each in leaves:
+        each.register_hook(lambda gradient: torch.where(finite, gradient, 0.0))  # type: ignore[no-untyped-call]
+    return torch.where(finite, number.detach(), 0.0)
 
 
 def _end_capture_of_random_numbers() -> None:

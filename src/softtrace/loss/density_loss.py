@@ -160,8 +160,7 @@ class DensityLoss:
         if noted and (self._streams is None or self._streams.anatomy is not anatomy):
             # Also where this step reads none: what is compiled now is not compiled again then.
             self._streams = CompiledStreams(anatomy, self._depths(anatomy))
-        options = self.options_of_a_step(next(model.parameters()).device)
-        if step is not None and not self._reads_exits(step, options):
+        if step is not None and not self._reads_exits(step):
             yield watched
             return
         if compiled:
@@ -175,9 +174,9 @@ class DensityLoss:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
 
-    def _reads_exits(self, step: int, options: DensityOptions) -> bool:
+    def _reads_exits(self, step: int) -> bool:
         """Whether exits are read at a step, for the model or for their map."""
-        schedule = options.exit_schedule
+        schedule = self.options.exit_schedule
         return bool(schedule(step)) or (self.exit_maps is not None and schedule.comes(step))
 
     @contextmanager
@@ -251,7 +250,7 @@ class DensityLoss:
         options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
-        exits, reads_exits = None, self._reads_exits(step, options)
+        exits, reads_exits = None, self._reads_exits(step)
         try:
             self._later.begin(step)
         except NonFiniteError as error:

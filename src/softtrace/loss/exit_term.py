@@ -239,14 +239,14 @@ def exits_and_gradients(
                 **({"chunk": FUSED_CHUNK} if options.fuse else {}),
             ),
         )
+        assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         by = [early, *trained] if options.exits > 0 else []
-        gradients: Tensors = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
+        mean = zero_unless(found.finite, found.mean, [*own_map, *by])
+        gradients = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
         of_map, others = gradients[: len(own_map)], gradients[len(own_map) :]
         nothing = [None] * (1 + len(trained) - len(others))
-        assert found.finite is not None
-        kept = zero_unless(found.finite, found.mean.detach(), *(of_map or [None]), *others)
-        return [kept[0], found.finite, *kept[1:], *nothing]
+        return [mean, found.finite, *(of_map or [None]), *others, *nothing]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
     return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)

@@ -88,7 +88,7 @@ class DensityOptions:
             from the first layer to the last but one; equal ones for a single exit. None: the
             preset's.
         exit_every: Exits are read at every k-th step only, with k times their weight, and between
-            masked runs where these come as often. None: 2 on CUDA where they are captured, else 1.
+            masked runs where these come as often.
         exit_map: Read exits through a linear map in front of the final norm, learned by itself, see
             :mod:`softtrace.model.exit_maps`: exits agree more often, and the model has to change
             less for them. With ``exits=0`` the model does not change for them at all. What reads
@@ -141,7 +141,7 @@ class DensityOptions:
     exit_tokens: float = None  # type: ignore[assignment]
     exit_quantile: float = None  # type: ignore[assignment]
     exit_depths: tuple[float, float] = None  # type: ignore[assignment]
-    exit_every: int | None = None
+    exit_every: int = 1
     exit_map: bool = None  # type: ignore[assignment]
     size_weight: float = 0.0
     cuda_graph: bool = True
@@ -159,9 +159,8 @@ class DensityOptions:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("every", "exit_every"):
-            check_least(name, getattr(self, name), 1, optional=True)
-        self._schedule(1)
+        check_least("exit_every", self.exit_every, 1)
+        self._schedule(1 if self.every is None else self.every)
         easiness(self.easiness)
         _one_of("masks", self.masks, get_args(MaskKind))
         _one_of("family", self.family, get_args(Family))
@@ -202,20 +201,19 @@ class DensityOptions:
             )
 
     def on(self, device: torch.device) -> DensityOptions:
-        """The same options with ``every``, ``exit_every`` and ``share`` as they are on this device.
+        """The same options with ``every`` and ``share`` as they are on this device.
 
         A masked run is many small operations: on an accelerator their number is what it costs,
         unless they are captured, on a CPU their size.
         """
-        every, exit_every, share = 8, 1, 0.3
+        every, share = 8, 0.3
         if device.type == "cpu":
             every, share = 1, 0.125
         elif device.type == "cuda" and self.cuda_graph:
-            every, exit_every, share = 2, 2, 0.15
+            every, share = 2, 0.15
         return replace(
             self,
             every=every if self.every is None else self.every,
-            exit_every=exit_every if self.exit_every is None else self.exit_every,
             share=share if self.share is None else self.share,
         )
 
@@ -246,13 +244,7 @@ class DensityOptions:
 
     @property
     def exit_schedule(self) -> StrengthSchedule:
-        """Strength times ``exits``, the weight of early exits, likewise.
-
-        Raises:
-            ValueError: ``exit_every`` depends on the device; ask what :meth:`on` gives.
-        """
-        if self.exit_every is None:
-            raise ValueError("exit_every is None: take options.on(device).exit_schedule")
+        """Strength times ``exits``, the weight of early exits, likewise."""
         weight, every = self.strength * self.exits, self.exit_every
         return StrengthSchedule(weight, self.start_step, self.warmup_steps, every, every - 1)
 
