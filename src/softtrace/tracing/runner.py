@@ -346,8 +346,7 @@ class Runner:
 
         def masked() -> None:  # masks are no weights
             inputs = tiny_batch(model, 4).forward_inputs(self.forward_parameters)
-            eager = uncompiled(model), uncheckpointed(model), dropout_off(model)
-            with turn_of(model, "masked"), eager[0], eager[1], eager[2]:
+            with turn_of(model, "masked"), self._as_written():
                 run_model(model, **inputs)
 
         stand_ins: dict[Kind, Callable[[], None]] = {"recording": recording, "masked": masked}
@@ -366,12 +365,17 @@ class Runner:
         try:
             register(run.hooks(), handles)
             attention = self._attention_of(run, handles)
-            model = self.model
-            with uncompiled(model), uncheckpointed(model), dropout_off(model), attention:
+            with self._as_written(), attention:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Run the model operation by operation, every layer once, without dropout."""
+        with uncompiled(self.model), uncheckpointed(self.model), dropout_off(self.model):
+            yield
 
     def _attention_of(
         self, run: Run, handles: list[RemovableHandle]
