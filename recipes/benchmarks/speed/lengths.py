@@ -203,16 +203,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for (model, device), column in zip(columns, axes.T, strict=True):
         own = [row for row in rows if (row["model"], row["device"]) == (model, device)]
         for (unit, number), plotted in zip(drawn.items(), column, strict=True):
-            for what in MEASURED:
+            for place, what in enumerate(MEASURED):  # the same colour in every panel
                 found = [(row["length"], number(row)) for row in own if row["what"] == what]
                 points = sorted((at, value) for at, value in found if value)
                 if points:
-                    plotted.plot(*zip(*points, strict=True), marker="o", label=what)
+                    plotted.plot(
+                        *zip(*points, strict=True), marker="o", color=f"C{place}", label=what
+                    )
             plotted.set(xscale="log", yscale="log", ylabel=unit)
         column[0].set_title(f"{model}, {device}", fontsize=9)
         column[-1].set_xlabel("tokens of the sequence")
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    axes[1, 0].legend(handles, labels, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
