@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.loss import cuda_graphs
-from softtrace.loss.cuda_graphs import Captured, CudaGraphs, Pool
+from softtrace.loss.cuda_graphs import Captured, CudaGraphs
 
 
 @pytest.fixture
@@ -34,7 +34,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
     for name in ("Stream", "current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, Stream)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(cuda_graphs, "_end_capture_of_random_numbers", lambda: None)
 
 
@@ -49,7 +48,7 @@ def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
         by_x, by_weight = torch.autograd.grad(found, [x, weight])
         return [found.detach(), None, found.detach() + 1, by_x, by_weight, None]
 
-    graph = Captured(run, own, 3, model, Pool())
+    graph = Captured(run, own, 3, model)
 
     def replay() -> None:
         new = run()

@@ -41,7 +41,10 @@ def test_a_copy_is_of_the_very_tensor_as_it_was() -> None:
 
 def test_what_was_not_finite_is_said_once_at_the_next_step() -> None:
     checks = LaterChecks()
-    with patch("torch.cuda.Event", MagicMock()) as event:
+    with (
+        patch("torch.cuda.Event", MagicMock()) as event,
+        patch("torch.cuda.current_stream", lambda device: f"stream of {device}"),
+    ):
         checks.begin(6)
         checks.ask(torch.tensor(True), "logits")
         checks.begin(7)
@@ -51,3 +54,5 @@ def test_what_was_not_finite_is_said_once_at_the_next_step() -> None:
             checks.begin(8)
         checks.begin(8)
     assert event.return_value.synchronize.call_count == 3  # each flag is there before it is read
+    # Of the flag's own device, which need not be the current one.
+    assert {each.args for each in event.return_value.record.call_args_list} == {("stream of cpu",)}

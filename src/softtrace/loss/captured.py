@@ -11,7 +11,6 @@ from torch import Tensor
 from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
-    Pool,
     capturable,
     key_of,
     shared_weights,
@@ -32,11 +31,10 @@ class CapturedTerms:
 
     Args:
         later: asks whether what was replayed is finite.
-        pool: of the graphs' memory.
     """
 
-    def __init__(self, later: LaterChecks, pool: Pool) -> None:
-        self._later, self._pool = later, pool
+    def __init__(self, later: LaterChecks) -> None:
+        self._later = later
         self.graphs = CudaGraphs(
             "the masked runs",
             "With cuda_graph=False they come as seldom as suits that (every=8, share=0.3).",
@@ -55,7 +53,7 @@ class CapturedTerms:
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
-            return Captured(run, _tensors(own), len(MaskedTerm._fields), model, self._pool)
+            return Captured(run, _tensors(own), len(MaskedTerm._fields), model)
 
         graph, static = None, False
         if options.cuda_graph and capturable(windows.batch.input_ids, model):

@@ -36,20 +36,6 @@ _WHEN = {
 _DIALS = [each.name for each in fields(DensityOptions) if each.name not in _WHEN]
 
 
-class Pool:
-    """Memory that graphs share, for they run one after the other; what each gives is its own."""
-
-    def __init__(self) -> None:
-        self._of: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
-
-    def on(self, device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-        """The memory of a device, and the stream of its captures: only one stream's is shared."""
-        if device not in self._of:
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._of[device] = torch.cuda.graph_pool_handle(), stream
-        return self._of[device]
-
-
 class Captured:
     """One captured function and its backward pass.
 
@@ -60,19 +46,13 @@ class Captured:
         inputs: that are written anew before every replay; the graph is of their device.
         numbers: how many there are; all that follows are gradients.
         model: to whose weights, those that are trained, the last of the gradients go.
-        pool: of the memory that it runs in.
 
     Raises:
         RuntimeError: the function does something that cannot be captured.
     """
 
     def __init__(
-        self,
-        run: Callable[[], Tensors],
-        inputs: Sequence[Tensor],
-        numbers: int,
-        model: nn.Module,
-        pool: Pool,
+        self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int, model: nn.Module
     ) -> None:
         self._inputs = inputs
         self._weights = [each for each in model.parameters() if each.requires_grad]
@@ -82,13 +62,12 @@ class Captured:
         self._awaiting: weakref.ref[_Awaited] | None = None
         self._device = inputs[0].device
         with torch.cuda.device(self._device):
-            found = self._capture(run, *pool.on(self._device))
+            found = self._capture(run)
         self._numbers = [each for each in found[:numbers] if each is not None]
         self.gradients = found[numbers:]
 
-    def _capture(
-        self, run: Callable[[], Tensors], memory: Any, stream: torch.cuda.Stream
-    ) -> Tensors:
+    def _capture(self, run: Callable[[], Tensors]) -> Tensors:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
             run()
@@ -99,9 +78,7 @@ class Captured:
             # (of a DataLoader, say) may allocate meanwhile.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(
-                    self._graph, memory, stream=stream, capture_error_mode="thread_local"
-                ),
+                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
             ):
                 return run()
         except BaseException:

@@ -26,7 +26,6 @@ from softtrace.graph.batch import Batch
 from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams
-from softtrace.loss.cuda_graphs import Pool
 from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
@@ -99,15 +98,14 @@ class DensityLoss:
         self._watched = Watched()
         self._streams: CompiledStreams | None = None
         self._later = LaterChecks()
-        pool = Pool()
-        self._captured = CapturedTerms(self._later, pool)
+        self._captured = CapturedTerms(self._later)
         self._said: set[str] = set()
         self.exit_maps: LearnedMaps | None = None
         if self.options.strength > 0:
             instrument = attach(model)
             if self.options.exit_map:
                 self.exit_maps = LearnedMaps.of(instrument, self.options)
-        self._exit_term = ExitTerm(self.exit_maps, self._later, pool)
+        self._exit_term = ExitTerm(self.exit_maps, self._later)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
         """The options as they are on a device, and for a model that is sharded."""
@@ -253,7 +251,7 @@ class DensityLoss:
         exits, reads_exits = None, self._reads_exits(step)
         try:
             self._later.begin(step)
-        except NonFiniteError as error:
+        except NonFiniteError as error:  # of an earlier step, which it names itself
             self._not_finite(str(error), error)
         try:
             if not strength and not reads_exits:

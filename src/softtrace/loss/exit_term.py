@@ -19,7 +19,6 @@ from softtrace.graph.batch import require_finite
 from softtrace.loss.cuda_graphs import (
     Captured,
     CudaGraphs,
-    Pool,
     capturable,
     key_of,
     shared_weights,
@@ -64,11 +63,10 @@ class ExitTerm:
     Args:
         maps: that its exits are read through; None for none.
         later: asks whether what was replayed is finite.
-        pool: of the graphs' memory.
     """
 
-    def __init__(self, maps: LearnedMaps | None, later: LaterChecks, pool: Pool) -> None:
-        self.maps, self._later, self._pool = maps, later, pool
+    def __init__(self, maps: LearnedMaps | None, later: LaterChecks) -> None:
+        self.maps, self._later = maps, later
         self.graphs = CudaGraphs("early exits", "With cuda_graph=False no capture is tried.")
 
     def __call__(
@@ -120,7 +118,7 @@ class ExitTerm:
         def capture(fuse: bool) -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
-            return Captured(run, own.tensors(), 3, instrument.model, self._pool)
+            return Captured(run, own.tensors(), 3, instrument.model)
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()

@@ -51,7 +51,7 @@ class DensityOptions:
         start_step: First global step with the term.
         warmup_steps: Steps over which the strength rises linearly.
         every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
-            ones, which is what a GPU is fast at. Exits are read at every step. None: 1 on a CPU, 2
+            ones, which is what a GPU is fast at. Exits have ``exit_every``. None: 1 on a CPU, 2
             on CUDA where masked runs are captured (``cuda_graph``), 8 on other accelerators.
         masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
             (differentiable through the importances; the recording run then needs gradients).

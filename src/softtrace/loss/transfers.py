@@ -24,6 +24,13 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def _event_on(device: torch.device) -> torch.cuda.Event:
+    """What comes once a device, which need not be the current one, has done all it was given."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class _Copy(NamedTuple):
     """What was copied, as it was then, and the copy in pinned memory."""
 
@@ -43,12 +50,13 @@ class EarlyCopies:
         self._known = [
             _Copy(each, each._version, each.to("cpu", non_blocking=True))
             for each in (() if batch is None else batch.values())
-            if isinstance(each, Tensor) and each.is_cuda and not each.is_floating_point()
+            if isinstance(each, Tensor)
+            and each.is_cuda
+            and not (each.is_floating_point() or each.is_inference())  # those have no version
         ]
-        self._done: torch.cuda.Event | None = None
-        if self._known:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+        self._done = {
+            device: _event_on(device) for device in {each.own.device for each in self._known}
+        }
 
     def of(
         self, ids: Tensor, *others: Tensor | None
@@ -62,8 +70,7 @@ class EarlyCopies:
     def _of(self, values: Tensor | None) -> Tensor | None:
         for each in self._known:
             if each.own is values and each.version == each.own._version:
-                assert self._done is not None
-                self._done.synchronize()
+                self._done[values.device].synchronize()
                 return each.copy
         return values.cpu() if isinstance(values, Tensor) else values
 
@@ -101,6 +108,4 @@ class LaterChecks:
     def ask(self, finite: Tensor, what: str) -> None:
         """Have it read later whether ``what`` was finite, a bool scalar on CUDA."""
         flag = finite.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self._asked.append(_Asked(flag, arrived, what, self._step))
+        self._asked.append(_Asked(flag, _event_on(finite.device), what, self._step))
