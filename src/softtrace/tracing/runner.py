@@ -32,7 +32,7 @@ from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
 from softtrace.model.sharding import note_units
 from softtrace.model.sharding import run as run_model
-from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
+from softtrace.model.state import as_written, dropout_off, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
@@ -346,8 +346,7 @@ class Runner:
 
         def masked() -> None:  # masks are no weights
             inputs = tiny_batch(model, 4).forward_inputs(self.forward_parameters)
-            eager = uncompiled(model), uncheckpointed(model), dropout_off(model)
-            with turn_of(model, "masked"), eager[0], eager[1], eager[2]:
+            with turn_of(model, "masked"), as_written(model):
                 run_model(model, **inputs)
 
         stand_ins: dict[Kind, Callable[[], None]] = {"recording": recording, "masked": masked}
@@ -366,8 +365,7 @@ class Runner:
         try:
             register(run.hooks(), handles)
             attention = self._attention_of(run, handles)
-            model = self.model
-            with uncompiled(model), uncheckpointed(model), dropout_off(model), attention:
+            with as_written(self.model), attention:
                 yield
         finally:
             for handle in handles:
