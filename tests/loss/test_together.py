@@ -15,6 +15,7 @@ from tests.support.ways_to_shard import (
     OPTIONS,
     WHOLE_WAYS,
     batch,
+    model_and_optimizer,
     of_ranks,
     runs,
     trained,
@@ -66,6 +67,25 @@ def test_units_that_compute_in_bfloat16(two: list[dict[str, Any]], way: str) -> 
     for found in two:
         weights, units = found[f"{way}, in_bfloat16"]
         assert units == pytest.approx(weights, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("float32 as float64", 1e-5), ("bfloat16 as float32", 0.2)]
+)
+def test_logits_of_more_digits_than_their_unit_computes_in(
+    two: list[dict[str, Any]], name: str, allowed: float
+) -> None:
+    """MixedPrecisionPolicy(output_dtype=...); what two steps changed is the sum of gradients."""
+    before = {key: each.detach() for key, each in model_and_optimizer(None)[0].named_parameters()}
+    losses, weights = trained(None, OPTIONS["soft"], 2, 0, 2)
+    for rank, found in enumerate(two):
+        own, after = found[name]
+        torch.testing.assert_close(
+            torch.stack(own).double(), torch.stack(losses[rank::2]), rtol=allowed / 10, atol=0
+        )
+        wanted = torch.cat([(weights[key] - before[key]).flatten() for key in weights])
+        changed = torch.cat([(after[key] - before[key]).flatten() for key in weights])
+        assert (changed - wanted).norm() <= allowed * wanted.norm()
 
 
 @pytest.mark.parametrize("way", WHOLE_WAYS)

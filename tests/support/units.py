@@ -26,6 +26,16 @@ def with_head_unit(model: Any) -> None:
     by_layer(model)
 
 
+def with_output_dtype(model: Any, computes: torch.dtype, gives: torch.dtype) -> None:
+    """Units compute in one dtype, and that of the final norm and the head gives another."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mixed = {"param_dtype": computes, "reduce_dtype": torch.float64}
+    gives_other: Any = MixedPrecisionPolicy(**mixed, output_dtype=gives)
+    fully_shard([model.model.norm, model.lm_head], mp_policy=gives_other)
+    by_layer(model, mp_policy=MixedPrecisionPolicy(**mixed))
+
+
 def with_resharded_head_unit(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 

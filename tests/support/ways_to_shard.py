@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from softtrace.loss import draws
 from tests.support import warm
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
-from tests.support.units import WAYS, flat
+from tests.support.units import WAYS, flat, with_output_dtype
 from tests.support.waiting import PATIENCE
 
 _WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
@@ -215,6 +216,16 @@ def in_bfloat16(way: str) -> list[float]:
     return found
 
 
+def giving_more_digits(
+    computes: torch.dtype, gives: torch.dtype
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses and weights of two steps where logits have more digits than what computed them."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shard = partial(with_output_dtype, computes=computes, gives=gives)
+    with patch.dict(WAYS, {"more digits": shard}):
+        return trained("more digits", OPTIONS["soft"], 2, rank, ranks)
+
+
 def curve(way: str) -> Tensor:
     """Total variation of a batch, measured on a model that is sharded."""
     plain = tiny_model("llama", seed=1, dtype=torch.float64)
@@ -329,6 +340,8 @@ def main(folder: str, *ways: str) -> None:
     }
     others = {} if len(ways) == 1 else {
         "refusals": refusals(),
+        "float32 as float64": giving_more_digits(torch.float32, torch.float64),
+        "bfloat16 as float32": giving_more_digits(torch.bfloat16, torch.float32),
         **{
             f"{way}, {each.__name__}": each(way)
             for way in WHOLE_WAYS

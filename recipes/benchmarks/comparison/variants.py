@@ -293,7 +293,7 @@ class Even(SoftTrace):
             share = (drawn.thresholds / low).log() / math.log(high / low)
             return replace(drawn, thresholds=low + (high - low) * share)
 
-        with patch("softtrace.loss.density_loss.draw", evenly):
+        with patch("softtrace.loss.windows.draw", evenly):
             return super().term(ids, step, task)
 
 

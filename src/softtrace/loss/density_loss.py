@@ -229,7 +229,7 @@ class DensityLoss:
         found: list[DensityTerm] = []
 
         def loss() -> Tensor:
-            read = input_ids, attention_mask, position_ids, labels
+            read = input_ids, attention_mask, labels, position_ids
             found.append(self._term(read, (step, micro_step), watched))
             return found[0].loss
 
@@ -242,7 +242,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term; ``read`` as :meth:`Batch.of` takes it, drawn by step and accumulated batch."""
+        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
@@ -258,7 +258,7 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):  # before any waits for the others in a forward
-                batch = Batch.of(*watched.copies.of(*read))
+                batch = self._batch(*watched.copies.of(*read))
                 instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
@@ -292,6 +292,16 @@ class DensityLoss:
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
         return term
+
+    def _batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Batch:
+        """Which tokens a call looks at; what it says of ids and mask is checked later."""
+        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _depths(self, anatomy: Anatomy) -> range:
         """After how many layers exits are; a single layer has none."""

@@ -112,3 +112,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """A run of ours: :func:`uncompiled`, :func:`uncheckpointed` and with :func:`dropout_off`."""
+    with uncompiled(model), uncheckpointed(model), dropout_off(model):
+        yield

@@ -25,7 +25,7 @@ from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
 from softtrace.model.memory import attempt, half_that_fits
 from softtrace.model.sharding import computing_dtype, let_go, note_units, run
-from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
+from softtrace.model.state import as_written
 from softtrace.model.wrappers import own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
@@ -65,10 +65,7 @@ def attach(model: nn.Module) -> Instrument:
     device = device_of_module(model).type
     # Autocast rounds every product, which is no mismatch of the model's layout.
     exact = torch.autocast(device, enabled=False)
-    as_written = own_forward(model), uncompiled(model), uncheckpointed(model), dropout_off(model)
-    with torch.no_grad(), exact, ExitStack() as stack:
-        for each in as_written:
-            stack.enter_context(each)
+    with torch.no_grad(), exact, own_forward(model), as_written(model), ExitStack() as stack:
         stack.callback(let_go, outer)
         return Instrument.of(*_proven(model))
 

@@ -23,6 +23,7 @@ from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.model.devices import alone, weight_of
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
+from softtrace.model.sharding import computing_dtype
 from softtrace.tracing.independence import check_independence
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.recording import RecordingRun
@@ -198,13 +199,18 @@ def prove(runner: Runner, batch: Batch, plain: Tensor) -> Verification:
         UnsupportedModelError: naming the layer, the place and the mismatch.
     """
     anatomy, found, valid = runner.anatomy, Checks(), batch.valid
+    # A unit of FSDP2 may give in float32 (output_dtype) what it computed, and rounded, in bfloat16.
+    dtypes = plain.dtype, computing_dtype(runner.model)
+    rounded = min(dtypes, key=lambda each: each.itemsize)
+    wanted = plain[valid].to(rounded)
     masks = _masks(anatomy, batch, None)
     run = _Witness(anatomy, batch, masks, found)
     logits = runner.forward(run)
     last = run.finish()
-    _same_logits(found, "our unmasked run against the model's own", logits[valid], plain[valid])
+    _same_logits(found, "our unmasked run against the model's own", logits[valid], wanted)
     head = anatomy.readout.early(last)
-    _same(found, "head(final norm(last layer)) against the logits", head[valid], logits[valid])
+    what = "head(final norm(last layer)) against the logits"
+    _same(found, what, head[valid], logits[valid].to(rounded))
     _check_mlps(found, run.mlp_runs, valid)
     _check_tokens(runner, found, batch)
     recording = RecordingRun(anatomy, batch)
@@ -213,7 +219,7 @@ def prove(runner: Runner, batch: Batch, plain: Tensor) -> Verification:
     logits = runner.forward(run)
     run.finish()
     what = "a run that uses recorded attention against the model's own"
-    _same_logits(found, what, logits[valid], plain[valid])
+    _same_logits(found, what, logits[valid], wanted)
     generator = torch.Generator().manual_seed(0)
     run = _Witness(anatomy, batch, _masks(anatomy, batch, generator), found)
     runner.forward(run)

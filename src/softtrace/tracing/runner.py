@@ -32,7 +32,7 @@ from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
 from softtrace.model.sharding import note_units
 from softtrace.model.sharding import run as run_model
-from softtrace.model.state import dropout_off, uncheckpointed, uncompiled
+from softtrace.model.state import as_written, dropout_off, uncompiled
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
@@ -346,7 +346,7 @@ class Runner:
 
         def masked() -> None:  # masks are no weights
             inputs = tiny_batch(model, 4).forward_inputs(self.forward_parameters)
-            with turn_of(model, "masked"), self._as_written():
+            with turn_of(model, "masked"), as_written(model):
                 run_model(model, **inputs)
 
         stand_ins: dict[Kind, Callable[[], None]] = {"recording": recording, "masked": masked}
@@ -365,17 +365,11 @@ class Runner:
         try:
             register(run.hooks(), handles)
             attention = self._attention_of(run, handles)
-            with self._as_written(), attention:
+            with as_written(self.model), attention:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def _as_written(self) -> Iterator[None]:
-        """Run the model operation by operation, every layer once, without dropout."""
-        with uncompiled(self.model), uncheckpointed(self.model), dropout_off(self.model):
-            yield
 
     def _attention_of(
         self, run: Run, handles: list[RemovableHandle]

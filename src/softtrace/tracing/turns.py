@@ -50,7 +50,11 @@ def in_turns(
         Exception: what was raised inside.
         SofttraceError: on the other processes, once they have ended: see
             :func:`softtrace.processes.raise_everywhere`. What is raised in the middle of a run is
-            not told: others wait for weights there.
+            not told: others wait for weights there, until the process that failed ends (gloo: they
+            get ``RuntimeError: Connection closed by peer`` then) or the group's timeout. So do not
+            catch it. With gloo of torch 2.13 nothing short of that reaches them: ``abort``,
+            ``shutdown`` and ``destroy_process_group`` were tried in the process that failed, and,
+            told through the store, in a thread of one that waits.
     """
     if not is_sharded(model) or model in _ACTIVE:
         yield
