@@ -84,7 +84,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/hf/test_trainer.py::test_equals_the_loop_by_hand",
     ),
     Mutation(
-        "every process with the draws of the first", "loss/density_loss.py",
+        "every process with the draws of the first", "loss/draws.py",
         (("distributed.get_rank() if distributed", "0 if distributed"),),
         _ACROSS,
     ),
@@ -120,7 +120,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "proven under Accelerate's autocast", "tracing/attach.py",
-        (("as_written = own_forward(model), uncompiled", "as_written = uncompiled"),),
+        (("exact, own_forward(model), as_written", "exact, as_written"),),
         "tests/hf/test_trainer_places.py::test_mixed_precision_trains",
     ),
     Mutation(
@@ -129,15 +129,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/lightning/test_support.py::test_refused_modules_say_why",
     ),
     Mutation(
-        "exits wait for the device", "loss/density_loss.py",
-        (
-            (
-                "batch, drawn_by, options, bool(weight))\n",
-                "batch, drawn_by, options, bool(weight * batch.counted.any()))\n",
-            ),
-        ),
+        "exits at the steps of masked runs", "loss/schedule.py",
+        (("% self.every == self.offset", "% self.every == 0"),),
         "tests/loss/test_early_exits.py::"
-        "test_exits_are_on_their_way_before_anything_waits_for_the_device",
+        "test_exits_come_at_their_own_steps_between_masked_runs_and_weigh_as_much",
+    ),
+    Mutation(
+        "what is not finite in a replay is added", "loss/cuda_graphs.py",
+        (("torch.where(finite, gradient, 0.0)", "gradient"),),
+        "tests/loss/test_captured.py::"
+        "test_what_is_not_finite_gives_a_term_and_gradients_of_zero",
     ),
     Mutation(
         "a replay writes over one whose gradients are awaited", "loss/cuda_graphs.py",

@@ -39,9 +39,9 @@ class TermLog:
     """Names and values of what is logged of the term in one training.
 
     What masked runs and exits measure stays as the last ones gave it: loggers look at every 50th
-    step or so, where those of ``every`` and ``exit_every`` seldom are. NaN before the first, and
-    where a masked run was skipped. So what is logged next depends on steps that are over, and is
-    part of what a checkpoint keeps.
+    step or so, where those of ``every`` and ``exit_every`` seldom are. NaN before the first and
+    where a run was skipped. So what is logged next depends on steps that are over, and is part of
+    what a checkpoint keeps.
 
     Args:
         options: of the term.
@@ -90,7 +90,7 @@ class TermLog:
             }
         if self._has_exits:
             read = term.exit_distance
-            if read is not None or _EXITS not in self._measured:
+            if read is not None or term.skipped is not None or _EXITS not in self._measured:
                 unread = torch.full_like(term.soft_size, torch.nan)
                 self._measured[_EXITS] = unread if read is None else read
         values = {"loss/density": torch.stack(list(self._added)).mean(), **self._measured}
