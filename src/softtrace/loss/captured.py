@@ -68,9 +68,9 @@ class CapturedTerms:
             assert replayed.finite is not None
             self._later.ask(replayed.finite, MASKED_LOGITS)
             return replayed
-        else:  # once for all runs: a module's mode takes longer to switch than to ask for
-            with dropout_off(model), uncompiled(model):
-                found = masked_term(instrument, windows, options, static=static)
+        # Once for all runs: a module's mode takes longer to switch than to ask for.
+        with dropout_off(model), uncompiled(model):
+            found = masked_term(instrument, windows, options, static=static)
         if found is not None:
             found.check()
         return found

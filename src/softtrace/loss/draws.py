@@ -62,7 +62,7 @@ def draw(
         seed: of the penalty.
         step: the global step, and which of its accumulated batches.
         rank: of the process.
-        counted: ``[B, T]`` bool, tokens that take part.
+        counted: ``[B, T]`` bool on the CPU, tokens that take part.
         share: of the candidates, in (0, 1]; at least one is taken.
         window: tokens of each, 1 to T.
         thresholds: bounds of the log-uniform τ.
@@ -80,16 +80,15 @@ def draw(
     if not len(rows):
         return None
     count = max(1, round(share * len(rows)))
-    device = rows.device
-    order = sent(torch.randperm(len(rows), generator=generator, device="cpu")[:count], device)
+    order = torch.randperm(len(rows), generator=generator, device="cpu")[:count]
     low, high = (math.log(bound) for bound in thresholds)
     levels = low + (high - low) * _stratified(count, generator)
     layers = depths[0] + (depths[1] - depths[0] + 1) * _stratified(count * window, generator)
     return Draw(
         rows[order],
         offset + places[order] * window,
-        sent(levels.exp(), device),
-        sent(layers.long().clamp(max=depths[1]).reshape(count, window), device),
+        levels.exp(),
+        layers.long().clamp(max=depths[1]).reshape(count, window),
     )
 
 
@@ -124,33 +123,32 @@ def draw_exits(
 ) -> ExitDraw:
     """Choose tokens of a batch for early exits, and after how many layers each is read.
 
-    Nothing is read from the device, which would have to wait for all that was given to it before:
-    ``n`` follows from the shape alone, and where fewer tokens count the rest is not used. What is
-    used depends on the tokens that count alone, not on the padding around them.
+    ``n`` follows from the shape alone, so that what is captured can be replayed, and where fewer
+    tokens count the rest is not used. What is used depends on the tokens that count alone, not on
+    the padding around them.
 
     Args:
         seed, step, rank: see :func:`draw`.
-        counted: ``[B, T]`` bool, tokens that take part.
+        counted: ``[B, T]`` bool on the CPU, tokens that take part.
         share: of them that are chosen, in (0, 1]; at least one, if any counts.
         bounds: smallest and largest number of layers, both included; those of any number of tokens
             are spread evenly.
     """
     generator = torch.Generator().manual_seed(hashed_seed(seed, *step, rank, 1))
-    total, device = counted.numel(), counted.device
+    total = counted.numel()
     count = max(1, round(share * total))
     # First what does not depend on the shape; of the keys a smaller batch has the first ones.
     start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
-    keys = sent(torch.rand(total, generator=generator, device="cpu"), device)
+    keys = torch.rand(total, generator=generator, device="cpu")
     low, high = bounds
     spread = (start + _GOLDEN * torch.arange(count, device="cpu")) % 1
     depths = (low + ((high - low + 1) * spread).long()).clamp(max=high)
     depths, ascending = depths.sort(stable=True)
-    ascending = sent(ascending, device)
     there = counted.flatten()
     key = torch.where(there, keys[(there.cumsum(0) - 1).clamp_min(0)], 2.0)
     first = key.sort(stable=True).indices[:count]  # who counts, in random order
     wanted = (share * there.sum()).round().clamp(min=1)
-    used = there.index_select(0, first) & (torch.arange(count, device=device) < wanted)
+    used = there.index_select(0, first) & (torch.arange(count, device="cpu") < wanted)
     first = torch.where(used, first, first[:1])  # what nobody counts is not even looked at
     return ExitDraw(first.index_select(0, ascending), depths, used.index_select(0, ascending))
 

@@ -28,7 +28,7 @@ from softtrace.loss.draws import ExitDraw
 from softtrace.loss.transfers import EarlyCopies
 from softtrace.model.hooks import Hook, on_input, register
 
-_CHUNK = 256
+CHUNK = 256
 """Tokens whose easiness is computed at a time, for it takes copies of their logits."""
 FUSED_CHUNK = 1024
 """Likewise where it is fused, which takes none, and is fast at many rows."""
@@ -157,7 +157,7 @@ def easiest(
     targets: Tensor,
     score: str | Easiness,
     share: float,
-    chunk: int = _CHUNK,
+    chunk: int = CHUNK,
 ) -> ExitDraw:
     """The easiest of the tokens that were drawn, as many of every depth as their share.
 

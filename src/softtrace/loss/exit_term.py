@@ -26,7 +26,7 @@ from softtrace.loss.cuda_graphs import (
     zero_unless,
 )
 from softtrace.loss.draws import ExitDraw
-from softtrace.loss.early_exits import FUSED_CHUNK, Seen, easiest, exit_distance, rows
+from softtrace.loss.early_exits import CHUNK, FUSED_CHUNK, Seen, easiest, exit_distance, rows
 from softtrace.loss.fused import Tensors, fused
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
@@ -176,12 +176,12 @@ def exit_mean(
     targets: Tensor,
     options: DensityOptions,
     read: Callable[[Tensor, int], Tensor],
-    **chunk: int,
+    chunk: int = CHUNK,
 ) -> ExitDistance:
     """See :class:`ExitTerm`, :func:`exit_distance` for ``read``, :func:`easiest` for ``chunk``."""
     readout, share = instrument.anatomy.readout, options.exit_quantile
     if share < 1:
-        drawn = easiest(seen, readout, drawn, targets, options.easiness, share, **chunk)
+        drawn = easiest(seen, readout, drawn, targets, options.easiness, share, chunk)
     distances = exit_distance(seen, readout, drawn, read)
     counted = torch.where(drawn.used, distances, 0.0)
     finite = counted.detach().isfinite().all()
@@ -234,7 +234,7 @@ def exits_and_gradients(
                 targets[None],
                 options,
                 read,
-                **({"chunk": FUSED_CHUNK} if options.fuse else {}),
+                FUSED_CHUNK if options.fuse else CHUNK,
             ),
         )
         assert found.finite is not None
