@@ -55,6 +55,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
         f"{preset}, not fused": {"preset": preset, "fuse": False}
         for preset in ("balanced", "sparse")
     },
+    "balanced, exit tokens 0.125": {"preset": "balanced", "exit_tokens": 0.125},
     "balanced, exits every 2nd": {"preset": "balanced", "exit_every": 2},
     "balanced, not captured": {"every": 2, "share": 0.15, "cuda_graph": False},
     "balanced, every 8th, share 0.3": {"every": 8, "share": 0.3},
