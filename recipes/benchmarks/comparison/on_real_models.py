@@ -19,11 +19,9 @@ read where they cost +1 % of plain fine-tuning's held-out loss, as in ``peers.py
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import json
 import statistics
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +35,10 @@ from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, sid
 from recipes.benchmarks.comparison.peer_losses import smoothed
 from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
+from recipes.benchmarks.comparison.real_texts import TEXTS, copied, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
 from recipes.benchmarks.places import RESULTS, ROOT
-from softtrace.data import Document, evenly, pack, read_documents, split_by_file
+from softtrace.data import evenly, pack
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
 from softtrace.evaluation.summary import summarise
@@ -49,50 +48,10 @@ from softtrace.model.loading import load_model, load_tokenizer
 
 RUNS = ROOT / "runs" / "on_real_models"
 MODELS = ("smollm2-135m", "gemma3-270m")
-TEXTS = ("prose", "python", "chat")
 BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
 HELD_OUT = 64  # blocks of 512 tokens for the loss
 MEASURED = 25  # times that the held-out loss is measured while training
-
-
-def documents(text: str, prose: Path) -> tuple[list[Document], list[Document]]:
-    """The training and the held-out side of a text."""
-    if text == "prose":
-        return read_documents(prose / "train.jsonl"), read_documents(prose / "held_out.jsonl")
-    packages = Path(sysconfig.get_paths()["purelib"])
-    source = [
-        document
-        for name in ("torch", "matplotlib", "transformers")
-        for document in read_documents(packages / name, (".py",))
-    ]
-    sides = split_by_file(source, 0.08, "softtrace")
-    return sides if text == "python" else (_chats(sides[0]), _chats(sides[1]))
-
-
-def _chats(source: list[Document]) -> list[Document]:
-    """A conversation a documented function: its docstring is asked for, its code is the answer."""
-    found = []
-    for document in source:
-        for node in _functions(str(document.text)):
-            said, body = ast.get_docstring(node), ast.unparse(node)
-            if said and 40 < len(said) < 1500 and len(body) < 4000:
-                node.body = node.body[1:] or [ast.Pass()]
-                asked = f"Write the Python function `{node.name}`.\n\n{said}"
-                answer = f"```python\n{ast.unparse(node)}\n```"
-                turns = [("user", asked), ("assistant", answer)]
-                messages = [{"role": role, "content": content} for role, content in turns]
-                text = json.dumps({"messages": messages})
-                found.append(Document(f"{document.name}:{node.name}", text, rendered=True))
-    return found
-
-
-def _functions(source: str) -> Iterator[ast.FunctionDef]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def make_tokens(models: Path, prose: Path, steps: int, only: list[str], texts: list[str]) -> None:
@@ -104,6 +63,7 @@ def make_tokens(models: Path, prose: Path, steps: int, only: list[str], texts: l
             print(f"{model} has no chat template: no chat for it")
             continue
         train, held_out = documents(text, prose)
+        print(text, f"lines of held-out text that training has: {copied(train, held_out):.3f}")
         found = {"train": evenly(pack(train, tokenizer, LENGTH), steps * ROWS)}
         found["held_out"] = evenly(pack(held_out, tokenizer, LENGTH), HELD_OUT)
         for length, count in BLOCKS.items():
@@ -166,12 +126,16 @@ def train(
     return {"seconds_a_step": seconds, "held_out_losses": losses}
 
 
-def plain_losses(name: str) -> dict[int, float] | None:
-    """Held-out losses by step of a plain run that is there already."""
+def plain_losses(name: str, blocks: str) -> dict[int, float] | None:
+    """Held-out losses by step of a plain run on the same blocks that is there already."""
     if not (path := RUNS / f"{name}.json").exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("held_out_losses", {})
-    return {int(step): loss for step, loss in found.items()} or None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("blocks") != blocks:
+        raise SystemExit(
+            f"{path.name} was trained on other blocks: make its tokens anew, or move it"
+        )
+    return {int(step): loss for step, loss in found.get("held_out_losses", {}).items()} or None
 
 
 def measures(
@@ -244,7 +208,7 @@ def run_all(args: argparse.Namespace) -> None:
         network = load_model(args.folder / model).float().to(device).train()
         if args.lora:
             network = with_lora(network)
-        plain = plain_losses(name_of(model, text, "plain 0", args, seed))
+        plain = plain_losses(name_of(model, text, "plain 0", args, seed), digest(tokens))
         method = WAYS[way](network, strength, seed, plain)
         trained = train(network, method, tokens, args, seed)
         if args.save:
@@ -253,7 +217,8 @@ def run_all(args: argparse.Namespace) -> None:
             )
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
-            "steps": args.steps, "lora": args.lora, **trained, **provenance(device),
+            "steps": args.steps, "lora": args.lora, "blocks": digest(tokens),
+            **trained, **provenance(device),
         }  # fmt: skip
         other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
         elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
@@ -268,17 +233,21 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def summarise_runs() -> None:
-    """Every run, and means over seeds; losses and side effects over the paired plain runs' mean."""
+    """Every run, and means over seeds; losses and side effects over the paired plain runs' mean.
+
+    Pairs saw the same blocks: a run without a plain one on its blocks is left out.
+    """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
     kinds = ("model", "text", "lora", "steps")
+    paired = (*kinds, "blocks", "seed")
     plain_runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         if run["method"] == "plain":
-            plain_runs.setdefault((*(run[k] for k in kinds), run["seed"]), []).append(run)
+            plain_runs.setdefault(tuple(run.get(k) for k in paired), []).append(run)
     plain = {key: mean_of(found) for key, found in plain_runs.items()}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
-        if (*(run[k] for k in kinds), run["seed"]) in plain:
+        if tuple(run.get(k) for k in paired) in plain:
             of = (*(run[k] for k in kinds), run["method"], run["strength"])
             rows.setdefault(of, []).append(run)
     table = [
@@ -316,7 +285,7 @@ def summarise_runs() -> None:
             },
         }
         for key, found in rows.items()
-        for pairs in [[plain[(*(run[k] for k in kinds), run["seed"])] for run in found]]
+        for pairs in [[plain[tuple(run.get(k) for k in paired)] for run in found]]
     ]  # fmt: skip
     write_json(
         RESULTS / "on_real_models.json",

@@ -61,7 +61,8 @@ def _said(page: str) -> str:
     return (
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
-        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']} "
+        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']}. "
+        "Training saw other versions of two thirds of the held-out prose, which are left out since "
         f"{sources(page, *_SOURCES)}."
     )
 
