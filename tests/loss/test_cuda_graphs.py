@@ -95,8 +95,50 @@ def test_a_replay_is_awaited_until_its_backward_pass_or_until_it_is_dropped(on_c
     assert not graph.awaited
     first, _ = graph.replay([x], [x])
     graph.replay([x], [x])
-    with pytest.raises(RuntimeError, match="was replayed since"):
+    with pytest.raises(RuntimeError, match="replayed or added up since"):
         first.backward()
+
+
+def test_gradients_are_added_without_a_copy_and_given_as_one(on_cpu: None) -> None:
+    model = nn.Linear(3, 2)
+    graph, _ = captured(model)
+    x, weight = torch.arange(3.0), model.weight
+
+    def exact(by: float) -> Tensor:
+        return torch.autograd.grad(by * (weight @ x).square().sum(), weight)[0]
+
+    first, _ = graph.replay([x], [x])
+    (given,) = torch.autograd.grad(2 * first, weight, retain_graph=True)
+    torch.testing.assert_close(given, exact(2))
+    (3 * first + weight.sum()).backward()  # after it was given, and beside another gradient
+    torch.testing.assert_close(weight.grad, exact(3) + 1)
+    with pytest.raises(RuntimeError, match="added up since"):
+        first.backward()
+    # The graph's own memory held the product, which was neither given away nor kept as .grad.
+    assert graph.gradients[1] is not None
+    torch.testing.assert_close(graph.gradients[1], exact(3))
+    weight.grad = None
+    graph.replay([x], [x])[0].backward()
+    graph.replay([2 * x], [x])[0].backward()
+    torch.testing.assert_close(weight.grad, 5 * exact(1))
+    torch.testing.assert_close(given, exact(2))
+
+
+def test_gradients_that_share_memory_are_multiplied_once(on_cpu: None) -> None:
+    model = nn.Linear(2, 2)
+    model.bias = nn.Parameter(torch.zeros(2, 2))
+
+    def run() -> list[Tensor | None]:
+        both = torch.ones(2, 2)
+        return [both.sum(), both, both]  # as of a sum of two weights
+
+    graph = Captured(run, [torch.zeros(1)], 1, model)
+    graph._graph.replay = lambda: None
+    (first,) = graph.replay([torch.zeros(1)])
+    (2 * first).backward()
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((2, 2), 2.0))
+    assert torch.equal(model.bias.grad, torch.full((2, 2), 2.0))
 
 
 def test_a_replay_without_anything_to_learn_has_no_graph(on_cpu: None) -> None:

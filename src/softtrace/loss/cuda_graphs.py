@@ -65,6 +65,9 @@ class Captured:
             found = self._capture(run)
         self._numbers = [each for each in found[:numbers] if each is not None]
         self.gradients = found[numbers:]
+        self._storages = Counter(
+            each.untyped_storage().data_ptr() for each in self.gradients if each is not None
+        )
 
     def _capture(self, run: Callable[[], Tensors]) -> Tensors:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -113,6 +116,12 @@ class Captured:
             leaves, gradients = zip(*pairs, strict=True)
             first = _Replayed.apply(self, gradients, first, *leaves)  # type: ignore[no-untyped-call]
         return [first, *others]
+
+    def is_apart(self, gradient: Tensor) -> bool:
+        """Whether it can be changed in place: all of its memory is its own, and of no other."""
+        storage = gradient.untyped_storage()
+        dense = storage.nbytes() == gradient.numel() * gradient.element_size()
+        return dense and self._storages[storage.data_ptr()] == 1
 
     def await_backward(self) -> _Awaited:
         """A token that lives as long as the autograd graph of this replay."""
@@ -310,8 +319,34 @@ class _Replayed(torch.autograd.Function):
         captured: Captured = ctx.captured
         if captured.number != ctx.number:
             raise RuntimeError(
-                "a second backward pass through a density term that was replayed since; set "
-                "cuda_graph=False"
+                "a second backward pass through a density term that was replayed or added up "
+                "since; set cuda_graph=False"
             )
         captured.ended()
-        return None, None, None, *torch._foreach_mul(list(ctx.gradients), gradient)
+        nodes = [node for node, _ in ctx.next_functions[-len(ctx.gradients) :]]
+        in_place: list[Tensor] = []
+        copied: list[Tensor] = []
+        for each, node in zip(ctx.gradients, nodes, strict=True):
+            (in_place if _is_added(node) and captured.is_apart(each) else copied).append(each)
+        found = {id(each): each for each in in_place}
+        if in_place:  # a copy of all would be held until the model's own gradients have come
+            captured.number += 1
+            torch._foreach_mul_(in_place, gradient)
+        if copied:
+            scaled = torch._foreach_mul(copied, gradient)
+            found.update(zip(map(id, copied), scaled, strict=True))
+        return None, None, None, *(found[id(each)] for each in ctx.gradients)
+
+
+def _is_added(node: Any) -> bool:
+    """Whether what a backward pass gives to a node goes into a ``.grad``, which copies or adds it.
+
+    What ``torch.autograd.grad`` gives is kept by who asked, so that the next replay must not write
+    there; the engine does not say whether it will execute such a leaf, but raises.
+    """
+    if node is None or not node.name().endswith("AccumulateGrad"):
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return False

@@ -146,7 +146,8 @@ class DensityLoss:
         if not self.options.reads_exits:
             yield watched
             return
-        modules = all_modules(self.model, *() if host is None else (host,))
+        own = all_modules(self.model)
+        modules = own if host is None else all_modules(self.model, host)
         if model.training and is_reentrant(modules):
             raise InvalidInputError(
                 "exits: found activation checkpointing with use_reentrant=True, under which layers "
@@ -154,7 +155,7 @@ class DensityLoss:
                 "(the default of transformers), or set exits=0"
             )
         anatomy, compiled = attach(model).anatomy, is_compiled(modules)
-        noted = compiled and not (model.training and is_checkpointed(all_modules(model)))
+        noted = compiled and not (model.training and is_checkpointed(own))
         if noted and (self._streams is None or self._streams.anatomy is not anatomy):
             # Also where this step reads none: what is compiled now is not compiled again then.
             self._streams = CompiledStreams(anatomy, self._depths(anatomy))

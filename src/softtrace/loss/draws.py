@@ -140,17 +140,29 @@ def draw_exits(
     # First what does not depend on the shape; of the keys a smaller batch has the first ones.
     start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
     keys = torch.rand(total, generator=generator, device="cpu")
-    low, high = bounds
-    spread = (start + _GOLDEN * torch.arange(count, device="cpu")) % 1
-    depths = (low + ((high - low + 1) * spread).long()).clamp(max=high)
-    depths, ascending = depths.sort(stable=True)
     there = counted.flatten()
-    key = torch.where(there, keys[(there.cumsum(0) - 1).clamp_min(0)], 2.0)
-    first = key.sort(stable=True).indices[:count]  # who counts, in random order
+    # index_select: indexing with a tensor wakes every thread of the CPU, milliseconds each time
+    own = keys.index_select(0, (there.cumsum(0) - 1).clamp_min_(0))
+    first = _smallest(torch.where(there, own, 2.0), count)  # who counts, in random order
     wanted = (share * there.sum()).round().clamp(min=1)
     used = there.index_select(0, first) & (torch.arange(count, device="cpu") < wanted)
     first = torch.where(used, first, first[:1])  # what nobody counts is not even looked at
+    low, high = bounds
+    if low == high:
+        return ExitDraw(first, torch.full((count,), low, device="cpu"), used)
+    spread = (start + _GOLDEN * torch.arange(count, device="cpu")) % 1
+    depths = (low + ((high - low + 1) * spread).long()).clamp(max=high)
+    depths, ascending = depths.sort(stable=True)
     return ExitDraw(first.index_select(0, ascending), depths, used.index_select(0, ascending))
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    """Places of the smallest, as a stable sort gives them, in an eighth of its time.
+
+    Keys are multiples of 2**-24, as float32 is drawn, so that place and key fit into one float64.
+    """
+    places = torch.arange(len(keys), device="cpu")
+    return (keys.double() * 2**24 * len(keys) + places).topk(count, largest=False).indices
 
 
 def _stratified(count: int, generator: torch.Generator) -> Tensor:

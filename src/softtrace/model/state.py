@@ -42,10 +42,10 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether any of them was compiled, in place or by a wrapper inside."""
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or "_orig_mod" in module._modules
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in modules
+        own.get("_compiled_call_impl") is not None
+        or "_orig_mod" in own["_modules"]
+        or ("forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"))
+        for own in map(vars, modules)  # a module itself is asked much more slowly
     )
 
 
@@ -82,9 +82,10 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
     """Whether any of them is run again in the backward pass."""
     modules = list(modules)
-    return bool(checkpointing(modules)) or any(
-        vars(module).get("gradient_checkpointing", False) for module in modules
-    )
+    return any(
+        "gradient_checkpointing" in own and own["gradient_checkpointing"]
+        for own in map(vars, modules)
+    ) or bool(checkpointing(modules))
 
 
 def is_reentrant(modules: Iterable[nn.Module]) -> bool:
@@ -93,7 +94,7 @@ def is_reentrant(modules: Iterable[nn.Module]) -> bool:
     if any(each.checkpoint_impl.name == "REENTRANT" for each in checkpointing(modules)):
         return True
     return any(
-        vars(module).get("gradient_checkpointing", False)  # a module is asked much more slowly
+        vars(module).get("gradient_checkpointing", False)
         and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
             "use_reentrant", True
         )
