@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softtrace import DensityLoss
+from softtrace.density import chunks
 from softtrace.graph.batch import Batch
 from softtrace.loss.masked_term import MaskedTerm, masked_term
 from softtrace.loss.windows import draw_windows
@@ -78,3 +79,26 @@ def test_static_runs_give_the_same_and_read_nothing(family: str, changes: dict[s
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(one, other)
     assert any(bool(each.any()) for each in wanted)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("distance", ["tv", "kl"])
+def test_a_few_logits_at_a_time_give_the_same(
+    distance: str, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.tiny("llama").double()
+    penalty = DensityLoss(model, share=1.0, crop=6, distance=distance)
+    windows, options = windows_of(model, penalty, tiny_prompt(12, seed=5, batch=4), None)
+    found = []
+    for at_once in (chunks.AT_ONCE, 100):
+        monkeypatch.setattr(chunks, "AT_ONCE", at_once)
+        with dropout_off(model):
+            term = masked_term(attach(model), windows, options, static=static)
+            found.append((term, gradients(model, term)))
+    (whole, by_whole), (parts, by_parts) = found
+    assert whole is not None
+    assert parts is not None
+    torch.testing.assert_close(whole.term, parts.term, rtol=1e-12, atol=0)
+    for one, other in zip(by_whole, by_parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert any(bool(each.any()) for each in by_parts)

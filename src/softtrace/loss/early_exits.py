@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.anatomy.readout import Readout
+from softtrace.density.chunks import distances
 from softtrace.density.distortion import divergence
 from softtrace.density.easiness import Easiness, easiness
 from softtrace.loss.draws import ExitDraw
@@ -127,7 +128,11 @@ def watching(
 
 
 def exit_distance(
-    seen: Seen, readout: Readout, drawn: ExitDraw, read: Callable[[Tensor, int], Tensor]
+    seen: Seen,
+    readout: Readout,
+    drawn: ExitDraw,
+    read: Callable[[Tensor, int], Tensor],
+    at_once: int | None = None,
 ) -> Tensor:
     """KL of the full prediction from exits, one number a chosen token, nats.
 
@@ -136,6 +141,7 @@ def exit_distance(
         readout: the model's final norm and head.
         drawn: ``n`` tokens, and after how many layers each is read.
         read: makes of the stream ``[m, d_model]`` after so many layers what the final norm reads.
+        at_once: how many distances; None for as many as memory allows.
 
     Returns:
         ``[n]``.
@@ -146,7 +152,8 @@ def exit_distance(
         for depth, chosen in enumerate(by_depth)
         if len(chosen)
     ]
-    return divergence(_full(seen, readout, drawn.places), readout.early(torch.cat(streams)))
+    full = _full(seen, readout, drawn.places)
+    return distances(divergence, full, readout.early(torch.cat(streams)), at_once)
 
 
 @torch.no_grad()

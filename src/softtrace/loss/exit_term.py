@@ -8,6 +8,7 @@ layers have other shapes at every step and are launched one operation at a time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -176,13 +177,15 @@ def exit_mean(
     targets: Tensor,
     options: DensityOptions,
     read: Callable[[Tensor, int], Tensor],
-    chunk: int = CHUNK,
+    *,
+    fused: bool = False,
 ) -> ExitDistance:
-    """See :class:`ExitTerm`, :func:`exit_distance` for ``read``, :func:`easiest` for ``chunk``."""
+    """See :class:`ExitTerm`, :func:`exit_distance` for ``read``; what is fused takes no copies."""
     readout, share = instrument.anatomy.readout, options.exit_quantile
+    chunk, at_once = (FUSED_CHUNK, sys.maxsize) if fused else (CHUNK, None)
     if share < 1:
         drawn = easiest(seen, readout, drawn, targets, options.easiness, share, chunk)
-    distances = exit_distance(seen, readout, drawn, read)
+    distances = exit_distance(seen, readout, drawn, read, at_once)
     counted = torch.where(drawn.used, distances, 0.0)
     finite = counted.detach().isfinite().all()
     return ExitDistance(counted.sum() / drawn.used.sum().clamp_min(1), finite)
@@ -234,7 +237,7 @@ def exits_and_gradients(
                 targets[None],
                 options,
                 read,
-                FUSED_CHUNK if options.fuse else CHUNK,
+                fused=bool(options.fuse),
             ),
         )
         assert found.finite is not None

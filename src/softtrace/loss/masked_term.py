@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softtrace.density.chunks import distances, rows_at_once
 from softtrace.density.distortion import DISTANCES
 from softtrace.density.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError
@@ -115,11 +116,11 @@ def masked_term(
     masked = instrument.exit_logits(*run, static=unchecked)
     if not unchecked:
         check_finite(masked.detach(), "logits of the masked run")
-    distances = _distances(full.flatten(0, 1).index_select(0, places), masked, options)
+    found = _distances(full.flatten(0, 1).index_select(0, places), masked, options)
     total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
     chosen = weights.index_select(0, places)
     # A static run also reads tokens without weight, whatever they give.
-    distortion = torch.where(chosen > 0, chosen * distances, 0.0).sum() / total
+    distortion = torch.where(chosen > 0, chosen * found, 0.0).sum() / total
     size = _size(recording.importance, traces, easy / total, options)
     term = distortion + options.size_weight * size if options.size_weight else distortion
     return MaskedTerm(
@@ -139,7 +140,11 @@ def _finite(full: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
 
 def _easy(full: Tensor, batch: Batch, options: DensityOptions) -> tuple[Tensor, Tensor]:
     """``[n, window]`` weights of easy tokens, and bool: which tokens were ranked for them."""
-    score = easiness(options.easiness)(full, batch.targets)
+    score_of, rows = easiness(options.easiness), len(full)
+    if not options.fuse:  # the scores take copies of the logits
+        rows = rows_at_once(full[0].numel())
+    parts = zip(torch.split(full, rows), torch.split(batch.targets, rows), strict=True)
+    score = torch.cat([score_of(*part) for part in parts])
     score = score.detach().to(working_dtype(full.dtype))
     inside = batch.counted & torch.isfinite(score)  # of a callable: infinite where never easy
     return easy_weights(score, inside, options.easy_quantile, options.easy_width), inside
@@ -149,13 +154,17 @@ def _distances(full: Tensor, masked: Tensor, options: DensityOptions) -> Tensor:
     """``[N]`` distances of masked predictions from the full ones, logits ``[N, V]`` both."""
     chosen = options.distance
     distance = chosen if callable(chosen) else DISTANCES[chosen]
-    distances: Tensor = distance(full, masked)
-    if distances.shape != masked.shape[:1]:
-        raise InvalidInputError(
-            f"distance: found shape {tuple(distances.shape)} for logits {tuple(masked.shape)}, "
-            f"allowed is [{len(masked)}], one number a token"
-        )
-    return distances
+
+    def of(full: Tensor, masked: Tensor) -> Tensor:
+        found: Tensor = distance(full, masked)
+        if found.shape != masked.shape[:1]:
+            raise InvalidInputError(
+                f"distance: found shape {tuple(found.shape)} for logits {tuple(masked.shape)}, "
+                f"allowed is [{len(masked)}], one number a token"
+            )
+        return found
+
+    return of(full, masked) if options.fuse else distances(of, full, masked)
 
 
 def _masks(
