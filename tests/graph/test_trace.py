@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 import softtrace
 from softtrace.errors import InvalidInputError
-from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
+from softtrace.graph.edges import (
+    EDGE_KINDS,
+    Edge,
+    EdgeImportance,
+    LayerEdges,
+    RowwiseEdges,
+)
 from softtrace.graph.masks import hard_masks, soft_masks
 from softtrace.graph.sizes import edge_counts, total_edges
 from softtrace.graph.trace import Trace, closure, extract_trace, trace_length
@@ -139,9 +145,17 @@ def test_layers_counted_one_by_one_or_together_are_the_same(
     together = edge_counts(masks)
     for layers in (1, 2):
         monkeypatch.setattr(
-            "softtrace.graph.attention_maps.CHUNK_ELEMENTS", layers * PADDED.numel() * 5
+            "softtrace.graph.attention_maps.CHUNK_ELEMENTS", 16 * layers * PADDED.numel() * 5
         )
         assert torch.equal(edge_counts(masks), together)
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_more_heads_than_a_byte_counts(rowwise: bool) -> None:
+    nodes = torch.ones(1, 3, dtype=torch.bool)
+    kept = torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 256, 3, 3)
+    counts = edge_counts([(RowwiseEdges if rowwise else LayerEdges)(kept, nodes, nodes, nodes)])
+    assert counts[0, :, 0, 0].tolist() == [256, 512, 768]
 
 
 def test_counts_stay_exact_under_autocast() -> None:

@@ -231,8 +231,9 @@ def exactness() -> str:
 
 
 def evaluating() -> str:
-    """How fast evaluate is, and how much of that is the model's own forward."""
-    result = read("evaluating.json")
+    """How fast evaluate is, how much of that is the model's own forward, and what the rest is."""
+    files = "evaluating.json", "evaluating-smollm2.json"
+    result, real = map(read, files)
     bare, whole = result["measure"], result["whole_command"]
     count = bare["runs_per_block"]
 
@@ -240,6 +241,8 @@ def evaluating() -> str:
         shown = (form.format(row[key]) for key in ("median", "min", "max"))
         return "{} ({} to {})".format(*shown)
 
+    own = real["measure"]
+    parts = ", ".join(f"{name} {share:.2f}" for name, share in list(own["parts"].items())[2:])
     return (
         f"`softtrace evaluate` explains {of(bare['tokens_per_second'])} tokens a second of the "
         f"shipped model, baselines and nuclei left out; the whole command with them "
@@ -248,8 +251,11 @@ def evaluating() -> str:
         f"{of(bare['share_of_26_masked'], '{:.0%}')} of a recording and 26, one for each "
         f"size that is reported. {result['blocks']} blocks of "
         f"{result['block_size']} tokens, {bare['seconds']['n']} interleaved rounds; "
-        f"{result['hardware']} "
-        f"{sources(CARD, 'speed/evaluating.py', 'results/evaluating.json')}."
+        f"{result['hardware']}. Of {real['blocks']} x {real['block_size']} tokens of SmolLM2-135M "
+        f"it takes {of(own['over_masked_runs'], '{:.2f}')} times as long as its masked runs and "
+        f"their logits (besides: {parts}); {own['seconds']['n']} rounds, {real['hardware']}, "
+        f"seconds in which a thread ran, at a load of {real['load']} "
+        f"{sources(CARD, 'speed/evaluating.py', *(f'results/{name}' for name in files))}."
     )
 
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import softtrace
+from recipes.benchmarks.speed.evaluation_parts import parts_timed
 from recipes.benchmarks.speed.steps import Way
 from recipes.benchmarks.speed.timing import seconds, settle
-from softtrace.anatomy.readout import Readout
-from softtrace.density import sweep
 from softtrace.density.curve import SIZES
 from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.measure import measure
@@ -102,21 +99,6 @@ def evaluated(model: nn.Module, batch: tuple[int, int] = EVALUATED) -> Any:
     plain forwards of the model with its own attention, of the same batches.
     """
     blocks = random_ids(model, *batch)
-    runs: list[float] = []
-    logits: list[float] = []
-
-    def timed(function: Callable[..., Any], taken: list[float]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            found = []
-            taken.append(seconds(lambda: found.append(function(*args, **options))))
-            return found[0]
-
-        return call
-
-    inside = (
-        mock.patch.object(sweep, "read_masked", timed(sweep.read_masked, runs)),
-        mock.patch.object(Readout, "logits", timed(Readout.logits, logits)),
-    )
 
     def measured(extra: int) -> None:
         measure(
@@ -133,17 +115,15 @@ def evaluated(model: nn.Module, batch: tuple[int, int] = EVALUATED) -> Any:
     found: dict[str, Any] = {"batch": list(batch), "forward": plain}
     measured(0)
     for name, extra in (("curves", 0), ("curves and baselines", batch[0])):
-        runs.clear()
-        logits.clear()
-        with inside[0], inside[1]:
+        with parts_timed() as parts:
             whole = seconds(lambda: measured(extra))  # noqa: B023
-        masked = sum(runs) + sum(logits)
         found[name] = {
             "seconds": whole,
-            "masked_runs": len(runs),
-            "masked_seconds": masked,
-            "over_masked_runs": whole / masked,
-            "over_forwards": whole / (plain * (len(runs) + 1)),
+            "masked_runs": parts.masked_runs,
+            "masked_seconds": parts.masked,
+            "over_masked_runs": whole / parts.masked,
+            "parts": parts.over_masked(whole),
+            "over_forwards": whole / (plain * (parts.masked_runs + 1)),
         }
     return found
 

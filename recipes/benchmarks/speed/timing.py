@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock time of one call, an accelerator's queue included."""
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call by a clock, wall-clock time by default; an accelerator's queue included."""
     settle()
-    began = time.perf_counter()
+    began = clock()
     function()
     settle()
-    return time.perf_counter() - began
+    return clock() - began
+
+
+def processor_clock(device: torch.device) -> Callable[[], float]:
+    """On a CPU seconds that neighbours do not prolong: those of all threads over their number."""
+    if device.type != "cpu":
+        return time.perf_counter
+    return lambda: time.process_time() / torch.get_num_threads()
 
 
 def settle() -> None:

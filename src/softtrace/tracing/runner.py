@@ -297,8 +297,12 @@ class Runner:
         Through the map that the model has for this exit, if it has one
         (:mod:`softtrace.model.exit_maps`).
         """
+        return self.anatomy.readout.early(self.exit_stream(hidden, depth))
+
+    def exit_stream(self, hidden: Tensor, depth: int) -> Tensor:
+        """That stream as the final norm reads it, through the exit's map if there is one."""
         maps = exit_maps_of(self.model)
-        return self.anatomy.readout.early(hidden if maps is None else maps(hidden, depth))
+        return hidden if maps is None else maps(hidden, depth)
 
     def _exit_logits_static(
         self,
