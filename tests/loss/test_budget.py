@@ -159,3 +159,19 @@ def test_it_goes_on_from_its_state() -> None:
 def test_references_that_are_none_are_refused(reference: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match=f"^reference.* {message}|^reference: {message}"):
         LossBudget(0.01, reference)
+
+
+def test_a_reference_of_another_training_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    held = LossBudget(BUDGET, PLAIN)
+    for step in range(EVERY, 20 * EVERY, EVERY):
+        held.update(step, held.reference_at(step) * 1.15)  # whatever the strength is
+    assert held.factor == FACTOR[0]
+    (said,) = caplog.messages
+    assert said.startswith("budget: at step 300 the held-out loss lies 15.0 % above the reference")
+    assert "fell to 1/64" in said
+
+
+def test_a_strength_that_brings_the_loss_back_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    for spent_at_first in (0.2, 1, 10):
+        training(spent_at_first, lag=3)
+    assert not caplog.messages

@@ -11,6 +11,7 @@ gain for both sides it was followed too late: 1.1 times the budget was spent in 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 
 from softtrace.checks import check_least, check_range
 from softtrace.errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
 
 #: gains below the budget and above, and bounds of a single change and of the whole factor: found on
 #: the toy of the tests, where 20 measurements with a noise of a fifth of the budget end at it, from
@@ -34,7 +37,8 @@ class LossBudget:
 
     It steers towards the budget, faster from above than from below, and needs some twenty
     measurements of the same held-out text over a training for that; noise of the held-out loss
-    should be well below the budget.
+    should be well below the budget. What is over the budget although next to nothing is left of the
+    strength is not the term's doing, and is said once.
 
     Args:
         budget: share by which the held-out loss may lie above the reference, > 0.
@@ -60,6 +64,7 @@ class LossBudget:
         self._start = start
         self.factor = 1.0
         self.spent: float | None = None
+        self._said = False
 
     def reference_at(self, step: int) -> float:
         """Loss of plain fine-tuning at a global step, nats."""
@@ -81,6 +86,15 @@ class LossBudget:
             gain = GAIN if expected < 1 else GAIN_ABOVE
             self.factor *= _within(CHANGE, math.exp(min(1.0, gain * (1 - expected))))
             self.factor = _within(FACTOR, self.factor)
+            if self.factor == FACTOR[0] and min(spent, before) > 1 and not self._said:
+                self._said = True
+                logger.warning(
+                    "budget: at step %d the held-out loss lies %.1f %% above the reference, where "
+                    "%.1f %% are allowed, although the strength fell to 1/%d of what was set. So "
+                    "it is not the term that costs it: make the reference with the same data, "
+                    "held-out text, batches and learning rate, at strength 0, or set no budget",
+                    step, 100 * spent * self.budget, 100 * self.budget, round(1 / FACTOR[0]),
+                )  # fmt: skip
         self.spent = spent
 
     def state(self) -> dict[str, float | None]:
