@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -30,6 +33,23 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Plots are empty files: drawing them takes longer than measuring a tiny model.
+
+    Plots are tested in ``tests/report``; commands draw theirs in ``tests/docs/test_readme.py``,
+    ``tests/cli/test_main.py`` and ``test_study.py``.
+    """
+
+    def save(figure: Any, path: Path) -> Path:
+        path.touch()
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softtrace.report.drawing.save", save)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

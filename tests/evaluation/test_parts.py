@@ -23,7 +23,7 @@ from softtrace.model.loading import load_model
 from tests.support.calls import CPU, changed
 from tests.support.corpus import write_model, write_tree
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("undrawn")]
 
 OPTIONS: dict[str, Any] = {
     "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "run": CPU,
