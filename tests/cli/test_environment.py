@@ -85,9 +85,7 @@ def test_a_kernel_without_a_gradient_is_named(
     sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernel = ("--model.attn_implementation", "flex_attention")
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # compiling takes half a minute, and changes nothing
+    with torch.compiler.set_stance("force_eager"):  # compiling takes long, and changes nothing
         assert main(fit_words(sources, tmp_path / "out", *kernel)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("softtrace fit: FlexAttention does not support backward on CPU")

@@ -1,7 +1,8 @@
 """Options of TRL's SFTTrainer, one after the other, on models of several families.
 
-What ``test_trl_sft.py`` tries with gradients by hand is not tried again here. TRL's own tests are not in its source distribution (1.16), and load their models from the hub.
-These are the options that they try, in our own words, so that TRL's next version is tried too.
+What ``test_trl_sft.py`` tries with gradients by hand is not tried again here. TRL's own tests are
+not in its source distribution (1.16), and load their models from the hub. These are the options
+that they try, in our own words, so that TRL's next version is tried too.
 """
 
 from __future__ import annotations
