@@ -40,7 +40,7 @@ def contents(out: Path) -> tuple[str, str]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Equal but for the rounding of MKL, which depends on where memory lies; bits: test_killed."""
+    """Equal but for the rounding of MKL, which depends on where memory lies; bits: processes."""
     first, second = (
         [re.split(r"(-?[0-9.]+(?:e-?[0-9]+)?)", text) for text in contents(out)]
         for out in (one, other)
