@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,14 @@ hypothesis.settings.register_profile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones first: two run at a time, and nothing should be left to wait for in the end."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    """Files with slow tests first, with thorough ones next, as each is run by one process of two.
+
+    So what is left in the end is soon done, and neither waits for the other.
+    """
+    marks: defaultdict[Path, set[str]] = defaultdict(set)
+    for item in items:
+        marks[item.path].update({"slow", "thorough"} & set(item.keywords))
+    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("slow", "thorough")])
 
 
 def pytest_collection_finish() -> None:

@@ -39,6 +39,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def arguments(sources: tuple[Path, Path], out: Path, *more: object) -> list[str]:
+    """A short fit whose model card has no measurements, which take as long again."""
     model, text = sources
     words = [
         *("--model.path", model, "--data.path", text, "--out", out, "--data.block_size", 16),
