@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test-fast test test-all test-browser test-loggers test-real check format families docs bench dist clean
+.PHONY: help quickstart test-fast test test-all test-most test-quantised test-browser test-loggers test-real check format families docs bench dist clean
 
 help:
 	@echo "make quickstart  fine-tune the shipped model with and without the penalty, compare (~10 min on 2 cores)"
@@ -39,8 +39,13 @@ test-fast: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-test-all: .venv/installed .venv/quantised
+test-all: test-most test-quantised
+
+# All that needs nothing beside the environment.
+test-most: .venv/installed
 	$(PYTEST) -m 'not quantised and not loggers and not browser and not real'
+
+test-quantised: .venv/installed .venv/quantised
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest -m quantised tests/anatomy/test_quantised.py
 
 test-loggers: .venv/installed .venv/loggers
@@ -48,7 +53,7 @@ test-loggers: .venv/installed .venv/loggers
 
 # Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 test-browser: .venv/installed
-	$(PYTEST) -m browser tests/report/test_html_page_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report/test_html_page_browser.py
 
 # Where SOFTTRACE_MODELS lies, or will; what is there already is not made again.
 test-real: export SOFTTRACE_MODELS := $(or $(SOFTTRACE_MODELS),runs/models)

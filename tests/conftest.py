@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -18,8 +23,40 @@ hypothesis.settings.register_profile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones first: two run at a time, and nothing should be left to wait for in the end."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    """Files with slow tests first, with thorough ones next, as each is run by one process of two.
+
+    So what is left in the end is soon done, and neither waits for the other.
+    """
+    marks: defaultdict[Path, set[str]] = defaultdict(set)
+    for item in items:
+        marks[item.path].update({"slow", "thorough"} & set(item.keywords))
+    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("slow", "thorough")])
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay, so the collector need not go through them: half a second for each trainer.
+
+    What tests make is collected as ever.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Plots are empty files: drawing them takes longer than measuring a tiny model.
+
+    Plots are tested in ``tests/report``; commands draw theirs in ``tests/docs/test_readme.py``,
+    ``tests/cli/test_main.py`` and ``test_study.py``.
+    """
+
+    def save(figure: Any, path: Path) -> Path:
+        path.touch()
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softtrace.report.drawing.save", save)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -27,6 +27,13 @@ CASES = sorted(VERIFIED)
 ROUNDING = 1e-4  # absolute, of logits: float32 of two routes through three or four layers
 
 
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    """All tests of a case come one after the other: its model is made once, and proven twice."""
+    name: str = request.param
+    return name
+
+
 @functools.lru_cache(maxsize=1)
 def model_of(case: str) -> PreTrainedModel:
     kind, changes = VERIFIED[case]
@@ -40,7 +47,6 @@ def test_the_zoo_is_as_large_as_promised() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
 def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
     ids, mask = padded()
     valid, model = mask.bool(), model_of(case)
@@ -69,7 +75,6 @@ def test_equals_the_models_own_run_and_a_literal_reference(case: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
 def test_masked_runs_equal_a_literal_reference(case: str) -> None:
     """Coins for every edge, with the attention of the full run; then the residual edges alone."""
     ids, mask = padded()
@@ -86,7 +91,6 @@ def test_masked_runs_equal_a_literal_reference(case: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
 def test_exits_are_read_where_they_are(case: str) -> None:
     """With every edge kept, exits of the full run; at full depth, the whole masked run."""
     ids, mask = padded()
@@ -109,7 +113,6 @@ def test_exits_are_read_where_they_are(case: str) -> None:
     torch.testing.assert_close(found, whole, atol=ROUNDING, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_gradients_reach_what_the_plain_loss_reaches(case: str) -> None:
     model, (ids, mask) = model_of(case), padded()
     instrument = softtrace.attach(model)

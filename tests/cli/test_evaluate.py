@@ -113,6 +113,7 @@ def test_curves_shares_and_agreement_are_consistent(density: dict[str, Any]) -> 
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_batch_size_changes_no_number(
     density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path, batch_size: int
@@ -127,6 +128,7 @@ def test_batch_size_changes_no_number(
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_measures_the_files_that_training_held_out(
     sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_non_finite_weights_are_named(sources: tuple[str, TextSource], tmp_path:
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path) -> None:
     evaluate(*sources, str(tmp_path / "out"), extra_blocks=0, **OPTIONS)
 
@@ -211,6 +214,7 @@ def test_the_file_is_strict_json(sources: tuple[str, TextSource], tmp_path: Path
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_chosen_positions_are_the_last_ones_of_each_block(
     density: dict[str, Any], sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
@@ -244,6 +248,7 @@ def test_more_positions_than_have_a_target_are_refused(
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_the_progress_bar_ends_where_it_said(
     sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

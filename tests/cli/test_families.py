@@ -17,7 +17,7 @@ from softtrace.model.loading import load_model
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.zoo import VERIFIED, tiny
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("undrawn")]
 
 #: pattern -> a case of the zoo that has it
 CASES = {

@@ -84,6 +84,7 @@ def test_what_was_trained_on_is_not_measured_as_held_out(
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_was_held_out_is_measured(
     command: str, fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -94,6 +95,7 @@ def test_what_was_held_out_is_measured(
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_all_text_is_measured_on_purpose(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from softtrace.cli.evaluate import evaluate
 from softtrace.cli.study import StudySource, study
 from softtrace.data import pack, read_documents, split_by_file
 from softtrace.data.text_source import TextSource
+from softtrace.density.curve import fine_thresholds
 from softtrace.errors import (
     DataError,
     InvalidInputError,
@@ -359,10 +360,16 @@ def test_blocks_are_those_of_pack(alone: dict[str, Any], sources: dict[str, str]
 
 @pytest.mark.thorough
 def test_sensitivity_measures_every_way(
-    sources: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Over a third of the fine grid, which evaluation/study/test_sensitivity.py has whole."""
+    grid = fine_thresholds()[::3]
+    monkeypatch.setattr("softtrace.evaluation.study.sensitivity.fine_thresholds", lambda: grid)
     models = [sources["before"], sources["after"]]
-    options = {**OPTIONS, "blocks": 3, "resamples": 20}
+    options = {**OPTIONS, "blocks": 2, "resamples": 20}
     out = tmp_path / "out"
     found = study(models, half(sources["text"]), str(out), sensitivity=True, **options)
     assert sorted(path.name for path in out.iterdir()) == ["sensitivity.json", "sensitivity.txt"]

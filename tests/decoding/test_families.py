@@ -63,15 +63,16 @@ def test_lossless_or_refused(case: str) -> None:
             StaticDecoder(model, exit_layer=1, backend=None, proven_exit=proven_exit)
         return
     found = speculate(
-        model, ids, exit_layer=1, max_new_tokens=12, draft_tokens=3, confidence=0, eos_token_id=-1
-    )
+        model, ids, exit_layer=1, max_new_tokens=12, draft_tokens=3, confidence=0, eos_token_id=-1,
+        proven_exit=check_cache(proven_exit, (1,)),
+    )  # fmt: skip
     assert found.tokens.tolist() == greedy(model, ids, 12, -1).tokens.tolist()
     rows = [ids[0], ids[0, 2:5]]
     static = StaticDecoder(
         model, exit_layer=1, draft_tokens=3, rows=2, capacity=18, backend=None, eos_token_id=-1,
         proven_exit=proven_exit,
     )  # fmt: skip
-    wanted = [greedy(model, row[None], 9, -1).tokens.tolist() for row in rows]
+    wanted = [found.tokens.tolist()[:9], greedy(model, rows[1][None], 9, -1).tokens.tolist()]
     assert [each.tokens.tolist() for each in static.speculate(rows, 9)] == wanted
     whole = ids
     for token in found.tokens.tolist():  # and what the model says without any cache

@@ -42,25 +42,24 @@ def no_cache(model: nn.Module, ids: Tensor, count: int, ends: tuple[int, ...] = 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("family", EXITING)
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize(("draft", "confidence"), [(1, 0.0), (3, 0.0), (6, 0.1)])
-def test_speculation_writes_what_plain_decoding_writes(
-    family: str, depth: int, draft: int, confidence: float
-) -> None:
+def test_speculation_writes_what_plain_decoding_writes(family: str) -> None:
     model = tiny_model(family, seed=2, dtype=torch.float64)
+    proven_exit = check_cache(check_early_exit(model))
     for seed in range(3):
         ids = tiny_prompt(5, seed=seed)
         wanted = no_cache(model, ids, NEW)
         assert greedy(model, ids, NEW).tokens.tolist() == wanted
-        found = speculate(
-            model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
-            confidence=confidence,
-        )  # fmt: skip
-        assert found.tokens.tolist() == wanted
-        assert 0 <= found.accepted <= found.drafted <= draft * found.checks
-        assert 1 + found.accepted <= len(wanted) <= 1 + found.accepted + found.checks
-        if draft == 1:
-            assert len(wanted) == 1 + found.checks  # a guess is right, or what the check says
+        for depth, (draft, confidence) in itertools.product((1, 2), ((1, 0.0), (3, 0.0), (6, 0.1))):
+            found = speculate(
+                model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
+                confidence=confidence, proven_exit=proven_exit,
+            )  # fmt: skip
+            where = seed, depth, draft
+            assert found.tokens.tolist() == wanted, where
+            assert 0 <= found.accepted <= found.drafted <= draft * found.checks, where
+            assert 1 + found.accepted <= len(wanted) <= 1 + found.accepted + found.checks, where
+            if draft == 1:
+                assert len(wanted) == 1 + found.checks  # a guess is right, or what the check says
 
 
 def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
@@ -93,12 +92,13 @@ def test_low_confidence_ends_a_draft() -> None:
 def test_text_ends_where_plain_decoding_ends() -> None:
     model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     plain = no_cache(model, ids, NEW, ())
+    proven_exit = check_cache(check_early_exit(model))
     for end in set(plain):
-        wanted = no_cache(model, ids, NEW, (end,))
+        wanted = plain[: plain.index(end) + 1]
         for depth, draft in itertools.product((1, 2), (1, 7)):
             found = speculate(
                 model, ids, exit_layer=depth, max_new_tokens=NEW, draft_tokens=draft,
-                confidence=0, eos_token_id=end,
+                confidence=0, eos_token_id=end, proven_exit=proven_exit,
             )  # fmt: skip
             assert found.tokens.tolist() == wanted
     several = speculate(model, ids, exit_layer=1, eos_token_id=plain[1:3])

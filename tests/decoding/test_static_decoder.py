@@ -113,8 +113,8 @@ def test_each_text_ends_by_itself() -> None:
 
 @pytest.mark.thorough
 def test_nothing_is_compiled_after_the_first_text() -> None:
-    model = tiny_model("llama", seed=2, dtype=torch.float64)
-    static = decoder(model, rows=2, backend="eager")
+    model = tiny_model("llama", seed=2, num_hidden_layers=2, dtype=torch.float64)
+    static = decoder(model, exit_layer=1, rows=2, backend="eager")
     before = graphs()
     static.plain(prompts_of(5), 4)
     static.speculate(prompts_of(5), 4)
@@ -154,9 +154,10 @@ def test_nor_is_it_for_other_ways_to_guess() -> None:
 
 @pytest.mark.thorough
 def test_other_weights_are_those_that_write() -> None:
-    model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)[0]
-    other = tiny_model("llama", seed=5, dtype=torch.float64)
-    static = decoder(model, backend="eager")
+    small: dict[str, Any] = {"num_hidden_layers": 2, "dtype": torch.float64}  # soon compiled
+    model, row = tiny_model("llama", seed=2, **small), tiny_prompt(5)[0]
+    other = tiny_model("llama", seed=5, **small)
+    static = decoder(model, exit_layer=1, backend="eager")
     wanted = [greedy(each, row[None], NEW, -1).tokens.tolist() for each in (model, other)]
     assert wanted[0] != wanted[1]
     assert tokens_of(static.speculate([row], NEW)) == wanted[:1]

@@ -145,11 +145,17 @@ EXTRA = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", TUTORIAL])
+@pytest.mark.parametrize("page", [TUTORIAL, "README.md"])
 def test_commands_run_one_after_the_other(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    """On a tiny model, with a few options more that keep it short."""
+    """On a tiny model, with a few options more that keep it short; the tutorial's draw."""
+    if page != TUTORIAL:
+        request.getfixturevalue("undrawn")
     monkeypatch.chdir(tmp_path)
     for name in ("create_repo", "upload_folder"):  # the hub
         monkeypatch.setattr(HfApi, name, Mock())

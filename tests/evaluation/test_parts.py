@@ -23,7 +23,7 @@ from softtrace.model.loading import load_model
 from tests.support.calls import CPU, changed
 from tests.support.corpus import write_model, write_tree
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("undrawn")]
 
 OPTIONS: dict[str, Any] = {
     "block_size": 8, "blocks": 7, "batch_size": 2, "extra_blocks": 3, "run": CPU,
@@ -40,7 +40,7 @@ def contents(out: Path) -> tuple[str, str]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Equal but for the rounding of MKL, which depends on where memory lies; bits: test_killed."""
+    """Equal but for the rounding of MKL, which depends on where memory lies; bits: processes."""
     first, second = (
         [re.split(r"(-?[0-9.]+(?:e-?[0-9]+)?)", text) for text in contents(out)]
         for out in (one, other)

@@ -1,7 +1,10 @@
-"""Real processes: the numbers are those of one, to the bit, however the blocks divide."""
+"""Real processes: the numbers are those of one, to the bit, however the blocks divide; also where
+they are killed: what is left is whole, and resumes."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,21 +18,11 @@ from tests.evaluation.test_parts import OPTIONS, contents
 from tests.support import warm
 from tests.support.calls import CPU
 from tests.support.corpus import write_model, write_tree
-from tests.support.processes import script_environment
+from tests.support.processes import ROOT, script_environment
 from tests.support.waiting import PATIENCE
 
 # MKL rounds by where memory lies, unless told otherwise
 ENVIRONMENT = {**script_environment(), "MKL_CBWR": "COMPATIBLE"}
-
-
-def launch(count: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """``softtrace evaluate`` by torchrun itself; ``accelerate launch`` does the same on GPUs."""
-    several = ("torch.distributed.run", "--nproc_per_node", str(count), "--standalone", "-m")
-    launcher = several if count > 1 else ()
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, "softtrace.cli", "evaluate", *words],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
 
 
 def ranks(count: int, words: list[str]) -> list[subprocess.CompletedProcess[str]]:
@@ -50,7 +43,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("one")
     write_model(root / "model")
     write_tree(root / "text")
-    done = launch(1, words_of(root / "model", root / "text", root / "out"))
+    words = words_of(root / "model", root / "text", root / "out")
+    done = subprocess.run(  # by an interpreter like any user's
+        [sys.executable, "-m", "softtrace.cli", "evaluate", *words],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 
@@ -67,12 +64,56 @@ def test_processes_equal_one(one: Path, tmp_path: Path, count: int) -> None:
     assert sum(done.stdout.count("written to") for done in all_done) == 1
 
 
+#: dies at the third rename of a file that was written: two parts are there, and half a name
+KILLED = """
+import os, signal, sys
+from softtrace import cli
+from softtrace import files
+
+renamed, rename = [], os.replace
+
+def replace(*paths):
+    renamed.append(paths)
+    if len(renamed) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*paths)
+
+files.os = type("Os", (), {**vars(os), "replace": staticmethod(replace)})
+sys.exit(cli.main(["evaluate", *sys.argv[2:]]))
+"""
+
+
+def killed(at: int, words: list[str]) -> int:
+    """Exit status of an evaluation that is killed at its ``at``-th rename; never at the 0-th."""
+    status: int = warm.run(
+        [sys.executable, "-c", KILLED, str(at), *words], env=ENVIRONMENT, cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    ).returncode  # fmt: skip
+    return status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "parts"), [(3, 2), (6, 4)], ids=["a part", "density.json"])
+def test_a_killed_evaluation_goes_on_to_the_same_bits(
+    one: Path, tmp_path: Path, at: int, parts: int
+) -> None:
+    """After four parts come tokens.jsonl and density.json."""
+    words = words_of(one / "model", one / "text", tmp_path / "out")
+    assert killed(at, words) == -signal.SIGKILL
+    assert len(list((tmp_path / "out" / FOLDER).glob("part-*.safetensors"))) == parts
+    assert not (tmp_path / "out" / "density.json").exists()
+    assert killed(0, [*words, "--resume", "true"]) == os.EX_OK
+    assert contents(tmp_path / "out") == contents(one / "out")
+    assert not (tmp_path / "out" / FOLDER).exists()
+
+
 @pytest.mark.slow
 def test_what_one_process_refuses_ends_all(tmp_path: Path) -> None:
+    """With nobody to end them, as torchrun would: each has to end by itself."""
     model = write_model(tmp_path / "model")
-    done = launch(2, words_of(model, tmp_path / "nothing", tmp_path / "out"))
-    assert done.returncode != 0
-    assert "no such file or folder" in done.stderr
+    all_done = ranks(2, words_of(model, tmp_path / "nothing", tmp_path / "out"))
+    assert all(done.returncode != 0 for done in all_done)
+    assert any("no such file or folder" in done.stderr for done in all_done)
     assert not (tmp_path / "out").exists()
 
 

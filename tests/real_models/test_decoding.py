@@ -10,12 +10,14 @@ from torch import Tensor
 
 from softtrace.anatomy.tolerances import tolerance
 from softtrace.decoding import StaticDecoder, check_cache, check_early_exit, generate, speculate
-from tests.support.real import DTYPES, LONG, MODELS, prompt, real_model, real_tokenizer
+from tests.support.real import GEMMA, LONG, SMOLLM, prompt, real_model, real_tokenizer
 
 pytestmark = pytest.mark.real
 
 NEW = 8
 PROMPTS = [(64, True), (64, False), (LONG, True)]
+#: of Gemma, whose layers see windows, that in which ties are no excuse
+CASES = [(SMOLLM, "float32"), (SMOLLM, "bfloat16"), (GEMMA, "float32")]
 
 
 class Decoder:
@@ -25,16 +27,20 @@ class Decoder:
         self.name, self.model = name, real_model(name, dtype)
         self.proven_exit = check_cache(check_early_exit(self.model))
         self.depth = self.proven_exit.layers // 2
+        self._plain: dict[tuple[int, ...], Tensor] = {}
 
     def plain(self, ids: Tensor) -> Tensor:
         """The new tokens of transformers' own greedy decoding."""
-        found: Tensor = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW
-        )
-        return found[0, ids.shape[1] :]
+        key = tuple(ids[0].tolist())
+        if key not in self._plain:
+            found: Tensor = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW
+            )
+            self._plain[key] = found[0, ids.shape[1] :]
+        return self._plain[key]
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in DTYPES])
+@pytest.fixture(scope="module", params=CASES)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return Decoder(*request.param)
 

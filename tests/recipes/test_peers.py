@@ -24,8 +24,6 @@ from tests.support.waiting import no_collector
 
 pytestmark = pytest.mark.thorough
 
-pytestmark = pytest.mark.thorough
-
 
 def exit_loss(model: Any, ids: torch.Tensor, depth: int) -> torch.Tensor:
     hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[depth]
@@ -311,8 +309,10 @@ def test_a_comparison_goes_on_where_it_stopped(
         f"peers.py --steps 2 --seeds 1 --batch-size 4 --blocks 4 --device cpu --out {out} "
         f"--model {model} --data {text} --methods"
     ).split()
+    monkeypatch.setattr(paired_runs, "NEW", 8)  # tokens a text
     monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2", "--keep", str(tmp_path)])
     peers.main()
+    monkeypatch.setattr(peers, "plot", lambda *_: None)  # twice is enough: it takes seconds
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
         "model",
         "text",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,7 +16,6 @@ from softtrace.data import read_documents, split_by_file
 from softtrace.errors import OutputExistsError
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support import warm
-from tests.support.waiting import PATIENCE
 
 
 @pytest.mark.slow
@@ -29,9 +27,7 @@ def test_a_short_run_writes_all_that_the_card_says(tmp_path: Path) -> None:
     command += ["--eval-every", "2", "--eval-blocks", "4", "--device", "cpu"]
     command += ["--layers", "3", "--hidden-size", "96", "--heads", "3", "--kv-heads", "1"]
     command += ["--vocabulary", "512"]
-    done = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = warm.run(command, cwd=ROOT, check=True, capture_output=True)
     said = done.stdout
     assert "held-out loss of the saved weights" in said
     facts = json.loads((output / "pretrain.json").read_text(encoding="utf-8"))

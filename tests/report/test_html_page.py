@@ -304,6 +304,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_shows_what_changed_against_a_base(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:

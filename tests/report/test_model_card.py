@@ -17,7 +17,7 @@ from softtrace.cli.fit import FitCLI, fit
 from softtrace.errors import DataError
 from softtrace.report.model_card import write_density, write_settings
 from softtrace.report.tables import MEASURES
-from tests.cli.test_fit import arguments
+from tests.cli.test_fit import arguments as without_density
 from tests.support.corpus import write_model, write_tree
 from tests.support.densities import synthetic_density
 
@@ -44,6 +44,11 @@ OPTIONS: dict[str, Any] = {
     "trainer": {"max_steps": 6, "precision": None},
     "penalty": {"strength": 0.35, "depths": [0.5, 1.0]},
 }
+
+
+def arguments(sources: tuple[Path, Path], out: Path, *more: object) -> list[str]:
+    """A short fit that measures for its card, as one does unless told otherwise."""
+    return without_density(sources, out, "--card_blocks", 16, *more)
 
 
 def write_both(folder: Path) -> bytes:

@@ -50,7 +50,7 @@ class Jobs:
             *("--trainer.max_steps", STEPS, "--model.learning_rate", 0.01),
             *("--checkpoint_every", 1, "--trainer.limit_val_batches", 0),
             *("--trainer.enable_progress_bar", "false", "--penalty.warmup_steps", 3),
-            *("--penalty.every", 2, *more),
+            *("--penalty.every", 2, "--card_blocks", 0, *more),
         ]
         return [sys.executable, *map(str, words)]
 

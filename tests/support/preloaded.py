@@ -1,10 +1,12 @@
 """What processes of tests import, to be imported once: see :mod:`tests.support.warm`.
 
-Nothing but imports: whatever ran here would have run in every one of those processes.
+Nothing but imports: whatever ran here would have run in every one of those processes. (And what
+was imported is kept from the collector, which would go through all of it in each.)
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 for _name in (
@@ -31,3 +33,6 @@ from transformers import (  # noqa: E402, F401
     PreTrainedTokenizerFast,
     Trainer,
 )
+
+gc.collect()
+gc.freeze()

@@ -23,6 +23,7 @@ def check_a_step(case: Case, folder: Path) -> Run:
     torch.manual_seed(0)
     run = fit(case, folder, OPTIONS)
     assert torch.equal(silent.weights, plain.weights)
+    assert [entry["loss"] for entry in silent.logged] == [entry["loss"] for entry in plain.logged]
 
     term, gradients = by_hand(case, run, OPTIONS)
     first = run.logged[0]
