@@ -12,7 +12,7 @@ from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import unplaced
 from softtrace.model.engines import ENGINES, engine_around
 from softtrace.model.flat_units import is_flat_unit, is_flattened, is_outermost
-from softtrace.model.sharding import is_in_parts, is_part, unit_of
+from softtrace.model.sharding import is_in_parts, is_in_zero, is_part, unit_of
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -59,6 +59,8 @@ def refuse_units(layers: Sequence[nn.Module], readout: Sequence[nn.Module]) -> N
     units = [unit_of(each) for each in layers]
     for module in readout:
         unit, name = unit_of(module), type(module).__name__
+        if is_in_zero(module):
+            continue
         if not is_flat_unit(unit):
             if is_in_parts(module) and any(unit is each for each in units):
                 raise UnsupportedModelError(

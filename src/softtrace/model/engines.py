@@ -83,7 +83,5 @@ def engine_around(model: nn.Module) -> Engine | None:
         if isinstance(module, nn.DataParallel):
             return engine("DataParallel")
     parameters = list(model.parameters())
-    if any(hasattr(each, "ds_id") for each in parameters):  # ZeRO 3 keeps parts of weights alone
-        return engine("DeepSpeed ZeRO 3")
     in_parts = any(map(is_part, parameters)) and not is_sharded(model)
     return engine("TP") if in_parts and not any(map(is_flattened, parameters)) else None
