@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from softtrace.model.flat_units import (
 from softtrace.model.state import all_modules
 from softtrace.model.zero_units import (
     apart,
+    beside_other_forwards,
     copied,
     gather,
     gathers_itself,
@@ -165,6 +166,19 @@ def hold(module: nn.Module) -> list[Any]:
     return []
 
 
+@contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Weights of some modules of ZeRO 3 whole for all that is inside, gathered once.
+
+    How often they are read inside may then differ between processes. Others are left as they are.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if is_in_zero(module):
+                stack.enter_context(gathered(module))
+        yield
+
+
 def is_in_zero(module: nn.Module) -> bool:
     """Whether the module is in a model of ZeRO 3, whose root is known."""
     unit = unit_of(module)
@@ -175,6 +189,11 @@ def run_alone(module: nn.Module, value: Tensor) -> Any:
     """What a module of ZeRO 3 gives, outside of the model's forward and of hooks on the module."""
     with gathered(module):
         return apart(module)(value)
+
+
+def among_forwards(model: nn.Module) -> AbstractContextManager[None]:
+    """A run of ours that may lie between another forward of the model and its backward pass."""
+    return beside_other_forwards(model) if is_in_zero(model) else nullcontext()
 
 
 def lasting(module: nn.Module, weight: Tensor) -> Tensor:

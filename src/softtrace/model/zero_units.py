@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from softtrace.model.state import all_modules
 
 
 def is_zero_root(module: nn.Module) -> bool:
@@ -115,11 +120,73 @@ def apart(module: nn.Module) -> nn.Module:
     """
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-    bare._parameters = {
+    weights: dict[str, Any] = {
         name: weight if weight is None or not torch.is_grad_enabled() else copied(weight)
         for name, weight in module._parameters.items()
     }
+    bare._parameters = weights
     bare._modules = {
         name: None if inner is None else apart(inner) for name, inner in module._modules.items()
     }
     return bare
+
+
+@contextmanager
+def beside_other_forwards(model: nn.Module) -> Iterator[None]:
+    """A forward between another one and its backward pass: each still lets go of its own weights.
+
+    ZeRO 3 counts on a module how many gradients of its inputs are to come, and lets go of its
+    weights at the last. A later forward counts anew. So before it the count is noted, and put back
+    in the backward pass where it is through with the module, or at once where there will be none.
+    Without this all weights are whole at the end of a backward pass through several forwards.
+    """
+    handles: list[RemovableHandle] = []
+    counts: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        count = vars(module).get("ds_grads_remaining", 0)
+        coming = [each for each in args if isinstance(each, Tensor) and each.requires_grad]
+        if not coming or not torch.is_grad_enabled():
+            counts.setdefault(module, count)
+            return None
+        call = _Call(module, count, len(coming))
+        wrapped = {id(each): _PutBack.apply(each, call) for each in coming}  # type: ignore[no-untyped-call]
+        return tuple(wrapped.get(id(each), each) for each in args)
+
+    try:
+        for module in all_modules(model):
+            if any(map(is_zero_weight, module._parameters.values())):
+                handles += [module.register_forward_pre_hook(note, prepend=True)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, count in counts.items():
+            vars(module)["ds_grads_remaining"] = count
+
+
+@dataclass
+class _Call:
+    """A module, what it had counted before this call of it, and what it counts in it."""
+
+    module: nn.Module
+    before: int
+    coming: int
+
+    def came(self) -> None:
+        """One of the gradients came."""
+        self.coming -= 1
+        if not self.coming:
+            vars(self.module)["ds_grads_remaining"] = self.before
+
+
+class _PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.call.came()
+        return gradient, None
