@@ -83,6 +83,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     found = {}
+    zero = [each for each in model.parameters() if hasattr(each, "ds_id")]
+    if zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(zero):
+            return {name: each.detach().clone() for name, each in model.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, value in model.named_parameters():
             whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -145,7 +151,7 @@ def trained_by_zero(
 
     model, optimizer = model_and_optimizer(None, torch.float32)
     settings = {
-        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero(stage), "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": 0.0,  # it would be 1
     }  # fmt: skip
     engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
@@ -157,6 +163,12 @@ def trained_by_zero(
         engine.step()
         losses.append(loss.detach())
     return losses, whole_weights(model)
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Settings of a stage of ZeRO; of stage 3 none keeps whole the weights of so small a model."""
+    kept = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {"stage": stage, **kept}
 
 
 def untouched(way: str) -> list[Tensor]:

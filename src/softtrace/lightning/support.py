@@ -49,8 +49,7 @@ LIGHTNING: tuple[Support, ...] = (
         "FSDPStrategy(use_orig_params=False)",
         engine("FSDP1 without use_orig_params").refused,
     ),
-    Support("strategy", "DeepSpeedStrategy", note="stages 1 and 2: weights are whole"),
-    Support("strategy", "DeepSpeedStrategy(stage=3)", engine("DeepSpeed ZeRO 3").refused),
+    Support("strategy", "DeepSpeedStrategy", note="stages 1 to 3"),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -94,8 +93,6 @@ def name_of(strategy: object) -> str:
     name, options = type(strategy).__name__, getattr(strategy, "kwargs", {})
     if name == "FSDPStrategy" and not options.get("use_orig_params", True):
         return f"{name}(use_orig_params=False)"
-    if getattr(strategy, "zero_stage_3", False):
-        return f"{name}(stage=3)"
     return name
 
 

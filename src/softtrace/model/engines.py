@@ -55,8 +55,8 @@ ENGINES: tuple[Engine, ...] = (
     Engine("DeepSpeed ZeRO 1 and 2", note="in both Trainers; weights are whole there"),
     Engine(
         "DeepSpeed ZeRO 3",
-        "it gathers weights in an order that it learns from the training's own forward, which runs "
-        "of ours are not; FSDP2 shards as much, and ZeRO 2 leaves weights whole",
+        note="in both Trainers; all processes take the same steps, and measure together, each what "
+        "is its own; no leaf modules",
     ),
     Engine(
         "TP",
