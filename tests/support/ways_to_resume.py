@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss
 from softtrace.hf import with_density
 from softtrace.lightning import DensityMonitor, DensityPenalty
-from tests.support import warm, ways_to_shard
+from tests.support import warm, ways_to_zero
 from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
 from tests.support.processes import as_rank, script_environment
@@ -218,7 +218,7 @@ def strategy(way: str, module: Ranked) -> dict[str, Any]:
     deepspeed = DeepSpeedStrategy(
         stage=int(way.partition(" ")[2]), zero_allow_untested_optimizer=True
     )
-    deepspeed.config["zero_optimization"].update(ways_to_shard.zero(int(way.partition(" ")[2])))
+    deepspeed.config["zero_optimization"].update(ways_to_zero.zero(int(way.partition(" ")[2])))
     return {"strategy": deepspeed}
 
 
@@ -289,7 +289,7 @@ def deepspeed(folder: str, stage: str, accumulate: str) -> None:
 def zero(stage: int) -> dict[str, Any]:
     """A configuration of DeepSpeed in which the Trainer's optimiser is kept."""
     return {
-        "zero_optimization": ways_to_shard.zero(stage),
+        "zero_optimization": ways_to_zero.zero(stage),
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

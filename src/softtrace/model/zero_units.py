@@ -33,6 +33,11 @@ def gathers_itself(module: nn.Module) -> bool:
     return "ds_id" in vars(module)
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether ZeRO 3 was told to gather the module and all inside it as one."""
+    return bool(vars(module).get("_z3_leaf", False))
+
+
 def is_zero_weight(weight: object) -> bool:
     """Whether ZeRO 3 keeps this weight in parts, be it whole at this moment or not."""
     return hasattr(weight, "ds_id")
