@@ -271,12 +271,16 @@ def hf(folder: str, checkpoint: str, version: str) -> None:
         torch.save(loaded, Path(folder, f"trainer-{training.args.world_size}.pt"))
 
 
+EPSILON = 1e-3  # of AdamW where weights are float32's
+
+
 def deepspeed(folder: str, stage: str, accumulate: str) -> None:
     """Train by a stage of ZeRO; what each process has at the end."""
     training: Any = with_density(OrderedTrainer)(
         model=tiny_model("llama").train(),
         args=arguments(
-            Path(folder), deepspeed=zero(int(stage)), gradient_accumulation_steps=int(accumulate)
+            Path(folder), deepspeed=zero(int(stage)), gradient_accumulation_steps=int(accumulate),
+            adam_epsilon=EPSILON,
         ),
         train_dataset=rows(), density=OPTIONS,
     )  # fmt: skip
