@@ -49,7 +49,8 @@ LIGHTNING: tuple[Support, ...] = (
         "FSDPStrategy(use_orig_params=False)",
         engine("FSDP1 without use_orig_params").refused,
     ),
-    Support("strategy", "DeepSpeedStrategy", note="stages 1 to 3"),
+    Support("strategy", "DeepSpeedStrategy", note="stages 1 and 2: weights are whole"),
+    Support("strategy", "DeepSpeedStrategy(stage=3)", note="no leaf modules"),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -89,10 +90,12 @@ LIGHTNING: tuple[Support, ...] = (
 
 
 def name_of(strategy: object) -> str:
-    """A strategy as the table has it: its class, and the setting by which it is refused."""
+    """A strategy as the table has it: its class, and the setting that has a row of its own."""
     name, options = type(strategy).__name__, getattr(strategy, "kwargs", {})
     if name == "FSDPStrategy" and not options.get("use_orig_params", True):
         return f"{name}(use_orig_params=False)"
+    if getattr(strategy, "zero_stage_3", False):
+        return f"{name}(stage=3)"
     return name
 
 
