@@ -22,7 +22,7 @@ from tests.support.ways_to_shard import (
     trained,
     whole_weights,
 )
-from tests.support.ways_to_zero import ALONE, FAMILIES, family
+from tests.support.ways_to_zero import ALONE, FAMILIES, family, uneven
 
 pytestmark = [pytest.mark.thorough, deepspeed]
 
@@ -84,6 +84,13 @@ def test_gradients_reach_weights_that_were_let_go_of(parts: list[dict[str, Any]]
     optimizer.step()
     for found in parts:
         torch.testing.assert_close(found["term alone"], whole_weights(model), atol=1e-5, rtol=0)
+
+
+def test_processes_may_read_another_number_of_exits(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        with as_rank(rank):
+            wanted = uneven(rank, model_and_optimizer(None, torch.float32)[0])
+        torch.testing.assert_close(found["uneven"], wanted, atol=1e-5, rtol=0)
 
 
 def test_the_backward_pass_lets_go_of_weights(parts: list[dict[str, Any]]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from softtrace import DensityLoss, attach, density_curve
 from softtrace.errors import UnsupportedModelError
-from tests.support.tiny import tiny_model
+from softtrace.loss import exit_term
+from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.ways_to_shard import (
     OPTIONS,
     ROWS,
@@ -88,6 +89,7 @@ def of_ways(ways: Sequence[str], rank: int, ranks: int) -> dict[str, Any]:
         **{name: steps_of(family(name), soft, 2, rank, ranks)[1] for name in FAMILIES},
         "untouched": [plain(None), plain(0.0)],
         "term alone": of_the_term_alone(rank),
+        "uneven": uneven_in_parts(rank),
         "whole in the backward pass": [most_whole(name, rank, ranks) for name in (None, *OPTIONS)],
         "wrong on one": said_of_wrong_on_one(parts()),
         "curve": density_curve(parts(), *batch(0, 0, 1)).total_variation,
@@ -147,6 +149,27 @@ def of_the_term_alone(rank: int) -> dict[str, Tensor]:
     engine.backward(DensityLoss(model, **ALONE)(ids, mask, step=0).loss)
     engine.step()
     return whole_weights(model)
+
+
+def uneven(rank: int, model: Any, by: Any = None) -> Tensor:
+    """Loss of a batch that is longer on one process, whose forward gives no logits to rank by."""
+    ids = tiny_prompt(LONGER[rank], seed=rank, batch=ROWS)
+    density = DensityLoss(model, **OPTIONS["default"], exit_quantile=0.5)
+    with patch.object(exit_term.exit_mean, "__defaults__", (2,)):  # a portion's tokens
+        with density.watching(step=0) as watched:
+            task = (by or model)(input_ids=ids, logits_to_keep=1, use_cache=False).logits.mean()
+        loss: Tensor = task + density(ids, step=0, watched=watched).loss
+    loss.backward() if by is None else by.backward(loss)
+    return loss.detach()
+
+
+LONGER = (5, 17)  # tokens of a sequence on the two processes
+
+
+def uneven_in_parts(rank: int) -> Tensor:
+    """:func:`uneven` by ZeRO 3."""
+    model, optimizer = model_and_optimizer(None, torch.float32)
+    return uneven(rank, model, engine_of(model, optimizer))
 
 
 def most_whole(name: str | None, rank: int, ranks: int) -> float:

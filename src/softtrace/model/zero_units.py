@@ -30,7 +30,7 @@ def is_zero_root(module: nn.Module) -> bool:
 
 def gathers_itself(module: nn.Module) -> bool:
     """Whether hooks of ZeRO 3 gather the module's own weights, if it has any."""
-    return "ds_id" in vars(module)
+    return "ds_id" in getattr(module, "__dict__", ())
 
 
 def is_leaf(module: nn.Module) -> bool:
