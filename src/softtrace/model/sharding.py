@@ -1,10 +1,11 @@
-"""Weights that FSDP shards: whole only while the unit that holds them runs.
+"""Weights that FSDP and ZeRO 3 shard: whole only while the unit that holds them runs.
 
 A unit gathers its weights before its own forward and lets go of them after it. Hooks of ours inside
 of that forward find them whole. What is read or run outside of it has to have them gathered:
 :func:`gathered` for reading, :func:`within_units` for running with gradients. All processes have to
 come here together, as each of these waits for the others. Units are modules that ``fully_shard``
-was called on (FSDP2), or wrappers (FSDP1, :mod:`softtrace.model.flat_units`).
+was called on (FSDP2), wrappers (FSDP1, :mod:`softtrace.model.flat_units`), or the model itself, in
+which each module gathers its own (DeepSpeed's ZeRO 3, :mod:`softtrace.model.zero_units`).
 """
 
 from __future__ import annotations
@@ -204,8 +205,10 @@ def lasting(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def wraps_outputs(module: nn.Module) -> bool:
-    """Whether a forward hook on the module lets go of its weights, and gathers them again for the
-    backward pass of what it finds as output."""
+    """Whether a forward hook on the module has to see its output last.
+
+    It lets go of its weights, and gathers them again for the backward pass of what it finds.
+    """
     return is_unit(module) or gathers_itself(module)
 
 
@@ -227,13 +230,10 @@ def within_units(
         unit: Any = unit_of(module)
         if is_flat_unit(unit):
             units[id(unit)] = unit
-        elif (
-            unit is not None
-            and not is_in_zero(module)
-            and (
-                is_in_parts(module)
-                or (torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root)
-            )
+        elif unit is None or is_zero_root(unit):  # whole, or each module gathers its own
+            continue
+        elif is_in_parts(module) or (
+            torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root
         ):
             units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
     for unit in units.values():
