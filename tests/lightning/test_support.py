@@ -26,7 +26,10 @@ pytestmark = pytest.mark.thorough
 
 
 #: these have tests of their own, in several processes
-ELSEWHERE = {"DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+ELSEWHERE = {
+    *("DDPStrategy", "DeepSpeedStrategy", "DeepSpeedStrategy(stage=3)", "FSDPStrategy"),
+    "ModelParallelStrategy",
+}
 
 #: refused rows that are no strategies: what is fitted, and what the error says
 REFUSED: dict[str, tuple[type[Tuner], type[Exception], str]] = {

@@ -28,18 +28,24 @@ SUPPORTED = {
     "FSDP1": "loss/test_together.py",
     "offloading by Accelerate": "model/test_devices.py",
     "DeepSpeed ZeRO 1 and 2": "loss/test_zero.py",
+    "DeepSpeed ZeRO 3": "loss/test_zero.py",
     "device_map": "model/test_several_devices.py",
 }
 #: supported row that splits weights -> the file that measures it
-MEASURING = {"FSDP2": "evaluation/test_sharded.py", "FSDP1": "evaluation/test_sharded.py"}
+MEASURING = {
+    "FSDP2": "evaluation/test_sharded.py",
+    "FSDP1": "evaluation/test_sharded.py",
+    "DeepSpeed ZeRO 3": "lightning/test_deepspeed.py",
+}
 #: supported row that splits a model -> what its rows of the exactness table begin with
 MEASURED = {
     "FSDP2": ("FSDP2",),
     "FSDP1": ("FSDP1",),
     "DeepSpeed ZeRO 1 and 2": ("ZeRO 1", "ZeRO 2"),
+    "DeepSpeed ZeRO 3": ("ZeRO 3",),
 }
 #: refused by the integrations, where they can be seen
-BY_TRAINERS = {"CP", "SP", "TP", "DeepSpeed ZeRO 3"}
+BY_TRAINERS = {"CP", "SP", "TP"}
 
 
 def flat(model: Any) -> Any:
@@ -48,8 +54,8 @@ def flat(model: Any) -> Any:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
 
 
-def zero_3(model: Any) -> Any:
-    model.lm_head.weight.ds_id = 7
+def leaves(model: Any) -> Any:
+    model.model.layers[1].mlp._z3_leaf = True
     return model
 
 
@@ -70,8 +76,8 @@ def copied(model: Any) -> Any:
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "FSDP1 without use_orig_params": flat, "DeepSpeed ZeRO 3": zero_3, "TP": split,
-    "DataParallel": copied,
+    "FSDP1 without use_orig_params": flat, "TP": split, "DataParallel": copied,
+    "DeepSpeed ZeRO 3 with leaf modules": leaves,
 }  # fmt: skip
 
 
@@ -97,10 +103,10 @@ def test_what_splits_a_model_was_measured() -> None:
             assert len(gaps) == 4  # of losses and of weights, on two processes and on three
             assert max(gaps) < (1e-12 if row.startswith("FSDP") else 1e-5)  # ZeRO's are float32's
             assert found["resumed"][row]["largest"] == 0
-    for strategy in ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
-        assert (
-            found["inert"][strategy]["strength 0"] == 0 < found["inert"][strategy]["strength 0.6"]
-        )
+    deepspeed = "DeepSpeedStrategy", "DeepSpeedStrategy(stage=3)"
+    for strategy in ("ModelParallelStrategy", "FSDPStrategy", *deepspeed):
+        way = found["inert"][strategy]
+        assert way["strength 0"] == 0 < way["strength 0.6"]
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")

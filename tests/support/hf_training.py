@@ -86,6 +86,7 @@ def by_hand(
     added: list[float] | None = None,
     dtype: torch.dtype = torch.float64,
     clip: float = 0.5,
+    epsilon: float = 1e-8,
 ) -> nn.Module:
     """The Trainer's loop written out, the batches of all processes one after the other.
 
@@ -97,10 +98,11 @@ def by_hand(
         added: gets what each step adds to the task loss.
         dtype: of the weights.
         clip: the largest norm of gradients; 0 for any.
+        epsilon: of AdamW; a large one does not blow up rounding of gradients that are next to 0.
     """
     model = tiny_model("llama", dtype=dtype).train()
     density = DensityLoss(model, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, eps=epsilon)
     micro = [stacked(rows()[i : i + MICRO]) for i in range(0, ROWS, MICRO)]
     for step, first in enumerate(range(0, len(micro), accumulate * ranks)):
         group = micro[first : first + accumulate * ranks]

@@ -12,5 +12,5 @@ cuda = pytest.mark.skipif(
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed, which compiles C++ and is no dependency, is not installed; what it gave is "
-    "in results/exactness.json (ZeRO 1 and 2), and pip install deepspeed runs this test",
+    "in results/exactness.json (ZeRO 1, 2 and 3), and pip install deepspeed runs this test",
 )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss
 from softtrace.hf import with_density
 from softtrace.lightning import DensityMonitor, DensityPenalty
-from tests.support import warm
+from tests.support import warm, ways_to_zero
 from tests.support.fitting import Batch, Batches, Tuner, batches, trainer
 from tests.support.hf_training import OPTIONS, OrderedTrainer, arguments, rows
 from tests.support.processes import as_rank, script_environment
@@ -207,7 +207,7 @@ def lightning(
 
 
 def strategy(way: str, module: Ranked) -> dict[str, Any]:
-    """Options of a Trainer for "FSDP2", "FSDP1", "ZeRO 1" or "ZeRO 2"."""
+    """Options of a Trainer for "FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2" or "ZeRO 3"."""
     if way == "FSDP2":
         parallel = ModelParallelStrategy(data_parallel_size=module.world, tensor_parallel_size=1)
         return {"strategy": parallel}
@@ -215,8 +215,11 @@ def strategy(way: str, module: Ranked) -> dict[str, Any]:
         layers = {type(module.model.model.layers[0])}
         flat = FSDPStrategy(auto_wrap_policy=layers, state_dict_type="sharded")
         return {"strategy": flat, "plugins": [AsItIs("32-true")]}
-    stage = int(way.partition(" ")[2])
-    return {"strategy": DeepSpeedStrategy(stage=stage, zero_allow_untested_optimizer=True)}
+    deepspeed = DeepSpeedStrategy(
+        stage=int(way.partition(" ")[2]), zero_allow_untested_optimizer=True
+    )
+    deepspeed.config["zero_optimization"].update(ways_to_zero.zero(int(way.partition(" ")[2])))
+    return {"strategy": deepspeed}
 
 
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
@@ -268,12 +271,16 @@ def hf(folder: str, checkpoint: str, version: str) -> None:
         torch.save(loaded, Path(folder, f"trainer-{training.args.world_size}.pt"))
 
 
+EPSILON = 1e-3  # of AdamW where weights are float32's
+
+
 def deepspeed(folder: str, stage: str, accumulate: str) -> None:
     """Train by a stage of ZeRO; what each process has at the end."""
     training: Any = with_density(OrderedTrainer)(
         model=tiny_model("llama").train(),
         args=arguments(
-            Path(folder), deepspeed=zero(int(stage)), gradient_accumulation_steps=int(accumulate)
+            Path(folder), deepspeed=zero(int(stage)), gradient_accumulation_steps=int(accumulate),
+            adam_epsilon=EPSILON,
         ),
         train_dataset=rows(), density=OPTIONS,
     )  # fmt: skip
@@ -286,7 +293,7 @@ def deepspeed(folder: str, stage: str, accumulate: str) -> None:
 def zero(stage: int) -> dict[str, Any]:
     """A configuration of DeepSpeed in which the Trainer's optimiser is kept."""
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": ways_to_zero.zero(stage),
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

@@ -83,6 +83,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     found = {}
+    zero = [each for each in model.parameters() if hasattr(each, "ds_id")]
+    if zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(zero):
+            return {name: each.detach().clone() for name, each in model.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, value in model.named_parameters():
             whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -132,31 +138,10 @@ def of_all_ranks(model: nn.Module, density: DensityLoss, step: int, ranks: int) 
         loss.backward()
         losses.append(loss.detach())
     for weight in model.parameters():  # not the loss: a term's is a float32
-        assert weight.grad is not None
-        weight.grad /= ranks
+        if weight.requires_grad:
+            assert weight.grad is not None
+            weight.grad /= ranks
     return losses
-
-
-def trained_by_zero(
-    stage: int, options: dict[str, Any], steps: int, rank: int, ranks: int
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """:func:`trained` by a stage of DeepSpeed's ZeRO, which computes in float32."""
-    import deepspeed
-
-    model, optimizer = model_and_optimizer(None, torch.float32)
-    settings = {
-        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": 0.0,  # it would be 1
-    }  # fmt: skip
-    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-    density = DensityLoss(model, **options)
-    losses = []
-    for step in range(steps):
-        loss = loss_of(engine, density, step, rank, ranks)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach())
-    return losses, whole_weights(model)
 
 
 def untouched(way: str) -> list[Tensor]:
@@ -245,11 +230,14 @@ def said_by(*wrongs: Callable[[], Any]) -> dict[str, str]:
 
 def wrong_on_one(way: str) -> dict[str, str]:
     """What each process says of a batch or a forward that is wrong on the second alone."""
+    return said_of_wrong_on_one(model_and_optimizer(WAYS[way])[0])
+
+
+def said_of_wrong_on_one(model: Any) -> dict[str, str]:
     rank = torch.distributed.get_rank()
-    model: Any = model_and_optimizer(WAYS[way])[0]
     density = DensityLoss(model, share=1.0, exits=0.0)
     ids, mask = batch(0, rank, 2)
-    nan = torch.tensor(torch.nan if rank == 1 else 1.0, dtype=torch.float64)
+    nan = torch.tensor(torch.nan if rank == 1 else 1.0, dtype=model.dtype)
 
     def wrong_mask() -> None:
         density(ids, mask + mask * rank)
@@ -329,9 +317,9 @@ def of_ranks(folder: Path, ranks: int, *ways: str) -> list[dict[str, Any]]:
 def main(folder: str, *ways: str) -> None:
     rank, ranks = begin()
     if ways[0].startswith("ZeRO"):
-        stage = int(ways[0].partition(" ")[2])
-        by_zero = trained_by_zero(stage, OPTIONS["default"], STEPS, rank, ranks)
-        torch.save({f"{ways[0]}, default": by_zero}, Path(folder, f"{rank}.pt"))
+        from tests.support import ways_to_zero  # which is made from this
+
+        torch.save(ways_to_zero.of_ways(ways, rank, ranks), Path(folder, f"{rank}.pt"))
         torch.distributed.barrier()
         os._exit(0)
     found: dict[str, Any] = {

@@ -46,6 +46,7 @@ from tests.support.ways_to_fit import OPTIONS, WAYS
 STEPS = 50
 IN_PARTS = {
     "ModelParallelStrategy": "FSDP2", "FSDPStrategy": "FSDP1", "DeepSpeedStrategy": "ZeRO 2",
+    "DeepSpeedStrategy(stage=3)": "ZeRO 3",
 }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def inert_row(
 def resumed(args: argparse.Namespace) -> dict[str, Any]:
     """Straight runs against runs that were resumed at every step: max |Δw|."""
     found = dict(args.known.get("resumed", {}))
-    for way in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2"):
+    for way in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2", "ZeRO 3"):
         if way in (args.fits or [way]) and is_there(way):
             found[way] = resumed_in_parts(way)
     if not args.fits:
@@ -279,8 +280,9 @@ def sharded(args: argparse.Namespace) -> dict[str, Any]:
         ("FSDP2", 2, others), ("FSDP2", 3, ("norm and head",)), ("FSDP1", 2, flat),
         ("FSDP1", 3, ("flat",)), ("ZeRO 1", 2, ("ZeRO 1",)), ("ZeRO 2", 2, ("ZeRO 2",)),
         ("ZeRO 1", 3, ("ZeRO 1",)), ("ZeRO 2", 3, ("ZeRO 2",)),
+        ("ZeRO 3", 2, ("ZeRO 3",)), ("ZeRO 3", 3, ("ZeRO 3",)),
     ):  # fmt: skip
-        if not is_there(engine):
+        if engine not in (args.fits or [engine]) or not is_there(engine):
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = ways_to_shard.of_ranks(Path(folder), ranks, *ways)

@@ -205,7 +205,7 @@ def exactness() -> str:
             f"| {shown}, resumed at each of {row['steps']} steps, against a straight run | "
             f"{row['largest']:g} (another strength from there: {row['control']:.0e}) |"
         )
-    for engine in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2"):
+    for engine in ("FSDP2", "FSDP1", "ZeRO 1", "ZeRO 2", "ZeRO 3"):
         row = result["resumed"][engine]
         lines.append(
             f"| {engine} in Lightning, two processes, resumed after half of {row['steps']} "

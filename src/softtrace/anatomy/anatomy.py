@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from softtrace.anatomy.norms import LinearNorm
 from softtrace.anatomy.readout import Readout
 from softtrace.model.devices import device_of_module, weight_of, whole
+from softtrace.model.sharding import is_in_zero, run_alone
 
 Route = Literal["interface", "interception"]
 """How attention is reached: transformers' interface, or the softmax of the model's own code."""
@@ -135,8 +136,11 @@ def effective_projection(
     times = 64.0 if bias is not None else 1.0
     probe = _probe(width, dtype, device, times)
     # forward, not __call__: hooks of ours and of others listen to the model's own calls alone.
-    with whole(projection):
-        rows = projection.forward(probe)
+    if is_in_zero(projection):
+        rows = run_alone(projection, probe)
+    else:
+        with whole(projection):
+            rows = projection.forward(probe)
     return (rows[1:] - rows[0]) / times, rows[0]
 
 

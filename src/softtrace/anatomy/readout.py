@@ -16,7 +16,7 @@ from softtrace.anatomy.watch import Call
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.flat_units import bare
 from softtrace.model.hooks import watched
-from softtrace.model.sharding import is_unit, unit_of, within_units
+from softtrace.model.sharding import is_in_zero, is_unit, run_alone, unit_of, within_units
 
 
 class LogitMap(NamedTuple):
@@ -92,6 +92,9 @@ class Readout:
 
 def _run(module: nn.Module, value: Tensor) -> Tensor:
     """What a module gives; of one that is sharded by itself without the hooks that gather it."""
+    if is_in_zero(module):
+        apart: Tensor = run_alone(module, value)
+        return apart
     found: Tensor = module.forward(value) if is_unit(module) else module(value)
     return found
 

@@ -12,7 +12,8 @@ from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.model.devices import unplaced
 from softtrace.model.engines import ENGINES, engine_around
 from softtrace.model.flat_units import is_flat_unit, is_flattened, is_outermost
-from softtrace.model.sharding import is_in_parts, is_part, unit_of
+from softtrace.model.sharding import is_in_parts, is_in_zero, is_part, unit_of
+from softtrace.model.zero_units import is_zero_weight
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
@@ -59,6 +60,8 @@ def refuse_units(layers: Sequence[nn.Module], readout: Sequence[nn.Module]) -> N
     units = [unit_of(each) for each in layers]
     for module in readout:
         unit, name = unit_of(module), type(module).__name__
+        if is_in_zero(module):
+            continue
         if not is_flat_unit(unit):
             if is_in_parts(module) and any(unit is each for each in units):
                 raise UnsupportedModelError(
@@ -116,6 +119,13 @@ def refuse_early(model: nn.Module) -> None:
             f"{name}: {parts[0]} and {len(parts) - 1} other weights were flattened by FSDP1, whose "
             "outermost wrapper is not known here; pass what FullyShardedDataParallel(model) "
             "returned, not the model inside"
+        )
+    if parts and unit_of(model) is None and any(map(is_zero_weight, model.parameters())):
+        raise UnsupportedModelError(
+            f"{name}: DeepSpeed's ZeRO 3 keeps {parts[0]} and {len(parts) - 1} other weights in "
+            "parts, and this is not the model that deepspeed.initialize was given, so what it has "
+            "on its way is not known here. Call deepspeed.initialize first, on the model itself or "
+            "PEFT's around it, and pass that, not the engine"
         )
     if parts and unit_of(model) is None:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from softtrace.model.devices import arriving
 from softtrace.model.flat_units import bare, is_flat_unit
 from softtrace.model.hooks import first_tensor
 from softtrace.model.sharding import own_weights
+from softtrace.model.zero_units import size_of
 
 
 @dataclass(eq=False)  # two calls are never the same one
@@ -242,7 +243,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(map(size_of, module.parameters()))
 
 
 def rows_of(values: Tensor | None, sight: LayerSight) -> Tensor | None:

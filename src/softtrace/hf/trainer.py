@@ -54,7 +54,7 @@ class DensityMixin:
         *args: Arguments of the Trainer.
         density: The term's options, or a mapping of some of them; None for the defaults.
         allow_untested: Run also where weights or sequences are sharded in ways that were never
-            tested (ZeRO 3, tensor, context or sequence parallelism).
+            tested (tensor, context or sequence parallelism).
         **kwargs: Arguments of the Trainer.
 
     Raises:
@@ -390,8 +390,6 @@ def _sharding(trainer: Any) -> Engine | None:
         whole = getattr(plugin, "use_orig_params", False)
         if getattr(plugin, "fsdp_version", 1) != 2 and not whole:
             return engine("FSDP1 without use_orig_params")
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        return engine("DeepSpeed ZeRO 3")
     layout = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("tp", "cp", "sp"):
         if getattr(layout, f"{name}_size", 1) > 1:

@@ -36,7 +36,7 @@ def check_checkpoints(strategy: Any) -> None:
     if "deepspeed" in str(getattr(strategy, "class_path", strategy)).lower():
         raise InvalidInputError(
             f"trainer.strategy: found DeepSpeed, {over}. Use ModelParallelStrategy, or train with "
-            "DeepSpeedStrategy in a Trainer of your own, where DensityPenalty takes ZeRO 1 and 2"
+            "DeepSpeedStrategy in a Trainer of your own, where DensityPenalty takes ZeRO 1, 2 and 3"
         )
     options = getattr(strategy, "init_args", {})
     for name, (found, instead) in _IN_FOLDERS.items():

@@ -50,7 +50,7 @@ LIGHTNING: tuple[Support, ...] = (
         engine("FSDP1 without use_orig_params").refused,
     ),
     Support("strategy", "DeepSpeedStrategy", note="stages 1 and 2: weights are whole"),
-    Support("strategy", "DeepSpeedStrategy(stage=3)", engine("DeepSpeed ZeRO 3").refused),
+    Support("strategy", "DeepSpeedStrategy(stage=3)", note="no leaf modules"),
     Support("precision", "32-true"),
     Support("precision", "64-true"),
     Support("precision", "bf16-true"),
@@ -90,7 +90,7 @@ LIGHTNING: tuple[Support, ...] = (
 
 
 def name_of(strategy: object) -> str:
-    """A strategy as the table has it: its class, and the setting by which it is refused."""
+    """A strategy as the table has it: its class, and the setting that has a row of its own."""
     name, options = type(strategy).__name__, getattr(strategy, "kwargs", {})
     if name == "FSDPStrategy" and not options.get("use_orig_params", True):
         return f"{name}(use_orig_params=False)"

@@ -37,7 +37,7 @@ from softtrace.loss.together import together_term
 from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
 from softtrace.loss.windows import draw_windows
 from softtrace.model.flat_units import bare
-from softtrace.model.sharding import as_one_forward, is_sharded
+from softtrace.model.sharding import as_one_forward, held, is_sharded
 from softtrace.model.state import (
     all_modules,
     dropout_off,
@@ -392,5 +392,6 @@ class DensityLoss:
             share=options.exit_tokens,
             bounds=(depths[0], depths[-1]),
         )
-        targets = sent(batch.targets, device)
-        return self._exit_term(instrument, seen, drawn.on(device), targets, options, learned)
+        targets, readout = sent(batch.targets, device), instrument.anatomy.readout
+        with held((readout.norm.module, readout.head)):
+            return self._exit_term(instrument, seen, drawn.on(device), targets, options, learned)

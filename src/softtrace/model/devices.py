@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,13 @@ from softtrace.model.sharding import (
     as_it_was,
     computing_device,
     gathered,
+    is_in_zero,
     is_unit,
+    lasting,
     own_weights,
     unit_of,
 )
+from softtrace.model.zero_units import gathers_itself
 
 
 @contextmanager
@@ -47,6 +51,8 @@ def alone(module: nn.Module, value: Tensor) -> Any:
     unit = unit_of(module)
     if is_flat_unit(unit):  # its mixed precision is that of its forward alone
         return through_unit(unit, module, value)
+    if is_in_zero(module):
+        return module(value)
     with whole(module):
         return module(value)
 
@@ -60,7 +66,7 @@ def weight_of(module: nn.Module, name: str) -> Tensor | None:
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor):
             return None
-        return weight if unit_of(module) is None else weight.clone()
+        return lasting(module, weight)
 
 
 def unhooked(module: nn.Module) -> nn.Module:
@@ -72,7 +78,9 @@ def unhooked(module: nn.Module) -> nn.Module:
     weights: dict[str, Any] = own_weights(module)
     for name in ("forward", "_old_forward", "_hf_hook", *weights):
         vars(bare).pop(name, None)
-    bare._parameters = {**module._parameters, **weights}
+    bare._parameters = {**dict(module._parameters.items()), **weights}
+    if gathers_itself(module):
+        bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
     bare._buffers = dict(module._buffers)
     return bare
 

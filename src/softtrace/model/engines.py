@@ -13,6 +13,7 @@ from torch import nn
 
 from softtrace.model.flat_units import is_flat_unit, is_flattened
 from softtrace.model.sharding import is_part, is_sharded, unit_of
+from softtrace.model.zero_units import is_leaf, is_zero_weight
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,14 @@ ENGINES: tuple[Engine, ...] = (
     Engine("DeepSpeed ZeRO 1 and 2", note="in both Trainers; weights are whole there"),
     Engine(
         "DeepSpeed ZeRO 3",
-        "it gathers weights in an order that it learns from the training's own forward, which runs "
-        "of ours are not; FSDP2 shards as much, and ZeRO 2 leaves weights whole",
+        note="in both Trainers; all processes take the same steps, and measure together, each what "
+        "is its own",
+    ),
+    Engine(
+        "DeepSpeed ZeRO 3 with leaf modules",
+        "it reduces gradients of a leaf module after each of its backward passes and allows one a "
+        "step, and the term runs modules several times; set zero_optimization.leaf_module.classes "
+        "to [] in its configuration, where blocks of experts are leaves, and mark no others",
     ),
     Engine(
         "TP",
@@ -82,8 +89,9 @@ def engine_around(model: nn.Module) -> Engine | None:
             return engine("FSDP1 without use_orig_params")
         if isinstance(module, nn.DataParallel):
             return engine("DataParallel")
+        if is_leaf(module):
+            return engine("DeepSpeed ZeRO 3 with leaf modules")
     parameters = list(model.parameters())
-    if any(hasattr(each, "ds_id") for each in parameters):  # ZeRO 3 keeps parts of weights alone
-        return engine("DeepSpeed ZeRO 3")
     in_parts = any(map(is_part, parameters)) and not is_sharded(model)
-    return engine("TP") if in_parts and not any(map(is_flattened, parameters)) else None
+    others = any(is_flattened(each) or is_zero_weight(each) for each in parameters)
+    return engine("TP") if in_parts and not others else None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from softtrace.model.flat_units import is_flat_unit
-from softtrace.model.sharding import is_unit
+from softtrace.model.sharding import wraps_outputs
 from softtrace.model.state import all_modules
+from softtrace.model.zero_units import gathers_itself
 
 _ONLY_LOOK = ("transformers.", "softtrace.loss.compiled_exits")
 
@@ -29,18 +30,20 @@ def register(hooks: Iterable[Hook], handles: list[RemovableHandle]) -> None:
     """Register all; handles are added one by one, so that a failure leaves none unknown.
 
     What is sharded is gathered for the backward pass by a hook on what its unit gives, which has to
-    see what hooks of ours made of it: these come before, in their order.
+    see what hooks of ours made of it: these come before, in their order. ZeRO 3 takes the gradient
+    of a module's input for the end of its backward pass, so what reads it comes before that, too.
     """
-    of_units: list[Hook] = []
+    ahead: list[Hook] = []
     for hook in hooks:
         module, call, before, first = hook
-        if not before and is_unit(module):
-            of_units.insert(0 if first else len(of_units), hook)
+        if gathers_itself(module) if before else wraps_outputs(module):
+            ahead.insert(0 if first else len(ahead), hook)
             continue
         put = module.register_forward_pre_hook if before else module.register_forward_hook
         handles.append(put(call, prepend=first, with_kwargs=True))
-    for module, call, *_ in reversed(of_units):
-        handles.append(module.register_forward_hook(call, prepend=True, with_kwargs=True))
+    for module, call, before, _ in reversed(ahead):
+        put = module.register_forward_pre_hook if before else module.register_forward_hook
+        handles.append(put(call, prepend=True, with_kwargs=True))
 
 
 def watched(model: nn.Module) -> bool:

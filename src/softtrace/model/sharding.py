@@ -1,10 +1,11 @@
-"""Weights that FSDP shards: whole only while the unit that holds them runs.
+"""Weights that FSDP and ZeRO 3 shard: whole only while the unit that holds them runs.
 
 A unit gathers its weights before its own forward and lets go of them after it. Hooks of ours inside
 of that forward find them whole. What is read or run outside of it has to have them gathered:
 :func:`gathered` for reading, :func:`within_units` for running with gradients. All processes have to
 come here together, as each of these waits for the others. Units are modules that ``fully_shard``
-was called on (FSDP2), or wrappers (FSDP1, :mod:`softtrace.model.flat_units`).
+was called on (FSDP2), wrappers (FSDP1, :mod:`softtrace.model.flat_units`), or the model itself, in
+which each module gathers its own (DeepSpeed's ZeRO 3, :mod:`softtrace.model.zero_units`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,17 @@ from softtrace.model.flat_units import (
     whole_unit,
 )
 from softtrace.model.state import all_modules
+from softtrace.model.zero_units import (
+    apart,
+    beside_other_forwards,
+    copied,
+    gather,
+    gathers_itself,
+    is_let_go,
+    is_zero_root,
+    is_zero_weight,
+    let_go_of,
+)
 
 _UNITS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 """Module to the unit that holds its own weights, of models that :func:`note_units` was given."""
@@ -43,10 +55,13 @@ def is_unit(module: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a unit is anywhere in the model, or around it and known."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not distributed.is_initialized():  # which every step asks first
+    zero = "deepspeed" in sys.modules
+    if (fsdp is None and not zero) or not distributed.is_initialized():  # every step asks first
         return False
-    units = fsdp.FSDPModule, fsdp.FullyShardedDataParallel
-    return unit_of(model) is not None or any(isinstance(m, units) for m in all_modules(model))
+    units = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return unit_of(model) is not None or any(
+        isinstance(each, units) or (zero and is_zero_root(each)) for each in all_modules(model)
+    )
 
 
 def note_units(model: nn.Module) -> None:
@@ -59,7 +74,8 @@ def note_units(model: nn.Module) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        unit = module if is_unit(module) or is_flat_unit(module) else unit
+        own = is_unit(module) or is_flat_unit(module) or is_zero_root(module)
+        unit = module if own else unit
         if unit is not None:
             _UNITS[module] = weakref.ref(unit)
         for child in module.children():
@@ -76,7 +92,9 @@ def unit_of(module: nn.Module) -> nn.Module | None:
 
 def is_part(weight: Tensor | None) -> bool:
     """Whether this is a weight of which each process has a part."""
-    return _is_dtensor(weight) or (weight is not None and is_flattened(weight))
+    if weight is None:
+        return False
+    return _is_dtensor(weight) or is_flattened(weight) or is_zero_weight(weight)
 
 
 def _is_dtensor(weight: Tensor | None) -> bool:
@@ -105,6 +123,8 @@ def is_in_parts(module: nn.Module) -> bool:
     unit = unit_of(module)
     if is_flat_unit(unit):
         return not is_running(unit)
+    if is_in_zero(module):
+        return any(map(is_let_go, module.parameters()))
     own = (each for each in all_modules(module) if unit is not None and unit_of(each) is unit)
     return any(is_part(weight) for each in own for weight in each.parameters(recurse=False))
 
@@ -123,11 +143,73 @@ def gathered(module: nn.Module) -> Iterator[None]:
         with whole_unit(unit):
             yield
         return
-    unit.unshard()
+    weights = hold(module)
     try:
         yield
     finally:
-        unit.reshard()
+        if is_in_zero(module):
+            let_go_of(weights)
+        else:
+            unit.reshard()
+
+
+def hold(module: nn.Module) -> list[Any]:
+    """Gather the module's weights anew inside of :func:`gathered`, after a forward of its own.
+
+    Returns:
+        Weights of ZeRO 3 that this made whole.
+    """
+    unit: Any = unit_of(module)
+    if is_in_zero(module):
+        return gather(module, unit)
+    if unit is not None:
+        unit.unshard()
+    return []
+
+
+@contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Weights of some modules of ZeRO 3 whole for all that is inside, gathered once.
+
+    How often they are read inside may then differ between processes. Others are left as they are.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if is_in_zero(module):
+                stack.enter_context(gathered(module))
+        yield
+
+
+def is_in_zero(module: nn.Module) -> bool:
+    """Whether the module is in a model of ZeRO 3, whose root is known."""
+    unit = unit_of(module)
+    return unit is not None and is_zero_root(unit)
+
+
+def run_alone(module: nn.Module, value: Tensor) -> Any:
+    """What a module of ZeRO 3 gives, outside of the model's forward and of hooks on the module."""
+    with gathered(module):
+        return apart(module)(value)
+
+
+def among_forwards(model: nn.Module) -> AbstractContextManager[None]:
+    """A run of ours that may lie between another forward of the model and its backward pass."""
+    return beside_other_forwards(model) if is_in_zero(model) else nullcontext()
+
+
+def lasting(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of a module, whole now, as it stays also for a backward pass."""
+    if unit_of(module) is None:
+        return weight
+    return copied(weight) if is_zero_weight(weight) else weight.clone()
+
+
+def wraps_outputs(module: nn.Module) -> bool:
+    """Whether a forward hook on the module has to see its output last.
+
+    It lets go of its weights, and gathers them again for the backward pass of what it finds.
+    """
+    return is_unit(module) or gathers_itself(module)
 
 
 def within_units(
@@ -148,8 +230,10 @@ def within_units(
         unit: Any = unit_of(module)
         if is_flat_unit(unit):
             units[id(unit)] = unit
-        elif unit is not None and (
-            is_in_parts(module) or (torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root)
+        elif unit is None or is_zero_root(unit):  # whole, or each module gathers its own
+            continue
+        elif is_in_parts(module) or (
+            torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root
         ):
             units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
     for unit in units.values():
@@ -171,6 +255,8 @@ def as_one_forward(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
 def run(model: nn.Module, **inputs: Any) -> Any:
     """What a model gives; inside of the unit around it that holds weights of it (PEFT's, FSDP1)."""
     unit = unit_of(model)
+    if is_in_zero(model):  # each module gathers its own weights
+        return model(**inputs)
     return model(**inputs) if unit in (None, model) else _through(unit, model, **inputs)
 
 

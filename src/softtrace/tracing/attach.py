@@ -59,7 +59,9 @@ def attach(model: nn.Module) -> Instrument:
     known = attached(model)
     if known is not None:
         if distributed.is_available() and distributed.is_initialized():
-            refuse_engine(model)  # ZeRO 3 and tensor parallelism leave the modules as they were
+            refuse_engine(
+                model
+            )  # leaf modules and tensor parallelism leave the modules as they were
         return known
     refuse_early(model)
     device = device_of_module(model).type

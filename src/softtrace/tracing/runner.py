@@ -30,7 +30,7 @@ from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.hooks import register, watched
-from softtrace.model.sharding import note_units
+from softtrace.model.sharding import among_forwards, note_units
 from softtrace.model.sharding import run as run_model
 from softtrace.model.state import as_written, dropout_off, uncompiled
 from softtrace.tracing.masking import MaskedRun
@@ -369,7 +369,7 @@ class Runner:
         try:
             register(run.hooks(), handles)
             attention = self._attention_of(run, handles)
-            with as_written(self.model), attention:
+            with as_written(self.model), attention, among_forwards(self.model):
                 yield
         finally:
             for handle in handles:

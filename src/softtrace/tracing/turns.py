@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.model.flat_units import is_flat_unit
-from softtrace.model.sharding import gathered, is_sharded, unit_of
+from softtrace.model.sharding import gathered, hold, is_sharded, unit_of
 from softtrace.processes import raise_everywhere
 
 Kind = Literal["recording", "masked"]
@@ -125,9 +125,7 @@ class _Turns:
                 "sequences at a time (batch_size)"
             ) from error
         for each in self._readout:  # its unit let go of it
-            unit: Any = unit_of(each)
-            if unit is not None:
-                unit.unshard()
+            hold(each)
 
     def wait_for(self, kind: Kind | None) -> None:
         """Run what other processes want until it is the turn of what this one wants.
