@@ -157,6 +157,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/loss/test_learned_maps.py::"
         "test_gradients_that_are_there_already_reach_their_own_map_alone",
     ),
+    Mutation(
+        "what torch.autograd.grad gave is written over", "loss/cuda_graphs.py",
+        (("    try:\n        return bool(torch._C", "    try:\n        return True or bool(torch._C"),),
+        "tests/loss/test_cuda_graphs.py::"
+        "test_gradients_are_added_without_a_copy_and_given_as_one",
+    ),
+    Mutation(
+        "every chunk of predictions weighs the same", "density/chunks.py",
+        (("gradient * by.to(gradient.dtype)[:, None]", "gradient * by.to(gradient.dtype)[0]"),),
+        "tests/density/test_chunks.py::"
+        "test_chunks_give_distances_and_gradients_of_all_at_once",
+    ),
 )  # fmt: skip
 
 
