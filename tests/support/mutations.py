@@ -159,7 +159,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "what torch.autograd.grad gave is written over", "loss/cuda_graphs.py",
-        (("    try:\n        return bool(torch._C", "    try:\n        return True or bool(torch._C"),),
+        (("bool(torch._C._will_engine", "True or bool(torch._C._will_engine"),),
         "tests/loss/test_cuda_graphs.py::"
         "test_gradients_are_added_without_a_copy_and_given_as_one",
     ),
