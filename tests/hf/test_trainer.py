@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from softtrace import InvalidInputError, NonFiniteError, TrainerSetupError
+from softtrace import DensityLoss, InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
 from softtrace.model.exit_maps import EXIT_MAPS_FILE
 from tests.support.fitting import weights
@@ -291,7 +291,11 @@ class Broken(TrainerCallback):
 
 
 @pytest.mark.thorough
-def test_logits_that_are_not_finite_follow_the_option(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_follow_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(DensityLoss, "finish", lambda density: ended.append(density))
     for mode in ("raise", "skip"):
         trainer = DensityTrainer(
             model=tiny_model("llama").train(), args=arguments(tmp_path, max_steps=2),
@@ -303,6 +307,7 @@ def test_logits_that_are_not_finite_follow_the_option(tmp_path: Path) -> None:
         else:
             trainer.train()
             assert trainer.state.log_history[1]["loss/density"] == 0
+        assert len(ended) == (mode == "skip")  # a training that failed says why itself
 
 
 @pytest.mark.thorough

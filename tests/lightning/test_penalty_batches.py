@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from softtrace import DensityOptions
+from softtrace import DensityLoss, DensityOptions
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.lightning import DensityPenalty
 from tests.support.fitting import Batch, Batches, Calls, Tuner, batches, fit, weights
@@ -103,7 +103,12 @@ def test_mask_and_labels_may_be_missing() -> None:
     assert logged(Deaf(), penalty(), data=changed(0, **full, labels=labels))[0] != without[0]
 
 
-def test_batch_without_a_label_has_no_term_and_the_fit_goes_on() -> None:
+def test_batch_without_a_label_has_no_term_and_the_fit_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(DensityLoss, "finish", lambda density: ended.append(density))
+
     class FromIds(Tuner):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
@@ -117,6 +122,7 @@ def test_batch_without_a_label_has_no_term_and_the_fit_goes_on() -> None:
     assert all(map(math.isnan, shares))
     assert steps[1]["loss/task"] > 0
     assert torch.isfinite(weights(module)).all()
+    assert len(ended) == 1  # what there is to say of the last step
 
 
 def test_row_of_padding_is_left_out() -> None:

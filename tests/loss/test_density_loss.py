@@ -341,7 +341,7 @@ def test_skipped_steps_are_told_of_but_never_in_a_flood(caplog: pytest.LogCaptur
     told = [
         record.getMessage()
         for record in caplog.records
-        if record.name == "softtrace.loss.density_loss"
+        if record.name == "softtrace.loss.non_finite"
     ]
     assert [text.split()[1] for text in told] == ["0:", "1:", "3:", "7:"]
     assert all(

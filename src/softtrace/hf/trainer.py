@@ -96,16 +96,18 @@ class DensityMixin:
     ) -> Any:
         """The Trainer's training; the term begins with its first step.
 
-        ``True`` resumes from the newest checkpoint that is whole: the Trainer writes into a
-        checkpoint's folder file by file, ``trainer_state.json`` last, and takes the newest folder.
-        Where there never was one the Trainer says so itself.
+        ``True`` resumes from the newest checkpoint that is whole; the Trainer, which writes into a
+        folder file by file, takes the newest. Where there is none the Trainer says so itself.
         """
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
         self._resumed_from = resume_from_checkpoint
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            if self._density is not None:
+                self._density.finish()
+            return output
         finally:
             self._forget()
             self._begun = True

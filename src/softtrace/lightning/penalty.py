@@ -171,7 +171,9 @@ class DensityPenalty(Callback):
             self._wrapped.check_used()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the training step back."""
+        """Say what is left to say of the last step, and put the training step back."""
+        if self._wrapped is not None:
+            self._wrapped.finish()
         self._restore()
 
     def on_exception(

@@ -93,6 +93,11 @@ class WrappedStep:
                 "reached it. Something after training_step dropped or replaced the loss it returned"
             )
 
+    def finish(self) -> None:
+        """Say what is left to say of the last step."""
+        if self._density is not None:
+            self._density.finish()
+
     def restore(self) -> None:
         """Put the step back, once; a wrapper that others hold on to does nothing from now on."""
         if self._density is None:

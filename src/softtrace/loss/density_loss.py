@@ -30,6 +30,7 @@ from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
 from softtrace.loss.learned_maps import LearnedMaps
+from softtrace.loss.non_finite import NonFiniteSteps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
 from softtrace.loss.term import DensityTerm
@@ -94,7 +95,7 @@ class DensityLoss:
         self.budget = loss_budget(self.options)
         self.model = bare(model)
         self.step = 0
-        self.skipped_steps = 0
+        self._non_finite = NonFiniteSteps(self.options.on_nonfinite)
         self._watched = Watched()
         self._streams: CompiledStreams | None = None
         self._later = LaterChecks()
@@ -237,6 +238,16 @@ class DensityLoss:
         added = as_one_forward(unwrapped(self.model), loss)
         return replace(found[0], loss=added)
 
+    def finish(self) -> None:
+        """Say what was not finite at the last step; to be called once a training has ended.
+
+        Of what a GPU replays it is said at the next step otherwise. Both trainers call this.
+        """
+        try:
+            self._later.begin(self.step)
+        except NonFiniteError as error:
+            logger.warning("%s It was the last step; its density term was left out.", error)
+
     def _term(
         self,
         read: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
@@ -253,7 +264,7 @@ class DensityLoss:
         try:
             self._later.begin(step)
         except NonFiniteError as error:  # of an earlier step, which it names itself
-            self._not_finite(str(error), error)
+            self._non_finite.met(str(error), error)
         try:
             if not strength and not reads_exits:
                 return DensityTerm.of_no_run(device)
@@ -283,7 +294,7 @@ class DensityLoss:
                 term, exits = DensityTerm.of_no_run(device, strength, _NO_TARGET), None
         except NonFiniteError as error:
             named = f"step {step}: {error}"
-            self._not_finite(named, error)
+            self._non_finite.met(named, error)
             term, exits = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
@@ -323,16 +334,6 @@ class DensityLoss:
                 "the density term has no gradient: none of the weights that are trained has a part "
                 "in it. Recorded attention gives none to queries and keys; set "
                 "attention='recomputed' or exits above 0, or train other weights too"
-            )
-
-    def _not_finite(self, why: str, error: NonFiniteError) -> None:
-        """Raise, or warn at the 1st, 2nd, 4th, ... skipped step: from the start, never a flood."""
-        if self.options.on_nonfinite == "raise":
-            raise NonFiniteError(why) from error
-        self.skipped_steps += 1
-        if self.skipped_steps.bit_count() == 1:
-            logger.warning(
-                "%s The density term was left out; so far %d times.", why, self.skipped_steps
             )
 
     def _density(
