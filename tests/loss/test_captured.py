@@ -202,6 +202,32 @@ def test_a_replay_equals_a_run_also_after_the_weights_have_moved(fuse: bool) -> 
 
 
 @cuda
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(accumulated: bool) -> None:
+    model, batches = on_cuda()
+    options: dict[str, Any] = {"share": 1.0, "crop": 16, "every": 1, "exit_tokens": 0.5}
+    terms = [
+        DensityLoss(model, **options, cuda_graph=each, exit_map=False) for each in (True, False)
+    ]
+    found: list[list[torch.Tensor]] = []
+    for density in terms:
+        model.zero_grad()
+        read = []
+        for step, ids in enumerate([*batches, *batches]):
+            with density.watching(step=step, batch={"input_ids": ids}) as watched:
+                loss = model(input_ids=ids, labels=ids).loss
+            (loss + 3 * density(ids, step=step, watched=watched).loss).backward()
+            read += [each.grad.clone() for each in model.parameters() if each.grad is not None]
+            if not accumulated:
+                model.zero_grad()
+        found.append(read)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
+    for graphs in (terms[0]._captured.graphs, terms[0]._exit_term.graphs):
+        assert next(iter(graphs.known.values())).number > 6
+
+
+@cuda
 def test_a_replayed_step_waits_for_nothing() -> None:
     model, batches = on_cuda()
     density = DensityLoss(model, share=1.0, crop=16, every=2, exit_every=2, exit_tokens=0.5)

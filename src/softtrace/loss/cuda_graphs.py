@@ -330,7 +330,7 @@ class _Replayed(torch.autograd.Function):
             (in_place if _is_added(node) and captured.is_apart(each) else copied).append(each)
         found = {id(each): each for each in in_place}
         if in_place:  # a copy of all would be held until the model's own gradients have come
-            captured.number += 1
+            ctx.number = -1
             torch._foreach_mul_(in_place, gradient)
         if copied:
             scaled = torch._foreach_mul(copied, gradient)
