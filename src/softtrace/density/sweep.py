@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.checks import check_range
+from softtrace.density.chunks import rows_at_once
 from softtrace.density.curve import (
     DensityCurve,
     by_quartile,
@@ -40,7 +41,6 @@ from softtrace.tracing.recording import Recording
 
 _CACHED = 1 << 19  # logits that a processor's cache holds while they are compared
 _ROWS = 64  # positions for which reading a head's weights once pays, as its product takes longer
-_PORTION = 1 << 26  # logits that fit beside a model on an accelerator
 
 
 def density_curve(
@@ -342,4 +342,4 @@ def _portion(logits: Tensor) -> int:
     """How many positions' logits are looked at together."""
     if logits.device.type == "cpu":
         return max(_ROWS, _CACHED // logits.shape[-1])
-    return max(1, _PORTION // logits.shape[-1])
+    return rows_at_once(logits.shape[-1])
