@@ -235,11 +235,16 @@ def run_all(args: argparse.Namespace) -> None:
 def summarise_runs() -> None:
     """Every run, and means over seeds; losses and side effects over the paired plain runs' mean.
 
-    Pairs saw the same blocks: a run without a plain one on its blocks is left out.
+    Runs that the result holds already stay beside those that lie in RUNS. Pairs saw the same
+    blocks: a run without a plain one on its blocks is left out of the table.
     """
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
-    kinds = ("model", "text", "lora", "steps")
-    paired = (*kinds, "blocks", "seed")
+    result = RESULTS / "on_real_models.json"
+    runs: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))["runs"]
+    for path in sorted(RUNS.glob("*.json")):
+        if (run := json.loads(path.read_text(encoding="utf-8"))) not in runs:
+            runs.append(run)
+    kinds = ("model", "text", "lora", "steps", "blocks")
+    paired = (*kinds, "seed")
     plain_runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         if run["method"] == "plain":
@@ -248,7 +253,7 @@ def summarise_runs() -> None:
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         if tuple(run.get(k) for k in paired) in plain:
-            of = (*(run[k] for k in kinds), run["method"], run["strength"])
+            of = (*(run.get(k) for k in kinds), run["method"], run["strength"])
             rows.setdefault(of, []).append(run)
     table = [
         {
@@ -288,7 +293,7 @@ def summarise_runs() -> None:
         for pairs in [[plain[tuple(run.get(k) for k in paired)] for run in found]]
     ]  # fmt: skip
     write_json(
-        RESULTS / "on_real_models.json",
+        result,
         {"table": table, "runs": runs, **provenance(torch.device("cpu"))},
     )
     plot(table, RESULTS / "on_real_models.png")

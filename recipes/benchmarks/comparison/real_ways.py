@@ -67,6 +67,7 @@ WAYS: dict[str, Any] = {
     "balanced": term(0.35, preset="balanced"),
     "balanced, budget 0.01": Budgeted,
     "balanced, exit tokens 0.125": term(0.35, preset="balanced", exit_tokens=0.125),
+    "balanced, windows of 256": term(0.35, preset="balanced", crop=256),
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "balanced, 0.15": term(0.15, preset="balanced"),
     "balanced, 0.2": term(0.2, preset="balanced"),

@@ -13,6 +13,7 @@ _HEAD = (
     "area and entropy, 256 | 1,024 | exits agree, easy, 256 | 1,024 |\n" + "|---" * 10 + "|"
 )
 _SOURCES = ("comparison/on_real_models.py", "results/on_real_models.json")
+_STAR = "\\*"
 _SEARCH = 1000  # runs of fewer steps were the search
 Rows = list[dict[str, Any]]
 
@@ -22,14 +23,19 @@ def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], R
     found: dict[tuple[Any, ...], Rows] = {}
     for row in sorted(read("on_real_models.json")["table"], key=lambda row: row["loss"]["mean"]):
         if chosen(row):
-            key = row["model"], row["text"], row["lora"], row["steps"]
+            key = row["model"], row["text"], row["lora"], row["steps"], _has_copies(row)
             found.setdefault(key, []).append(row)
     return dict(sorted(found.items(), key=lambda item: (item[0][2], -len(item[1]))))
 
 
-def _title(model: str, text: str, lora: bool, steps: int) -> str:
+def _has_copies(row: dict[str, Any]) -> bool:
+    """Whether training saw other versions of what was held out; such blocks have no digest."""
+    return row["text"] == "prose" and not row["blocks"]
+
+
+def _title(model: str, text: str, lora: bool, steps: int, copies: bool) -> str:
     kind = "adapters of rank 16" if lora else "all weights"
-    return f"{model} on {text}, {kind}, {steps:,} steps"
+    return f"{model} on {text}{_STAR * copies}, {kind}, {steps:,} steps"
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
@@ -62,7 +68,7 @@ def _said(page: str) -> str:
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
         f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']}. "
-        "Training saw other versions of two thirds of the held-out prose, which are left out since "
+        f"{_STAR} Training saw other versions of 61 documents with most of the held-out prose "
         f"{sources(page, *_SOURCES)}."
     )
 
@@ -74,14 +80,15 @@ def presets() -> str:
     model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
     found = {
         (row["steps"], row["method"]): row
-        for row in read("on_real_models.json")["table"]
+        for row in sorted(read("on_real_models.json")["table"], key=_has_copies, reverse=True)
         if (row["model"], row["text"], row["lora"]) == (model, text, False)
     }
     lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
     for key in [*((steps, name) for name in names), (longer, "balanced")]:
         row = found[key]
         after = f", {key[0]:,} steps" if key[0] != steps else ""
-        lines.append(_row(f"{names[key[1]]}{after} ({row['seeds']})", row))
+        star = _STAR * _has_copies(row)
+        lines.append(_row(f"{names[key[1]]}{star}{after} ({row['seeds']})", row))
     return "\n".join([*lines, "", f"{steps:,} steps. {_said(README)}"])
 
 
