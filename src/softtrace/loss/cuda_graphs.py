@@ -209,17 +209,17 @@ def key_of(instrument: Instrument, options: DensityOptions, *others: Hashable) -
     """
     modules = instrument.model, *instrument.parts
     own = [vars(module) for module in modules]  # asking a module takes 10 times as long
+    tensors = [its[kind] for its in own for kind in ("_parameters", "_buffers") if its[kind]]
     weights = tuple(
         (id(each), each.data_ptr(), each.requires_grad)
-        for names in own
-        for kind in ("_parameters", "_buffers")
-        for each in names[kind].values()
+        for named in tensors
+        for each in named.values()
         if each is not None
     )
     adapters = tuple(
-        str([getattr(module, name) for name in _ADAPTERS] + [names.get("scaling")])
-        for module, names in zip(modules, own, strict=True)
-        if _ADAPTERS[0] in names
+        str([getattr(module, name) for name in _ADAPTERS] + [its.get("scaling")])
+        for module, its in zip(modules, own, strict=True)
+        if _ADAPTERS[0] in its
     )
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     dials = repr([getattr(options, name) for name in _DIALS])
