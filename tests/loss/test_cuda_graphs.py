@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.loss import cuda_graphs
 from softtrace.loss.cuda_graphs import Captured, CudaGraphs
+from softtrace.loss.graph_memory import GraphMemory
+from tests.support.cuda_on_cpu import pretend
 
 
 @pytest.fixture
@@ -19,22 +19,9 @@ def graphs() -> CudaGraphs:
     return CudaGraphs("these runs", "Do without.")
 
 
-class Stream:
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def wait_stream(self, other: Stream) -> None:
-        pass
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph asks of CUDA does nothing."""
-    for name in ("device", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, Stream)
-    monkeypatch.setattr(cuda_graphs, "_end_capture_of_random_numbers", lambda: None)
+    pretend(monkeypatch)
 
 
 def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
@@ -48,7 +35,7 @@ def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
         by_x, by_weight = torch.autograd.grad(found, [x, weight])
         return [found.detach(), None, found.detach() + 1, by_x, by_weight, None]
 
-    graph = Captured(run, own, 3, model)
+    graph = Captured(run, own, 3, model, GraphMemory())
 
     def replay() -> None:
         new = run()
@@ -59,7 +46,7 @@ def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
             if place is not None and value is not None:
                 place.copy_(value)
 
-    graph._graph.replay = replay
+    graph._graph.replay = replay  # type: ignore[method-assign]
     return graph, own
 
 
@@ -132,8 +119,8 @@ def test_gradients_that_share_memory_are_multiplied_once(on_cpu: None) -> None:
         both = torch.ones(2, 2)
         return [both.sum(), both, both]  # as of a sum of two weights
 
-    graph = Captured(run, [torch.zeros(1)], 1, model)
-    graph._graph.replay = lambda: None
+    graph = Captured(run, [torch.zeros(1)], 1, model, GraphMemory())
+    graph._graph.replay = lambda: None  # type: ignore[method-assign]
     (first,) = graph.replay([torch.zeros(1)])
     (2 * first).backward()
     assert model.weight.grad is not None

@@ -18,6 +18,7 @@ from softtrace.loss.cuda_graphs import (
     zero_unless,
 )
 from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.masked_term import MASKED_LOGITS, MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.transfers import LaterChecks
@@ -25,16 +26,21 @@ from softtrace.loss.windows import Windows
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.instrument import Instrument
 
+_NUMBERS = len(MaskedTerm._fields)
+
 
 class CapturedTerms:
     """Runs masked runs, captured where they can be; of one model at a time.
 
     Args:
         later: asks whether what was replayed is finite.
+
+    Attributes:
+        memory: that its graphs work in, and those of what else is captured for the same term.
     """
 
     def __init__(self, later: LaterChecks) -> None:
-        self._later = later
+        self._later, self.memory = later, GraphMemory()
         self.graphs = CudaGraphs(
             "the masked runs",
             "With cuda_graph=False they come as seldom as suits that (every=8, share=0.3).",
@@ -53,7 +59,7 @@ class CapturedTerms:
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
-            return Captured(run, _tensors(own), len(MaskedTerm._fields), model)
+            return Captured(run, _tensors(own), _NUMBERS, model, self.memory)
 
         graph, static = None, False
         if options.cuda_graph and capturable(windows.batch.input_ids, model):

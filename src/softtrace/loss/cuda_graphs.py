@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from softtrace.loss.fused import Tensors
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MOST = 4  # graphs at a time, each of which holds the memory of a run
+_MOST = 4  # graphs at a time, each of which holds gradients of its own
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
 _WHEN = {
@@ -46,13 +47,19 @@ class Captured:
         inputs: that are written anew before every replay; the graph is of their device.
         numbers: how many there are; all that follows are gradients.
         model: to whose weights, those that are trained, the last of the gradients go.
+        memory: that the function works in; the gradients lie outside of it.
 
     Raises:
         RuntimeError: the function does something that cannot be captured.
     """
 
     def __init__(
-        self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int, model: nn.Module
+        self,
+        run: Callable[[], Tensors],
+        inputs: Sequence[Tensor],
+        numbers: int,
+        model: nn.Module,
+        memory: GraphMemory,
     ) -> None:
         self._inputs = inputs
         self._weights = [each for each in model.parameters() if each.requires_grad]
@@ -62,31 +69,9 @@ class Captured:
         self._awaiting: weakref.ref[_Awaited] | None = None
         self._device = inputs[0].device
         with torch.cuda.device(self._device):
-            found = self._capture(run)
+            self._graph, found = memory.capture(run)
         self._numbers = [each for each in found[:numbers] if each is not None]
         self.gradients = found[numbers:]
-        self._storages = Counter(
-            each.untyped_storage().data_ptr() for each in self.gradients if each is not None
-        )
-
-    def _capture(self, run: Callable[[], Tensors]) -> Tensors:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            # A capture that fails does not give the stream back that it switched to. Other threads
-            # (of a DataLoader, say) may allocate meanwhile.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
-            ):
-                return run()
-        except BaseException:
-            _end_capture_of_random_numbers()
-            raise
 
     @property
     def awaited(self) -> bool:
@@ -116,12 +101,6 @@ class Captured:
             leaves, gradients = zip(*pairs, strict=True)
             first = _Replayed.apply(self, gradients, first, *leaves)  # type: ignore[no-untyped-call]
         return [first, *others]
-
-    def is_apart(self, gradient: Tensor) -> bool:
-        """Whether it can be changed in place: all of its memory is its own, and of no other."""
-        storage = gradient.untyped_storage()
-        dense = storage.nbytes() == gradient.numel() * gradient.element_size()
-        return dense and self._storages[storage.data_ptr()] == 1
 
     def await_backward(self) -> _Awaited:
         """A token that lives as long as the autograd graph of this replay."""
@@ -292,12 +271,6 @@ def zero_unless(finite: Tensor, number: Tensor, leaves: Iterable[Tensor]) -> Ten
     return torch.where(finite, number.detach(), 0.0)
 
 
-def _end_capture_of_random_numbers() -> None:
-    """A capture that failed leaves the generator waiting for its end, and refuses every draw."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
 class _Awaited:
     """Held by an autograd graph whose backward pass may still come."""
 
@@ -327,7 +300,7 @@ class _Replayed(torch.autograd.Function):
         in_place: list[Tensor] = []
         copied: list[Tensor] = []
         for each, node in zip(ctx.gradients, nodes, strict=True):
-            (in_place if _is_added(node) and captured.is_apart(each) else copied).append(each)
+            (in_place if _is_added(node) else copied).append(each)
         found = {id(each): each for each in in_place}
         if in_place:  # a copy of all would be held until the model's own gradients have come
             ctx.number = -1

@@ -29,6 +29,7 @@ from softtrace.loss.cuda_graphs import (
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.early_exits import CHUNK, FUSED_CHUNK, Seen, easiest, exit_distance, rows
 from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.transfers import LaterChecks
@@ -36,6 +37,7 @@ from softtrace.model.exit_maps import ExitMaps, name_of
 from softtrace.tracing.instrument import Instrument
 
 _DISTANCES = "distances of early exits"
+_NUMBERS = 3  # before the gradients
 
 
 class ExitDistance(NamedTuple):
@@ -64,10 +66,11 @@ class ExitTerm:
     Args:
         maps: that its exits are read through; None for none.
         later: asks whether what was replayed is finite.
+        memory: that its graphs work in.
     """
 
-    def __init__(self, maps: LearnedMaps | None, later: LaterChecks) -> None:
-        self.maps, self._later = maps, later
+    def __init__(self, maps: LearnedMaps | None, later: LaterChecks, memory: GraphMemory) -> None:
+        self.maps, self._later, self._memory = maps, later, memory
         self.graphs = CudaGraphs("early exits", "With cuda_graph=False no capture is tried.")
 
     def __call__(
@@ -119,7 +122,7 @@ class ExitTerm:
         def capture(fuse: bool) -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
-            return Captured(run, own.tensors(), 3, instrument.model)
+            return Captured(run, own.tensors(), _NUMBERS, instrument.model, self._memory)
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()

@@ -1,0 +1,82 @@
+"""The memory that captured functions work in: one for all graphs of a density term.
+
+A graph keeps the memory that it was captured with, and a graph of its own memory keeps it from
+everybody else, although graphs are replayed one after the other. So all of them work in the same
+memory, which is as large as the largest needs, and what is read after a replay lies outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrace.loss.fused import Tensors
+
+
+class GraphMemory:
+    """What the graphs of one density term work in.
+
+    They may be replayed in any order, on one stream.
+    """
+
+    def __init__(self) -> None:
+        # By device, the newest graph, which keeps the memory alive, and the stream of its capture:
+        # what is free in the memory is free for that stream alone.
+        self._known: dict[int, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]] = {}
+
+    def capture(self, run: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
+        """A graph of a function on the current device, and where each replay writes what it gives.
+
+        Args:
+            run: that is called twice.
+
+        Raises:
+            RuntimeError: the function does something that cannot be captured.
+        """
+        device = torch.cuda.current_device()
+        graph, stream = self._known.get(device, (None, None))
+        stream = torch.cuda.Stream() if stream is None else stream  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
+            shapes = [each if each is None else _shape(each) for each in run()]
+        torch.cuda.current_stream().wait_stream(stream)
+        # Not what that call gave, which lies in the midst of what it needed and held on to that.
+        found = [each if each is None else torch.empty(each[0], **each[1]) for each in shapes]
+        new = torch.cuda.CUDAGraph()
+        pool = None if graph is None else graph.pool()
+        try:
+            # A capture that fails does not give the stream back that it switched to. Other threads
+            # (of a DataLoader, say) may allocate meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(new, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                _write(run(), found)
+        except BaseException:
+            _end_capture_of_random_numbers()
+            self._known.pop(device, None)  # its memory may still wait for the end of this capture
+            raise
+        self._known[device] = new, stream
+        return new, found
+
+
+def _shape(each: Tensor) -> tuple[torch.Size, dict[str, Any]]:
+    return each.shape, {"dtype": each.dtype, "device": each.device}
+
+
+def _write(given: Tensors, into: Tensors) -> None:
+    """Copy what a function gave."""
+    for each, own in zip(given, into, strict=True):
+        if each is not own:
+            if each is None or own is None:
+                raise RuntimeError("a function gives None at one call and a tensor at another")
+            own.copy_(each)
+
+
+def _end_capture_of_random_numbers() -> None:
+    """A capture that failed leaves the generator waiting for its end, and refuses every draw."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
