@@ -16,6 +16,7 @@ from softtrace.errors import NonFiniteError
 from softtrace.graph.batch import Batch
 from softtrace.loss.captured import _copy, _tensors, term_and_gradients
 from softtrace.loss.cuda_graphs import key_of, with_weights
+from softtrace.loss.fused import Tensors
 from softtrace.loss.masked_term import masked_term
 from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
@@ -89,10 +90,13 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
     def check() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             expected = as_it_is()
-        for one, other in zip(fused(), expected, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None and other is not None:
-                torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+        into = apart(expected)
+        assert fused(into) is into
+        for found in (fused(), into):
+            for one, other in zip(found, expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None and other is not None:
+                    torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
 
     check()
     before = fused()[0]
@@ -104,6 +108,31 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
         place.copy_(new)
     check()
     assert fused()[0] != before
+
+
+def apart(found: Tensors) -> list[torch.Tensor | None]:
+    """Memory for such tensors, in which something else is written."""
+    return [each if each is None else torch.full_like(each, 7) for each in found]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's head is its embedding
+def test_gradients_are_written_where_they_are_to_lie(family: str) -> None:
+    model = zoo.tiny(family)
+    next(model.parameters()).requires_grad_(family != "llama")
+    penalty = DensityLoss(model, share=1.0, exits=0.0)
+    options = replace(penalty.options.on(torch.device("cpu")), fuse=False)
+    windows = draw_windows(attach(model), Batch.of(tiny_prompt(9, batch=3)), (0, 0), options)
+    assert windows is not None
+    run = term_and_gradients(attach(model), windows, options)
+    wanted = run()
+    into = apart(wanted)
+    for _ in range(2):
+        given = run(into)
+        assert all(one is other for one, other in zip(given[5:], into[5:], strict=True))
+        for one, other in zip(given, wanted, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    assert sum(each is not None for each in into[5:]) > len(into) / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's head is its embedding
@@ -120,7 +149,7 @@ def test_what_is_not_finite_gives_a_term_and_gradients_of_zero(family: str) -> N
     assert any(each is not None and each.any() for each in gradients)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = torch.nan
-    term, _, _, _, finite, *broken = run()
+    term, _, _, _, finite, *broken = run([*5 * [None], *apart(gradients)])
     assert not finite
     assert term == 0
     for one, other in zip(broken, gradients, strict=True):

@@ -136,7 +136,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "what is not finite in a replay is added", "loss/cuda_graphs.py",
-        (("torch.where(finite, gradient, 0.0)", "gradient"),),
+        (("torch.where(finite, gradient, zero, out=into)", "gradient"),),
         "tests/loss/test_captured.py::"
         "test_what_is_not_finite_gives_a_term_and_gradients_of_zero",
     ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from softtrace.loss.cuda_graphs import (
     with_weights,
     zero_unless,
 )
-from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.fused import Run, Tensors, fused
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.masked_term import MASKED_LOGITS, MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
@@ -87,7 +88,7 @@ def term_and_gradients(
     windows: Windows,
     options: DensityOptions,
     backend: str = "inductor",
-) -> Callable[[], Tensors]:
+) -> Run:
     """A static run of these windows and its backward pass, to be called again and again.
 
     It reads the model's weights and the windows where they lie, and gives the scalars of
@@ -102,7 +103,7 @@ def term_and_gradients(
     model = instrument.model
     weights = [each.detach() for each in model.parameters()]
 
-    def run(given: Sequence[Tensor]) -> Tensors:
+    def run(given: Sequence[Tensor], into: Tensors | None = None) -> Tensors:
         shared = shared_weights(model, given[: len(weights)])
         own = _with_tensors(windows, given[len(weights) :])
         found = with_weights(
@@ -112,13 +113,14 @@ def term_and_gradients(
         assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         gradients: Tensors = [None] * len(trained)
-        term = zero_unless(found.finite, found.term, trained)
+        places = [None] * len(trained) if into is None else into[_NUMBERS:]
+        term = zero_unless(found.finite, found.term, trained, places)
         if found.term.requires_grad:
             gradients = torch.autograd.grad(found.term, trained, allow_unused=True)
         return [term, *(None if each is None else each.detach() for each in found[1:]), *gradients]
 
     inputs = [*weights, *_tensors(windows)]
-    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)
+    return fused(run, inputs, backend) if options.fuse else partial(run, inputs)
 
 
 def _copy(windows: Windows) -> Windows:

@@ -13,13 +13,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from softtrace.loss.fused import Tensors
+from softtrace.loss.fused import Run
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
 from softtrace.tracing.instrument import Instrument
@@ -55,7 +56,7 @@ class Captured:
 
     def __init__(
         self,
-        run: Callable[[], Tensors],
+        run: Run,
         inputs: Sequence[Tensor],
         numbers: int,
         model: nn.Module,
@@ -255,20 +256,31 @@ def shared_weights(model: nn.Module, weights: Sequence[Tensor]) -> dict[str, Ten
     }
 
 
-def zero_unless(finite: Tensor, number: Tensor, leaves: Iterable[Tensor]) -> Tensor:
+def zero_unless(
+    finite: Tensor, number: Tensor, leaves: Iterable[Tensor], into: Iterable[Tensor | None]
+) -> Tensor:
     """``number``, or 0 unless all was finite; so are its gradients, which are to be taken later.
 
     What is replayed is not looked at before its gradients are added. They become 0 one by one, as
-    they come, so that no second copy of all of them is held.
+    they come, and are written where they are to lie, so that no second copy of all of them is held.
 
     Args:
         finite: bool scalar.
         number: scalar.
         leaves: by which gradients will be taken.
+        into: where each of them is to lie, None for memory of its own.
     """
-    for each in leaves:
-        each.register_hook(lambda gradient: torch.where(finite, gradient, 0.0))  # type: ignore[no-untyped-call]
+    for leaf, own in zip(leaves, into, strict=True):
+        leaf.register_hook(partial(written, finite, own))  # type: ignore[no-untyped-call]
     return torch.where(finite, number.detach(), 0.0)
+
+
+def written(finite: Tensor, into: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """A gradient, or 0 unless all was finite, in the memory of ``into`` where that is given."""
+    if gradient is None:
+        return None
+    zero = gradient.new_zeros(())
+    return torch.where(finite, gradient, zero, out=into)
 
 
 class _Awaited:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from softtrace.loss.cuda_graphs import (
 )
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.early_exits import CHUNK, FUSED_CHUNK, Seen, easiest, exit_distance, rows
-from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.fused import Run, Tensors, fused
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
@@ -37,7 +38,7 @@ from softtrace.model.exit_maps import ExitMaps, name_of
 from softtrace.tracing.instrument import Instrument
 
 _DISTANCES = "distances of early exits"
-_NUMBERS = 3  # before the gradients
+_NUMBERS = 3  # that a run gives before the gradients of what it was called with and of the weights
 
 
 class ExitDistance(NamedTuple):
@@ -200,7 +201,7 @@ def exits_and_gradients(
     maps: ExitMaps | None,
     options: DensityOptions,
     backend: str = "inductor",
-) -> Callable[[], Tensors]:
+) -> Run:
     """Exits after one number of layers and their backward pass, to be called again and again.
 
     Args:
@@ -220,7 +221,7 @@ def exits_and_gradients(
     weight = None if maps is None else maps.weight(chosen.depth)
     drawn = chosen.drawn()  # here, for numbers of layers cannot be read from what is traced
 
-    def run(given: Sequence[Tensor]) -> Tensors:
+    def run(given: Sequence[Tensor], into: Tensors | None = None) -> Tensors:
         shared = shared_weights(model, given[: len(weights)])
         early, last, targets, used, *own_map = (each.detach() for each in given[len(weights) :])
         for each in (early, *own_map):
@@ -246,11 +247,14 @@ def exits_and_gradients(
         assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         by = [early, *trained] if options.exits > 0 else []
-        mean = zero_unless(found.finite, found.mean, [*own_map, *by])
-        gradients = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
+        leaves = [*own_map, *by]
+        first = _NUMBERS - len(own_map)
+        places = [None] * len(leaves) if into is None else into[first : first + len(leaves)]
+        mean = zero_unless(found.finite, found.mean, leaves, places)
+        gradients = torch.autograd.grad(found.mean, leaves, allow_unused=True)
         of_map, others = gradients[: len(own_map)], gradients[len(own_map) :]
         nothing = [None] * (1 + len(trained) - len(others))
         return [mean, found.finite, *(of_map or [None]), *others, *nothing]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
-    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)
+    return fused(run, inputs, backend) if options.fuse else partial(run, inputs)

@@ -7,13 +7,9 @@ memory, which is as large as the largest needs, and what is read after a replay 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from softtrace.loss.fused import Tensors
+from softtrace.loss.fused import Like, Run, Tensors
 
 
 class GraphMemory:
@@ -27,11 +23,11 @@ class GraphMemory:
         # what is free in the memory is free for that stream alone.
         self._known: dict[int, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]] = {}
 
-    def capture(self, run: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
+    def capture(self, run: Run) -> tuple[torch.cuda.CUDAGraph, Tensors]:
         """A graph of a function on the current device, and where each replay writes what it gives.
 
         Args:
-            run: that is called twice.
+            run: that is called twice. What it does not write where it is told is copied there.
 
         Raises:
             RuntimeError: the function does something that cannot be captured.
@@ -41,10 +37,10 @@ class GraphMemory:
         stream = torch.cuda.Stream() if stream is None else stream  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
-            shapes = [each if each is None else _shape(each) for each in run()]
+            likes = [each if each is None else Like.of(each) for each in run()]
         torch.cuda.current_stream().wait_stream(stream)
         # Not what that call gave, which lies in the midst of what it needed and held on to that.
-        found = [each if each is None else torch.empty(each[0], **each[1]) for each in shapes]
+        found = [each if each is None else each.new() for each in likes]
         new = torch.cuda.CUDAGraph()
         pool = None if graph is None else graph.pool()
         try:
@@ -54,7 +50,7 @@ class GraphMemory:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(new, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
-                _write(run(), found)
+                _write(run(found), found)
         except BaseException:
             _end_capture_of_random_numbers()
             self._known.pop(device, None)  # its memory may still wait for the end of this capture
@@ -63,12 +59,8 @@ class GraphMemory:
         return new, found
 
 
-def _shape(each: Tensor) -> tuple[torch.Size, dict[str, Any]]:
-    return each.shape, {"dtype": each.dtype, "device": each.device}
-
-
 def _write(given: Tensors, into: Tensors) -> None:
-    """Copy what a function gave."""
+    """Copy what does not lie there yet."""
     for each, own in zip(given, into, strict=True):
         if each is not own:
             if each is None or own is None:
