@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from softtrace.loss.fused import _written, cut_where_it_repeats, fused, write_into_arguments
+from softtrace.loss.fused import _written, cut, cut_where_it_repeats, fused, write_into_arguments
 
 LAYERS = 12
 
@@ -88,6 +88,25 @@ def test_a_function_may_give_what_it_was_given_and_the_same_twice() -> None:
     for own, wanted in ((one, x), (two, 2 * x), (three, 2 * x)):
         assert torch.equal(own, wanted)
     assert len({each.data_ptr() for each in (x, one, two, three)}) == 4
+
+
+def test_what_is_traced_is_cut_where_it_is_told_to_be() -> None:
+    def twice(given: Sequence[Tensor]) -> list[Tensor | None]:
+        x, total = given[0], given[1]
+        for _ in range(2):
+            total = cut(total)
+            total = total + (x.sin() @ x).sum()
+        return [total]
+
+    given = [torch.randn(3, 3), torch.zeros(())]
+    traced = make_fx(twice)(given)
+    parts = cut_where_it_repeats(traced)
+    first, second = kinds(parts)
+    assert first == second
+    assert "cut" not in first
+    torch.testing.assert_close(parts(*given)[0], twice(given)[0])
+    (found,) = fused(twice, given, "eager")()
+    torch.testing.assert_close(found, twice(given)[0])
 
 
 def test_each_kind_of_part_is_compiled_once() -> None:

@@ -141,6 +141,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         "test_what_is_not_finite_gives_a_term_and_gradients_of_zero",
     ),
     Mutation(
+        "a memory in which a capture failed is used again", "loss/graph_memory.py",
+        (("            self._known.pop(device, None)", "            pass"),),
+        "tests/loss/test_graph_memory.py::test_a_memory_in_which_a_capture_failed_is_left",
+    ),
+    Mutation(
+        "gradients lie in the memory of all graphs", "loss/graph_memory.py",
+        (("_write(run(found), found)", "found = run()"),),
+        "tests/loss/test_graph_memory.py::"
+        "test_what_a_function_gives_lies_outside_of_what_it_gave",
+    ),
+    Mutation(
         "a replay writes over one whose gradients are awaited", "loss/cuda_graphs.py",
         (("known is None or known.awaited else known", "known is None else known"),),
         "tests/loss/test_cuda_graphs.py::test_a_key_is_captured_once_it_comes_back",

@@ -55,6 +55,16 @@ _REPEATED = re.compile("(.{50,2000}?)\\1{2,}", re.DOTALL)
 """A pattern of so many operations that comes three times or more, one after the other."""
 
 
+@torch.library.custom_op("softtrace::cut", mutates_args=())
+def cut(values: Tensor) -> Tensor:
+    """The same values; what is fused is cut here, and what comes after runs after what came before.
+
+    A compiler orders operations anew, and of pieces that do not need one another it makes the large
+    tensors of all before it is done with those of the first.
+    """
+    return values.clone()
+
+
 def fused(
     run: Callable[[Sequence[Tensor]], Tensors], inputs: Sequence[Tensor], backend: str = "inductor"
 ) -> Run:
@@ -124,10 +134,20 @@ def write_into_arguments(traced: fx.GraphModule) -> list[Like | None]:
 def cut_where_it_repeats(traced: fx.GraphModule) -> fx.GraphModule:
     """The same function as calls of parts, each of which is one of a row of equal ones, or between.
 
+    It is also cut at every :func:`cut`, which goes.
+
     Args:
         traced: operations on tensors alone, in the order in which they run.
     """
-    operations = [node for node in traced.graph.nodes if node.op.startswith("call")]
+    operations: list[fx.Node] = []
+    told = []
+    for node in list(traced.graph.nodes):
+        if node.target is torch.ops.softtrace.cut.default:
+            told.append(len(operations))
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+        elif node.op.startswith("call"):
+            operations.append(node)
     letters: dict[str, str] = {}
     text = "".join(letters.setdefault(str(node.target), chr(len(letters))) for node in operations)
     cuts = [
@@ -135,6 +155,7 @@ def cut_where_it_repeats(traced: fx.GraphModule) -> fx.GraphModule:
         for match in _REPEATED.finditer(text)
         for number in range(len(match[0]) // len(match[1]) + 1)
     ]
+    cuts = sorted(told + cuts)
     part = {node: bisect(cuts, place) for place, node in enumerate(operations)}
     return split_module(traced, traced, part.__getitem__, keep_original_order=True)
 
