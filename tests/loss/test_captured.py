@@ -231,10 +231,15 @@ def test_a_replay_equals_a_run_also_after_the_weights_have_moved(fuse: bool) -> 
 
 
 @cuda
-@pytest.mark.parametrize("accumulated", [False, True])
 @pytest.mark.parametrize(
-    ("every", "exit_every", "fuse"),  # masked runs and exits are captured at one step, or in turn
-    [(1, 1, False), (4, 1, False), (4, 1, True), (1, 4, False)],
+    ("every", "exit_every", "fuse", "accumulated"),
+    [  # masked runs and exits are captured at the same step, or one of them while the other replays
+        (1, 1, False, False),
+        (1, 1, False, True),
+        (4, 1, False, True),
+        (4, 1, True, False),
+        (1, 4, False, False),
+    ],
 )
 def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(
     every: int, exit_every: int, fuse: bool, accumulated: bool
@@ -260,7 +265,7 @@ def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(
                 model.zero_grad()
         found.append(read)
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=3e-5)
     kinds = terms[0]._captured.graphs, terms[0]._exit_term.graphs
     replayed = [each for kind in kinds for each in kind.known.values()]
     assert [each.number >= 4 for each in replayed] == [True, True]

@@ -33,6 +33,9 @@ class GraphMemory:
             RuntimeError: the function does something that cannot be captured.
         """
         device = torch.cuda.current_device()
+        # What is allocated here stays, and should not lie in the midst of what others allocate and
+        # free at every step.
+        torch.cuda.empty_cache()
         graph, stream = self._known.get(device, (None, None))
         stream = torch.cuda.Stream() if stream is None else stream  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
