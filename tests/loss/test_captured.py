@@ -16,6 +16,7 @@ from softtrace.errors import NonFiniteError
 from softtrace.graph.batch import Batch
 from softtrace.loss.captured import _copy, _tensors, term_and_gradients
 from softtrace.loss.cuda_graphs import key_of, with_weights
+from softtrace.loss.fused import Tensors
 from softtrace.loss.masked_term import masked_term
 from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
@@ -89,10 +90,13 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
     def check() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             expected = as_it_is()
-        for one, other in zip(fused(), expected, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None and other is not None:
-                torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+        into = apart(expected)
+        assert fused(into) is into
+        for found in (fused(), into):
+            for one, other in zip(found, expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None and other is not None:
+                    torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
 
     check()
     before = fused()[0]
@@ -104,6 +108,31 @@ def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
         place.copy_(new)
     check()
     assert fused()[0] != before
+
+
+def apart(found: Tensors) -> list[torch.Tensor | None]:
+    """Memory for such tensors, in which something else is written."""
+    return [each if each is None else torch.full_like(each, 7) for each in found]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's head is its embedding
+def test_gradients_are_written_where_they_are_to_lie(family: str) -> None:
+    model = zoo.tiny(family)
+    next(model.parameters()).requires_grad_(family != "llama")
+    penalty = DensityLoss(model, share=1.0, exits=0.0)
+    options = replace(penalty.options.on(torch.device("cpu")), fuse=False)
+    windows = draw_windows(attach(model), Batch.of(tiny_prompt(9, batch=3)), (0, 0), options)
+    assert windows is not None
+    run = term_and_gradients(attach(model), windows, options)
+    wanted = run()
+    into = apart(wanted)
+    for _ in range(2):
+        given = run(into)
+        assert all(one is other for one, other in zip(given[5:], into[5:], strict=True))
+        for one, other in zip(given, wanted, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    assert sum(each is not None for each in into[5:]) > len(into) / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's head is its embedding
@@ -120,7 +149,7 @@ def test_what_is_not_finite_gives_a_term_and_gradients_of_zero(family: str) -> N
     assert any(each is not None and each.any() for each in gradients)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = torch.nan
-    term, _, _, _, finite, *broken = run()
+    term, _, _, _, finite, *broken = run([*5 * [None], *apart(gradients)])
     assert not finite
     assert term == 0
     for one, other in zip(broken, gradients, strict=True):
@@ -205,10 +234,24 @@ def test_a_replay_equals_a_run_also_after_the_weights_have_moved(
 
 
 @cuda
-@pytest.mark.parametrize("accumulated", [False, True])
-def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(accumulated: bool) -> None:
+@pytest.mark.parametrize(
+    ("every", "exit_every", "fuse", "accumulated"),
+    [  # masked runs and exits are captured at the same step, or one of them while the other replays
+        (1, 1, False, False),
+        (1, 1, False, True),
+        (4, 1, False, True),
+        (4, 1, True, False),
+        (1, 4, False, False),
+    ],
+)
+def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(
+    every: int, exit_every: int, fuse: bool, accumulated: bool
+) -> None:
     model, batches = on_cuda()
-    options: dict[str, Any] = {"share": 1.0, "crop": 16, "every": 1, "exit_tokens": 0.5}
+    options: dict[str, Any] = {
+        "share": 1.0, "crop": 16, "every": every, "exit_every": exit_every, "exit_tokens": 0.5,
+        "fuse": fuse,
+    }  # fmt: skip
     terms = [
         DensityLoss(model, **options, cuda_graph=each, exit_map=False) for each in (True, False)
     ]
@@ -216,7 +259,7 @@ def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(accumulated: 
     for density in terms:
         model.zero_grad()
         read = []
-        for step, ids in enumerate([*batches, *batches]):
+        for step, ids in enumerate(4 * batches):
             with density.watching(step=step, batch={"input_ids": ids}) as watched:
                 loss = model(input_ids=ids, labels=ids).loss
             (loss + 3 * density(ids, step=step, watched=watched).loss).backward()
@@ -225,9 +268,11 @@ def test_replayed_steps_leave_the_gradients_of_runs_in_the_weights(accumulated: 
                 model.zero_grad()
         found.append(read)
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
-    for graphs in (terms[0]._captured.graphs, terms[0]._exit_term.graphs):
-        assert next(iter(graphs.known.values())).number > 6
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=3e-5)
+    kinds = terms[0]._captured.graphs, terms[0]._exit_term.graphs
+    replayed = [each for kind in kinds for each in kind.known.values()]
+    assert [each.number >= 4 for each in replayed] == [True, True]
+    assert len({each._graph.pool() for each in replayed}) == 1
 
 
 @cuda

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.loss import cuda_graphs
-from softtrace.loss.cuda_graphs import Captured, CudaGraphs
+from softtrace.loss.cuda_graphs import Captured, CudaGraphs, zero_unless
+from softtrace.loss.fused import Tensors
+from softtrace.loss.graph_memory import GraphMemory
+from tests.support.cuda_on_cpu import pretend
 
 
 @pytest.fixture
@@ -19,43 +20,30 @@ def graphs() -> CudaGraphs:
     return CudaGraphs("these runs", "Do without.")
 
 
-class Stream:
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def wait_stream(self, other: Stream) -> None:
-        pass
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph asks of CUDA does nothing."""
-    for name in ("device", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, Stream)
-    monkeypatch.setattr(cuda_graphs, "_end_capture_of_random_numbers", lambda: None)
+    pretend(monkeypatch)
 
 
 def captured(model: nn.Linear) -> tuple[Captured, list[Tensor]]:
     """A graph of ``Σ model(x)²``, whose replay computes anew into the same memory."""
     own = [torch.zeros(3)]
 
-    def run() -> list[Tensor | None]:
+    def run(into: Tensors | None = None) -> list[Tensor | None]:
         x = own[0].detach().requires_grad_()
         weight = model.weight.detach().requires_grad_()
         found = (weight @ x).square().sum()
         by_x, by_weight = torch.autograd.grad(found, [x, weight])
+        if into is not None and into[4] is not None:
+            by_weight = into[4].copy_(by_weight)
         return [found.detach(), None, found.detach() + 1, by_x, by_weight, None]
 
-    graph = Captured(run, own, 3, model)
+    graph = Captured(run, own, 3, model, GraphMemory())
 
     def replay() -> None:
-        new = run()
-        found = [each for each in new[:3] if each is not None]
-        for place, value in zip(
-            [*graph._numbers, *graph.gradients], [*found, *new[3:]], strict=True
-        ):
+        first, second = graph._numbers
+        places = [first, None, second, *graph.gradients]
+        for place, value in zip(places, run(places), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
 
@@ -128,17 +116,50 @@ def test_gradients_that_share_memory_are_multiplied_once(on_cpu: None) -> None:
     model = nn.Linear(2, 2)
     model.bias = nn.Parameter(torch.zeros(2, 2))
 
-    def run() -> list[Tensor | None]:
+    def run(into: Tensors | None = None) -> list[Tensor | None]:
         both = torch.ones(2, 2)
         return [both.sum(), both, both]  # as of a sum of two weights
 
-    graph = Captured(run, [torch.zeros(1)], 1, model)
+    graph = Captured(run, [torch.zeros(1)], 1, model, GraphMemory())
     graph._graph.replay = lambda: None
     (first,) = graph.replay([torch.zeros(1)])
     (2 * first).backward()
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad, torch.full((2, 2), 2.0))
     assert torch.equal(model.bias.grad, torch.full((2, 2), 2.0))
+
+
+def test_gradients_are_zero_where_not_all_was_finite_in_the_memory_that_is_given() -> None:
+    leaves = [torch.arange(3.0).requires_grad_() for _ in range(3)]
+    places = [torch.full((3,), 7.0), None, torch.full((3,), 7.0)]
+    for finite in (True, False):
+        number = (leaves[0] * 2 + leaves[1].expand(2, 3)).sum()
+        found = zero_unless(torch.tensor(finite), number, leaves, places)
+        assert found == (number if finite else 0)
+        one, two, none = torch.autograd.grad(number, leaves, allow_unused=True)
+        assert one is places[0]
+        assert torch.equal(one, torch.full((3,), 4.0 * finite))
+        assert torch.equal(two, torch.full((3,), 2.0 * finite))
+        assert none is None
+        for each in leaves:
+            each._backward_hooks.clear()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_a_gradient_that_is_undefined_stays_so() -> None:
+    leaf, place = torch.arange(3.0).requires_grad_(), torch.full((3,), 7.0)
+    number = NoGradient.apply(leaf).sum()
+    zero_unless(torch.tensor(True), number, [leaf], [place])
+    assert torch.autograd.grad(number, [leaf], allow_unused=True) == (None,)
 
 
 def test_a_replay_without_anything_to_learn_has_no_graph(on_cpu: None) -> None:

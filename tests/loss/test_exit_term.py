@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 
 from softtrace import DensityLoss
-from softtrace.loss.draws import draw_exits
+from softtrace.loss import exit_term
+from softtrace.loss.draws import ExitDraw, draw_exits
 from softtrace.loss.early_exits import rows
-from softtrace.loss.exit_term import ExitDistance, _Chosen, exits_and_gradients
+from softtrace.loss.exit_term import (
+    ExitDistance,
+    _Chosen,
+    _part_by_part,
+    _parts,
+    exits_and_gradients,
+)
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
 from tests.support import zoo
+from tests.support.live_bytes import peak_bytes
 from tests.support.skips import cuda
 from tests.support.tiny import tiny_prompt
 
@@ -36,16 +45,27 @@ def term_of(family: str, **changes: Any) -> tuple[Any, DensityLoss]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("family", "changes", "backend"),
+    ("family", "changes", "backend", "parts"),
     [
-        ("llama", {}, "aot_eager"),
-        ("gemma2", {"exit_quantile": 1.0}, "eager"),
-        ("gpt2", {"exit_map": False}, "eager"),
+        ("llama", {}, "aot_eager", 2),
+        ("gemma2", {"exit_quantile": 1.0}, "eager", 3),
+        ("gpt2", {"exit_map": False}, "eager", 1),
     ],
 )
 def test_one_function_gives_the_gradients_of_exits_as_they_are(
-    family: str, changes: dict[str, Any], backend: str
+    family: str,
+    changes: dict[str, Any],
+    backend: str,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    in_parts: list[int] = []
+
+    def part_by_part(sum_of: Any, given: Any, *others: Any) -> Any:
+        in_parts.append(len(given))
+        return _part_by_part(sum_of, given, *others)
+
+    monkeypatch.setattr(exit_term, "_part_by_part", part_by_part)
     model, penalty = term_of(family, **changes)
     instrument = attach(model)
     options = penalty.options.on(torch.device("cpu"))
@@ -63,6 +83,9 @@ def test_one_function_gives_the_gradients_of_exits_as_they_are(
         )  # fmt: skip
         found.append((seen, drawn, batch.targets))
     chosen = [_Chosen.of(*each, depth=LAYERS // 2) for each in found]
+    read = math.ceil(options.exit_quantile * len(chosen[0].early))
+    logits = read * instrument.anatomy.readout.predicted
+    monkeypatch.setattr(exit_term, "AT_ONCE", math.ceil(logits / parts))
     maps = None if penalty.exit_maps is None else penalty.exit_maps.maps
     own = chosen[0].copy()
     calls = [
@@ -85,8 +108,13 @@ def test_one_function_gives_the_gradients_of_exits_as_they_are(
             )]  # fmt: skip
             if penalty.exit_maps is not None:
                 penalty.exit_maps._copies.clear()
-            for call in calls:
-                mean, finite, by_map, *gradients = call()
+            into = [each if each is None else torch.full_like(each, 7) for each in calls[0]()]
+            for call, places in ((call, each) for call in calls for each in (None, into)):
+                given = call(places)
+                mean, finite, by_map, *gradients = given
+                if places is not None:
+                    pairs = [*zip(given, places, strict=True)][2:]
+                    assert all(one is other for one, other in pairs)
                 torch.testing.assert_close(mean, plain.mean.detach())
                 assert finite
                 got = [*([] if maps is None else [by_map]), *gradients]
@@ -96,6 +124,86 @@ def test_one_function_gives_the_gradients_of_exits_as_they_are(
                     assert (one is None) == (other is None)
                     if one is not None:
                         torch.testing.assert_close(one, other)
+    assert in_parts == [parts] * len(in_parts)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_exits_in_parts_hold_the_logits_of_one_part(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, vocabulary = 64, 4096
+    model = zoo.tiny("llama", num_hidden_layers=LAYERS, vocab_size=vocabulary)
+    penalty = DensityLoss(model, exits=1.0, exit_quantile=share, exit_map=False)
+    options = replace(penalty.options.on(torch.device("cpu")), fuse=False)
+    width = model.config.hidden_size
+    chosen = _Chosen(
+        torch.randn(count, width), torch.randn(count, width), torch.arange(count),
+        torch.ones(count, dtype=torch.bool), LAYERS // 2,
+    )  # fmt: skip
+    monkeypatch.setattr(exit_term, "CHUNK", 4)
+    run = exits_and_gradients(attach(model), chosen, None, options)
+    into = [each if each is None else torch.empty_like(each) for each in run()]
+    logits = math.ceil(share * count) * vocabulary
+    whole = peak_bytes(run, into)
+    monkeypatch.setattr(exit_term, "AT_ONCE", logits // 8)
+    less = peak_bytes(run, into)
+    # Of the full prediction, of the exit, and the gradient: seven of eight parts at least thrice.
+    assert whole - less > 3 * 7 / 8 * logits * 4 - 2 * vocabulary * width * 4
+    monkeypatch.setattr(exit_term, "AT_ONCE", logits)
+    assert peak_bytes(run, into) == whole
+
+
+def test_parts_are_as_many_as_logits_ask_for_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = ExitDraw(torch.arange(7), torch.full((7,), 2), torch.arange(7) < 5)
+
+    def sizes(at_once: int) -> list[int]:
+        monkeypatch.setattr(exit_term, "AT_ONCE", at_once)
+        found = _parts(drawn, vocabulary=10)
+        for name in ("places", "depths", "used"):
+            whole = torch.cat([getattr(each, name) for each in found])
+            assert torch.equal(whole, getattr(drawn, name))
+        return [len(each.places) for each in found]
+
+    assert sizes(70) == [7]
+    assert sizes(69) == [4, 3]
+    assert sizes(30) == [3, 3, 1]
+    assert sizes(1) == [1] * 7
+
+
+def test_gradients_of_parts_add_up_where_they_are_to_lie_and_are_zero_if_one_is_not_finite() -> (
+    None
+):
+    x, y = torch.arange(6.0).requires_grad_(), torch.ones(2).requires_grad_()
+    used = torch.tensor([True, True, True, True, False, True])
+    drawn = ExitDraw(torch.arange(6), torch.full((6,), 2), used)
+    parts = [
+        ExitDraw(*each) for each in zip(*(v.split(2) for v in vars(drawn).values()), strict=True)
+    ]
+    places = [torch.full((6,), 7.0), torch.full((2,), 7.0), None]
+    unused = torch.zeros(1).requires_grad_()
+
+    def sum_of(part: ExitDraw) -> tuple[Tensor, Tensor]:
+        found = torch.where(part.used, x.index_select(0, part.places).square(), 0.0)
+        if 2 in part.places:  # a leaf that only one part reaches
+            found = found * y
+        return found.sum(), found.detach().isfinite().all()
+
+    wanted = torch.autograd.grad((x.square() * used).sum() / 5, x)[0]
+    for into in ([None, None, None], places):
+        mean, finite, (by_x, by_y, by_none) = _part_by_part(sum_of, parts, [x, y, unused], into)
+        assert finite
+        torch.testing.assert_close(mean, (x.square() * used).sum().detach() / 5)
+        torch.testing.assert_close(by_x, wanted)
+        torch.testing.assert_close(by_y, torch.tensor([4.0, 9.0]) / 5)
+        assert by_none is None
+    assert by_x is places[0]
+    assert by_y is places[1]
+    with torch.no_grad():
+        x[0] = torch.inf
+    mean, finite, (by_x, *_) = _part_by_part(sum_of, parts, [x, y, unused], places)
+    assert not finite
+    assert mean == 0
+    assert not by_x.any()
 
 
 def replace_stream(seen: Any, early: Tensor, places: Tensor) -> Any:
@@ -109,10 +217,11 @@ def replace_stream(seen: Any, early: Tensor, places: Tensor) -> Any:
 
 @cuda
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("exits", [0.0, 0.5])
+@pytest.mark.parametrize(("exits", "at_once"), [(0.0, exit_term.AT_ONCE), (0.5, 600)])
 def test_replayed_exits_train_the_model_and_the_map_as_launched_ones_do(
-    exits: float, fuse: bool
+    exits: float, at_once: int, fuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(exit_term, "AT_ONCE", at_once)
     ended = []
     for captured in (False, True):
         model = zoo.tiny("llama", num_hidden_layers=LAYERS).cuda().train()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from softtrace.loss.fused import _written, cut_where_it_repeats, fused
+from softtrace.loss.fused import _written, cut, cut_where_it_repeats, fused, write_into_arguments
 
 LAYERS = 12
 
@@ -56,6 +56,59 @@ def test_equal_layers_are_equal_parts_and_all_parts_together_the_whole() -> None
             torch.testing.assert_close(one, other)
 
 
+def test_what_is_given_is_written_into_arguments_as_soon_as_it_is_complete() -> None:
+    given = inputs()
+    plain, traced = make_fx(run)(given), make_fx(run)(given)
+    likes = write_into_arguments(traced)
+    wanted = run(given)
+    assert [each is None for each in likes] == [each is None for each in wanted]
+    into = [each if each is None else each.new() for each in likes]
+    parts = cut_where_it_repeats(traced)
+    assert len(set(kinds(parts))) <= len(set(kinds(cut_where_it_repeats(plain))))
+    assert not parts(*given, *(each for each in into if each is not None))
+    for one, other in zip(into, wanted, strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other)
+    nodes = list(traced.graph.nodes)
+    writes = [node for node in nodes if node.target is torch.ops.aten.copy_.default]
+    assert len(writes) == len(wanted) - 1
+    for each in writes:  # each copy comes right after what it copies
+        assert nodes.index(each) - nodes.index(each.args[1]) <= 1
+
+
+def test_a_function_may_give_what_it_was_given_and_the_same_twice() -> None:
+    def same(given: Sequence[Tensor]) -> list[Tensor | None]:
+        doubled = given[0] * 2
+        return [given[0], doubled, None, doubled]
+
+    x = torch.arange(3.0)
+    call = fused(same, [x], "eager")
+    one, two, none, three = call()
+    assert none is None
+    for own, wanted in ((one, x), (two, 2 * x), (three, 2 * x)):
+        assert torch.equal(own, wanted)
+    assert len({each.data_ptr() for each in (x, one, two, three)}) == 4
+
+
+def test_what_is_traced_is_cut_where_it_is_told_to_be() -> None:
+    def twice(given: Sequence[Tensor]) -> list[Tensor | None]:
+        x, total = given[0], given[1]
+        for _ in range(2):
+            total = cut(total)
+            total = total + (x.sin() @ x).sum()
+        return [total]
+
+    given = [torch.randn(3, 3), torch.zeros(())]
+    traced = make_fx(twice)(given)
+    parts = cut_where_it_repeats(traced)
+    first, second = kinds(parts)
+    assert first == second
+    assert "cut" not in first
+    torch.testing.assert_close(parts(*given)[0], twice(given)[0])
+    (found,) = fused(twice, given, "eager")()
+    torch.testing.assert_close(found, twice(given)[0])
+
+
 def test_each_kind_of_part_is_compiled_once() -> None:
     given, compiled = inputs(), []
 
@@ -68,9 +121,12 @@ def test_each_kind_of_part_is_compiled_once() -> None:
         call = fused(run, given)
     assert len(compiled) <= 8
     given[1].mul_(1.5)  # read in place
-    for one, other in zip(call(), run(given), strict=True):
-        if one is not None and other is not None:
-            torch.testing.assert_close(one, other)
+    into = [each if each is None else torch.empty_like(each) for each in run(given)]
+    for found in (call(), call(into)):
+        assert (found[0] is into[0]) == (found is into)
+        for one, other in zip(found, run(given), strict=True):
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other)
 
 
 def test_what_reads_other_constants_is_not_equal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from softtrace.loss.masked_term import MaskedTerm, masked_term
 from softtrace.loss.windows import draw_windows
 from softtrace.model.state import dropout_off
 from softtrace.tracing.attach import attach
+from softtrace.tracing.instrument import Instrument
 from tests.support import zoo
 from tests.support.tiny import tiny_prompt
 
@@ -102,3 +104,28 @@ def test_a_few_logits_at_a_time_give_the_same(
     for one, other in zip(by_whole, by_parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert any(bool(each.any()) for each in by_parts)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_logits_of_the_recording_run_are_gone_when_the_masked_run_runs(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.tiny("llama")
+    windows, options = windows_of(model, DensityLoss(model, share=1.0), tiny_prompt(9, 3), None)
+    record, exit_logits = Instrument.record, Instrument.exit_logits
+    logits: list[Any] = []
+
+    def recording(self: Instrument, *args: Any, **others: Any) -> Any:
+        found = record(self, *args, **others)
+        logits.append(weakref.ref(found.logits.untyped_storage()))
+        return found
+
+    def masked(self: Instrument, *args: Any, **others: Any) -> Tensor:
+        assert logits.pop()() is None
+        return exit_logits(self, *args, **others)
+
+    monkeypatch.setattr(Instrument, "record", recording)
+    monkeypatch.setattr(Instrument, "exit_logits", masked)
+    with dropout_off(model):
+        assert masked_term(attach(model), windows, options, static=static) is not None
+    assert not logits

@@ -136,9 +136,20 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "what is not finite in a replay is added", "loss/cuda_graphs.py",
-        (("torch.where(finite, gradient, 0.0)", "gradient"),),
+        (("torch.where(finite, gradient, zero, out=into)", "gradient"),),
         "tests/loss/test_captured.py::"
         "test_what_is_not_finite_gives_a_term_and_gradients_of_zero",
+    ),
+    Mutation(
+        "a memory in which a capture failed is used again", "loss/graph_memory.py",
+        (("            self._known.pop(device, None)", "            pass"),),
+        "tests/loss/test_graph_memory.py::test_a_memory_in_which_a_capture_failed_is_left",
+    ),
+    Mutation(
+        "gradients lie in the memory of all graphs", "loss/graph_memory.py",
+        (("_write(run(found), found)", "found = run()"),),
+        "tests/loss/test_graph_memory.py::"
+        "test_what_a_function_gives_lies_outside_of_what_it_gave",
     ),
     Mutation(
         "a replay writes over one whose gradients are awaited", "loss/cuda_graphs.py",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from softtrace.loss.cuda_graphs import (
     with_weights,
     zero_unless,
 )
-from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.fused import Run, Tensors, fused
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.masked_term import MASKED_LOGITS, MaskedTerm, masked_term
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.transfers import LaterChecks
@@ -25,16 +27,21 @@ from softtrace.loss.windows import Windows
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.instrument import Instrument
 
+_NUMBERS = len(MaskedTerm._fields)
+
 
 class CapturedTerms:
     """Runs masked runs, captured where they can be; of one model at a time.
 
     Args:
         later: asks whether what was replayed is finite.
+
+    Attributes:
+        memory: that its graphs work in, and those of what else is captured for the same term.
     """
 
     def __init__(self, later: LaterChecks) -> None:
-        self._later = later
+        self._later, self.memory = later, GraphMemory()
         self.graphs = CudaGraphs(
             "the masked runs",
             "With cuda_graph=False they come as seldom as suits that (every=8, share=0.3).",
@@ -53,7 +60,7 @@ class CapturedTerms:
         def capture(fuse: bool) -> Captured:
             own = _copy(windows)
             run = term_and_gradients(instrument, own, replace(options, fuse=fuse))
-            return Captured(run, _tensors(own), len(MaskedTerm._fields), model)
+            return Captured(run, _tensors(own), _NUMBERS, model, self.memory)
 
         graph, static = None, False
         if options.cuda_graph and capturable(windows.batch.input_ids, model):
@@ -81,7 +88,7 @@ def term_and_gradients(
     windows: Windows,
     options: DensityOptions,
     backend: str = "inductor",
-) -> Callable[[], Tensors]:
+) -> Run:
     """A static run of these windows and its backward pass, to be called again and again.
 
     It reads the model's weights and the windows where they lie, and gives the scalars of
@@ -96,7 +103,7 @@ def term_and_gradients(
     model = instrument.model
     weights = [each.detach() for each in model.parameters()]
 
-    def run(given: Sequence[Tensor]) -> Tensors:
+    def run(given: Sequence[Tensor], into: Tensors | None = None) -> Tensors:
         shared = shared_weights(model, given[: len(weights)])
         own = _with_tensors(windows, given[len(weights) :])
         found = with_weights(
@@ -106,13 +113,14 @@ def term_and_gradients(
         assert found.finite is not None
         trained = [each for each in shared.values() if each.requires_grad]
         gradients: Tensors = [None] * len(trained)
-        term = zero_unless(found.finite, found.term, trained)
+        places = [None] * len(trained) if into is None else into[_NUMBERS:]
+        term = zero_unless(found.finite, found.term, trained, places)
         if found.term.requires_grad:
             gradients = torch.autograd.grad(found.term, trained, allow_unused=True)
         return [term, *(None if each is None else each.detach() for each in found[1:]), *gradients]
 
     inputs = [*weights, *_tensors(windows)]
-    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)
+    return fused(run, inputs, backend) if options.fuse else partial(run, inputs)
 
 
 def _copy(windows: Windows) -> Windows:

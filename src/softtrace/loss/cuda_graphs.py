@@ -13,20 +13,22 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from softtrace.loss.fused import Tensors
+from softtrace.loss.fused import Run
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MOST = 4  # graphs at a time, each of which holds the memory of a run
+_MOST = 4  # graphs at a time, each of which holds gradients of its own
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
 _WHEN = {
@@ -46,13 +48,19 @@ class Captured:
         inputs: that are written anew before every replay; the graph is of their device.
         numbers: how many there are; all that follows are gradients.
         model: to whose weights, those that are trained, the last of the gradients go.
+        memory: that the function works in; the gradients lie outside of it.
 
     Raises:
         RuntimeError: the function does something that cannot be captured.
     """
 
     def __init__(
-        self, run: Callable[[], Tensors], inputs: Sequence[Tensor], numbers: int, model: nn.Module
+        self,
+        run: Run,
+        inputs: Sequence[Tensor],
+        numbers: int,
+        model: nn.Module,
+        memory: GraphMemory,
     ) -> None:
         self._inputs = inputs
         self._weights = [each for each in model.parameters() if each.requires_grad]
@@ -62,31 +70,9 @@ class Captured:
         self._awaiting: weakref.ref[_Awaited] | None = None
         self._device = inputs[0].device
         with torch.cuda.device(self._device):
-            found = self._capture(run)
+            self._graph, found = memory.capture(run)
         self._numbers = [each for each in found[:numbers] if each is not None]
         self.gradients = found[numbers:]
-        self._storages = Counter(
-            each.untyped_storage().data_ptr() for each in self.gradients if each is not None
-        )
-
-    def _capture(self, run: Callable[[], Tensors]) -> Tensors:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate what they need at their first call
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            # A capture that fails does not give the stream back that it switched to. Other threads
-            # (of a DataLoader, say) may allocate meanwhile.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
-            ):
-                return run()
-        except BaseException:
-            _end_capture_of_random_numbers()
-            raise
 
     @property
     def awaited(self) -> bool:
@@ -116,12 +102,6 @@ class Captured:
             leaves, gradients = zip(*pairs, strict=True)
             first = _Replayed.apply(self, gradients, first, *leaves)  # type: ignore[no-untyped-call]
         return [first, *others]
-
-    def is_apart(self, gradient: Tensor) -> bool:
-        """Whether it can be changed in place: all of its memory is its own, and of no other."""
-        storage = gradient.untyped_storage()
-        dense = storage.nbytes() == gradient.numel() * gradient.element_size()
-        return dense and self._storages[storage.data_ptr()] == 1
 
     def await_backward(self) -> _Awaited:
         """A token that lives as long as the autograd graph of this replay."""
@@ -276,26 +256,31 @@ def shared_weights(model: nn.Module, weights: Sequence[Tensor]) -> dict[str, Ten
     }
 
 
-def zero_unless(finite: Tensor, number: Tensor, leaves: Iterable[Tensor]) -> Tensor:
+def zero_unless(
+    finite: Tensor, number: Tensor, leaves: Iterable[Tensor], into: Iterable[Tensor | None]
+) -> Tensor:
     """``number``, or 0 unless all was finite; so are its gradients, which are to be taken later.
 
     What is replayed is not looked at before its gradients are added. They become 0 one by one, as
-    they come, so that no second copy of all of them is held.
+    they come, and are written where they are to lie, so that no second copy of all of them is held.
 
     Args:
         finite: bool scalar.
         number: scalar.
         leaves: by which gradients will be taken.
+        into: where each of them is to lie, None for memory of its own.
     """
-    for each in leaves:
-        each.register_hook(lambda gradient: torch.where(finite, gradient, 0.0))  # type: ignore[no-untyped-call]
+    for leaf, own in zip(leaves, into, strict=True):
+        leaf.register_hook(partial(written, finite, own))  # type: ignore[no-untyped-call]
     return torch.where(finite, number.detach(), 0.0)
 
 
-def _end_capture_of_random_numbers() -> None:
-    """A capture that failed leaves the generator waiting for its end, and refuses every draw."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
+def written(finite: Tensor, into: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """A gradient, or 0 unless all was finite, in the memory of ``into`` where that is given."""
+    if gradient is None:
+        return None
+    zero = gradient.new_zeros(())
+    return torch.where(finite, gradient, zero, out=into)
 
 
 class _Awaited:
@@ -327,7 +312,7 @@ class _Replayed(torch.autograd.Function):
         in_place: list[Tensor] = []
         copied: list[Tensor] = []
         for each, node in zip(ctx.gradients, nodes, strict=True):
-            (in_place if _is_added(node) and captured.is_apart(each) else copied).append(each)
+            (in_place if _is_added(node) else copied).append(each)
         found = {id(each): each for each in in_place}
         if in_place:  # a copy of all would be held until the model's own gradients have come
             ctx.number = -1

@@ -106,7 +106,7 @@ class DensityLoss:
             instrument = attach(model)
             if self.options.exit_map:
                 self.exit_maps = LearnedMaps.of(instrument, self.options)
-        self._exit_term = ExitTerm(self.exit_maps, self._later)
+        self._exit_term = ExitTerm(self.exit_maps, self._later, self._captured.memory)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
         """The options as they are on a device, and for a model that is sharded."""

@@ -8,9 +8,11 @@ layers have other shapes at every step and are launched one operation at a time.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,18 +26,25 @@ from softtrace.loss.cuda_graphs import (
     key_of,
     shared_weights,
     with_weights,
-    zero_unless,
+    written,
 )
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.early_exits import CHUNK, FUSED_CHUNK, Seen, easiest, exit_distance, rows
-from softtrace.loss.fused import Tensors, fused
+from softtrace.loss.fused import Run, Tensors, cut, fused
+from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.transfers import LaterChecks
 from softtrace.model.exit_maps import ExitMaps, name_of
 from softtrace.tracing.instrument import Instrument
 
+AT_ONCE = 2**28
+"""Logits of exits that are held with their gradients at a time: half a gigabyte a copy in bfloat16.
+
+More parts would need less, but each adds gradients of the whole head.
+"""
 _DISTANCES = "distances of early exits"
+_NUMBERS = 3  # that a run gives before the gradients of what it was called with and of the weights
 
 
 class ExitDistance(NamedTuple):
@@ -64,10 +73,11 @@ class ExitTerm:
     Args:
         maps: that its exits are read through; None for none.
         later: asks whether what was replayed is finite.
+        memory: that its graphs work in.
     """
 
-    def __init__(self, maps: LearnedMaps | None, later: LaterChecks) -> None:
-        self.maps, self._later = maps, later
+    def __init__(self, maps: LearnedMaps | None, later: LaterChecks, memory: GraphMemory) -> None:
+        self.maps, self._later, self._memory = maps, later, memory
         self.graphs = CudaGraphs("early exits", "With cuda_graph=False no capture is tried.")
 
     def __call__(
@@ -119,7 +129,7 @@ class ExitTerm:
         def capture(fuse: bool) -> Captured:
             own = chosen.copy()
             run = exits_and_gradients(instrument, own, maps, replace(options, fuse=fuse))
-            return Captured(run, own.tensors(), 3, instrument.model)
+            return Captured(run, own.tensors(), _NUMBERS, instrument.model, self._memory)
 
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
@@ -177,18 +187,94 @@ def exit_mean(
     targets: Tensor,
     options: DensityOptions,
     read: Callable[[Tensor, int], Tensor],
-    *,
-    fused: bool = False,
 ) -> ExitDistance:
-    """See :class:`ExitTerm`, :func:`exit_distance` for ``read``; what is fused takes no copies."""
+    """See :class:`ExitTerm`, and :func:`exit_distance` for ``read``."""
+    drawn = _easiest(instrument, seen, drawn, targets, options, CHUNK)
+    total, finite = _sum(instrument, seen, drawn, read)
+    return ExitDistance(total / drawn.used.sum().clamp_min(1), finite)
+
+
+def _easiest(
+    instrument: Instrument,
+    seen: Seen,
+    drawn: ExitDraw,
+    targets: Tensor,
+    options: DensityOptions,
+    chunk: int,
+) -> ExitDraw:
+    """Those whose exits are read."""
     readout, share = instrument.anatomy.readout, options.exit_quantile
-    chunk, at_once = (FUSED_CHUNK, sys.maxsize) if fused else (CHUNK, None)
-    if share < 1:
-        drawn = easiest(seen, readout, drawn, targets, options.easiness, share, chunk)
-    distances = exit_distance(seen, readout, drawn, read, at_once)
+    if share == 1:
+        return drawn
+    return easiest(seen, readout, drawn, targets, options.easiness, share, chunk)
+
+
+def _sum(
+    instrument: Instrument,
+    seen: Seen,
+    drawn: ExitDraw,
+    read: Callable[[Tensor, int], Tensor],
+    at_once: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ of the distances of those that are used, and whether all of these are finite."""
+    distances = exit_distance(seen, instrument.anatomy.readout, drawn, read, at_once)
     counted = torch.where(drawn.used, distances, 0.0)
-    finite = counted.detach().isfinite().all()
-    return ExitDistance(counted.sum() / drawn.used.sum().clamp_min(1), finite)
+    return counted.sum(), counted.detach().isfinite().all()
+
+
+def _parts(drawn: ExitDraw, vocabulary: int) -> list[ExitDraw]:
+    """The same tokens, so many at a time that :data:`AT_ONCE` says, in parts of one size."""
+    count = len(drawn.places)
+    rows = math.ceil(count / max(1, math.ceil(count * vocabulary / AT_ONCE)))
+    each = (torch.split(values, rows) for values in (drawn.places, drawn.depths, drawn.used))
+    return [ExitDraw(*part) for part in zip(*each, strict=True)]
+
+
+def _part_by_part(
+    sum_of: Callable[[ExitDraw], tuple[Tensor, Tensor]],
+    parts: Sequence[ExitDraw],
+    leaves: Sequence[Tensor],
+    into: Tensors,
+) -> tuple[Tensor, Tensor, Tensors]:
+    """The mean of all distances, whether they are finite, and gradients; 0 where they are not.
+
+    Each part has its backward pass at once, so that the logits of one part alone are held.
+
+    Args:
+        sum_of: the distances of a part, and whether they are finite.
+        parts: of the tokens.
+        leaves: by which gradients are taken.
+        into: where each gradient is to lie, None for memory of its own.
+    """
+    count = torch.cat([part.used for part in parts]).sum().clamp_min(1)
+    nothing: Tensors = [None] * len(leaves)
+    # A sum lies where it is to lie in the end; of a single part there is nothing to add.
+    sums = into if len(parts) > 1 else nothing
+    means, finites, gradients = [], [], nothing
+    for part in parts:
+        if len(parts) > 1:
+            part = replace(part, used=cut(part.used))
+        total, all_finite = sum_of(part)
+        mean = total / count
+        means.append(mean.detach())
+        added = torch.autograd.grad(mean, leaves, allow_unused=True)
+        if len(parts) > 1:
+            all_finite = cut(all_finite)
+        finites.append(all_finite)
+        gradients = [*map(_added, gradients, added, sums)]
+        del added  # not held while the next part runs
+    finite = torch.stack(finites).all()
+    gradients = [written(finite, own, each) for own, each in zip(into, gradients, strict=True)]
+    return torch.where(finite, torch.stack(means).sum(), 0.0), finite, gradients
+
+
+def _added(total: Tensor | None, new: Tensor | None, into: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, in the memory of ``into`` where that is given."""
+    if new is None:
+        return total
+    if total is None:
+        return new if into is None else into.copy_(new)
+    return torch.add(total, new, out=into)
 
 
 def exits_and_gradients(
@@ -197,7 +283,7 @@ def exits_and_gradients(
     maps: ExitMaps | None,
     options: DensityOptions,
     backend: str = "inductor",
-) -> Callable[[], Tensors]:
+) -> Run:
     """Exits after one number of layers and their backward pass, to be called again and again.
 
     Args:
@@ -215,9 +301,10 @@ def exits_and_gradients(
     model = instrument.model
     weights = [each.detach() for each in model.parameters()]
     weight = None if maps is None else maps.weight(chosen.depth)
+    chunk, at_once = (FUSED_CHUNK, sys.maxsize) if options.fuse else (CHUNK, None)
     drawn = chosen.drawn()  # here, for numbers of layers cannot be read from what is traced
 
-    def run(given: Sequence[Tensor]) -> Tensors:
+    def run(given: Sequence[Tensor], into: Tensors | None = None) -> Tensors:
         shared = shared_weights(model, given[: len(weights)])
         early, last, targets, used, *own_map = (each.detach() for each in given[len(weights) :])
         for each in (early, *own_map):
@@ -227,27 +314,28 @@ def exits_and_gradients(
         def read(hidden: Tensor, depth: int) -> Tensor:
             return hidden if maps is None else maps(hidden, depth, *own_map)
 
-        found = with_weights(
+        trained = [each for each in shared.values() if each.requires_grad]
+        leaves = [*own_map, *([early, *trained] if options.exits > 0 else [])]
+        first = _NUMBERS - len(own_map)
+        places = [None] * len(leaves) if into is None else into[first : first + len(leaves)]
+        easy = with_weights(
             model,
             shared,
-            lambda: exit_mean(
-                instrument,
-                own.seen(),
-                replace(drawn, used=used),
-                targets[None],
-                options,
-                read,
-                fused=bool(options.fuse),
+            lambda: _easiest(
+                instrument, own.seen(), replace(drawn, used=used), targets[None], options, chunk
             ),
         )
-        assert found.finite is not None
-        trained = [each for each in shared.values() if each.requires_grad]
-        by = [early, *trained] if options.exits > 0 else []
-        mean = zero_unless(found.finite, found.mean, [*own_map, *by])
-        gradients = torch.autograd.grad(found.mean, [*own_map, *by], allow_unused=True)
+
+        def sum_of(part: ExitDraw) -> tuple[Tensor, Tensor]:
+            return with_weights(
+                model, shared, lambda: _sum(instrument, own.seen(), part, read, at_once)
+            )
+
+        parts = _parts(easy, instrument.anatomy.readout.predicted)
+        mean, finite, gradients = _part_by_part(sum_of, parts, leaves, places)
         of_map, others = gradients[: len(own_map)], gradients[len(own_map) :]
         nothing = [None] * (1 + len(trained) - len(others))
-        return [mean, found.finite, *(of_map or [None]), *others, *nothing]
+        return [mean, finite, *(of_map or [None]), *others, *nothing]
 
     inputs = [*weights, *chosen.tensors(), *([] if weight is None else [weight.detach()])]
-    return fused(run, inputs, backend) if options.fuse else lambda: run(inputs)
+    return fused(run, inputs, backend) if options.fuse else partial(run, inputs)

@@ -111,31 +111,40 @@ def masked_term(
             if not together:
                 return None
             places = weights.topk(1).indices
+    sums = _sums(full, windows.batch.valid) if unchecked else None
+    full = full.flatten(0, 1).index_select(0, places)
+    importance = recording.importance
     recorded = recording.attention if options.attention == "recorded" else None
+    del recording  # and with it the other logits, which are not held while the masked run runs
     run = windows.batch, masks, windows.depths, places, recorded
     masked = instrument.exit_logits(*run, static=unchecked)
     if not unchecked:
         check_finite(masked.detach(), "logits of the masked run")
-    found = _distances(full.flatten(0, 1).index_select(0, places), masked, options)
+    found = _distances(full, masked, options)
     total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
     chosen = weights.index_select(0, places)
     # A static run also reads tokens without weight, whatever they give.
     distortion = torch.where(chosen > 0, chosen * found, 0.0).sum() / total
-    size = _size(recording.importance, traces, easy / total, options)
+    size = _size(importance, traces, easy / total, options)
     term = distortion + options.size_weight * size if options.size_weight else distortion
     return MaskedTerm(
         term,
         distortion.detach(),
         size.detach(),
         (total / inside.sum().clamp_min(1)).detach(),
-        _finite(full, windows.batch.valid, masked) if unchecked else None,
+        None if sums is None else _finite(sums, masked),
     )
 
 
-def _finite(full: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
-    """A sum is finite only if all of it is, and takes no copy."""
-    sums = torch.where(valid, full.sum(-1, dtype=torch.float32), 0.0), masked.detach()
-    return torch.stack([each.sum(dtype=torch.float32) for each in sums]).isfinite().all()
+def _sums(full: Tensor, valid: Tensor) -> Tensor:
+    """``[n, window]`` sums of real tokens' logits: one is finite only if all are."""
+    return torch.where(valid, full.sum(-1, dtype=torch.float32), 0.0)
+
+
+def _finite(sums: Tensor, masked: Tensor) -> Tensor:
+    """Whether all logits were; a sum takes no copy of them."""
+    both = sums, masked.detach()
+    return torch.stack([each.sum(dtype=torch.float32) for each in both]).isfinite().all()
 
 
 def _easy(full: Tensor, batch: Batch, options: DensityOptions) -> tuple[Tensor, Tensor]:
