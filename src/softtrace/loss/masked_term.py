@@ -116,16 +116,18 @@ def masked_term(
     importance = recording.importance
     recorded = recording.attention if options.attention == "recorded" else None
     del recording  # and with it the other logits, which are not held while the masked run runs
+    total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
+    # Here, so that nothing stands between the logits of the masked run and their backward pass:
+    # what is fused would hold them meanwhile, and copies of them.
+    size = _size(importance, traces, easy / total, options)
     run = windows.batch, masks, windows.depths, places, recorded
     masked = instrument.exit_logits(*run, static=unchecked)
     if not unchecked:
         check_finite(masked.detach(), "logits of the masked run")
     found = _distances(full, masked, options)
-    total = easy.sum().clamp_min(torch.finfo(easy.dtype).tiny)
     chosen = weights.index_select(0, places)
     # A static run also reads tokens without weight, whatever they give.
     distortion = torch.where(chosen > 0, chosen * found, 0.0).sum() / total
-    size = _size(importance, traces, easy / total, options)
     term = distortion + options.size_weight * size if options.size_weight else distortion
     return MaskedTerm(
         term,

@@ -98,9 +98,9 @@ class DensityOptions:
             differentiable through the importances. Never without the distortion: alone it is gamed
             by rescaling.
         cuda_graph: On CUDA, capture the masked runs of a shape once and replay them, and exits at a
-            single depth: launches are most of what they cost. A graph holds its memory and the
-            gradients of the weights. Models that cannot be captured, and float16, run as elsewhere,
-            after a warning.
+            single depth: launches are most of what they cost. A graph holds gradients of the
+            weights, and all graphs together the memory that the largest works in. Models that
+            cannot be captured, and float16, run as elsewhere, after a warning.
         fuse: Compile what is captured (``torch.compile``), which fuses its many small operations:
             cheaper steps, after a minute or two of compiling once for every shape. None: where the
             model is compiled.
