@@ -212,6 +212,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # of the compiler
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_replay_equals_a_run_also_after_the_weights_have_moved(
     fuse: bool, caplog: pytest.LogCaptureFixture

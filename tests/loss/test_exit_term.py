@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from softtrace import DensityLoss
-from softtrace.loss import exit_term
+from softtrace.loss import captured as masked_runs
+from softtrace.loss import density_loss, exit_term
 from softtrace.loss.draws import ExitDraw, draw_exits
 from softtrace.loss.early_exits import rows
 from softtrace.loss.exit_term import (
@@ -243,3 +244,38 @@ def test_replayed_exits_train_the_model_and_the_map_as_launched_ones_do(
         ended.append([*model.parameters(), *density.exit_maps.maps.parameters()])
     for one, other in zip(*ended, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("fuse", "compiled", "wanted"),
+    [
+        (None, False, (True, False)),
+        (None, True, (True, True)),
+        (True, False, (True, True)),
+        (False, True, (False, False)),
+    ],
+)
+def test_exits_are_fused_by_default_and_masked_runs_where_the_model_is_compiled(
+    fuse: bool | None,
+    compiled: bool,
+    wanted: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, penalty = term_of("llama", fuse=fuse, every=1)
+    options, ids = penalty.options, tiny_prompt(9, batch=3)
+    asked: dict[str, bool] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(density_loss, "is_compiled", lambda modules: compiled)
+        on_gpu = penalty.options_of_a_step(torch.device("cuda"))
+    penalty.options = replace(options, fuse=on_gpu.fuse)
+    for module, term in ((exit_term, penalty._exit_term), (masked_runs, penalty._captured)):
+
+        def note(key: Any, capture: Any, fuse: bool, name: str = module.__name__) -> None:
+            asked[name] = fuse
+
+        monkeypatch.setattr(module, "capturable", lambda *_: True)
+        monkeypatch.setattr(term.graphs, "of", note)
+    with penalty.watching(step=0) as watched:
+        model(input_ids=ids)
+    penalty(ids, step=0, watched=watched)
+    assert tuple(asked.values()) == wanted

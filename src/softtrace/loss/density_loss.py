@@ -113,9 +113,9 @@ class DensityLoss:
         options = self.options
         if is_sharded(unwrapped(self.model)):  # units let go of weights: no CUDA graph can be made
             options = replace(options, cuda_graph=False)
-        if options.fuse is None and device.type == "cuda":  # elsewhere nothing is captured
-            compiled = self._streams is not None or is_compiled(all_modules(self.model))
-            options = replace(options, fuse=compiled)
+        asked = options.fuse is None and device.type == "cuda"  # elsewhere nothing is captured
+        if asked and (self._streams is not None or is_compiled(all_modules(self.model))):
+            options = replace(options, fuse=True)
         return options.on(device)
 
     @contextmanager

@@ -134,7 +134,8 @@ class ExitTerm:
         shape = tuple(chosen.early.shape), chosen.early.dtype, chosen.depth
         read_in_place = None if weight is None else weight.data_ptr()
         key = key_of(instrument, options, shape, read_in_place)
-        return self.graphs.of(key, capture, bool(options.fuse))
+        # Half a dozen kernels are compiled in seconds, whatever else of the training is.
+        return self.graphs.of(key, capture, options.fuse is not False)
 
 
 @dataclass(frozen=True)

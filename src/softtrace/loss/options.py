@@ -102,8 +102,8 @@ class DensityOptions:
             weights, and all graphs together the memory that the largest works in. Models that
             cannot be captured, and float16, run as elsewhere, after a warning.
         fuse: Compile what is captured (``torch.compile``), which fuses its many small operations:
-            cheaper steps, after a minute or two of compiling once for every shape. None: where the
-            model is compiled.
+            cheaper steps, after compiling once for every shape, seconds for exits and a minute or
+            two for masked runs. None: exits, and masked runs where the model is compiled.
         on_nonfinite: What to do at a step whose logits are not finite: ``"raise"``, or ``"skip"``
             its term.
         seed: Seed of the random draws, which are a function of (seed, step, rank) alone.
