@@ -155,7 +155,7 @@ def uneven(rank: int, model: Any, by: Any = None) -> Tensor:
     """Loss of a batch that is longer on one process, whose forward gives no logits to rank by."""
     ids = tiny_prompt(LONGER[rank], seed=rank, batch=ROWS)
     density = DensityLoss(model, **OPTIONS["default"], exit_quantile=0.5)
-    with patch.object(exit_term.exit_mean, "__defaults__", (2,)):  # a portion's tokens
+    with patch.object(exit_term, "CHUNK", 2):  # tokens that are read at a time
         with density.watching(step=0) as watched:
             task = (by or model)(input_ids=ids, logits_to_keep=1, use_cache=False).logits.mean()
         loss: Tensor = task + density(ids, step=0, watched=watched).loss
