@@ -32,7 +32,7 @@ class Start:
         with torch.no_grad():
             for each, first in zip(self.model.parameters(), self._weights, strict=True):
                 each.copy_(first)
-        set_exit_maps(self.model, None)  # which a term goes on with
+        set_exit_maps(self.model, None)  # a term would continue with them
         self.model.train().zero_grad()
         assert torch.equal(weights(self.model).float(), self.before)
         train(self.model, self.ids, folder)
