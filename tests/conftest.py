@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+#: of the tests' folders, those about taking models apart and proving them
+PROOFS = {"anatomy", "model", "tracing"}
+
 # The same examples every time and everywhere, with no deadline: what fails was broken by a change.
 # `--hypothesis-profile search` looks for examples that nobody has seen yet.
 hypothesis.settings.load_profile("ci")
@@ -56,6 +59,21 @@ def undrawn() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("softtrace.report.drawing.save", save)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _proven_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models equal to one that was proven are not proven again: see ``tests/support/proofs.py``.
+
+    But where proofs are tested.
+    """
+    from softtrace.tracing import attach  # not where tests are only handed out
+    from tests.support.proofs import once
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.relative_to(Path(__file__).parent).parts[0] not in PROOFS:
+            patch.setattr(attach, "prove", once(attach.prove))
         yield
 
 

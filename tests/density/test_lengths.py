@@ -274,7 +274,7 @@ def long_model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     model = tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=LONG)
     softtrace.attach(model)
     monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
-    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", HEADS * LONG * 4)
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", HEADS * LONG * 12)
     return model
 
 

@@ -130,7 +130,7 @@ def test_softtrace_fit_saves_a_whole_model(
 def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
     tmp_path: Path, way: tuple[object, ...], faults: list[tuple[str, int, str]]
 ) -> None:
-    jobs, parts = Jobs(tmp_path), (*way, "--trainer.devices", 2)
+    jobs, parts = Jobs(tmp_path), (*way, "--trainer.devices", 2, "--trainer.max_steps", 6)
     assert jobs.run(tmp_path / "straight", "none", 0, 0, *parts).code == 0
     for fault, at, said in faults:
         again = ("--resume", "true") if (tmp_path / "cut").exists() else ()

@@ -68,7 +68,8 @@ def test_strength_0_is_inert_and_others_are_not(way: Way) -> None:
 
 
 def test_accumulation_is_rescheduled_before_the_fits_end() -> None:
-    way, without = WAYS["GradientAccumulationScheduler"].fit()[0], Way().fit()[0]
+    scheduled = WAYS["GradientAccumulationScheduler"]
+    way, without = scheduled.fit()[0], Way(steps=scheduled.steps).fit()[0]
     assert not torch.equal(weights(way), weights(without))
 
 

@@ -60,17 +60,17 @@ def test_gradients_at_shared_weights_are_those_of_the_model(family: str, frozen:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("family", "changes", "backend"),
-    [
-        ("llama", {}, "aot_eager"),
-        ("gpt2", {"masks": "soft", "attention": "recomputed"}, "eager"),
-        ("gemma3_text", {"size_weight": 0.1}, "eager"),
+    ("family", "layers", "changes", "backend"),
+    [  # how layers follow each other is seen in one; tracing takes as long as there are layers
+        ("llama", 2, {}, "aot_eager"),
+        ("gpt2", 1, {"masks": "soft", "attention": "recomputed"}, "eager"),
+        ("gemma3_text", 1, {"size_weight": 0.1}, "eager"),
     ],
 )
 def test_fused_runs_are_those_of_the_weights_and_windows_at_the_call(
-    family: str, changes: dict[str, Any], backend: str
+    family: str, layers: int, changes: dict[str, Any], backend: str
 ) -> None:
-    model = zoo.tiny(family, num_hidden_layers=2)
+    model = zoo.tiny(family, num_hidden_layers=layers)
     next(model.parameters()).requires_grad_(False)
     penalty = DensityLoss(model, share=1.0, exits=0.0, **changes)
     options = penalty.options.on(torch.device("cpu"))

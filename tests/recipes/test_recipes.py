@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OURS = "pystdlib-4m"
 
 
-def run(*words: object, by: Callable[..., Any] = warm.run) -> str:
+def run(*words: object) -> str:
     """A command of the repository's environment, to its end; what it printed."""
     environment = {
         **os.environ,
@@ -39,13 +37,12 @@ def run(*words: object, by: Callable[..., Any] = warm.run) -> str:
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    done = by(
+    done = warm.run(
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment, timeout=PATIENCE,
-        capture_output=True, text=True,
+        capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    said: str = done.stdout
-    return said
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +110,7 @@ def test_configs_of_the_shipped_model_run(text: Path, tmp_path: Path, lora: bool
     run(
         "-m", "softtrace.cli", "fit", "--config", f"configs/{name}.yaml", "--data.path", text,
         "--out", out, "--trainer.max_steps", 3, "--card_blocks", 2, "--trainer.accelerator", "cpu",
+        "--data.block_size", 24, "--data.batch_size", 4,
     )  # fmt: skip
     assert 1e-4 < moved(out) < 0.2
     assert AutoConfig.from_pretrained(out).softtrace_exit_layer in range(1, 8)
@@ -124,7 +122,8 @@ def test_configs_of_the_shipped_model_run(text: Path, tmp_path: Path, lora: bool
 def test_the_recipe_for_the_trainer_of_transformers_runs_and_resumes(
     text: Path, tmp_path: Path
 ) -> None:
-    words = ("recipes/hf_trainer.py", "--data", text, "--batch-size", 4, "--accumulate", 2)
+    sizes = ("--block-size", 32, "--batch-size", 4, "--accumulate", 2)
+    words = ("recipes/hf_trainer.py", "--data", text, *sizes)
     said = run(*words, "--steps", 6, "--out", tmp_path / "whole")
     assert "loss/density" in said
     assert 1e-4 < moved(tmp_path / "whole") < 0.2
@@ -143,7 +142,7 @@ def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: P
             "--mixed_precision", "no", "--dynamo_backend", "no",
             "--main_process_port", port_of(held),
             "recipes/accelerate_loop.py", "--data", text, "--steps", 4, "--accumulate", 2,
-            "--batch-size", 4, "--out", tmp_path / "out", by=subprocess.run,
+            "--block-size", 32, "--batch-size", 4, "--out", tmp_path / "out",
         )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
     assert 1e-4 < moved(tmp_path / "out") < 0.2

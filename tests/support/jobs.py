@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,21 @@ class Jobs:
         self.root = root
         self.model, self.text = write_model(root / "model", "gpt2"), write_tree(root / "text")
 
-    def command(self, out: Path, fault: str, at: int, rank: int, *more: object) -> list[str]:
+    def options(self, out: Path) -> list[str]:
+        """Of ``softtrace fit``."""
         words = [
-            *("-m", "tests.faults.job", fault, at, rank, "--model.path", self.model),
+            *("--model.path", self.model),
             *("--data.path", self.text, "--out", out, "--data.block_size", 16),
             *("--data.batch_size", 4, "--trainer.accelerator", "cpu"),
             *("--trainer.max_steps", STEPS, "--model.learning_rate", 0.01),
             *("--checkpoint_every", 1, "--trainer.limit_val_batches", 0),
             *("--trainer.enable_progress_bar", "false", "--penalty.warmup_steps", 3),
-            *("--penalty.every", 2, "--card_blocks", 0, *more),
+            *("--penalty.every", 2, "--card_blocks", 0),
         ]
+        return [str(word) for word in words]
+
+    def command(self, out: Path, fault: str, at: int, rank: int, *more: object) -> list[str]:
+        words = ["-m", "tests.faults.job", fault, at, rank, *self.options(out), *more]
         return [sys.executable, *map(str, words)]
 
     def start(
@@ -61,16 +65,15 @@ class Jobs:
         at: int = 0,
         rank: int = 0,
         *more: object,
-        by: Callable[..., Any] = warm.Process,
     ) -> Any:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return by(
+        return warm.Process(
             self.command(out, fault, at, rank, *more), cwd=ROOT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
 
-    def run(self, *args: object, **kwargs: object) -> End:
-        return ended(self.start(*args, **kwargs))  # type: ignore[arg-type]
+    def run(self, *args: object) -> End:
+        return ended(self.start(*args))  # type: ignore[arg-type]
 
 
 def ended(process: Any) -> End:

@@ -1,7 +1,8 @@
 """What processes of tests import, to be imported once: see :mod:`tests.support.warm`.
 
-Nothing but imports: whatever ran here would have run in every one of those processes. (And what
-was imported is kept from the collector, which would go through all of it in each.)
+Nothing but imports, and a table that transformers makes when it first loads a model: whatever ran
+here would have run in every one of those processes. (And what was imported is kept from the
+collector, which would go through all of it in each.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from transformers import (  # noqa: E402, F401
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    conversion_mapping,
 )
+
+# A thousand regular expressions, whatever is loaded.
+conversion_mapping.get_checkpoint_conversion_mapping("llama")
 
 gc.collect()
 gc.freeze()

@@ -15,7 +15,6 @@ from softtrace.model.loading import load_model, load_tokenizer
 
 SMOLLM, GEMMA = "smollm2-135m", "gemma3-270m"
 MODELS = (SMOLLM, GEMMA)
-DTYPES = ("float32", "bfloat16")
 TEXT = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 """English prose, and too new to have been learned by heart."""
 
@@ -23,7 +22,6 @@ LONG = 576
 """Tokens, more than Gemma's window of 512 sees."""
 
 every_model = pytest.mark.parametrize("name", MODELS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def place(name: str) -> str:

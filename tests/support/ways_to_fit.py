@@ -22,7 +22,8 @@ from tests.support.fitting import Batch, OnlyBatch, Tuner, batches, fit, forget_
 from tests.support.tiny import checkpointed, tiny_model
 
 EPOCH = len(batches())
-STEPS = 14  # what a row waits for comes in the first three epochs of four batches
+STEPS = 6  # into the second epoch of four batches
+LATER = 14  # what some rows wait for comes in the first three of them
 OPTIONS: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}
 
 
@@ -102,6 +103,7 @@ class Way:
         own_data: the module brings its batches.
         twice: fit it again, each time for half of the steps.
         whole_epochs: last as many as hold the steps, for what has to know when it ends.
+        steps: how many, unless told otherwise.
         options: of the Trainer, made anew for every fit.
     """
 
@@ -112,12 +114,15 @@ class Way:
         own_data: bool = False,
         twice: bool = False,
         whole_epochs: bool = False,
+        steps: int = STEPS,
         **options: Any,
     ) -> None:
         self.module, self.callbacks, self.own_data = module, callbacks, own_data
         self.twice, self.whole_epochs, self.options = twice, whole_epochs, options
+        self.steps = steps
 
-    def fit(self, *penalty: Callback, steps: int = STEPS) -> tuple[Tuner, Trainer]:
+    def fit(self, *penalty: Callback, steps: int | None = None) -> tuple[Tuner, Trainer]:
+        steps = self.steps if steps is None else steps
         module = self.module()
         options = {"max_steps": steps // (1 + self.twice), "max_epochs": -1, **self.options}
         if self.whole_epochs:
@@ -154,10 +159,11 @@ WAYS: dict[str, Way] = {
     "gradient_clip_algorithm": Way(gradient_clip_val=0.1, gradient_clip_algorithm="value"),
     "validation": Way(Validated, limit_val_batches=1, val_check_interval=2),
     "fast_dev_run": Way(fast_dev_run=3),
-    "fit twice": Way(twice=True),
+    "fit twice": Way(twice=True, steps=LATER),
     "StochasticWeightAveraging": Way(
         callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
         whole_epochs=True,
+        steps=LATER,
     ),
     "EMAWeightAveraging": Way(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
     "LearningRateFinder": Way(
@@ -167,7 +173,7 @@ WAYS: dict[str, Way] = {
         WithRate, lambda: [BatchSizeFinder(steps_per_trial=1, max_trials=2)], own_data=True
     ),
     "GradientAccumulationScheduler": Way(
-        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 2: 2})]
+        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 2: 2})], steps=LATER
     ),
     "activation checkpointing, not reentrant": Way(Checkpointed),
     "torch.compile in place": Way(Compiled),
