@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,12 @@ def fit_words(sources: tuple[Path, Path], out: Path, *more: object) -> list[str]
     return [str(word) for word in words]
 
 
+#: what is wrong with DeepSpeed here
+ENGINE = (
+    "is not installed here; run pip install deepspeed"
+    if importlib.util.find_spec("deepspeed") is None
+    else "only supported on CUDA GPUs"
+)
 LACKING = {
     "attention kernel": (
         ("--model.attn_implementation", "flash_attention_2"),
@@ -48,7 +55,7 @@ LACKING = {
     ),
     "accelerator that nobody knows": (("--trainer.accelerator", "gpuu"), "Available names are"),
     "sharding": (("--trainer.strategy", "fsdp"), "requires a GPU"),
-    "engine": (("--trainer.strategy", "deepspeed_stage_2"), "found DeepSpeed, which writes over"),
+    "engine": (("--trainer.strategy", "deepspeed_stage_2"), ENGINE),
     "strategy that nobody knows": (("--trainer.strategy", "ddpp"), "invalid strategy name"),
     "devices": (("--trainer.devices", 0), "asked for by --trainer.accelerator, --trainer.devices"),
     "list of devices": (("--trainer.devices", "[0, 1]"), "should be an int > 0"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from softtrace.errors import ModelDirectoryError
 from softtrace.lightning.module import CausalLM
+from softtrace.model.exit_maps import ExitMaps, exit_maps_of, set_exit_maps
 from tests.support.corpus import write_model
 from tests.support.fitting import Batches, Calls, batches, trainer
 
@@ -31,6 +32,15 @@ def test_training_loss_is_the_models_own(directory: Path) -> None:
     fitting.fit(module, batches(1))
     expected = reference(**batch).loss.detach()
     assert float(fitting.logged_metrics["loss/train"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_model_that_is_made_whole_keeps_its_exit_maps(directory: Path) -> None:
+    module = CausalLM(str(directory))
+    weights = {name: each.clone() for name, each in module.model.state_dict().items()}
+    assert exit_maps_of(module.again(weights)) is None
+    maps = ExitMaps([1], 4)
+    set_exit_maps(module.model, maps)
+    assert exit_maps_of(module.again(weights)) is maps
 
 
 def test_held_out_loss_weighs_batches_by_their_rows(directory: Path) -> None:

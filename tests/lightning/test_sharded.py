@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,7 @@ from softtrace.cli.fit import fit
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning import DensityMonitor
 from softtrace.lightning.module import CausalLM
-from softtrace.lightning.sharded import shard
+from softtrace.lightning.sharded import check_sharding, say_batch_size, shard
 from tests.support import warm
 from tests.support.fitting import Batches, trainer
 from tests.support.jobs import Jobs, saved
@@ -148,7 +149,6 @@ def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
     [
         (OF_FSDP2, "save_distributed_checkpoint: found true"),
         ((*OF_FSDP1, "--trainer.strategy.state_dict_type", "sharded"), "state_dict_type: found sh"),
-        (("--trainer.strategy", "deepspeed_stage_2"), "found DeepSpeed, .* ModelParallelStrategy"),
     ],
 )
 def test_checkpoints_that_a_kill_would_spoil_are_refused(
@@ -156,6 +156,43 @@ def test_checkpoints_that_a_kill_would_spoil_are_refused(
 ) -> None:
     with pytest.raises(InvalidInputError, match=message):
         fit(command(Jobs(tmp_path), tmp_path / "out", *way))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "installed", "message"),
+    [
+        ("deepspeed_stage_2", {}, False, "DeepSpeed is not installed .* pip install deepspeed"),
+        ("deepspeed_stage_3_offload", {}, True, "which offloads.* deepspeed_stage_1, deepspeed_st"),
+        ("a.DeepSpeedStrategy", {"load_full_weights": True}, True, "allowed is false: it resumes"),
+        ("a.DeepSpeedStrategy", {"offload_optimizer": True}, True, "offload_optimizer: found True"),
+        ("deepspeed_stage_4", {}, True, "found deepspeed_stage_4, invalid .* deepspeed_stage_3,"),
+    ],
+)
+def test_strategies_of_deepspeed_that_cannot_be_had_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: Any, installed: bool, message: str
+) -> None:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda _: SimpleNamespace() if installed else None
+    )
+    given = SimpleNamespace(class_path=name, init_args=options) if options else name
+    with pytest.raises(InvalidInputError, match=message):
+        check_sharding(given)
+
+
+def test_deepspeed_hears_how_many_rows_a_process_has() -> None:
+    strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # there may be no DeepSpeed
+    strategy.config = {}
+    say_batch_size(strategy, 4)
+    say_batch_size(strategy, 5)  # what is given stays
+    assert strategy.config == {"train_micro_batch_size_per_gpu": 4}
+    say_batch_size(FSDPStrategy(), 4)
+
+
+@pytest.mark.parametrize("stage", ["", "_stage_1", "_stage_2", "_stage_3"])
+def test_stages_of_zero_are_let_through(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+    check_sharding(f"deepspeed{stage}")
+    check_sharding(SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"stage": 3}))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +220,7 @@ def test_weights_decay_by_the_shapes_that_they_had_before_they_were_flattened(
     tmp_path: Path,
 ) -> None:
     module = CausalLM(str(Jobs(tmp_path).model), warmup_steps=0)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=3)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(estimated_stepping_batches=3, strategy=None)  # type: ignore[assignment]
     shapes = [weight.dim() for weight in module.parameters()]
     for weight in module.parameters():
         weight.data = weight.data.flatten()

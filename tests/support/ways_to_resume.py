@@ -84,6 +84,10 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
 
     root_device = torch.device("cpu", 0)  # DeepSpeed wants a number
 
+    def __init__(self, stage: int = 2, **options: Any) -> None:
+        super().__init__(stage=stage, zero_allow_untested_optimizer=True, **options)
+        self.config["zero_optimization"].update(ways_to_zero.zero(stage))
+
     def setup_environment(self) -> None:
         super(strategies.DeepSpeedStrategy, self).setup_environment()
 
@@ -215,11 +219,7 @@ def strategy(way: str, module: Ranked) -> dict[str, Any]:
         layers = {type(module.model.model.layers[0])}
         flat = FSDPStrategy(auto_wrap_policy=layers, state_dict_type="sharded")
         return {"strategy": flat, "plugins": [AsItIs("32-true")]}
-    deepspeed = DeepSpeedStrategy(
-        stage=int(way.partition(" ")[2]), zero_allow_untested_optimizer=True
-    )
-    deepspeed.config["zero_optimization"].update(ways_to_zero.zero(int(way.partition(" ")[2])))
-    return {"strategy": deepspeed}
+    return {"strategy": DeepSpeedStrategy(int(way.partition(" ")[2]))}
 
 
 OPTIONS_OF_A_FIT: dict[str, Any] = {"share": 0.5, "crop": 6, "exits": 0.3}

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -42,11 +41,12 @@ from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
+from softtrace.lightning.folders import LastCheckpoint, check_resumes, newest, sweep
 from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.penalty import DensityPenalty
-from softtrace.lightning.sharded import check_checkpoints, whole_weights
+from softtrace.lightning.sharded import check_sharding, say_batch_size, whole_weights
 from softtrace.lightning.sigterm import EndTogether, let_go
 from softtrace.lightning.step_seed import StepSeed
 from softtrace.loss.options import PRESETS
@@ -139,7 +139,7 @@ class FitCLI(LightningCLI):
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
-        check_checkpoints(self.config["trainer"]["strategy"])
+        check_sharding(self.config["trainer"]["strategy"])
         if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to resume from; leave --resume out to start"
@@ -201,7 +201,7 @@ class FitCLI(LightningCLI):
         every = self.config["checkpoint_every"]
         wanted = every and options.get("enable_checkpointing") is not False
         if wanted and not options.get("fast_dev_run"):
-            checkpoint = ModelCheckpoint(
+            checkpoint = LastCheckpoint(
                 self.last_checkpoint.parent,
                 filename="last",
                 every_n_train_steps=every,
@@ -241,14 +241,17 @@ class FitCLI(LightningCLI):
         checkpoint = None
         if self.config["resume"]:
             self._sweep()
-            if self.last_checkpoint.is_file():
-                checkpoint = str(self.last_checkpoint)
-            else:
+            if (found := newest(self.last_checkpoint)) is None:
                 logger.warning("%s holds no checkpoint yet; starting anew", self.out)
+            else:
+                if self.trainer.is_global_zero:
+                    check_resumes(found, self.trainer.strategy, self.trainer.world_size)
+                checkpoint = str(found)
         if self.trainer.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
             with atomic_path(self.out / "fit.yaml") as temporary:
                 self.parser.save(self.config, temporary, overwrite=True)
+        say_batch_size(self.trainer.strategy, self.datamodule.batch_size)
         self._train(checkpoint)
         if not self.config["trainer"]["fast_dev_run"]:
             # gathered from all processes
@@ -260,12 +263,10 @@ class FitCLI(LightningCLI):
 
     def _sweep(self) -> None:
         """Remove what processes left behind that were killed while they wrote."""
-        if not self.trainer.is_global_zero:
-            return
-        for half in self.last_checkpoint.parent.glob(f".{self.last_checkpoint.name}.*.tmp"):
-            half.unlink(missing_ok=True)
-        for half in self.out.glob(".model-*"):
-            shutil.rmtree(half, ignore_errors=True)
+        if self.trainer.is_global_zero:
+            sweep(self.last_checkpoint)
+            for half in self.out.glob(".model-*"):
+                shutil.rmtree(half, ignore_errors=True)
 
     def _train(self, checkpoint: str | None) -> None:
         """Fit; a run that was stopped from outside ends as its signal says, not as a success."""
@@ -390,8 +391,9 @@ def fit(args: Sequence[str] | None = None) -> Path:
         with warnings.catch_warnings():
             # lightning 2.6.6 asks torch 2.13 for a name that it is about to lose, at every fit
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            # resuming means that there are checkpoints
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
+            # resuming means that there are checkpoints; DeepSpeed clips by the trainer's own option
+            for said in ("Checkpoint directory .* is not empty", "Since DeepSpeed handles"):
+                warnings.filterwarnings("ignore", message=said)
             return FitCLI(args).fit()
     finally:
         lightning_logger.removeFilter(advert)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -22,6 +23,7 @@ from softtrace.checks import check_least, check_range
 from softtrace.data.encoding import IGNORED
 from softtrace.lightning.lora import LoRA, merged
 from softtrace.lightning.sharded import shard
+from softtrace.model.exit_maps import exit_maps_of, set_exit_maps
 from softtrace.model.flat_units import is_flat_unit
 from softtrace.model.loading import load_model
 
@@ -101,12 +103,14 @@ class CausalLM(LightningModule):
     def again(self, weights: dict[str, Tensor]) -> PreTrainedModel:
         """The model as it was loaded, on the CPU and not sharded, with these weights.
 
-        Adapters are added into its weights.
+        Adapters are added into its weights, and exits are read through the maps that were learned.
         """
         model = load_model(self.path, dtype=self.dtype_of_weights)
         trained = model if self.lora is None else self.lora.wrap(model)
         trained.load_state_dict(weights)
-        return merged(trained)
+        found = merged(trained)
+        set_exit_maps(found, exit_maps_of(self.model))
+        return found
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the batch, nats per token."""
@@ -147,6 +151,9 @@ class CausalLM(LightningModule):
             }
             for own in (True, False)
         ]
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # it drops an empty group, as with adapters, of which the schedule would not know
+            groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):  # only max_time ends this fit

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.model.flat_units import is_flat_unit
 from softtrace.model.sharding import is_sharded
 from softtrace.model.wrappers import unwrapped
+from softtrace.model.zero_units import is_zero_weight, whole_state
 
 #: option of a strategy, and the value with which each process writes its part
 _IN_FOLDERS = {
@@ -20,32 +27,73 @@ _IN_FOLDERS = {
 }
 
 
-def check_checkpoints(strategy: Any) -> None:
-    """Refuse checkpoints that ``softtrace fit`` could not resume from.
+#: names of strategies that Lightning registers for DeepSpeed and ``softtrace fit`` runs
+_ZERO = ("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+#: options of DeepSpeedStrategy that ``softtrace fit`` does not take, and why
+_NOT_OF_ZERO = {
+    "offload_optimizer": "it brings an optimiser of its own, and was not run",
+    "offload_parameters": "offloaded weights were not run",
+    "load_full_weights": "it resumes without the optimiser's state",
+    "exclude_frozen_parameters": "a checkpoint without frozen weights was not run",
+}
+
+
+def check_sharding(strategy: Any) -> None:
+    """Refuse a strategy that there is not, or whose checkpoints ``softtrace fit`` cannot resume.
 
     Args:
         strategy: as the command line has it, a name or a class with its arguments.
 
     Raises:
-        InvalidInputError: each process would write its part over the last one's.
+        InvalidInputError: nobody knows it, its engine is not installed, or an option of it makes
+            each process write its part over the last checkpoint's.
     """
-    over = (
-        "which writes over the last checkpoint in place, so that a run that is killed meanwhile "
-        "has none"
-    )
-    if "deepspeed" in str(getattr(strategy, "class_path", strategy)).lower():
-        raise InvalidInputError(
-            f"trainer.strategy: found DeepSpeed, {over}. Use ModelParallelStrategy, or train with "
-            "DeepSpeedStrategy in a Trainer of your own, where DensityPenalty takes ZeRO 1, 2 and 3"
-        )
+    name = str(getattr(strategy, "class_path", strategy))
     options = getattr(strategy, "init_args", {})
-    for name, (found, instead) in _IN_FOLDERS.items():
-        if options.get(name) == found:
+    known = ("auto", *StrategyRegistry.available_strategies())
+    if "." not in name and not hasattr(strategy, "class_path") and name not in known:
+        raise InvalidInputError(
+            f"trainer.strategy: found {name}, invalid strategy name; allowed are "
+            f"{', '.join(known)}, and the path of a class"
+        )
+    if "deepspeed" in name.lower():
+        _check_zero(name, options)
+    for option, (found, instead) in _IN_FOLDERS.items():
+        if options.get(option) == found:
             said = str(found).lower()
             raise InvalidInputError(
-                f"trainer.strategy.{name}: found {said}, {over}; set it to {instead}: then a "
-                "checkpoint is one file, whole or not there"
+                f"trainer.strategy.{option}: found {said}, which writes over the last checkpoint "
+                "in place, so that a run that is killed meanwhile has none; set it to "
+                f"{instead}: then a checkpoint is one file, whole or not there"
             )
+
+
+def _check_zero(name: str, options: Any) -> None:
+    instead = (
+        "use lightning.pytorch.strategies.ModelParallelStrategy (FSDP2), which needs nothing more"
+    )
+    if "." not in name and name not in _ZERO:
+        raise InvalidInputError(
+            f"trainer.strategy: found {name}, which offloads, and that was not run; allowed of "
+            f"DeepSpeed are {', '.join(_ZERO)}"
+        )
+    for option, why in _NOT_OF_ZERO.items():
+        if options.get(option):
+            raise InvalidInputError(
+                f"trainer.strategy.{option}: found {options.get(option)}, allowed is false: {why}"
+            )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InvalidInputError(
+            f"trainer.strategy: found {name}, and DeepSpeed is not installed here; run pip install "
+            f"deepspeed, or {instead}"
+        )
+
+
+def say_batch_size(strategy: object, batch_size: int) -> None:
+    """Tell DeepSpeed how many rows a process has in a batch; Lightning looks for a sampler."""
+    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
+        strategy.config.setdefault("train_micro_batch_size_per_gpu", batch_size)
 
 
 def shard(model: Any, strategy: Any, precision: str) -> None:
@@ -116,6 +164,8 @@ def whole_weights(model: Any, around: Any) -> dict[str, Tensor] | None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if any(map(is_zero_weight, model.parameters())):
+        return whole_state(model, around.module)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     if is_flat_unit(around):
         inside = next(name for name, each in around.named_modules() if each is model)

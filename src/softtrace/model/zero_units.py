@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from softtrace.model.state import all_modules
@@ -68,7 +68,11 @@ def gather(module: nn.Module, root: Any) -> list[Any]:
     Returns:
         Weights that were not whole and not on their way: to be given to :func:`let_go_of`.
     """
-    weights = {id(each): each for each in module.parameters() if is_let_go(each)}
+    return _gather(module.parameters(), root)
+
+
+def _gather(of: Iterable[Any], root: Any) -> list[Any]:
+    weights = {id(each): each for each in of if is_let_go(each)}
     ahead = root.ds_inflight_param_registry
     for weight in weights.values():
         if weight in ahead:  # fetched early for the model's own forward, which lets go of it
@@ -84,6 +88,31 @@ def let_go_of(weights: Iterable[Any]) -> None:
     whole = [each for each in weights if not is_let_go(each) and not each.ds_active_sub_modules]
     if whole:
         whole[0].partition(param_list=whole)
+
+
+def whole_state(model: nn.Module, root: Any) -> dict[str, Tensor]:
+    """All that a model's state holds, on the first process's CPU; all processes have to come here.
+
+    One weight at a time is whole on the device.
+
+    Args:
+        model: in the root, or the root itself.
+        root: that ``deepspeed.initialize`` was given.
+
+    Returns:
+        Nothing on the other processes. Weights that are tied are one tensor.
+    """
+    found: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    first = distributed.get_rank() == 0
+    for name, weight in model.state_dict(keep_vars=True).items():
+        gathered = _gather([weight], root)
+        if first:
+            if id(weight) not in copies:
+                copies[id(weight)] = weight.detach().to("cpu", copy=True)
+            found[name] = copies[id(weight)]
+        let_go_of(gathered)
+    return found
 
 
 def copied(weight: Tensor) -> Tensor:
