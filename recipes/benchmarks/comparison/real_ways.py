@@ -15,7 +15,9 @@ from recipes.benchmarks.comparison.peer_losses import (
     LayerSkip,
     SoftTrace,
 )
+from softtrace.loss.masked_term import MaskedTerm
 from softtrace.loss.schedule import StrengthSchedule
+from softtrace.loss.term import DensityTerm
 
 
 def term(strength: float, **options: Any) -> type[SoftTrace]:
@@ -42,6 +44,24 @@ class MapFirst(SoftTrace):
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         waiting = StrengthSchedule(0.07, 200)
         with patch.object(type(self.density.options), "exit_schedule", waiting):
+            return super().term(ids, step, task)
+
+
+class ByDistortion(SoftTrace):
+    """The strength falls with the distortion: a model that is sparse already pays less for it."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+    whole = 0.9  # distortion at which the strength is whole, about that of a model before
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        usual = MaskedTerm.at
+
+        def at(found: MaskedTerm, strength: float) -> DensityTerm:
+            scaled = found.term * (found.distortion / self.whole)
+            return usual(found._replace(term=scaled), strength)
+
+        with patch.object(MaskedTerm, "at", at):
             return super().term(ids, step, task)
 
 
@@ -74,6 +94,7 @@ WAYS: dict[str, Any] = {
     "balanced, exits 0.1": term(0.35, preset="balanced", exits=0.1),
     "balanced, exits 0.05": term(0.35, preset="balanced", exits=0.05),
     "balanced, exits tamed": TamedExits,
+    "balanced, by distortion": ByDistortion,
     "balanced, maps first": MapFirst,
     "sparse": term(0.35, preset="sparse"),
     "sparse, 1": term(1.0, preset="sparse"),
