@@ -49,8 +49,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # some systems cannot open or sync a folder; the file itself is safe
-        sync(path.parent, os.O_RDONLY)
+    sync_names(path.parent)
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -204,6 +203,12 @@ def sync(path: Path, flags: int = os.O_RDWR) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_names(folder: Path) -> None:
+    """Likewise for what was renamed in a folder; what was written there is safe without it."""
+    with suppress(OSError):  # some systems cannot open or sync a folder
+        sync(folder, os.O_RDONLY)
 
 
 def finite(obj: Any) -> Any:

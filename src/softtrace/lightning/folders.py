@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from typing_extensions import override
 
 from softtrace.errors import CheckpointError, InvalidInputError
-from softtrace.files import sync, write_json
+from softtrace.files import sync, sync_names, write_json
 from softtrace.lightning.support import name_of
 
 #: of the folder: what wrote it
@@ -101,8 +100,7 @@ def replace_folder(fresh: Path, path: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
         os.replace(path, before)
     os.replace(fresh, path)
-    with suppress(OSError):  # some systems cannot sync a folder
-        sync(path.parent, os.O_RDONLY)
+    sync_names(path.parent)
     if before.is_dir():
         shutil.rmtree(before, ignore_errors=True)
     else:
@@ -121,18 +119,17 @@ def check_resumes(path: Path, strategy: Any, processes: int) -> None:
         InvalidInputError: another strategy's, or of another number of processes.
         CheckpointError: it cannot be read, or its checksums are not those of its bytes.
     """
-    own = name_of(strategy)
-    if path.is_file() != writes_folders(strategy):
-        if path.is_dir():
-            _check_note(path, own, processes)
-            _check_bytes(path)
-        return
-    found = f"a folder, as {_note(path)['strategy']} writes it" if path.is_dir() else "one file"
-    wanted = "a folder that DeepSpeed wrote" if path.is_file() else "one file"
-    raise InvalidInputError(
-        f"resume: found {path}, {found}; {own} resumes from {wanted}. Resume with the "
-        "--trainer.strategy that the run began with, or start anew in another folder"
-    )
+    own, folder = name_of(strategy), path.is_dir()
+    if folder != writes_folders(strategy):
+        found = f"a folder, as {_note(path)['strategy']} writes it" if folder else "one file"
+        wanted = "one file" if folder else "a folder that DeepSpeed wrote"
+        raise InvalidInputError(
+            f"resume: found {path}, {found}; {own} resumes from {wanted}. Resume with the "
+            "--trainer.strategy that the run began with, or start anew in another folder"
+        )
+    if folder:
+        _check_note(path, own, processes)
+        _check_bytes(path)
 
 
 def _note(path: Path) -> dict[str, Any]:
