@@ -52,17 +52,22 @@ class ByDistortion(SoftTrace):
 
     strengths = (0.35,)
     options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+    distortion: Tensor
     whole = 0.9  # distortion at which the strength is whole, about that of a model before
 
     def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
         usual = MaskedTerm.at
 
         def at(found: MaskedTerm, strength: float) -> DensityTerm:
+            self.distortion = found.distortion
             scaled = found.term * (found.distortion / self.whole)
             return usual(found._replace(term=scaled), strength)
 
         with patch.object(MaskedTerm, "at", at):
             return super().term(ids, step, task)
+
+    def measured(self, step: int, loss: float) -> None:
+        print(f"  distortion: {float(self.distortion):.3f}", flush=True)
 
 
 class Budgeted(SoftTrace):
@@ -95,6 +100,7 @@ WAYS: dict[str, Any] = {
     "balanced, exits 0.05": term(0.35, preset="balanced", exits=0.05),
     "balanced, exits tamed": TamedExits,
     "balanced, by distortion": ByDistortion,
+    "balanced, by distortion, 0.6": type("Term", (ByDistortion,), {"strengths": (0.6,)}),
     "balanced, maps first": MapFirst,
     "sparse": term(0.35, preset="sparse"),
     "sparse, 1": term(1.0, preset="sparse"),
