@@ -5,12 +5,17 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_SUMS = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operations make, from their birth to their end.
+
+    Also what a sum makes for itself: a copy of its input in the dtype that it adds up in.
 
     Attributes:
         peak: most bytes that were alive at one time.
@@ -24,21 +29,26 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        if func in _SUMS and args[0].dtype != made.dtype:
+            self._peaked(self._alive + args[0].numel() * made.element_size(), args[0].numel())
         for output in made if isinstance(made, tuple | list) else (made,):
             if isinstance(output, Tensor) and not func.is_view:
                 self._note(output)
         return made
 
+    def _peaked(self, alive: int, elements: int) -> None:
+        self.peak, self.largest = max(self.peak, alive), max(self.largest, elements)
+
     def _note(self, made: Tensor) -> None:
         storage = made.untyped_storage()
-        self.largest = max(self.largest, made.numel())
+        self._peaked(self._alive, made.numel())
         address = storage._cdata
         if address in self._known or made.device.type == "meta":
             return
         size = storage.nbytes()
         self._known.add(address)
         self._alive += size
-        self.peak = max(self.peak, self._alive)
+        self._peaked(self._alive, made.numel())
         weakref.finalize(storage, self._end, address, size)
 
     def _end(self, address: int, size: int) -> None:

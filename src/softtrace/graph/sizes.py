@@ -128,7 +128,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
             if kind not in known:
                 step = (seen | torch.diag_embed(valid)).float() if small else None
                 others = valid * (2 if layer.parallel else 3)
-                known[kind] = step, heads * seen.sum(-1, dtype=wide) + others
+                known[kind] = step, heads * _sources(seen).to(wide) + others
             step, degrees = known[kind]
             if step is None:
                 own = products(reach, (degrees,))[..., 0]
@@ -146,6 +146,16 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
     assert count is not None
     own_valid = valid if places is None else valid.gather(1, places.to(valid.device))
     return (count * own_valid).round().long()
+
+
+def _sources(seen: Tensor) -> Tensor:
+    """``[B, T]`` float32, how many sources each target of ``[B, T, S]`` sees.
+
+    In blocks: a sum of bytes casts all of them before it adds them up, to four times their memory.
+    """
+    step = max(1, chunk_elements(seen.device) // (len(seen) * seen.shape[2]))
+    parts = torch.split(seen, step, dim=1)
+    return torch.cat([part.sum(-1, dtype=torch.float32) for part in parts], dim=1)
 
 
 def _stepped(reach: Tensor, seen: Tensor, valid: Tensor) -> Tensor:
