@@ -22,6 +22,7 @@ from softtrace.graph.masks import hard_masks
 from softtrace.graph.sizes import edge_counts
 from tests.support import oracle
 from tests.support.literal import edges_of
+from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_prompt
 
 
@@ -221,6 +222,17 @@ def test_portions_of_the_vocabulary_do_not_show(
         assert parts.nucleus is not None
         assert whole.nucleus is not None
         assert torch.equal(parts.nucleus[:, mask.bool()], whole.nucleus[:, mask.bool()])
+
+
+def test_few_copies_of_the_logits_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the recording, the probabilities, and a portion."""
+    model, ids = tiny_model("llama", vocab_size=4000), tiny_prompt(24)
+    softtrace.attach(model)
+    monkeypatch.setattr(sweep, "_CACHED", 4000)
+    monkeypatch.setattr(sweep, "_ROWS", 1)
+    with LiveBytes() as live:
+        density_curve(model, ids, thresholds=[0.1])
+    assert live.peak < 3 * ids.numel() * 4000 * 4
 
 
 def test_a_curve_needs_and_leaves_no_gradients() -> None:

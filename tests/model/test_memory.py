@@ -65,6 +65,27 @@ def test_without_another_way_the_error_comes_through() -> None:
         list(Portions(2, "row(s)").each(0, 2, fitting(0, [])))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        out_of_memory(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "windows", "driver", "cublas", "python"],
+)
+def test_memory_runs_out_in_many_words(error: Exception) -> None:
+    def work(size: int) -> int:
+        if size > 1:
+            raise error
+        return size
+
+    assert half_that_fits(8, 1, work) == 1
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     def broken() -> int:
         raise RuntimeError("something else")

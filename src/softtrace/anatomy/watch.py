@@ -95,6 +95,8 @@ class LayerSight:
 class Watch:
     """Follows one forward: a stack of running modules, notes a layer, and attention as it comes."""
 
+    reads_visible = True
+
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.model = model
         self.layers: list[LayerSight] = []

@@ -27,6 +27,7 @@ from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recove
 from softtrace.density.exact import OwnRuns, check_runs
 from softtrace.density.halving import Portion, curve_in_portions
 from softtrace.errors import InvalidInputError
+from softtrace.graph.attention_maps import chunk_elements
 from softtrace.graph.batch import chosen_positions
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
@@ -173,10 +174,7 @@ def curve_of(
     )
     places = None if positions is None else _places(measured)
     total = _at_places(total_edges(scores, places), places, measured)
-    own_logits = recording.logits_of(measured.flatten().nonzero()[:, 0])
-    full = own_logits.to(working_dtype(own_logits.dtype)).softmax(-1)
-    own_entropy = entropy(own_logits)
-    del own_logits
+    full, own_entropy = _predicted(recording, measured)
     others = ~measured
     own_runs = None
     exact = exact and attention != "recorded"
@@ -225,6 +223,25 @@ def curve_of(
         attention=attention,
         exact=exact or attention == "recorded",
     )
+
+
+def _predicted(recording: Recording, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """The full model's probabilities ``[n, V]`` at n measured positions, and entropies ``[n]``.
+
+    In portions: an entropy takes three copies of its logits.
+    """
+    places = measured.flatten().nonzero()[:, 0]
+    logits = recording.logits
+    full = logits.new_empty(len(places), logits.shape[-1], dtype=working_dtype(logits.dtype))
+    entropies = full.new_empty(len(places))
+    elements = _CACHED if logits.device.type == "cpu" else chunk_elements(logits.device)
+    rows = max(1, elements // logits.shape[-1])
+    for start in range(0, len(places), rows):
+        part = slice(start, start + rows)
+        own = recording.logits_of(places[part])
+        full[part] = own.to(full.dtype).softmax(-1)
+        entropies[part] = entropy(own)
+    return full, entropies
 
 
 def _places(measured: Tensor) -> Tensor:

@@ -27,7 +27,13 @@ _NOWHERE = torch.finfo(torch.float32).min / 2
 
 
 class AttentionListener(Protocol):
-    """What a run does with the attention probabilities of a layer."""
+    """What a run does with the attention probabilities of a layer.
+
+    Attributes:
+        reads_visible: whether it reads where attention may look, or has probabilities already.
+    """
+
+    reads_visible: bool
 
     def on_attention(
         self, module: nn.Module, probabilities: AttentionMap, value: Tensor, visible: Tensor
@@ -49,13 +55,15 @@ def _visible_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A ``[B, 1, T, S]`` bool mask, True where attention may look; never skipped as causal.
 
     Of long sequences it is made in blocks of targets: what transformers combines it from are
-    several tensors of its size.
+    several tensors of its size. Where nobody reads it, one element stands for all.
     """
     kwargs["allow_is_causal_skip"] = False
     kwargs["allow_is_bidirectional_skip"] = False
     rows, length = kwargs.get("batch_size", 0), kwargs.get("q_length", 0)
     columns, offset = kwargs.get("kv_length", 0), kwargs.get("q_offset")
     device = torch.device(kwargs.get("device", "cpu"))
+    if rows and length and columns and not _LISTENER.get().reads_visible:
+        return torch.ones((), dtype=torch.bool, device=device).expand(rows, 1, length, columns)
     step = max(1, chunk_elements(device) // max(1, rows * columns))
     if step >= length or not isinstance(offset, int):
         return sdpa_mask(*args, **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 logger = logging.getLogger(__name__)
@@ -14,12 +15,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+_SAID = (
+    "CUDA error: out of memory",  # the driver's, where a kernel or a handle found no room
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: not enough memory",  # Windows
+)
+"""What errors say that accelerate does not take for memory's."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of an accelerator or of the machine."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(said in str(error) for said in _SAID)
+
+
 def attempt(work: Callable[[], T]) -> T | None:
     """What some work gives; None where memory ran out, with nothing of it left there."""
     try:
         return work()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
             raise
     # The traceback, which holds the tensors of the work, ended with the block before.
     clear_device_cache(garbage_collection=True)

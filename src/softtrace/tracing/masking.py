@@ -117,6 +117,7 @@ class MaskedRun(Run):
         super().__init__(anatomy, batch, keep_hidden)
         self.masks = masks
         self.recorded = attention
+        self.reads_visible = attention is None
         self.exact = exact
         self.stop = stop
         self.static = static

@@ -95,6 +95,7 @@ class MeanMaskedRun(MaskedRun):
         attention: Sequence[Tensor | AttentionMap] | None = None,
     ) -> None:
         super().__init__(anatomy, batch, masks, attention, exact=True)
+        self.reads_visible = True
         self.means = means
         self._absent: Tensor | None = None
 

@@ -31,7 +31,10 @@ class Run:
         valid: ``[B, T]`` bool, False at padding.
         hidden: with ``keep_hidden``, the residual stream entering each layer and the final norm,
             on the batch's device, wherever the layers are.
+        reads_visible: see :class:`softtrace.model.attention_interface.AttentionListener`.
     """
+
+    reads_visible = True
 
     def __init__(self, anatomy: Anatomy, batch: Batch, keep_hidden: bool = False) -> None:
         self.anatomy = anatomy

@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed, nn
 
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.model.flat_units import is_flat_unit
+from softtrace.model.memory import ran_out
 from softtrace.model.sharding import gathered, hold, is_sharded, unit_of
 from softtrace.processes import raise_everywhere
 
@@ -117,7 +117,7 @@ class _Turns:
             yield
         except Exception as error:
             self.broken = True
-            if not should_reduce_batch_size(error):
+            if not ran_out(error):
                 raise
             raise InvalidInputError(
                 "memory ran out in a run of a model whose weights are sharded: all processes take "
