@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.lightning.test_sharded import check_measured
+from tests.support.cut_fits import cut_and_resumed, of_zero
 from tests.support.jobs import Jobs, saved
 from tests.support.skips import deepspeed
 from tests.support.ways_to_resume import BATCHES, by_hand, fit_in_parts
@@ -33,11 +34,6 @@ def test_two_processes_fit_as_one_and_resume(tmp_path: Path, stage: int, accumul
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def of_zero(stage: int) -> tuple[object, ...]:
-    of_class = "tests.support.ways_to_resume.DeepSpeedStrategy"
-    return ("--trainer.strategy", of_class, "--trainer.strategy.stage", stage)
-
-
 @pytest.mark.slow
 @deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -45,19 +41,7 @@ def test_a_fit_by_zero_that_was_cut_resumes_to_the_same_weights(tmp_path: Path, 
     jobs, parts = Jobs(tmp_path), (*of_zero(stage), "--trainer.devices", 2)
     straight = jobs.run(tmp_path / "straight", "none", 0, 0, *parts)
     assert straight.code == 0, straight.said
-    faults = (
-        ("raise", 2, 1, "planned failure of rank 1"),
-        ("kill", 4, 1, ""),
-        ("kill in save", 5, 0, ""),
-    )
-    for fault, at, rank, said in faults:
-        again = ("--resume", "true") if (tmp_path / "cut").exists() else ()
-        cut = jobs.run(tmp_path / "cut", fault, at, rank, *parts, *again)
-        assert cut.code != 0  # both processes have ended, and nobody waits
-        assert said in cut.said
-    end = jobs.run(tmp_path / "cut", "none", 0, 0, *parts, "--resume", "true")
-    assert end.code == 0, end.said
-    assert "holds no checkpoint yet" not in end.said
+    cut_and_resumed(jobs, tmp_path / "cut", parts)
     whole, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
     before = saved(jobs.model)
     assert {name: each.shape for name, each in whole.items()} == {

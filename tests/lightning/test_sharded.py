@@ -21,6 +21,7 @@ from softtrace.lightning import DensityMonitor
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.sharded import check_sharding, say_batch_size, shard
 from tests.support import warm
+from tests.support.cut_fits import OF_FSDP1, OF_FSDP2, WHOLE, cut_and_resumed
 from tests.support.fitting import Batches, trainer
 from tests.support.jobs import Jobs, saved
 from tests.support.processes import script_environment
@@ -36,8 +37,6 @@ from tests.support.ways_to_resume import (
     validation,
 )
 from tests.support.ways_to_shard import whole_weights
-
-STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
 @pytest.mark.thorough
@@ -67,17 +66,6 @@ def check_measured(
         for found, each in zip(torch.load(folder / f"measured-{rank}.pt"), wanted, strict=True):
             assert found["step"] == steps
             assert {**found, "step": 0} == pytest.approx(each, abs=allowed)
-
-
-OF_FSDP2 = (
-    *("--trainer.strategy", STRATEGY, "--trainer.strategy.data_parallel_size", 2),
-    *("--trainer.strategy.tensor_parallel_size", 1),
-)
-WHOLE = (*OF_FSDP2, "--trainer.strategy.save_distributed_checkpoint", "false")
-OF_FSDP1 = (
-    *("--trainer.strategy", "tests.support.ways_to_resume.FSDPStrategy"),
-    *("--trainer.strategy.state_dict_type", "full"),
-)
 
 
 def command(jobs: Jobs, out: Path, *more: object) -> list[str]:
@@ -124,22 +112,16 @@ def test_softtrace_fit_saves_a_whole_model(
 @pytest.mark.parametrize(
     ("way", "faults"),
     [
-        (WHOLE, [("raise", 2, "planned failure of rank 1"), ("kill", 5, "")]),
-        (OF_FSDP1, [("raise", 2, "planned failure of rank 1")]),
+        (WHOLE, [("raise", 2, 1, "planned failure of rank 1"), ("kill", 5, 1, "")]),
+        (OF_FSDP1, [("raise", 2, 1, "planned failure of rank 1")]),
     ],
 )
 def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
-    tmp_path: Path, way: tuple[object, ...], faults: list[tuple[str, int, str]]
+    tmp_path: Path, way: tuple[object, ...], faults: list[tuple[str, int, int, str]]
 ) -> None:
     jobs, parts = Jobs(tmp_path), (*way, "--trainer.devices", 2, "--trainer.max_steps", 6)
     assert jobs.run(tmp_path / "straight", "none", 0, 0, *parts).code == 0
-    for fault, at, said in faults:
-        again = ("--resume", "true") if (tmp_path / "cut").exists() else ()
-        cut = jobs.run(tmp_path / "cut", fault, at, 1, *parts, *again)
-        assert cut.code != 0  # both processes have ended, and nobody waits
-        assert said in cut.said
-    end = jobs.run(tmp_path / "cut", "none", 0, 0, *parts, "--resume", "true")
-    assert end.code == 0, end.said
+    cut_and_resumed(jobs, tmp_path / "cut", parts, faults)
     straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 

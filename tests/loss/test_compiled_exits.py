@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from softtrace import DensityLoss, attach
-from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
+from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, wrapped_to_checkpoint
 
 pytestmark = [
     pytest.mark.thorough,
@@ -125,11 +125,28 @@ def test_a_forward_without_gradients_is_said_once(caplog: pytest.LogCaptureFixtu
     assert "torch.compiler.reset()" in said[0]
 
 
-def test_compiled_layers_that_are_checkpointed_are_not_watched(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("way", [checkpointed, wrapped_to_checkpoint])
+def test_exits_are_read_where_layers_run_again_in_the_backward_pass(way: Any, how: str) -> None:
+    def tiny() -> Any:
+        return tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+
+    plain, model = tiny(), way(tiny())
+    wanted = steps(plain, plain, DensityLoss(plain, **OPTIONS))
+    runs = compiled(model, how)
+    found = steps(model, runs, DensityLoss(runs, **OPTIONS))
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    assert graphs() == (1, 0)
+
+
+def test_layers_that_are_checkpointed_with_their_hooks_are_not_watched(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = compiled(checkpointed(tiny_model("llama", num_hidden_layers=2).train()), "in place")
     density = DensityLoss(model, **OPTIONS)
+    # As older releases of transformers have it.
+    call = nn.Module.__call__
+    monkeypatch.setattr(type(model.model.layers[0]), "__call__", lambda *a, **k: call(*a, **k))
     with caplog.at_level(logging.WARNING), density.watching() as watched:
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert "compiled and checkpointed" in caplog.text

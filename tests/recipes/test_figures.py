@@ -14,6 +14,7 @@ from recipes.benchmarks.pages import write_pages
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.lightning.support import LIGHTNING
+from tests.support.cut_fits import FAULTS, PARTS
 from tests.support.mutations import MUTATIONS
 from tests.support.zoo import REFUSED, VERIFIED
 
@@ -278,6 +279,10 @@ def test_the_recorded_exactness_is_exact_and_of_all_that_is_there() -> None:
     for row in result["resumed"].values():
         assert row["steps"] >= 7
         assert row["largest"] == 0.0 < row["control"]
+    assert set(result["cuts"]) == set(PARTS)
+    for row in result["cuts"].values():
+        assert len(row["cuts"]) == len(FAULTS)
+        assert row["largest"] == 0.0 < row["trained"]
     kills = result["kills"]
     assert kills["kills"] >= 30
     assert kills["resumed"] == kills["runs"]

@@ -88,6 +88,16 @@ def tiny_prompt(length: int, seed: int = 0, batch: int = 1) -> Tensor:
     return torch.randint(SPECIAL, VOCABULARY, (batch, length), generator=generator)
 
 
+def wrapped_to_checkpoint(model: Any) -> Any:
+    """Layers that torch's wrapper runs again in the backward pass."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+    return model
+
+
 def checkpointed(model: Any, **kwargs: Any) -> Any:
     """The model with activation checkpointing, not reentrant unless told otherwise."""
     # the name since transformers 5.23, else the older one

@@ -30,7 +30,7 @@ from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.units import WAYS, flat, with_output_dtype
 from tests.support.waiting import PATIENCE
 
-_WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
+WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 ROWS, LENGTH, STEPS = 3, 9, 10
 PADDED = 4  # the step at which the last process has nothing but padding
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, value in model.named_parameters():
             whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
-            found[_WRAPPERS.sub("", name)] = whole.detach().clone()
+            found[WRAPPERS.sub("", name)] = whole.detach().clone()
     return found
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from softtrace import DensityLoss
-from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, wrapped_to_checkpoint
 from tests.support.units import flat
-from tests.support.ways_to_shard import one_process_group
+from tests.support.ways_to_shard import WRAPPERS, one_process_group
 from tests.support.zoo import VERIFIED, tiny
 
 pytestmark = pytest.mark.thorough
@@ -54,7 +54,7 @@ def step(model: nn.Module, density: DensityLoss) -> tuple[Tensor, dict[str, Tens
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             part: Any = weight.grad
-            name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+            name = WRAPPERS.sub("", name)
             found[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
     return term.loss.detach(), found
 
@@ -103,13 +103,40 @@ def test_adapters_whose_unit_is_around_the_model(attached_first: bool) -> None:
     check_same(whole, sharded(parts))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_layers_that_are_compiled_and_then_sharded() -> None:
-    whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
-    layers: Any = parts.model.layers
+def compiled_first(model: Any) -> Any:
+    layers = model.model.layers
     for index, layer in enumerate(layers):
         layers[index] = torch.compile(layer, backend="eager")
-    check_same(whole, sharded(parts))
+    return sharded(model)
+
+
+def sharded_first(model: Any) -> Any:
+    sharded(model)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def wrapped_and_compiled(model: Any) -> Any:
+    """In the order of torchtitan: checkpointed, compiled, sharded."""
+    return compiled_first(wrapped_to_checkpoint(model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "way",
+    [
+        compiled_first,
+        sharded_first,
+        lambda model: compiled_first(checkpointed(model)),
+        lambda model: sharded_first(checkpointed(model)),
+        wrapped_and_compiled,
+    ],
+)
+def test_layers_that_are_compiled_and_sharded(way: Callable[[Any], Any]) -> None:
+    whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
+    torch._dynamo.reset()
+    check_same(whole, way(parts))
     torch._dynamo.reset()
 
 

@@ -12,13 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
-import os
-import random
-import signal
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from recipes.benchmarks.correctness.interruptions import cuts, difference, is_there, kills
 from recipes.benchmarks.places import RESULTS
 from softtrace import DensityLoss
 from softtrace.evaluation.provenance import provenance
@@ -36,7 +32,6 @@ from tests.support import hf_training as hf
 from tests.support import lightning_runs, ways_to_resume, ways_to_shard, ways_to_step
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import weights
-from tests.support.jobs import Jobs, saved
 from tests.support.mutations import MUTATIONS, run_tests
 from tests.support.processes import as_rank
 from tests.support.tiny import tiny_model
@@ -48,11 +43,6 @@ IN_PARTS = {
     "ModelParallelStrategy": "FSDP2", "FSDPStrategy": "FSDP1", "DeepSpeedStrategy": "ZeRO 2",
     "DeepSpeedStrategy(stage=3)": "ZeRO 3",
 }  # fmt: skip
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest absolute difference."""
-    return float((one - other).abs().max())
 
 
 def inert(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,11 +64,6 @@ def inert(args: argparse.Namespace) -> dict[str, Any]:
             loud, _ = way.fit(DensityPenalty(0.6, **OPTIONS), steps=STEPS)
         found[name] = inert_row(fitted.global_step, *map(weights, (plain, silent, loud)))
     return found
-
-
-def is_there(way: str) -> bool:
-    """Whether an engine is installed; rows of one that is not stay as the file has them."""
-    return not way.startswith("ZeRO") or importlib.util.find_spec("deepspeed") is not None
 
 
 def inert_in_parts(way: str) -> dict[str, Any]:
@@ -177,42 +162,6 @@ def resumed_by_trainer() -> dict[str, Any]:
         "largest": max(difference(found, last) for found in runs.values()),
         "control": difference(weights(other.model), last),
     }
-
-
-def kills(args: argparse.Namespace) -> dict[str, Any]:
-    """``softtrace fit`` killed at random moments until it has been killed often enough."""
-    draws, codes = random.Random(0), []
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = Jobs(Path(folder))
-        if jobs.run(Path(folder) / "straight").code:
-            raise SystemExit("the straight run failed")
-        straight = saved(Path(folder) / "straight")
-        worst, runs, resumed, number = 0.0, 0, 0, 0
-        bar = tqdm(total=args.kills, desc="kills")
-        while len(codes) < args.kills:
-            out, number = Path(folder) / f"cut{number}", number + 1
-            for _ in range(5):
-                again = ("--resume", "true") if out.exists() else ()
-                process = jobs.start(out, "none", 0, 0, *again)
-                began, last = time.monotonic(), out / "checkpoints" / "last.ckpt"
-                while process.poll() is None and not last.exists():
-                    time.sleep(0.005)
-                time.sleep(draws.uniform(0, 1.0 if not again else time.monotonic() - began + 6))
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                if process.returncode == -signal.SIGKILL:
-                    codes.append(process.returncode)
-                    bar.update()
-                else:
-                    break
-            end, runs = jobs.run(out, "none", 0, 0, "--resume", "true"), runs + 1
-            if end.code:
-                print(f"did not resume: {end.said[-2000:]}")
-                continue
-            final, resumed = saved(out), resumed + 1
-            worst = max(worst, *(difference(final[name], straight[name]) for name in final))
-    return {"kills": len(codes), "runs": runs, "resumed": resumed, "largest": worst}
 
 
 def parallel(args: argparse.Namespace) -> dict[str, Any]:
@@ -360,6 +309,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "inert": inert,
     "resumed": resumed,
     "kills": kills,
+    "cuts": cuts,
     "parallel": parallel,
     "sharded": sharded,
     "memory": memory,

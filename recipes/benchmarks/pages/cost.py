@@ -110,22 +110,57 @@ def operations() -> str:
 
 
 def sharded() -> str:
-    """What a step costs where FSDP2 shards the model."""
+    """What a step costs where FSDP2 shards the model, and how it scales with processes."""
     result = read("sharded.json")
+    measured = [(name, row) for name, kinds in result["models"].items() for row in kinds.values()]
+    measured.sort(key=lambda each: (list(result["models"]).index(each[0]), *_kind_of(each[1])))
     lines = [
-        "| random weights of the size of | | time | memory of a process |",
-        "|---|---|---|---|",
+        "| random weights of the size of | | processes | time | memory of a process "
+        "| tokens a second, plain | with the term |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for model, kinds in result["models"].items():
-        for kind, row in kinds.items():
-            lines.append(f"| {model} | {kind} | {quartiles(row['time'])} | {row['memory']:.2f} |")
-    rows = [row for kinds in result["models"].values() for row in kinds.values()]
-    ((count, length),) = {tuple(row["batch"]) for row in rows}
-    (rounds,) = {row["rounds"] for row in rows}
+    for model, row in measured:
+        memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
+        alone = result["models"][model].get(f"1 processes, {row['kind']}")
+        exits = "" if row["exits read"] else ", no exits read"
+        speeds = " | ".join(_speed(row, alone, way) for way in ("plain", "default"))
+        lines.append(
+            f"| {model} | {row['kind']}{exits} | {row['processes']} | {quartiles(row['time'])} "
+            f"| {memory} | {speeds} |"
+        )
+    rounds = sorted({row["rounds"] for _, row in measured})
+    batches = " and ".join(
+        f"{count} x {length:,}"
+        for count, length in dict.fromkeys(tuple(row["batch"]) for _, row in measured)
+    )
+    hardware = " and ".join(dict.fromkeys(row["hardware"] for _, row in measured))
+    torches = " and ".join(dict.fromkeys(row["versions"]["torch"] for _, row in measured))
     lines.append(
-        f"\nA step with the default term over a plain one (quartiles of {rounds} interleaved turns "
-        f"of {result['steps_a_turn']} steps), {count} x {length:,} tokens a process, "
-        f"{result['precision']}, {result['hardware']}, torch {result['versions']['torch']} "
+        f"\nA step with the default term over a plain one (quartiles of "
+        f"{' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} interleaved turns "
+        f"of {result['steps_a_turn']} steps), {batches} tokens a process; where it is compiled, "
+        "every layer by itself, over a compiled plain step. In brackets: tokens a second over "
+        "those of one process, of the same kind and on the same hardware. "
+        f"{result['precision'].capitalize()}, {hardware}, torch {torches} "
         f"{sources(CARD, 'speed/sharded.py', 'results/sharded.json')}."
     )
     return "\n".join(lines)
+
+
+def _kind_of(row: dict[str, Any]) -> tuple[bool, str, int]:
+    """In which order rows of a model come: what is compiled last, then by processes."""
+    return "compiled" in row["kind"], row["kind"], row["processes"]
+
+
+def _speed(row: dict[str, Any], alone: dict[str, Any] | None, way: str) -> str:
+    """Tokens a second of all processes together, and over those of one where it was measured."""
+    own = _tokens_a_second(row, way)
+    comparable = alone is not None and all(alone[key] == row[key] for key in ("hardware", "batch"))
+    if alone is None or not comparable or row["processes"] == 1:
+        return f"{own:,.0f}"
+    return f"{own:,.0f} ({own / _tokens_a_second(alone, way):.2f})"
+
+
+def _tokens_a_second(row: dict[str, Any], way: str) -> float:
+    count, length = row["batch"]
+    return float(row["processes"] * count * length / row["seconds"][way]["median"])

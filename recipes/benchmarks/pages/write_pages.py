@@ -212,6 +212,12 @@ def exactness() -> str:
             f"steps, against a straight run | {row['largest']:g} (another strength from there: "
             f"{row['control']:.0e}) |"
         )
+    for engine, row in result["cuts"].items():
+        lines.append(
+            f"| `softtrace fit` by {engine}, two processes, cut by {' and by '.join(row['cuts'])} "
+            f"and resumed, against a straight run of {row['steps']} steps | {row['largest']:g} "
+            f"(training itself: {row['trained']:.0e}) |"
+        )
     lines += [
         f"| `softtrace fit` killed {killed['kills']} times at random moments: runs that resumed "
         f"and ended, their largest difference from a straight one | {killed['resumed']} of "

@@ -5,10 +5,12 @@
     torchrun --nproc_per_node 2 -m recipes.benchmarks.speed.sharded --models tiny   # CPUs, gloo
 
 One model, bfloat16 weights and AdamW, every layer a unit and run again in the backward pass (unless
-``--keep-activations``), 2,048 tokens a row. Periods of 8 steps with the default term and without it
-take turns on the same model, so that a period is compared with its neighbour. Peak memory is of the
-first process. ``results/sharded.json`` is written when a model's measurement ends; what it holds of
-other models and numbers of processes stays.
+``--keep-activations``), 2,048 tokens a row, as many rows in each process however many there are.
+Periods of 8 steps with the default term and without it take turns on the same model, so that a
+period is compared with its neighbour; with ``--compiled`` every layer is compiled, for both.
+Peak memory is of the first process. ``results/sharded.json`` is written when a model's measurement
+ends; what it holds of other models, numbers of processes and kinds stays. The pages compare
+processes that were measured on the same hardware, so run one after the other on one machine.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import transformers
 from torch.distributed.fsdp import fully_shard
 
@@ -85,13 +88,16 @@ class Training:
         highest = model.config.vocab_size
         self.ids = torch.randint(3, highest, (rows, length), generator=generator).to(device)
         self.number = 0
+        self.exits: set[bool] = set()
 
     def step(self, with_term: bool) -> None:
         ids = self.ids.roll(self.number)
         if with_term:
             with self.density.watching(step=self.number) as watched:
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss = loss + self.density(ids, step=self.number, watched=watched).loss
+            term = self.density(ids, step=self.number, watched=watched)
+            self.exits.add(term.exit_distance is not None)
+            loss = loss + term.loss
         else:
             loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -121,9 +127,11 @@ def measured(training: Training, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         for way in seconds:
             taken, peak = training.period(way == "default")
-            if number:  # the first round warms up
+            if number:  # the first round warms up, and compiles
                 seconds[way].append(taken)
                 memory[way] = max(memory[way], peak)
+        if not number:
+            compiled = graphs()
     pairs = zip(seconds["default"], seconds["plain"], strict=True)
     return {
         "seconds": {way: quartiles(found) for way, found in seconds.items()},
@@ -131,7 +139,14 @@ def measured(training: Training, rounds: int) -> dict[str, Any]:
         "gib": {way: peak / 2**30 for way, peak in memory.items()},
         "memory": memory["default"] / memory["plain"] if memory["plain"] else None,
         "rounds": rounds,
+        "exits read": training.exits == {True},
+        "graphs compiled": [compiled, graphs()],  # in the first round, and by the end of the last
     }
+
+
+def graphs() -> int:
+    """How many graphs ``torch.compile`` has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def main() -> None:
@@ -158,11 +173,13 @@ def main() -> None:
         if rank:
             continue
         kept = json.loads(args.out.read_text("utf-8"))["models"] if args.out.exists() else {}
-        kind = f"{world} processes, activations {'kept' if args.keep_activations else 'recomputed'}"
-        kept.setdefault(name, {})[kind + (", compiled" if args.compiled else "")] = {
-            **found, "batch": [args.rows, args.length],
+        activations = "kept" if args.keep_activations else "recomputed"
+        kind = f"activations {activations}" + (", compiled" if args.compiled else "")
+        kept.setdefault(name, {})[f"{world} processes, {kind}"] = {
+            "processes": world, "kind": kind, "batch": [args.rows, args.length], **found,
+            **provenance(device),
         }  # fmt: skip
-        print(name, kind, json.dumps(found), flush=True)
+        print(name, world, kind, json.dumps(found), flush=True)
         write_json(args.out, {
             "precision": "bfloat16 weights and optimiser", "steps_a_turn": PERIOD, "models": kept,
             **provenance(device),

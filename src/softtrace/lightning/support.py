@@ -71,8 +71,7 @@ LIGHTNING: tuple[Support, ...] = (
     Support(
         "module",
         "torch.compile in place",
-        note="exits are not read where layers are checkpointed too, nor in a forward that was "
-        "compiled before the fit",
+        note="exits are not read in a forward that was compiled before the fit",
     ),
     Support("module", "configure_model"),
     Support("module", "closures that run repeatedly (LBFGS)"),

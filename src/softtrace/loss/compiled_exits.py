@@ -9,7 +9,8 @@ another one of its class, does not have them. The compiler does look whether a m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.anatomy import Anatomy
-from softtrace.loss.early_exits import Seen
+from softtrace.loss.early_exits import Seen, Watched
 from softtrace.model.hooks import first_tensor
+from softtrace.model.state import outside_of_checkpoint
 
 
 class _Noted:
@@ -30,22 +32,63 @@ class _Noted:
         self.had_graph = False
 
 
-class CompiledStreams:
-    """The residual streams of exits in the newest forward with gradients, of one model.
+def noting_places(
+    anatomy: Anatomy, depths: Iterable[int], checkpointed: Iterable[nn.Module] | None
+) -> dict[int | None, nn.Module]:
+    """Depth of an exit to the module that is entered there, in a forward and not in its backward.
 
     Args:
         anatomy: of the model.
         depths: of the exits, numbers of layers.
+        checkpointed: modules of the model, if some of them run again in the backward pass.
+
+    Returns:
+        Layers, or what checkpoints them, and under None the last norm; nothing at all where a layer
+        is checkpointed together with its hooks.
+    """
+    found: dict[int | None, nn.Module] = {None: anatomy.readout.norm.module}
+    modules = None if checkpointed is None else list(checkpointed)
+    for at in depths:
+        layer = anatomy.layers[at].layer
+        place = layer if modules is None else outside_of_checkpoint(layer, modules)
+        if place is None:
+            return {}
+        found[at] = place
+    return found
+
+
+class CompiledStreams:
+    """The residual streams of exits in the newest forward with gradients, of one model.
+
+    Args:
+        places: of :func:`noting_places`.
     """
 
-    def __init__(self, anatomy: Anatomy, depths: Iterable[int]) -> None:
-        self.anatomy = anatomy
+    def __init__(self, places: dict[int | None, nn.Module]) -> None:
+        self.places = places
         self._noted = {
-            at: _noting(anatomy.layers[at].layer, _Noted(with_graph=True)) for at in depths
+            at: _noting(each, _Noted(with_graph=True))
+            for at, each in places.items()
+            if at is not None
         }
         # The full prediction is held constant. What a compiled graph gives with gradients is one
         # more tensor of zeros in its backward pass where nothing comes back.
-        self._last = _noting(anatomy.readout.norm.module, _Noted(with_graph=False))
+        self._last = _noting(places[None], _Noted(with_graph=False))
+
+    @contextmanager
+    def watching(self, watched: Watched, say: Callable[[str], None]) -> Iterator[None]:
+        """Add what the forward inside shows to ``watched``, or say why it showed nothing."""
+        self.clear()
+        yield
+        if (seen := self.take()) is not None:
+            watched.forwards.append(seen)
+        else:
+            say(
+                "exits: nothing was noted in the compiled forward, so none is read early; it ran "
+                "without gradients, or by a graph that was made before it was watched first. Run "
+                "the first forward inside 'with density_loss.watching():', or call "
+                "torch.compiler.reset() before it"
+            )
 
     def clear(self) -> None:
         """Let go of what is held."""

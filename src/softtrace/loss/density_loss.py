@@ -25,7 +25,7 @@ from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph.batch import Batch
 from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
-from softtrace.loss.compiled_exits import CompiledStreams
+from softtrace.loss.compiled_exits import CompiledStreams, noting_places
 from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
@@ -130,7 +130,7 @@ class DensityLoss:
         Nothing about the forward changes; residual streams and logits are held until that call. A
         call that is given none takes the handle of the newest block. Nothing is watched without
         ``options.exits``. Where something is compiled, hooks stay on the layers, which only look;
-        nothing is read of a forward that was compiled before they came, or that is checkpointed.
+        nothing is read of a forward that was compiled before they came.
 
         Args:
             host: The module whose forward is run, where that is not the model itself.
@@ -156,15 +156,18 @@ class DensityLoss:
                 "(the default of transformers), or set exits=0"
             )
         anatomy, compiled = attach(model).anatomy, is_compiled(modules)
-        noted = compiled and not (model.training and is_checkpointed(own))
-        if noted and (self._streams is None or self._streams.anatomy is not anatomy):
-            # Also where this step reads none: what is compiled now is not compiled again then.
-            self._streams = CompiledStreams(anatomy, self._depths(anatomy))
+        noted = compiled and self._note_compiled(anatomy, own)
         if step is not None and not self._reads_exits(step):
             yield watched
             return
         if compiled:
-            with self._compiled_watched(watched, noted=noted):
+            if not noted or self._streams is None:
+                self._say_once(
+                    "exits: the model is compiled and checkpointed with hooks, so none is read"
+                )
+                yield watched
+                return
+            with self._streams.watching(watched, self._say_once):
                 yield watched
             return
         try:
@@ -174,28 +177,21 @@ class DensityLoss:
             watched.forget()  # out of memory, say: nobody will ask for them
             raise
 
+    def _note_compiled(self, anatomy: Anatomy, modules: list[nn.Module]) -> bool:
+        """Put hooks for a compiled forward on, where they can be; also where this step reads none.
+
+        What is compiled now is not compiled again then.
+        """
+        checkpointed = unwrapped(self.model).training and is_checkpointed(modules)
+        places = noting_places(anatomy, self._depths(anatomy), modules if checkpointed else None)
+        if places and (self._streams is None or self._streams.places != places):
+            self._streams = CompiledStreams(places)
+        return bool(places)
+
     def _reads_exits(self, step: int) -> bool:
         """Whether exits are read at a step, for the model or for their map."""
         schedule = self.options.exit_schedule
         return bool(schedule(step)) or (self.exit_maps is not None and schedule.comes(step))
-
-    @contextmanager
-    def _compiled_watched(self, watched: Watched, *, noted: bool) -> Iterator[None]:
-        if not noted or self._streams is None:
-            self._say_once("exits: the model is compiled and checkpointed, so none is read early")
-            yield
-            return
-        self._streams.clear()
-        yield
-        if (seen := self._streams.take()) is not None:
-            watched.forwards.append(seen)
-        else:
-            self._say_once(
-                "exits: nothing was noted in the compiled forward, so none is read early; it ran "
-                "without gradients, or by a graph that was made before it was watched first. Run "
-                "the first forward inside 'with density_loss.watching():', or call "
-                "torch.compiler.reset() before it"
-            )
 
     def __call__(
         self,

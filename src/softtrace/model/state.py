@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from softtrace.model.flat_units import bare
+
 
 def all_modules(*models: nn.Module) -> list[nn.Module]:
     """What ``modules()`` of them gives, in another order and half the time: a step asks often."""
@@ -86,6 +88,29 @@ def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
         "gradient_checkpointing" in own and own["gradient_checkpointing"]
         for own in map(vars, modules)
     ) or bool(checkpointing(modules))
+
+
+def outside_of_checkpoint(layer: nn.Module, modules: Iterable[nn.Module]) -> nn.Module | None:
+    """Whose hooks see what enters a layer, but not when the backward pass runs it again.
+
+    Args:
+        layer: of a model in which something is checkpointed.
+        modules: all of that model.
+
+    Returns:
+        The wrapper that torch's ``checkpoint_wrapper`` made around the layer; the layer itself, if
+        transformers checkpoints its ``forward``; None where neither is so (older releases of
+        transformers checkpoint the call with its hooks).
+    """
+    for wrapper in checkpointing(modules):
+        if wrapper is not layer and any(each is layer for each in wrapper.modules()):
+            inside = bare(wrapper)
+            return wrapper if layer in (inside, getattr(inside, "_orig_mod", None)) else None
+    if "_orig_mod" in layer._modules:  # torch.compile's wrapper, around what checkpoints
+        return layer
+    own, kind = vars(layer).get("gradient_checkpointing", False), type(layer)
+    of_forward = hasattr(kind.forward, "__wrapped__") and kind.__call__ is nn.Module.__call__
+    return layer if own and of_forward else None
 
 
 def is_reentrant(modules: Iterable[nn.Module]) -> bool:
