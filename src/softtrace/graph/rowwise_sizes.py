@@ -12,62 +12,76 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from softtrace.graph.attention_maps import MadeFrom, Rows, chunk_elements, each_block
+from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, chunk_elements, each_block
 from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
 _SWEPT = 16  # blocks' worth of numbers that sweeps may hold together
 
 
 class _Sweep:
-    """Who reaches which node, from the last layer down, under one set of masks.
+    """Who reaches which node, from the last layer down, under several sets of masks at once.
+
+    The sets lie one after the other in the batch: for each of them by itself a GPU would wait for
+    the launches of small operations.
 
     Args:
-        masks: per layer.
+        sets: per set of masks and layer, all of the same shape.
         places: see :func:`traces_at`.
     """
 
-    def __init__(self, masks: Sequence[LayerEdges], places: Tensor | None) -> None:
-        batch, _, length, _ = masks[0].shape
-        self.masks = masks
-        self.reach = from_outputs(batch, length, places, masks[0].mlp.device)
+    def __init__(self, sets: Sequence[Sequence[LayerEdges]], places: Tensor | None) -> None:
+        batch, _, length, _ = sets[0][0].shape
+        self.sets = sets
+        self.reach = from_outputs(batch, length, places, sets[0][0].mlp.device)
+        self.reach = self.reach.repeat(len(sets), 1, 1)
         self._counted: list[Tensor] = []
-        self._needed: list[LayerEdges] = []
+        self._needed: list[list[LayerEdges]] = [[] for _ in sets]
 
     def begin(self, index: int) -> Tensor:
-        """Move on to a layer; ``[B, T]`` bool, whose attention edges are needed there."""
-        layer = self.layer = self.masks[index]
+        """Move on to a layer; ``[K, B, T]`` bool, whose attention edges each set needs there."""
+        self.layers = [masks[index] for masks in self.sets]
+        nodes = zip(*(layer.nodes() for layer in self.layers), strict=True)
         self._nodes = residual, mlp, mlp_residual = [
-            part.to(self.reach.dtype) for part in layer.nodes()
+            torch.cat(parts).to(self.reach.dtype) for parts in nodes
         ]
+        parallel = self.layers[0].parallel
         self._at_end = self.reach
-        if not layer.parallel:
+        if not parallel:
             self.reach = self.reach * (mlp + mlp_residual).clamp(max=1)[:, None]
-        self._into = residual + mlp if layer.parallel else residual
+        self._into = residual + mlp if parallel else residual
         self._degrees, self._before = torch.zeros_like(mlp), torch.zeros_like(self.reach)
-        self._used = self.reach.amax(1) > 0
+        self._used = self._reached(self.reach)
         return self._used
 
-    def add(self, rows: Rows, kept: Tensor) -> None:
-        """Take in some rows: ``[B, n, end]``, how many heads keep an edge."""
-        rows.place(self._degrees, kept.sum(-1))
-        step = rows.add_own(kept.clamp(max=1), self._into).clamp(max=1)
-        self._before[..., : rows.end] += rows.of(self.reach, 2) @ step
+    def add(self, rows: Rows, kept: Sequence[Tensor]) -> None:
+        """Take in some rows: per set ``[B, n, end]``, how many heads keep an edge."""
+        heads = torch.cat(tuple(kept))
+        rows.place(self._degrees, heads.sum(-1))
+        step = rows.add_own(heads.clamp_(max=1), self._into).clamp_(max=1)
+        self._before[..., : rows.end].baddbmm_(rows.of(self.reach, 2), step)
 
-    def end(self, targets: Tensor | None) -> None:
-        """Finish the layer; targets are those outside of which nothing is needed."""
+    def end(self, targets: Sequence[Tensor | None]) -> None:
+        """Finish the layer; per set, targets are those outside of which nothing is needed."""
         residual, mlp, mlp_residual = self._nodes
         counts = (
             products(self.reach, (self._degrees, residual)),
             products(self._at_end, (mlp, mlp_residual)),
         )
         self._counted.insert(0, torch.cat(counts, dim=-1))
-        at_end = self._at_end.amax(1) > 0
-        self._needed.insert(0, _within(self.layer, self._used, at_end, targets))
+        each = zip(self.layers, self._used, self._reached(self._at_end), targets, strict=True)
+        for needed, found in zip(self._needed, each, strict=True):
+            needed.insert(0, _within(*found))
         self.reach = self._before.clamp(max=1)
 
-    def found(self) -> tuple[Tensor, tuple[LayerEdges, ...]]:
-        """See :func:`traces_at`."""
-        return torch.stack(self._counted, dim=2), tuple(self._needed)
+    def found(self) -> list[tuple[Tensor, tuple[LayerEdges, ...]]]:
+        """Of each set, see :func:`traces_at`."""
+        counts = torch.stack(self._counted, dim=2).chunk(len(self.sets))
+        return [(own, tuple(needed)) for own, needed in zip(counts, self._needed, strict=True)]
+
+    def _reached(self, reach: Tensor) -> Tensor:
+        """``[K, B, T]`` bool, whether a node reaches any output node."""
+        found = reach.amax(1) > 0
+        return found.view(len(self.sets), -1, found.shape[1])
 
 
 def traces_at(
@@ -83,14 +97,15 @@ def traces_at(
         ``[B, n, L, 4]`` float64 (differentiable if the masks are), and per layer the masks without
         nodes that reach no such position.
     """
-    sweep = _Sweep(masks, places)
+    sweep = _Sweep([masks], places)
     with torch.autocast(sweep.reach.device.type, enabled=False):
         for index in reversed(range(len(masks))):
-            targets = _targets(sweep.begin(index), places)
-            for rows, kept in each_block(sweep.layer.attention_map, _over_heads, targets):
-                sweep.add(rows, kept)
-            sweep.end(targets)
-    return sweep.found()
+            (targets,) = _targets(sweep.begin(index), places)
+            for rows, kept in each_block(masks[index].attention_map, _over_heads, targets):
+                sweep.add(rows, [kept])
+            sweep.end([targets])
+    (found,) = sweep.found()
+    return found
 
 
 def traces_at_each(
@@ -109,30 +124,38 @@ def traces_at_each(
     together = max(1, _SWEPT * chunk_elements(device) // (batch * count * length))
     found = []
     for start in range(0, len(masks), together):
-        sweeps = [_Sweep(each, places) for each in masks[start : start + together]]
+        sets = masks[start : start + together]
+        sweep = _Sweep(sets, places)
         with torch.autocast(device.type, enabled=False):
             for index in reversed(range(len(scores))):
-                used = [sweep.begin(index) for sweep in sweeps]
+                used = sweep.begin(index)
                 of_all = scores[index].attention_map
-                targets = _targets(torch.stack(used).any(0), places)
+                own = [each[index].attention_map for each in sets]
+                (targets,) = _targets(used.any(0)[None], places)
                 for rows in of_all.blocks(targets):
                     values = of_all.rows(rows)
-                    for sweep in sweeps:
-                        mask = sweep.layer.attention_map
-                        assert isinstance(mask, MadeFrom)
-                        sweep.add(rows, _over_heads(mask.rows_from(of_all, values, rows), rows))
-                for sweep, own in zip(sweeps, used, strict=True):
-                    sweep.end(_targets(own, places))
-        found += [sweep.found() for sweep in sweeps]
+                    sweep.add(
+                        rows, [_over_heads(_made(each, of_all, values, rows), rows) for each in own]
+                    )
+                sweep.end(_targets(used, places))
+        found += sweep.found()
     return found
 
 
-def _targets(used: Tensor, places: Tensor | None) -> Tensor | None:
-    """Targets that any sequence ``[B, T]`` needs, on the CPU; None for all.
+def _made(mask: AttentionMap, scores: AttentionMap, values: Tensor, rows: Rows) -> Tensor:
+    """Rows of a mask that is made from scores whose rows are there."""
+    assert isinstance(mask, MadeFrom)
+    return mask.rows_from(scores, values, rows)
+
+
+def _targets(used: Tensor, places: Tensor | None) -> list[Tensor | None]:
+    """Per set of ``[K, B, T]`` the targets that any sequence needs, on the CPU; None for all.
 
     Of all positions nearly all rows are needed; to ask which would wait for the device.
     """
-    return None if places is None else used.any(0).nonzero()[:, 0].cpu()
+    if places is None:
+        return [None] * len(used)
+    return [each.nonzero()[:, 0] for each in used.any(1).cpu()]
 
 
 def _within(layer: LayerEdges, middle: Tensor, end: Tensor, targets: Tensor | None) -> LayerEdges:
