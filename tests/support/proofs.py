@@ -52,8 +52,9 @@ def _fingerprint(runner: Runner, plain: Tensor) -> str | None:
     if any(type(each) not in (nn.Parameter, Tensor) or each.is_meta for each in tensors.values()):
         return None
     for name, tensor in [*tensors.items(), ("", plain)]:
-        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(repr((name, tensor.dtype, tensor.shape, tensor.device)).encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     layers = [(each.parallel, len(each.score_projections)) for each in runner.anatomy.layers]
     configs = [repr(config) for config in runner.configs]
     digest.update(repr((runner.anatomy.pattern, layers, configs)).encode())
