@@ -346,6 +346,10 @@ def test_of_the_square_only_which_edges_exist_is_held(monkeypatch: pytest.Monkey
         softtrace.extract_trace(importance, size=10)
     assert live.peak < 2 * length**2 + own.peak
     del importance
+    packed = torch.arange(length).remainder(length // 2)[None]
+    with torch.no_grad(), LiveBytes() as live:
+        softtrace.edge_importance(model, ids, position_ids=packed, positions=[-1])
+    assert live.peak < 1.5 * length**2 + own.peak
     with LiveBytes() as live:
         softtrace.density_curve(model, ids, thresholds=[0.05], positions=[-1])
     assert live.peak < 1.5 * length**2 + own.peak
