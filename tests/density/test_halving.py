@@ -18,6 +18,7 @@ from softtrace.graph.edges import RowwiseEdges
 from softtrace.tracing.recording import Recording
 from softtrace.tracing.runner import Runner
 from tests.density.test_lengths import LENGTH, THRESHOLDS, assert_same_curve, padded_batch
+from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
 
 MODEL = tiny_model("llama", dtype=torch.float64, num_hidden_layers=2)
@@ -82,6 +83,52 @@ def test_the_batch_is_halved_then_maps_are_not_held_then_positions_are_halved(
     with monkeypatch.context() as patch:
         limit(patch, lambda rows, count, held: count <= 3)
         same()
+
+
+class Budget(LiveBytes):
+    """Lets an allocation fail wherever it is, once more bytes are alive than there are."""
+
+    def __init__(self, most: int, error: Callable[[], Exception]) -> None:
+        super().__init__()
+        self.most, self.error = most, error
+        self.failed = 0
+
+    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+        self.peak = 0
+        made = super().__torch_dispatch__(*args, **kwargs)
+        if max(self.peak, self._alive) > self.most:
+            del made
+            self.failed += 1
+            raise self.error()
+        return made
+
+
+ERRORS: tuple[Callable[[], Exception], ...] = (
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B"),
+)
+
+
+@pytest.mark.parametrize("attention", ["recorded", "recomputed"])
+def test_memory_may_run_out_anywhere(monkeypatch: pytest.MonkeyPatch, attention: Any) -> None:
+    """Of less and less of it: the same numbers, then the length that would fit."""
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 4 * LENGTH * 3)
+    with LiveBytes() as live:
+        whole = curve(attention=attention)
+    refused = []
+    for step in range(7):
+        with Budget(int(live.peak * 0.75 / 2 ** (step / 1.5)), ERRORS[step % 2]) as budget:
+            try:
+                found = curve(attention=attention)
+            except InvalidInputError as error:
+                refused.append(str(error))
+                continue
+        assert budget.failed
+        assert not refused, "what fits in less fits in more"
+        assert_same_curve(found, whole, 1e-11)
+        assert not any(module._forward_hooks for module in MODEL.modules())
+    assert 0 < len(refused) < 6
+    assert "memory ran out at one position of one sequence of" in refused[0]
 
 
 def counts(measured: DensityCurve) -> list[int]:

@@ -148,16 +148,19 @@ def test_every_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -
     assert found.importances == pytest.approx(expected.importances, abs=1e-5)
 
 
-def of_positions(curve: DensityCurve, positions: list[int]) -> DensityCurve:
-    """The curve at some positions alone."""
+def of_positions(
+    curve: DensityCurve, positions: list[int], rows: list[int] | None = None
+) -> DensityCurve:
+    """The curve at some positions alone, of all sequences unless some are named."""
     composition = curve.composition
+    at = torch.tensor(rows or range(len(curve.edges)))[:, None], torch.tensor(positions)
     return DensityCurve(
         curve.thresholds,
-        curve.size[:, :, positions],
-        curve.total_variation[:, :, positions],
-        curve.edges[:, positions],
-        curve.entropy[:, positions],
-        composition=None if composition is None else composition[:, :, positions],
+        curve.size[:, *at],
+        curve.total_variation[:, *at],
+        curve.edges[at],
+        curve.entropy[at],
+        composition=None if composition is None else composition[:, *at],
     )
 
 
@@ -174,16 +177,17 @@ def test_chosen_positions_have_the_curves_they_have_among_all(
     )
     if long:
         request.getfixturevalue("rowwise")
-    chosen = [6, -4]
     some = softtrace.density_curve(
-        model, ids, mask, THRESHOLDS, attention=attention, composition=True, positions=chosen
+        model, ids, mask, THRESHOLDS, attention=attention, composition=True, positions=[6, -4]
     )
-    assert_same_curve(of_positions(some, chosen), of_positions(every, chosen))
-    others = [at for at in range(LENGTH) if at not in (6, LENGTH - 4)]
     assert some.size.shape == (len(THRESHOLDS), 3, LENGTH)
-    assert some.size[..., others].isnan().all()
-    assert some.total_variation[..., others].isnan().all()
-    assert (some.edges[:, others] == 0).all()
+    for row, end in enumerate((LENGTH, LENGTH, LENGTH - 3)):  # of its real tokens
+        ours, theirs = (of_positions(each, [6, end - 4], [row]) for each in (some, every))
+        assert_same_curve(ours, theirs)
+        others = [at for at in range(LENGTH) if at not in (6, end - 4)]
+        assert some.size[:, row, others].isnan().all()
+        assert some.total_variation[:, row, others].isnan().all()
+        assert (some.edges[row, others] == 0).all()
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -342,6 +346,10 @@ def test_of_the_square_only_which_edges_exist_is_held(monkeypatch: pytest.Monkey
         softtrace.extract_trace(importance, size=10)
     assert live.peak < 2 * length**2 + own.peak
     del importance
+    packed = torch.arange(length).remainder(length // 2)[None]
+    with torch.no_grad(), LiveBytes() as live:
+        softtrace.edge_importance(model, ids, position_ids=packed, positions=[-1])
+    assert live.peak < 1.5 * length**2 + own.peak
     with LiveBytes() as live:
         softtrace.density_curve(model, ids, thresholds=[0.05], positions=[-1])
     assert live.peak < 1.5 * length**2 + own.peak
@@ -401,8 +409,13 @@ def test_a_model_that_makes_its_own_maps_says_so(
 
 
 @pytest.mark.parametrize(
-    "positions", [[LENGTH], [-LENGTH - 1], [], "last", [0.5], torch.zeros(1, LENGTH)]
-)
+    "positions",
+    [
+        [LENGTH], [-LENGTH - 1], [], range(0), "last", [0.5], 3, [[0, 1]], [True, False],
+        torch.zeros(1, LENGTH), torch.full((1, LENGTH), 2), torch.full((1, LENGTH), 0.5),
+        torch.ones(LENGTH, dtype=torch.bool), torch.tensor(3), torch.tensor([0.5]),
+    ],
+)  # fmt: skip
 def test_positions_that_there_are_not_are_refused(positions: Any) -> None:
     model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
     for function in (softtrace.density_curve, softtrace.edge_importance):
@@ -410,7 +423,13 @@ def test_positions_that_there_are_not_are_refused(positions: Any) -> None:
             function(model, ids, positions=positions)
 
 
-@pytest.mark.parametrize("positions", [range(-3, 0), torch.tensor([9, 10, 11]), None])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        range(-3, 0), torch.tensor([9, 10, 11]), torch.tensor([9, 10, 11], dtype=torch.uint8),
+        [9, -1, 11, -2, 9], iter([-1, -2, -3]), None,
+    ],
+)  # fmt: skip
 def test_positions_can_be_given_in_several_ways(positions: Any) -> None:
     model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
     if positions is None:
@@ -418,6 +437,24 @@ def test_positions_can_be_given_in_several_ways(positions: Any) -> None:
         positions[:, -3:] = 1
     curve = softtrace.density_curve(model, ids, thresholds=THRESHOLDS, positions=positions)
     assert curve.size.isfinite()[0, 0].tolist() == [False] * 9 + [True] * 3
+
+
+def test_negative_positions_count_from_the_last_real_token() -> None:
+    """Also where rows of unequal length are padded on the right, as tokenizers do it."""
+    model, (ids, mask) = tiny_model("llama"), padded_batch()
+    curve = softtrace.density_curve(model, ids, mask, THRESHOLDS, positions=[-1, -9])
+    assert [row.nonzero()[:, 0].tolist() for row in curve.edges] == [
+        [LENGTH - 9, LENGTH - 1],
+        [LENGTH - 1],  # of its eight real tokens none is the ninth from the end
+        [0, LENGTH - 4],
+    ]
+    with torch.no_grad():
+        importance = softtrace.edge_importance(model, ids, mask, positions=[-1])
+    last = softtrace.extract_trace(importance, 2, size=9)
+    assert last == softtrace.extract_trace(importance, 2, LENGTH - 4, 9)
+    assert {edge.target for edge in last.edges} <= set(range(LENGTH - 3))
+    with pytest.raises(InvalidInputError, match="padding"):
+        softtrace.extract_trace(importance, 2, -LENGTH)
 
 
 def test_gradients_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.MonkeyPatch) -> None:

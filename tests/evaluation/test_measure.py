@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from softtrace.density.halving import Portion
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import measure as measuring
 from softtrace.evaluation.measure import Measurements, RunsShown, masked_runs, measure
 from softtrace.evaluation.summary import summarise
+from softtrace.graph.batch import Batch
 from tests.support.tiny import tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.thorough
@@ -97,9 +99,9 @@ def limit(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bool]) -> 
     measured = measuring._measured
 
     def limited(*args: Any) -> Measurements:
-        batch, explained, _ = args[-1]
-        tried.append(len(batch.valid))
-        if not fits(len(batch.valid), int(explained.sum())):
+        portion = args[-1]
+        tried.append(len(portion.batch.valid))
+        if not fits(tried[-1], int(portion.chosen.sum())):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return measured(*args)
 
@@ -139,22 +141,39 @@ def test_every_masked_run_is_shown_when_it_ends() -> None:
     assert moved == [EXTRA] * masked_runs(True) + [BLOCKS - EXTRA] * masked_runs(False)
 
 
+def portion(blocks: int, before: float = 0.0, share: float = 1.0) -> Portion:
+    return Portion(Batch.of(TEXT[:blocks]), None, 0, before, share)
+
+
 def test_runs_that_are_made_again_are_shown_once() -> None:
     done = list[int]()
     runs = RunsShown(done.append)
-    ran = runs.begin(4)
+    ran = runs.begin(portion(4), 3)
     ran()  # of 4 blocks; then memory runs out
-    ran = runs.begin(2)
+    ran = runs.begin(portion(2), 3)
     for _ in range(3):
         ran()
     assert done == [4, 2]
     runs.settle(2 * 3)
     assert sum(done) == 6
-    runs.begin(2)()
+    runs.begin(portion(2), 3)()
     assert done[-1] == 2
-    runs.begin(1)
+    runs.begin(portion(1), 3)
     runs.settle(1)  # one run of one block, where two had been shown
     assert sum(done) == 7
+
+
+def test_runs_of_some_positions_are_shown_as_parts_of_runs() -> None:
+    """Else the bar would stand still from the first of many parts of a long block to its last."""
+    done = list[int]()
+    runs = RunsShown(done.append)
+    for part in range(3):
+        ran = runs.begin(portion(1, part / 3, 1 / 3), 6)
+        for _ in range(6):
+            ran()
+        assert sum(done) == 2 * (part + 1)
+    runs.settle(6)
+    assert done == [1] * 6 + [0]
 
 
 def test_memory_for_not_even_one_position(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_length_of_a_trace(size: float, total: int, edges: int) -> None:
         ({"position": 5}, "position: found 5, allowed -5 to 4"),
         ({"position": -6}, "position: found -6"),
         ({"sequence": 1, "position": 1}, "position 1 of sequence 1 is padding"),
-        ({"sequence": 2}, "position 4 of sequence 2 is padding"),
+        ({"sequence": 2, "position": 4}, "position 4 of sequence 2 is padding"),
         ({"size": 10_000}, "size: found 10000 edges, allowed 0 to"),
         ({"size": -1}, "size: found -1 edges"),
         ({"size": 1.01}, r"found 1.01, allowed \[0, 1\]"),

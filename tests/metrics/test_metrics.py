@@ -28,6 +28,7 @@ from softtrace.metrics import (
     readings,
 )
 from softtrace.metrics.functional import density_uncertainty_correlation, entropy_bounds
+from softtrace.tracing.runner import Runner
 from tests.support.numbers import flat
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -166,6 +167,33 @@ def test_padding_and_batches_of_a_model_make_no_difference() -> None:
         found.append(flat(metrics.compute()))
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("attention", ["recorded", "recomputed"])
+def test_readings_are_the_same_where_memory_runs_out(
+    attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a validation of long rows, say: the batch is halved, then positions are."""
+    model, ids = tiny_model("llama", dtype=torch.float64), tiny_prompt(12, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, -3:] = 0
+    whole = readings(model, ids, mask, attention=attention, nucleus=True)
+    record = Runner.record
+
+    def limited(runner: Runner, batch: Any, **options: Any) -> Any:
+        chosen = options["positions"]
+        if chosen is None or int(chosen.sum()) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return record(runner, batch, **options)
+
+    monkeypatch.setattr(Runner, "record", limited)
+    parts = readings(model, ids, mask, attention=attention, nucleus=True)
+    assert torch.equal(parts["positions"], whole["positions"])
+    real = mask.bool()
+    assert torch.equal(parts["exits"][:, real], whole["exits"][:, real])
+    for name in ("size", "total_variation", "edges", "entropy", "composition", "nucleus"):
+        ours, theirs = (getattr(each["curve"], name) for each in (parts, whole))
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0, equal_nan=True)
 
 
 def test_nothing_gives_nan_and_reset_forgets() -> None:

@@ -24,11 +24,16 @@ class Portion(NamedTuple):
         batch: of these sequences.
         chosen: ``[B, T]`` bool, which of their positions are measured; None for all.
         first: number of the first of them.
+        before: part of their positions that was measured before, of a sequence that is measured in
+            parts.
+        share: part of their positions that this is.
     """
 
     batch: Batch
     chosen: Tensor | None
     first: int
+    before: float = 0.0
+    share: float = 1.0
 
 
 class Halving:
@@ -90,7 +95,8 @@ class Halving:
         def of_positions(first: int, end: int) -> tuple[Tensor | None, T]:
             some = torch.zeros_like(valid)
             some[0, places[first:end]] = True
-            return some, work(one._replace(chosen=some))
+            before, share = first / count, (end - first) / count
+            return some, work(one._replace(chosen=some, before=before, share=share))
 
         def refuse(place: int) -> NoReturn:
             self._refuse(one, work)

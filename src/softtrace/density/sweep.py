@@ -76,10 +76,10 @@ def density_curve(
         exact: Run every position with its own trace alone, one sequence a position and threshold.
             Recorded attention is exact in any case.
         positions: Which positions are measured, ``[B, T]`` bool, or integers, the same of every
-            sequence (negative ones count from the row's end); the others are NaN, their ``edges``
-            0. It costs about one masked run a threshold of what they need: tokens after the last
-            one do not run, and neither does, with recorded attention, what reaches none of them.
-            None for all.
+            sequence, negative ones counted from its last real token; the others are NaN, their
+            ``edges`` 0. It costs about one masked run a threshold of what they need: tokens after
+            the last one do not run, and neither does, with recorded attention, what reaches none of
+            them. None for all.
         position_ids: ``[B, T]`` of packed rows, see :func:`softtrace.edge_importance`; each
             position's |E| is then that of its own document.
         composition: Also count edges by depth quartile and kind.

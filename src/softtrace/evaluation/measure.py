@@ -180,17 +180,24 @@ class RunsShown:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._shown = self._done = 0
+        self._shown, self._done = 0, 0.0
 
-    def begin(self, blocks: int) -> Callable[[], None]:
-        """Work on so many blocks begins; returns what shows that one masked run of them ended."""
-        self._done = 0
+    def begin(self, portion: Portion, runs: int) -> Callable[[], None]:
+        """Work on a portion begins; returns what shows that one masked run of it ended.
+
+        Args:
+            portion: of so many blocks, or of the positions of one.
+            runs: of a block, in all.
+        """
+        blocks = len(portion.batch.valid)
+        self._done = portion.before * runs * blocks
 
         def ran() -> None:
-            self._done += blocks
-            if self._done > self._shown:
-                self._progress(self._done - self._shown)
-                self._shown = self._done
+            self._done += portion.share * blocks
+            whole = int(self._done + 1e-6)  # shares are no binary fractions
+            if whole > self._shown:
+                self._progress(whole - self._shown)
+                self._shown = whole
 
         return ran
 
@@ -211,7 +218,7 @@ def _measured(
     """Everything that is measured of a portion; ``number`` is that of the first portion's block."""
     batch, explained = portion.batch, portion.chosen
     assert explained is not None
-    ran = runs.begin(len(batch.valid))
+    ran = runs.begin(portion, masked_runs(extra))
     recording = instrument.record(
         batch, keep_hidden=True, keep_attention=attention == "recorded", positions=explained
     )

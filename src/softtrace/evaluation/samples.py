@@ -119,7 +119,7 @@ def text_samples(
             keep_attention=attention == "recorded",
             positions=portion.chosen,
         )
-        ran = runs.begin(len(portion.chosen))
+        ran = runs.begin(portion, SAMPLE_RUNS)
         measured = _measures(instrument, recording, attention, own, ran)
         predicted = _predictions(instrument, recording, attention, own, ran, pieces)
         found = [{**one, **other} for one, other in zip(measured, predicted, strict=True)]

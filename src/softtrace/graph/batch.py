@@ -169,38 +169,57 @@ def chosen_positions(positions: Tensor | Iterable[int], valid: Tensor) -> Tensor
 
     Args:
         positions: ``[B, T]`` of bool, or of 0 and 1; or integers, the same positions of every
-            sequence, of which negative ones count from the row's end.
+            sequence, of which negative ones count from its last real token.
         valid: ``[B, T]`` bool.
 
     Raises:
         InvalidInputError: another shape or type, a position that there is not, or no real token.
     """
-    length = valid.shape[1]
-    listed = not isinstance(positions, Tensor) or (
-        positions.dim() == 1 and positions.dtype in (torch.int64, torch.int32)
-    )
-    if listed:
-        try:
-            numbers = [operator.index(each) for each in positions]
-        except TypeError as error:
-            raise InvalidInputError(
-                f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or integers"
-            ) from error
-        for number in numbers:
-            if not -length <= number < length:
-                raise InvalidInputError(
-                    f"positions: found {number}, allowed are {-length} to {length - 1}"
-                )
-        chosen = torch.zeros_like(valid)
-        chosen[:, numbers] = True
-    else:
-        assert isinstance(positions, Tensor)
+    if isinstance(positions, Tensor) and (positions.dim() != 1 or positions.dtype == torch.bool):
         check_same_shape("positions", positions, valid)
         chosen = positions.to(valid.device).bool()
+        if not torch.equal(chosen.to(positions), positions):
+            raise InvalidInputError("positions: found numbers other than 0 and 1 in a [B, T] mask")
+    else:
+        chosen = _at_numbers(positions, valid)
     chosen = chosen & valid
     if not bool(chosen.any()):
         raise InvalidInputError("positions: found no real token among them")
     return chosen
+
+
+def _at_numbers(positions: Iterable[int], valid: Tensor) -> Tensor:
+    """``[B, T]`` bool, True at these positions of every sequence ``[B, T]``."""
+    length = valid.shape[1]
+    try:
+        numbers = [_number(each) for each in positions]
+    except TypeError as error:
+        raise InvalidInputError(
+            f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or integers"
+        ) from error
+    for number in numbers:
+        if not -length <= number < length:
+            raise InvalidInputError(
+                f"positions: found {number}, allowed are {-length} to {length - 1}"
+            )
+    found = torch.tensor(numbers, dtype=torch.int64, device=valid.device)
+    places = torch.where(found < 0, ends_of(valid)[:, None] + found, found)
+    rows = torch.arange(len(valid), device=valid.device)[:, None].expand_as(places)
+    there = places >= 0  # a short row has no 64th token from its end
+    chosen = torch.zeros_like(valid)
+    chosen[rows[there], places[there]] = True
+    return chosen
+
+
+def _number(position: object) -> int:
+    if isinstance(position, bool):  # of a list that was meant as a mask
+        raise TypeError("a bool is no position")
+    return operator.index(position)  # type: ignore[arg-type]
+
+
+def ends_of(valid: Tensor) -> Tensor:
+    """``[B]``, the number of the position after each row's last real token ``[B, T]``."""
+    return valid.shape[1] - valid.flip(1).int().argmax(1)
 
 
 def check_length(longest: int, allowed: int | None, what: str = "input_ids") -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from softtrace.graph.batch import ends_of
 from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
 from softtrace.graph.trace import edges_into, extract_trace, origin
 
@@ -51,8 +52,9 @@ def random_order(
             nothing is used but which edges exist.
         seed: of the draws.
     """
-    length = importance.valid.shape[1]
-    edges = _grown(importance.detach(), sequence, position % length, random.Random(seed))
+    if position < 0:
+        position += int(ends_of(importance.valid)[sequence])
+    edges = _grown(importance.detach(), sequence, position, random.Random(seed))
     return ranks_of(importance, list(edges))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from softtrace.checks import check_range
 from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import Rows
+from softtrace.graph.batch import ends_of
 from softtrace.graph.edges import Edge, EdgeImportance, EdgeKind, LayerEdges
 from softtrace.graph.sizes import total_edges
 
@@ -100,7 +101,8 @@ def extract_trace(
     Args:
         importance: From :func:`softtrace.edge_importance`.
         sequence: Row of the batch.
-        position: Token whose prediction is explained; negative counts from the row's end.
+        position: Token whose prediction is explained; negative ones count from the row's last real
+            token.
         size: A float is a share of |E|, an int a number of edges.
 
     Raises:
@@ -111,8 +113,10 @@ def extract_trace(
     for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
         if not -limit <= index < limit:
             raise InvalidInputError(f"{name}: found {index}, allowed {-limit} to {limit - 1}")
-    sequence, position = sequence % batch, position % length
-    if not bool(importance.valid[sequence, position]):
+    sequence %= batch
+    if position < 0:
+        position += int(ends_of(importance.valid)[sequence])
+    if position < 0 or not bool(importance.valid[sequence, position]):
         raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
     importance = importance.detach()
     places = torch.full((batch, 1), position)

@@ -68,7 +68,8 @@ class DensityMonitor(Callback):
             validation.
         max_rows: Number of rows of validation batches to keep, over all processes; given blocks are
             all measured.
-        batch_size: Rows a forward; memory grows with it and with the square of their length.
+        batch_size: Rows a forward; it is halved where memory runs out. Long rows take hardly more
+            memory than a forward, but time: a masked run for each of 11 thresholds.
         min_context: Real tokens that stand before a position that counts; None for half of each
             row's.
         patience: Optimiser steps that densities may stand still before it warns, counted from the
@@ -80,7 +81,8 @@ class DensityMonitor(Callback):
 
     Raises:
         InvalidInputError: An argument is outside its range, or a validation batch is not a mapping
-            with ``input_ids`` (override :meth:`inputs_of`).
+            with ``input_ids`` (override :meth:`inputs_of`); at a measurement, memory does not
+            suffice for one position of one row.
         TrainerSetupError: At the start of fit: no or several causal language models, a strategy
             that is not supported, no validation.
         UnsupportedModelError, NonFiniteError: At a measurement; see

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from softtrace.checks import check_least
 from softtrace.density.curve import DensityCurve, default_thresholds
 from softtrace.density.exits import exit_agreement
+from softtrace.density.halving import Halving, Portion
 from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError
 from softtrace.tracing.attach import attach
 from softtrace.tracing.masking import AttentionKind, check_attention
+
+_ADVICE = "shorter sequences or a smaller dtype of the weights"
 
 
 @torch.no_grad()
@@ -31,6 +34,8 @@ def readings(
     nucleus: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments for ``update`` of every metric, and of a ``MetricCollection`` of them.
+
+    Where memory runs out less is done at a time, as in :func:`softtrace.density_curve`.
 
     Where weights are sharded (FSDP) all processes call this equally often, each with a batch of its
     own: metrics then reduce over processes as torchmetrics does.
@@ -59,22 +64,40 @@ def readings(
     instrument = attach(model)
     with instrument.in_turns():
         batch = instrument.batch(input_ids, attention_mask, position_ids)
-        keep = attention == "recorded"
-        recording = instrument.record(batch, keep_hidden=True, keep_attention=keep)
         valid = batch.valid
         before = valid.cumsum(-1) - 1 if batch.positions is None else batch.positions
-        curve = curve_of(
-            instrument,
-            recording,
-            recording.importance,
-            default_thresholds() if thresholds is None else thresholds,
-            attention=attention,
-            composition=composition,
-            nucleus=nucleus,
-        )
+
+        def work(portion: Portion) -> tuple[DensityCurve, Tensor]:
+            recording = instrument.record(
+                portion.batch,
+                keep_hidden=True,
+                keep_attention=attention == "recorded",
+                positions=portion.chosen,
+            )
+            curve = curve_of(
+                instrument,
+                recording,
+                recording.importance,
+                default_thresholds() if thresholds is None else thresholds,
+                attention=attention,
+                positions=portion.chosen,
+                composition=composition,
+                nucleus=nucleus,
+            )
+            return curve, exit_agreement(instrument, recording)
+
+        rows, length = valid.shape
+        curves, agreed = [], []
+        for _, parts in Halving(rows, length, _ADVICE).each(batch, None, work):
+            (_, (curve, exits)), *others = parts
+            for places, (other, more) in others:
+                assert places is not None
+                curve, exits = curve.filled(other, places), exits & more  # True elsewhere
+            curves.append(curve)
+            agreed.append(exits)
         return {
-            "curve": curve,
-            "exits": exit_agreement(instrument, recording),
+            "curve": curves[0].beside(curves[1:]) if len(curves) > 1 else curves[0],
+            "exits": torch.cat(agreed, 1) if len(agreed) > 1 else agreed[0],
             "positions": valid & (before >= min_context),
         }
 

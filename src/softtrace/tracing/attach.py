@@ -140,8 +140,8 @@ def edge_importance(
             its ``"l2"`` norm, or ``"ifr"``, by how much it brings the rest of its node nearer to
             it (:mod:`softtrace.graph.proximity`), which takes H·T² vectors of d_model a layer.
         positions: What shall be explained: ``[B, T]`` bool, or integers, the same positions of
-            every sequence (negative ones count from the row's end). Tokens after the last of them
-            are left out, T is then smaller, and logits of others are not made. None for all.
+            every sequence, negative ones counted from its last real token. Tokens after the last of
+            them are left out, T is then smaller, and logits of others are not made. None for all.
 
     Returns:
         Importances in [0, 1], shares of their node, as ``layers[l].attention`` [B,H,T,S],

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError
-from softtrace.graph.attention_maps import AttentionMap, HeldMap, are_held
+from softtrace.graph.attention_maps import AttentionMap, HeldMap, are_held, chunk_elements
 from softtrace.graph.batch import Batch, documents_of
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import (
@@ -159,11 +159,16 @@ class RecordingRun(Run):
 
     @staticmethod
     def _require_apart(visible: Tensor, documents: Tensor) -> None:
-        if bool((visible & (documents[:, :, None] != documents[:, None, :])).any()):
-            raise InvalidInputError(
-                "position_ids: they start anew inside a row (packed documents), but this model "
-                "lets a token look at the document before its own; give each document a row"
-            )
+        rows, length, _ = visible.shape
+        step = max(1, chunk_elements(visible.device) // (rows * length))
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            others = documents[:, part, None] != documents[:, None, :]
+            if bool((visible[:, part] & others).any()):
+                raise InvalidInputError(
+                    "position_ids: they start anew inside a row (packed documents), but this model "
+                    "lets a token look at the document before its own; give each document a row"
+                )
 
     def _existing(self, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Which edges exist, on the layer's device and on the batch's.
