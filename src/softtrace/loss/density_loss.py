@@ -38,8 +38,8 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
 from softtrace.loss.windows import draw_windows
-from softtrace.model.flat_units import bare
-from softtrace.model.sharding import as_one_forward, held, is_sharded
+from softtrace.model.flat_units import bare, is_flat_unit
+from softtrace.model.sharding import as_one_forward, held, is_sharded, note_units, unit_of
 from softtrace.model.state import (
     all_modules,
     dropout_off,
@@ -145,6 +145,8 @@ class DensityLoss:
         """
         watched = self._watched = Watched(copies=EarlyCopies(batch))
         model = unwrapped(self.model)
+        if host is not None and is_flat_unit(host) and unit_of(model) is None:  # wrapped after us
+            note_units(host)
         if not self.options.reads_exits:
             yield watched
             return
@@ -356,9 +358,8 @@ class DensityLoss:
             return DensityTerm.of_no_run(device, strength, why)
         found = self._captured(instrument, windows, options)
         if found is None:
-            return DensityTerm.of_no_run(
-                device, strength, "no token of the windows has a finite easiness"
-            )
+            why = "no token of the windows has a finite easiness"
+            return DensityTerm.of_no_run(device, strength, why)
         return found.at(strength)
 
     def _exits(
