@@ -69,8 +69,9 @@ def main() -> None:
             if step == args.steps:
                 break
     accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(model)  # in all processes, which may each have a part
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.out)
+        accelerator.unwrap_model(model).save_pretrained(args.out, state_dict=weights)
         tokenizer.save_pretrained(args.out)
     accelerator.print(f"written to {args.out}")
     accelerator.end_training()

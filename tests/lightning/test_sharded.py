@@ -23,7 +23,7 @@ from softtrace.lightning.sharded import check_sharding, say_batch_size, shard
 from tests.support import warm
 from tests.support.cut_fits import OF_FSDP1, OF_FSDP2, WHOLE, cut_and_resumed
 from tests.support.fitting import Batches, trainer
-from tests.support.jobs import Jobs, saved
+from tests.support.jobs import End, Jobs, saved
 from tests.support.processes import script_environment
 from tests.support.tiny import tiny_model
 from tests.support.ways_to_resume import (
@@ -124,6 +124,25 @@ def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
     cut_and_resumed(jobs, tmp_path / "cut", parts, faults)
     straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "cut")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.slow
+def test_a_fit_in_parts_resumes_at_another_number_of_processes(tmp_path: Path) -> None:
+    jobs, out = Jobs(tmp_path), tmp_path / "out"
+
+    def run(processes: int, epochs: int) -> End:
+        number = "--trainer.strategy.data_parallel_size", processes, "--trainer.devices", processes
+        length = "--trainer.max_steps", -1, "--trainer.max_epochs", epochs, "--data.batch_size", 64
+        again = ("--resume", "true") if out.exists() else ()
+        return jobs.run(out, "none", 0, 0, *WHOLE, *number, *length, *again)
+
+    assert run(2, 1).code == 0
+    before = saved(out)
+    assert run(3, 1).code == 0  # which has nothing left to do
+    assert all(torch.equal(each, before[name]) for name, each in saved(out).items())
+    end = run(3, 2)
+    assert end.code == 0, end.said
+    assert not torch.equal(saved(out)["transformer.wte.weight"], before["transformer.wte.weight"])
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,9 @@ def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
         assert "Call fully_shard on every layer" in said["let_go_after_forward"]
         assert "Let auto_wrap_policy wrap layers only" in said["flat_head"]
         assert "pass what FullyShardedDataParallel(model) returned" in said["flat_inside"]
+
+
+def test_fsdp1_may_wrap_the_model_after_the_term_was_made(two: list[dict[str, Any]]) -> None:
+    losses, _ = trained(None, OPTIONS["soft"], 1, 0, 2)
+    for rank, found in enumerate(two):
+        torch.testing.assert_close(found["wrapped later"], losses[rank], atol=1e-12, rtol=0)

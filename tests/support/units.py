@@ -60,6 +60,24 @@ def by_half_layer(model: Any) -> None:
     by_layer(model)
 
 
+def with_base_unit(model: Any) -> None:
+    """The final norm is in a unit that lets go, and the head in the root, which keeps it."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.model)
+    fully_shard(model)
+
+
+def with_head_alone(model: Any) -> None:
+    """The other way round: the norm is in the root, and the head lets go."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.lm_head)
+    by_layer(model)
+
+
 def checkpointed(model: Any) -> None:
     """Layers that run again in the backward pass; the root is let go after its forward too."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -112,6 +130,8 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "by layer": by_layer,
     "norm and head": with_head_unit,
     "norm and head, let go": with_resharded_head_unit,
+    "base model": with_base_unit,
+    "head alone": with_head_alone,
     "as one": as_one,
     "by half layer": by_half_layer,
     "checkpointed": checkpointed,

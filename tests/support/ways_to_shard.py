@@ -55,10 +55,17 @@ def batch(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def loss_of(model: nn.Module, density: DensityLoss, step: int, rank: int, ranks: int) -> Tensor:
+def loss_of(
+    model: nn.Module,
+    density: DensityLoss,
+    step: int,
+    rank: int,
+    ranks: int,
+    host: nn.Module | None = None,
+) -> Tensor:
     """Task loss of a watched forward, over a fixed number of tokens, and the term."""
     ids, mask = batch(step, rank, ranks)
-    with density.watching(step=step) as watched:
+    with density.watching(host, step) as watched:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     targets = ids.masked_fill(mask == 0, -100)[:, 1:].flatten()
     task = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
@@ -211,6 +218,17 @@ def giving_more_digits(
         return trained("more digits", OPTIONS["soft"], 2, rank, ranks)
 
 
+def wrapped_later() -> Tensor:
+    """Loss of a step where FSDP1 wrapped the model after the term was made, as Accelerate does."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plain: Any = tiny_model("llama", seed=1, dtype=torch.float64).train()
+    density = DensityLoss(plain, **OPTIONS["soft"])
+    model = flat(plain)
+    loss = loss_of(model, density, 0, rank, ranks, host=model)
+    loss.backward()
+    return loss.detach()
+
+
 def curve(way: str) -> Tensor:
     """Total variation of a batch, measured on a model that is sharded."""
     plain = tiny_model("llama", seed=1, dtype=torch.float64)
@@ -328,6 +346,7 @@ def main(folder: str, *ways: str) -> None:
     }
     others = {} if len(ways) == 1 else {
         "refusals": refusals(),
+        "wrapped later": wrapped_later(),
         "float32 as float64": giving_more_digits(torch.float32, torch.float64),
         "bfloat16 as float32": giving_more_digits(torch.bfloat16, torch.float32),
         **{

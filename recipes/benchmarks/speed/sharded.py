@@ -39,6 +39,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
     }),
+    "Qwen3-8B": ("Qwen3", {
+        "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
+        "vocab_size": 151936,
+    }),
     "Llama-3.2-1B": sizes.MODELS["Llama-3.2-1B"],
     "tiny": ("Llama", {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -29,6 +29,7 @@ from softtrace.loss.compiled_exits import CompiledStreams, noting_places
 from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
+from softtrace.loss.kept_state import resume_loop, state_of_loop
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.non_finite import NonFiniteSteps
 from softtrace.loss.options import DensityOptions
@@ -37,8 +38,8 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
 from softtrace.loss.windows import draw_windows
-from softtrace.model.flat_units import bare
-from softtrace.model.sharding import as_one_forward, held, is_sharded
+from softtrace.model.flat_units import bare, is_flat_unit
+from softtrace.model.sharding import as_one_forward, held, is_sharded, note_units, unit_of
 from softtrace.model.state import (
     all_modules,
     dropout_off,
@@ -144,6 +145,8 @@ class DensityLoss:
         """
         watched = self._watched = Watched(copies=EarlyCopies(batch))
         model = unwrapped(self.model)
+        if host is not None and is_flat_unit(host) and unit_of(model) is None:  # wrapped after us
+            note_units(host)
         if not self.options.reads_exits:
             yield watched
             return
@@ -234,6 +237,18 @@ class DensityLoss:
         added = as_one_forward(unwrapped(self.model), loss)
         return replace(found[0], loss=added)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training starts from, alike in all processes."""
+        return state_of_loop(self.options.seed, self.step, self.budget, self.exit_maps)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from a :meth:`state_dict`.
+
+        Raises:
+            TrainerSetupError: It is of another seed, or of a term with other options.
+        """
+        self.step = resume_loop(state_dict, self.options.seed, self.budget, self.exit_maps)
+
     def finish(self) -> None:
         """Say what was not finite at the last step; to be called once a training has ended.
 
@@ -250,7 +265,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
+        """The term of ids, mask, labels, positions; drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
@@ -266,7 +281,8 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):  # before any waits for the others in a forward
-                batch = self._batch(*watched.copies.of(*read))
+                ids, mask, labels, positions = watched.copies.of(*read)
+                batch = Batch.of(ids, mask, positions, labels)  # what they say is checked later
                 instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
@@ -300,16 +316,6 @@ class DensityLoss:
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
         return term
-
-    def _batch(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Batch:
-        """Which tokens a call looks at; what it says of ids and mask is checked later."""
-        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _depths(self, anatomy: Anatomy) -> range:
         """After how many layers exits are; a single layer has none."""
@@ -352,9 +358,8 @@ class DensityLoss:
             return DensityTerm.of_no_run(device, strength, why)
         found = self._captured(instrument, windows, options)
         if found is None:
-            return DensityTerm.of_no_run(
-                device, strength, "no token of the windows has a finite easiness"
-            )
+            why = "no token of the windows has a finite easiness"
+            return DensityTerm.of_no_run(device, strength, why)
         return found.at(strength)
 
     def _exits(

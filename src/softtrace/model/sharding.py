@@ -218,25 +218,29 @@ def within_units(
     """``call`` as a forward of the units that hold the weights of some modules.
 
     Gathered for it, and again for its backward pass, and with gradients that are reduced. A root
-    that keeps what it gathered until the end of the backward pass is left as it is, and so is what
-    is whole where no gradients are taken.
+    that keeps what it gathered until the end of the backward pass is left as it is, if no other
+    unit is run: with one, a backward pass of our own would end what the root keeps. What is whole
+    where no gradients are taken is left too.
 
     Args:
         modules: whose forward (not ``__call__``) is run by ``call``.
         call: of one tensor to another.
     """
     units: dict[int, nn.Module] = {}
+    roots: dict[int, nn.Module] = {}
     for module in modules:
         unit: Any = unit_of(module)
         if is_flat_unit(unit):
             units[id(unit)] = unit
         elif unit is None or is_zero_root(unit):  # whole, or each module gathers its own
             continue
-        elif is_in_parts(module) or (
-            torch.is_grad_enabled() and not unit._get_fsdp_state()._is_root
-        ):
-            units[id(unit._get_fsdp_state())] = unit  # what was sharded together is one
-    for unit in units.values():
+        else:
+            state = unit._get_fsdp_state()  # what was sharded together is one
+            if is_in_parts(module) or (torch.is_grad_enabled() and not state._is_root):
+                units[id(state)] = unit
+            elif torch.is_grad_enabled():
+                roots[id(state)] = unit
+    for unit in (*units.values(), *(roots.values() if units else ())):  # the root is outermost
         call = partial(_through, unit, call)
     return call
 
