@@ -98,6 +98,38 @@ def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
     handle.remove()
 
 
+#: rotary frequencies change beyond so many tokens
+LIMIT = 24
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 3.0, "short_factor": [1.0] * 4,
+    "long_factor": [9.0] * 4, "original_max_position_embeddings": LIMIT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fine"),
+    [  # of prompts that are written at once, eight tokens each
+        ((5, 9), True),
+        ((26, 40), True),
+        ((LIMIT + 1, LIMIT + 2), True),
+        ((5, 40), False),  # the second's frequencies would be the first's
+        ((LIMIT + 1,), False),  # all but the last token of it are read with the other ones
+        ((20,), False),
+        ((5, 16), False),  # the second reads guesses beyond its end while the first still writes
+    ],
+)
+def test_rows_of_one_run_have_one_run_s_frequencies(lengths: tuple[int, ...], fine: bool) -> None:
+    model = tiny_model("llama", seed=2, rope_parameters=LONG)
+    static, rows = decoder(model, rows=len(lengths)), prompts_of(*lengths)
+    if not fine:
+        with pytest.raises(UnsupportedModelError, match="changes its rotary frequencies"):
+            static.speculate(rows, 8)
+        return
+    wanted = [greedy(model, row[None], 8, -1).tokens.tolist() for row in rows]
+    assert tokens_of(static.speculate(rows, 8)) == wanted
+    assert tokens_of(static.plain(rows, 8)) == wanted
+
+
 def test_each_text_ends_by_itself() -> None:
     model, rows = tiny_model("llama", seed=2, dtype=torch.float64), prompts_of(5, 9)
     plain = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in rows]

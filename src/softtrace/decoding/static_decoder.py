@@ -156,7 +156,7 @@ class StaticDecoder:
             What was written for each, in order.
 
         Raises:
-            UnsupportedModelError: a text over which rotary frequencies change.
+            UnsupportedModelError: texts over which, or between which, rotary frequencies change.
             InvalidInputError: a number outside its range, too many prompts, prompts that do not fit
                 ``capacity``, or a generation config that was changed since the decoder was made.
         """
@@ -178,7 +178,7 @@ class StaticDecoder:
     ) -> list[Generation]:
         check_decoding(self.model, max_new_tokens)
         self.proven_exit.check_model(self.model)
-        rows = self._checked(prompts, max_new_tokens)
+        rows = self._checked(prompts, max_new_tokens, drafting)
         longest = max(map(len, rows))
         with self._parts.prepared():
             self._make_ready(drafting)
@@ -264,7 +264,9 @@ class StaticDecoder:
             )
         ]
 
-    def _checked(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
+    def _checked(
+        self, prompts: Sequence[Tensor], max_new_tokens: int, drafting: bool
+    ) -> list[Tensor]:
         """Prompts as ``[T]`` each."""
         rows = [
             prompt[0] if prompt.dim() == 2 and len(prompt) == 1 else prompt for prompt in prompts
@@ -281,8 +283,12 @@ class StaticDecoder:
                 f"prompts: found one that comes to {longest} tokens with {max_new_tokens} new "
                 f"ones, allowed are {self.capacity}; make a decoder of that capacity"
             )
-        for row in rows:
-            refuse_moving_rotations(self.model, len(row), max_new_tokens)
+        # All rows share one run, and its frequencies are those of the furthest position in it; the
+        # last token of a prompt is read by itself, and some rows read guesses beyond their end.
+        shortest, beyond = min(min(map(len, rows)), max(map(len, rows)) - 1), 0
+        if drafting and (self.rows > 1 or self._runner.fixed):
+            beyond = self.draft_tokens
+        refuse_moving_rotations(self.model, shortest, longest + beyond - shortest)
         if _generation_config(self.model) != self._config:
             raise InvalidInputError(
                 "model.generation_config: found one that was changed since the decoder was made, "
