@@ -133,8 +133,23 @@ def test_a_text_of_one_block_serves_for_both(
 
 
 @pytest.mark.thorough
+def test_prompts_may_be_the_users_own(sources: tuple[str, TextSource], tmp_path: Path) -> None:
+    text = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a" * length, "completion": "bcd"} for length in (3, 30, 5, 9)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    found = decode_bench(
+        sources[0], TextSource(str(text)), str(tmp_path / "out"), whole_prompts=True,
+        **{**SMALL, "prompts": 2},
+    )  # fmt: skip
+    assert (found["prompts"], found["prompts_chosen_on"], found["whole_prompts"]) == (2, 2, True)
+    assert found["race"]["left_out"] is None
+    assert all(each["identical"] == 1 for each in found["race"]["ways"].values())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("refused", [False, True])
 def test_what_the_generation_config_changes_is_measured(
-    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     """Replay and race agree on one block, and no end cuts a text short."""
     model: Any = tiny_model("llama", seed=2, vocab_size=300, dtype=torch.float64)
@@ -145,6 +160,7 @@ def test_what_the_generation_config_changes_is_measured(
     model.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=list(range(3, 200)), stop_strings=["a"],
         exponential_decay_length_penalty=(1, 2.0), repetition_penalty=1.5, no_repeat_ngram_size=1,
+        encoder_repetition_penalty=1.2 if refused else None,
     )  # fmt: skip
     monkeypatch.setattr("softtrace.cli.decode_bench.load_model", lambda *_, **__: model)
     text = tmp_path / "text.txt"
@@ -159,7 +175,9 @@ def test_what_the_generation_config_changes_is_measured(
     ]
     assert 0 < direct["accepted"] < direct["drafted"]
     assert [loop["identical"] for loop in found["loops"].values()] == [1, 1]
-    assert "RepetitionPenalty" in found["race"]["left_out"]
+    left_out = found["race"]["left_out"]
+    assert "EncoderRepetitionPenalty" in left_out if refused else left_out is None
+    assert ("plain, fixed shapes" in found["race"]["ways"]) != refused
     assert all(each["identical"] == 1 for each in found["race"]["ways"].values())
 
 

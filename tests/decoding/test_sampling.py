@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -75,21 +77,29 @@ def chance(counts: Tensor, wanted: Tensor) -> float:
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-KINDS = {
-    "as it is": ({}, []),
-    "temperature": ({"temperature": 1.7}, [TemperatureLogitsWarper(1.7)]),
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
+    "as it is": ({}, {}, []),
+    "temperature": ({"temperature": 1.7}, {}, [TemperatureLogitsWarper(1.7)]),
     "top-k and top-p": (
         {"temperature": 0.8, "top_k": 4, "top_p": 0.9},
+        {},
         [TemperatureLogitsWarper(0.8), TopKLogitsWarper(4), TopPLogitsWarper(0.9)],
     ),
+    "min-p": ({"min_p": 0.3}, {}, [MinPLogitsWarper(0.3)]),
+    "repetition penalty": (  # whose second token depends on the first
+        {"temperature": 1.3},
+        {"repetition_penalty": 1.8},
+        [RepetitionPenaltyLogitsProcessor(1.8), TemperatureLogitsWarper(1.3)],
+    ),
 }
+"""What is asked of a decoder and of the model's generation config, and what it comes to."""
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
 @pytest.mark.thorough
 def test_drafted_texts_have_the_distribution_of_plain_sampling(kind: str) -> None:
-    options, processors = KINDS[kind]
-    model = model_of()
+    options, generation, processors = KINDS[kind]
+    model = model_of(**generation)
     static = decoder(model, Sampling(**options))
     wanted = exact(model, processors)
     assert chance(drawn(static.speculate), wanted) > 0.01
@@ -141,7 +151,7 @@ def test_the_generation_config_is_honoured_or_refused() -> None:
         greedy.plain([PROMPT], 4)
     for name, value, said in (
         ("typical_p", 0.5, "TypicalLogitsWarper"),
-        ("repetition_penalty", 1.2, "RepetitionPenaltyLogitsProcessor"),
+        ("encoder_repetition_penalty", 1.2, "EncoderRepetitionPenaltyLogitsProcessor"),
         ("num_beams", 3, "num_beams"),
     ):
         with pytest.raises(InvalidInputError, match=said):

@@ -98,6 +98,38 @@ def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
     handle.remove()
 
 
+#: rotary frequencies change beyond so many tokens
+LIMIT = 24
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 3.0, "short_factor": [1.0] * 4,
+    "long_factor": [9.0] * 4, "original_max_position_embeddings": LIMIT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fine"),
+    [  # of prompts that are written at once, eight tokens each
+        ((5, 9), True),
+        ((26, 40), True),
+        ((LIMIT + 1, LIMIT + 2), True),
+        ((5, 40), False),  # the second's frequencies would be the first's
+        ((LIMIT + 1,), False),  # all but the last token of it are read with the other ones
+        ((20,), False),
+        ((5, 16), False),  # the second reads guesses beyond its end while the first still writes
+    ],
+)
+def test_rows_of_one_run_have_one_run_s_frequencies(lengths: tuple[int, ...], fine: bool) -> None:
+    model = tiny_model("llama", seed=2, rope_parameters=LONG)
+    static, rows = decoder(model, rows=len(lengths)), prompts_of(*lengths)
+    if not fine:
+        with pytest.raises(UnsupportedModelError, match="changes its rotary frequencies"):
+            static.speculate(rows, 8)
+        return
+    wanted = [greedy(model, row[None], 8, -1).tokens.tolist() for row in rows]
+    assert tokens_of(static.speculate(rows, 8)) == wanted
+    assert tokens_of(static.plain(rows, 8)) == wanted
+
+
 def test_each_text_ends_by_itself() -> None:
     model, rows = tiny_model("llama", seed=2, dtype=torch.float64), prompts_of(5, 9)
     plain = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in rows]
@@ -214,6 +246,19 @@ def test_captured_steps_draw_anew_every_time() -> None:
     assert len(set(found)) > 16
 
 
+@pytest.mark.thorough
+def test_inference_mode_changes_and_compiles_nothing() -> None:
+    model = tiny_model("llama", seed=2, num_hidden_layers=2)
+    row = tiny_prompt(5)[0]
+    with torch.inference_mode():
+        wanted = tokens_of([greedy(model, row[None], NEW, -1)])
+        static = decoder(model, exit_layer=1, backend="eager")
+        assert tokens_of(static.speculate([row.clone()], NEW)) == wanted
+    made = graphs()
+    assert tokens_of(static.speculate([row], NEW)) == wanted
+    assert graphs() == made
+
+
 def test_an_exit_map_changes_guesses_and_no_text() -> None:
     model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     with torch.no_grad():  # the rest of the model only scales what the exit reads
@@ -272,18 +317,25 @@ def test_what_cannot_be_is_named() -> None:
         ([row, row], 2, "prompts: found .* allowed are 1 to 1"),
         ([], 2, "prompts: found"),
         ([row[:0]], 2, "prompts: found"),
+        ([row + 1000], 2, "found ids from .* allowed are 0 to 66"),
+        ([row.float()], 2, "expected int64"),
         ([row], 12, "comes to 17 tokens with 12 new ones, allowed are 16"),
         ([row], 0, "max_new_tokens: found 0"),
     ):
         with pytest.raises(InvalidInputError, match=said):
             static.plain(prompts, new)
     assert len(static.speculate([row], 11)[0].tokens) == 11
-    model.generation_config.repetition_penalty = 1.3
-    with pytest.raises(InvalidInputError, match=r"RepetitionPenaltyLogitsProcessor.*speculate"):
+    model.generation_config.bad_words_ids = [[5]]
+    with pytest.raises(InvalidInputError, match=r"NoBadWordsLogitsProcessor.*speculate"):
         decoder(model, proven_exit=proven)
     with pytest.raises(InvalidInputError, match="changed since the decoder was made"):
         static.speculate([row], 2)
-    model.generation_config.repetition_penalty = None
+    model.generation_config.bad_words_ids = None
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InvalidInputError, match="autocast: found it on for cpu"),
+    ):
+        static.plain([row], 2)
     model.set_attn_implementation("flex_attention")
     with pytest.raises(UnsupportedModelError, match="'flex_attention' attention"):
         decoder(model, proven_exit=proven)

@@ -8,16 +8,20 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from softtrace.decoding import Sampling, StaticDecoder, check_early_exit
+from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy
 from softtrace.errors import InvalidInputError
 from tests.decoding.test_greedy_choice import CHANGING, UNCHANGING, drafting_model
 from tests.support.tiny import tiny_prompt
 
 NEW = 12
+#: options that look at the text, which these steps apply; others are refused
+APPLIED: dict[str, Any] = {
+    "repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "min_length": 14,
+}  # fmt: skip
 #: option -> a value, and what is refused: a processor, or the option itself
 REFUSED: dict[str, tuple[Any, str]] = {
     **{name: (value, "Processor|LengthPenalty") for name, value in CHANGING.items()
-       if name != "suppress_tokens"},
+       if name not in APPLIED and name != "suppress_tokens"},
     **{name: (value, name) for name, value in {
         "num_beams": 2, "num_return_sequences": 2, "guidance_scale": 1.5, "penalty_alpha": 0.5,
         "dola_layers": "low", "stop_strings": ["a"], "max_time": 1.0, "token_healing": True,
@@ -30,6 +34,41 @@ DRAWN: dict[str, tuple[Any, str | None]] = {
     "typical_p": (0.5, "TypicalLogitsWarper"), "epsilon_cutoff": (0.01, "EpsilonLogitsWarper"),
     "eta_cutoff": (0.01, "EtaLogitsWarper"), "top_h": (0.5, "TopHLogitsWarper"),
 }  # fmt: skip
+
+
+def with_options(model: Any, **options: Any) -> Any:
+    model.generation_config = GenerationConfig(pad_token_id=0, **options)
+    return model
+
+
+@pytest.mark.parametrize("option", [*APPLIED, "no_repeat_ngram_size of 2", "all of them"])
+def test_what_looks_at_texts_is_applied_to_each_by_its_own(option: str) -> None:
+    model = drafting_model("llama")
+    rows = [tiny_prompt(length, seed=length)[0] for length in (6, 2, 11)]
+    rows[2] = rows[2][:4].repeat(3)[:11]
+    plain = [greedy(with_options(model), row[None], NEW).tokens.tolist() for row in rows]
+    ends: dict[str, Any] = {"eos_token_id": [plain[0][1], plain[1][2]]}
+    options = {option: APPLIED.get(option)}
+    if option == "no_repeat_ngram_size of 2":  # texts have to be long enough to repeat themselves
+        ends, options = {}, {"no_repeat_ngram_size": 2}
+    if option == "all of them":
+        options = {**APPLIED, "no_repeat_ngram_size": 2, "suppress_tokens": [plain[0][0]]}
+    with_options(model, **ends, **options)
+    wanted = [
+        model.generate(
+            row[None], attention_mask=torch.ones_like(row[None]), do_sample=False,
+            max_new_tokens=NEW,
+        )[0, len(row) :].tolist()
+        for row in rows
+    ]  # fmt: skip
+    for draft in ("exit", "both"):
+        static = StaticDecoder(
+            model, exit_layer=2, draft_tokens=3, draft=draft, rows=4, capacity=32, backend=None
+        )
+        for write in (static.plain, static.speculate):
+            assert [each.tokens.tolist() for each in write(rows, NEW)] == wanted
+    with_options(model, **ends)
+    assert wanted != [greedy(model, row[None], NEW).tokens.tolist() for row in rows]
 
 
 @pytest.mark.thorough
@@ -49,7 +88,7 @@ def test_every_option_is_applied_or_refused() -> None:
         for sampling in (None, Sampling()):
             with pytest.raises(InvalidInputError, match=said):
                 decoder(name, value, sampling)
-    applied = {"suppress_tokens": CHANGING["suppress_tokens"], **UNCHANGING}
+    applied = {"suppress_tokens": CHANGING["suppress_tokens"], **APPLIED, **UNCHANGING}
     for name, value in {**applied, **{name: value for name, (value, _) in DRAWN.items()}}.items():
         found = decoder(name, value).speculate([ids], NEW)[0].tokens
         wanted = model.generate(

@@ -70,12 +70,16 @@ def test_trained_models_are_those_of_a_folder(tmp_path: Path) -> None:
         *("--parts", "trained", "stock", "--trained", str(tmp_path / "models"), "--prompts", "3"),
         *("--data", str(write_tree(tmp_path / "text")), "--stock-prompts", "2"),
         *("--drafts", "exit", "lookup", "both", "--draft-tokens", "2"),
-        *("--exits", "0.5", "--new-tokens", "4"),
+        *("--exits", "0.5", "--new-tokens", "4", "--trained-batches", "1", "2"),
     )
     drafts = [each for each in found if "loop" not in each]
-    assert [(each["model"], each["draft"]) for each in drafts] == [
-        (name, draft) for name in names for draft in ("exit", "lookup", "both")
+    assert [(each["batch"], each["model"], each["draft"]) for each in drafts] == [
+        (batch, name, draft)
+        for batch in (1, 2)
+        for name in names
+        for draft in ("exit", "lookup", "both")
     ]
+    assert all(each["largest_tie"] is None for each in drafts)
     assert all(each["identical"] == 1 and each["tokens_a_check"] >= 1 for each in drafts)
     loops = [(each["model"], each["loop"]) for each in found if "loop" in each]
     assert loops == [(name, loop) for name in names for loop in compiled_decoding.LOOPS]

@@ -41,6 +41,7 @@ from softtrace.data.text_source import TextSource
 from softtrace.decoding import Generation, ProvenExit, StaticDecoder, check_early_exit
 from softtrace.decoding.static_decoder import DRAFTS
 from softtrace.evaluation.decode_race import quartiles, write_past_ends
+from softtrace.evaluation.decode_ways import largest_tie
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.devices import device_of
@@ -122,6 +123,7 @@ def in_turns(
             after[share].append(took)
             texts[share] += found
     written = len(groups[0]) * new
+    prompts = [row[None] for group in groups for row in group]
     for share, found in texts.items():
         checks = sum(each.checks for each in found)
         same = sum(torch.equal(a.tokens, b.tokens) for a, b in zip(wanted, found, strict=True))
@@ -135,6 +137,9 @@ def in_turns(
             "accepted": sum(each.accepted for each in found),
             # Of given acceptance no text is what the model says.
             "identical": same / len(found) if share is None else None,
+            "largest_tie": largest_tie(drafted.model, prompts, wanted, found)
+            if share is None
+            else None,
         }
 
 
@@ -229,10 +234,10 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "sizes": args.models if "sizes" in args.parts else [],
         "trained": [*map(str, folders)] if "trained" in args.parts else [],
     }
-    for batch, backend, part in itertools.product(args.batches, args.backends, named):
-        if part == "trained" and batch != args.batches[0]:
-            continue
-        for name in named[part]:
+    batches = {"sizes": args.batches, "trained": args.trained_batches or args.batches[:1]}
+    every = dict.fromkeys([*args.batches, *batches["trained"]])
+    for batch, backend, part in itertools.product(every, args.backends, named):
+        for name in named[part] if batch in batches[part] else ():
             common = {"model": name, "batch": batch, "backend": backend}
             for draft, guesses in itertools.product(args.drafts, args.draft_tokens):
                 if draft != "exit" and part == "sizes":
@@ -353,7 +358,9 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--acceptance", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95],
         help="of each guess, where weights are random")  # fmt: skip
     add("--batches", nargs="+", type=int, default=[1, 4, 16],
-        help="texts that are written at once; by trained models as many as the first")  # fmt: skip
+        help="texts that are written at once")  # fmt: skip
+    add("--trained-batches", nargs="+", type=int,
+        help="the same for trained models; by default the first of the others")  # fmt: skip
     add("--backends", nargs="+", default=["none", "inductor"],
         help="of torch.compile; with none CUDA graphs alone")  # fmt: skip
     add("--prompts", type=int, default=30, help="of trained models")

@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
+from softtrace.data.prompts import whole_prompts as prompts_of
 from softtrace.data.split_record import unseen
 from softtrace.data.text_source import TextSource
 from softtrace.decoding.exit_checks import (
@@ -47,6 +50,7 @@ def decode_bench(
     prompts: int = 16,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
+    whole_prompts: bool = False,
     exit_layer: int | None = None,
     draft_tokens: int | None = None,
     confidence: float | None = None,
@@ -68,9 +72,12 @@ def decode_bench(
         prompts: Number of prompts that are timed, evenly spaced over the text. As many others,
             between them, are what the way to draft is chosen on. A text that is too short for both
             is shared out, and a single block serves for both.
-        prompt_tokens: Tokens of each prompt.
+        prompt_tokens: Tokens of each prompt; of whole ones at most.
         new_tokens: Tokens that are written for each prompt; an end-of-text token does not stop
             them.
+        whole_prompts: Take every document as one prompt of its own length, up to its first answer
+            where it has a completion or is a conversation, and the last tokens of one that is too
+            long. Otherwise prompts are cut from the text in a row.
         exit_layer: Number of layers that draft; by default the best one, which is found by
             replaying what each exit said of those texts with the time that was measured for it.
         draft_tokens: Number of guesses before a check at most; the best one by default.
@@ -109,7 +116,11 @@ def decode_bench(
     check_model_directory(model)
     tokenizer = load_tokenizer(model)
     documents = list(unseen(source.stream(), [model], source.held_out_share))
-    starts = evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)
+    starts: Sequence[Tensor]
+    if whole_prompts:
+        starts = prompts_of(documents, tokenizer, prompt_tokens, 2 * prompts)
+    else:
+        starts = [*evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)]
     network = load_model(model, dtype=run.dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     proven_exit = check_cache(check_early_exit(network))
@@ -136,6 +147,7 @@ def decode_bench(
         "prompts": len(rows),
         "prompts_chosen_on": len(chosen_on),
         "prompt_tokens": prompt_tokens,
+        "whole_prompts": whole_prompts,
         "new_tokens": new_tokens,
         "exits": {
             "layers": list(costs),

@@ -126,6 +126,12 @@ class Writer:
             logger.warning("%s", message)
 
 
+def asked(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The messages of a document, and how the template begins an answer to them."""
+    row = json.loads(document.text)
+    return _Chat(document.name, tokenizer, row).render(row["messages"], add_generation_prompt=True)
+
+
 class _Chat:
     """One row's conversation, as the tokenizer's template writes it."""
 

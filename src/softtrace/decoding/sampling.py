@@ -71,9 +71,9 @@ class SampledSteps(Steps):
             part.exponential_(generator=self.generator).clamp_min_(torch.finfo(part.dtype).tiny)
         self.coins.uniform_(generator=self.generator)
 
-    def scores(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, start: Tensor) -> Tensor:
         """Probabilities ``[B, N, V]`` float32."""
-        return super().scores(logits).float().softmax(-1)
+        return super().scores(logits, start).float().softmax(-1)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Draw ``[B, 1]``, and remember with what."""

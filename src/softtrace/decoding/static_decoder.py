@@ -27,12 +27,13 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
     some_ids,
 )
-from softtrace.decoding.greedy_choice import OF_LOGITS, greedy_choice
+from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.sampling import SampledSteps, Sampling
 from softtrace.decoding.speculative import Ends, Generation, check_decoding, ends_of
 from softtrace.decoding.split_model import counter
 from softtrace.decoding.static_cache import IMPLEMENTATIONS
 from softtrace.decoding.static_model import StaticModel
+from softtrace.decoding.static_processors import StaticProcessor, static_processors
 from softtrace.decoding.static_steps import Runner, Steps, Texts
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
@@ -80,6 +81,10 @@ class StaticDecoder:
             what these steps do not apply.
     """
 
+    # Tensors that are made in inference mode could not be changed outside of it, and in it steps
+    # would be compiled again.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -112,6 +117,7 @@ class StaticDecoder:
         check_exit_layer(depth, proven_exit.layers)
         _check_attention(model)
         device = next(model.parameters()).device
+        _check_no_autocast(device)
         if cuda_graphs and device.type != "cuda":
             raise InvalidInputError(
                 f"cuda_graphs: found True with the model on {device}, allowed on CUDA alone; pass "
@@ -134,10 +140,9 @@ class StaticDecoder:
             model, decoder_layers(proven_exit.instrument), depth, rows, room, exit_map
         )
         self._texts = Texts(rows, room + 1, sorted(self.ends), device)
-        with torch.no_grad():
-            self._check_parts(some_ids(proven_exit.instrument, model))
-            with self._parts.prepared():
-                self._steps = self._make_steps()
+        self._check_parts(some_ids(proven_exit.instrument, model))
+        with self._parts.prepared():
+            self._steps = self._make_steps()
         graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
         self._runner = Runner(self._parts, backend, graphs)
 
@@ -156,7 +161,7 @@ class StaticDecoder:
             What was written for each, in order.
 
         Raises:
-            UnsupportedModelError: a text over which rotary frequencies change.
+            UnsupportedModelError: texts over which, or between which, rotary frequencies change.
             InvalidInputError: a number outside its range, too many prompts, prompts that do not fit
                 ``capacity``, or a generation config that was changed since the decoder was made.
         """
@@ -172,13 +177,14 @@ class StaticDecoder:
         """
         return self._write(prompts, max_new_tokens, drafting=True)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _write(
         self, prompts: Sequence[Tensor], max_new_tokens: int, drafting: bool
     ) -> list[Generation]:
         check_decoding(self.model, max_new_tokens)
         self.proven_exit.check_model(self.model)
-        rows = self._checked(prompts, max_new_tokens)
+        rows = self._checked(prompts, max_new_tokens, drafting)
         longest = max(map(len, rows))
         with self._parts.prepared():
             self._make_ready(drafting)
@@ -264,7 +270,9 @@ class StaticDecoder:
             )
         ]
 
-    def _checked(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
+    def _checked(
+        self, prompts: Sequence[Tensor], max_new_tokens: int, drafting: bool
+    ) -> list[Tensor]:
         """Prompts as ``[T]`` each."""
         rows = [
             prompt[0] if prompt.dim() == 2 and len(prompt) == 1 else prompt for prompt in prompts
@@ -275,14 +283,21 @@ class StaticDecoder:
                 f"prompts: found {found}, allowed are 1 to {self.rows} of [T] or [1, T] tokens; "
                 "make a decoder with more rows for more of them"
             )
+        for row in rows:  # an id that is none would end a process's use of CUDA
+            self.proven_exit.instrument.batch(row[None])
+        _check_no_autocast(self._parts.device)
         longest = max(map(len, rows)) + max_new_tokens
         if longest > self.capacity:
             raise InvalidInputError(
                 f"prompts: found one that comes to {longest} tokens with {max_new_tokens} new "
                 f"ones, allowed are {self.capacity}; make a decoder of that capacity"
             )
-        for row in rows:
-            refuse_moving_rotations(self.model, len(row), max_new_tokens)
+        # All rows share one run, and its frequencies are those of the furthest position in it; the
+        # last token of a prompt is read by itself, and some rows read guesses beyond their end.
+        shortest, beyond = min(min(map(len, rows)), max(map(len, rows)) - 1), 0
+        if drafting and (self.rows > 1 or self._runner.fixed):
+            beyond = self.draft_tokens
+        refuse_moving_rotations(self.model, shortest, longest + beyond - shortest)
         if _generation_config(self.model) != self._config:
             raise InvalidInputError(
                 "model.generation_config: found one that was changed since the decoder was made, "
@@ -290,21 +305,14 @@ class StaticDecoder:
             )
         return rows
 
-    def _processors_of(self, device: torch.device) -> list[Any]:
+    def _processors_of(self, device: torch.device) -> list[StaticProcessor]:
         """What the generation config and ``sampling`` do to logits."""
         prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
         options = None if self.sampling is None else self.sampling.options()
         # With one new token at most, generate would leave out what keeps a text from its end.
         choice = greedy_choice(self.model, prompt, self.capacity, self.ends, options)
         other = "softtrace.decoding.speculate" if self.sampling is None else "model.generate"
-        for processor in choice.processors:
-            if type(processor) not in OF_LOGITS:
-                raise InvalidInputError(
-                    f"model.generation_config: found one that asks for {type(processor).__name__}, "
-                    "which steps of fixed shapes do not apply; take the option out or decode with "
-                    f"{other}"
-                )
-        return list(choice.processors)
+        return static_processors(choice.processors, other)
 
     def _check_parts(self, ids: Tensor) -> None:
         """Prove that the model says over this cache what it says without one, a cut included."""
@@ -335,6 +343,15 @@ class StaticDecoder:
 def _generation_config(model: Any) -> dict[str, Any] | None:
     config = getattr(model, "generation_config", None)
     return None if config is None else dict(config.to_dict())
+
+
+def _check_no_autocast(device: torch.device) -> None:
+    """What is held of a text has one dtype, and so have the steps that are compiled."""
+    if torch.is_autocast_enabled(device.type):
+        raise InvalidInputError(
+            f"autocast: found it on for {device.type}, allowed is off; load the model in the dtype "
+            "to decode in"
+        )
 
 
 def _check_attention(model: nn.Module) -> None:

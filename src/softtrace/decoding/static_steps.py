@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from softtrace.decoding.static_model import StaticModel
+from softtrace.decoding.static_processors import Places, StaticProcessor
 from softtrace.errors import UnsupportedModelError
 
 LONGEST_MATCH = 3
@@ -34,6 +35,7 @@ class Texts:
     Attributes:
         tokens: ``[B, C]`` int64; what lies behind ``length`` are guesses.
         length: ``[B, 1]`` int64, tokens that are written. The cache holds all but the last one.
+        prompt: ``[B, 1]`` int64, tokens of the prompt.
         limit: ``[B, 1]`` int64, how long a text may become.
         ended: ``[B, 1]`` bool. Texts that have ended are run along and change no more.
         drafted, accepted, checks: ``[B, 1]`` int64; see :class:`softtrace.decoding.Generation`.
@@ -44,6 +46,7 @@ class Texts:
             return torch.zeros(rows, columns, dtype=dtype, device=device)
 
         self.tokens, self.length, self.limit = zeros(capacity), zeros(1), zeros(1)
+        self.prompt = zeros(1)
         self.ended = zeros(1, torch.bool)
         self.drafted, self.accepted, self.checks = zeros(1), zeros(1), zeros(1)
         self.ends = torch.tensor([*ends], dtype=torch.long, device=device)
@@ -58,6 +61,7 @@ class Texts:
         for row, prompt in enumerate(prompts):
             self.tokens[row, : len(prompt)] = prompt
             self.length[row], self.ended[row] = len(prompt), False
+        self.prompt.copy_(self.length)
         self.limit.copy_(self.length + new_tokens)
 
     def room(self) -> Tensor:
@@ -109,11 +113,15 @@ class Steps:
         model: whose ``start`` they move.
         texts: that they write.
         draft_tokens: K, guesses before a check at most.
-        processors: of transformers, for logits ``[N, V]``; they look at no text.
+        processors: what changes the logits, in this order.
     """
 
     def __init__(
-        self, model: StaticModel, texts: Texts, draft_tokens: int, processors: Sequence[Any] = ()
+        self,
+        model: StaticModel,
+        texts: Texts,
+        draft_tokens: int,
+        processors: Sequence[StaticProcessor] = (),
     ) -> None:
         self.model, self.texts, self.processors = model, texts, processors
         self.place = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -132,7 +140,8 @@ class Steps:
         """Write one token with all layers."""
         texts = self.texts
         self.model.start.copy_(texts.length - 1)
-        token = self.choose(self.scores(self.model.whole(texts.at(self.model.start, 1))))
+        logits = self.model.whole(texts.at(self.model.start, 1))
+        token = self.choose(self.scores(logits, texts.length))
         texts.settle(torch.zeros_like(token, dtype=torch.bool), token, 0)
 
     def guess(self) -> None:
@@ -140,7 +149,8 @@ class Steps:
         self.model.start.copy_(self.texts.length - 1 + self.place)
         logits, stream = self.model.first(self.texts.at(self.model.start, 1))
         self.streams.index_copy_(1, self.place, stream)
-        self.texts.put(self.model.start + 1, self.choose(self.scores(logits)))
+        after = self.model.start + 1
+        self.texts.put(after, self.choose(self.scores(logits, after)))
         self.sure.copy_(logits[:, -1].float().softmax(-1).amax(-1, keepdim=True))
         self.place.add_(1).remainder_(self.streams.shape[1])
 
@@ -175,17 +185,18 @@ class Steps:
 
     def _settle(self, logits: Tensor) -> None:
         guesses = self.texts.at(self.texts.length, logits.shape[1])
-        right, written = self.judge(guesses, self.scores(logits))
+        right, written = self.judge(guesses, self.scores(logits, self.texts.length))
         self.texts.settle(right, written, self.guesses)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """What tokens are chosen by, ``[B, N, V]``, for logits likewise."""
+    def scores(self, logits: Tensor, start: Tensor) -> Tensor:
+        """What tokens at ``start`` and after are chosen by, ``[B, N, V]``, for logits likewise."""
         if not self.processors:
             return logits
-        rows = logits.flatten(0, 1).float()  # as generate does
+        places = Places(self.texts.tokens, start, self.texts.prompt)
+        scores = logits.float()  # as generate does
         for processor in self.processors:
-            rows = processor(None, rows)
-        return rows.view_as(logits)
+            scores = processor(scores, places)
+        return scores
 
     def choose(self, scores: Tensor) -> Tensor:
         """Tokens ``[B, 1]`` for scores ``[B, 1, V]``."""

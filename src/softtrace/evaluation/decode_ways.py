@@ -94,7 +94,7 @@ def race_ways(
             name: {
                 "tokens_per_second": quartiles(each),
                 "identical": _identical(texts["plain, eager"], texts[name]),
-                "largest_tie": _largest_tie(network, rows, texts["plain, eager"], texts[name]),
+                "largest_tie": largest_tie(network, rows, texts["plain, eager"], texts[name]),
                 "acceptance": _acceptance(texts[name]),
             }
             for name, each in speeds.items()
@@ -168,11 +168,12 @@ def _identical(wanted: Sequence[Generation], found: Sequence[Generation]) -> flo
 
 
 @torch.no_grad()
-def _largest_tie(
+def largest_tie(
     network: Any, rows: Sequence[Tensor], wanted: Sequence[Generation], found: Sequence[Generation]
 ) -> float | None:
     """How far apart the scores of two tokens are where two texts begin to differ, at most.
 
+    ``rows`` are the prompts, ``[1, T]`` each, again and again where there are more texts.
     Over the largest score's magnitude: what rounding decides is below a machine epsilon or two.
     None where all texts are the same.
     """
