@@ -134,9 +134,8 @@ def traces_at_each(
                 (targets,) = _targets(used.any(0)[None], places)
                 for rows in of_all.blocks(targets):
                     values = of_all.rows(rows)
-                    sweep.add(
-                        rows, [_over_heads(_made(each, of_all, values, rows), rows) for each in own]
-                    )
+                    made = (_made(each, of_all, values, rows) for each in own)
+                    sweep.add(rows, [summed_heads(m, torch.float32, traced=False) for m in made])
                 sweep.end(_targets(used, places))
         found += sweep.found()
     return found
@@ -180,10 +179,18 @@ def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
     return summed_heads(kept, torch.float32)
 
 
-def summed_heads(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, n, S]``, masks ``[B, H, n, S]`` summed over the heads."""
-    if kept.dtype == torch.bool and kept.device.type == "cpu" and kept.shape[1] < 256:
-        # Bytes are summed 20 times as fast as they are cast one by one; elsewhere compilers fail.
+def summed_heads(kept: Tensor, dtype: torch.dtype, *, traced: bool = True) -> Tensor:
+    """``[B, n, S]``, masks ``[B, H, n, S]`` summed over the heads.
+
+    Args:
+        kept: the masks.
+        dtype: of the sums.
+        traced: whether a compiler may read this: one for GPUs cannot lower a sum of bytes.
+    """
+    device = kept.device.type
+    as_bytes = device == "cpu" or (device == "cuda" and not traced)
+    if kept.dtype == torch.bool and as_bytes and kept.shape[1] < 256:
+        # Any other sum casts all of them before it adds them up.
         kept = kept.view(torch.uint8).sum(1, keepdim=True, dtype=torch.uint8)
     return kept.sum(1, dtype=dtype)
 
