@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from softtrace.decoding import Generation, check_cache, check_early_exit
 from softtrace.decoding.replay import Drafting
 from softtrace.evaluation.decode_race import write_past_ends
-from softtrace.evaluation.decode_ways import _largest_tie, race_ways
+from softtrace.evaluation.decode_ways import largest_tie, race_ways
 from softtrace.model.exit_maps import ExitMaps, set_exit_maps
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -70,8 +70,8 @@ def test_a_tie_is_named() -> None:
 
     rows = [tiny_prompt(8, seed=1), row]
     same, other = [text(order[0])] * 4, [text(order[0]), text(order[1])] * 2
-    assert _largest_tie(model, rows, same, same) is None
-    assert _largest_tie(model, rows, same, other) == pytest.approx(float(second), rel=1e-4)
+    assert largest_tie(model, rows, same, same) is None
+    assert largest_tie(model, rows, same, other) == pytest.approx(float(second), rel=1e-4)
     with torch.no_grad():
         model.lm_head.weight[order[1]] = model.lm_head.weight[order[0]]
-    assert _largest_tie(model, rows, same, other) == 0
+    assert largest_tie(model, rows, same, other) == 0
