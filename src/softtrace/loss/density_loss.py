@@ -165,9 +165,7 @@ class DensityLoss:
             return
         if compiled:
             if not noted or self._streams is None:
-                self._say_once(
-                    "exits: the model is compiled and checkpointed with hooks, so none is read"
-                )
+                self._say_once("exits: compiled and checkpointed with hooks, so none is read")
                 yield watched
                 return
             with self._streams.watching(watched, self._say_once):
@@ -265,7 +263,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term of ids, mask, labels, positions; drawn by step and accumulated batch."""
+        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
@@ -281,8 +279,7 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):  # before any waits for the others in a forward
-                ids, mask, labels, positions = watched.copies.of(*read)
-                batch = Batch.of(ids, mask, positions, labels)  # what they say is checked later
+                batch = self._batch(*watched.copies.of(*read))
                 instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
@@ -316,6 +313,11 @@ class DensityLoss:
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
         return term
+
+    def _batch(self, input_ids: Tensor, *read: Tensor | None) -> Batch:
+        """Which tokens a call looks at; what it says of ids and mask is checked later."""
+        attention_mask, labels, position_ids = read
+        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _depths(self, anatomy: Anatomy) -> range:
         """After how many layers exits are; a single layer has none."""
@@ -353,14 +355,12 @@ class DensityLoss:
         if is_sharded(instrument.model):
             with dropout_off(instrument.model), uncompiled(instrument.model):
                 return together_term(instrument, windows, options, strength)
-        if windows is None:
-            why = "no token of the windows has a target"
-            return DensityTerm.of_no_run(device, strength, why)
-        found = self._captured(instrument, windows, options)
-        if found is None:
+        why = "no token of the windows has a target"
+        if windows is not None:
+            if (found := self._captured(instrument, windows, options)) is not None:
+                return found.at(strength)
             why = "no token of the windows has a finite easiness"
-            return DensityTerm.of_no_run(device, strength, why)
-        return found.at(strength)
+        return DensityTerm.of_no_run(device, strength, why)
 
     def _exits(
         self,
