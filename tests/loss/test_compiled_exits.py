@@ -139,6 +139,28 @@ def test_exits_are_read_where_layers_run_again_in_the_backward_pass(way: Any, ho
     assert graphs() == (1, 0)
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_changing_between_checkpointed_and_not_adds_hooks_and_graphs_once(how: str) -> None:
+    plain = tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+    model = tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
+    runs = compiled(model, how)
+    density = {each: DensityLoss(each, **OPTIONS) for each in (plain, runs)}
+    hooks, made = [], []
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for number in range(6):
+        for module in (*plain.modules(), *model.modules()):
+            if hasattr(module, "gradient_checkpointing"):  # another call would be another graph
+                module.gradient_checkpointing = bool(number % 2)
+        found = step(runs, density[runs], number)
+        torch.testing.assert_close(found, step(plain, density[plain], number), atol=1e-12, rtol=0)
+        hooks.append(sum(len(each._forward_pre_hooks) for each in model.modules()))
+        made.append(graphs())
+    assert len(set(hooks)) == 1
+    assert len(set(made[1:])) == 1
+    assert made[-1][1] == 0
+
+
 def test_layers_that_are_checkpointed_with_their_hooks_are_not_watched(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

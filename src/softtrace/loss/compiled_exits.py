@@ -60,20 +60,28 @@ def noting_places(
 class CompiledStreams:
     """The residual streams of exits in the newest forward with gradients, of one model.
 
-    Args:
-        places: of :func:`noting_places`.
+    Hooks stay where they were put, so each module gets its own once, whatever is read of it later.
+
+    Attributes:
+        places: what the newest :meth:`note` asked for.
     """
 
-    def __init__(self, places: dict[int | None, nn.Module]) -> None:
+    def __init__(self) -> None:
+        self.places: dict[int | None, nn.Module] = {}
+        self._every: dict[nn.Module, _Noted] = {}
+
+    def note(self, places: dict[int | None, nn.Module]) -> None:
+        """Look at these modules from now on.
+
+        Args:
+            places: of :func:`noting_places`.
+        """
         self.places = places
-        self._noted = {
-            at: _noting(each, _Noted(with_graph=True))
-            for at, each in places.items()
-            if at is not None
-        }
-        # The full prediction is held constant. What a compiled graph gives with gradients is one
-        # more tensor of zeros in its backward pass where nothing comes back.
-        self._last = _noting(places[None], _Noted(with_graph=False))
+        for at, module in places.items():
+            if module not in self._every:
+                # The full prediction is held constant. What a compiled graph gives with gradients
+                # is one more tensor of zeros in its backward pass where nothing comes back.
+                self._every[module] = _noting(module, _Noted(with_graph=at is not None))
 
     @contextmanager
     def watching(self, watched: Watched, say: Callable[[str], None]) -> Iterator[None]:
@@ -92,17 +100,19 @@ class CompiledStreams:
 
     def clear(self) -> None:
         """Let go of what is held."""
-        for noted in (*self._noted.values(), self._last):
+        for noted in self._every.values():
             noted.stream = None
 
     def take(self) -> Seen | None:
         """What was noted since :meth:`clear`; None where the forward had no hooks or gradients."""
-        found = {at: noted.stream for at, noted in self._noted.items() if noted.stream is not None}
-        last = self._last.stream
+        noted = {at: self._every[module] for at, module in self.places.items()}
+        had_graph = noted[None].had_graph
+        found = {at: each.stream for at, each in noted.items() if each.stream is not None}
         self.clear()
-        if len(found) < len(self._noted) or last is None or not self._last.had_graph:
+        if len(found) < len(noted) or not had_graph:
             return None
-        return Seen(found, last, ended=True)
+        last = found.pop(None)
+        return Seen({at: found[at] for at in found if at is not None}, last, ended=True)
 
 
 def _noting(module: nn.Module, noted: _Noted) -> _Noted:

@@ -98,7 +98,7 @@ class DensityLoss:
         self.step = 0
         self._non_finite = NonFiniteSteps(self.options.on_nonfinite)
         self._watched = Watched()
-        self._streams: CompiledStreams | None = None
+        self._streams = CompiledStreams()
         self._later = LaterChecks()
         self._captured = CapturedTerms(self._later)
         self._said: set[str] = set()
@@ -115,7 +115,7 @@ class DensityLoss:
         if is_sharded(unwrapped(self.model)):  # units let go of weights: no CUDA graph can be made
             options = replace(options, cuda_graph=False)
         asked = options.fuse is None and device.type == "cuda"  # elsewhere nothing is captured
-        if asked and (self._streams is not None or is_compiled(all_modules(self.model))):
+        if asked and (self._streams.places or is_compiled(all_modules(self.model))):
             options = replace(options, fuse=True)
         return options.on(device)
 
@@ -164,7 +164,7 @@ class DensityLoss:
             yield watched
             return
         if compiled:
-            if not noted or self._streams is None:
+            if not noted:
                 self._say_once("exits: compiled and checkpointed with hooks, so none is read")
                 yield watched
                 return
@@ -185,8 +185,8 @@ class DensityLoss:
         """
         checkpointed = unwrapped(self.model).training and is_checkpointed(modules)
         places = noting_places(anatomy, self._depths(anatomy), modules if checkpointed else None)
-        if places and (self._streams is None or self._streams.places != places):
-            self._streams = CompiledStreams(places)
+        if places:
+            self._streams.note(places)
         return bool(places)
 
     def _reads_exits(self, step: int) -> bool:
@@ -307,8 +307,7 @@ class DensityLoss:
             term, exits = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
-            if self._streams is not None:  # our own runs pass by its hooks too
-                self._streams.clear()
+            self._streams.clear()  # our own runs pass by its hooks too
         if self.exit_maps is not None and reads_exits:  # in every process, whatever its batch was
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(*given)
