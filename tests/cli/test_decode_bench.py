@@ -210,7 +210,7 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
 def test_tokens_go_out_early_for_an_agreement(
     sources: tuple[str, TextSource], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**SMALL, "new_tokens": 16, "exit_layer": 1, "draft_tokens": 2}
+    options = {**SMALL, "prompts": 2, "new_tokens": 16, "exit_layer": 1, "draft_tokens": 2}
     everything = decode_bench(*sources, str(tmp_path / "all"), agreement=0.0, **options)["early"]
     assert everything["early"] == 1
     layers = load_model(sources[0]).config.num_hidden_layers
