@@ -142,7 +142,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     # state-space, convolutional, linear attention and hybrids
     "bailing_hybrid": ("bailing_hybrid", {}, NOT_SOFTMAX),
     "bamba": ("bamba", {"mamba_n_heads": 4}, NOT_SOFTMAX),
-    "falcon_h1": ("falcon_h1", {}, "is not the sum of its edges"),
+    "falcon_h1": ("falcon_h1", {
+        "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32,
+        "mamba_chunk_size": 8,
+    }, "is not the sum of its edges"),
     "falcon_mamba": ("falcon_mamba", {}, NOT_SOFTMAX),
     "jamba": ("jamba", {}, NOT_SOFTMAX),
     "lfm2, with convolutions": (
