@@ -4,8 +4,7 @@ BIN := .venv/bin
 # constraints-oldest.txt installs the oldest releases that are supported (after `make clean`).
 CONSTRAINTS ?= constraints.txt
 # Two tests at a time, one thread each: waiting threads of two would be in each other's way.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist $(DIST) --no-loadscope-reorder
-DIST := loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test-fast test test-all test-most test-quantised test-browser test-loggers test-real check format families docs bench dist clean
@@ -58,7 +57,6 @@ test-browser: .venv/installed
 
 # Where SOFTTRACE_MODELS lies, or will; what is there already is not made again.
 test-real: export SOFTTRACE_MODELS := $(or $(SOFTTRACE_MODELS),runs/models)
-test-real: DIST := loadgroup
 test-real: .venv/installed
 	$(BIN)/python -m recipes.real_models $(SOFTTRACE_MODELS)
 	$(PYTEST) -m real tests/real_models

@@ -83,15 +83,7 @@ class Decoder:
         assert gap <= tolerance(logits.dtype), said
 
 
-# `make test-real` hands out tests one by one, but for groups: a decoder is made once.
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
-        for case in CASES
-        for name in [f"{case.name}-{case.dtype}"]
-    ],
-)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.name}-{case.dtype}")
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return Decoder(request.param)
 
