@@ -185,18 +185,18 @@ def test_what_the_generation_config_changes_is_measured(
 def test_becomes_a_section_of_the_density_of_the_same_model(
     sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out, small = tmp_path / "out", {**SMALL, "prompts": 1, "new_tokens": 2}
     evaluate(*sources, str(out), block_size=16, blocks=2, extra_blocks=0, run=CPU)
     before = json.loads((out / "density.json").read_text())
-    found = decode_bench(*sources, str(out), **SMALL)
+    found = decode_bench(*sources, str(out), **small)
     after = json.loads((out / "density.json").read_text())
     assert after == {**before, "decoding": found}
     with pytest.raises(OutputExistsError, match=r"found a decoding\.json; pass overwrite=True"):
-        decode_bench(*sources, str(out), **SMALL)
+        decode_bench(*sources, str(out), **small)
     other = write_model(tmp_path / "other")
     with pytest.raises(OutputExistsError, match="expected a new or empty folder"):
-        decode_bench(str(other), sources[1], str(out), **SMALL)
-    over = {**SMALL, "run": replace(CPU, overwrite=True)}
+        decode_bench(str(other), sources[1], str(out), **small)
+    over = {**small, "run": replace(CPU, overwrite=True)}
     again = decode_bench(*sources, str(out), **over)
     assert json.loads((out / "density.json").read_text())["decoding"] == json.loads(
         json.dumps(again)
@@ -210,7 +210,7 @@ def test_becomes_a_section_of_the_density_of_the_same_model(
 def test_tokens_go_out_early_for_an_agreement(
     sources: tuple[str, TextSource], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**SMALL, "new_tokens": 16, "exit_layer": 1, "draft_tokens": 2}
+    options = {**SMALL, "prompts": 2, "new_tokens": 16, "exit_layer": 1, "draft_tokens": 2}
     everything = decode_bench(*sources, str(tmp_path / "all"), agreement=0.0, **options)["early"]
     assert everything["early"] == 1
     layers = load_model(sources[0]).config.num_hidden_layers

@@ -76,7 +76,7 @@ def test_inspect_and_evaluate(
     assert max(len(line) for line in shown.splitlines()) <= 120
 
     out = tmp_path / "out"
-    options = ["--block_size", "16", "--blocks", "4", "--extra_blocks", "2", "--device", "cpu"]
+    options = ["--block_size", "16", "--blocks", "2", "--extra_blocks", "1", "--device", "cpu"]
     assert main(["evaluate", "--model", model, "--data", text, "--out", str(out), *options]) == 0
     density = json.loads((out / "density.json").read_text())
     assert density["model"]["pattern"] == pattern

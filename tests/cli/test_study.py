@@ -365,8 +365,8 @@ def test_sensitivity_measures_every_way(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Over a third of the fine grid, which evaluation/study/test_sensitivity.py has whole."""
-    grid = fine_thresholds()[::3]
+    """Over a ninth of the fine grid, which evaluation/study/test_sensitivity.py has whole."""
+    grid = fine_thresholds()[::9]
     monkeypatch.setattr("softtrace.evaluation.study.sensitivity.fine_thresholds", lambda: grid)
     models = [sources["before"], sources["after"]]
     options = {**OPTIONS, "blocks": 2, "resamples": 20}

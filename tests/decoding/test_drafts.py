@@ -61,21 +61,34 @@ def test_lookup_guesses_right_where_a_text_repeats_itself() -> None:
     assert found.checks < 0.6 * plain.checks
 
 
-@pytest.mark.parametrize("fixed", [False, pytest.param(True, marks=pytest.mark.thorough)])
-def test_an_unsure_guess_is_the_last_of_its_draft(fixed: bool) -> None:
+ROWS = [tiny_prompt(5)[0], tiny_prompt(9, seed=1)[0]]
+
+
+def test_an_unsure_guess_is_the_last_of_its_draft() -> None:
     model = tiny_model("llama", seed=2, dtype=torch.float64)
-    rows = [tiny_prompt(5)[0], tiny_prompt(9, seed=1)[0]]
-    wanted = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in rows]
+    wanted = [greedy(model, row[None], NEW, -1).tokens.tolist() for row in ROWS]
     drafted = []
     for confidence in (0.0, 0.2, 1.0):
-        static = decoder(model, rows=2, confidence=confidence, backend="eager" if fixed else None)
+        static = decoder(model, rows=2, confidence=confidence)
         for _ in range(2):
-            found = static.speculate(rows, NEW)
+            found = static.speculate(ROWS, NEW)
             assert [each.tokens.tolist() for each in found] == wanted
         drafted.append(sum(each.drafted for each in found))
         if confidence == 1:
             assert all(each.drafted == each.checks == NEW for each in found)
     assert drafted[0] > drafted[1] > drafted[2]
+
+
+@pytest.mark.thorough
+def test_compiled_drafts_end_at_the_same_guesses() -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    found = []
+    for backend in (None, "eager"):
+        static = decoder(model, rows=2, confidence=0.2, backend=backend)
+        for _ in range(2):
+            texts = static.speculate(ROWS, NEW)
+            found.append([(each.tokens.tolist(), each.drafted, each.checks) for each in texts])
+    assert found == [found[0]] * 4
 
 
 def test_ways_that_are_none_are_named() -> None:

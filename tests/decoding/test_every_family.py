@@ -6,7 +6,6 @@ Of a few kinds of attention and layers, for all 67 families take six minutes on 
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +16,26 @@ from torch import Tensor
 from softtrace.decoding import StaticDecoder, check_cache, check_early_exit, greedy, speculate
 from softtrace.evaluation.decode_ways import largest_tie
 from tests.decoding.test_families import IGNORING, NO_BASE, OWN_CACHE
-from tests.support.zoo import VERIFIED, tiny
+from tests.support.zoo import VERIFIED, of_each_kind, tiny
 
 pytestmark = pytest.mark.slow
 
-DRAFTING = sorted(
-    case for case, (kind, _) in VERIFIED.items() if kind not in IGNORING | OWN_CACHE | NO_BASE
-)
-CHOSEN = ["deepseek_v3", "gemma3_text", "kolibri1", "lfm2, attention alone", "mistral, window"]
-CASES = DRAFTING if os.environ.get("EVERY_FAMILY") else CHOSEN
+CHOSEN = ("deepseek_v3", "gemma3_text", "kolibri1", "lfm2, attention alone", "mistral, window")
+#: latent attention with experts, and windows by turns; each takes eight seconds to compile
+COMPILED = ("deepseek_v3", "gemma3_text")
+#: without those whose long prompts tests/decoding/test_families.py writes from
+LONG = ("deepseek_v3", "kolibri1", "lfm2, attention alone")
 LONGEST, NEW = 2000, 7
 ROUNDINGS = 2 * torch.finfo(torch.bfloat16).eps
 """How far apart scores are, over the largest one's magnitude, that rounding may order."""
 #: where rounding orders two experts instead, with the place of the token that is another one then:
 #: the first layer's router says -0.148 of one, and -0.141 or -0.151 of another
 EXPERTS_TIED = {"kolibri1": 11}
+
+
+def drafting(some: tuple[str, ...]) -> list[str]:
+    refused = IGNORING | OWN_CACHE | NO_BASE
+    return [case for case in of_each_kind(some) if VERIFIED[case][0] not in refused]
 
 
 def model_of(case: str, **changes: Any) -> Any:
@@ -44,7 +48,7 @@ def rows_of(*lengths: int) -> list[Tensor]:
     return [torch.randint(3, 60, (count,), generator=draw) for count in lengths]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drafting(LONG))
 @pytest.mark.filterwarnings("ignore")  # of some configs about the length that is asked for here
 def test_eight_and_two_thousand_tokens_write_as_plainly(case: str) -> None:
     window = {"sliding_window": 129} if "sliding_window" in VERIFIED[case][1] else {}
@@ -65,7 +69,7 @@ def test_eight_and_two_thousand_tokens_write_as_plainly(case: str) -> None:
     assert eager.tokens.tolist() == wanted[1]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drafting(CHOSEN))
 def test_in_bfloat16_texts_part_at_ties_alone(case: str) -> None:
     model, rows = model_of(case).to(torch.bfloat16), rows_of(8, 20)
     static = StaticDecoder(
@@ -84,7 +88,7 @@ def test_in_bfloat16_texts_part_at_ties_alone(case: str) -> None:
         assert tie is None or tie < ROUNDINGS
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drafting(COMPILED))
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about code of transformers
 def test_each_step_is_one_graph_that_is_compiled_once(case: str) -> None:
     torch._dynamo.reset()

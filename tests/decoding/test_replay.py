@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softtrace.decoding import greedy, speculate
+from softtrace.decoding import ProvenExit, check_cache, check_early_exit, greedy, speculate
 from softtrace.decoding.recommend import guesses_of
 from softtrace.decoding.replay import (
     CONFIDENCES,
@@ -33,10 +34,16 @@ def _text_of(model: torch.nn.Module, prompt: torch.Tensor) -> Guesses:
     return guesses_of(instrument, recording, slice(prompt.shape[1] - 1, None), tokens[None])
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("confidence", [0.0, 0.15, 0.25])
-@pytest.mark.parametrize("count", [1, 3, 12])
-def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence: float) -> None:
+class Drafted(NamedTuple):
+    """A model whose exits are proven, and texts of it to speculate on and to replay."""
+
+    proven: ProvenExit
+    prompts: list[torch.Tensor]
+    texts: list[Guesses]
+
+
+@pytest.fixture(scope="module")
+def drafted() -> Drafted:
     model = tiny_model("llama", num_hidden_layers=3).double().eval()
     with torch.no_grad():  # so that some guesses are right and some are not
         for layer in model.model.layers[1:]:
@@ -45,17 +52,27 @@ def test_a_replay_accepts_and_checks_as_speculation_does(count: int, confidence:
     draws = torch.Generator().manual_seed(3)
     prompts = [torch.randint(model.config.vocab_size, (1, 5), generator=draws) for _ in range(4)]
     texts = [_text_of(model, prompt) for prompt in prompts]
-    sure = torch.tensor([text.sure for text in texts])
+    return Drafted(check_cache(check_early_exit(model), (1, 2)), prompts, texts)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("confidence", [0.0, 0.15, 0.25])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_replay_accepts_and_checks_as_speculation_does(
+    drafted: Drafted, count: int, confidence: float
+) -> None:
+    sure = torch.tensor([text.sure for text in drafted.texts])
     for gate in (0.15, 0.25):  # so that drafts end, and not at once
         assert 0.1 < (sure >= gate).double().mean() < 0.9
     for depth in (1, 2):
-        found = replay(texts, depth, count, confidence, 0.3, [1.0] * count)
+        found = replay(drafted.texts, depth, count, confidence, 0.3, [1.0] * count)
         runs = [
             speculate(
-                model, prompt, exit_layer=depth, max_new_tokens=NEW, draft_tokens=count,
-                confidence=confidence, eos_token_id=-1,
+                drafted.proven.model, prompt, exit_layer=depth, max_new_tokens=NEW,
+                draft_tokens=count, confidence=confidence, eos_token_id=-1,
+                proven_exit=drafted.proven,
             )
-            for prompt in prompts
+            for prompt in drafted.prompts
         ]  # fmt: skip
         assert found.accepted == sum(run.accepted for run in runs)
         assert found.checks == sum(run.checks for run in runs)

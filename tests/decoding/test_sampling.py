@@ -21,7 +21,7 @@ from softtrace.decoding.sampling import SampledSteps
 from softtrace.errors import InvalidInputError
 from tests.support.tiny import tiny_model
 
-VOCABULARY, NEW, ROWS, CALLS = 7, 2, 512, 10
+VOCABULARY, NEW, ROWS, CALLS = 7, 2, 512, 5
 PROMPT = torch.tensor([3, 5, 4, 6, 3, 5])  # two tokens stand there twice
 
 
@@ -79,7 +79,6 @@ def chance(counts: Tensor, wanted: Tensor) -> float:
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
     "as it is": ({}, {}, []),
-    "temperature": ({"temperature": 1.7}, {}, [TemperatureLogitsWarper(1.7)]),
     "top-k and top-p": (
         {"temperature": 0.8, "top_k": 4, "top_p": 0.9},
         {},

@@ -20,7 +20,7 @@ from softtrace.tracing.recording import _say_held
 from tests.support import oracle
 from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
-from tests.support.zoo import VERIFIED, tiny
+from tests.support.zoo import VERIFIED, of_each_kind, tiny
 
 LENGTH = 12
 THRESHOLDS = (0.3, 0.08, 0.02, 0.004)
@@ -119,8 +119,8 @@ def test_exact_runs_row_by_row_equal_those_of_held_maps(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", sorted(VERIFIED))
-def test_every_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+@pytest.mark.parametrize("family", of_each_kind())
+def test_every_kind_of_family_row_by_row(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Also those whose own code makes the whole map of a layer, and parallel layers."""
     kind, changes = VERIFIED[family]
     model = tiny(kind, **changes)

@@ -80,7 +80,7 @@ def test_resumed_anywhere_it_ends_as_the_straight_one_bit_by_bit(
     # at the first step gradients may have been accumulated already, which no checkpoint holds
     found = sorted(set(corpus.parent.glob("step=*.ckpt")) - {corpus.parent / "step=0.ckpt"})
     assert len(found) >= 3
-    for path in found:
+    for path in found[::2]:  # half of them take half as long
         again, after = fit_corpus(corpus, ckpt_path=path, **settings)
         assert torch.equal(again, straight), path
         assert after.items() <= strengths.items(), path

@@ -112,7 +112,7 @@ def test_softtrace_fit_saves_a_whole_model(
 @pytest.mark.parametrize(
     ("way", "faults"),
     [
-        (WHOLE, [("raise", 2, 1, "planned failure of rank 1"), ("kill", 5, 1, "")]),
+        (WHOLE, [("kill", 5, 1, "")]),  # one of each; all of FAULTS by exactness.py
         (OF_FSDP1, [("raise", 2, 1, "planned failure of rank 1")]),
     ],
 )

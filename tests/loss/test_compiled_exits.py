@@ -78,8 +78,15 @@ def test_exits_are_read_without_a_break_or_another_graph(how: str) -> None:
     assert graphs() == (1, 0)
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("before", ["it", "another of its class"])
+@pytest.mark.parametrize(
+    ("before", "how"),
+    [
+        ("it", "in place"),
+        ("it", "by layer"),
+        ("another of its class", "in place"),
+        ("another of its class", "wrapped"),
+    ],
+)
 def test_exits_are_read_in_a_forward_that_was_compiled_before(how: str, before: str) -> None:
     def tiny() -> Any:
         return tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()
@@ -125,8 +132,15 @@ def test_a_forward_without_gradients_is_said_once(caplog: pytest.LogCaptureFixtu
     assert "torch.compiler.reset()" in said[0]
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("way", [checkpointed, wrapped_to_checkpoint])
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        (checkpointed, "in place"),
+        (checkpointed, "by layer"),
+        (wrapped_to_checkpoint, "wrapped"),
+        (wrapped_to_checkpoint, "by layer"),
+    ],
+)
 def test_exits_are_read_where_layers_run_again_in_the_backward_pass(way: Any, how: str) -> None:
     def tiny() -> Any:
         return tiny_model("llama", seed=1, dtype=torch.float64, num_hidden_layers=2).train()

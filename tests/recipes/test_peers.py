@@ -310,6 +310,7 @@ def test_a_comparison_goes_on_where_it_stopped(
         f"--model {model} --data {text} --methods"
     ).split()
     monkeypatch.setattr(paired_runs, "NEW", 8)  # tokens a text
+    monkeypatch.setattr(paired_runs, "ELSEWHERE", 8)  # blocks of other text
     monkeypatch.setattr(sys, "argv", [*words, "layerskip=0.2", "--keep", str(tmp_path)])
     peers.main()
     monkeypatch.setattr(peers, "plot", lambda *_: None)  # twice is enough: it takes seconds

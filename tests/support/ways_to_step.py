@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import os
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softtrace import DensityLoss
+from tests.support import warm
+from tests.support.processes import script_environment
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
 from tests.support.waiting import PATIENCE
 
@@ -131,13 +133,10 @@ def one_rank(rank: int, folder: str) -> None:
 
 def run_ranks(folder: str) -> None:
     """All ranks to their end; what fails or takes too long is an error, and nobody is left."""
-    context = torch.multiprocessing.spawn(
-        one_rank, (folder,), nprocs=RANKS, join=False, daemon=True
-    )
-    end = time.monotonic() + PATIENCE
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"no end after {PATIENCE:g} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    command = [sys.executable, "-m", "tests.support.ways_to_step", folder]
+    for done in warm.run_ranks(command, RANKS, script_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    one_rank(int(os.environ["RANK"]), sys.argv[1])

@@ -5,6 +5,8 @@ Each entry says how its config differs from the default, made small by :data:`SM
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -111,6 +113,25 @@ VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
 }  # fmt: skip
 
+#: of :data:`VERIFIED` one of each kind: of attention (windows, chunks, sinks, latent, sparse,
+#: ALiBi, maps of its own code), of norms and residual streams, of experts
+KINDS = (
+    "bigbird_pegasus", "bloom", "codegen", "cohere", "ctrl", "deepseek_v3", "deepseek_v32",
+    "falcon, new layout", "falcon, sequential, alibi", "gemma2, window", "gemma3_text",
+    "gemma4_text, experts", "gpt2", "gpt_neo", "gpt_oss", "gptj", "granite", "kolibri1",
+    "lfm2, attention alone", "llama", "llama4_text, chunks", "minimax_m3_vl_text",
+    "mistral, window", "mixtral", "mpt", "olmo2", "phi", "stablelm, parallel", "whisper", "xglm",
+)  # fmt: skip
+
+
+def of_each_kind(some: Iterable[str] = KINDS) -> list[str]:
+    """Cases of :data:`VERIFIED` that a test goes through: ``some``, or with ``EVERY_FAMILY=1`` all.
+
+    For what one test of all families sees already but for the way it is asked here.
+    """
+    return sorted(VERIFIED if os.environ.get("EVERY_FAMILY") else some)
+
+
 NOT_SOFTMAX = "no softmax attention was seen"
 NORM_OF_SUM = "what it gives is the output of a norm"
 SECOND_STREAM = "reads no residual stream of shape"
@@ -121,7 +142,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     # state-space, convolutional, linear attention and hybrids
     "bailing_hybrid": ("bailing_hybrid", {}, NOT_SOFTMAX),
     "bamba": ("bamba", {"mamba_n_heads": 4}, NOT_SOFTMAX),
-    "falcon_h1": ("falcon_h1", {}, "is not the sum of its edges"),
+    "falcon_h1": ("falcon_h1", {
+        "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32,
+        "mamba_chunk_size": 8,
+    }, "is not the sum of its edges"),
     "falcon_mamba": ("falcon_mamba", {}, NOT_SOFTMAX),
     "jamba": ("jamba", {}, NOT_SOFTMAX),
     "lfm2, with convolutions": (

@@ -78,7 +78,8 @@ def build(name: str, device: torch.device, recomputed: bool, compiled: bool) -> 
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if compiled:
         for layer in model.model.layers:
-            layer.compile()
+            # on a CPU the script is tried; kernels in C++ take half a minute and show nothing
+            layer.compile(backend="aot_eager" if device.type == "cpu" else "inductor")
     return model
 
 
