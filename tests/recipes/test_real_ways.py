@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import Any
 
@@ -36,7 +37,7 @@ def trained(way: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.setattr(on_real_models, "ROWS", 2)
     tokens = {"train": tiny_prompt(16, batch=4), "held_out": tiny_prompt(16, batch=2)}
     args = argparse.Namespace(lora=False, steps=STEPS)
-    plain = {step: 4.2 for step in range(1, STEPS + 1)}
+    plain = dict.fromkeys(range(1, STEPS + 1), 4.2)
     (strength,) = WAYS[way].strengths
     return on_real_models.train(model, WAYS[way](model, strength, 0, plain), tokens, args, 0)
 
@@ -82,7 +83,7 @@ def test_the_weight_of_connectivity_follows_the_held_out_loss() -> None:
         method.measured(step, loss)
         weights.append(math.log(method.weight(torch.tensor(9.0), step)))
     # nothing spent; half of it, and all of it next time; all of it and half more; far too much
-    changes = [after - before for before, after in zip(weights, weights[1:], strict=False)]
+    changes = [after - before for before, after in itertools.pairwise(weights)]
     assert changes == pytest.approx([0.5, 0.0, -0.25, -1.0])
 
 

@@ -153,10 +153,7 @@ def peer(method: type[Method], strength: float, **changes: Any) -> type[Method]:
 #: LayerSkip costs at its smallest weights is its layer dropout, so it is there without as well.
 PEERS: dict[str, type[Method]] = {
     **{f"layerskip, {s:g}": peer(RealLayerSkip, s) for s in (0.002, 0.01, 0.05)},
-    **{
-        f"layerskip, {s:g}, no dropout": peer(RealLayerSkip, s, p_max=0.0)
-        for s in (0.01, 0.05)
-    },
+    **{f"layerskip, {s:g}, no dropout": peer(RealLayerSkip, s, p_max=0.0) for s in (0.01, 0.05)},
     **{f"exit distillation, {s:g}": peer(RealExitDistillation, s) for s in (0.03, 0.1)},
     **{f"activation L1, {s:g}": peer(ActivationL1, s) for s in (2.0, 20.0)},
     **{f"attention entropy, {s:g}": peer(AttentionEntropy, s) for s in (0.03, 0.1)},
@@ -184,6 +181,7 @@ WAYS: dict[str, Any] = {
     "sparse, thresholds from 0.08": term(0.35, preset="sparse", thresholds=(0.08, 0.6)),
     "sparse, windows of 256": term(0.35, preset="sparse", crop=256),
     "decode": term(0.1, preset="decode"),
+    "soft": term(0.35, preset="soft"),
     "map alone": term(0.35, preset="sparse", exit_map=True),
     **PEERS,
     **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},

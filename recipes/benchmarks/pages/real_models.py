@@ -85,7 +85,8 @@ def presets() -> str:
     }
     lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
     for key in [*((steps, name) for name in names), (longer, "balanced")]:
-        row = found[key]
+        if (row := found.get(key)) is None:  # not run yet
+            continue
         after = f", {key[0]:,} steps" if key[0] != steps else ""
         star = _STAR * _has_copies(row)
         lines.append(_row(f"{names[key[1]]}{star}{after} ({row['seeds']})", row))
