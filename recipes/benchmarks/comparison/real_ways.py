@@ -123,9 +123,9 @@ class RealConnectivity(AttentionConnectivity):
     The multiplier's logarithm follows the relative slack of the held-out loss at every measurement
     instead of the training loss at every step. Of 1,000 steps there are 25 measurements, so the
     gain of one is larger: half an e-fold where nothing of 1 % is spent, and at most one either way.
-    The slack is the one expected at the next measurement if the excess goes on as it did since the
-    last, because a loss answers to a weight late (as in ``softtrace.loss.budget``). The bound is
-    (1 + dial) times the paired plain run's held-out loss at the same step.
+    The slack is the one expected at the next measurement if the excess continues as it went since
+    the last, because a loss answers to a weight late (as in ``softtrace.loss.budget``). The bound
+    is (1 + dial) times the paired plain run's held-out loss at the same step.
     """
 
     rate = 50.0
