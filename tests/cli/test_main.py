@@ -36,7 +36,8 @@ def test_help_of_the_penalty_shows_types_and_defaults(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--penalty.masks {straight,soft}" in text
+    assert "--penalty.family {both,sparse,shallow}" in text
+    assert "(type: Optional[Literal['straight', 'soft']], default: null)" in text
     assert "--penalty.strength STRENGTH Weight of the term, >= 0" in text
 
 

@@ -124,6 +124,37 @@ def test_history_is_what_the_metrics_say_by_hand() -> None:
     assert found["area_easy"] != monitor.history[0]["area_easy"]
 
 
+class LoggedLate(Tuner):
+    """Logs its held-out loss at the very end of a validation, when callbacks were asked already."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.loss = self.model(**batch).loss
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("loss/held_out", self.loss)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["penalty first", "monitor first"])
+@pytest.mark.parametrize(("module", "known"), [(Validated, True), (LoggedLate, False)])
+def test_the_loss_is_held_against_a_budget(module: Any, known: bool, first: bool) -> None:
+    losses: list[float] = []
+
+    def note(fitting: Any, *_: Any) -> None:
+        if not fitting.sanity_checking:
+            losses.append(float(fitting.callback_metrics["loss/held_out"]))
+
+    penalty = DensityPenalty(0.5, share=0.5, crop=6, budget=0.01, reference={2: 2.0, 4: 4.0})
+    monitor = DensityMonitor(BLOCKS)
+    order = [penalty, monitor] if first else [monitor, penalty]
+    fitting = run(module(), *order, Calls(on_validation_end=note))
+    found = [each.get("loss_over_reference") for each in monitor.history]
+    wanted = [losses[0] / 2 - 1, losses[1] / 4 - 1]
+    assert found == (pytest.approx(wanted, abs=1e-6) if known else [None, None])
+    assert ("density/loss_over_reference" in fitting.callback_metrics) == known
+    assert penalty.budget is not None
+    assert penalty.budget.spent == pytest.approx(wanted[1] / 0.01, abs=1e-3)
+
+
 @pytest.mark.thorough
 def test_without_blocks_the_first_rows_of_validation_are_kept() -> None:
     monitor = DensityMonitor(max_rows=6)

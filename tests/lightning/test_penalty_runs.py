@@ -261,6 +261,7 @@ def test_wrong_options_are_refused_by_name(
 UNIONS = {
     "Optional[float]": "float | null",
     "Optional[bool]": "bool | null",
+    "Optional[Literal['straight', 'soft']]": "Literal['straight', 'soft'] | null",
     "Optional[tuple[float, float]]": "tuple[float, float] | null",
     "Union[str, dict[int, float], null]": "str | dict[int, float] | null",
 }

@@ -31,6 +31,12 @@ def history(*measured: tuple[int, float, float]) -> list[dict[str, float]]:
 
 
 STILL = history((0, 0.3, 0.1), (200, 0.28, 0.1), (400, 0.29, 0.11))
+BUDGET = {"budget": 0.01, "reference": {0: 3.0}}
+
+
+def over(share: float, area: float = 0.29) -> list[dict[str, float]]:
+    """The same, and the last held-out loss lies so far above the reference's."""
+    return [*STILL[:-1], {**STILL[-1], "area_easy": area, "loss_over_reference": share}]
 
 
 @pytest.mark.parametrize(("given", "measured", "patience"), [
@@ -57,7 +63,11 @@ def test_a_run_that_stands_still_is_told(
     ({}, STILL[:1], 1),
     ({}, STILL, 401),
     ({"strength": 0.0}, STILL, 400),
-    ({"budget": 0.01, "reference": {0: 3.0}}, STILL, 400),  # which sets the strength
+    (BUDGET, STILL, 400),  # of which nobody knows what is spent
+    (BUDGET, over(0.008), 400),  # which sets the strength
+    (BUDGET, over(0.1), 400),
+    (BUDGET, over(NAN), 400),
+    (BUDGET, over(0.0, 0.2), 400),
     ({}, history((0, 0.3, 0.1), (400, 0.284, 0.1)), 400),
     ({}, history((0, 0.3, 0.1), (400, 0.3, 0.121)), 400),
     ({}, history((0, 0.3, 0.1), (400, NAN, 0.1)), 400),
@@ -81,6 +91,21 @@ def test_it_says_the_numbers() -> None:
         "points. To change that, double strength (it is 0.35). "
         "DensityMonitor(patience=None) never says this."
     )
+
+
+@pytest.mark.parametrize("share", [0.0079, 0.0, -0.2])
+def test_a_budget_that_is_not_spent_is_no_reason_to_stand_still(share: float) -> None:
+    said = standstill(over(share), options(**BUDGET), 400, 2.5)
+    assert said is not None
+    assert (
+        "less than a fall by 5% of itself or a rise by 2 points. The budget is not spent (held-out "
+        f"loss {share:+.2%} against the reference, where +1.00% is allowed). To change that, "
+        "double strength (it is 0.35, times 2.5 by the budget) or validate more often (a "
+        "budget raises it at validations only)."
+    ) in said
+    highest = standstill(over(share), options(**BUDGET), 400, 8.0)
+    assert highest is not None
+    assert "double strength (it is 0.35, times 8 by the budget). Dens" in highest
 
 
 @pytest.mark.parametrize(("every", "first"), [(4, False), (5, True), (None, True)])
@@ -118,6 +143,18 @@ def test_a_fit_that_does_not_move_warns_once(caplog: pytest.LogCaptureFixture) -
     assert [record.levelno for record in caplog.records if record.name == LOGGER] == [
         logging.WARNING
     ]
+
+
+@pytest.mark.parametrize("reference", [9.0, 1.0], ids=["not spent", "spent"])
+def test_a_fit_with_a_budget_warns_unless_it_is_spent(
+    reference: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = penalty(budget=0.01, reference={0: reference})
+    run(Frozen(), held, DensityMonitor(BLOCKS, patience=1), val_check_interval=1)
+    said = warnings(caplog)
+    assert len(said) == (reference > 5)
+    # What the first validation found doubled the strength, the most at a time.
+    assert all("(it is 1e-09, times 2 by the budget)" in each for each in said)
 
 
 @pytest.mark.thorough

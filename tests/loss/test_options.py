@@ -19,7 +19,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strength": math.inf}, r"strength: found inf, allowed \[0, inf\)"),
     ({"strength": math.nan}, r"strength: found nan, allowed \[0, inf\)"),
     ({"strength": "1"}, r"strength: found '1', allowed \[0, inf\)"),
-    ({"preset": "fast"}, "preset: found 'fast', allowed are 'balanced', 'sparse', 'decode'"),
+    (
+        {"preset": "fast"},
+        "preset: found 'fast', allowed are 'balanced', 'sparse', 'decode', 'soft'",
+    ),
     ({"start_step": -1}, "start_step: found -1, allowed are integers from 0"),
     ({"start_step": 2.0}, "start_step: found 2.0, allowed are integers from 0"),
     ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),
@@ -110,9 +113,19 @@ def test_a_preset_sets_what_is_not_given(preset: Any) -> None:
     assert DensityOptions(preset=preset, strength=0).strength == 0
 
 
+def test_soft_is_balanced_with_soft_masks() -> None:
+    soft, balanced = DensityOptions(preset="soft"), DensityOptions()
+    assert (soft.masks, soft.temperature) == ("soft", 0.1)
+    assert (balanced.masks, balanced.temperature) == ("straight", 0.5)
+    other = {"preset": "balanced", "masks": "straight", "temperature": 0.5}
+    assert dataclasses.replace(soft, **other) == balanced  # nothing else is another
+    assert soft.through_importances
+    assert not DensityOptions(preset="soft", masks="straight").through_importances
+
+
 def test_without_a_preset_it_is_the_balanced_one() -> None:
     assert DensityOptions() == DensityOptions(preset="balanced")
-    assert len({str(DensityOptions(preset=preset)) for preset in PRESETS}) == 3
+    assert len({str(DensityOptions(preset=preset)) for preset in PRESETS}) == 4
 
 
 @given(

@@ -12,8 +12,9 @@ Runs of a seed start from the same weights and see the same blocks in the same o
 tokens a step, AdamW, 20 steps of warm-up, bfloat16 autocast. Each is measured on held-out text at
 64, 256 and 1,024 tokens, with recomputed and recorded attention, and leaves one file in RUNS, so
 that several processes can share the runs (``--part``). A GPU does not give the same twice: with
-``--repeat 1`` runs that are there are made once more, and count beside the first ones. Methods are
-read where they cost +1 % of plain fine-tuning's held-out loss, as in ``peers.py``.
+``--repeat 1`` runs that are there are made once more, and count beside the first ones. Presets and
+other projects' losses are also read where they cost +1 % of plain fine-tuning's held-out loss: see
+``equal_loss.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recipes.benchmarks.comparison import equal_loss
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
+from recipes.benchmarks.comparison.equal_loss import spread
 from recipes.benchmarks.comparison.peer_losses import smoothed
 from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
@@ -235,6 +238,8 @@ def run_all(args: argparse.Namespace) -> None:
 def summarise_runs() -> None:
     """Every run, and means over seeds; losses and side effects over the paired plain runs' mean.
 
+    Beside them what :func:`equal_loss.at_budget` reads of the runs.
+
     Runs that the result holds already stay beside those that lie in RUNS. Pairs saw the same
     blocks: a run without a plain one on its blocks is left out of the table.
     """
@@ -277,6 +282,18 @@ def summarise_runs() -> None:
                 ])
                 for name in found[0].get("side_effects", {})
             },
+            "hard_over_plain": {
+                place: {
+                    name: spread([
+                        run[place][name] / before[place][name]
+                        for run, before in zip(found, pairs, strict=True)
+                    ])
+                    for name in ("area_hard", "size_hard")
+                }
+                for place in found[0]
+                if place.endswith("recomputed")
+                and all(place in each for each in (*found, *pairs))
+            },
             "tasks": {
                 name: {
                     "right": spread([run["tasks"][name] for run in found]),
@@ -294,7 +311,12 @@ def summarise_runs() -> None:
     ]  # fmt: skip
     write_json(
         result,
-        {"table": table, "runs": runs, **provenance(torch.device("cpu"))},
+        {
+            "table": table,
+            "at_budget": equal_loss.at_budget(runs, kinds),
+            "runs": runs,
+            **provenance(torch.device("cpu")),
+        },
     )
     plot(table, RESULTS / "on_real_models.png")
     for row in table:
@@ -311,20 +333,16 @@ def summarise_runs() -> None:
 
 
 def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss, side effects and tasks of runs that repeat each other."""
+    """Loss, side effects, tasks and measures of runs that repeat each other."""
     found: dict[str, Any] = {"loss": statistics.mean(run["loss"] for run in runs)}
-    for group in ("side_effects", "tasks"):
+    places = (name for name in runs[0] if name.endswith(("recomputed", "recorded")))
+    for group in ("side_effects", "tasks", *places):
         each = [run[group] for run in runs if group in run]
         found[group] = {
             name: statistics.mean(values[name] for values in each)
             for name in (each[0] if each else {})
         }
     return found
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, smallest and largest."""
-    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
 def main() -> None:

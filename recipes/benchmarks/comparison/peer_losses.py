@@ -193,10 +193,13 @@ class LayerSkip(Method):
         finally:
             for handle in handles:
                 handle.remove()
-        logits = self.exit_logits(seen[0])[:, :-1].float()
-        early = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         weights = layerskip_weights(count, on, self.strength)
-        return weights[0] * early + weights[1] * last, last
+        return weights[0] * self.early_loss(seen[0], ids) + weights[1] * last, last
+
+    def early_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Cross-entropy of an exit, from its residual stream ``[B, T, D]``."""
+        logits = self.exit_logits(hidden)[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def layerskip_weights(layers: int, on: int, e_scale: float) -> tuple[float, float]:
@@ -221,8 +224,12 @@ class ExitDistillation(Method):
         on = step % (len(self.layers) - 1)
         with self.watching(True, [self.layers[on + 1]]) as seen:
             output = self.model(input_ids=ids, labels=ids)
-        distance = divergence(output.logits.detach(), self.exit_logits(seen[0])).mean()
+        distance = self.distance(output.logits.detach(), seen[0])
         return output.loss + self.strength * distance, output.loss
+
+    def distance(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Mean KL of an exit, from its residual stream ``[B, T, D]``, from the full prediction."""
+        return divergence(logits, self.exit_logits(hidden)).mean()
 
 
 class ActivationL1(Method):
@@ -292,7 +299,7 @@ class AttentionConnectivity(_OnAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.plain is None:
-            raise ValueError("needs the training losses of the paired plain run")
+            raise ValueError("needs the losses of the paired plain run")
         self.log_weight, self.smooth = math.log(0.1), math.nan
 
     def penalty(self, attention: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 #: measure -> what its axis says
 MEASURES = {
-    "area_easy": "area, easy tokens",
-    "size_easy": "median size at TV 0.2, easy tokens",
-    "spearman": "rank correlation of area and entropy",
+    "area_easy": "area, easy tokens\n(attention recomputed)",
+    "size_easy": "median size at TV 0.2, easy tokens\n(attention recomputed)",
+    "spearman": "rank correlation of area and entropy\n(attention recomputed)",
     "exit_easy": "exits at half depth agree, easy tokens",
 }
 LEAST = 1000  # steps
@@ -38,7 +38,8 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
         for panel, (measure, title) in zip(line, MEASURES.items(), strict=True):
             for row in (row for row in table if _kind(row) == kind):
                 _draw(panel, row, measure, colours[row["method"]])
-            panel.set_title(f"{title}\n{kind}", fontsize=8)
+            panel.set_title(kind, fontsize=8)
+            panel.set_ylabel(title, fontsize=8)
             panel.set_xlabel("held-out loss over plain fine-tuning, %", fontsize=8)
             panel.axvline(1.0, color="0.8", zorder=0)
             panel.tick_params(labelsize=8)

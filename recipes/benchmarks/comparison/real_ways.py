@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recipes.benchmarks.comparison.exit_variants import OtherExits
 from recipes.benchmarks.comparison.peer_losses import (
     DIRECT,
     METHODS,
+    ActivationL1,
+    AttentionConnectivity,
+    AttentionEntropy,
     ExitDistillation,
     LayerSkip,
+    Method,
     SoftTrace,
 )
 from softtrace.loss.masked_term import MaskedTerm
@@ -85,6 +93,72 @@ class Budgeted(SoftTrace):
         print(f"  factor of the strength: {self.density.budget.factor:.3f}", flush=True)
 
 
+def mean_of_rows(loss: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The mean of a loss ``[B, ...]`` made row by row, and made again in the backward pass.
+
+    Logits of a whole batch over 262,144 tokens of a vocabulary, as Gemma has them, take 9 GB for
+    every copy; a row's take half a gigabyte.
+    """
+    rows = zip(*(each.split(1) for each in tensors), strict=True)
+    return torch.stack([checkpoint(loss, *row, use_reentrant=False) for row in rows]).mean()
+
+
+class RealLayerSkip(LayerSkip):
+    """The same loss in less memory."""
+
+    def early_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return mean_of_rows(super().early_loss, hidden, ids)
+
+
+class RealExitDistillation(ExitDistillation):
+    """The same loss in less memory."""
+
+    def distance(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        return mean_of_rows(super().distance, logits, hidden)
+
+
+class RealConnectivity(AttentionConnectivity):
+    """Connectivity under a bound on the held-out loss, which is what all ways are read at.
+
+    The multiplier's logarithm follows the relative slack of the held-out loss at every measurement
+    instead of the training loss at every step. Of 1,000 steps there are 25 measurements, so the
+    gain of one is larger: half an e-fold where nothing of 1 % is spent, and at most one either way.
+    The slack is the one expected at the next measurement if the excess continues as it went since
+    the last, because a loss answers to a weight late (as in ``softtrace.loss.budget``). The bound
+    is (1 + dial) times the paired plain run's held-out loss at the same step.
+    """
+
+    rate = 50.0
+    before = 0.0  # excess of the loss at the last measurement; both runs begin with one model
+
+    def weight(self, task: Tensor, step: int) -> float:
+        return math.exp(self.log_weight)
+
+    def measured(self, step: int, loss: float) -> None:
+        assert isinstance(self.plain, dict)
+        excess = loss / self.plain[step] - 1
+        slack = self.strength - (excess + (excess - self.before))
+        self.before = excess
+        self.log_weight += max(-1.0, min(1.0, self.rate * slack))
+        self.log_weight = max(math.log(1e-4), min(self.log_weight, math.log(1e4)))
+        print(f"  weight of the connectivity: {math.exp(self.log_weight):.3g}", flush=True)
+
+
+def peer(method: type[Method], strength: float, **changes: Any) -> type[Method]:
+    """Another project's loss at one strength."""
+    return type(method.__name__, (method,), {"strengths": (strength,), **changes})
+
+
+#: other projects' losses at strengths that cost about 1 % of a real model's held-out loss. What
+#: LayerSkip costs at its smallest weights is its layer dropout, so it is there without as well.
+PEERS: dict[str, type[Method]] = {
+    **{f"layerskip, {s:g}": peer(RealLayerSkip, s) for s in (0.002, 0.01, 0.05)},
+    **{f"layerskip, {s:g}, no dropout": peer(RealLayerSkip, s, p_max=0.0) for s in (0.01, 0.05)},
+    **{f"exit distillation, {s:g}": peer(RealExitDistillation, s) for s in (0.03, 0.1)},
+    **{f"activation L1, {s:g}": peer(ActivationL1, s) for s in (2.0, 20.0)},
+    **{f"attention entropy, {s:g}": peer(AttentionEntropy, s) for s in (0.03, 0.1)},
+    "attention connectivity, 0.01": peer(RealConnectivity, 0.01),
+}
 _OFTEN = {**DIRECT, "every": 2, "share": 0.15}
 #: ways to train beside those of ``peers.py``
 WAYS: dict[str, Any] = {
@@ -107,9 +181,9 @@ WAYS: dict[str, Any] = {
     "sparse, thresholds from 0.08": term(0.35, preset="sparse", thresholds=(0.08, 0.6)),
     "sparse, windows of 256": term(0.35, preset="sparse", crop=256),
     "decode": term(0.1, preset="decode"),
+    "soft": term(0.35, preset="soft"),
     "map alone": term(0.35, preset="sparse", exit_map=True),
-    "layerskip, 0.05": type("LayerSkip", (LayerSkip,), {"strengths": (0.05,)}),
-    "exit distillation, 0.1": type("Exits", (ExitDistillation,), {"strengths": (0.1,)}),
+    **PEERS,
     **{f"every 2nd, {s:g}": term(s, **_OFTEN) for s in (0.05, 0.1, 0.2, 0.35)},
     **{f"every 2nd, {s:g}, no exits": term(s, **_OFTEN, exits=0.0) for s in (0.35, 1.0, 3.0)},
     "every 2nd, 1, few exits": term(1.0, **_OFTEN, exits=0.02),

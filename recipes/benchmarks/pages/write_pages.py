@@ -34,6 +34,7 @@ from recipes.benchmarks.pages.lengths import lengths
 from recipes.benchmarks.pages.real_models import (
     on_real_models,
     presets,
+    real_at_budget,
     real_side_effects,
     real_tasks,
     replays,
@@ -306,6 +307,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "side_effects_157m": side_effects_157m,
         "sensitivity": sensitivity,
         "on_real_models": on_real_models,
+        "real_at_budget": real_at_budget,
         "real_side_effects": real_side_effects,
         "real_tasks": real_tasks,
         "replays": replays,

@@ -20,7 +20,9 @@ from softtrace.errors import InvalidInputError, TrainerSetupError
 from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.standstill import standstill
 from softtrace.lightning.support import check_strategy, name_of
+from softtrace.loss.budget import LossBudget
 from softtrace.loss.inputs import MODEL_INPUTS, batch_inputs
+from softtrace.loss.reference import HELD_OUT
 from softtrace.metrics import (
     ComputationDensity,
     DensityUncertaintyCorrelation,
@@ -54,7 +56,11 @@ class DensityMonitor(Callback):
     for validation (weight averaging) are seen if that callback comes after this one.
 
     Beside a :class:`DensityPenalty` of strength above 0 it warns once, in the log, where densities
-    do not move, and names the dial; see :mod:`softtrace.lightning.standstill`.
+    do not move, and names the dial; see :mod:`softtrace.lightning.standstill`. Where that has a
+    ``budget`` it also logs ``density/loss_over_reference``, the share by which the held-out loss of
+    this validation lies above the reference's: it may be as large as the budget. A module that logs
+    its loss no earlier than in its own ``on_validation_epoch_end`` does so too late for that; the
+    penalty's ``density/budget_spent`` is there all the same.
 
     Attributes:
         history: A dict a measurement, in order: what was logged, without the ``density/``, and
@@ -127,6 +133,7 @@ class DensityMonitor(Callback):
         self._full = False
         self._last: int | None = None
         self._warned = False
+        self._loss_before: Any = None  # the held-out loss as the validation before this one left it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy that is not supported; a checkpoint is read after this."""
@@ -200,7 +207,7 @@ class DensityMonitor(Callback):
         step = trainer.global_step
         if self._last is not None and step < self._last + self.every:
             return
-        found = self._measure(trainer, pl_module)
+        found = {**self._measure(trainer, pl_module), **self._over_reference(trainer, pl_module)}
         self._last = step
         self.history.append({"step": step, **found})
         # The numbers are those of all processes already; their mean is what each has.
@@ -213,12 +220,35 @@ class DensityMonitor(Callback):
         )
         self._warn(trainer, pl_module.device)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the held-out loss of the last validation, which this one may not log again."""
+        self._loss_before = self._held_out(trainer)
+
+    def _over_reference(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """The held-out loss against a budget's reference; empty where one of them is not there."""
+        budget, loss = _budget_of(trainer), self._held_out(trainer)
+        if budget is None or loss is None or loss is self._loss_before:
+            return {}
+        # All processes shall have one history, whether the module synchronises or not.
+        own = torch.tensor(float(loss), device=pl_module.device)
+        over = float(trainer.strategy.reduce(own, reduce_op="mean"))
+        return {"loss_over_reference": over / budget.reference_at(trainer.global_step) - 1}
+
+    @staticmethod
+    def _held_out(trainer: Trainer) -> Any:
+        """What is logged as the held-out loss by now, a new tensor for every validation."""
+        penalty = _penalty_of(trainer)
+        if penalty is None or penalty.budget is None:
+            return None
+        return trainer.callback_metrics.get(penalty.options.monitor or HELD_OUT)
+
     def _warn(self, trainer: Trainer, device: torch.device) -> None:
         """Say once if the penalty does not move what is measured."""
-        penalties = [c for c in trainer.callbacks if isinstance(c, DensityPenalty)]  # type: ignore[attr-defined]
-        if self._warned or self.patience is None or not penalties:
+        penalty, budget = _penalty_of(trainer), _budget_of(trainer)
+        if self._warned or self.patience is None or penalty is None:
             return
-        said = standstill(self.history, penalties[0].options.on(device), self.patience)
+        factor = 1.0 if budget is None else budget.factor
+        said = standstill(self.history, penalty.options.on(device), self.patience, factor)
         self._warned = said is not None  # in every process: all have the same history
         if said and trainer.is_global_zero:
             logger.warning(said)
@@ -308,3 +338,13 @@ class DensityMonitor(Callback):
         self.history = [dict(each) for each in state_dict["history"]]
         self._last = int(self.history[-1]["step"]) if self.history else None
         self._warned = bool(state_dict.get("warned", False))  # older states lack it
+
+
+def _penalty_of(trainer: Trainer) -> DensityPenalty | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, DensityPenalty)), None)
+
+
+def _budget_of(trainer: Trainer) -> LossBudget | None:
+    penalty = _penalty_of(trainer)
+    return None if penalty is None else penalty.budget

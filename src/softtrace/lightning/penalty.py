@@ -75,6 +75,11 @@ class DensityPenalty(Callback):
         self._exit_maps: LearnedMaps | None = None
         self._measured_after = -1  # number of the batch whose validation was taken in last
 
+    @property
+    def budget(self) -> LossBudget | None:
+        """What the strength of this fit, or of the last one, is held by; None without a budget."""
+        return self._budget
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what can be seen without the model."""
         if stage != "fit":

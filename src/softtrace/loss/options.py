@@ -19,22 +19,18 @@ Family = Literal["both", "sparse", "shallow"]
 MaskedAttention = Literal["recorded", "recomputed"]
 Distance = Literal["kl", "tv"]
 OnNonFinite = Literal["raise", "skip"]
-Preset = Literal["balanced", "sparse", "decode"]
+Preset = Literal["balanced", "sparse", "decode", "soft"]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "balanced": {
-        "strength": 0.35, "exits": 0.2, "exit_tokens": 0.25, "exit_quantile": 0.35,
-        "exit_depths": (0.5, 0.5), "exit_map": True,
-    },
-    "sparse": {
-        "strength": 0.35, "exits": 0.0, "exit_tokens": 0.25, "exit_quantile": 0.35,
-        "exit_depths": (0.5, 0.5), "exit_map": False,
-    },
-    "decode": {
-        "strength": 0.1, "exits": 2.0, "exit_tokens": 0.25, "exit_quantile": 1.0,
-        "exit_depths": (0.5, 0.5), "exit_map": True,
-    },
+_BALANCED: dict[str, Any] = {
+    "strength": 0.35, "masks": "straight", "temperature": 0.5, "exits": 0.2, "exit_tokens": 0.25,
+    "exit_quantile": 0.35, "exit_depths": (0.5, 0.5), "exit_map": True,
 }  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "balanced": _BALANCED,
+    "sparse": {**_BALANCED, "exits": 0.0, "exit_map": False},
+    "decode": {**_BALANCED, "strength": 0.1, "exits": 2.0, "exit_quantile": 1.0},
+    "soft": {**_BALANCED, "masks": "soft", "temperature": 0.1},
+}
 """What each :data:`Preset` sets; what it does and costs is in the method card, ``recipes``."""
 
 
@@ -45,17 +41,20 @@ class DensityOptions:
     Args:
         strength: Weight of the term, >= 0; 0 runs nothing and changes nothing. None: the preset's.
         preset: What the term is for: ``"balanced"`` (a sparse and early graph), ``"sparse"`` (no
-            exits, which are most of what the term costs in held-out loss) or ``"decode"`` (most
-            weight on exits, which draft). It sets ``strength``, ``exits``, ``exit_tokens``,
-            ``exit_quantile``, ``exit_depths`` and ``exit_map`` where those are None.
+            exits, which are most of what the term costs in held-out loss), ``"decode"`` (most
+            weight on exits, which draft) or ``"soft"`` (the balanced one with soft masks, for more
+            time and memory). It sets ``strength``, ``masks``, ``temperature``, ``exits``,
+            ``exit_tokens``, ``exit_quantile``, ``exit_depths`` and ``exit_map`` where those are
+            None.
         start_step: First global step with the term.
         warmup_steps: Steps over which the strength rises linearly.
         every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
             ones, which is what a GPU is fast at. Exits have ``exit_every``. None: 1 on a CPU, 2
             on CUDA where masked runs are captured (``cuda_graph``), 8 on other accelerators.
         masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
-            (differentiable through the importances; the recording run then needs gradients).
-        temperature: Temperature of soft masks in nats of importance, > 0.
+            (differentiable through the importances; the recording run then needs gradients). None:
+            the preset's.
+        temperature: Temperature of soft masks in nats of importance, > 0. None: the preset's.
         family: Kind of subgraph: ``"both"`` (sparse in the first E layers, only residual edges
             above), ``"sparse"`` (E = L) or ``"shallow"`` (every edge of the first E layers).
         thresholds: Bounds of τ in (0, 1), which is drawn log-uniformly for every window.
@@ -125,8 +124,8 @@ class DensityOptions:
     start_step: int = 0
     warmup_steps: int = 0
     every: int | None = None
-    masks: MaskKind = "straight"
-    temperature: float = 0.5
+    masks: MaskKind = None  # type: ignore[assignment]
+    temperature: float = None  # type: ignore[assignment]
     family: Family = "both"
     thresholds: tuple[float, float] = (0.02, 0.5)
     depths: tuple[float, float] = (0.5, 1.0)
