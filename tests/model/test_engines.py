@@ -101,9 +101,13 @@ def test_what_splits_a_model_was_measured() -> None:
     for name, rows in MEASURED.items():
         assert engine(name).refused is None
         for row in rows:
-            gaps = [gap for each, gap in found["sharded"].items() if each.startswith(f"{row}, ")]
-            assert len(gaps) == 4  # of losses and of weights, on two processes and on three
-            assert max(gaps) < (1e-12 if row.startswith("FSDP") else 1e-5)  # ZeRO's are float32's
+            gaps = {
+                each: gap for each, gap in found["sharded"].items() if each.startswith(f"{row}, ")
+            }
+            assert len(gaps) == 6  # losses, gradients, weights; on two processes and on three
+            for each, gap in gaps.items():  # ZeRO's are float32's
+                float32 = 1e-4 if "gradients" in each else 1e-5
+                assert gap < (1e-12 if row.startswith("FSDP") else float32), each
             assert found["resumed"][row]["largest"] == 0
     deepspeed = "DeepSpeedStrategy", "DeepSpeedStrategy(stage=3)"
     for strategy in ("ModelParallelStrategy", "FSDPStrategy", *deepspeed):

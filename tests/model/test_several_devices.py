@@ -23,21 +23,12 @@ from softtrace.metrics.readings import readings
 from softtrace.model.devices import device_map_options
 from softtrace.model.loading import load_model
 from tests.support.corpus import write_model, write_tree
-from tests.support.fake_devices import fake_devices, on_cpu
+from tests.support.fake_devices import fake_devices, on_cpu, spread
 from tests.support.numbers import in_order
 from tests.support.skips import two_gpus
 from tests.support.tiny import tiny_model, tiny_prompt
 
 IDS = tiny_prompt(7, batch=2)
-
-
-def spread(model: Any, first: str, second: str) -> Any:
-    """The first layer beside the embedding; the others, the final norm and the head elsewhere."""
-    layers = {
-        f"model.layers.{at}": second if at else first for at in range(len(model.model.layers))
-    }
-    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": second}
-    return dispatch_model(model, {**ends, **layers, "lm_head": second}, main_device=first)
 
 
 def importances(model: Any, ids: Tensor) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from softtrace import DensityLoss
+from softtrace import DensityLoss, attach
+from softtrace.model.sharding import as_it_was
+from softtrace.tracing.instrument import attached
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, wrapped_to_checkpoint
 from tests.support.units import flat
 from tests.support.ways_to_shard import WRAPPERS, one_process_group
@@ -88,6 +92,22 @@ def test_on_gpus_masked_runs_come_as_seldom_as_where_they_are_not_captured() -> 
     assert density.options_of_a_step(gpu).every == 2
     sharded(model)
     assert density.options_of_a_step(gpu).every == 8
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_nothing_keeps_a_model_that_was_attached(attached_first: bool) -> None:
+    model = tiny_model("llama", seed=1).train()
+    if attached_first:
+        attach(model)
+    sharded(model)
+    step(model, DensityLoss(model, **OPTIONS))
+    twin, own = as_it_was(model), attach(model)
+    assert attached(model) is own
+    assert attached(twin) is None
+    reference = weakref.ref(model)
+    del model, own, twin
+    gc.collect()  # units of FSDP2 refer to each other in a circle
+    assert reference() is None
 
 
 @pytest.mark.parametrize("attached_first", [True, False])

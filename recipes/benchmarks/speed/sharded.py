@@ -185,7 +185,6 @@ def main() -> None:
     for name in args.models:
         model = build(name, device, not args.keep_activations, args.compiled)
         found = measured(Training(model, device, args.rows, args.length), args.rounds)
-        softtrace.attach(model).detach()
         del model
         let_go(cuda)
         if rank:

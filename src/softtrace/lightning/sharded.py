@@ -32,8 +32,9 @@ _ZERO = ("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage
 
 #: options of DeepSpeedStrategy that ``softtrace fit`` does not take, and why
 _NOT_OF_ZERO = {
-    "offload_optimizer": "it brings an optimiser of its own, and was not run",
-    "offload_parameters": "offloaded weights were not run",
+    "offload_optimizer": "it brings an optimiser of its own, and was run on no GPU, without which "
+    "nothing is offloaded",
+    "offload_parameters": "it was run on no GPU, without which nothing is offloaded",
     "load_full_weights": "it resumes without the optimiser's state",
     "exclude_frozen_parameters": "a checkpoint without frozen weights was not run",
 }
@@ -89,7 +90,7 @@ def _check_zero(name: str, options: Any) -> None:
     )
     if "." not in name and name not in _ZERO:
         raise InvalidInputError(
-            f"trainer.strategy: found {name}, which offloads, and that was not run; allowed of "
+            f"trainer.strategy: found {name}, which offloads, which was run on no GPU; allowed of "
             f"DeepSpeed are {', '.join(_ZERO)}"
         )
     for option, why in _NOT_OF_ZERO.items():
