@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 
 import softtrace
 from softtrace import CheckpointError, TrainerSetupError
@@ -51,8 +52,9 @@ def test_a_model_that_accelerate_prepared_can_be_attached(tmp_path: Path) -> Non
     ("place", "value", "name"),
     [
         ("is_fsdp_enabled", True, "FSDP"),
-        ("tp_size", 2, "TP"),
-        ("cp_size", 2, "CP"),
+        ("tp_size", 2, r"TP \(tensor parallelism: .* splits"),
+        ("cp_size", 2, r"CP \(context parallelism: .* splits"),
+        ("sp_size", 2, r"SP \(sequence parallelism: .* splits"),
     ],
 )
 def test_sharding_is_refused_by_name(tmp_path: Path, place: str, value: Any, name: str) -> None:
@@ -60,7 +62,7 @@ def test_sharding_is_refused_by_name(tmp_path: Path, place: str, value: Any, nam
     if place.startswith("is_"):
         setattr(trainer, place, value)
     else:
-        layout = type("Layout", (), {place: value})()
+        layout = ParallelismConfig(**{place: value})
         trainer.accelerator = type("Accelerator", (), {"parallelism_config": layout})()
     trainer.state.stateful_callbacks = {}
     with pytest.raises(TrainerSetupError, match=f"found {name}.*allow_untested=True"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from softtrace.cli.fit import fit
 from softtrace.errors import InvalidInputError, TrainerSetupError
-from softtrace.lightning import DensityMonitor
+from softtrace.lightning import DensityMonitor, module
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.sharded import check_sharding, say_batch_size, shard
 from tests.support import warm
@@ -57,10 +57,10 @@ def check_measured(
     """Every process has the numbers of one that measures the whole model on the whole set."""
     seen = [validation(rank) for rank in range(2)]
     kept = {name: torch.cat([each[name][:KEPT] for each in seen]) for name in seen[0]}
-    module = Ranked(1)
-    module.model = whole
+    ranked = Ranked(1)
+    ranked.model = whole
     monitors = (OfBlocks(BLOCKS, batch_size=1), DensityMonitor(max_rows=2 * KEPT))
-    trainer(*monitors, limit_val_batches=1.0).validate(module, Batches(kept), verbose=False)
+    trainer(*monitors, limit_val_batches=1.0).validate(ranked, Batches(kept), verbose=False)
     wanted = [monitor.history[-1] for monitor in monitors]
     for rank in range(2):
         for found, each in zip(torch.load(folder / f"measured-{rank}.pt"), wanted, strict=True):
@@ -160,6 +160,27 @@ def test_checkpoints_that_a_kill_would_spoil_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (("--trainer.strategy.tensor_parallel_size", 2), "2"),
+        (("--trainer.strategy.tensor_parallel_size", "auto"), r"auto \(Lightning's own, which is"),
+        ((), r"auto \(Lightning's own"),
+    ],
+)
+def test_tensor_parallelism_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...], found: str
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(module, "load_model", lambda *args, **options: loaded.append(args))
+    strategy = "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"
+    message = rf"tensor_parallel_size: found {found}.*allowed is 1, .*inside of a matrix"
+    with pytest.raises(InvalidInputError, match=message):
+        fit(command(Jobs(tmp_path), tmp_path / "out", *strategy, *more))
+    assert loaded == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "options", "installed", "message"),
     [
         ("deepspeed_stage_2", {}, False, "DeepSpeed is not installed .* pip install deepspeed"),
@@ -220,11 +241,11 @@ def test_adapters_that_fsdp1_would_flatten_are_refused() -> None:
 def test_weights_decay_by_the_shapes_that_they_had_before_they_were_flattened(
     tmp_path: Path,
 ) -> None:
-    module = CausalLM(str(Jobs(tmp_path).model), warmup_steps=0)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=3, strategy=None)  # type: ignore[assignment]
-    shapes = [weight.dim() for weight in module.parameters()]
-    for weight in module.parameters():
+    model = CausalLM(str(Jobs(tmp_path).model), warmup_steps=0)
+    model._trainer = SimpleNamespace(estimated_stepping_batches=3, strategy=None)  # type: ignore[assignment]
+    shapes = [weight.dim() for weight in model.parameters()]
+    for weight in model.parameters():
         weight.data = weight.data.flatten()
-    decayed, others = module.configure_optimizers()["optimizer"].param_groups
+    decayed, others = model.configure_optimizers()["optimizer"].param_groups
     assert len(decayed["params"]) == sum(each >= 2 for each in shapes) > 0 == others["weight_decay"]
     assert len(others["params"]) == sum(each < 2 for each in shapes) > 0

@@ -30,15 +30,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def check_trained(found: list[dict[str, Any]], *ways: str) -> None:
-    """Terms, and weights after every run, are those of one process with all batches."""
+    """Terms, gradients of all steps and weights after them are those of one process with all."""
     ranks = len(found)
     for way, name, steps in runs(ways):
-        losses, weights = trained(None, OPTIONS[name], steps, 0, ranks)
+        losses, weights, gradients = trained(None, OPTIONS[name], steps, 0, ranks)
         for rank, each in enumerate(found):
-            own, after = each[f"{way}, {name}"]
+            own, after, back = each[f"{way}, {name}"]
             torch.testing.assert_close(own, losses[rank::ranks], atol=1e-12, rtol=0)
             assert after.keys() == weights.keys()
             torch.testing.assert_close(after, weights, atol=1e-12, rtol=0)
+            torch.testing.assert_close(back, gradients, atol=1e-12, rtol=0)
 
 
 def test_two_processes_train_as_one(two: list[dict[str, Any]]) -> None:
@@ -77,9 +78,9 @@ def test_logits_of_more_digits_than_their_unit_computes_in(
 ) -> None:
     """MixedPrecisionPolicy(output_dtype=...); what two steps changed is the sum of gradients."""
     before = {key: each.detach() for key, each in model_and_optimizer(None)[0].named_parameters()}
-    losses, weights = trained(None, OPTIONS["soft"], 2, 0, 2)
+    losses, weights, _ = trained(None, OPTIONS["soft"], 2, 0, 2)
     for rank, found in enumerate(two):
-        own, after = found[name]
+        own, after, _ = found[name]
         torch.testing.assert_close(
             torch.stack(own).double(), torch.stack(losses[rank::2]), rtol=allowed / 10, atol=0
         )
@@ -117,6 +118,6 @@ def test_units_that_cannot_be_are_refused(two: list[dict[str, Any]]) -> None:
 
 
 def test_fsdp1_may_wrap_the_model_after_the_term_was_made(two: list[dict[str, Any]]) -> None:
-    losses, _ = trained(None, OPTIONS["soft"], 1, 0, 2)
+    losses, *_ = trained(None, OPTIONS["soft"], 1, 0, 2)
     for rank, found in enumerate(two):
         torch.testing.assert_close(found["wrapped later"], losses[rank], atol=1e-12, rtol=0)

@@ -33,11 +33,11 @@ def test_two_processes_train_as_one(tmp_path: Path, way: str) -> None:
 
 
 def check_default(found: list[dict[str, Any]], way: str) -> None:
-    losses, weights = trained(None, OPTIONS["default"], STEPS, 0, 2, torch.float32)
+    losses, *wanted = trained(None, OPTIONS["default"], STEPS, 0, 2, torch.float32)
     for rank, each in enumerate(found):
-        own, after = each[f"{way}, default"]
+        own, *others = each[f"{way}, default"]
         torch.testing.assert_close(own, losses[rank::2], atol=1e-5, rtol=0)
-        torch.testing.assert_close(after, weights, atol=1e-5, rtol=0)
+        torch.testing.assert_close(others, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_weights_in_parts_train_as_whole_ones(parts: list[dict[str, Any]]) -> None:
     check_default(parts, "ZeRO 3")
-    losses, weights = trained(None, OPTIONS["soft"], 4, 0, 2, torch.float32)
+    losses, *wanted = trained(None, OPTIONS["soft"], 4, 0, 2, torch.float32)
     for rank, found in enumerate(parts):
         for name in ("soft", "nothing ahead"):
-            own, after = found[name]
+            own, *others = found[name]
             torch.testing.assert_close(own, losses[rank::2], atol=1e-5, rtol=0)
-            torch.testing.assert_close(after, weights, atol=1e-5, rtol=0)
+            torch.testing.assert_close(others, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

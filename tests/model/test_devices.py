@@ -22,6 +22,7 @@ from softtrace.model.devices import check_device_map, device_map_options
 from softtrace.model.loading import load_model
 from tests.support.calls import CPU
 from tests.support.corpus import write_model, write_tree
+from tests.support.numbers import in_order
 from tests.support.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {
@@ -88,16 +89,8 @@ def test_evaluate_with_a_device_map_equals_without(tmp_path: Path) -> None:
     )
     for name in ("created", "command", "seconds"):
         found.pop(name), wanted.pop(name)
-    assert len(flattened(found)) > 500
-    assert flattened(found) == pytest.approx(flattened(wanted), abs=1e-6)
-
-
-def flattened(values: Any) -> list[float]:
-    """Every number of what JSON holds, in order."""
-    if isinstance(values, dict | list):
-        inside = values.values() if isinstance(values, dict) else values
-        return [number for each in inside for number in flattened(each)]
-    return [float(values)] if isinstance(values, int | float) else []
+    assert len(in_order(found)) > 500
+    assert in_order(found) == pytest.approx(in_order(wanted), abs=1e-6)
 
 
 def test_weights_that_nothing_brings_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,23 +13,22 @@ from accelerate import dispatch_model
 from torch import Tensor
 
 from softtrace import DensityLoss, attach, density_curve, edge_importance
+from softtrace.cli.evaluate import evaluate
+from softtrace.data.text_source import TextSource
 from softtrace.errors import UnsupportedModelError
 from softtrace.evaluation.measure import LISTS, measure
+from softtrace.evaluation.run_options import RunOptions
 from softtrace.graph import attention_maps
 from softtrace.metrics.readings import readings
-from tests.support.fake_devices import fake_devices, on_cpu
+from softtrace.model.devices import device_map_options
+from softtrace.model.loading import load_model
+from tests.support.corpus import write_model, write_tree
+from tests.support.fake_devices import fake_devices, on_cpu, spread
+from tests.support.numbers import in_order
+from tests.support.skips import two_gpus
 from tests.support.tiny import tiny_model, tiny_prompt
 
 IDS = tiny_prompt(7, batch=2)
-
-
-def spread(model: Any, first: str, second: str) -> Any:
-    """The first layer beside the embedding; the others, the final norm and the head elsewhere."""
-    layers = {
-        f"model.layers.{at}": second if at else first for at in range(len(model.model.layers))
-    }
-    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": second}
-    return dispatch_model(model, {**ends, **layers, "lm_head": second}, main_device=first)
 
 
 def importances(model: Any, ids: Tensor) -> list[Tensor]:
@@ -54,8 +54,9 @@ def row_by_row(model: Any, ids: Tensor) -> list[Tensor]:
 
 
 def evaluation(model: Any, ids: Tensor) -> list[Tensor]:
+    blocks = on_cpu(ids).cpu()
     found = measure(
-        model, on_cpu(ids), min_context=4, batch_size=2, extra_blocks=0, progress=lambda _: None
+        model, blocks, min_context=4, batch_size=2, extra_blocks=0, progress=lambda _: None
     )
     return [torch.cat(getattr(found, name), -1) for name in LISTS if name != "nucleus"]
 
@@ -76,16 +77,48 @@ READ: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
 }  # fmt: skip
 
 
+def numbers(first: str, second: str) -> dict[str, list[Tensor]]:
+    """All that is read of a model on two devices, on the CPU."""
+    model = spread(tiny_model("llama"), first, second)
+    assert {str(each.device) for each in model.parameters()} == {first, second}
+    read = {name: of(model, IDS.to(first)) for name, of in READ.items()}
+    return {name: [on_cpu(value).cpu() for value in values] for name, values in read.items()}
+
+
 @pytest.mark.thorough
 def test_numbers_are_those_of_one_device() -> None:
-    found: list[dict[str, list[Tensor]]] = []
     with fake_devices() as (first, second):
-        for other in (second, first):
-            model = spread(tiny_model("llama"), first, other)
-            assert {str(each.device) for each in model.parameters()} == {first, other}
-            read = {name: of(model, IDS.to(first)) for name, of in READ.items()}
-            found.append({name: [on_cpu(v) for v in values] for name, values in read.items()})
+        found = [numbers(first, other) for other in (second, first)]
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+@two_gpus
+def test_numbers_of_two_gpus_are_those_of_one() -> None:
+    torch.testing.assert_close(
+        numbers("cuda:0", "cuda:1"), numbers("cuda:0", "cuda:0"),
+        atol=1e-6, rtol=1e-5, equal_nan=True,
+    )  # fmt: skip
+
+
+@two_gpus
+def test_evaluate_with_a_device_map_over_two_gpus_equals_without(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "model"))
+    text = TextSource(str(write_tree(tmp_path / "text")))
+    limits = {"0": "120KB", "1": "400KB"}  # for 159 KB
+    gpu = torch.device("cuda", 0)
+    mapped = load_model(model, **device_map_options("auto", limits, gpu, str(tmp_path / "rest")))
+    assert {each.device for each in mapped.parameters()} == {gpu, torch.device("cuda", 1)}
+    options: dict[str, Any] = {
+        "block_size": 8, "blocks": 3, "batch_size": 2, "extra_blocks": 1,
+        "run": RunOptions(device="cuda"),
+    }  # fmt: skip
+    wanted = evaluate(model, text, str(tmp_path / "whole"), **options)
+    more: dict[str, Any] = {"device_map": "auto", "max_memory": limits}
+    found = evaluate(model, text, str(tmp_path / "mapped"), **more, **options)
+    for name in ("created", "command", "seconds"):
+        found.pop(name), wanted.pop(name)
+    assert len(in_order(found)) > 500
+    assert in_order(found) == pytest.approx(in_order(wanted), abs=1e-5)
 
 
 def test_a_layer_in_two_places_is_refused() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -112,6 +113,7 @@ def fake_devices() -> Iterator[tuple[str, str]]:
             _Factories(),
             patch.object(torch, "autocast", _autocast),
             patch.object(torch, "is_autocast_enabled", _asked),
+            patch.object(torch, "get_device_module", lambda device: None),  # which has a name
         ):
             yield f"{_KIND}:0", f"{_KIND}:1"
     finally:
@@ -121,3 +123,12 @@ def fake_devices() -> Iterator[tuple[str, str]]:
 def on_cpu(value: Tensor) -> Tensor:
     """The numbers of a tensor, wherever it says that it is."""
     return value.detach().held if isinstance(value, Elsewhere) else value
+
+
+def spread(model: Any, first: str, second: str) -> Any:
+    """The first layer beside the embedding; the others, the final norm and the head elsewhere."""
+    layers = {
+        f"model.layers.{at}": second if at else first for at in range(len(model.model.layers))
+    }
+    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": second}
+    return dispatch_model(model, {**ends, **layers, "lm_head": second}, main_device=first)

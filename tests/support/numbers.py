@@ -13,3 +13,11 @@ def flat(found: Any) -> Tensor:
     if isinstance(found, Tensor):
         return found.double().flatten()
     return torch.cat([flat(found[name]) for name in sorted(found)])
+
+
+def in_order(values: Any) -> list[float]:
+    """Every number of what JSON holds, in order."""
+    if isinstance(values, dict | list):
+        inside = values.values() if isinstance(values, dict) else values
+        return [number for each in inside for number in in_order(each)]
+    return [float(values)] if isinstance(values, int | float) else []

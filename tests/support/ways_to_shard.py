@@ -41,7 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-
+#: losses of the steps, weights after them, and the gradients of each
+Trained = tuple[list[Tensor], dict[str, Tensor], list[dict[str, Tensor]]]
 WHOLE_WAYS = ("by layer", "flat")  # that are tried in all else too
 
 
@@ -103,6 +104,20 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by the names of the model that is not sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    found = {}
+    flat = isinstance(model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=flat):
+        for name, value in model.named_parameters():
+            grad: Any = value.grad
+            whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            found[WRAPPERS.sub("", name)] = whole.detach().clone()
+    return found
+
+
 def trained(
     way: str | None,
     options: dict[str, Any],
@@ -110,8 +125,8 @@ def trained(
     rank: int,
     ranks: int,
     dtype: torch.dtype = torch.float64,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses of the steps and weights after them.
+) -> Trained:
+    """Losses of the steps, weights after them, and the gradients of each.
 
     Args:
         way: to shard the model; None for one process that goes through all processes' batches.
@@ -123,7 +138,7 @@ def trained(
     """
     model, optimizer = model_and_optimizer(None if way is None else WAYS[way], dtype)
     density = DensityLoss(model, **options)
-    losses = []
+    losses, gradients = [], []
     for step in range(steps):
         optimizer.zero_grad()
         if way is not None:
@@ -132,8 +147,9 @@ def trained(
             losses.append(loss.detach())
         else:
             losses += of_all_ranks(model, density, step, ranks)
+        gradients.append(whole_gradients(model))
         optimizer.step()
-    return losses, whole_weights(model)
+    return losses, whole_weights(model), gradients
 
 
 def of_all_ranks(model: nn.Module, density: DensityLoss, step: int, ranks: int) -> list[Tensor]:
@@ -208,10 +224,8 @@ def in_bfloat16(way: str) -> list[float]:
     return found
 
 
-def giving_more_digits(
-    computes: torch.dtype, gives: torch.dtype
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and weights of two steps where logits have more digits than what computed them."""
+def giving_more_digits(computes: torch.dtype, gives: torch.dtype) -> Trained:
+    """As :func:`trained` for two steps where logits have more digits than what computed them."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shard = partial(with_output_dtype, computes=computes, gives=gives)
     with patch.dict(WAYS, {"more digits": shard}):

@@ -20,6 +20,7 @@ from tests.support.ways_to_shard import (
     OPTIONS,
     ROWS,
     STEPS,
+    Trained,
     batch,
     loss_of,
     model_and_optimizer,
@@ -28,7 +29,6 @@ from tests.support.ways_to_shard import (
 )
 from tests.support.zoo import VERIFIED, tiny
 
-Trained = tuple[list[Tensor], dict[str, Tensor]]
 #: tied weights and Conv1D, a norm after sub-blocks, in place and parallel, experts; adapters
 FAMILIES = ("gpt2", "gemma2", "falcon, one key head", "deepseek_v3", "LoRA")
 LAYERS = 8  # of the model whose weights are counted in the backward pass
@@ -62,15 +62,19 @@ def trained_by_zero(
 
 
 def steps_of(engine: Any, options: dict[str, Any], steps: int, rank: int, ranks: int) -> Trained:
-    """Losses of the steps and weights after them."""
+    """Losses of the steps, weights after them, and the gradients of each."""
+    from deepspeed.utils import safe_get_full_grad
+
     density = DensityLoss(engine.module, **options)
-    losses = []
+    losses, gradients = [], []
     for step in range(steps):
         loss = loss_of(engine, density, step, rank, ranks)
         engine.backward(loss)
+        trained = [each for each in engine.module.named_parameters() if each[1].requires_grad]
+        gradients.append({name: safe_get_full_grad(each).clone() for name, each in trained})
         engine.step()
         losses.append(loss.detach())
-    return losses, whole_weights(engine.module)
+    return losses, whole_weights(engine.module), gradients
 
 
 def of_ways(ways: Sequence[str], rank: int, ranks: int) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from softtrace import DensityLoss
+from softtrace import DensityLoss, attach
+from softtrace.model.sharding import as_it_was
+from softtrace.tracing.instrument import attached
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, wrapped_to_checkpoint
 from tests.support.units import flat
 from tests.support.ways_to_shard import WRAPPERS, one_process_group
@@ -42,12 +47,14 @@ def sharded(model: Any) -> Any:
     return model
 
 
-def step(model: nn.Module, density: DensityLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def step(
+    model: nn.Module, density: DensityLoss, number: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Term, and gradients of the loss with it."""
     ids = tiny_prompt(9, seed=1, batch=3)
-    with density.watching(model, 0) as watched:
+    with density.watching(model, number) as watched:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    term = density(ids, labels=ids, step=0, watched=watched)
+    term = density(ids, labels=ids, step=number, watched=watched)
     assert term.exit_distance is not None
     (loss + term.loss).backward()
     found = {}
@@ -85,6 +92,22 @@ def test_on_gpus_masked_runs_come_as_seldom_as_where_they_are_not_captured() -> 
     assert density.options_of_a_step(gpu).every == 2
     sharded(model)
     assert density.options_of_a_step(gpu).every == 8
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_nothing_keeps_a_model_that_was_attached(attached_first: bool) -> None:
+    model = tiny_model("llama", seed=1).train()
+    if attached_first:
+        attach(model)
+    sharded(model)
+    step(model, DensityLoss(model, **OPTIONS))
+    twin, own = as_it_was(model), attach(model)
+    assert attached(model) is own
+    assert attached(twin) is None
+    reference = weakref.ref(model)
+    del model, own, twin
+    gc.collect()  # units of FSDP2 refer to each other in a circle
+    assert reference() is None
 
 
 @pytest.mark.parametrize("attached_first", [True, False])
@@ -136,8 +159,45 @@ def wrapped_and_compiled(model: Any) -> Any:
 def test_layers_that_are_compiled_and_sharded(way: Callable[[Any], Any]) -> None:
     whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
     torch._dynamo.reset()
-    check_same(whole, way(parts))
+    counters.clear()
+    parts = way(parts)
+    check_same(whole, parts)
+    assert graphs() == (1, 0)  # of all layers
+    density = DensityLoss(parts, **OPTIONS)
+    for number in range(1, 3):
+        step(parts, density, number)
+    assert graphs() == (1, 0)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("prepared", [lambda model: model, checkpointed])
+def test_a_model_that_is_sharded_and_compiled_as_a_whole(prepared: Callable[[Any], Any]) -> None:
+    """FSDP2 itself breaks the graph where it gathers; the term adds no break and no graph."""
+    made = []
+    for watched in (False, True):
+        whole, parts = (tiny_model("llama", seed=1).train() for _ in range(2))
+        torch._dynamo.reset()
+        counters.clear()
+        parts = sharded(prepared(parts))
+        parts.compile(backend="eager")
+        if watched:
+            check_same(whole, parts)
+        for number in range(1, 3):
+            if watched:
+                step(parts, DensityLoss(parts, **OPTIONS), number)
+            else:
+                ids = tiny_prompt(9, seed=1, batch=3)
+                parts(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        made.append(graphs())
+    assert made[0] == made[1]
+    assert made[1][0] > made[1][1] > 0
+    torch._dynamo.reset()
+
+
+def graphs() -> tuple[int, int]:
+    """How many graphs were made, and how often one broke."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")

@@ -29,7 +29,13 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.lightning import DensityPenalty
 from tests.support import hf_training as hf
-from tests.support import lightning_runs, ways_to_resume, ways_to_shard, ways_to_step
+from tests.support import (
+    lightning_runs,
+    ways_to_continue,
+    ways_to_resume,
+    ways_to_shard,
+    ways_to_step,
+)
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import weights
 from tests.support.mutations import MUTATIONS, run_tests
@@ -241,21 +247,40 @@ def sharded(args: argparse.Namespace) -> dict[str, Any]:
         for what, gap in in_parts(found, runs, dtype).items():
             said = " (float32)" if zero else ""
             rows[f"{engine}, {ranks} processes, {ways_to_shard.STEPS} steps, {what}{said}"] = gap
-    return rows
+    if "FSDP2" in (args.fits or ["FSDP2"]):
+        rows |= continued()
+    return dict(sorted(rows.items()))
+
+
+def continued() -> dict[str, float]:
+    """Checkpoints in parts that other numbers of processes continue from, against no break."""
+    options, steps = ways_to_shard.OPTIONS["default"], ways_to_continue.LEGS[-1][1]
+    with tempfile.TemporaryDirectory() as folder:
+        for first, last, ranks in ways_to_continue.LEGS:
+            after = ways_to_continue.continued(Path(folder), ranks, first, last)
+    wanted = ways_to_shard.trained(None, options, steps, 0, ways_to_continue.BATCHES)[1]
+    gaps = [difference(after[key], each) / float(each.abs().max()) for key, each in wanted.items()]
+    numbers = ", then ".join(str(ranks) for _, _, ranks in ways_to_continue.LEGS)
+    return {f"FSDP2 on {numbers} processes, {steps} steps, weights": max(gaps)}
 
 
 def in_parts(
     found: list[dict[str, Any]], runs: list[tuple[str, str, int]], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Largest relative differences of losses and weights from those of one process."""
-    worst, ranks = {"losses": 0.0, "weights": 0.0}, len(found)
+    """Largest relative differences of losses, gradients and weights from those of one process."""
+    worst, ranks = {"losses": 0.0, "gradients": 0.0, "weights": 0.0}, len(found)
     for way, name, steps in runs:
         options = ways_to_shard.OPTIONS[name]
-        losses, wanted = ways_to_shard.trained(None, options, steps, 0, ranks, dtype)
+        losses, wanted, back = ways_to_shard.trained(None, options, steps, 0, ranks, dtype)
         for rank, each in enumerate(found):
-            own, after = each[f"{way}, {name}"]
+            own, after, gradients = each[f"{way}, {name}"]
             pairs = {
                 "losses": zip(own, losses[rank::ranks], strict=True),
+                "gradients": (
+                    (one[key], other[key])
+                    for one, other in zip(gradients, back, strict=True)
+                    for key in other
+                ),
                 "weights": ((after[key], wanted[key]) for key in wanted),
             }
             for what, both in pairs.items():

@@ -135,10 +135,16 @@ def sharded() -> str:
     )
     hardware = " and ".join(dict.fromkeys(row["hardware"] for _, row in measured))
     torches = " and ".join(dict.fromkeys(row["versions"]["torch"] for _, row in measured))
+    gpu = torch.device("cuda")
+    seldom = DensityOptions(cuda_graph=False).on(gpu).every
+    often = DensityOptions().on(gpu).every
     lines.append(
         f"\nA step with the default term over a plain one (quartiles of "
         f"{' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} interleaved turns "
-        f"of {result['steps_a_turn']} steps), {batches} tokens a process; where it is compiled, "
+        f"of {result['steps_a_turn']} steps), {batches} tokens a process. **Masked runs come at "
+        f"every {seldom}th step here**, which is the default of a sharded model: its units let go "
+        f"of their weights, so no CUDA graph can be made of its masked runs; where one can, on a "
+        f"GPU that has the whole model, they come at every {often}nd. Where it is compiled, "
         "every layer by itself, over a compiled plain step. In brackets: tokens a second over "
         "those of one process, of the same kind and on the same hardware. "
         f"{result['precision'].capitalize()}, {hardware}, torch {torches} "

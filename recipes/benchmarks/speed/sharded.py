@@ -1,6 +1,7 @@
 """What a training step costs where the model is sharded by FSDP2, with random weights.
 
     torchrun --nproc_per_node 2 -m recipes.benchmarks.speed.sharded            # 8B and 1B, two GPUs
+    torchrun --nproc_per_node 2 -m recipes.benchmarks.speed.sharded --models Qwen3-8B --compiled
     torchrun --nproc_per_node 1 -m recipes.benchmarks.speed.sharded --models Llama-3.2-1B
     torchrun --nproc_per_node 2 -m recipes.benchmarks.speed.sharded --models tiny   # CPUs, gloo
 
@@ -16,6 +17,7 @@ processes that were measured on the same hardware, so run one after the other on
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -155,6 +157,15 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+def let_go(cuda: bool) -> None:
+    """Nothing of a model is left where the next one is measured."""
+    gc.collect()  # units of FSDP2 refer to each other in a circle
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if cuda:
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["Llama-3.1-8B", "Llama-3.2-1B"],
@@ -176,6 +187,7 @@ def main() -> None:
         model = build(name, device, not args.keep_activations, args.compiled)
         found = measured(Training(model, device, args.rows, args.length), args.rounds)
         del model
+        let_go(cuda)
         if rank:
             continue
         kept = json.loads(args.out.read_text("utf-8"))["models"] if args.out.exists() else {}

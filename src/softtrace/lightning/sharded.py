@@ -32,22 +32,25 @@ _ZERO = ("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage
 
 #: options of DeepSpeedStrategy that ``softtrace fit`` does not take, and why
 _NOT_OF_ZERO = {
-    "offload_optimizer": "it brings an optimiser of its own, and was not run",
-    "offload_parameters": "offloaded weights were not run",
+    "offload_optimizer": "it brings an optimiser of its own, and was run on no GPU, without which "
+    "nothing is offloaded",
+    "offload_parameters": "it was run on no GPU, without which nothing is offloaded",
     "load_full_weights": "it resumes without the optimiser's state",
     "exclude_frozen_parameters": "a checkpoint without frozen weights was not run",
 }
 
+_TP = "weights split inside of a matrix have no edge of their own"
+
 
 def check_sharding(strategy: Any) -> None:
-    """Refuse a strategy that there is not, or whose checkpoints ``softtrace fit`` cannot resume.
+    """Refuse a strategy that there is not, that splits matrices, or that cannot resume.
 
     Args:
         strategy: as the command line has it, a name or a class with its arguments.
 
     Raises:
-        InvalidInputError: nobody knows it, its engine is not installed, or an option of it makes
-            each process write its part over the last checkpoint's.
+        InvalidInputError: nobody knows it, its engine is not installed, it is tensor parallelism,
+            or an option of it makes each process write its part over the last checkpoint's.
     """
     name = str(getattr(strategy, "class_path", strategy))
     options = getattr(strategy, "init_args", {})
@@ -59,6 +62,8 @@ def check_sharding(strategy: Any) -> None:
         )
     if "deepspeed" in name.lower():
         _check_zero(name, options)
+    if name.rpartition(".")[2] == "ModelParallelStrategy":
+        _check_tensor_parallel(options.get("tensor_parallel_size", "auto"))
     for option, (found, instead) in _IN_FOLDERS.items():
         if options.get(option) == found:
             said = str(found).lower()
@@ -69,13 +74,23 @@ def check_sharding(strategy: Any) -> None:
             )
 
 
+def _check_tensor_parallel(found: object) -> None:
+    if found == 1:
+        return
+    many = " (Lightning's own, which is all devices of a host)" if found == "auto" else ""
+    raise InvalidInputError(
+        f"trainer.strategy.tensor_parallel_size: found {found}{many}, allowed is 1, with "
+        f"data_parallel_size the number of processes: {_TP}"
+    )
+
+
 def _check_zero(name: str, options: Any) -> None:
     instead = (
         "use lightning.pytorch.strategies.ModelParallelStrategy (FSDP2), which needs nothing more"
     )
     if "." not in name and name not in _ZERO:
         raise InvalidInputError(
-            f"trainer.strategy: found {name}, which offloads, and that was not run; allowed of "
+            f"trainer.strategy: found {name}, which offloads, which was run on no GPU; allowed of "
             f"DeepSpeed are {', '.join(_ZERO)}"
         )
     for option, why in _NOT_OF_ZERO.items():
@@ -142,8 +157,7 @@ def _shard(model: Any, mesh: Any, precision: str) -> None:
     if mesh["tensor_parallel"].size() > 1:
         raise TrainerSetupError(
             f"{name} has tensor_parallel_size {mesh['tensor_parallel'].size()}; allowed is 1, with "
-            "data_parallel_size the number of processes: weights split inside a matrix have no "
-            "edge of their own"
+            f"data_parallel_size the number of processes: {_TP}"
         )
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()

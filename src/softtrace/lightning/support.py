@@ -71,7 +71,7 @@ LIGHTNING: tuple[Support, ...] = (
     Support(
         "module",
         "torch.compile in place",
-        note="exits are not read in a forward that was compiled before the fit",
+        note="a whole model that was compiled before the fit is compiled once more, for its exits",
     ),
     Support("module", "configure_model"),
     Support("module", "closures that run repeatedly (LBFGS)"),

@@ -131,7 +131,7 @@ class DensityLoss:
         Nothing about the forward changes; residual streams and logits are held until that call. A
         call that is given none takes the handle of the newest block. Nothing is watched without
         ``options.exits``. Where something is compiled, hooks stay on the layers, which only look;
-        nothing is read of a forward that was compiled before they came.
+        a model that was compiled as a whole before they came is compiled once more, and read too.
 
         Args:
             host: The module whose forward is run, where that is not the model itself.

@@ -9,11 +9,28 @@ from dataclasses import dataclass
 from torch import nn
 
 from softtrace.anatomy.discovery import vocabulary_of
+from softtrace.model.sharding import is_sharded
 from softtrace.model.state import all_modules
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
 ATTACHED: weakref.WeakKeyDictionary[nn.Module, Instrument] = weakref.WeakKeyDictionary()
+"""Model to its instrument, which holds its parts; not of models whose parts refer to them."""
+
+_OWN = "_softtrace_instrument"
+
+
+class _Kept:
+    """An instrument that its own model holds, where the model's parts refer to it, as units do.
+
+    Held anywhere else they would keep it alive for ever. Copies of the model have none.
+    """
+
+    def __init__(self, instrument: Instrument | None = None) -> None:
+        self.instrument = instrument
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,7 +50,7 @@ class Instrument(Runner):
         """The instrument of a runner that was proven; from now on :func:`attached` finds it."""
         model = runner.model
         instrument = cls(**vars(runner), verification=verification, parts=_parts(model))
-        ATTACHED[model] = instrument
+        _keep(model, instrument)
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
@@ -46,16 +63,31 @@ class Instrument(Runner):
         return same and vocabulary_of(model) == self.anatomy.vocabulary
 
     def detach(self) -> None:
-        """Forget the model. Between runs nothing of ours is on it, so nothing is left behind."""
+        """Forget the model. Between runs nothing of ours changes it, so nothing is left behind."""
         model = self.reference()
         if model is not None:
             ATTACHED.pop(model, None)
+            vars(model).pop(_OWN, None)
 
 
 def attached(model: nn.Module) -> Instrument | None:
     """The instrument that a model has; None where it has none, or was changed since."""
     known = ATTACHED.get(model)
-    return known if known is not None and known.fits(model) else None
+    if known is None and (kept := vars(model).get(_OWN)) is not None:
+        known = kept.instrument
+    elif known is not None and is_sharded(model):  # since it was attached
+        _keep(model, known)
+    # A shallow copy of the model has what it has.
+    own = known is not None and known.reference() is model and known.fits(model)
+    return known if own else None
+
+
+def _keep(model: nn.Module, instrument: Instrument) -> None:
+    if is_sharded(model):
+        ATTACHED.pop(model, None)
+        vars(model)[_OWN] = _Kept(instrument)
+    else:
+        ATTACHED[model] = instrument
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, ...]:
