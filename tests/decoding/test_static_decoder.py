@@ -78,7 +78,8 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
             layer.mlp.down_proj.weight.zero_()
     found = decoder(model, exit_layer=1, draft_tokens=4, rows=2).speculate(prompts_of(5, 9), NEW)
     for each in found:
-        assert (each.drafted, each.accepted, each.checks) == (NEW, NEW, NEW // 4)
+        assert (each.drafted, each.accepted, each.checks) == (3 * NEW // 4, 3 * NEW // 4, NEW // 4)
+        assert (each.reached, each.acceptance_each) == (each.accepted, 1.0)
 
 
 @pytest.mark.parametrize("new", [1, 5, 9])
@@ -93,7 +94,7 @@ def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
     assert ran == [4, *[1] * new]  # the prompt but its last token, and one run a token
     ran.clear()
     found = static.speculate([row], new)[0]
-    assert ran.count(1) >= found.drafted
+    assert ran.count(1) >= found.drafted + found.checks  # and the last guess, which says nothing
     assert max(ran[1:]) <= min(4, new)
     handle.remove()
 
@@ -151,7 +152,7 @@ def test_nothing_is_compiled_after_the_first_text() -> None:
     static.plain(prompts_of(5), 4)
     static.speculate(prompts_of(5), 4)
     after = graphs()
-    assert after - before == 3  # a token, a guess and a check: each one graph, whole
+    assert after - before == 4  # a token, a guess, the last one, a check: each one graph, whole
     for lengths, new in (((3, 40), 20), ((1,), 9), ((11, 2), 1)):
         rows = prompts_of(*lengths)
         wanted = [greedy(model, row[None], new, -1).tokens.tolist() for row in rows]
@@ -177,7 +178,7 @@ def test_nor_is_it_for_other_ways_to_guess() -> None:
     static.plain(prompts_of(5), 4)
     static.speculate(prompts_of(5), 4)
     after = graphs()
-    assert after - before == 5  # a token, a guess, a check, a look, a check of what was looked up
+    assert after - before == 6  # those four, a look, a check of what was looked up
     for rows in ([repeated], [repeated, tiny_prompt(9)[0]], prompts_of(40)):
         static.plain(rows, 7)
         static.speculate(rows, 11)
