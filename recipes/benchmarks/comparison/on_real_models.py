@@ -5,13 +5,16 @@
     python -m $P tokens --prose DIR                    # blocks of all texts (../shared/prose.py)
     python -m $P train --steps 1000 --seeds 3          # wants a GPU; resumes where it stopped
     python -m $P train --models smollm2-135m --texts prose --ways plain "every 2nd, 0.2" --part 0/4
+    python -m $P train --save DIR --measure loss       # models to decode with, and little else
     python -m $P summarise                             # results/on_real_models.json and .png
 
 A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of steps and a seed.
 Runs of a seed start from the same weights and see the same blocks in the same order: 16 of 512
 tokens a step, AdamW, 20 steps of warm-up, bfloat16 autocast. Each is measured on held-out text at
 64, 256 and 1,024 tokens, with recomputed and recorded attention, and leaves one file in RUNS, so
-that several processes can share the runs (``--part``). A GPU does not give the same twice: with
+that several processes can share the runs (``--part``). Where the model alone is wanted, nothing but
+the loss is measured (``--measure loss``): it is left beside the saved model, and no summary takes
+it for a run. A GPU does not give the same twice: with
 ``--repeat 1`` runs that are there are made once more, and count beside the first ones. Methods are
 read where they cost +1 % of plain fine-tuning's held-out loss, as in ``peers.py``.
 """
@@ -50,6 +53,7 @@ RUNS = ROOT / "runs" / "on_real_models"
 MODELS = ("smollm2-135m", "gemma3-270m")
 BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
+TRAINED = "trained.json"  # beside a saved model: how it was trained, and its loss
 HELD_OUT = 64  # blocks of 512 tokens for the loss
 MEASURED = 25  # times that the held-out loss is measured while training
 
@@ -138,6 +142,14 @@ def plain_losses(name: str, blocks: str) -> dict[int, float] | None:
     return {int(step): loss for step, loss in found.get("held_out_losses", {}).items()} or None
 
 
+def loss_of(model: nn.Module, tokens: dict[str, Tensor]) -> float:
+    """Held-out loss in nats a token, of a model that is in eval mode afterwards."""
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16):
+        return held_out_loss(model, tokens["held_out"].long(), str(device), 8)
+
+
 def measures(
     model: nn.Module,
     tokens: dict[str, Tensor],
@@ -147,10 +159,9 @@ def measures(
 ) -> Iterator[tuple[str, Any]]:
     """Loss, side effects, tasks, and densities by length and kind of attention, one by one."""
     device = next(model.parameters()).device
-    model.eval()
     held_out = tokens["held_out"].long()
+    yield "loss", loss_of(model, tokens)
     with torch.autocast(device.type, torch.bfloat16):
-        yield "loss", held_out_loss(model, held_out, str(device), 8)
         rare = rare_tokens(tokens["train"], int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
         yield "side_effects", side_effects(model, held_out, rare, elsewhere, str(device), 8)
         yield "tasks", tasks_right(model, tasks, 8)
@@ -182,10 +193,11 @@ def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int
 
 
 def save(network: Any, origin: Path, folder: Path) -> None:
-    """The model, the maps of its exits and its tokenizer, as ``load_model`` reads them."""
+    """The model, the maps of its exits and its tokenizer if there is one, for ``load_model``."""
     network.save_pretrained(folder)
     save_exit_maps(network, folder)
-    load_tokenizer(origin).save_pretrained(folder)
+    if any(origin.glob("tokenizer*")):
+        load_tokenizer(origin).save_pretrained(folder)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -200,7 +212,9 @@ def run_all(args: argparse.Namespace) -> None:
     ]
     for seed, model, text, way, strength in runs[number::of]:
         name = name_of(model, text, f"{way} {strength:g}", args, seed)
-        if (RUNS / f"{name}.json").exists():
+        folder = args.save and args.save / name.replace(", ", "-").replace(" ", "-")
+        done = folder / TRAINED if args.measure == "loss" else RUNS / f"{name}.json"
+        if done.exists():
             continue
         print(name, flush=True)
         tokens = load_file(RUNS / f"{model} {text}.safetensors")
@@ -211,15 +225,17 @@ def run_all(args: argparse.Namespace) -> None:
         plain = plain_losses(name_of(model, text, "plain 0", args, seed), digest(tokens))
         method = WAYS[way](network, strength, seed, plain)
         trained = train(network, method, tokens, args, seed)
-        if args.save:
-            save(
-                network, args.folder / model, args.save / name.replace(", ", "-").replace(" ", "-")
-            )
+        if folder:
+            save(network, args.folder / model, folder)
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
             "steps": args.steps, "lora": args.lora, "blocks": digest(tokens),
             **trained, **provenance(device),
         }  # fmt: skip
+        if folder:
+            write_json(folder / TRAINED, {**found, "loss": loss_of(network, tokens)})
+        if args.measure == "loss":
+            continue
         other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
         elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
         tasks = load_file(RUNS / f"{model} tasks.safetensors")
@@ -341,11 +357,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=0, help="count of earlier runs of the same")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save", type=Path, help="a folder for the models after training")
+    parser.add_argument("--measure", choices=("all", "loss"), default="all",
+                        help="loss: of saved models, and left beside them")  # fmt: skip
     parser.add_argument(
         "--attention", nargs="+", default=["recomputed", "recorded"], help="of what is measured"
     )
     parser.add_argument("--part", default="0/1", help="NUMBER/OF: this process's share of the runs")
     args = parser.parse_args()
+    if args.measure == "loss" and args.save is None:
+        parser.error("--measure loss: found no --save DIR, which it is for")
     if args.stage == "tokens":
         make_tokens(args.folder, args.prose, args.steps, args.models, args.texts)
     elif args.stage == "train":
