@@ -36,11 +36,10 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
 from recipes.benchmarks.comparison.peer_losses import smoothed
-from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
 from recipes.benchmarks.comparison.real_texts import TEXTS, copied, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
-from recipes.benchmarks.places import RESULTS, ROOT
+from recipes.benchmarks.places import RESULTS, ROOT, TRAINED
 from softtrace.data import evenly, pack
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
@@ -53,7 +52,6 @@ RUNS = ROOT / "runs" / "on_real_models"
 MODELS = ("smollm2-135m", "gemma3-270m")
 BLOCKS = {256: 16, 1024: 4, 64: 64}
 ROWS, LENGTH, WARMUP, RATE, LORA_RATE = 16, 512, 20, 2e-4, 1e-3
-TRAINED = "trained.json"  # beside a saved model: how it was trained, and its loss
 HELD_OUT = 64  # blocks of 512 tokens for the loss
 MEASURED = 25  # times that the held-out loss is measured while training
 
@@ -312,6 +310,8 @@ def summarise_runs() -> None:
         result,
         {"table": table, "runs": runs, **provenance(torch.device("cpu"))},
     )
+    from recipes.benchmarks.comparison.real_model_plots import plot  # matplotlib
+
     plot(table, RESULTS / "on_real_models.png")
     for row in table:
         at = {length: row[f"{length} recomputed"] for length in BLOCKS}

@@ -167,7 +167,9 @@ class Bench:
 
     def found(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What a row comes to."""
-        kind = self.stock if "loop" in row else self.early if "early" in row else self.drafts
+        kind = (
+            self.stock if "loop" in row else self.early if "agreement_asked" in row else self.drafts
+        )
         return kind(row)
 
     def early(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -178,7 +180,7 @@ class Bench:
         yield {
             "layers": proven.layers, **loss_beside(self.name),
             **race_early(
-                self.model, proven, texts, prompts, self.depth(row), new, row["early"]
+                self.model, proven, texts, prompts, self.depth(row), new, row["agreement_asked"]
             ),
         }  # fmt: skip
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from recipes.benchmarks.comparison.on_real_models import TRAINED
+from recipes.benchmarks.places import TRAINED
 from recipes.benchmarks.speed.steps import CONFIGS, MODELS
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.text_source import TextSource

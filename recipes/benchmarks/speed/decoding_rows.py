@@ -44,7 +44,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     alone = {"batch": 1, "backend": "none"}
     for name in folders if "early" in args.parts else ():
         for share, agreement in itertools.product(exits[name], args.agreements):
-            yield {"model": name, **alone, "early": agreement, "share": share}
+            yield {"model": name, **alone, "agreement_asked": agreement, "share": share}
     if "stock" in args.parts:
         for name, loop in itertools.product([*named["sizes"], *folders], args.loops):
             depth = {"share": exits[name][0]} if loop == "assisted" else {}
@@ -63,7 +63,7 @@ def said(row: dict[str, Any], found: dict[str, Any]) -> str:
         return f"{where}: failed, {found['failed'][:300]}"
     if "loop" in row:
         return f"{where}: {found['tokens_per_second']['median']:.0f} tokens a second"
-    if "early" in row:
+    if "agreement_asked" in row:
         return f"{where}: {found['left_out'] or found}"
     return (
         f"{where}, exit {found['exit_layer']} of {found['layers']}, acceptance "

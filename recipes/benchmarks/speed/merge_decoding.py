@@ -20,7 +20,7 @@ from softtrace.files import write_json
 Kind = tuple[str, str, str]
 _NAMED_BY = (
     "model", "batch", "backend", "draft", "draft_tokens", "share", "given_acceptance", "loop",
-    "early",
+    "agreement_asked",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def kind_of(record: dict[str, Any], row: dict[str, Any]) -> Kind:
     model = str(row["model"])
     if "-seed-" in model:  # smollm2-135m-prose-...
         model = "-".join(model.split("-")[:3])
-    way = next((name for name in ("loop", "early") if name in row), "drafts")
+    way = next((name for name in ("loop", "agreement_asked") if name in row), "drafts")
     return str(record["hardware"]), model, way
 
 
