@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.exit_maps import ExitMaps, set_exit_maps
+from tests.support.cuda_waits import refusing_to_wait
 from tests.support.skips import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -225,6 +226,30 @@ def test_captured_steps_write_the_same(backend: str | None, draft: str) -> None:
     for _ in range(2):
         assert tokens_of(static.plain(rows, NEW)) == wanted
         assert tokens_of(static.speculate(rows, NEW)) == wanted
+
+
+@cuda
+@pytest.mark.parametrize("captured", [True, False])
+def test_nothing_waits_for_the_device_inside_a_draft(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64).cuda()
+    row, own = tiny_prompt(5)[0].cuda(), StaticDecoder._guess
+    drafts: list[int] = []
+
+    def guess(self: StaticDecoder, count: int) -> int:
+        with refusing_to_wait():
+            drafts.append(own(self, count))
+        return drafts[-1]
+
+    monkeypatch.setattr(StaticDecoder, "_guess", guess)
+    usual: dict[str, Any] = {"draft_tokens": 4, "cuda_graphs": captured}
+    for sampling in (None, Sampling()):
+        drafts.clear()
+        decoder(model, **usual, sampling=sampling).speculate([row], NEW)
+        assert max(drafts) == 4
+    with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # as the doubting do
+        decoder(model, **usual, confidence=0.5).speculate([row], NEW)
 
 
 @cuda
