@@ -110,8 +110,8 @@ def options_of(
 ) -> dict[str, Any]:
     """What a decoder is told for one of :data:`DRAFTS`.
 
-    A guess costs the exit's share of the layers at least, so where it stops at unsure ones it goes
-    on as long as a guess is right more often than that, by other text (``others`` ``[N, T]``).
+    A guess costs the exit's share of the layers at least. So a draft that stops at unsure guesses
+    continues while they are right more often than that, by other text (``others`` ``[N, T]``).
     """
     if draft == WITHOUT_MAP:
         return {"draft": "exit", "exit_map": _as_it_is}
