@@ -66,8 +66,12 @@ def test_counts_are_those_of_the_eager_loop() -> None:
     )
     assert torch.equal(static.tokens, eager.tokens)
     # The eager loop writes the first token with the prompt, and drafts from the second.
-    assert 0 < static.accepted <= static.drafted
-    assert static.accepted + static.checks >= NEW
+    for found in (static, eager):
+        assert 0 < found.accepted < found.reached < found.drafted
+        assert found.acceptance_each == found.accepted / found.reached
+        # A wrong guess is the last one reached of its draft, and there is one a check at most.
+        assert found.reached - found.accepted <= found.checks
+    assert static.accepted + static.checks == NEW
     assert decoder(model).plain([row], NEW)[0].drafted == 0
 
 
