@@ -210,9 +210,11 @@ def _early(found: Found) -> Iterator[str]:
     """Tokens that go out early without a check."""
     rows: dict[tuple[str, ...], list[Row]] = {}
     for run, each in found:
-        if "agreement_asked" in each and not each["left_out"]:
+        if "agreement_asked" in each:
             name = f"{_way(each)}, {run['hardware']}"
             where = f"after {each['exit_layer']} of {each['layers']}"
+            if each["left_out"]:
+                where += ", where no bound reaches it"
             rows.setdefault((name, where, f"{each['agreement_asked']:.0%}"), []).append(each)
     if not rows:
         return
@@ -223,11 +225,14 @@ def _early(found: Found) -> Iterator[str]:
     )
     yield "|---" * 7 + "|"
     for named, seeds in rows.items():
-        cells = [
-            f"{statistics.mean(each[what] for each in seeds):.1%}"
-            for what in ("agreement", "early", "layers_saved")
-        ]
-        yield f"| {' | '.join([*named, *cells, _over_seeds(seeds)])} |"
+        cells = [""] * 4
+        if not seeds[0]["left_out"]:
+            means = (
+                statistics.mean(each[what] for each in seeds)
+                for what in ("agreement", "early", "layers_saved")
+            )
+            cells = [*(f"{mean:.1%}" for mean in means), _over_seeds(seeds)]
+        yield f"| {' | '.join([*named, *cells])} |"
 
 
 def _stock_loops(found: Found) -> Iterator[str]:
