@@ -12,9 +12,7 @@ A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of
 Runs of a seed start from the same weights and see the same blocks in the same order: 16 of 512
 tokens a step, AdamW, 20 steps of warm-up, bfloat16 autocast. Each is measured on held-out text at
 64, 256 and 1,024 tokens, with recomputed and recorded attention, and leaves one file in RUNS, so
-that several processes can share the runs (``--part``). Where the model alone is wanted, nothing but
-the loss is measured (``--measure loss``): it is left beside the saved model, and no summary takes
-it for a run. A GPU does not give the same twice: with
+that several processes can share the runs (``--part``). A GPU does not give the same twice: with
 ``--repeat 1`` runs that are there are made once more, and count beside the first ones. Methods are
 read where they cost +1 % of plain fine-tuning's held-out loss, as in ``peers.py``.
 """
@@ -358,7 +356,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save", type=Path, help="a folder for the models after training")
     parser.add_argument("--measure", choices=("all", "loss"), default="all",
-                        help="loss: of saved models, and left beside them")  # fmt: skip
+                        help="loss: of saved models, left beside them; no run is")  # fmt: skip
     parser.add_argument(
         "--attention", nargs="+", default=["recomputed", "recorded"], help="of what is measured"
     )
