@@ -75,7 +75,7 @@ def test_an_unsure_guess_is_the_last_of_its_draft() -> None:
             assert [each.tokens.tolist() for each in found] == wanted
         drafted.append(sum(each.drafted for each in found))
         if confidence == 1:
-            assert all(each.drafted == each.checks == NEW for each in found)
+            assert all((each.drafted, each.checks) == (0, NEW) for each in found)
     assert drafted[0] > drafted[1] > drafted[2]
 
 

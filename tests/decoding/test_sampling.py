@@ -54,12 +54,12 @@ def exact(model: Any, processors: list[Any]) -> Tensor:
     return (first[:, None] * second).flatten()
 
 
-def drawn(write: Any) -> Tensor:
-    """How often each text of two tokens was written, ``[V * V]``."""
+def drawn(write: Any, new: int = NEW) -> Tensor:
+    """How often each text of two tokens was written, or began one, ``[V * V]``."""
     counts = torch.zeros(VOCABULARY * VOCABULARY, dtype=torch.float64)
     for _ in range(CALLS):
-        for found in write([PROMPT] * ROWS, NEW):
-            first, second = found.tokens.tolist()
+        for found in write([PROMPT] * ROWS, new):
+            first, second, *_ = found.tokens.tolist()
             counts[first * VOCABULARY + second] += 1
     return counts
 
@@ -106,13 +106,23 @@ def test_drafted_texts_have_the_distribution_of_plain_sampling(kind: str) -> Non
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("options", [{"draft": "lookup"}, {"draft": "both"}, {"confidence": 0.4}])
+@pytest.mark.parametrize("options", [{"draft": "lookup"}, {"draft": "both"}, {"confidence": 0.2}])
 def test_other_drafts_have_it_too(options: dict[str, Any]) -> None:
     model = model_of()
     static = decoder(model, Sampling(), **options)
     assert chance(drawn(static.speculate), exact(model, [])) > 0.01
     found = static.speculate([PROMPT] * ROWS, NEW)
     assert sum(each.drafted for each in found) > 0
+
+
+@pytest.mark.thorough
+def test_a_second_guess_has_it_too() -> None:
+    model = model_of()  # of texts of two tokens only the first is guessed, and judged
+    static = decoder(model, Sampling(), draft_tokens=NEW + 1)
+    counts = drawn(static.speculate, NEW + 1)
+    assert chance(counts, exact(model, [])) > 0.01
+    found = static.speculate([PROMPT] * ROWS, NEW + 1)
+    assert sum(each.accepted == NEW for each in found) > ROWS // 10
 
 
 @pytest.mark.thorough

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.exit_maps import ExitMaps, set_exit_maps
+from tests.support.cuda_waits import refusing_to_wait
 from tests.support.skips import cuda
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -65,8 +66,12 @@ def test_counts_are_those_of_the_eager_loop() -> None:
     )
     assert torch.equal(static.tokens, eager.tokens)
     # The eager loop writes the first token with the prompt, and drafts from the second.
-    assert 0 < static.accepted <= static.drafted
-    assert static.accepted + static.checks >= NEW
+    for found in (static, eager):
+        assert 0 < found.accepted < found.reached < found.drafted
+        assert found.acceptance_each == found.accepted / found.reached
+        # A wrong guess is the last one reached of its draft, and there is one a check at most.
+        assert found.reached - found.accepted <= found.checks
+    assert static.accepted + static.checks == NEW
     assert decoder(model).plain([row], NEW)[0].drafted == 0
 
 
@@ -78,7 +83,8 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
             layer.mlp.down_proj.weight.zero_()
     found = decoder(model, exit_layer=1, draft_tokens=4, rows=2).speculate(prompts_of(5, 9), NEW)
     for each in found:
-        assert (each.drafted, each.accepted, each.checks) == (NEW, NEW, NEW // 4)
+        assert (each.drafted, each.accepted, each.checks) == (3 * NEW // 4, 3 * NEW // 4, NEW // 4)
+        assert (each.reached, each.acceptance_each) == (each.accepted, 1.0)
 
 
 @pytest.mark.parametrize("new", [1, 5, 9])
@@ -93,7 +99,7 @@ def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
     assert ran == [4, *[1] * new]  # the prompt but its last token, and one run a token
     ran.clear()
     found = static.speculate([row], new)[0]
-    assert ran.count(1) >= found.drafted
+    assert ran.count(1) >= found.drafted + found.checks  # and the last guess, which says nothing
     assert max(ran[1:]) <= min(4, new)
     handle.remove()
 
@@ -151,7 +157,7 @@ def test_nothing_is_compiled_after_the_first_text() -> None:
     static.plain(prompts_of(5), 4)
     static.speculate(prompts_of(5), 4)
     after = graphs()
-    assert after - before == 3  # a token, a guess and a check: each one graph, whole
+    assert after - before == 4  # a token, a guess, the last one, a check: each one graph, whole
     for lengths, new in (((3, 40), 20), ((1,), 9), ((11, 2), 1)):
         rows = prompts_of(*lengths)
         wanted = [greedy(model, row[None], new, -1).tokens.tolist() for row in rows]
@@ -177,7 +183,7 @@ def test_nor_is_it_for_other_ways_to_guess() -> None:
     static.plain(prompts_of(5), 4)
     static.speculate(prompts_of(5), 4)
     after = graphs()
-    assert after - before == 5  # a token, a guess, a check, a look, a check of what was looked up
+    assert after - before == 6  # those four, a look, a check of what was looked up
     for rows in ([repeated], [repeated, tiny_prompt(9)[0]], prompts_of(40)):
         static.plain(rows, 7)
         static.speculate(rows, 11)
@@ -224,6 +230,30 @@ def test_captured_steps_write_the_same(backend: str | None, draft: str) -> None:
     for _ in range(2):
         assert tokens_of(static.plain(rows, NEW)) == wanted
         assert tokens_of(static.speculate(rows, NEW)) == wanted
+
+
+@cuda
+@pytest.mark.parametrize("captured", [True, False])
+def test_nothing_waits_for_the_device_inside_a_draft(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64).cuda()
+    row, own = tiny_prompt(5)[0].cuda(), StaticDecoder._guess
+    drafts: list[int] = []
+
+    def guess(self: StaticDecoder, count: int) -> int:
+        with refusing_to_wait():
+            drafts.append(own(self, count))
+        return drafts[-1]
+
+    monkeypatch.setattr(StaticDecoder, "_guess", guess)
+    usual: dict[str, Any] = {"draft_tokens": 4, "cuda_graphs": captured}
+    for sampling in (None, Sampling()):
+        drafts.clear()
+        decoder(model, **usual, sampling=sampling).speculate([row], NEW)
+        assert max(drafts) == 4
+    with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # as the doubting do
+        decoder(model, **usual, confidence=0.5).speculate([row], NEW)
 
 
 @cuda

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from recipes.benchmarks.speed import compiled_decoding
+from recipes.benchmarks.speed import compiled_decoding, decoded_models, merge_decoding
+from recipes.benchmarks.speed.decoded_models import DRAFTS, TO_UNSURE, WITHOUT_MAP
+from recipes.benchmarks.speed.decoding_rows import LOOPS
+from softtrace.model.exit_maps import ExitMaps, save_exit_maps, set_exit_maps
+from softtrace.model.loading import load_model
 from tests.support.corpus import write_model, write_tree
 
 TINY: dict[str, Any] = {
@@ -25,7 +31,8 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_decoding, "MODELS", {"tiny": ("Llama", TINY)})
+    for module in (compiled_decoding, decoded_models):
+        monkeypatch.setattr(module, "MODELS", {"tiny": ("Llama", TINY)})
 
 
 def measured(file: Path, *options: str) -> list[dict[str, Any]]:
@@ -61,6 +68,72 @@ def test_the_curve_is_over_what_was_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_each_way_to_draft_is_a_row_of_its_own(tmp_path: Path) -> None:
+    for name in ("plain-seed-0", "fifth-seed-0", "fifth-seed-1"):
+        write_model(tmp_path / "models" / name)
+    mapped = tmp_path / "models" / "fifth-seed-0"
+    model = load_model(mapped)
+    set_exit_maps(model, ExitMaps([2], int(model.config.hidden_size)))  # type: ignore[arg-type]
+    save_exit_maps(model, mapped)
+    (mapped / "trained.json").write_text('{"loss": 1.5}')
+    blocks = {"8": torch.arange(24 * 8, dtype=torch.int32).reshape(24, 8) % 50}
+    save_file(blocks, tmp_path / "blocks.safetensors")
+    common = (
+        *("--trained", str(tmp_path / "models"), "--data", str(tmp_path / "blocks.safetensors")),
+        *("--parts", "trained", "early", "--draft-tokens", "3", "--prompts", "12"),
+        *("--drafts", *DRAFTS, "--agreements", "0.01", "1"),
+    )
+    found = measured(tmp_path / "0.json", *common, "--seeds", "0", "--names", "plain", "fifth")
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for each in found:
+        by_model.setdefault(each["model"], []).append(each)
+    assert [*by_model] == ["fifth-seed-0", "plain-seed-0"]
+    drafts = [each for each in by_model["fifth-seed-0"] if "draft" in each]
+    assert [each["draft"] for each in drafts] == [*DRAFTS]
+    assert {each["share"] for each in drafts} == {2 / 3}  # what its map says
+    assert {each["held_out_loss"] for each in drafts if "failed" not in each} == {1.5}
+    plain = [each for each in by_model["plain-seed-0"] if "draft" in each]
+    assert WITHOUT_MAP not in {each["draft"] for each in plain}
+    assert [each["share"] for each in plain if each["draft"] == "exit"] == [0.25, 0.5]
+    for each in (*drafts, *plain):
+        if "failed" not in each:
+            assert 0 <= each["accepted"] <= each["reached"] <= each["drafted"]
+            assert (each["confidence"] > 0) == (each["draft"] == TO_UNSURE)
+    early = [each for each in by_model["fifth-seed-0"] if "agreement_asked" in each]
+    assert [each["agreement_asked"] for each in early] == [0.01, 1.0]
+    assert early[0]["left_out"] is None
+    assert early[0]["agreement"] >= 0
+    assert str(tmp_path) not in (tmp_path / "0.json").read_text()
+
+
+def test_results_are_replaced_by_kind_and_never_pooled(tmp_path: Path) -> None:
+    def record(hardware: str, *rows: tuple[str, Any]) -> dict[str, Any]:
+        found = [{"model": model, "draft": "exit", "accepted": what} for model, what in rows]
+        return {"hardware": hardware, "found": found}
+
+    files = [tmp_path / f"{number}.json" for number in range(3)]
+    for file, records in zip(
+        files,
+        [
+            [
+                record("GPU", ("a-b-prose-plain-seed-0", 1), ("a-b-python-plain-seed-0", 2)),
+                record("CPU", ("a-b-prose-plain-seed-0", 3)),
+                record("GPU", ("a-b-prose-other-seed-4", 4)),
+            ],
+            [record("GPU", ("a-b-prose-plain-seed-0", 5))],
+            [record("GPU", ("a-b-prose-plain-seed-1", 6))],
+        ],
+        strict=True,
+    ):
+        file.write_text(json.dumps({"measurements": records}))
+    merge_decoding.main([*map(str, files[1:]), "--into", str(files[0])])
+    found = json.loads(files[0].read_text())["measurements"]
+    assert [[row["accepted"] for row in each["found"]] for each in found] == [[2], [3], [5], [6]]
+    with pytest.raises(SystemExit, match=r"measured twice: .*plain-seed-1"):
+        merge_decoding.main([str(files[2])] * 2 + ["--into", str(files[0])])
+
+
+@pytest.mark.thorough
 def test_trained_models_are_those_of_a_folder(tmp_path: Path) -> None:
     names = ["term-seed-0", "plain-seed-1"]  # one seed after another
     for name in names:
@@ -82,7 +155,7 @@ def test_trained_models_are_those_of_a_folder(tmp_path: Path) -> None:
     assert all(each["largest_tie"] is None for each in drafts)
     assert all(each["identical"] == 1 and each["tokens_a_check"] >= 1 for each in drafts)
     loops = [(each["model"], each["loop"]) for each in found if "loop" in each]
-    assert loops == [(name, loop) for name in names for loop in compiled_decoding.LOOPS]
+    assert loops == [(name, loop) for name in names for loop in LOOPS]
     assert not any("failed" in each for each in found)
     assert str(tmp_path) not in (tmp_path / "found.json").read_text()
 

@@ -5,6 +5,7 @@
     python -m $P tokens --prose DIR                    # blocks of all texts (../shared/prose.py)
     python -m $P train --steps 1000 --seeds 3          # wants a GPU; resumes where it stopped
     python -m $P train --models smollm2-135m --texts prose --ways plain "every 2nd, 0.2" --part 0/4
+    python -m $P train --save DIR --measure loss       # models to decode with, and little else
     python -m $P summarise                             # results/on_real_models.json and .png
 
 A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of steps and a seed.
@@ -36,11 +37,10 @@ from recipes.benchmarks.comparison import equal_loss
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
 from recipes.benchmarks.comparison.equal_loss import spread
 from recipes.benchmarks.comparison.peer_losses import smoothed
-from recipes.benchmarks.comparison.real_model_plots import plot
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
 from recipes.benchmarks.comparison.real_texts import TEXTS, copied, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
-from recipes.benchmarks.places import RESULTS, ROOT
+from recipes.benchmarks.places import RESULTS, ROOT, TRAINED
 from softtrace.data import evenly, pack
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
@@ -141,6 +141,14 @@ def plain_losses(name: str, blocks: str) -> dict[int, float] | None:
     return {int(step): loss for step, loss in found.get("held_out_losses", {}).items()} or None
 
 
+def loss_of(model: nn.Module, tokens: dict[str, Tensor]) -> float:
+    """Held-out loss in nats a token, of a model that is in eval mode afterwards."""
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16):
+        return held_out_loss(model, tokens["held_out"].long(), str(device), 8)
+
+
 def measures(
     model: nn.Module,
     tokens: dict[str, Tensor],
@@ -150,10 +158,9 @@ def measures(
 ) -> Iterator[tuple[str, Any]]:
     """Loss, side effects, tasks, and densities by length and kind of attention, one by one."""
     device = next(model.parameters()).device
-    model.eval()
     held_out = tokens["held_out"].long()
+    yield "loss", loss_of(model, tokens)
     with torch.autocast(device.type, torch.bfloat16):
-        yield "loss", held_out_loss(model, held_out, str(device), 8)
         rare = rare_tokens(tokens["train"], int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
         yield "side_effects", side_effects(model, held_out, rare, elsewhere, str(device), 8)
         yield "tasks", tasks_right(model, tasks, 8)
@@ -185,10 +192,11 @@ def name_of(model: str, text: str, way: str, args: argparse.Namespace, seed: int
 
 
 def save(network: Any, origin: Path, folder: Path) -> None:
-    """The model, the maps of its exits and its tokenizer, as ``load_model`` reads them."""
+    """The model, the maps of its exits and its tokenizer if there is one, for ``load_model``."""
     network.save_pretrained(folder)
     save_exit_maps(network, folder)
-    load_tokenizer(origin).save_pretrained(folder)
+    if any(origin.glob("tokenizer*")):
+        load_tokenizer(origin).save_pretrained(folder)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -203,7 +211,9 @@ def run_all(args: argparse.Namespace) -> None:
     ]
     for seed, model, text, way, strength in runs[number::of]:
         name = name_of(model, text, f"{way} {strength:g}", args, seed)
-        if (RUNS / f"{name}.json").exists():
+        folder = args.save and args.save / name.replace(", ", "-").replace(" ", "-")
+        done = folder / TRAINED if args.measure == "loss" else RUNS / f"{name}.json"
+        if done.exists():
             continue
         print(name, flush=True)
         tokens = load_file(RUNS / f"{model} {text}.safetensors")
@@ -214,15 +224,17 @@ def run_all(args: argparse.Namespace) -> None:
         plain = plain_losses(name_of(model, text, "plain 0", args, seed), digest(tokens))
         method = WAYS[way](network, strength, seed, plain)
         trained = train(network, method, tokens, args, seed)
-        if args.save:
-            save(
-                network, args.folder / model, args.save / name.replace(", ", "-").replace(" ", "-")
-            )
+        if folder:
+            save(network, args.folder / model, folder)
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
             "steps": args.steps, "lora": args.lora, "blocks": digest(tokens),
             **trained, **provenance(device),
         }  # fmt: skip
+        if folder:
+            write_json(folder / TRAINED, {**found, "loss": loss_of(network, tokens)})
+        if args.measure == "loss":
+            continue
         other = TEXTS[1] if text == TEXTS[0] else TEXTS[0]
         elsewhere = load_file(RUNS / f"{model} {other}.safetensors")["held_out"].long()
         tasks = load_file(RUNS / f"{model} tasks.safetensors")
@@ -318,6 +330,8 @@ def summarise_runs() -> None:
             **provenance(torch.device("cpu")),
         },
     )
+    from recipes.benchmarks.comparison.real_model_plots import plot  # matplotlib
+
     plot(table, RESULTS / "on_real_models.png")
     for row in table:
         at = {length: row[f"{length} recomputed"] for length in BLOCKS}
@@ -359,11 +373,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=0, help="count of earlier runs of the same")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save", type=Path, help="a folder for the models after training")
+    parser.add_argument("--measure", choices=("all", "loss"), default="all",
+                        help="loss: of saved models, left beside them; no run is")  # fmt: skip
     parser.add_argument(
         "--attention", nargs="+", default=["recomputed", "recorded"], help="of what is measured"
     )
     parser.add_argument("--part", default="0/1", help="NUMBER/OF: this process's share of the runs")
     args = parser.parse_args()
+    if args.measure == "loss" and args.save is None:
+        parser.error("--measure loss: found no --save DIR, which it is for")
     if args.stage == "tokens":
         make_tokens(args.folder, args.prose, args.steps, args.models, args.texts)
     elif args.stage == "train":

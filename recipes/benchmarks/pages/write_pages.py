@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from recipes.benchmarks.pages.comparison import at_budget, points, search
+from recipes.benchmarks.pages.compiled_decoding import at_that_acceptance, compiled_decoding
 from recipes.benchmarks.pages.cost import cost, operations, sharded
 from recipes.benchmarks.pages.decoding import (
-    compiled_decoding,
     decoding,
     decoding_157m,
     decoding_157m_before,
@@ -297,6 +297,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "lengths": lengths,
         "metric_parity": metric_parity,
     },
+    "recipes/how-to/decoding.md": {"at_that_acceptance": at_that_acceptance},
     "recipes/models.md": {"families": families, "sizes": sizes},
     "recipes/README.md": {
         "cost": cost,

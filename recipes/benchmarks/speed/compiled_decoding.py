@@ -1,15 +1,18 @@
 """What drafting by early exits is worth against plain decoding that is compiled, on a GPU.
 
     python -m recipes.benchmarks.speed.compiled_decoding --minutes 9   # what fits; again: the rest
-    python -m recipes.benchmarks.speed.compiled_decoding --parts trained --trained DIR --data TEXT
+    python -m recipes.benchmarks.speed.compiled_decoding --parts trained early \
+        --trained DIR --seeds 0 --data TEXT --out OF_SEED_0
+    python -m recipes.benchmarks.speed.merge_decoding OF_SEED_0 OF_SEED_1   # into the results
 
-Three parts. ``sizes``: random weights of the sizes that models' cards state. Their exits guess
+Four parts. ``sizes``: random weights of the sizes that models' cards state. Their exits guess
 nothing right, so that how many guesses are right is given (:mod:`given_acceptance
 <recipes.benchmarks.speed.given_acceptance>`): the curve over exit depth and acceptance that a model
 after fine-tuning has to reach, for steps that are captured in CUDA graphs as they are ("none") and
 for steps that inductor has fused before, with several texts at once. ``trained``: every model in a
-folder, by its own exits and by lookup, on prompts of a text; folders that end in ``-seed-0``,
-``-seed-1`` are one way to train. ``stock``: transformers' own loops on these models.
+folder, by the exits it was trained for and by lookup, on prompts of a text; folders that end in
+``-seed-0``, ``-seed-1`` are one way to train. ``early``: the same without a check, for an agreement
+that is named. ``stock``: transformers' own loops on these models.
 
 Plain decoding and drafts take turns, prompt by prompt, over the same cache and by the same steps.
 The result file is written anew after every row. Rows that it holds are not measured again, so that
@@ -20,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,61 +31,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from recipes.benchmarks.places import RESULTS
+from recipes.benchmarks.speed.decoded_models import (
+    DRAFTS,
+    built,
+    loss_beside,
+    options_of,
+    prompts_of,
+    random_prompts,
+)
+from recipes.benchmarks.speed.decoding_rows import (
+    LOOPS,
+    is_of,
+    record_in,
+    rows_of,
+    said,
+    shown,
+)
 from recipes.benchmarks.speed.given_acceptance import GivenDecoder
-from recipes.benchmarks.speed.steps import CONFIGS, MODELS
-from softtrace.data.blocks import evenly, pack
-from softtrace.data.text_source import TextSource
-from softtrace.decoding import Generation, ProvenExit, StaticDecoder, check_early_exit
-from softtrace.decoding.static_decoder import DRAFTS
-from softtrace.evaluation.decode_race import quartiles, write_past_ends
+from recipes.benchmarks.speed.steps import MODELS
+from softtrace.decoding import (
+    Generation,
+    ProvenExit,
+    StaticDecoder,
+    check_cache,
+    check_early_exit,
+    generate,
+)
+from softtrace.evaluation.decode_race import guesses_on, quartiles
 from softtrace.evaluation.decode_ways import largest_tie
+from softtrace.evaluation.early_race import race_early
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.devices import device_of
-from softtrace.model.loading import load_model, load_tokenizer
 
 Write = Callable[[Sequence[Tensor], int], list[Generation]]
-PARTS = ("sizes", "trained", "stock")
+PARTS = ("sizes", "trained", "early", "stock")
 FEWEST = 3  # groups of prompts that a median is taken over
-LOOPS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "static cache, compiled": {"cache_implementation": "static"},
-    "prompt lookup": {"prompt_lookup_num_tokens": 8},
-}
-"""transformers' own, by options of ``generate``."""
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 """The second is the one where a processor is shared with others; take one thread then."""
-
-
-def built(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model by the name of a size, with random weights, or of a folder."""
-    if name not in MODELS:
-        model = load_model(name, dtype=str(dtype).removeprefix("torch.")).to(device).eval()
-    else:
-        stem, numbers = MODELS[name]
-        config = getattr(transformers, CONFIGS.get(stem, f"{stem}Config"))(**numbers)
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = getattr(transformers, f"{stem}ForCausalLM")(config)
-        model = model.to(dtype).eval()
-    write_past_ends(model)
-    return model
-
-
-def prompts_for(name: str, count: int, model: Any, args: argparse.Namespace) -> list[Tensor]:
-    """``[T]`` each: blocks of the text, or random tokens where weights are random."""
-    device = next(model.parameters()).device
-    if name in MODELS:
-        draw = torch.Generator().manual_seed(0)
-        shape = (count, args.prompt_tokens)
-        return [*torch.randint(3, model.config.vocab_size, shape, generator=draw).to(device)]
-    documents = TextSource(args.data, args.held_out_share).stream()
-    blocks = pack(documents, load_tokenizer(name), args.prompt_tokens)
-    return [row.to(device) for row in evenly(blocks, count)]
 
 
 def seconds(
@@ -134,6 +121,7 @@ def in_turns(
             "speedup": quartiles([a / b for a, b in zip(before, after[share], strict=True)]),
             "tokens_a_check": len(found) * new / checks if checks else None,
             "drafted": sum(each.drafted for each in found),
+            "reached": sum(each.reached for each in found),
             "accepted": sum(each.accepted for each in found),
             # Of given acceptance no text is what the model says.
             "identical": same / len(found) if share is None else None,
@@ -159,7 +147,11 @@ class Bench:
         self.proven: ProvenExit = check_early_exit(self.model)
         prompts = args.given_prompts if self.given else args.prompts
         count = max(FEWEST, prompts // self.batch) * self.batch
-        rows = prompts_for(name, count, self.model, args)
+        if self.given:
+            rows = random_prompts(count, args.prompt_tokens, self.model)
+        else:
+            found = prompts_of(name, count, args.prompt_tokens, args.data, args.held_out_share)
+            rows, self.others = [*found[0].to(device)], found[1].to(device)
         ends = range(self.batch, len(rows) + 1, self.batch)
         self.groups = [rows[end - self.batch : end] for end in ends]
         self.plain: StaticDecoder | None = None
@@ -169,21 +161,50 @@ class Bench:
         own = self.name, self.batch, self.backend
         return own == (row["model"], row["batch"], row["backend"])
 
+    def depth(self, row: dict[str, Any]) -> int:
+        """Layers that draft."""
+        return max(1, round(row["share"] * self.proven.layers))
+
+    def found(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What a row comes to."""
+        kind = (
+            self.stock if "loop" in row else self.early if "agreement_asked" in row else self.drafts
+        )
+        return kind(row)
+
+    def early(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Tokens that go out without a check, by a bound that was chosen on other prompts."""
+        new, proven = self.args.new_tokens, check_cache(self.proven, (self.depth(row),))
+        texts = guesses_on(self.model, [ids[None] for ids in self.others], new)
+        prompts = [ids[None] for group in self.groups for ids in group]
+        yield {
+            "layers": proven.layers, **loss_beside(self.name),
+            **race_early(
+                self.model, proven, texts, prompts, self.depth(row), new, row["agreement_asked"]
+            ),
+        }  # fmt: skip
+
     def drafts(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Drafts by so many of the layers, at each acceptance that was asked for."""
         args, began = self.args, time.perf_counter()
         kind = GivenDecoder if self.given else StaticDecoder
-        depth = max(1, round(row["share"] * self.proven.layers))
+        depth = self.depth(row)
+        options = {} if self.given else options_of(
+            row["draft"], self.model, depth, self.proven, self.others
+        )  # fmt: skip
         drafted = kind(
-            self.model, exit_layer=depth, draft=row["draft"], draft_tokens=row["draft_tokens"],
-            rows=self.batch, capacity=args.prompt_tokens + args.new_tokens, eos_token_id=-1,
+            self.model, exit_layer=depth, draft_tokens=row["draft_tokens"], rows=self.batch,
+            capacity=args.prompt_tokens + args.new_tokens, eos_token_id=-1, **options,
             proven_exit=self.proven, backend=None if self.backend == "none" else self.backend,
         )  # fmt: skip
         self.plain = self.plain or drafted  # one for all depths: it is the same, and compiled once
         for write in (self.plain.plain, drafted.speculate):
             write(self.groups[0], args.new_tokens)
         ready = time.perf_counter() - began
-        way = {"layers": self.proven.layers, "exit_layer": depth, "ready_seconds": ready}
+        way = {
+            "layers": self.proven.layers, "exit_layer": depth, "ready_seconds": ready,
+            "confidence": drafted.confidence, **loss_beside(self.name),
+        }  # fmt: skip
         shares = args.acceptance if self.given else [None]
         for found in in_turns(
             self.plain.plain, drafted, self.groups, args.new_tokens, shares, args.clock
@@ -196,10 +217,12 @@ class Bench:
 
         def write(group: Sequence[Tensor], count: int) -> list[Generation]:
             ids = group[0][None]
-            self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
-                min_new_tokens=count, **LOOPS[row["loop"]],
-            )  # fmt: skip
+            options = {"max_new_tokens": count, "min_new_tokens": count, **LOOPS[row["loop"]]}
+            if row["loop"] == "assisted":
+                generate(self.model, ids, self.depth(row), proven_exit=self.proven, **options)
+            else:
+                mask = torch.ones_like(ids)
+                self.model.generate(ids, attention_mask=mask, do_sample=False, **options)
             return []
 
         groups = self.groups[: self.args.stock_prompts]
@@ -223,68 +246,6 @@ def limited(limit: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is to be measured, what matters most first."""
-    folders = [path.parent for path in Path(args.trained or "").glob("*/config.json")]
-    # All ways to train of the first seed before any of the second.
-    folders.sort(key=lambda path: (path.name.rpartition("-seed-")[2], path.name))
-    named = {
-        "sizes": args.models if "sizes" in args.parts else [],
-        "trained": [*map(str, folders)] if "trained" in args.parts else [],
-    }
-    batches = {"sizes": args.batches, "trained": args.trained_batches or args.batches[:1]}
-    every = dict.fromkeys([*args.batches, *batches["trained"]])
-    for batch, backend, part in itertools.product(every, args.backends, named):
-        for name in named[part] if batch in batches[part] else ():
-            common = {"model": name, "batch": batch, "backend": backend}
-            for draft, guesses in itertools.product(args.drafts, args.draft_tokens):
-                if draft != "exit" and part == "sizes":
-                    continue  # nothing is found in texts that mean nothing
-                for share in args.exits[:1] if draft == "lookup" else args.exits:
-                    yield {**common, "draft": draft, "draft_tokens": guesses, "share": share}
-    if "stock" in args.parts:
-        names = [*args.models, *map(str, folders)] if named["sizes"] else [*map(str, folders)]
-        for name, loop in itertools.product(names, LOOPS):
-            yield {"model": name, "batch": 1, "backend": "none", "loop": loop}
-
-
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as results say it: without the folders of a machine."""
-    return {**row, "model": Path(row["model"]).name}
-
-
-def said(row: dict[str, Any], found: dict[str, Any]) -> str:
-    """One line on a measurement."""
-    where = ", ".join(f"{name} {value}" for name, value in shown(row).items())
-    if "failed" in found:
-        return f"{where}: failed, {found['failed'][:300]}"
-    if "loop" in row:
-        return f"{where}: {found['tokens_per_second']['median']:.0f} tokens a second"
-    return (
-        f"{where}, exit {found['exit_layer']} of {found['layers']}, acceptance "
-        f"{found['given_acceptance']}: {found['speedup']['median']:.2f} times plain decoding's "
-        f"{found['plain_tokens_per_second']['median']:.0f} tokens a second"
-    )
-
-
-def record_in(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All results, and in them the record of measurements with these settings, new or begun."""
-    result = json.loads(file.read_text("utf-8")) if file.exists() else {"measurements": []}
-    for record in result["measurements"]:
-        if all(record.get(name) == value for name, value in settings.items()):
-            return result, record
-    record = {**settings, "found": []}
-    result["measurements"].append(record)
-    return result, record
-
-
-def is_of(found: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a result is of a row."""
-    return all(found.get(name) == value for name, value in shown(row).items()) and (
-        ("loop" in found) == ("loop" in row)
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -317,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
                     bench = None
                     free(device)
                     bench = Bench(row, args, device)
-                found = [*(bench.stock(row) if "loop" in row else bench.drafts(row))]
+                found = [*bench.found(row)]
         except Exception as error:  # the others are measured all the same
             found, bench = [{"failed": f"{type(error).__name__}: {error}"[:2000]}], None
         if time.monotonic() >= ends:
@@ -348,13 +309,21 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="what is measured")
     add("--models", nargs="+", choices=[*MODELS], default=[*MODELS], help="sizes")
     add("--trained", help="folder of folders of models with weights of their own")
-    add("--data", default="", help="text that prompts of trained models are of")
+    add("--data", default="",
+        help="text that prompts of trained models are of, or on_real_models.py's blocks of it"
+    )  # fmt: skip
     add("--held-out-share", type=float, default=0.0)
+    add("--names", nargs="+", default=[], help="parts of the names of trained models")
+    add("--seeds", nargs="+", type=int, default=[], help="of trained models; all by default")
     add("--exits", nargs="+", type=float, default=[0.2, 0.333, 0.5],
-        help="share of the layers that draft")  # fmt: skip
+        help="share of the layers that draft, where no exit maps say what was trained")  # fmt: skip
     add("--drafts", nargs="+", choices=DRAFTS, default=["exit", "lookup"],
         help="ways to make guesses, for trained models")  # fmt: skip
-    add("--draft-tokens", nargs="+", type=int, default=[4], help="guesses before a check")
+    add("--draft-tokens", nargs="+", type=int, default=[4],
+        help="that a check writes at most: one more than are guessed")  # fmt: skip
+    add("--agreements", nargs="+", type=float, default=[0.95],
+        help="asked of tokens that go out early without a check")  # fmt: skip
+    add("--loops", nargs="+", choices=[*LOOPS], default=[*LOOPS], help="transformers' own")
     add("--acceptance", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95],
         help="of each guess, where weights are random")  # fmt: skip
     add("--batches", nargs="+", type=int, default=[1, 4, 16],

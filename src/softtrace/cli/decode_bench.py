@@ -79,7 +79,8 @@ def decode_bench(
             where it has a completion or is a conversation, and the last tokens of one that is too
             long. Otherwise prompts are cut from the text in a row.
         exit_layer: Number of layers that draft; by default the best one, which is found by
-            replaying what each exit said of those texts with the time that was measured for it.
+            replaying what each exit said of those texts with the time that was measured for it:
+            one for eager loops, and one for steps of fixed shapes.
         draft_tokens: Number of guesses before a check at most; the best one by default.
         confidence: A guess with a lower probability than this ends its draft; the best bound by
             default.
@@ -167,7 +168,17 @@ def decode_bench(
             "checks": way.checks,
         },
         "loops": race(network, proven_exit, rows, way, new_tokens, rounds),
-        "race": race_ways(network, proven_exit, rows, way, new_tokens, rounds, compiler),
+        "race": race_ways(
+            network,
+            proven_exit,
+            rows,
+            way,
+            new_tokens,
+            rounds,
+            compiler,
+            texts,
+            (exit_layer, draft_tokens),
+        ),
         "early": race_early(
             network, proven_exit, texts, rows, way.exit_layer, new_tokens, agreement
         ),

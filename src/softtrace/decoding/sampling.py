@@ -44,7 +44,7 @@ class SampledSteps(Steps):
     """Steps that draw tokens, by noise that is made between them.
 
     Attributes:
-        drawn_with: ``[B, K, V]`` float32, q of each guess.
+        drawn_with: ``[B, K, V]`` float32, q of each guess; there are K - 1 at most.
         noise: ``[B, K + 1, V]`` float32: the largest of p / exponential noise is drawn with
             probability p. The last is for the token in place of a guess.
         coins: ``[B, K]`` float32 in [0, 1), for whether a guess is taken.
@@ -56,9 +56,10 @@ class SampledSteps(Steps):
         texts: Texts,
         draft_tokens: int,
         processors: Any,
+        doubting: bool,
         sampling: Sampling,
     ) -> None:
-        super().__init__(model, texts, draft_tokens, processors)
+        super().__init__(model, texts, draft_tokens, processors, doubting)
         rows, device = len(texts.tokens), model.device
         self.drawn_with = torch.zeros(rows, draft_tokens, self.vocabulary, device=device)
         self.noise = torch.ones(rows, draft_tokens + 1, self.vocabulary, device=device)
@@ -87,9 +88,11 @@ class SampledSteps(Steps):
     def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Which guesses are taken, and what is written in their places; see the module."""
         count, places = guesses.shape[1], guesses[..., None]
-        drawn_with = self.drawn_with[:, :count]
+        # Behind the guesses nothing was drawn, so that the token there is drawn from p as it is.
+        guessed = torch.arange(count, device=guesses.device) < self.drafted - 1
+        drawn_with = torch.where(guessed[:, None], self.drawn_with[:, :count], 0)
         wanted, given = scores.gather(2, places)[..., 0], drawn_with.gather(2, places)[..., 0]
-        right = self.coins[:, :count] * given < wanted
+        right = guessed & (self.coins[:, :count] * given < wanted)
         instead = _largest((scores - drawn_with).clamp_min(0), self.noise[:, -1:])
         return right, torch.where(right, guesses, instead)
 

@@ -49,17 +49,25 @@ class Generation:
         accepted: How many of them the whole model agreed to.
         checks: Runs of the layers above the exit after the one over the prompt, of all layers
             where nothing was drafted.
+        reached: How many guesses came after right ones alone, or first: a wrong one ends its draft,
+            and those behind it were made in vain.
     """
 
     tokens: Tensor
     drafted: int
     accepted: int
     checks: int
+    reached: int = 0
 
     @property
     def acceptance(self) -> float:
         """Share of the drafted tokens that were accepted; NaN if none was drafted."""
         return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def acceptance_each(self) -> float:
+        """Share of right ones of the guesses that were reached; NaN if there were none."""
+        return self.accepted / self.reached if self.reached else float("nan")
 
     @property
     def accepted_per_draft(self) -> float:
@@ -248,7 +256,7 @@ def speculate(
     if proven_exit is None:
         found = check_cache(found, (depth,))
     found.check_resumable(depth)
-    drafted = accepted = checks = 0
+    drafted = accepted = checks = reached = 0
     parts = TwoParts(model, decoder_layers(found.instrument), depth)
     tokens = [int(choice.scores(parts.whole(input_ids)[-1:], ()).argmax())]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
@@ -260,8 +268,9 @@ def speculate(
         written = best[: right + 1]  # the guesses that are right, and what comes for the next
         parts.forget(len(draft) - len(written))
         drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
+        reached += len(written)
         tokens += written  # an end can only be the last
-    return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks)
+    return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks, reached)
 
 
 def _draft(

@@ -54,7 +54,8 @@ class StaticDecoder:
         model: a causal language model of transformers, in eval mode, with "sdpa" or "eager"
             attention.
         exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        draft_tokens: how many to guess before a check, >= 1.
+        draft_tokens: tokens that a check writes at most, >= 1: one more than are guessed before
+            it.
         draft: how guesses are made: "exit", by the first layers; "lookup", by what followed the
             same two or three tokens earlier in the text; "both", by lookup where all texts have
             such a place, else by the first layers.
@@ -147,7 +148,9 @@ class StaticDecoder:
         self._runner = Runner(self._parts, backend, graphs)
 
     def _make_steps(self) -> Steps:
-        given = (self._parts, self._texts, self.draft_tokens, self._processors)
+        given = (
+            self._parts, self._texts, self.draft_tokens, self._processors, self.confidence > 0
+        )  # fmt: skip
         return Steps(*given) if self.sampling is None else SampledSteps(*given, self.sampling)
 
     def plain(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[Generation]:
@@ -234,16 +237,21 @@ class StaticDecoder:
         return most, matched, unmatched
 
     def _guess(self, count: int) -> int:
-        """Guess so many tokens by the first layers, fewer where none is sure; how many."""
-        for made in range(1, count + 1):
+        """Read so many tokens by the first layers, each of which the one before says.
+
+        Fewer where no text's guess is sure: the check says what comes instead. How many.
+        """
+        for read in range(1, count):
             self._runner.run("first", self._steps.guess)
-            sure = torch.where(self._texts.ended, 0, self._steps.sure)
-            if self.confidence and float(sure.amax()) < self.confidence:
-                return made
+            if self.confidence:
+                sure = torch.where(self._texts.ended, 0, self._steps.sure)
+                if float(sure.amax()) < self.confidence:
+                    return read
+        self._runner.run("first", self._steps.follow)
         return count
 
     def _at_once(self, count: int) -> int:
-        """How many tokens are checked of so many guesses: always as many where that is compiled."""
+        """How many tokens a check reads of so many: always as many where that is compiled."""
         return self.draft_tokens if self._runner.fixed else count
 
     def _make_ready(self, drafting: bool) -> None:
@@ -254,7 +262,9 @@ class StaticDecoder:
         if not drafting or self.draft == "lookup":
             make_ready("whole", steps.plain)
         if drafting and self.draft != "lookup":
-            make_ready("first", steps.guess)
+            if self.draft_tokens > 1:
+                make_ready("first", steps.guess)
+            make_ready("first", steps.follow)
             make_ready("rest", steps.check, self.draft_tokens)
         if drafting and self.draft != "exit":
             make_ready("whole", steps.look_up)
@@ -262,12 +272,11 @@ class StaticDecoder:
 
     def _generations(self, rows: Sequence[Tensor]) -> list[Generation]:
         texts = self._texts
-        numbers = torch.cat((texts.length, texts.drafted, texts.accepted, texts.checks), 1).tolist()
+        counts = (texts.length, texts.drafted, texts.accepted, texts.checks, texts.reached)
+        numbers = torch.cat(counts, dim=1).tolist()
         return [
-            Generation(texts.tokens[row, len(prompt) : length].clone(), drafted, accepted, checks)
-            for row, (prompt, (length, drafted, accepted, checks)) in enumerate(
-                zip(rows, numbers, strict=False)
-            )
+            Generation(texts.tokens[row, len(prompt) : length].clone(), *others)
+            for row, (prompt, (length, *others)) in enumerate(zip(rows, numbers, strict=False))
         ]
 
     def _checked(
@@ -326,7 +335,8 @@ class StaticDecoder:
             streams = {}
             for start, place in ((2, 2), (3, 5), (3, 3), (4, 4), (5, 5)):  # one is taken back
                 parts.start.fill_(start)
-                streams[start] = parts.first(ids[:, place : place + 1])[1]
+                token = ids[:, place : place + 1]
+                streams[start] = parts.stream(token) if start == 5 else parts.first(token)[1]
             parts.start.fill_(2)
             parts.choose("rest")
             found = parts.rest(ids[:, 2:], torch.cat([*streams.values()], dim=1))

@@ -101,6 +101,7 @@ class StaticModel:
         self.start = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         self.cache = position_cache(len(layers), self.start, capacity)
         self._counter, self._passing = counter(model), _Passing()
+        self._base = getattr(model, str(model.base_model_prefix))
         self._gates = [
             _Gate(layer, self._passing, exit_map, place == depth - 1)
             for place, layer in enumerate(layers[:depth])
@@ -136,26 +137,35 @@ class StaticModel:
 
     def read(self, tokens: Tensor) -> None:
         """Run "whole" for what it leaves in the cache."""
-        self._run(tokens, **self._last_alone)
+        self._run(tokens, self.model, **self._last_alone)
 
     def whole(self, tokens: Tensor) -> Tensor:
         """Run all layers; logits ``[B, N, V]``."""
-        return self._run(tokens)
+        return self._logits(tokens)
 
     def first(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Run the first layers; logits of the exit ``[B, N, V]``, residual stream ``[B, N, D]``."""
-        logits = self._run(tokens)
+        logits = self._logits(tokens)
         return logits, self._passing.stream
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        """Run "first" without the head; residual stream ``[B, N, D]``."""
+        self._run(tokens, self._base)
+        stream: Tensor = self._passing.stream
+        return stream
 
     def rest(self, tokens: Tensor, stream: Tensor) -> Tensor:
         """Continue from what :meth:`first` gave for these tokens; logits ``[B, N, V]``."""
         self._passing.stream = stream
-        return self._run(tokens)
+        return self._logits(tokens)
 
-    def _run(self, tokens: Tensor, **options: int) -> Tensor:
+    def _logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self._run(tokens, self.model).logits
+        return logits
+
+    def _run(self, tokens: Tensor, model: nn.Module, **options: int) -> Any:
         positions = self.start + torch.arange(tokens.shape[1], device=self.device)
-        logits: Tensor = self.model(
+        return model(
             input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True,
             **options,
-        ).logits  # fmt: skip
-        return logits
+        )  # fmt: skip

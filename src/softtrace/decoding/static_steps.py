@@ -38,7 +38,8 @@ class Texts:
         prompt: ``[B, 1]`` int64, tokens of the prompt.
         limit: ``[B, 1]`` int64, how long a text may become.
         ended: ``[B, 1]`` bool. Texts that have ended are run along and change no more.
-        drafted, accepted, checks: ``[B, 1]`` int64; see :class:`softtrace.decoding.Generation`.
+        drafted, reached, accepted, checks: ``[B, 1]`` int64; see
+            :class:`softtrace.decoding.Generation`.
     """
 
     def __init__(self, rows: int, capacity: int, ends: Sequence[int], device: torch.device) -> None:
@@ -48,13 +49,14 @@ class Texts:
         self.tokens, self.length, self.limit = zeros(capacity), zeros(1), zeros(1)
         self.prompt = zeros(1)
         self.ended = zeros(1, torch.bool)
-        self.drafted, self.accepted, self.checks = zeros(1), zeros(1), zeros(1)
+        self.drafted, self.reached = zeros(1), zeros(1)
+        self.accepted, self.checks = zeros(1), zeros(1)
         self.ends = torch.tensor([*ends], dtype=torch.long, device=device)
         self.begin([], 0)
 
     def begin(self, prompts: Sequence[Tensor], new_tokens: int) -> None:
         """Take up prompts, ``[T]`` each; rows without one have ended."""
-        for tensor in (self.length, self.drafted, self.accepted, self.checks):
+        for tensor in (self.drafted, self.reached, self.accepted, self.checks):
             tensor.zero_()
         self.length.fill_(1)
         self.ended.fill_(True)
@@ -77,20 +79,21 @@ class Texts:
         places = start + torch.arange(tokens.shape[1], device=start.device)
         self.tokens.scatter_(1, places, tokens)
 
-    def settle(self, right: Tensor, written: Tensor, guesses: Tensor | int) -> None:
+    def settle(self, right: Tensor, written: Tensor, read: Tensor | None = None) -> None:
         """Advance by the guesses that are right, and by the token that comes for the next.
 
         Args:
             right: ``[B, N]`` bool, which guesses the model agrees to.
             written: ``[B, N]``, what it says in their place: the guesses where they are right.
-            guesses: how many of these there are, ``[1]`` int64; 0 where nothing was guessed.
+            read: ``[1]`` int64, how many tokens were read to guess these: the last text's token,
+                and all guesses. So there is one guess less. None where nothing was guessed.
         """
         count = written.shape[1]
         places = torch.arange(count, device=written.device)[None]
         agreed = right.long().cumprod(1).sum(1, keepdim=True)
         room, going = self.limit - self.length, (~self.ended).long()
-        if isinstance(guesses, Tensor):  # behind them nothing was read
-            room = torch.minimum(room, guesses)
+        if read is not None:  # behind them the check read what means nothing
+            room = torch.minimum(room, read)
         step = torch.minimum(agreed + 1, room)
         if len(self.ends):
             ends = (written[..., None] == self.ends).any(-1)
@@ -98,9 +101,12 @@ class Texts:
             step = torch.minimum(step, first + 1)
             self.ended.logical_or_(first < step)
         self.put(self.length, written)
-        if isinstance(guesses, Tensor):
-            self.drafted.add_(room * going)
-            self.accepted.add_(torch.minimum(agreed, step) * going)
+        if read is not None:
+            guesses = (room - 1) * going
+            reached = torch.minimum(step, guesses) * going
+            self.drafted.add_(guesses)
+            self.reached.add_(reached)
+            self.accepted.add_(torch.minimum(agreed, reached))
         self.checks.add_(going)
         self.length.add_(step * going)
         self.ended.logical_or_(self.length >= self.limit)
@@ -112,8 +118,9 @@ class Steps:
     Args:
         model: whose ``start`` they move.
         texts: that they write.
-        draft_tokens: K, guesses before a check at most.
+        draft_tokens: K, tokens that a check writes at most: one more than are guessed before it.
         processors: what changes the logits, in this order.
+        doubting: whether steps note how sure a guess is.
     """
 
     def __init__(
@@ -122,14 +129,16 @@ class Steps:
         texts: Texts,
         draft_tokens: int,
         processors: Sequence[StaticProcessor] = (),
+        doubting: bool = False,
     ) -> None:
         self.model, self.texts, self.processors = model, texts, processors
+        self.doubting = doubting
         self.place = torch.zeros(1, dtype=torch.long, device=model.device)
         model.choose("first")
         logits, stream = model.first(texts.at(model.start, 1))
         self.streams = stream.repeat(1, draft_tokens, 1)  # what the first layers gave for a draft
         self.vocabulary = logits.shape[2]
-        self.guesses = torch.zeros_like(self.place)
+        self.drafted = torch.zeros_like(self.place)  # tokens that a draft has read
         self.sure = torch.zeros_like(texts.length, dtype=torch.float32)
         self.found = torch.zeros_like(texts.ended)
 
@@ -142,20 +151,29 @@ class Steps:
         self.model.start.copy_(texts.length - 1)
         logits = self.model.whole(texts.at(self.model.start, 1))
         token = self.choose(self.scores(logits, texts.length))
-        texts.settle(torch.zeros_like(token, dtype=torch.bool), token, 0)
+        texts.settle(torch.zeros_like(token, dtype=torch.bool), token)
 
     def guess(self) -> None:
         """Guess one token with the first layers."""
         self.model.start.copy_(self.texts.length - 1 + self.place)
         logits, stream = self.model.first(self.texts.at(self.model.start, 1))
-        self.streams.index_copy_(1, self.place, stream)
         after = self.model.start + 1
         self.texts.put(after, self.choose(self.scores(logits, after)))
-        self.sure.copy_(logits[:, -1].float().softmax(-1).amax(-1, keepdim=True))
+        if self.doubting:
+            self.sure.copy_(logits[:, -1].float().softmax(-1).amax(-1, keepdim=True))
+        self._keep(stream)
+
+    def follow(self) -> None:
+        """Read the last guess with the first layers, for the check: it says what comes next."""
+        self.model.start.copy_(self.texts.length - 1 + self.place)
+        self._keep(self.model.stream(self.texts.at(self.model.start, 1)))
+
+    def _keep(self, stream: Tensor) -> None:
+        self.streams.index_copy_(1, self.place, stream)
         self.place.add_(1).remainder_(self.streams.shape[1])
 
     def check(self, count: int) -> None:
-        """Check so many guesses with the other layers."""
+        """Read so many tokens, all but the first of them guesses, with the other layers."""
         tokens = self._drafted(count)
         self._settle(self.model.rest(tokens, self.streams[:, :count]))
 
@@ -167,7 +185,7 @@ class Steps:
         self.place.zero_()
 
     def read(self, count: int) -> None:
-        """Check so many guesses, which no layer has read, with all layers."""
+        """Read so many tokens likewise that no layer has read, with all layers."""
         tokens = self._drafted(count)
         self._surely_guessed(self.texts.at(self.texts.length, count))
         self._settle(self.model.whole(tokens))
@@ -176,17 +194,17 @@ class Steps:
         """Note that guesses ``[B, N]`` were not drawn."""
 
     def _drafted(self, count: int) -> Tensor:
-        """The last token and all guesses but the last, ``[B, N]``: what the check reads."""
+        """The text's last token and the guesses, ``[B, N]``: what the check reads."""
         self.model.start.copy_(self.texts.length - 1)
         # After a full draft the place is the first one again.
-        self.guesses.copy_(torch.where(self.place == 0, count, self.place))
+        self.drafted.copy_(torch.where(self.place == 0, count, self.place))
         self.place.zero_()
         return self.texts.at(self.model.start, count)
 
     def _settle(self, logits: Tensor) -> None:
         guesses = self.texts.at(self.texts.length, logits.shape[1])
         right, written = self.judge(guesses, self.scores(logits, self.texts.length))
-        self.texts.settle(right, written, self.guesses)
+        self.texts.settle(right, written, self.drafted)
 
     def scores(self, logits: Tensor, start: Tensor) -> Tensor:
         """What tokens at ``start`` and after are chosen by, ``[B, N, V]``, for logits likewise."""
@@ -203,7 +221,10 @@ class Steps:
         return scores.argmax(-1)
 
     def judge(self, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Which guesses are right, ``[B, N]`` bool, and what is written in their places."""
+        """Which guesses are right, ``[B, N]`` bool, and what is written in their places.
+
+        Behind the guesses, where the check writes the model's own token, nothing is asked.
+        """
         best = scores.argmax(-1)
         return guesses == best, best
 

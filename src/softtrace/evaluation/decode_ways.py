@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.greedy_choice import greedy_choice
-from softtrace.decoding.replay import Drafting
+from softtrace.decoding.replay import LONGEST, Drafting, Guesses
 from softtrace.decoding.speculative import Generation, greedy, speculate
 from softtrace.decoding.static_decoder import StaticDecoder
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.evaluation.decode_race import now, quartiles, stock
+from softtrace.evaluation.fixed_costs import fixed_drafting
 from softtrace.model.exit_maps import exit_maps_of
 
 Write = Callable[[Tensor], Generation]
@@ -33,6 +34,8 @@ def race_ways(
     new_tokens: int,
     rounds: int,
     backend: str | None,
+    texts: Sequence[Guesses] = (),
+    asked: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Any]:
     """Tokens a second of every way to decode, one after another on each prompt.
 
@@ -40,11 +43,16 @@ def race_ways(
         network, proven_exit, rows, way, new_tokens, rounds: see
             :func:`softtrace.evaluation.decode_race.race`.
         backend: of ``torch.compile``; None runs the steps of fixed shapes as they are.
+        texts: what exits said of others: by their costs a way is chosen for steps of fixed shapes.
+            Without any it is ``way``, which was chosen by the costs of eager loops.
+        asked: exit layer and draft tokens that are not to be chosen.
 
     Returns:
         ``ways``: of each its speed, the share of texts that are the eager loop's (and by how much
         the two tokens' scores differ at most where one begins to be another), and the share of
-        guesses that were right, where it says so.
+        guesses that were right, where it says so: of all (``acceptance``), and of those that came
+        after right ones (``acceptance_each``).
+        ``fixed``: exit layer and draft tokens of the steps of fixed shapes.
         ``left_out``: why there are no steps of fixed shapes, if so. ``use``: the fastest way.
         ``drafts_over_plain``: median ratio of the fastest way that drafts over the fastest that
         does not, prompt by prompt.
@@ -63,9 +71,12 @@ def race_ways(
     }  # fmt: skip
     if torch.device(rows[0].device).type == "cuda":
         plain["plain, transformers, compiled"] = lambda row: _static(network, row, new_tokens)
-    left_out = None
+    left_out, by_fixed = None, way
     try:
-        fixed = _fixed(network, proven_exit, rows, way, new_tokens, backend)
+        if texts:
+            longest = min(asked[1] or LONGEST, new_tokens)
+            by_fixed = fixed_drafting(network, proven_exit, texts, rows, longest, backend, *asked)
+        fixed = _fixed(network, proven_exit, rows, way, by_fixed, new_tokens, backend)
         first = next(iter(fixed.values()))
         first.plain([rows[0]], 1)  # what cannot be compiled is known here
         for decoder in fixed.values():
@@ -78,7 +89,7 @@ def race_ways(
         for draft, decoder in fixed.items():
             drafted[f"{draft}, {kind}"] = _drafts(decoder, new_tokens)
     ways = {**plain, **drafted}
-    seconds, texts = _time(ways, rows, rounds)
+    seconds, written = _time(ways, rows, rounds)
     speeds = {name: [new_tokens / spent for spent in each] for name, each in seconds.items()}
     middle = {name: statistics.median(each) for name, each in speeds.items()}
     best_plain, best_draft = (
@@ -90,12 +101,14 @@ def race_ways(
     return {
         "backend": backend,
         "left_out": left_out,
+        "fixed": {"exit_layer": by_fixed.exit_layer, "draft_tokens": by_fixed.draft_tokens},
         "ways": {
             name: {
                 "tokens_per_second": quartiles(each),
-                "identical": _identical(texts["plain, eager"], texts[name]),
-                "largest_tie": largest_tie(network, rows, texts["plain, eager"], texts[name]),
-                "acceptance": _acceptance(texts[name]),
+                "identical": _identical(written["plain, eager"], written[name]),
+                "largest_tie": largest_tie(network, rows, written["plain, eager"], written[name]),
+                "acceptance": _share(written[name], "drafted"),
+                "acceptance_each": _share(written[name], "reached"),
             }
             for name, each in speeds.items()
         },
@@ -115,26 +128,30 @@ def _fixed(
     proven_exit: ProvenExit,
     rows: Sequence[Tensor],
     way: Drafting,
+    by_fixed: Drafting,
     new_tokens: int,
     backend: str | None,
 ) -> dict[str, StaticDecoder]:
-    """Decoders by how they draft, each way alone."""
+    """Decoders by how they draft, each way alone; by ``way`` where a guess may be unsure."""
     usual: dict[str, Any] = {
-        "exit_layer": way.exit_layer, "proven_exit": proven_exit, "backend": backend,
+        "exit_layer": by_fixed.exit_layer, "proven_exit": proven_exit, "backend": backend,
         "capacity": max(8, max(row.shape[1] for row in rows) + new_tokens), "eos_token_id": -1,
     }  # fmt: skip
-    guesses = {"draft_tokens": way.draft_tokens}
+    guesses = {"draft_tokens": by_fixed.draft_tokens}
     options: dict[str, dict[str, Any]] = {
         "exit drafts": guesses,
         "lookup drafts": {"draft": "lookup", "draft_tokens": LOOKED_UP},
         "lookup or exit drafts": {"draft": "both", **guesses},
     }
     if way.confidence:
-        options["exit drafts to the first unsure"] = {"confidence": way.confidence, **guesses}
+        options["exit drafts to the first unsure"] = {
+            "exit_layer": way.exit_layer, "confidence": way.confidence,
+            "draft_tokens": way.draft_tokens,
+        }  # fmt: skip
     maps = exit_maps_of(network)
-    if maps is not None and maps.weight(way.exit_layer) is not None:
+    if maps is not None and maps.weight(by_fixed.exit_layer) is not None:
         options["exit drafts without the map"] = {"exit_map": _as_it_is, **guesses}
-    return {name: StaticDecoder(network, **usual, **each) for name, each in options.items()}
+    return {name: StaticDecoder(network, **{**usual, **each}) for name, each in options.items()}
 
 
 def _as_it_is(stream: Tensor) -> Tensor:
@@ -191,10 +208,10 @@ def largest_tie(
     return max(gaps, default=None)
 
 
-def _acceptance(found: Sequence[Generation]) -> float | None:
+def _share(found: Sequence[Generation], of: str) -> float | None:
     """Share of guesses that were right; None where nothing was guessed, or nothing is said."""
-    drafted = sum(each.drafted for each in found)
-    return sum(each.accepted for each in found) / drafted if drafted else None
+    guesses = sum(getattr(each, of) for each in found)
+    return sum(each.accepted for each in found) / guesses if guesses else None
 
 
 def _prompt_lookup(network: Any, row: Tensor, new_tokens: int) -> Generation:

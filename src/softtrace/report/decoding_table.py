@@ -47,7 +47,8 @@ def decoding_table(found: dict[str, Any]) -> str:
 def _race(race: dict[str, Any]) -> list[str]:
     """Every way to decode, and which one to use."""
     lines = [
-        "all ways, tokens a second (quartiles), texts that are the eager loop's, guesses accepted"
+        "all ways, tokens a second (quartiles), texts that are the eager loop's, guesses right "
+        "after right ones"
     ]
     width = max(map(len, race["ways"]))
     for name, way in race["ways"].items():
@@ -55,6 +56,11 @@ def _race(race: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
             f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
+        )
+    if fixed := race.get("fixed"):
+        lines.append(
+            f"  by fixed shapes {fixed['exit_layer']} layers draft, and a check writes "
+            f"{fixed['draft_tokens']} tokens at most"
         )
     if race["left_out"]:
         lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
@@ -75,7 +81,7 @@ def _tie(way: dict[str, Any]) -> str:
 
 
 def _accepted(way: dict[str, Any]) -> str:
-    share = way.get("acceptance")  # results of older releases say nothing of it
+    share = way.get("acceptance_each")  # results of older releases say nothing of it
     return "" if share is None else f"   {share:.0%}"
 
 
