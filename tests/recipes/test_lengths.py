@@ -39,6 +39,12 @@ def test_what_was_measured_is_kept_and_not_measured_again(
         (64, what) for what in lengths.MEASURED
     ]
     assert all(row["peak_gib"] > 0 and row["seconds"] > 0 for row in rows)
+    assert all({"created", "command", "versions", "hardware"} < set(row) for row in rows)
+    assert rows[0]["command"] != rows[1]["command"]
+    assert [row["what"] for row in rows if row.get("masked_runs") == 11] == [
+        what for what in lengths.MEASURED if "curve" in what
+    ]
+    assert all(row["over_masked_runs"] > 1 for row in rows if "masked_runs" in row)
     again = rows_of(monkeypatch, out, "--lengths", "64", "--only", "forward", "--again")
     assert again[1:] == rows[1:]
     assert again[0] != rows[0]
@@ -67,6 +73,8 @@ def test_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> N
         "training": lambda: row["whole rows"]["over_plain"]["median"],
     }[what]()
     assert found > 1
+    if what == "training":
+        assert "_scaled_dot_product_flash_attention_for_cpu" in row["attention of plain"]
 
 
 def test_a_result_that_does_not_fit_is_told() -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 import softtrace
-from recipes.benchmarks.speed.evaluation_parts import parts_timed
+from recipes.benchmarks.speed.evaluation_parts import Parts, parts_timed
 from recipes.benchmarks.speed.steps import Way
 from recipes.benchmarks.speed.timing import seconds, settle
 from softtrace.density.curve import SIZES
@@ -92,6 +94,16 @@ def literal(model: nn.Module, batch: tuple[int, int] = LITERAL, edges: int = 400
     }
 
 
+def beside_masked(whole: float, parts: Parts) -> dict[str, Any]:
+    """Seconds of a measurement's masked runs, and its own and its parts' over those."""
+    return {
+        "masked_runs": parts.masked_runs,
+        "masked_seconds": parts.masked,
+        "over_masked_runs": whole / parts.masked,
+        "parts": parts.over_masked(whole),
+    }
+
+
 def evaluated(model: nn.Module, batch: tuple[int, int] = EVALUATED) -> Any:
     """Seconds of what ``softtrace evaluate`` measures, over those of its masked runs alone.
 
@@ -119,13 +131,30 @@ def evaluated(model: nn.Module, batch: tuple[int, int] = EVALUATED) -> Any:
             whole = seconds(lambda: measured(extra))  # noqa: B023
         found[name] = {
             "seconds": whole,
-            "masked_runs": parts.masked_runs,
-            "masked_seconds": parts.masked,
-            "over_masked_runs": whole / parts.masked,
-            "parts": parts.over_masked(whole),
+            **beside_masked(whole, parts),
             "over_forwards": whole / (plain * (parts.masked_runs + 1)),
         }
     return found
+
+
+class _Attending(TorchDispatchMode):
+    """Notes by which of torch's operators attention is computed inside: each is one kernel.
+
+    Attributes:
+        names: of the operators. None where scores, softmax and products are operators each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "attention" in func.name():
+            self.names.add(func.name().partition("::")[2])
+        return func(*args, **(kwargs or {}))
 
 
 def trained(
@@ -143,6 +172,8 @@ def trained(
     for way in ways.values():
         for _ in range(3 if device == "cuda" else 1):  # until captured terms have their graph
             way.period()
+    with _Attending() as attending:  # which of its kernels sdpa attention has chosen
+        ways["plain"].step()
     taken: dict[str, list[float]] = {name: [] for name in ways}
     settle()
     began = time.perf_counter()
@@ -153,6 +184,7 @@ def trained(
     return {
         "batch": list(batch),
         "precision": "bfloat16 autocast, AdamW",
+        "attention of plain": sorted(attending.names),
         "turns": len(taken["plain"]),
         "options": {name: options for name, options in WAYS.items() if options is not None},
         **{

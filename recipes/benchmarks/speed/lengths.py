@@ -9,11 +9,14 @@
 Models have random weights at the sizes that their cards state, unless ``--weights`` names a folder
 for SmolLM2-135M; nothing is downloaded. Most rows are of one sequence, in bfloat16 on a GPU and
 float32 on a CPU: seconds (the best of up to three calls), the most bytes of tensors alive beyond
-what was held before, and what the result holds. Others, at one length, are ratios:
-:mod:`recipes.benchmarks.speed.length_ratios`. A row that takes longer than ``--limit`` is given
-up, and one that runs out of memory says so; both are results. Rows that are there already, of the
-same device, are not measured again. Results are written after every row, to
-``results/lengths.json`` and, as growth with the length, ``results/lengths.png``.
+what was held before, and what the result holds; of a curve also the seconds of its masked runs
+alone, and the whole call's over those. Others, at one length, are ratios:
+:mod:`recipes.benchmarks.speed.length_ratios`. Every row says when and with what it was made.
+
+A row that takes longer than ``--limit`` is given up, and one that runs out of memory says so; both
+are results. Rows that are there already, of the same device, are not measured again. Results are
+written after every row, to ``results/lengths.json`` and, as growth with the length,
+``results/lengths.png``.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from torch import Tensor, nn
 import softtrace
 from recipes.benchmarks.places import RESULTS
 from recipes.benchmarks.speed import length_ratios
+from recipes.benchmarks.speed.evaluation_parts import parts_timed
 from recipes.benchmarks.speed.length_ratios import random_ids
 from recipes.benchmarks.speed.outcome import outcome
 from recipes.benchmarks.speed.peak import Peak, held_bytes
@@ -148,20 +153,27 @@ def build(name: str, device: torch.device, weights: str | None) -> nn.Module:
 
 
 def measured(model: nn.Module, ids: Tensor, what: str, device: torch.device) -> dict[str, Any]:
-    """Seconds and memory of one of :data:`MEASURED`."""
+    """Seconds and memory of one of :data:`MEASURED`, and what masked runs take of a curve's.
+
+    These are forwards under masks, and the logits of what is measured, of the fastest call.
+    """
     seconds: list[float] = []
-    peaks, held = [], 0
+    peaks, held, masked = [], 0, {}
+    timed = parts_timed if "curve" in what else nullcontext
     while not seconds or (len(seconds) < 3 and sum(seconds) < ENOUGH):
         found = None
-        with torch.set_grad_enabled(what in STEPS), Peak(device) as peak:
+        with torch.set_grad_enabled(what in STEPS), timed() as parts, Peak(device) as peak:
             found = MEASURED[what](model, ids)
         seconds.append(peak.seconds)
         peaks.append(peak.gib)
         held = held_bytes(found)
+        if parts is not None and peak.seconds == min(seconds):
+            masked = length_ratios.beside_masked(peak.seconds, parts)
     return {
         "seconds": round(min(seconds), 4),
         "peak_gib": round(max(peaks), 6),
         "held_gib": round(held / 2**30, 6),
+        **masked,
     }
 
 
@@ -276,7 +288,6 @@ def main() -> None:
     """Measure what is missing, and write it after each row."""
     options = parse()
     device = torch.device(options.device)
-    facts = provenance(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
     )  # fmt: skip
@@ -301,6 +312,7 @@ def main() -> None:
             own["weights"] = "own" if options.weights and name == "SmolLM2-135M" else "random"
             own |= row_of(what, length, name, model, options)
             own["load"] = round(os.getloadavg()[0], 1)  # neighbours at work make a CPU slow
+            own |= (facts := provenance(device))
             place = rows.index(before[0]) if before else len(rows)
             rows[place : place + 1] = [own]
             print(json.dumps(own), flush=True)
