@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _KIND = "lazy"
-_TORCHS, _ASKED = torch.autocast, torch.is_autocast_enabled
+_TORCHS, _ASKED, _MODULES = torch.autocast, torch.is_autocast_enabled, torch.get_device_module
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -102,6 +102,10 @@ def _asked(*device_type: str) -> bool:
     return _KIND not in device_type and _ASKED(*device_type)
 
 
+def _module(device: Any = None) -> Any:
+    return None if _KIND in str(device) else _MODULES(device)
+
+
 @contextmanager
 def fake_devices() -> Iterator[tuple[str, str]]:
     """Two devices, for as long as this lasts."""
@@ -113,7 +117,7 @@ def fake_devices() -> Iterator[tuple[str, str]]:
             _Factories(),
             patch.object(torch, "autocast", _autocast),
             patch.object(torch, "is_autocast_enabled", _asked),
-            patch.object(torch, "get_device_module", lambda device: None),  # which has a name
+            patch.object(torch, "get_device_module", _module),
         ):
             yield f"{_KIND}:0", f"{_KIND}:1"
     finally:
