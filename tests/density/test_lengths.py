@@ -222,8 +222,11 @@ def test_chosen_positions_equal_the_oracle(
             assert trace.importances == pytest.approx([theirs[e] for e in trace.edges], abs=1e-5)
 
 
-def test_traces_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_traces_row_by_row_equal_those_of_held_maps(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama", dtype=dtype)
     ids, mask = padded_batch()
     with torch.no_grad():
         held, made = both_ways(
