@@ -19,6 +19,7 @@ STORED = {
 MASKED_LIMIT, STEP_LIMIT = 1.3, 1.3
 """What was asked for: time over masked runs', a step over a plain one."""
 FILES, PLOT = ("lengths.json", "lengths-cpu.json"), "lengths.png"
+FLEX = "flex.json"
 
 
 def lengths() -> str:
@@ -34,9 +35,29 @@ def lengths() -> str:
         parts.append(_over_forward(own))
     if (RESULTS / PLOT).exists():  # drawn by the script, where it measured last
         parts.append(f"![Memory and seconds by the length]({CARD}results/{PLOT})")
+    if (RESULTS / FLEX).exists():
+        parts.append(_flex(read(FLEX)))
     files = (f"results/{name}" for name in FILES)
     parts.append(sources(CARD, "speed/lengths.py", *files))
     return "\n\n".join(parts)
+
+
+def _flex(found: Row) -> str:
+    """What FlexAttention gives beside masked attention block by block."""
+    said = (
+        f"{row['layer']}, {row['length']:,} tokens, {row['dtype']}: largest difference "
+        f"{row['largest_difference']:.1e} of outputs up to {row['largest_output']:.2g}, "
+        f"{row['flipped_share']:.2g} of the kept edges flip, "
+        f"{1000 * row['seconds of flex']:.3g} ms against our "
+        f"{1000 * row['seconds of ours']:.3g} ms."
+        for row in found["rows"]
+    )
+    lines = "\n".join(f"- {each}" for each in said)
+    cited = sources(CARD, "speed/flex.py", f"results/{FLEX}")
+    return (
+        f"Masked attention of one layer by FlexAttention, on an {found['hardware']} {cited}:\n\n"
+        f"{lines}"
+    )
 
 
 def _table(rows: list[Row], device: str) -> str:
