@@ -272,3 +272,24 @@ def test_the_progress_bar_ends_where_it_said(
     ((total, runs),) = bars
     assert sum(runs) == total
     assert len(runs) >= 3
+
+
+@pytest.mark.thorough
+def test_the_page_of_blocks_of_1024_tokens(tmp_path: Path) -> None:
+    """Samples and their maps are of real blocks too, and the page does not grow with the square."""
+    length, small = 1024, {"num_hidden_layers": 2, "num_attention_heads": 2}
+    folder = write_model(
+        tmp_path / "model", max_position_embeddings=length, num_key_value_heads=1, **small
+    )
+    source = TextSource(str(write_tree(tmp_path / "text", files=20, lines=8)))
+    options = {**OPTIONS, "block_size": length, "blocks": 1, "batch_size": 1}
+    evaluate(str(folder), source, str(tmp_path / "out"), positions=8, extra_blocks=0, **options)
+    found = load_density(tmp_path / "out")
+    assert (found["data"]["block_size"], found["min_context"], found["tokens"]) == (length, 1015, 8)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 5_000_000  # whatever the square of the length is
+    assert "blocks of 1,024 tokens with 1,015 of context" in page
+    (text,) = found["samples"]["texts"]
+    assert len(text["tokens"]) == 8
+    assert all(each["traces"][-1]["tv"] < 0.5 for each in text["tokens"])
+    assert json.dumps(text["tokens"][0]["traces"][0]["size"]) in page  # what the slider shows

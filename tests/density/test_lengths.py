@@ -14,7 +14,9 @@ from softtrace.density.sweep import curve_of
 from softtrace.errors import InvalidInputError, NonFiniteError
 from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
-from softtrace.graph.sizes import total_edges
+from softtrace.graph.masks import hard_masks
+from softtrace.graph.rowwise_sizes import traces_at
+from softtrace.graph.sizes import held_traces_at, total_edges
 from softtrace.model.attention_interface import SoftmaxMap
 from softtrace.tracing.recording import _say_held
 from tests.support import oracle
@@ -220,8 +222,11 @@ def test_chosen_positions_equal_the_oracle(
             assert trace.importances == pytest.approx([theirs[e] for e in trace.edges], abs=1e-5)
 
 
-def test_traces_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_traces_row_by_row_equal_those_of_held_maps(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama", dtype=dtype)
     ids, mask = padded_batch()
     with torch.no_grad():
         held, made = both_ways(
@@ -468,3 +473,33 @@ def test_gradients_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.Monke
 
     for one, other in zip(*both_ways(monkeypatch, gradients), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi: parallel layers
+def test_traces_of_chosen_positions_of_held_masks(family: str) -> None:
+    """As they are counted on a GPU: attention edges stay that no position needs."""
+    model = tiny(*VERIFIED[family][:1], **VERIFIED[family][1]) if family != "llama" else None
+    model = tiny_model("llama") if model is None else model
+    ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        importance = softtrace.edge_importance(model, ids)
+    places = torch.tensor([[4, 9], [2, 11]])
+    for tau in THRESHOLDS:
+        masks = hard_masks(importance, tau)
+        counts, needed = traces_at(masks, places)
+        held_counts, held_needed = held_traces_at(masks, places)
+        assert torch.equal(held_counts, counts)
+        for ours, theirs, whole in zip(held_needed, needed, masks, strict=True):
+            assert ours.attention is whole.attention
+            for one, other in zip(ours.nodes(), theirs.nodes(), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_curves_of_chosen_positions_as_a_gpu_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = tiny_model("llama"), padded_batch()
+    own = softtrace.density_curve(model, ids, mask, THRESHOLDS, positions=[5, -2], composition=True)
+    monkeypatch.setattr("softtrace.density.sweep.traces_at", held_traces_at)
+    assert_same_curve(
+        softtrace.density_curve(model, ids, mask, THRESHOLDS, positions=[5, -2], composition=True),
+        own,
+    )

@@ -62,3 +62,28 @@ def test_a_step_holds_no_map_of_all_layers(monkeypatch: pytest.MonkeyPatch, way:
         step(model, ids, **WAYS[way])
     assert held.largest >= heads * length * length > live.largest
     assert live.peak < held.peak - layers * heads * length * length * 4
+
+
+@pytest.mark.parametrize(("masks", "copies"), [("straight", 4), ("soft", 12)])
+def test_what_a_backward_pass_keeps_counts_where_maps_are_held(
+    monkeypatch: pytest.MonkeyPatch, masks: str, copies: int
+) -> None:
+    """In what masked runs are trained with maps are many times alive; else they are held once."""
+    length, layers, heads = 12, 3, 4
+    model, ids = tiny_model("llama", dtype=torch.float64), tiny_prompt(length)
+    held: list[bool] = []
+
+    def noted(*given: Any) -> bool:
+        held.append(attention_maps.are_held(*given))
+        return held[-1]
+
+    monkeypatch.setattr("softtrace.tracing.recording.are_held", noted)
+    for room, expected in ((copies, True), (copies - 1, False)):
+        maps = layers * heads * length * length
+        monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", room * maps)
+        held.clear()
+        step(model, ids, masks=masks)
+        assert held == [expected] * layers
+        with torch.no_grad():
+            softtrace.edge_importance(model, ids)
+        assert held[-1]

@@ -10,7 +10,16 @@ from recipes.benchmarks.pages.sources import CARD, read, sources
 from recipes.benchmarks.places import RESULTS
 
 Row = dict[str, Any]
+STORED = {
+    "importances": ("importance", False),
+    "curve of 64, stored is the curve": ("curve of 64, recorded", False),
+    "curve of 64, stored are its importances too": ("curve of 64, recorded", True),
+}
+"""What is read as stored: the row, and whether the importances of as many tokens count too."""
+MASKED_LIMIT, STEP_LIMIT = 1.3, 1.3
+"""What was asked for: time over masked runs', a step over a plain one."""
 FILES, PLOT = ("lengths.json", "lengths-cpu.json"), "lengths.png"
+FLEX = "flex.json"
 
 
 def lengths() -> str:
@@ -21,12 +30,34 @@ def lengths() -> str:
         own = [row for row in rows if row["device"] == device]
         parts.append(_table([row for row in own if row["what"] not in SAID], device))
         said = [SAID[row["what"]](row) for row in own if row["what"] in SAID]
+        said += _over_masked(own) + _given_up(own)
         parts += ["\n".join(f"- {each}" for each in said)] if said else []
+        parts.append(_over_forward(own))
     if (RESULTS / PLOT).exists():  # drawn by the script, where it measured last
         parts.append(f"![Memory and seconds by the length]({CARD}results/{PLOT})")
+    if (RESULTS / FLEX).exists():
+        parts.append(_flex(read(FLEX)))
     files = (f"results/{name}" for name in FILES)
     parts.append(sources(CARD, "speed/lengths.py", *files))
     return "\n\n".join(parts)
+
+
+def _flex(found: Row) -> str:
+    """What FlexAttention gives beside masked attention block by block."""
+    said = (
+        f"{row['layer']}, {row['length']:,} tokens, {row['dtype']}: largest difference "
+        f"{row['largest_difference']:.1e} of outputs up to {row['largest_output']:.2g}, "
+        f"{row['flipped_share']:.2g} of the kept edges flip, "
+        f"{1000 * row['seconds of flex']:.3g} ms against our "
+        f"{1000 * row['seconds of ours']:.3g} ms."
+        for row in found["rows"]
+    )
+    lines = "\n".join(f"- {each}" for each in said)
+    cited = sources(CARD, "speed/flex.py", f"results/{FLEX}")
+    return (
+        f"Masked attention of one layer by FlexAttention, on an {found['hardware']} {cited}:\n\n"
+        f"{lines}"
+    )
 
 
 def _table(rows: list[Row], device: str) -> str:
@@ -71,8 +102,9 @@ def _evaluate(row: Row) -> str:
     alone, extra = row["curves"], row["curves and baselines"]
     return (
         f"{row['model']}: what `evaluate` measures of {_batch(row)} takes "
-        f"{alone['over_masked_runs']:.2f} times as long as its masked runs, and with baselines of "
-        f"every block {extra['over_masked_runs']:.2f}; "
+        f"{alone['seconds']:.2f} s, and {extra['seconds']:.1f} s with baselines of every block: "
+        f"{alone['over_masked_runs']:.2f} and {extra['over_masked_runs']:.2f} times as long as its "
+        f"masked runs (asked for: {MASKED_LIMIT}), "
         f"{alone['over_forwards']:.2f} and {extra['over_forwards']:.2f} times as long as so many "
         "plain forwards."
     )
@@ -93,10 +125,67 @@ def _literal(row: Row) -> str:
 def _training(row: Row) -> str:
     return (
         f"{row['model']}: a training step of {_batch(row)} with the default term takes "
-        f"{quartiles(row['default']['over_plain'])} times a plain one with sdpa attention, with "
+        f"{quartiles(row['default']['over_plain'])} times a plain one with sdpa "
+        f"attention{_kernel(row)} (asked for: {STEP_LIMIT}), with "
         f"windows of whole rows {quartiles(row['whole rows']['over_plain'])} (quartiles of "
         f"{row['turns']} interleaved turns, {row['precision']})."
     )
+
+
+def _kernel(row: Row) -> str:
+    """By which operator it was computed, where that is known."""
+    names = [name for name in row.get("attention of plain", ()) if not name.endswith("_backward")]
+    return f" (`{'`, `'.join(names)}`)" if names else ""
+
+
+def _over_forward(rows: list[Row]) -> str:
+    """A table: memory of importances and of curves of chosen positions over that of a forward."""
+    by = {(row["model"], row["what"], row["length"]): row for row in rows if "peak_gib" in row}
+    columns = sorted({length for _, _, length in by})
+    lines = [
+        "| most memory less what is stored of the result, over a forward's | "
+        f"{' | '.join(f'{length:,} tokens' for length in columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for name, (what, also) in STORED.items():
+            cells = []
+            for length in columns:
+                forward, own = (by.get((model, each, length)) for each in ("forward", what))
+                beside = by.get((model, "importance", length)) if also else None
+                if forward is None or own is None or (also and beside is None):
+                    cells.append("")
+                    continue
+                stored = own["held_gib"] + (0 if beside is None else beside["held_gib"])
+                cells.append(f"{(own['peak_gib'] - stored) / forward['peak_gib']:.1f}")
+            if any(cells):
+                lines.append(f"| {model}: {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _over_masked(rows: list[Row]) -> list[str]:
+    """Seconds of curves over those of their masked forwards."""
+    said = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model and "masked_runs" in row]
+        for what in dict.fromkeys(row["what"] for row in own):
+            each = (
+                f"{row['over_masked_runs']:.2f} at {row['length']:,} tokens "
+                f"({row['masked_seconds']:.3g} s of {row['seconds']:.3g})"
+                for row in own
+                if row["what"] == what
+            )
+            said.append(f"{model}, {what}: seconds over its masked forwards, {'; '.join(each)}.")
+    return said
+
+
+def _given_up(rows: list[Row]) -> list[str]:
+    """Rows that found nothing, and why."""
+    return [
+        f"{row['model']}, {row['what']}, {row['length']:,} tokens: {row['error']}."
+        for row in rows
+        if "error" in row and row["what"] not in SAID
+    ]
 
 
 def _batch(row: Row) -> str:

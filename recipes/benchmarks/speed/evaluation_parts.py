@@ -24,7 +24,16 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "recording": ((Runner, "record"),),
     "masks": ((sweep, "hard_masks"), (sampling, "hard_masks")),
     "sizes": (
-        *((sweep, name) for name in ("edge_counts", "total_edges", "traces_at", "traces_at_each")),
+        *(
+            (sweep, name)
+            for name in (
+                "edge_counts",
+                "held_traces_at",
+                "total_edges",
+                "traces_at",
+                "traces_at_each",
+            )
+        ),
         *((sampling, name) for name in ("total_edges", "traces_at")),
     ),
     "distances": (

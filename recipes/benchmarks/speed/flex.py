@@ -1,6 +1,6 @@
 """Masked attention by FlexAttention beside this project's way, block by block of targets.
 
-    python -m recipes.benchmarks.speed.flex                     # on a GPU
+    python -m recipes.benchmarks.speed.flex                     # on a GPU, about three minutes
     python -m recipes.benchmarks.speed.flex --device cpu --lengths 64 --calls 1    # uncompiled
 
 A kept attention edge is a score above a bound of its head and target. FlexAttention can leave out
@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class BothWays:
-    """One of :data:`LAYERS`, whose masked attention is computed by the one way and by the other."""
+    """One of :data:`LAYERS`, with masked attention in both ways."""
 
     def __init__(
         self, sizes: tuple[int, int, int], length: int, dtype: torch.dtype, device: torch.device

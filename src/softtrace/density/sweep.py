@@ -33,7 +33,7 @@ from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
-from softtrace.graph.sizes import edge_counts, total_edges
+from softtrace.graph.sizes import edge_counts, held_traces_at, total_edges
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, check_attention, with_attention_kept
@@ -282,12 +282,14 @@ def _counted(
         ):
             yield _at_places(counts, places, measured), needed if narrowed else own
         return
+    # A GPU would wait in every layer to know which rows of attention are needed.
+    narrow = traces_at if measured.device.type == "cpu" else held_traces_at
     for tau in grid:
         own = hard_masks(scores, tau)
         if places is None or not narrowed:
             yield _at_places(edge_counts(own, places), places, measured), own
         else:
-            counts, needed = traces_at(own, places)
+            counts, needed = narrow(own, places)
             yield _at_places(counts, places, measured), needed
 
 

@@ -28,7 +28,8 @@ _MORE_ON_CUDA = 8
 
 HELD_ELEMENTS = 1 << 28
 """Elements of the maps of all layers together, up to which they are held whole: 1 GiB in float32,
-and four times that on a GPU, but no more than a sixteenth of its memory."""
+and four times that on a GPU, but no more than a sixteenth of its memory; less where a backward pass
+keeps more than the maps (:func:`counted_as`)."""
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -49,6 +50,19 @@ def none_held() -> Iterator[None]:
         _NONE_HELD.reset(token)
 
 
+_COPIES: ContextVar[int] = ContextVar("softtrace_copies", default=1)
+
+
+@contextmanager
+def counted_as(copies: int) -> Iterator[None]:
+    """Hold maps only where so many times their memory would fit: what a backward pass keeps."""
+    token = _COPIES.set(copies)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
+
+
 def are_held(layers: int, shape: torch.Size, device: torch.device) -> bool:
     """Whether the maps of so many layers, ``[B, H, T, S]`` each, are held whole on a device."""
     if _NONE_HELD.get():
@@ -56,7 +70,7 @@ def are_held(layers: int, shape: torch.Size, device: torch.device) -> bool:
     most = HELD_ELEMENTS
     if device.type == "cuda":
         most = min(4 * most, torch.cuda.get_device_properties(device).total_memory // 64)
-    return layers * shape.numel() <= most
+    return _COPIES.get() * layers * shape.numel() <= most
 
 
 class Rows(NamedTuple):

@@ -100,7 +100,7 @@ def traces_at(
     sweep = _Sweep([masks], places)
     with torch.autocast(sweep.reach.device.type, enabled=False):
         for index in reversed(range(len(masks))):
-            (targets,) = _targets(sweep.begin(index), places)
+            targets, _ = _targets_of(sweep.begin(index), places)
             for rows, kept in each_block(masks[index].attention_map, _over_heads, targets):
                 sweep.add(rows, [kept])
             sweep.end([targets])
@@ -131,12 +131,12 @@ def traces_at_each(
                 used = sweep.begin(index)
                 of_all = scores[index].attention_map
                 own = [each[index].attention_map for each in sets]
-                (targets,) = _targets(used.any(0)[None], places)
+                targets, each_targets = _targets_of(used, places)
                 for rows in of_all.blocks(targets):
                     values = of_all.rows(rows)
                     made = (_made(each, of_all, values, rows) for each in own)
                     sweep.add(rows, [summed_heads(m, torch.float32, traced=False) for m in made])
-                sweep.end(_targets(used, places))
+                sweep.end(each_targets)
         found += sweep.found()
     return found
 
@@ -147,14 +147,15 @@ def _made(mask: AttentionMap, scores: AttentionMap, values: Tensor, rows: Rows) 
     return mask.rows_from(scores, values, rows)
 
 
-def _targets(used: Tensor, places: Tensor | None) -> list[Tensor | None]:
-    """Per set of ``[K, B, T]`` the targets that any sequence needs, on the CPU; None for all.
+def _targets_of(used: Tensor, places: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The targets that any set of ``[K, B, T]`` needs, and those of each; CPU, None for all.
 
     Of all positions nearly all rows are needed; to ask which would wait for the device.
     """
     if places is None:
-        return [None] * len(used)
-    return [each.nonzero()[:, 0] for each in used.any(1).cpu()]
+        return None, [None] * len(used)
+    known = used.any(1).cpu()  # waits for the device, once a layer
+    return known.any(0).nonzero()[:, 0], [each.nonzero()[:, 0] for each in known]
 
 
 def _within(layer: LayerEdges, middle: Tensor, end: Tensor, targets: Tensor | None) -> LayerEdges:

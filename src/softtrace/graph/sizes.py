@@ -30,6 +30,36 @@ def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Te
     """
     if isinstance(masks[0], RowwiseEdges):
         return traces_at(masks, places)[0]
+    return _swept(masks, places, who=False)[0]
+
+
+def held_traces_at(
+    masks: Sequence[LayerEdges], places: Tensor | None = None
+) -> tuple[Tensor, tuple[LayerEdges, ...]]:
+    """``edge_counts`` of chosen positions, and the masks of what reaches any of them.
+
+    As :func:`softtrace.graph.rowwise_sizes.traces_at` gives them, but attention edges are left in
+    that no position needs: which rows those are would have to be asked of a GPU in every layer, and
+    of maps that are held it takes longer to pick some rows than to use all.
+
+    Args:
+        masks: per layer, bool ``[B, H, T, S]`` and ``[B, T]``, held.
+        places: ``[B, n]`` int64, positions; None for all.
+    """
+    counts, reached = _swept(masks, places, who=True)
+    needed = []
+    for layer, (middle, end) in zip(masks, reached, strict=True):
+        residual, mlp, mlp_residual = layer.nodes()
+        nodes = residual & middle, mlp & end, mlp_residual & end
+        needed.append(LayerEdges(layer.attention, *nodes, layer.parallel))
+    return counts, tuple(needed)
+
+
+def _swept(
+    masks: Sequence[LayerEdges], places: Tensor | None, who: bool
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Counts as :func:`edge_counts` gives them of masks that are held; if that is asked for, per
+    layer ``[B, T]`` bool, which nodes after attention and after the MLP reach any position."""
     first = masks[0].attention
     soft = first.is_floating_point()
     batch, heads, length, _ = first.shape
@@ -41,23 +71,28 @@ def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Te
     most = chunk_elements(first.device) >> (4 if first.device.type == "cpu" else 0)
     together = max(1, most // (batch * length**2))
     counted: list[Tensor] = []
+    reached: list[tuple[Tensor, Tensor]] = []
     with torch.autocast(first.device.type, enabled=False):
         for end in range(len(masks), 0, -together):
-            counts, reach = _counts_of(masks[max(0, end - together) : end], reach, wide)
+            part = masks[max(0, end - together) : end]
+            counts, reach, nodes = _counts_of(part, reach, wide, who)
             counted.insert(0, counts)
+            reached[:0] = nodes
         stacked = torch.cat(counted).permute(1, 2, 0, 3)
-    return stacked if soft or first.device.type == "mps" else stacked.double()
+    return (stacked if soft or first.device.type == "mps" else stacked.double()), reached
 
 
 def _counts_of(
-    masks: Sequence[LayerEdges], reach: Tensor, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``[L, B, T, 4]`` counts in neighbouring layers, and who reaches the nodes before them.
+    masks: Sequence[LayerEdges], reach: Tensor, wide: torch.dtype, who: bool
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """``[L, B, T, 4]`` counts in neighbouring layers, who reaches the nodes before them, and per
+    layer, if that is asked for, ``[B, T]`` bool, who is reached, after attention and at its end.
 
     Args:
         masks: of these layers.
         reach: ``[B, T_out, T]``, how far each node after them reaches each output node.
         wide: dtype in which counts are exact.
+        who: whether it is asked who is reached.
     """
     parallel = [layer.parallel for layer in masks]
     nodes = torch.stack([part for layer in masks for part in layer.nodes()]).to(reach.dtype)
@@ -78,11 +113,14 @@ def _counts_of(
             reach = reach * through_mlp[index]
         at_attention.append(reach)
         reach = (reach @ steps[index]).clamp(max=1)
-    sides = ((at_attention, (over_heads.sum(-1), residual)), (at_nodes, (mlp, mlp_residual)))
+    sides = [torch.stack(at[::-1]) for at in (at_attention, at_nodes)]
+    edges = ((over_heads.sum(-1), residual), (mlp, mlp_residual))
     counts = [
-        torch.stack(at[::-1]).to(wide) @ torch.stack(edges, dim=-1).to(wide) for at, edges in sides
+        at.to(wide) @ torch.stack(own, dim=-1).to(wide)
+        for at, own in zip(sides, edges, strict=True)
     ]
-    return torch.cat(counts, dim=-1), reach
+    found = [at.amax(2) > 0 for at in sides] if who else []
+    return torch.cat(counts, dim=-1), reach, list(zip(*found, strict=True))
 
 
 def _products_exact(largest: int, device: torch.device) -> bool:

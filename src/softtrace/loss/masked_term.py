@@ -19,6 +19,7 @@ from softtrace.density.chunks import distances, rows_at_once
 from softtrace.density.distortion import DISTANCES
 from softtrace.density.easiness import easiness, easy_weights
 from softtrace.errors import InvalidInputError
+from softtrace.graph.attention_maps import counted_as
 from softtrace.graph.batch import Batch, check_finite, require_finite
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import working_dtype
@@ -32,6 +33,8 @@ from softtrace.tracing.instrument import Instrument
 MASKED_LOGITS = "logits of the full model or of the masked run"
 _BEYOND_QUANTILE = 0.25
 """Share of the tokens that a static run reads beyond the easy quantile: the step is smooth."""
+_COPIES = {"straight": 4, "soft": 12}
+"""What held maps take until the backward pass, in maps of all layers: masks, products, logs."""
 
 
 class MaskedTerm(NamedTuple):
@@ -96,7 +99,9 @@ def masked_term(
             one together with others.
     """
     unchecked = static or together
-    with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_importances):
+    trained = torch.is_grad_enabled()
+    copies = _COPIES[options.masks] if trained else 1
+    with torch.set_grad_enabled(trained and options.through_importances), counted_as(copies):
         recording = instrument.record(windows.batch, static=unchecked)
     full = recording.logits.detach()
     easy, inside = _easy(full, windows.batch, options)

@@ -173,10 +173,9 @@ def mixed_values(probabilities: AttentionMap, value: Tensor) -> Tensor:
         parts = [part for _, part in found]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     heads_of = value.new_zeros(batch, heads, length, width)
-    if not found:
-        return heads_of
-    places = targets.to(value.device)
-    return heads_of.index_copy(2, places, torch.cat([part for _, part in found], dim=2))
+    for rows, part in found:  # which rows is known on the device, which need not be waited for
+        heads_of[:, :, rows.at] = part
+    return heads_of
 
 
 def _attention(
