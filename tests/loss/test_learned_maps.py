@@ -47,7 +47,7 @@ def test_gradients_that_are_there_already_reach_their_own_map_alone() -> None:
     assert maps is not None
     known = torch.full((maps.maps.weights[NAME].shape), 2.0)
     for _ in range(2):  # batches that are accumulated
-        maps.collect(torch.tensor(1.0), {NAME: known})
+        maps.collect(torch.device("cpu"), torch.tensor(1.0), {NAME: known})
     gradients = {name: each.grad for name, each in maps.maps.weights.items()}
     assert len(gradients) == 3
     for name, gradient in gradients.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     kinds = sorted({_kind(row) for row in table}, reverse=True)
     methods = sorted({row["method"] for row in table}, key=lambda name: (name != "plain", name))
     pairs = mpl.colormaps["tab20"].colors  # dark and light in turn
-    colours = dict(zip(methods, (*pairs[::2], *pairs[1::2]), strict=False))
+    many = (*pairs[::2], *pairs[1::2], *mpl.colormaps["tab20b"].colors)
+    colours = dict(zip(methods, itertools.cycle(many), strict=False))
     figure = Figure(figsize=(4 * len(MEASURES), 3.6 * len(kinds) + 0.6), layout="constrained")
     panels = figure.subplots(len(kinds), len(MEASURES), squeeze=False)
     for line, kind in zip(panels, kinds, strict=True):

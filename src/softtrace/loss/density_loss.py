@@ -310,7 +310,7 @@ class DensityLoss:
             self._streams.clear()  # our own runs pass by its hooks too
         if self.exit_maps is not None and reads_exits:  # in every process, whatever its batch was
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
-            self.exit_maps.collect(*given)
+            self.exit_maps.collect(device, *given)
         return term
 
     def _batch(self, input_ids: Tensor, *read: Tensor | None) -> Batch:

@@ -78,10 +78,17 @@ class LearnedMaps:
             self._optimiser.zero_grad()
         self._step = step
 
-    def collect(self, distance: Tensor | None, known: Mapping[str, Tensor] | None = None) -> None:
+    def collect(
+        self,
+        device: torch.device,
+        distance: Tensor | None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add a batch's gradients of the maps, over all processes, which all have to call.
 
         Args:
+            device: of the batch. Maps through which nothing was read yet come to it, for processes
+                on GPUs have no way to add up what lies elsewhere.
             distance: mean distance of the batch's exits with a graph, which is kept; None where
                 there is none in this process.
             known: gradients by maps, by their names, where these are there already.
@@ -96,6 +103,8 @@ class LearnedMaps:
         elif distance is not None and copies:
             gradients = torch.autograd.grad(distance, list(copies.values()), retain_graph=True)
             found = dict(zip(copies, gradients, strict=True))
+        if together and not found:
+            self.on(device)
         for name, own in self.maps.weights.items():
             read = found.get(name)
             added = torch.zeros_like(own) if read is None else read.to(own)
