@@ -83,6 +83,25 @@ def test_a_memory_in_which_a_capture_failed_is_left(monkeypatch: pytest.MonkeyPa
     assert graphs[1].stream is not graphs[2].stream
 
 
+def test_nothing_is_collected_inside_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    seen: list[bool] = []
+
+    def run(into: Tensors | None = None) -> list[Tensor | None]:
+        if into is not None:
+            seen.append(gc.isenabled())
+            if len(seen) == 2:
+                raise RuntimeError("no way")
+        return squares()
+
+    memory = GraphMemory()
+    memory.capture(run)
+    with pytest.raises(RuntimeError, match="no way"):
+        memory.capture(run)
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
 def test_a_function_gives_none_at_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     calls = iter(([None], [torch.zeros(1)]))

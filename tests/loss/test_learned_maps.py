@@ -158,3 +158,15 @@ def test_maps_learn_on_where_the_model_was_moved_to() -> None:
         watched_term(density, ids, step=step)
     density.exit_maps.begin(4)
     assert density.exit_maps.maps.weights[NAME].is_cuda
+
+
+def test_maps_that_no_process_read_are_added_up_where_the_batch_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maps = LearnedMaps(tiny_model("llama", num_hidden_layers=2), range(1, 2), 8, torch.float32)
+    done: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: done.append("added up"))
+    monkeypatch.setattr(maps, "on", done.append)
+    maps.collect(torch.device("cuda"), None)
+    assert done == [torch.device("cuda"), "added up"]
