@@ -19,6 +19,9 @@ from softtrace import DensityCurve, attach, density_curve, edge_importance
 from softtrace.density import exact, sweep
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.measure import Measurements, measure
+from softtrace.evaluation.study.generation import read_generation
+from softtrace.evaluation.study.readings import read_model
+from softtrace.evaluation.study.unigrams import Unigrams
 from softtrace.metrics.readings import readings
 from tests.support import warm
 from tests.support.processes import script_environment
@@ -96,6 +99,21 @@ def measured(model: nn.Module, rank: int) -> dict[str, Any]:
         return as_lists(measure(model, blocks, progress=lambda runs: None, **options))
 
 
+def studied(model: nn.Module, rank: int) -> list[Any]:
+    """What the study reads of a text and of its continuations, of as many blocks as the others."""
+    blocks = tiny_prompt(8, seed=5 + rank, batch=2)
+    own: Any = model.config
+    common: dict[str, Any] = {"batch_size": 2, "progress": lambda runs: None}
+    found = read_model(
+        model, blocks, Unigrams(torch.arange(own.vocab_size), 1.0), first=3,
+        ends=torch.tensor([5, 6]), lengths=(3,), **common,
+    )  # fmt: skip
+    written = read_generation(model, blocks, seed=1, attention="recomputed", **common)
+    texts = [[text.ids, vars(text.tokens)] for text in written.values()]
+    sums = found.variation, found.composition, found.nucleus, found.unigram
+    return [vars(found.whole), *sums, vars(found.windows[3]), *texts]
+
+
 def wrong_on_one(model: nn.Module, rank: int) -> dict[str, str]:
     """What each process says of a batch, or of logits, that are wrong on the second alone."""
     ids, mask = own_batch(rank)
@@ -122,7 +140,7 @@ def wrong_on_one(model: nn.Module, rank: int) -> dict[str, str]:
 
 
 MEASURES: tuple[Callable[[nn.Module, int], Any], ...] = (
-    curve, one_by_one, importance, read, measured,
+    curve, one_by_one, importance, read, measured, studied,
 )  # fmt: skip
 
 

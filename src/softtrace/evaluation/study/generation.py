@@ -63,6 +63,8 @@ def read_generation(
 ) -> GenerationReadings:
     """Let a model continue the first half of each block, and measure all three texts.
 
+    Where weights are sharded all processes call this, each with as many blocks of its own.
+
     Args:
         model: a causal language model.
         blocks: ``[N, T]`` ids without padding; the first T // 2 of each are the prompt.

@@ -139,6 +139,9 @@ def read_model(
 ) -> Readings:
     """Measure one model on blocks of one length, without padding.
 
+    Where weights are sharded all processes call this, each with as many blocks of its own, and each
+    gets the readings of its own.
+
     Args:
         model: a causal language model.
         blocks: ``[N, T]`` ids.
