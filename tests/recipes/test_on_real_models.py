@@ -52,3 +52,16 @@ def test_a_model_is_saved_with_its_loss_and_no_run_is_made(
     before = beside.stat().st_mtime_ns
     on_real_models.main()  # it is there
     assert beside.stat().st_mtime_ns == before
+
+
+def test_all_makes_the_tokens_that_are_missing_trains_and_summarises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    (tmp_path / f"{NAME} tasks.safetensors").touch()
+    monkeypatch.setattr(on_real_models, "RUNS", tmp_path)
+    monkeypatch.setattr(on_real_models, "make_tokens", lambda *args: done.append(args[3]))
+    monkeypatch.setattr(on_real_models, "summarise_runs", lambda: done.append("summary"))
+    monkeypatch.setattr(sys, "argv", ["on_real_models", "all", "--ways", "plain", "--seeds", "1"])
+    on_real_models.main()  # there are no blocks to train on
+    assert done == [["gemma3-270m"], "summary"]

@@ -7,6 +7,7 @@
     python -m $P train --models smollm2-135m --texts prose --ways plain "every 2nd, 0.2" --part 0/4
     python -m $P train --save DIR --measure loss       # models to decode with, and little else
     python -m $P summarise                             # results/on_real_models.json and .png
+    python -m $P all --prose DIR --seeds 3             # these three, one after the other
 
 A run is a model, a text, a way to train (full, or LoRA of rank 16), a number of steps and a seed.
 Runs of a seed start from the same weights and see the same blocks in the same order: 16 of 512
@@ -215,8 +216,11 @@ def run_all(args: argparse.Namespace) -> None:
         done = folder / TRAINED if args.measure == "loss" else RUNS / f"{name}.json"
         if done.exists():
             continue
+        if not (blocks := RUNS / f"{model} {text}.safetensors").exists():
+            print(f"no {blocks.name} for {name}")
+            continue
         print(name, flush=True)
-        tokens = load_file(RUNS / f"{model} {text}.safetensors")
+        tokens = load_file(blocks)
         torch.manual_seed(seed)
         network = load_model(args.folder / model).float().to(device).train()
         if args.lora:
@@ -321,15 +325,8 @@ def summarise_runs() -> None:
         for key, found in rows.items()
         for pairs in [[plain[tuple(run.get(k) for k in paired)] for run in found]]
     ]  # fmt: skip
-    write_json(
-        result,
-        {
-            "table": table,
-            "at_budget": equal_loss.at_budget(runs, kinds),
-            "runs": runs,
-            **provenance(torch.device("cpu")),
-        },
-    )
+    read = {"table": table, "at_budget": equal_loss.at_budget(runs, kinds)}
+    write_json(result, {**read, "runs": runs, **provenance(torch.device("cpu"))})
     from recipes.benchmarks.comparison.real_model_plots import plot  # matplotlib
 
     plot(table, RESULTS / "on_real_models.png")
@@ -361,7 +358,7 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=("tokens", "train", "summarise"))
+    parser.add_argument("stage", choices=("all", "tokens", "train", "summarise"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "models", help="of models")
     parser.add_argument("--prose", type=Path, default=ROOT / "runs" / "prose")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -382,11 +379,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure == "loss" and args.save is None:
         parser.error("--measure loss: found no --save DIR, which it is for")
-    if args.stage == "tokens":
-        make_tokens(args.folder, args.prose, args.steps, args.models, args.texts)
-    elif args.stage == "train":
+    if args.stage in ("tokens", "all"):
+        made = {path.name.removesuffix(" tasks.safetensors") for path in RUNS.glob("* tasks.*")}
+        wanted = [each for each in args.models if args.stage == "tokens" or each not in made]
+        make_tokens(args.folder, args.prose, args.steps, wanted, args.texts)
+    if args.stage in ("train", "all"):
         run_all(args)
-    else:
+    if args.stage in ("summarise", "all"):
         summarise_runs()
 
 
