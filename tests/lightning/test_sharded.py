@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,9 +189,18 @@ def test_tensor_parallelism_is_refused_before_a_model_is_loaded(
         ("a.DeepSpeedStrategy", {"load_full_weights": True}, True, "allowed is false: it resumes"),
         ("a.DeepSpeedStrategy", {"offload_optimizer": True}, True, "offload_optimizer: found True"),
         ("deepspeed_stage_4", {}, True, "found deepspeed_stage_4, invalid .* deepspeed_stage_3,"),
+        (
+            "a.DeepSpeedStrategy",
+            {"config": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
+            True,
+            "config.zero_optimization: found offload_param, allowed is none",
+        ),
+        ("fsdp_cpu_offload", {}, True, "found fsdp_cpu_offload with offloading"),
+        ("a.FSDPStrategy", {"cpu_offload": True}, True, "FSDPStrategy with offloading"),
+        ("a.FSDPStrategy", {"use_orig_params": False}, True, "use_orig_params: found false"),
     ],
 )
-def test_strategies_of_deepspeed_that_cannot_be_had_are_refused(
+def test_strategies_that_cannot_be_had_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, options: Any, installed: bool, message: str
 ) -> None:
     monkeypatch.setattr(
@@ -199,6 +209,25 @@ def test_strategies_of_deepspeed_that_cannot_be_had_are_refused(
     given = SimpleNamespace(class_path=name, init_args=options) if options else name
     with pytest.raises(InvalidInputError, match=message):
         check_sharding(given)
+
+
+def test_a_file_of_deepspeed_that_offloads_is_refused_and_adapters_under_fsdp1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+    file = tmp_path / "zero.json"
+    for device, refused in (("none", False), ("nvme", True)):
+        zero = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+        file.write_text(json.dumps(zero), encoding="utf-8")
+        given = SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"config": str(file)})
+        if refused:
+            with pytest.raises(InvalidInputError, match="found offload_optimizer"):
+                check_sharding(given)
+        else:
+            check_sharding(given)
+    check_sharding("fsdp")
+    with pytest.raises(InvalidInputError, match=r"found fsdp with lora: .* ModelParallelStrategy"):
+        check_sharding("fsdp", lora=True)
 
 
 def test_deepspeed_hears_how_many_rows_a_process_has() -> None:

@@ -175,6 +175,14 @@ def test_changing_between_checkpointed_and_not_adds_hooks_and_graphs_once(how: s
     assert made[-1][1] == 0
 
 
+def test_layers_that_are_compiled_once_more_are_read() -> None:
+    model = compiled(tiny_model("llama", num_hidden_layers=2).train(), "by layer")
+    density = DensityLoss(model, **OPTIONS)
+    step(model, density, 0)
+    compiled(model, "by layer")
+    step(model, density, 1)
+
+
 def test_layers_that_are_checkpointed_with_their_hooks_are_not_watched(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

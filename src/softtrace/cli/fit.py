@@ -139,7 +139,7 @@ class FitCLI(LightningCLI):
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
-        check_sharding(self.config["trainer"]["strategy"])
+        check_sharding(self.config["trainer"]["strategy"], lora=bool(self.config["model"]["lora"]))
         if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
                 f"resume: found no folder {self.out} to resume from; leave --resume out to start"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
+from softtrace.collecting import none_collected
 from softtrace.decoding.static_model import StaticModel
 from softtrace.decoding.static_processors import Places, StaticProcessor
 from softtrace.errors import UnsupportedModelError
@@ -325,7 +326,7 @@ class Runner:
                 call()
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with none_collected(), torch.cuda.graph(graph):
             call()
         return graph.replay
 

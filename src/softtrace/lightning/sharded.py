@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,21 +42,27 @@ _NOT_OF_ZERO = {
     "exclude_frozen_parameters": "a checkpoint without frozen weights was not run",
 }
 
+_FLAT_LORA = (
+    "FSDPStrategy flattens a layer's frozen weights and its adapters into one tensor, with "
+    "gradients for all of it; allowed with LoRA is ModelParallelStrategy"
+)
 _TP = "weights split inside of a matrix have no edge of their own"
 
 
-def check_sharding(strategy: Any) -> None:
+def check_sharding(strategy: Any, *, lora: bool = False) -> None:
     """Refuse a strategy that there is not, that splits matrices, or that cannot resume.
 
     Args:
         strategy: as the command line has it, a name or a class with its arguments.
+        lora: whether adapters are trained.
 
     Raises:
-        InvalidInputError: nobody knows it, its engine is not installed, it is tensor parallelism,
-            or an option of it makes each process write its part over the last checkpoint's.
+        InvalidInputError: nobody knows it, its engine is not installed, it is tensor parallelism
+            or FSDP1 in a way that cannot be right, or an option of it makes each process write its
+            part over the last checkpoint's.
     """
     name = str(getattr(strategy, "class_path", strategy))
-    options = getattr(strategy, "init_args", {})
+    options = {**getattr(strategy, "init_args", {}), **getattr(strategy, "dict_kwargs", {})}
     known = ("auto", *StrategyRegistry.available_strategies())
     if "." not in name and not hasattr(strategy, "class_path") and name not in known:
         raise InvalidInputError(
@@ -62,6 +71,8 @@ def check_sharding(strategy: Any) -> None:
         )
     if "deepspeed" in name.lower():
         _check_zero(name, options)
+    if name.startswith("fsdp") or name.rpartition(".")[2] == "FSDPStrategy":
+        _check_flat(name, options, lora)
     if name.rpartition(".")[2] == "ModelParallelStrategy":
         _check_tensor_parallel(options.get("tensor_parallel_size", "auto"))
     for option, (found, instead) in _IN_FOLDERS.items():
@@ -72,6 +83,21 @@ def check_sharding(strategy: Any) -> None:
                 "in place, so that a run that is killed meanwhile has none; set it to "
                 f"{instead}: then a checkpoint is one file, whole or not there"
             )
+
+
+def _check_flat(name: str, options: Any, lora: bool) -> None:
+    if lora:
+        raise InvalidInputError(f"trainer.strategy: found {name} with lora: {_FLAT_LORA}")
+    if options.get("use_orig_params") is False:
+        raise InvalidInputError(
+            "trainer.strategy.use_orig_params: found false, allowed is true (Lightning's own): "
+            "without it weights have no names to be read by"
+        )
+    if name == "fsdp_cpu_offload" or options.get("cpu_offload"):
+        raise InvalidInputError(
+            f"trainer.strategy: found {name} with offloading, which was run on no GPU; allowed is "
+            "fsdp, or ModelParallelStrategy (FSDP2)"
+        )
 
 
 def _check_tensor_parallel(found: object) -> None:
@@ -98,11 +124,27 @@ def _check_zero(name: str, options: Any) -> None:
             raise InvalidInputError(
                 f"trainer.strategy.{option}: found {options.get(option)}, allowed is false: {why}"
             )
+    if offloaded := _offloaded(options.get("config")):
+        raise InvalidInputError(
+            f"trainer.strategy.config.zero_optimization: found {offloaded}, allowed is none: "
+            f"{_NOT_OF_ZERO['offload_parameters']}"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise InvalidInputError(
             f"trainer.strategy: found {name}, and DeepSpeed is not installed here; run pip install "
             f"deepspeed, or {instead}"
         )
+
+
+def _offloaded(config: Any) -> str:
+    """What DeepSpeed's own configuration, or a file of it, offloads."""
+    if isinstance(config, (str, os.PathLike)):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    zero = (config or {}).get("zero_optimization", {})
+    asked = ("offload_optimizer", "offload_param")
+    return ", ".join(
+        name for name in asked if (zero.get(name) or {}).get("device", "none") != "none"
+    )
 
 
 def say_batch_size(strategy: object, batch_size: int) -> None:
@@ -130,11 +172,7 @@ def shard(model: Any, strategy: Any, precision: str) -> None:
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
         if not all(weight.requires_grad for weight in model.parameters()):
-            raise TrainerSetupError(
-                "strategy: FSDPStrategy flattens a layer's frozen weights and its adapters into "
-                "one tensor, with gradients for all of it; allowed with LoRA is "
-                "ModelParallelStrategy"
-            )
+            raise TrainerSetupError(f"strategy: {_FLAT_LORA}")
         kinds = {type(each) for each in _layers(model, "FSDPStrategy")}
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(kinds)
     elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(model):

@@ -30,6 +30,7 @@ class _Noted:
         self.with_graph = with_graph
         self.stream: Tensor | None = None
         self.had_graph = False
+        self.call: Any = None  # what stands in front of a module's own graph
 
 
 def noting_places(
@@ -78,10 +79,12 @@ class CompiledStreams:
         """
         self.places = places
         for at, module in places.items():
-            if module not in self._every:
-                # The full prediction is held constant. What a compiled graph gives with gradients
-                # is one more tensor of zeros in its backward pass where nothing comes back.
-                self._every[module] = _noting(module, _Noted(with_graph=at is not None))
+            # The full prediction is held constant. What a compiled graph gives with gradients is
+            # one more tensor of zeros in its backward pass where nothing comes back.
+            known = self._every.get(module)
+            noted = _Noted(with_graph=at is not None) if known is None else known
+            if known is None or module._compiled_call_impl is not noted.call:  # compiled since
+                self._every[module] = _noting(module, noted)
 
     @contextmanager
     def watching(self, watched: Watched, say: Callable[[str], None]) -> Iterator[None]:
@@ -138,5 +141,5 @@ def _noting(module: nn.Module, noted: _Noted) -> _Noted:
         if "forward" not in vars(module):  # one that is there is another library's
             module.forward = MethodType(type(module).forward, module)
     else:  # a layer that is compiled by itself: in front of its graph, not in it
-        module._compiled_call_impl = call
+        module._compiled_call_impl = noted.call = call
     return noted

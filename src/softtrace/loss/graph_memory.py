@@ -7,10 +7,9 @@ memory, which is as large as the largest needs, and what is read after a replay 
 
 from __future__ import annotations
 
-import gc
-
 import torch
 
+from softtrace.collecting import none_collected
 from softtrace.loss.fused import Like, Run, Tensors
 
 
@@ -48,13 +47,11 @@ class GraphMemory:
         found = [each if each is None else each.new() for each in likes]
         new = torch.cuda.CUDAGraph()
         pool = None if graph is None else graph.pool()
-        collecting = gc.isenabled()
-        gc.collect()  # a graph that is let go inside of a capture breaks it
-        gc.disable()
         try:
             # A capture that fails does not give the stream back that it switched to. Other threads
             # (of a DataLoader, say) may allocate meanwhile.
             with (
+                none_collected(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(new, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
@@ -63,9 +60,6 @@ class GraphMemory:
             _end_capture_of_random_numbers()
             self._known.pop(device, None)  # its memory may still wait for the end of this capture
             raise
-        finally:
-            if collecting:
-                gc.enable()
         self._known[device] = new, stream
         return new, found
 
