@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.refusals import running
-from softtrace.anatomy.tolerances import mismatch, tolerance, typical_mismatch
+from softtrace.anatomy.tolerances import (
+    cache_tolerance,
+    mismatch,
+    tolerance,
+    typical_mismatch,
+)
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.hooks import first_tensor
@@ -169,7 +174,7 @@ def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenEx
             for place in range(3, 6):
                 parts.first(ids[:, place : place + 1])
             found = parts.rest()
-            error, allowed = typical_mismatch(found, wanted), tolerance(wanted.dtype)
+            error, allowed = typical_mismatch(found, wanted), cache_tolerance(wanted.dtype)
             if error > allowed:
                 raise UnsupportedModelError(
                     f"{name} says something else when it continues from a cache and from its first "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.anatomy.refusals import running
-from softtrace.anatomy.tolerances import tolerance, typical_mismatch
+from softtrace.anatomy.tolerances import cache_tolerance, typical_mismatch
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import (
     ProvenExit,
@@ -342,7 +342,7 @@ class StaticDecoder:
             found = parts.rest(ids[:, 2:], torch.cat([*streams.values()], dim=1))
             parts.start.zero_()
         error = typical_mismatch(found, wanted[:, 2:].expand_as(found))
-        allowed = tolerance(wanted.dtype)
+        allowed = cache_tolerance(wanted.dtype)
         if error > allowed:
             raise UnsupportedModelError(
                 f"{name} says something else over a cache of fixed size (mismatch {error:.2g}, "
