@@ -87,6 +87,22 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
         assert (each.reached, each.acceptance_each) == (each.accepted, 1.0)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_last_token_of_a_draft_is_read_without_the_head(adapters: bool) -> None:
+    model, row = tiny_model("llama", seed=3), tiny_prompt(5)[0]
+    heads: list[nn.Module] = []
+    model.lm_head.register_forward_hook(lambda *args: heads.append(args[0]))
+    runs: Any = model
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        runs = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()
+    static = decoder(runs, draft_tokens=4)
+    heads.clear()
+    found = static.speculate([row], 9)[0]
+    assert len(heads) == 1 + found.drafted + found.checks  # one over the prompt
+
+
 @pytest.mark.parametrize("new", [1, 5, 9])
 def test_no_layer_runs_for_tokens_that_are_not_written(new: int) -> None:
     model, row = tiny_model("llama", seed=3), tiny_prompt(5)[0]
