@@ -45,7 +45,10 @@ class Generation:
 
     Attributes:
         tokens: ``[N]`` int64, the new tokens.
-        drafted: Tokens that were guessed.
+        drafted: Tokens that were guessed. :func:`speculate` counts the last guess of a draft too,
+            which its check does not read but says itself;
+            :class:`~softtrace.decoding.StaticDecoder` counts those that a check reads, so at equal
+            ``draft_tokens`` one less a draft.
         accepted: How many of them the whole model agreed to.
         checks: Runs of the layers above the exit after the one over the prompt, of all layers
             where nothing was drafted.
