@@ -133,6 +133,12 @@ def test_bad_input_is_named() -> None:
         speculate(model, ids, exit_layer=1, max_new_tokens=0)
     with pytest.raises(InvalidInputError, match="max_new_tokens: found 0"):
         greedy(model, ids, 0)
+    for many in (tiny_prompt(5, batch=2), ids[0], ids[:, :0]):
+        for proven_exit in (None, check_early_exit(model)):
+            with pytest.raises(InvalidInputError, match=r"input_ids: found .* allowed is \[1, T\]"):
+                generate(model, many, 1, proven_exit=proven_exit, max_new_tokens=1)
+        with pytest.raises(InvalidInputError, match=r"input_ids: found .* allowed is \[1, T\]"):
+            greedy(model, many, 1)
     model.train()
     for write in (lambda: speculate(model, ids, exit_layer=1), lambda: greedy(model, ids, 3)):
         with pytest.raises(InvalidInputError, match="found one in train mode"):

@@ -58,7 +58,7 @@ def test_texts_of_a_batch_are_those_of_plain_decoding(
         assert tokens_of(static.speculate(prompts_of(17), NEW)) == wanted[2:]
 
 
-def test_counts_are_those_of_the_eager_loop() -> None:
+def test_counts_mean_what_those_of_the_eager_loop_mean_but_for_the_last_guess() -> None:
     model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     static = decoder(model, draft_tokens=4).speculate([row], NEW)[0]
     eager = speculate(
@@ -73,6 +73,13 @@ def test_counts_are_those_of_the_eager_loop() -> None:
         assert found.reached - found.accepted <= found.checks
     assert static.accepted + static.checks == NEW
     assert decoder(model).plain([row], NEW)[0].drafted == 0
+    # The eager loop counts an unsure guess, which ends its draft and is read by no check.
+    never = decoder(model, draft_tokens=4, confidence=1.0).speculate([row], NEW)[0]
+    once = speculate(
+        model, row, exit_layer=2, max_new_tokens=NEW, draft_tokens=4, confidence=1, eos_token_id=-1
+    )
+    assert (never.drafted, never.checks) == (0, NEW)
+    assert once.drafted == once.reached == once.checks == NEW - 1
 
 
 def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
@@ -85,6 +92,22 @@ def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:
     for each in found:
         assert (each.drafted, each.accepted, each.checks) == (3 * NEW // 4, 3 * NEW // 4, NEW // 4)
         assert (each.reached, each.acceptance_each) == (each.accepted, 1.0)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_last_token_of_a_draft_is_read_without_the_head(adapters: bool) -> None:
+    model, row = tiny_model("llama", seed=3), tiny_prompt(5)[0]
+    heads: list[nn.Module] = []
+    model.lm_head.register_forward_hook(lambda *args: heads.append(args[0]))
+    runs: Any = model
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        runs = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()
+    static = decoder(runs, draft_tokens=4)
+    heads.clear()
+    found = static.speculate([row], 9)[0]
+    assert len(heads) == 1 + found.drafted + found.checks  # one over the prompt
 
 
 @pytest.mark.parametrize("new", [1, 5, 9])

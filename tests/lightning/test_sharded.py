@@ -230,6 +230,41 @@ def test_a_file_of_deepspeed_that_offloads_is_refused_and_adapters_under_fsdp1(
         check_sharding("fsdp", lora=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "No such file"),
+        (b"{", "Expecting property name"),
+        (b"\xff{}", "can't decode byte"),
+        (b"[]", "a list"),
+    ],
+)
+def test_a_file_of_deepspeed_that_cannot_be_read_is_refused_clearly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, found: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+    file = tmp_path / "zero.json"
+    if text is not None:
+        file.write_bytes(text)
+    given = SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"config": str(file)})
+    message = rf"config: found .*zero\.json, .*{found}.*; allowed is .* JSON object; correct the"
+    with pytest.raises(InvalidInputError, match=message):
+        check_sharding(given)
+
+
+def test_a_configuration_that_the_environment_names_is_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+    file = tmp_path / "zero.json"
+    monkeypatch.setenv("PL_DEEPSPEED_CONFIG_PATH", str(file))
+    file.write_text('{"zero_optimization": true}', encoding="utf-8")  # an old way to say stage 1
+    check_sharding("deepspeed_stage_2")
+    file.write_text('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', encoding="utf-8")
+    with pytest.raises(InvalidInputError, match="found offload_param, allowed is none"):
+        check_sharding("deepspeed_stage_2")
+
+
 def test_deepspeed_hears_how_many_rows_a_process_has() -> None:
     strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # there may be no DeepSpeed
     strategy.config = {}

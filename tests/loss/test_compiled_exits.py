@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -181,6 +182,35 @@ def test_layers_that_are_compiled_once_more_are_read() -> None:
     step(model, density, 0)
     compiled(model, "by layer")
     step(model, density, 1)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_loss_that_was_dropped_keeps_nothing_and_leaves_its_hooks_to_the_next(how: str) -> None:
+    plain = tiny_model("llama", seed=1, num_hidden_layers=2).train()
+    wanted = steps(plain, plain, DensityLoss(plain, **OPTIONS))[0]
+    model = tiny_model("llama", seed=1, num_hidden_layers=2).train()
+    runs = compiled(model, how)
+    found, ids = [], tiny_prompt(9, batch=3)
+    for number in (0, 1):
+        density = DensityLoss(runs, **OPTIONS)
+        found.append(step(runs, density, number))
+        noted = list(density._streams._every.values())
+        del density
+        gc.collect()
+        runs(input_ids=ids, use_cache=False)
+        assert [each.stream for each in noted] == [None, None]
+    torch.testing.assert_close(found, wanted)
+    assert graphs()[0] == (1 if how == "by layer" else 2)  # with what is noted, and without
+
+
+def test_two_losses_on_one_model_that_is_compiled_by_layer_wrap_it_once_each() -> None:
+    model = compiled(tiny_model("llama", num_hidden_layers=2).train(), "by layer")
+    losses = [DensityLoss(model, **OPTIONS) for _ in range(2)]
+    calls = set()
+    for number in range(4):
+        step(model, losses[number % 2], number)
+        calls.add(model.model.layers[1]._compiled_call_impl)
+    assert len(calls) == 2
 
 
 def test_layers_that_are_checkpointed_with_their_hooks_are_not_watched(

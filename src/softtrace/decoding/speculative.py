@@ -45,7 +45,10 @@ class Generation:
 
     Attributes:
         tokens: ``[N]`` int64, the new tokens.
-        drafted: Tokens that were guessed.
+        drafted: Tokens that were guessed. :func:`speculate` counts the last guess of a draft too,
+            which its check does not read but says itself;
+            :class:`~softtrace.decoding.StaticDecoder` counts those that a check reads, so at equal
+            ``draft_tokens`` one less a draft.
         accepted: How many of them the whole model agreed to.
         checks: Runs of the layers above the exit after the one over the prompt, of all layers
             where nothing was drafted.
@@ -149,8 +152,7 @@ def proven_exit_of(
     model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
 ) -> tuple[ProvenExit, int]:
     """What is proven of the model's exits, here unless it was before, and the exit to take."""
-    if input_ids.dim() != 2 or len(input_ids) != 1:
-        raise InvalidInputError(f"input_ids: found {tuple(input_ids.shape)}, allowed is [1, T]")
+    _check_one_text(input_ids)
     if proven_exit is None:
         attach(model).batch(input_ids)
         proven_exit = check_early_exit(model)
@@ -160,6 +162,15 @@ def proven_exit_of(
     depth = exit_layer_of(model) if exit_layer is None else exit_layer
     check_exit_layer(depth, proven_exit.layers)
     return proven_exit, depth
+
+
+def _check_one_text(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
+        found = tuple(input_ids.shape)
+        raise InvalidInputError(
+            f"input_ids: found {found}, allowed is [1, T] with T from 1; pass one text at a time, "
+            "with at least one token"
+        )
 
 
 Ends = int | Sequence[int] | None
@@ -184,9 +195,11 @@ def greedy(
         model, input_ids, max_new_tokens, eos_token_id: See :func:`speculate`.
 
     Raises:
-        InvalidInputError: See :func:`speculate`.
+        InvalidInputError: A number outside its range, several sequences or an empty one, a model in
+            train mode, or a generation config that these calls cannot honour.
     """
     check_decoding(model, max_new_tokens)
+    _check_one_text(input_ids)
     cache, ends = DynamicCache(), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []

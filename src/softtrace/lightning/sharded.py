@@ -42,6 +42,9 @@ _NOT_OF_ZERO = {
     "exclude_frozen_parameters": "a checkpoint without frozen weights was not run",
 }
 
+#: values of ``device`` with which DeepSpeed offloads nothing
+_NONE = (None, "none")
+
 _FLAT_LORA = (
     "FSDPStrategy flattens a layer's frozen weights and its adapters into one tensor, with "
     "gradients for all of it; allowed with LoRA is ModelParallelStrategy"
@@ -124,7 +127,10 @@ def _check_zero(name: str, options: Any) -> None:
             raise InvalidInputError(
                 f"trainer.strategy.{option}: found {options.get(option)}, allowed is false: {why}"
             )
-    if offloaded := _offloaded(options.get("config")):
+    config = options.get("config")
+    if config is None:  # Lightning takes it from there
+        config = os.environ.get(DeepSpeedStrategy.DEEPSPEED_ENV_VAR)
+    if offloaded := _offloaded(config):
         raise InvalidInputError(
             f"trainer.strategy.config.zero_optimization: found {offloaded}, allowed is none: "
             f"{_NOT_OF_ZERO['offload_parameters']}"
@@ -139,12 +145,31 @@ def _check_zero(name: str, options: Any) -> None:
 def _offloaded(config: Any) -> str:
     """What DeepSpeed's own configuration, or a file of it, offloads."""
     if isinstance(config, (str, os.PathLike)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    zero = (config or {}).get("zero_optimization", {})
+        config = _read_config(Path(config))
+    zero = _table(_table(config).get("zero_optimization"))
     asked = ("offload_optimizer", "offload_param")
-    return ", ".join(
-        name for name in asked if (zero.get(name) or {}).get("device", "none") != "none"
-    )
+    return ", ".join(name for name in asked if _table(zero.get(name)).get("device") not in _NONE)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A configuration file of DeepSpeed, which Lightning would read once a model is loaded."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not there, a folder, no text, no JSON
+        found = error
+    if not isinstance(found, dict):
+        seen = found if isinstance(found, Exception) else f"a {type(found).__name__}"
+        raise InvalidInputError(
+            f"trainer.strategy.config: found {path}, which cannot be read as a configuration of "
+            f"DeepSpeed ({seen}); allowed is a file with one JSON object; correct the path or the "
+            "file, or give the options of lightning's DeepSpeedStrategy instead"
+        )
+    return found
+
+
+def _table(found: Any) -> dict[str, Any]:
+    """What DeepSpeed reads as a table; other values are its own to refuse."""
+    return found if isinstance(found, dict) else {}
 
 
 def say_batch_size(strategy: object, batch_size: int) -> None:

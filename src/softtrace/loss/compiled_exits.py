@@ -9,6 +9,7 @@ another one of its class, does not have them. The compiler does look whether a m
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -26,11 +27,12 @@ from softtrace.model.state import outside_of_checkpoint
 class _Noted:
     """What entered one module last, ``[B, T, d_model]``, and whether it had a graph."""
 
-    def __init__(self, *, with_graph: bool) -> None:
+    def __init__(self, module: nn.Module, *, with_graph: bool) -> None:
+        self.module = weakref.ref(module)  # a copy of the model has the same hooks
         self.with_graph = with_graph
+        self.asked = True  # whether there still is who reads it
         self.stream: Tensor | None = None
         self.had_graph = False
-        self.call: Any = None  # what stands in front of a module's own graph
 
 
 def noting_places(
@@ -62,6 +64,7 @@ class CompiledStreams:
     """The residual streams of exits in the newest forward with gradients, of one model.
 
     Hooks stay where they were put, so each module gets its own once, whatever is read of it later.
+    Once this is dropped they note nothing, and the next that looks at the model takes them over.
 
     Attributes:
         places: what the newest :meth:`note` asked for.
@@ -70,6 +73,11 @@ class CompiledStreams:
     def __init__(self) -> None:
         self.places: dict[int | None, nn.Module] = {}
         self._every: dict[nn.Module, _Noted] = {}
+
+    def __del__(self) -> None:
+        self.clear()
+        for noted in self._every.values():
+            noted.asked = False
 
     def note(self, places: dict[int | None, nn.Module]) -> None:
         """Look at these modules from now on.
@@ -81,10 +89,13 @@ class CompiledStreams:
         for at, module in places.items():
             # The full prediction is held constant. What a compiled graph gives with gradients is
             # one more tensor of zeros in its backward pass where nothing comes back.
-            known = self._every.get(module)
-            noted = _Noted(with_graph=at is not None) if known is None else known
-            if known is None or module._compiled_call_impl is not noted.call:  # compiled since
-                self._every[module] = _noting(module, noted)
+            here = _notes_on(module)
+            noted = self._every.get(module) or next((each for each in here if not each.asked), None)
+            if noted is None:
+                noted = _Noted(module, with_graph=at is not None)
+            noted.asked, self._every[module] = True, noted
+            if noted not in here:  # new, or the module was compiled since
+                _noting(module, noted)
 
     @contextmanager
     def watching(self, watched: Watched, say: Callable[[str], None]) -> Iterator[None]:
@@ -118,12 +129,25 @@ class CompiledStreams:
         return Seen({at: found[at] for at in found if at is not None}, last, ended=True)
 
 
-def _noting(module: nn.Module, noted: _Noted) -> _Noted:
+def _notes_on(module: nn.Module) -> list[_Noted]:
+    """What is noted of a module as it is now: by hooks, or in front of its own graph."""
+    call: Any = module._compiled_call_impl
+    puts: list[Any] = [] if call is not None else list(module._forward_pre_hooks.values())
+    while hasattr(call, "around"):
+        puts.append(call)
+        call = call.around
+    found = (getattr(put, "noted", None) for put in puts)
+    return [each for each in found if isinstance(each, _Noted) and each.module() is module]
+
+
+def _noting(module: nn.Module, noted: _Noted) -> None:
     """Note what enters a module, for good."""
     of_its_own = module._compiled_call_impl
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and (stream := first_tensor(args, kwargs)) is not None:
+        if not noted.asked or not torch.is_grad_enabled():
+            return
+        if (stream := first_tensor(args, kwargs)) is not None:
             noted.had_graph = stream.requires_grad
             noted.stream = stream if noted.with_graph else stream.detach()
 
@@ -135,11 +159,11 @@ def _noting(module: nn.Module, noted: _Noted) -> _Noted:
         assert of_its_own is not None
         return of_its_own(*args, **kwargs)
 
+    put: Any = hook if of_its_own is None else call  # mypy takes hooks with keywords for others
+    put.noted = noted
     if of_its_own is None:
-        put: Any = hook  # mypy takes hooks with keywords for others
         module.register_forward_pre_hook(put, with_kwargs=True)
         if "forward" not in vars(module):  # one that is there is another library's
             module.forward = MethodType(type(module).forward, module)
     else:  # a layer that is compiled by itself: in front of its graph, not in it
-        module._compiled_call_impl = noted.call = call
-    return noted
+        put.around, module._compiled_call_impl = of_its_own, put
