@@ -6,21 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import softtrace
 from softtrace.density.curve import DensityCurve
 from softtrace.density.sweep import curve_of
-from softtrace.errors import InvalidInputError, NonFiniteError
+from softtrace.errors import InvalidInputError
 from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
-from softtrace.graph.masks import hard_masks
-from softtrace.graph.rowwise_sizes import traces_at
-from softtrace.graph.sizes import held_traces_at, total_edges
+from softtrace.graph.sizes import held_traces_at
 from softtrace.model.attention_interface import SoftmaxMap
 from softtrace.tracing.recording import _say_held
 from tests.support import oracle
-from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.zoo import VERIFIED, of_each_kind, tiny
 
@@ -274,92 +271,6 @@ def test_a_trace_is_found_where_single_rows_round_otherwise(rowwise: None) -> No
         assert len(softtrace.extract_trace(changed, size=count).edges) == count
 
 
-LONG, LAYERS, HEADS = 96, 8, 4
-
-
-@pytest.fixture
-def long_model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Eight layers, whose maps of 96 tokens would be several times what may be alive."""
-    model = tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=LONG)
-    softtrace.attach(model)
-    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
-    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", HEADS * LONG * 12)
-    return model
-
-
-ALL_MAPS = LAYERS * HEADS * LONG * LONG * 4  # bytes of a float32 map of every layer
-
-
-@pytest.mark.parametrize("attention", ["recorded", "recomputed", "kept"])
-def test_no_map_of_all_layers_is_alive(
-    long_model: nn.Module, monkeypatch: pytest.MonkeyPatch, attention: Any
-) -> None:
-    ids = tiny_prompt(LONG)
-    monkeypatch.setattr("softtrace.graph.trace._AT_LEAST", 100)
-    with LiveBytes() as live, torch.no_grad():
-        importance = softtrace.edge_importance(long_model, ids)
-        softtrace.extract_trace(importance, size=50)
-        total_edges(importance)
-    assert live.peak < ALL_MAPS / 2  # 30 tensors of T times d_model, what the model makes itself
-    assert live.largest < HEADS * LONG * LONG
-    with LiveBytes() as live:
-        softtrace.density_curve(
-            long_model, ids, thresholds=THRESHOLDS, attention=attention, positions=range(-8, 0)
-        )
-    assert live.peak < ALL_MAPS / 2
-    assert live.largest < HEADS * LONG * LONG
-
-
-def test_importances_make_no_logits_of_all_tokens_but_check_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, ids = tiny_model("llama", vocab_size=1000), tiny_prompt(LENGTH)
-    softtrace.attach(model)
-    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 5000)
-    with LiveBytes() as live, torch.no_grad():
-        softtrace.edge_importance(model, ids)
-    assert live.largest <= 5000
-    model.lm_head.weight.data[-1] = torch.nan
-    with pytest.raises(NonFiniteError, match="logits of the full model"):
-        softtrace.edge_importance(model, ids)
-
-
-def test_memory_grows_with_the_length_and_not_with_its_square(
-    long_model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """But for which edges exist, a byte each, and a block of rows."""
-    peaks = []
-    for length in (LONG // 2, LONG):
-        ids = tiny_prompt(length)
-        with LiveBytes() as live:
-            softtrace.density_curve(long_model, ids, thresholds=[0.05], positions=range(-8, 0))
-        peaks.append(live.peak)
-    assert peaks[1] < 2.5 * peaks[0]
-
-
-def test_of_the_square_only_which_edges_exist_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte each, of the recording alone where masked runs have its attention."""
-    length = 1024
-    monkeypatch.setattr(attention_maps, "HELD_ELEMENTS", 0)
-    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 1 << 15)
-    model, ids = tiny_model("llama", num_hidden_layers=1), tiny_prompt(length)
-    softtrace.attach(model)
-    with torch.no_grad(), LiveBytes() as own:
-        model(ids, logits_to_keep=1)
-    with torch.no_grad(), LiveBytes() as live:
-        importance = softtrace.edge_importance(model, ids, positions=[-1])
-        softtrace.extract_trace(importance, size=10)
-    assert live.peak < 2 * length**2 + own.peak
-    del importance
-    packed = torch.arange(length).remainder(length // 2)[None]
-    with torch.no_grad(), LiveBytes() as live:
-        softtrace.edge_importance(model, ids, position_ids=packed, positions=[-1])
-    assert live.peak < 1.5 * length**2 + own.peak
-    with LiveBytes() as live:
-        softtrace.density_curve(model, ids, thresholds=[0.05], positions=[-1])
-    assert live.peak < 1.5 * length**2 + own.peak
-
-
 def test_the_last_layer_makes_rows_of_chosen_positions_alone(
     rowwise: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,26 +384,6 @@ def test_gradients_row_by_row_equal_those_of_held_maps(monkeypatch: pytest.Monke
 
     for one, other in zip(*both_ways(monkeypatch, gradients), strict=True):
         torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("family", ["llama", "phi"])  # phi: parallel layers
-def test_traces_of_chosen_positions_of_held_masks(family: str) -> None:
-    """As they are counted on a GPU: attention edges stay that no position needs."""
-    model = tiny(*VERIFIED[family][:1], **VERIFIED[family][1]) if family != "llama" else None
-    model = tiny_model("llama") if model is None else model
-    ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        importance = softtrace.edge_importance(model, ids)
-    places = torch.tensor([[4, 9], [2, 11]])
-    for tau in THRESHOLDS:
-        masks = hard_masks(importance, tau)
-        counts, needed = traces_at(masks, places)
-        held_counts, held_needed = held_traces_at(masks, places)
-        assert torch.equal(held_counts, counts)
-        for ours, theirs, whole in zip(held_needed, needed, masks, strict=True):
-            assert ours.attention is whole.attention
-            for one, other in zip(ours.nodes(), theirs.nodes(), strict=True):
-                assert torch.equal(one, other)
 
 
 def test_curves_of_chosen_positions_as_a_gpu_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:

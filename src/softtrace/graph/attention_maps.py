@@ -5,8 +5,9 @@ A map ``[B, H, T, S]`` of every layer is what memory runs out of first: 30 layer
 to be able to make some of its rows. Where all layers' maps fit they are held whole: that is faster.
 
 A fused kernel that keeps an edge by a bound on its score (FlexAttention, undone renormalisation and
-all) gives the same outputs in float32, to 7e-7. In bfloat16 it rounds scores otherwise than they
-were when sizes were counted, so that edges at the threshold flip. It is not used.
+all) is faster on a GPU, in bfloat16 by far. It is not used: it is compiled for every shape, serves
+recorded attention alone, and in bfloat16 rounds scores otherwise than they were when sizes were
+counted, so that edges at the threshold flip (``recipes/benchmarks/speed/flex.py`` measures both).
 """
 
 from __future__ import annotations

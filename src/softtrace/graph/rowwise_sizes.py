@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, chunk_elements, each_block
 from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
-_SWEPT = 16  # blocks' worth of numbers that sweeps may hold together
+_SWEPT = 8  # blocks' worth of numbers that sweeps may hold together
 
 
 class _Sweep:
