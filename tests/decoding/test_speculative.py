@@ -17,6 +17,7 @@ from softtrace.decoding import (
     ProvenExit,
     check_cache,
     check_early_exit,
+    exit_early,
     generate,
     greedy,
     recommend_exit,
@@ -86,6 +87,17 @@ def test_low_confidence_ends_a_draft() -> None:
     assert timid.drafted <= timid.checks  # every draft ended at its first guess
     assert bold.drafted > bold.checks
     assert torch.equal(bold.tokens, timid.tokens)
+
+
+def test_how_sure_an_exit_is_does_not_depend_on_what_the_config_leaves_it() -> None:
+    """Of two tokens that are left one has half of the probability at least; the exit has not."""
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(5)
+    model.generation_config.suppress_tokens = list(range(2, model.config.vocab_size))
+    options: dict[str, Any] = {"exit_layer": 1, "max_new_tokens": NEW, "confidence": 0.4}
+    found = speculate(model, ids, draft_tokens=5, **options)
+    assert found.drafted <= found.checks
+    assert not exit_early(model, ids, **options).early.any()
+    assert set(found.tokens.tolist()) <= {0, 1}
 
 
 @pytest.mark.thorough

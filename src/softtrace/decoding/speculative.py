@@ -246,7 +246,8 @@ def speculate(
         exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
         max_new_tokens: How many to write at most, >= 1.
         draft_tokens: How many to guess at most before a check, >= 1.
-        confidence: A guess with less probability than this is the last of its draft, in [0, 1].
+        confidence: A draft ends where the exit's most likely token has less probability than this,
+            in [0, 1], whatever the generation config makes of it.
         eos_token_id: One or several that end the text; None takes the generation config's.
         proven_exit: What :func:`softtrace.decoding.check_cache` returned for the model; None proves
             it anew for every text. What depends on the text is checked all the same.
@@ -286,6 +287,11 @@ def speculate(
     return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks, reached)
 
 
+def surest(logits: Tensor) -> float:
+    """How sure an exit is, for logits ``[V]``: its own, as confidences are calibrated."""
+    return float(logits.float().softmax(-1).amax())
+
+
 def _draft(
     parts: TwoParts,
     choice: GreedyChoice,
@@ -301,6 +307,6 @@ def _draft(
         logits = parts.first(choice.prompt.new_tensor([tokens[-1:]]))
         scores = choice.scores(logits[None], tokens)[0]
         draft.append(int(scores.argmax()))
-        sure = not confidence or float(scores.float().softmax(-1)[draft[-1]]) >= confidence
+        sure = not confidence or surest(logits) >= confidence
         if not sure or len(draft) == room or draft[-1] in ends:
             return draft

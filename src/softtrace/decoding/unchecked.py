@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import ProvenExit, decoder_layers, refuse_moving_rotations
 from softtrace.decoding.greedy_choice import greedy_choice
-from softtrace.decoding.speculative import Ends, check_decoding, ends_of, proven_exit_of
+from softtrace.decoding.speculative import Ends, check_decoding, ends_of, proven_exit_of, surest
 from softtrace.decoding.split_model import TwoParts
 from softtrace.errors import InvalidInputError
 
@@ -57,7 +57,8 @@ def exit_early(
     Args:
         model: a causal language model of transformers, in eval mode.
         input_ids: ``[1, T]``, no padding.
-        confidence: least probability of an exit's token, in [0, 1].
+        confidence: least probability of an exit's most likely token, in [0, 1], before the
+            generation config changes it.
         exit_layer, max_new_tokens, eos_token_id: see :func:`softtrace.decoding.speculate`.
         proven_exit: what :func:`softtrace.decoding.check_cache` returned; None proves it anew.
 
@@ -75,11 +76,10 @@ def exit_early(
     early = [False]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         logits = parts.first(input_ids.new_tensor([tokens[-1:]]))
-        likely, token = choice.scores(logits[None], tokens)[0].float().softmax(-1).max(-1)
-        early.append(float(likely) >= confidence)
+        early.append(surest(logits) >= confidence)
         if not early[-1]:  # reads the tokens that went out early, too
-            token = choice.scores(parts.rest()[-1:], tokens).argmax()
-        tokens.append(int(token))
+            logits = parts.rest()[-1]
+        tokens.append(int(choice.scores(logits[None], tokens).argmax()))
     above = (proven.layers - depth) / proven.layers
     saved = above * sum(early) / max(1, len(tokens) - 1)
     return EarlyGeneration(input_ids.new_tensor(tokens), torch.tensor(early), saved)
