@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # constraints-oldest.txt installs the oldest releases that are supported (after `make clean`).
 CONSTRAINTS ?= constraints.txt
-# Three tests at a time on two cores, for those of several processes wait for one another; one thread
-# each, for waiting threads of two tests would be in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+# Two tests at a time, one thread each: waiting threads of two would be in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test-fast test test-all test-most test-quantised test-browser test-loggers test-real check format families docs bench dist clean
