@@ -152,7 +152,7 @@ def proven_exit_of(
     model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
 ) -> tuple[ProvenExit, int]:
     """What is proven of the model's exits, here unless it was before, and the exit to take."""
-    _check_one_text(input_ids)
+    check_one_text(input_ids)
     if proven_exit is None:
         attach(model).batch(input_ids)
         proven_exit = check_early_exit(model)
@@ -164,7 +164,8 @@ def proven_exit_of(
     return proven_exit, depth
 
 
-def _check_one_text(input_ids: Tensor) -> None:
+def check_one_text(input_ids: Tensor) -> None:
+    """Raise :class:`InvalidInputError` for anything but one text of at least one token."""
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
         found = tuple(input_ids.shape)
         raise InvalidInputError(
@@ -199,7 +200,7 @@ def greedy(
             train mode, or a generation config that these calls cannot honour.
     """
     check_decoding(model, max_new_tokens)
-    _check_one_text(input_ids)
+    check_one_text(input_ids)
     cache, ends = DynamicCache(), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.exit_checks import ProvenExit, decoder_layers, refuse_moving_rotations
 from softtrace.decoding.greedy_choice import greedy_choice
-from softtrace.decoding.speculative import Ends, check_decoding, ends_of, proven_exit_of, surest
+from softtrace.decoding.speculative import (
+    Ends,
+    check_decoding,
+    check_one_text,
+    ends_of,
+    proven_exit_of,
+    surest,
+)
 from softtrace.decoding.split_model import TwoParts
-from softtrace.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,11 @@ def agreement_of(model: nn.Module, input_ids: Tensor, tokens: Tensor) -> float:
         tokens: ``[N]``, what was written after it, N at least 1.
 
     Raises:
-        InvalidInputError: no tokens, or what the generation config asks for cannot be applied.
+        InvalidInputError: no tokens, several prompts or an empty one, or what the generation config
+            asks for cannot be applied.
     """
     check_least("tokens", len(tokens), 1)
-    if input_ids.dim() != 2 or len(input_ids) != 1:
-        raise InvalidInputError(f"input_ids: found {tuple(input_ids.shape)}, allowed is [1, T]")
+    check_one_text(input_ids)
     whole = torch.cat((input_ids, tokens[None, :-1]), dim=1)
     logits = model(input_ids=whole, use_cache=False).logits[0, input_ids.shape[1] - 1 :]
     choice = greedy_choice(model, input_ids, len(tokens), ends_of(model, None))
