@@ -21,8 +21,8 @@ THRESHOLDS = (0.3, 0.08, 0.02, 0.004)
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi: parallel layers
 def test_traces_of_chosen_positions_of_held_masks(family: str) -> None:
     """As they are counted on a GPU: attention edges stay that no position needs."""
-    model = tiny(*VERIFIED[family][:1], **VERIFIED[family][1]) if family != "llama" else None
-    model = tiny_model("llama") if model is None else model
+    kind, options = VERIFIED[family][:2]
+    model = tiny_model("llama") if family == "llama" else tiny(kind, **options)
     ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         importance = softtrace.edge_importance(model, ids)

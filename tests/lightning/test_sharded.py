@@ -211,15 +211,25 @@ def test_strategies_that_cannot_be_had_are_refused(
         check_sharding(given)
 
 
-def test_a_file_of_deepspeed_that_offloads_is_refused_and_adapters_under_fsdp1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def zero_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a configuration of DeepSpeed may be written, which seems to be installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
-    file = tmp_path / "zero.json"
+    return tmp_path / "zero.json"
+
+
+def by_deepspeed(**options: object) -> SimpleNamespace:
+    """A strategy as the command line gives it."""
+    return SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args=options)
+
+
+def test_a_file_of_deepspeed_that_offloads_is_refused_and_adapters_under_fsdp1(
+    zero_file: Path,
+) -> None:
     for device, refused in (("none", False), ("nvme", True)):
         zero = {"zero_optimization": {"offload_optimizer": {"device": device}}}
-        file.write_text(json.dumps(zero), encoding="utf-8")
-        given = SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"config": str(file)})
+        zero_file.write_text(json.dumps(zero), encoding="utf-8")
+        given = by_deepspeed(config=str(zero_file))
         if refused:
             with pytest.raises(InvalidInputError, match="found offload_optimizer"):
                 check_sharding(given)
@@ -240,27 +250,27 @@ def test_a_file_of_deepspeed_that_offloads_is_refused_and_adapters_under_fsdp1(
     ],
 )
 def test_a_file_of_deepspeed_that_cannot_be_read_is_refused_clearly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, found: str
+    zero_file: Path, text: bytes | None, found: str
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
-    file = tmp_path / "zero.json"
     if text is not None:
-        file.write_bytes(text)
-    given = SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"config": str(file)})
+        zero_file.write_bytes(text)
+    given = by_deepspeed(config=str(zero_file))
     message = rf"config: found .*zero\.json, .*{found}.*; allowed is .* JSON object; correct the"
     with pytest.raises(InvalidInputError, match=message):
         check_sharding(given)
 
 
 def test_a_configuration_that_the_environment_names_is_read_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zero_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
-    file = tmp_path / "zero.json"
-    monkeypatch.setenv("PL_DEEPSPEED_CONFIG_PATH", str(file))
-    file.write_text('{"zero_optimization": true}', encoding="utf-8")  # an old way to say stage 1
+    monkeypatch.setenv("PL_DEEPSPEED_CONFIG_PATH", str(zero_file))
+    zero_file.write_text(
+        '{"zero_optimization": true}', encoding="utf-8"
+    )  # an old way to say stage 1
     check_sharding("deepspeed_stage_2")
-    file.write_text('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', encoding="utf-8")
+    zero_file.write_text(
+        '{"zero_optimization": {"offload_param": {"device": "cpu"}}}', encoding="utf-8"
+    )
     with pytest.raises(InvalidInputError, match="found offload_param, allowed is none"):
         check_sharding("deepspeed_stage_2")
 
@@ -275,10 +285,10 @@ def test_deepspeed_hears_how_many_rows_a_process_has() -> None:
 
 
 @pytest.mark.parametrize("stage", ["", "_stage_1", "_stage_2", "_stage_3"])
-def test_stages_of_zero_are_let_through(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+@pytest.mark.usefixtures("zero_file")
+def test_stages_of_zero_are_let_through(stage: str) -> None:
     check_sharding(f"deepspeed{stage}")
-    check_sharding(SimpleNamespace(class_path="a.DeepSpeedStrategy", init_args={"stage": 3}))
+    check_sharding(by_deepspeed(stage=3))
 
 
 @pytest.mark.parametrize(
