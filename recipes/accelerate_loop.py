@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 recipes/accelerate_loop.py --out runs/accelerate
     accelerate launch recipes/accelerate_loop.py --model MODEL --data TEXT --steps 1000    # GPUs
 
-The density term is four lines: make it, watch the forward, add it, and leave the rest as it was.
+The density term is a few lines: make it, watch the forward, add it, and keep the maps of its exits
+beside the weights; the rest is as it was.
 Accelerate averages gradients over processes and divides by the accumulated batches, the term's with
 the task's. The draws differ by process and by accumulated batch.
 """
@@ -68,10 +69,12 @@ def main() -> None:
                 step, micro_step = step + 1, 0
             if step == args.steps:
                 break
+    density_loss.finish()
     accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(model)  # in all processes, which may each have a part
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.out, state_dict=weights)
+        softtrace.save_exit_maps(bare, args.out)
         tokenizer.save_pretrained(args.out)
     accelerator.print(f"written to {args.out}")
     accelerator.end_training()

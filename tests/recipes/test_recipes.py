@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softtrace import DensityOptions
+from softtrace import DensityOptions, load_exit_maps
 from softtrace.cli.fit import FitCLI
 from softtrace.lightning import DensityPenalty
 from softtrace.lightning.lora import LoRA
@@ -145,6 +145,7 @@ def test_the_recipe_for_accelerate_runs_on_two_processes(text: Path, tmp_path: P
             "--block-size", 32, "--batch-size", 4, "--out", tmp_path / "out",
         )  # fmt: skip
     assert said.count("step 0  task") == 1  # one process speaks
+    assert load_exit_maps(load_model(tmp_path / "out"), tmp_path / "out")
     assert 1e-4 < moved(tmp_path / "out") < 0.2
 
 
