@@ -64,3 +64,5 @@ def test_an_end_ends_the_text_and_wrong_input_is_named() -> None:
         exit_early(model, ids, exit_layer=3, confidence=0.5)
     with pytest.raises(InvalidInputError, match="tokens: found 0"):
         agreement_of(model, ids, ids[0, :0])
+    with pytest.raises(InvalidInputError, match=r"input_ids: found \(1, 0\)"):
+        agreement_of(model, ids[:, :0], ids[0])
