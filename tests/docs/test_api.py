@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-from tests.docs.pages import text_of
+from tests.docs.pages import PAGES, python_blocks, text_of
 
 OPTIONS: Any = {
     "warn_unknown_params": False, "warn_missing_types": False, "warnings": False,
@@ -44,3 +44,14 @@ def test_entries_begin_and_end_as_sentences_do() -> None:
                     assert not said[0].islower(), (each, said)
                     assert said.endswith((".", "``", "|")), (each, said)
     assert checked > 150
+
+
+def test_pages_use_what_is_on_it() -> None:
+    used: set[str] = set()
+    for block in (block for page in PAGES for block in python_blocks(page)):
+        used.update(re.findall(r"\bsofttrace\.(\w+)\(", block))
+        for names in re.findall(r"^from softtrace[\w.]* import (.+)$", block, re.M):
+            used.update(re.findall(r"\w+", names))
+    assert "StaticDecoder" in used
+    assert "load_exit_maps" in used
+    assert not used - {each.__name__ for each in shown()}

@@ -121,5 +121,5 @@ def _datasets(what: str) -> Any:
     except ImportError as error:
         raise DataError(
             f"{what}: reading it takes the library datasets ({error}); "
-            "pip install 'softtrace[data]'"
+            "install it with pip install datasets"
         ) from error

@@ -29,9 +29,9 @@ class CalibratedConfidence:
     """A bound on an exit's probability, and what it came to on the text it was chosen on.
 
     Attributes:
-        confidence: tokens whose exit is at least as sure are taken.
-        agreement: share of these that the whole model agrees to.
-        share: of all tokens that are taken.
+        confidence: Tokens whose exit is at least as sure are taken.
+        agreement: Share of these that the whole model agrees to.
+        share: Of all tokens that are taken.
     """
 
     confidence: float
@@ -52,19 +52,19 @@ def calibrated_confidence(
     """The least confidence of an exit with which it agrees with the whole model as often as asked.
 
     Args:
-        model: a causal language model of transformers.
+        model: A causal language model of transformers.
         input_ids: ``[N, T]`` int64, held-out text without padding.
         exit_layer: 1 to L - 1.
-        agreement: share of tokens, in (0, 1], at which the exit's most likely token is the whole
+        agreement: Share of tokens, in (0, 1], at which the exit's most likely token is the whole
             model's.
-        each: ask it of the least sure token that is taken, by a rate that falls with confidence
+        each: Ask it of the least sure token that is taken, by a rate that falls with confidence
             (isotonic regression): for drafts, which continue as long as the next guess is worth it.
             Otherwise of all that are taken together: for :func:`softtrace.decoding.exit_early`.
-        proven_exit: of the model; None proves it here.
+        proven_exit: Of the model; None proves it here.
 
     Raises:
-        UnsupportedModelError: its early exits are no exits.
-        InvalidInputError: a number outside its range, or no confidence reaches the agreement on at
+        UnsupportedModelError: Its early exits are no exits.
+        InvalidInputError: A number outside its range, or no confidence reaches the agreement on at
             least :data:`LEAST` tokens of this text.
     """
     proven_exit = check_early_exit(model) if proven_exit is None else proven_exit

@@ -194,7 +194,7 @@ def exit_layer_of(model: nn.Module) -> int:
     """The exit layer that the model's config recommends.
 
     Raises:
-        InvalidInputError: it recommends none.
+        InvalidInputError: It recommends none.
     """
     found = getattr(getattr(model, "config", None), EXIT_FIELD, None)
     if not isinstance(found, int) or isinstance(found, bool):

@@ -22,9 +22,9 @@ class Sampling:
     """How tokens are drawn, as ``model.generate(do_sample=True)`` draws them.
 
     Attributes:
-        temperature, top_k, top_p, min_p: what generate calls so; None takes the generation
+        temperature, top_k, top_p, min_p: What generate calls so; None takes the generation
             config's.
-        seed: of the draws; the same texts come again where prompts, model and machine are the same.
+        seed: Of the draws; the same texts come again where prompts, model and machine are the same.
     """
 
     temperature: float | None = None

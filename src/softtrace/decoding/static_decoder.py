@@ -51,33 +51,33 @@ class StaticDecoder:
     Modules may not be replaced.
 
     Args:
-        model: a causal language model of transformers, in eval mode, with "sdpa" or "eager"
+        model: A causal language model of transformers, in eval mode, with "sdpa" or "eager"
             attention.
-        exit_layer: layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        draft_tokens: tokens that a check writes at most, >= 1: one more than are guessed before
+        exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
+        draft_tokens: Tokens that a check writes at most, >= 1: one more than are guessed before
             it.
-        draft: how guesses are made: "exit", by the first layers; "lookup", by what followed the
+        draft: How guesses are made: "exit", by the first layers; "lookup", by what followed the
             same two or three tokens earlier in the text; "both", by lookup where all texts have
             such a place, else by the first layers.
-        confidence: guesses of an exit end where all of a step's have less probability than this, in
+        confidence: Guesses of an exit end where all of a step's have less probability than this, in
             [0, 1]. Above 0 the host waits for every guess;
             :func:`softtrace.decoding.calibrated_confidence` chooses one on held-out text.
-        rows: texts that are written at once, >= 1.
-        capacity: tokens that a text may have, prompt and new ones; attention reads room for as
+        rows: Texts that are written at once, >= 1.
+        capacity: Tokens that a text may have, prompt and new ones; attention reads room for as
             many whatever the text's length.
-        backend: of ``torch.compile``; None runs the same steps uncompiled.
-        cuda_graphs: capture every step in a CUDA graph; None does so on CUDA.
-        eos_token_id: one or several that end a text; None takes the generation config's.
-        proven_exit: what :func:`softtrace.decoding.check_early_exit` returned for the model; None
+        backend: Of ``torch.compile``; None runs the same steps uncompiled.
+        cuda_graphs: Capture every step in a CUDA graph; None does so on CUDA.
+        eos_token_id: One or several that end a text; None takes the generation config's.
+        proven_exit: What :func:`softtrace.decoding.check_early_exit` returned for the model; None
             proves it here.
-        exit_map: maps the residual stream ``[B, N, D]`` at the exit before the model's norm and
+        exit_map: Maps the residual stream ``[B, N, D]`` at the exit before the model's norm and
             head read it; None takes the map that the model has for this exit, if it has one.
-        sampling: how tokens are drawn; None writes the most likely ones.
+        sampling: How tokens are drawn; None writes the most likely ones.
 
     Raises:
-        UnsupportedModelError: no exits, another attention than these, or a model that says
+        UnsupportedModelError: No exits, another attention than these, or a model that says
             something else over a cache of fixed size.
-        InvalidInputError: a number outside its range, a model in train mode, ``cuda_graphs``
+        InvalidInputError: A number outside its range, a model in train mode, ``cuda_graphs``
             without CUDA, a ``proven_exit`` of another model, or a generation config that asks for
             what these steps do not apply.
     """
@@ -158,14 +158,14 @@ class StaticDecoder:
 
         Args:
             prompts: ``[T]`` or ``[1, T]`` int64 each, T from 1, ``rows`` of them at most.
-            max_new_tokens: how many to write at most, >= 1.
+            max_new_tokens: How many to write at most, >= 1.
 
         Returns:
             What was written for each, in order.
 
         Raises:
-            UnsupportedModelError: texts over which, or between which, rotary frequencies change.
-            InvalidInputError: a number outside its range, too many prompts, prompts that do not fit
+            UnsupportedModelError: Texts over which, or between which, rotary frequencies change.
+            InvalidInputError: A number outside its range, too many prompts, prompts that do not fit
                 ``capacity``, or a generation config that was changed since the decoder was made.
         """
         return self._write(prompts, max_new_tokens, drafting=False)

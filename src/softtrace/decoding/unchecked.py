@@ -35,7 +35,7 @@ class EarlyGeneration:
         tokens: ``[N]`` int64, the new tokens.
         early: ``[N]`` bool, which of them an exit wrote. The first never is: it comes with the
             prompt.
-        layers_saved: share of runs of layers that were saved of the N - 1 tokens' after the first.
+        layers_saved: Share of runs of layers that were saved of the N - 1 tokens' after the first.
             A run of the upper layers over several tokens that went out early is one.
     """
 
@@ -61,15 +61,15 @@ def exit_early(
     agreement that you name, and :func:`agreement_of` says what it came to.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: A causal language model of transformers, in eval mode.
         input_ids: ``[1, T]``, no padding.
-        confidence: least probability of an exit's most likely token, in [0, 1], before the
+        confidence: Least probability of an exit's most likely token, in [0, 1], before the
             generation config changes it.
-        exit_layer, max_new_tokens, eos_token_id: see :func:`softtrace.decoding.speculate`.
-        proven_exit: what :func:`softtrace.decoding.check_cache` returned; None proves it anew.
+        exit_layer, max_new_tokens, eos_token_id: See :func:`softtrace.decoding.speculate`.
+        proven_exit: What :func:`softtrace.decoding.check_cache` returned; None proves it anew.
 
     Raises:
-        UnsupportedModelError, InvalidInputError: see :func:`softtrace.decoding.speculate`.
+        UnsupportedModelError, InvalidInputError: See :func:`softtrace.decoding.speculate`.
     """
     check_decoding(model, max_new_tokens)
     check_range("confidence", confidence, 0, 1)
@@ -96,12 +96,12 @@ def agreement_of(model: nn.Module, input_ids: Tensor, tokens: Tensor) -> float:
     """Share of a text's tokens that the whole model would have written in their places.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: A causal language model of transformers, in eval mode.
         input_ids: ``[1, T]``, the prompt.
         tokens: ``[N]``, what was written after it, N at least 1.
 
     Raises:
-        InvalidInputError: no tokens, several prompts or an empty one, or what the generation config
+        InvalidInputError: No tokens, several prompts or an empty one, or what the generation config
             asks for cannot be applied.
     """
     check_least("tokens", len(tokens), 1)

@@ -48,7 +48,7 @@ class LoRA:
             from peft import LoraConfig, TaskType, get_peft_model
         except ImportError as error:
             raise InvalidInputError(
-                "lora: found no PEFT; install it with pip install 'softtrace[peft]'"
+                "lora: found no PEFT; install it with pip install peft"
             ) from error
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,

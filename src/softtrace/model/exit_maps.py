@@ -130,7 +130,7 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
     """Let a model's exits be read through the maps of a folder; False where it holds none.
 
     Raises:
-        ModelDirectoryError: the file is damaged, or of a model of another width.
+        ModelDirectoryError: The file is damaged, or of a model of another width.
     """
     tensors = {name: each for name, each in read_exit_maps(folder).items() if _NAME.match(name)}
     if not tensors:
