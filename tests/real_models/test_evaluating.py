@@ -20,27 +20,28 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "block_size", "count"),
+    ("name", "dtype", "block_size", "positions", "count"),
     [
-        (SMOLLM, "float32", 16, 2),
-        (SMOLLM, "bfloat16", 8, 2),  # a CPU may multiply it at an eighth of the speed of float32
-        (GEMMA, "float32", 8, 1),  # a vocabulary of 262,144 is read some eighty times a token
+        (SMOLLM, "float32", 16, 4, 2),
+        (SMOLLM, "bfloat16", 8, 2, 1),  # a CPU may multiply it at an eighth of the speed of float32
+        (GEMMA, "float32", 8, 2, 1),  # a vocabulary of 262,144 is read some eighty times a token
     ],
 )
 def test_evaluate_writes_the_losses_of_the_plain_model(
-    name: str, dtype: str, block_size: int, count: int, tmp_path: Path
+    name: str, dtype: str, block_size: int, positions: int, count: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = {
-        "model": place(name), "data": TEXT, "out": out, "block_size": block_size, "blocks": count,
-        "extra_blocks": 0, "dtype": dtype, "device": "cpu", "per_token": "true",
+        "model": place(name), "data": TEXT, "out": out, "dtype": dtype, "device": "cpu",
+        "block_size": block_size, "positions": positions, "blocks": count, "extra_blocks": 0,
+        "per_token": "true",
     }  # fmt: skip
     assert main(["evaluate", *(f"--{key}={value}" for key, value in words.items())]) == 0
     blocks = evenly(pack(documents(), real_tokenizer(name), block_size), count)
     with torch.no_grad():
         logs = real_model(name, dtype)(input_ids=blocks).logits.float().log_softmax(-1)
     lines = [json.loads(line) for line in (out / "tokens.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == count * (block_size // 2 - 1)
+    assert len(lines) == count * positions
     wanted = []
     for line in lines:
         row, at = line["sequence"], line["position"]
