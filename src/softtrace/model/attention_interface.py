@@ -199,13 +199,15 @@ def _attention(
         raise RuntimeError("no attention mask reached softtrace: attention would not be causal")
     batch, _, length, head_dim = query.shape
     visible = attention_mask[:, 0, :length, : key.shape[2]].expand(batch, -1, -1)
+    # A weight, as it is now: rows are made later, with gradients where the run itself had none.
+    sinks = None if s_aux is None else s_aux.clone()
     own = SoftmaxMap(
         query,
         key,
         visible,
         head_dim**-0.5 if scaling is None else scaling,
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
         bias=position_bias,
     )
     used = _LISTENER.get().on_attention(module, own, value, visible)
