@@ -143,13 +143,15 @@ class SoftmaxMap(AttentionMap):
             bias = bias[(None,) * (4 - bias.dim())]
             bias = rows.of(bias, 2) if bias.shape[2] > 1 else bias
             bias = bias[..., : rows.end] if bias.shape[3] > 1 else bias
-        return attention_probabilities(
-            rows.of(self.query, 2),
-            self.key[:, :, : rows.end],
-            rows.edges_of(self.visible),
-            self.scale,
-            **{**self.others, "bias": bias},
-        )
+        # Autocast may be off when sizes are counted and on in a masked run: edges would flip.
+        with torch.autocast(self.device.type, enabled=False):
+            return attention_probabilities(
+                rows.of(self.query, 2),
+                self.key[:, :, : rows.end],
+                rows.edges_of(self.visible),
+                self.scale,
+                **{**self.others, "bias": bias},
+            )
 
 
 def mixed_values(probabilities: AttentionMap, value: Tensor) -> Tensor:
