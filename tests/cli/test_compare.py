@@ -176,7 +176,7 @@ def test_compare_refuses_too_few_and_too_many_runs(
     [
         (("data", "sha256"), "f" * 64, "data sha256.* differs, 0123456789ab… in .* and ffffff"),
         (("data", "block_size"), 128, "block_size differs, 64 in .*plain.* and 128 in .*soft"),
-        (("min_context",), 16, "min_context differs, 32 in .* and 16 in"),
+        (("min_context",), 16, "min_context differs, 32 in .* and 16 in .* --positions"),
         (("tokens",), 5, "number of explained tokens differs, 992 in .* and 5 in"),
     ],
 )

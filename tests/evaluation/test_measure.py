@@ -179,8 +179,9 @@ def test_runs_of_some_positions_are_shown_as_parts_of_runs() -> None:
 def test_memory_for_not_even_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     limit(monkeypatch, lambda *_: False)
     message = "one position of one sequence of 8 tokens; allowed is what fits. Take shorter blocks"
-    with pytest.raises(InvalidInputError, match=message):
+    with pytest.raises(InvalidInputError, match=message) as refused:
         measured(2)
+    assert "--positions" not in str(refused.value)  # fewer than one would not help
 
 
 def test_summaries_equal_those_of_one_batch(whole: Measurements) -> None:

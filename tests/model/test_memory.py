@@ -53,16 +53,18 @@ def test_one_that_does_not_fit_by_itself_is_done_otherwise(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tried: list[int] = []
-    portions = Portions(2, "row(s)")
+    portions = Portions(2, "row(s)", "parts of one")
     found = list(portions.each(0, 3, fitting(0, tried), lambda one: [-one]))
     assert found == [(1, [0]), (1, [-1]), (1, [-2])]
     assert "memory ran out at 1 row(s); continuing with parts of one" in caplog.text
     assert tried == [2, 1]  # later ones are not tried again
 
 
-def test_without_another_way_the_error_comes_through() -> None:
+def test_without_another_way_the_error_comes_through(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         list(Portions(2, "row(s)").each(0, 2, fitting(0, [])))
+    said = [record.message for record in caplog.records]
+    assert said == ["memory ran out at 2 row(s); continuing with 1 at a time"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from softtrace.anatomy import decomposition
 from softtrace.errors import UnsupportedModelError
 from tests.support.altered import built, changed, odd_layer, two_results
 from tests.support.tiny import COMMON, FAMILIES, GROUPED, tiny_model, tiny_prompt
+from tests.support.zoo import tiny
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,6 +84,17 @@ def test_multipliers_are_found_by_what_adds_up() -> None:
     found = instrument.anatomy.layers[0]
     assert (found.attention_scale, found.mlp_scale) == (0.3, 0.3)
     assert instrument.anatomy.readout.after.field == "logits_scaling"
+
+
+def test_a_cap_far_above_the_logits_is_found_in_half_precision() -> None:
+    """The logits without it are within what is allowed, too."""
+    model, ids = tiny("gemma2", dtype=torch.bfloat16), tiny_prompt(8)
+    instrument = softtrace.attach(model)
+    assert instrument.anatomy.readout.after.field == "final_logit_softcapping"
+    with torch.no_grad():
+        batch = instrument.batch(ids)
+        every, chosen = (instrument.record(batch, positions=p) for p in (None, batch.valid))
+    torch.testing.assert_close(chosen.logits, every.logits[0], atol=0, rtol=0)
 
 
 def test_what_is_predicted_may_be_fewer_tokens_than_are_read() -> None:

@@ -169,15 +169,17 @@ def _map(
             "them is cut off or added"
         )
     raw, logits = raw[valid], logits[valid]
-    if mismatch(raw, logits) <= allowed:
-        return _PLAIN, 1.0
+    found = [(mismatch(raw, logits), _PLAIN, 1.0)]
     for candidate in LOGIT_MAPS:
         for owner in (*_configs(model), model):
             value = getattr(owner, candidate.field, None)
             if isinstance(value, float | int) and value:
-                found = candidate.apply(raw.float() if raw.itemsize < 4 else raw, float(value))
-                if mismatch(found, logits) <= allowed:
-                    return candidate, float(value)
+                given = candidate.apply(raw.float() if raw.itemsize < 4 else raw, float(value))
+                found.append((mismatch(given, logits), candidate, float(value)))
+    # In half precision a cap far above small logits is within what is allowed: the nearest counts.
+    error, after, value = min(found, key=lambda each: each[0])
+    if error <= allowed:
+        return after, value
     raise UnsupportedModelError(
         "the logits are not the head's output, nor that scaled or capped as the config says "
         f"(known fields: {', '.join(each.field for each in LOGIT_MAPS)})"

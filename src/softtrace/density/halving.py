@@ -49,7 +49,7 @@ class Halving:
     """
 
     def __init__(self, batch_size: int, positions: int, advice: str) -> None:
-        self.sequences = Portions(batch_size, "sequence(s)")
+        self.sequences = Portions(batch_size, "sequence(s)", "parts of one")
         self.positions = Portions(positions, "position(s) of a sequence")
         self.advice = advice
 

@@ -63,7 +63,7 @@ _SAMPLES = {
 _MUST_AGREE = (
     (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
     (("data", "block_size"), "block_size", "block_size; sizes depend on the length"),
-    (("min_context",), "min_context", "block_size; sizes depend on the length"),
+    (("min_context",), "min_context", "block_size and --positions; sizes depend on both"),
     (("attention",), "the attention of masked runs", "--attention"),
     (("tokens",), "the number of explained tokens", "number of blocks"),
 )

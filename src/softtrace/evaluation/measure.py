@@ -28,11 +28,8 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
 from softtrace.tracing.recording import Recording
 
-ADVICE = (
-    "shorter blocks (--block_size), fewer explained tokens (--positions), a smaller --dtype, or "
-    "--device_map auto"
-)
-"""What takes less memory, to one who uses the command line."""
+ADVICE = "shorter blocks (--block_size), a smaller --dtype, or --device_map auto"
+"""What takes less memory where one position does not fit, to one who uses the command line."""
 
 Progress = Callable[[int], Any]
 

@@ -195,7 +195,8 @@ def _at_numbers(positions: Iterable[int], valid: Tensor) -> Tensor:
         numbers = [_number(each) for each in positions]
     except TypeError as error:
         raise InvalidInputError(
-            f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or integers"
+            f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or a list of "
+            "integers"
         ) from error
     for number in numbers:
         if not -length <= number < length:

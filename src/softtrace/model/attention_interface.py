@@ -143,13 +143,15 @@ class SoftmaxMap(AttentionMap):
             bias = bias[(None,) * (4 - bias.dim())]
             bias = rows.of(bias, 2) if bias.shape[2] > 1 else bias
             bias = bias[..., : rows.end] if bias.shape[3] > 1 else bias
-        return attention_probabilities(
-            rows.of(self.query, 2),
-            self.key[:, :, : rows.end],
-            rows.edges_of(self.visible),
-            self.scale,
-            **{**self.others, "bias": bias},
-        )
+        # Autocast may be off when sizes are counted and on in a masked run: edges would flip.
+        with torch.autocast(self.device.type, enabled=False):
+            return attention_probabilities(
+                rows.of(self.query, 2),
+                self.key[:, :, : rows.end],
+                rows.edges_of(self.visible),
+                self.scale,
+                **{**self.others, "bias": bias},
+            )
 
 
 def mixed_values(probabilities: AttentionMap, value: Tensor) -> Tensor:
@@ -199,13 +201,15 @@ def _attention(
         raise RuntimeError("no attention mask reached softtrace: attention would not be causal")
     batch, _, length, head_dim = query.shape
     visible = attention_mask[:, 0, :length, : key.shape[2]].expand(batch, -1, -1)
+    # A weight, as it is now: rows are made later, with gradients where the run itself had none.
+    sinks = None if s_aux is None else s_aux.clone()
     own = SoftmaxMap(
         query,
         key,
         visible,
         head_dim**-0.5 if scaling is None else scaling,
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
         bias=position_bias,
     )
     used = _LISTENER.get().on_attention(module, own, value, visible)

@@ -50,11 +50,14 @@ class Portions:
     Args:
         size: to begin with, at least 1.
         unit: what they are, such as "sequence(s)".
+        otherwise: how it goes on where a single one does not fit, for the end of a sentence; None
+            where it cannot.
     """
 
-    def __init__(self, size: int, unit: str) -> None:
+    def __init__(self, size: int, unit: str, otherwise: str | None = None) -> None:
         self.size = size
         self.unit = unit
+        self.otherwise = otherwise
 
     def each(
         self,
@@ -84,10 +87,11 @@ class Portions:
                 first = stop
             else:
                 self.size = (stop - first) // 2
-                how = f"{self.size} at a time" if self.size else "parts of one"
-                logger.warning(
-                    "memory ran out at %d %s; continuing with %s", stop - first, self.unit, how
-                )
+                how = f"{self.size} at a time" if self.size else self.otherwise
+                if how is not None:
+                    logger.warning(
+                        "memory ran out at %d %s; continuing with %s", stop - first, self.unit, how
+                    )
 
 
 def half_that_fits(size: int, least: int, work: Callable[[int], T]) -> int:

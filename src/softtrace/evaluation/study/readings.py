@@ -17,15 +17,13 @@ from softtrace.density.curve import DensityCurve
 from softtrace.density.easiness import loss_score
 from softtrace.density.halving import Halving, Portion
 from softtrace.errors import InvalidInputError
-from softtrace.evaluation.measure import Progress, trace_curve
+from softtrace.evaluation.measure import ADVICE, Progress, trace_curve
 from softtrace.evaluation.study.unigrams import Unigrams
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
-
-_ADVICE = "shorter blocks (--block_size) or a smaller --dtype"
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
@@ -270,7 +268,7 @@ def curves_and_surprisals(
         surprisal[chosen] = loss_score(recording.logits, targets[chosen]).to(surprisal.dtype)
         return curve, surprisal
 
-    halving = Halving(batch_size, ids.shape[1], _ADVICE)
+    halving = Halving(batch_size, ids.shape[1], ADVICE)
     for _, parts in halving.each(instrument.batch(ids), explained, work):
         (_, (curve, surprisal)), *others = parts
         for places, (other, more) in others:
