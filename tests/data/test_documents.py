@@ -191,7 +191,7 @@ def test_a_list_of_json_objects_is_a_document_each(tmp_path: Path) -> None:
         ("a.json", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("a.arrow", "ARROW1", r"\.arrow files are not read"),
         ("a.jsonl.gz", "x", r"\.gz files are not read"),
-        ("A.CSV", "text,label\nx,1\n", r"\.csv files are not read as rows.*name the file \.txt"),
+        ("A.CSV", "text,label\nx,1\n", r"\.csv files are not read as rows.*name it \.txt"),
         ("a.tsv", "text\tlabel\n", r"\.tsv files are not read as rows"),
     ],
 )

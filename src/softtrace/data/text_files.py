@@ -95,8 +95,8 @@ def refuse_table(path: Path) -> None:
     if path.suffix.lower() in _CSV:
         raise DataError(
             f"{path}: {path.suffix.lower()} files are not read as rows. Write its texts to a "
-            ".jsonl file first (pandas: read_csv(...).to_json(..., orient='records', lines=True), with a "
-            "column 'text'); to read it as it stands, separators and all, name the file .txt."
+            ".jsonl file first (pandas: read_csv(...).to_json(..., orient='records', lines=True), "
+            "with a column 'text'); to read it as it stands, separators and all, name it .txt."
         )
 
 
