@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softtrace import files
-from softtrace.errors import OutputExistsError, OutputNotWritableError
+from softtrace.errors import InvalidInputError, OutputExistsError, OutputNotWritableError
 from softtrace.files import (
     LOCK,
     atomic_path,
@@ -72,6 +72,13 @@ def test_checking_an_output_folder_creates_nothing(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=False)
     with pytest.raises(OutputExistsError, match=r"or pass a hat$"):
         check_output(tmp_path, False, "a hat")
+
+
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    with pytest.raises(InvalidInputError, match="out: found an empty path"):
+        check_output("", overwrite=True)
+    with pytest.raises(InvalidInputError, match="out: found an empty path"), claimed(""):
+        pass
 
 
 def test_output_folders(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from softtrace.errors import OutputExistsError, OutputNotWritableError
+from softtrace.errors import InvalidInputError, OutputExistsError, OutputNotWritableError
 
 if sys.platform != "win32":
     import fcntl
@@ -160,7 +160,15 @@ def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE
     Args:
         folder, overwrite: see :func:`prepare_output`.
         otherwise: what the error offers to who wants this very folder.
+
+    Raises:
+        InvalidInputError: the path is empty, which a path would take for the working directory.
     """
+    if not os.fspath(folder):
+        raise InvalidInputError(
+            "out: found an empty path, expected a folder to write to ('.' for this one); is a "
+            "variable of the shell unset?"
+        )
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")

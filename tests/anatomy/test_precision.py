@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import softtrace
+from softtrace.errors import UnsupportedModelError
 from softtrace.graph.edges import EdgeImportance
 from tests.support.zoo import VERIFIED, tiny
 
@@ -213,3 +214,15 @@ def test_a_norm_that_changes_little_makes_no_second_reader_of_a_node() -> None:
     instrument = softtrace.attach(model.bfloat16())
     for modules, layer in zip(instrument.anatomy.layers, model.model.layers, strict=True):
         assert modules.middle == (layer.post_attention_layernorm,)
+
+
+def test_weights_of_two_types_are_named_where_the_model_runs_under_autocast_alone() -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=IDS[:1])
+        with pytest.raises(UnsupportedModelError, match=r"are of torch.bfloat16 and torch.float32"):
+            softtrace.attach(model)
+    assert softtrace.attach(model.to(torch.bfloat16))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,28 @@ def test_unknown_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
         main(["compare", "a", "b", "--out", "c", "--nonsense", "1"])
     assert stop.value.code == 2
     assert "--nonsense" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_other_failures_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", synthetic_density())
+
+    def failing(number: int) -> None:
+        def write(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("softtrace.cli.compare.write_json", write)
+
+    arguments = ["compare", str(run), str(run), "--out", str(tmp_path / "out")]
+    failing(errno.ENOSPC)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("softtrace compare: could not write (No space left on device)")
+    assert error.count("\n") == 1
+    failing(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        main(arguments)
 
 
 def test_bad_input_is_one_line_without_a_traceback(

@@ -191,6 +191,8 @@ def test_a_list_of_json_objects_is_a_document_each(tmp_path: Path) -> None:
         ("a.json", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("a.arrow", "ARROW1", r"\.arrow files are not read"),
         ("a.jsonl.gz", "x", r"\.gz files are not read"),
+        ("A.CSV", "text,label\nx,1\n", r"\.csv files are not read as rows.*name it \.txt"),
+        ("a.tsv", "text\tlabel\n", r"\.tsv files are not read as rows"),
     ],
 )
 def test_files_of_data_without_texts_are_refused(
@@ -199,6 +201,16 @@ def test_files_of_data_without_texts_are_refused(
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         read_documents(tmp_path / name)
+
+
+def test_a_table_of_a_folder_is_read_where_its_suffix_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    assert read_documents(tmp_path, suffixes=(".csv",)) == [Document("a.csv", "text,label\nx,1\n")]
+
+
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    with pytest.raises(DataError, match=r"data: found an empty path.*shell unset"):
+        read_documents("")
 
 
 def test_json_without_texts_in_a_folder_is_not_skipped(tmp_path: Path) -> None:

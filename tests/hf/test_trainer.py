@@ -268,6 +268,11 @@ def test_composes_with_a_trainer_that_has_a_loss_of_its_own(tmp_path: Path) -> N
     assert torch.equal(found[0], found[2])
 
 
+def test_a_class_that_has_the_term_gets_no_second_one() -> None:
+    once = with_density(Trainer)
+    assert with_density(once) is once
+
+
 def test_batches_without_token_ids_are_refused(tmp_path: Path) -> None:
     class Renamed(DensityTrainer):
         def inputs_of(self, inputs: Any) -> dict[str, Any]:

@@ -367,6 +367,9 @@ def test_malformed_batches_are_refused_also_when_skipping() -> None:
         penalty(torch.tensor([[3, 67]]))
     with pytest.raises(InvalidInputError, match="attention_mask"):
         penalty(torch.tensor([[3, 6]]), torch.ones(2, 2))
+    lists: Any = [[3, 6]]
+    with pytest.raises(InvalidInputError, match="input_ids: found list, expected a tensor"):
+        penalty(lists)
 
 
 def test_options_and_changes() -> None:

@@ -94,6 +94,27 @@ def test_a_forward_without_logits_gives_the_same(family: str) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_forward_that_passes_the_model_by_gives_the_same(family: str) -> None:
+    """``model.forward``, as PEFT's AdaLoRA calls it, and the decoder with a head of one's own."""
+    model = tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ids, mask = batch()
+    density, found = DensityLoss(model, **OPTIONS), []
+    decoder: Any = model.base_model
+    for call in (model, model.forward, decoder):
+        with density.watching() as watched:
+            call(input_ids=ids, attention_mask=mask)
+        assert len(watched.forwards) == 1
+        term = density(ids, mask, step=1, watched=watched)
+        gradients = torch.autograd.grad(term.loss, list(model.parameters()), materialize_grads=True)
+        found.append([term.exit_distance, *gradients])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
 @pytest.mark.parametrize("keep", [1, 4])
 def test_logits_of_some_tokens_alone_are_not_read(keep: int) -> None:
     """``logits_to_keep``: places are those of the whole row, which such logits do not have."""

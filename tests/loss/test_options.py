@@ -81,6 +81,23 @@ def test_values_outside_their_range_are_refused(changes: dict[str, Any], message
         dataclasses.replace(DensityOptions(), **changes)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("sparse", "density: found 'sparse', allowed are a mapping of options"),
+        (0.5, "density: found 0.5, allowed are a mapping of options"),
+        ({"strngth": 1.0}, "density: found 'strngth', allowed are strength, preset, "),
+    ],
+)
+def test_what_names_no_options_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{message}"):
+        DensityOptions.of(wrong)
+    options = DensityOptions(share=0.5)
+    assert DensityOptions.of(options) is options
+    assert DensityOptions.of({"share": 0.5}) == options
+    assert DensityOptions.of(None) == DensityOptions()
+
+
 def test_every_field_has_a_refusal() -> None:
     fields = {field.name for field in dataclasses.fields(DensityOptions)}
     assert {name for changes, _ in REFUSED for name in changes} == fields

@@ -187,6 +187,13 @@ def test_weights_of_other_formats_and_a_tokenizer_alone(tmp_path: Path) -> None:
     assert "the directory of a tokenizer alone" in refusal(load_model, tmp_path)
 
 
+def test_an_empty_path_and_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ModelDirectoryError, match="model: found an empty path"):
+        load_model("")
+    write_model(tmp_path / "run" / "checkpoint-10")
+    assert f"such as {tmp_path / 'run' / 'checkpoint-10'}" in refusal(load_model, tmp_path / "run")
+
+
 def test_checkpoints_in_parts(tmp_path: Path) -> None:
     for name in ("optimizer_0", "pytorch_model_fsdp_0"):
         (tmp_path / name).mkdir()

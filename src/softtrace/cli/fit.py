@@ -156,7 +156,7 @@ class FitCLI(LightningCLI):
         Raises:
             OutputExistsError: another run writes to it, or it holds one that is not resumed.
         """
-        with claimed(self.out):
+        with claimed(self.config["out"]):
             if not self.config["resume"]:
                 check_output(self.out, False, "--resume true to resume from its last checkpoint")
             yield

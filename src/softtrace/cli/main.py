@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,9 @@ from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
 from softtrace.libraries import missing
+
+#: a disk, or what a user may have of it, is full
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
@@ -69,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (said := missing(error)) is None:
             raise
         print(f"softtrace {words[0]}: {said}", file=sys.stderr)
+        return 1
+    except OSError as error:  # raised by whatever writes: plots, results, the terminal's output
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"softtrace {words[0]}: could not write ({error.strerror}); what was written before is "
+            "untouched. Make room, then run it again",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"softtrace {words[0]}: interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 from softtrace.checks import check_range
 from softtrace.data.rows import Row
 from softtrace.data.tables import HUB_FORM, hub_dataset
-from softtrace.data.text_files import ALLOWED, UNREAD, of_table, texts_of, walk
+from softtrace.data.text_files import ALLOWED, UNREAD, of_table, refuse_table, texts_of, walk
 from softtrace.errors import DataError, InvalidInputError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def read_documents(
     Args:
         path: File or folder, or ``hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`` (the split
             ``train`` where none is named). Of a single file the suffix only matters where it is one
-            of rows, or of what is not read (``.gz``). Parquet and the hub take the extra
+            of rows, or of what is not read (``.gz``, ``.csv``). Parquet and the hub take the extra
             ``softtrace[data]``.
         suffixes: File suffixes to read in a folder, such as ``(".py", ".md", ".txt")``.
         exclude: Globs that drop a file or folder when they match its bare name or its path relative
@@ -113,6 +113,11 @@ def stream_documents(
         raise InvalidInputError(
             f"special_tokens: found {special_tokens!r}, allowed are {get_args(SpecialTokens)}"
         )
+    if not os.fspath(path):
+        raise DataError(
+            f"data: found an empty path. Give the path of {ALLOWED} ('.' for this one); is a "
+            "variable of the shell unset?"
+        )
     root, hub = Path(path), hub_dataset(path)
     if hub is not None:
         texts: Iterable[tuple[str, Row]] = of_table(hub.label, f"{path}", hub.rows())
@@ -125,6 +130,7 @@ def stream_documents(
             f"written {HUB_FORM}."
         )
     else:
+        refuse_table(root)
         texts = texts_of(root.name, root)
     found = False
     for name, row in texts:

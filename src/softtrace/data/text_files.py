@@ -24,9 +24,10 @@ ALLOWED = (
 
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".parquet",)
+_CSV = (".csv", ".tsv")
 _PACKED = (".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 #: of files that people keep data in, of which a folder's are only read where suffixes name them
-UNREAD = (".json", ".csv", ".tsv", *_PACKED)
+UNREAD = (".json", *_CSV, *_PACKED)
 
 
 def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
@@ -81,6 +82,22 @@ def texts_of(name: str, path: Path) -> Iterable[tuple[str, Row]]:
     if not text.strip():
         return []
     return _of_json(name, path, text) if suffix == ".json" else [(name, Row(text))]
+
+
+def refuse_table(path: Path) -> None:
+    """Refuse a table that would be read as one text, its separators and all.
+
+    In a folder they are read where suffixes name them.
+
+    Raises:
+        DataError: the path ends in .csv or .tsv.
+    """
+    if path.suffix.lower() in _CSV:
+        raise DataError(
+            f"{path}: {path.suffix.lower()} files are not read as rows. Write its texts to a "
+            ".jsonl file first (pandas: read_csv(...).to_json(..., orient='records', lines=True), "
+            "with a column 'text'); to read it as it stands, separators and all, name it .txt."
+        )
 
 
 def of_table(name: str, where: str, rows: Iterable[object]) -> Iterator[tuple[str, Row]]:

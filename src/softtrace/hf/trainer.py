@@ -74,10 +74,7 @@ class DensityMixin:
         allow_untested: bool = False,
         **kwargs: Any,
     ) -> None:
-        given = {} if density is None else density
-        self.density_options = (
-            given if isinstance(given, DensityOptions) else DensityOptions(**given)
-        )
+        self.density_options = DensityOptions.of(density)
         self.allow_untested = allow_untested
         self._density: DensityLoss | None = None
         self._resumed_from: str | bool | None = None
@@ -361,8 +358,10 @@ def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:
 
     Returns:
         The class; its constructor takes ``density`` besides what it took, see
-        :class:`DensityMixin`.
+        :class:`DensityMixin`. One that has the term already is returned as it is.
     """
+    if issubclass(trainer, DensityMixin):
+        return trainer
     return type(f"Density{trainer.__name__}", (DensityMixin, trainer), {})
 
 

@@ -264,7 +264,8 @@ class DensityLoss:
         watched: Watched,
     ) -> DensityTerm:
         """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
-        step, device = drawn_by[0], read[0].device
+        step = drawn_by[0]
+        device = getattr(read[0], "device", torch.device("cpu"))  # what has none is refused later
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor

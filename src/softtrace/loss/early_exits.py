@@ -86,12 +86,20 @@ def watching(
 ) -> Iterator[None]:
     """Collect what every forward of ``model`` inside gives, for nothing but looking.
 
-    A forward without gradients is left out. ``depths`` are those of exits, numbers of layers.
+    A forward without gradients is left out. ``depths`` are those of exits, numbers of layers. The
+    decoder inside counts where it is called by itself: by a loop that applies the head on its own,
+    or by ``model.forward``, which passes the model's hooks by (PEFT's AdaLoRA calls it).
     """
     seen = watched.forwards
+    decoder = getattr(model, "base_model", model)
+    within: list[nn.Module] = []  # of the model and its decoder, what is running
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(Seen())
+        if module is model:
+            within.clear()  # of a forward that failed
+        if not within:
+            seen.append(Seen())
+        within.append(module)
 
     def enter(depth: int, hidden: Tensor) -> None:
         if seen and not seen[-1].ended:  # not a layer that somebody calls on its own
@@ -102,7 +110,9 @@ def watching(
             seen[-1].last = hidden
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not seen:
+        if within:
+            within.pop()
+        if within or not seen:
             return
         logits, found = getattr(output, "logits", None), seen.pop()
         last = found.last
@@ -112,7 +122,9 @@ def watching(
         if result is not None and result.requires_grad:
             seen.append(replace(found, ended=True))
 
-    hooks = [Hook(model, begin, before=True), Hook(model, end, before=False)]
+    hooks: list[Hook] = []
+    for module in dict.fromkeys((model, decoder)):
+        hooks += [Hook(module, begin, before=True), Hook(module, end, before=False)]
     hooks.append(Hook(anatomy.readout.norm.module, on_input(leave), before=True))
     hooks += [
         Hook(anatomy.layers[depth].layer, on_input(partial(enter, depth)), before=True)

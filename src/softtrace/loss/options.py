@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -226,6 +226,28 @@ class DensityOptions:
         if self.every is None:
             raise ValueError("every is None: take options.on(device).schedule")
         return self._schedule(self.every)
+
+    @classmethod
+    def of(cls, given: DensityOptions | Mapping[str, Any] | None) -> DensityOptions:
+        """Options as they are, those that a mapping names, or for None the defaults.
+
+        Raises:
+            InvalidInputError: something else was given, or there is no option of a name.
+        """
+        if isinstance(given, DensityOptions):
+            return given
+        names = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping | None):
+            raise InvalidInputError(
+                f"density: found {given!r}, allowed are a mapping of options, such as "
+                "{'preset': 'sparse'}, DensityOptions, None"
+            )
+        found = {} if given is None else dict(given)
+        if unknown := [name for name in found if name not in names]:
+            raise InvalidInputError(
+                f"density: found {unknown[0]!r}, allowed are {', '.join(names)}"
+            )
+        return cls(**found)
 
     @property
     def window_share(self) -> float:

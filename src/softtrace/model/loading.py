@@ -232,6 +232,11 @@ def check_model_directory(name_or_path: str | Path) -> None:
     Raises:
         ModelDirectoryError: see :func:`load_model`.
     """
+    if not str(name_or_path):
+        raise ModelDirectoryError(
+            "model: found an empty path, expected a model directory or a hub name; is a variable "
+            "of the shell unset?"
+        )
     path = Path(name_or_path)
     if not path.exists():
         looks_local = str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2
@@ -252,6 +257,8 @@ def check_model_directory(name_or_path: str | Path) -> None:
     if not (path / "config.json").is_file():
         alone = any(path.glob("tokenizer*")) and not any(path.glob("*.safetensors"))
         what = "; it is the directory of a tokenizer alone, give that of a model" if alone else ""
+        if inside := sorted(path.glob("*/config.json"), key=lambda each: each.stat().st_mtime):
+            what = f"; expected a model directory, such as {inside[-1].parent} (the newest in it)"
         raise ModelDirectoryError(f"{name_or_path}: found no config.json in it{what}")
     if "model_type" not in _read_json(path, path / "config.json"):
         raise ModelDirectoryError(

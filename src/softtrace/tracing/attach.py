@@ -96,7 +96,14 @@ def _proven(model: nn.Module) -> tuple[Runner, Verification]:
 
 def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The model's own logits ``[B, T, V]`` on a tiny batch."""
-    with running(f"{type(model).__name__} does not run on a batch of token ids alone"):
+    floats = {f"{each.dtype}" for each in model.parameters() if each.is_floating_point()}
+    without = ""
+    if len(floats) > 1:
+        without = (
+            f" without autocast (its weights are of {' and '.join(sorted(floats))}; give all one "
+            "type, such as model.to(torch.float32), and let autocast round)"
+        )
+    with running(f"{type(model).__name__} does not run on a batch of token ids alone{without}"):
         logits = getattr(run(model, **inputs), "logits", None)
     shape = inputs["input_ids"].shape
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
