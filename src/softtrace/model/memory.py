@@ -50,7 +50,7 @@ class Portions:
     Args:
         size: to begin with, at least 1.
         unit: what they are, such as "sequence(s)".
-        otherwise: how it goes on where a single one does not fit, for the end of a sentence; None
+        otherwise: how it continues where a single one does not fit, for the end of a sentence; None
             where it cannot.
     """
 
