@@ -264,9 +264,8 @@ def test_a_configuration_that_the_environment_names_is_read_too(
     zero_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PL_DEEPSPEED_CONFIG_PATH", str(zero_file))
-    zero_file.write_text(
-        '{"zero_optimization": true}', encoding="utf-8"
-    )  # an old way to say stage 1
+    # an old way to say stage 1
+    zero_file.write_text('{"zero_optimization": true}', encoding="utf-8")
     check_sharding("deepspeed_stage_2")
     zero_file.write_text(
         '{"zero_optimization": {"offload_param": {"device": "cpu"}}}', encoding="utf-8"

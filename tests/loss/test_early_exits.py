@@ -18,7 +18,7 @@ from softtrace import DensityLoss
 from softtrace.errors import NonFiniteError
 from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import Watched, easiest, watching
-from tests.support.tiny import checkpointed, tiny_model, tiny_prompt
+from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, training_without_dropout
 
 OPTIONS: dict[str, Any] = {
     "strength": 0.7, "exits": 0.4, "exit_tokens": 0.5, "seed": 2,
@@ -76,10 +76,9 @@ def test_exits_equal_a_literal_recomputation(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_forward_without_logits_gives_the_same(family: str) -> None:
-    model = tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = training_without_dropout(
+        tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4)
+    )
     ids, mask = batch()
     density, found = DensityLoss(model, **OPTIONS), []
     fused = model.register_forward_hook(lambda m, args, output: {"loss": output.logits.mean()})
@@ -97,10 +96,9 @@ def test_a_forward_without_logits_gives_the_same(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_forward_that_passes_the_model_by_gives_the_same(family: str) -> None:
     """``model.forward``, as PEFT's AdaLoRA calls it, and the decoder with a head of one's own."""
-    model = tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = training_without_dropout(
+        tiny_model(family, seed=4, dtype=torch.float64, num_hidden_layers=4)
+    )
     ids, mask = batch()
     density, found = DensityLoss(model, **OPTIONS), []
     decoder: Any = model.base_model

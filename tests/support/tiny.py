@@ -88,6 +88,14 @@ def tiny_prompt(length: int, seed: int = 0, batch: int = 1) -> Tensor:
     return torch.randint(SPECIAL, VOCABULARY, (batch, length), generator=generator)
 
 
+def training_without_dropout(model: Any) -> Any:
+    """The model, in train mode, with dropout that leaves everything."""
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def wrapped_to_checkpoint(model: Any) -> Any:
     """Layers that torch's wrapper runs again in the backward pass."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

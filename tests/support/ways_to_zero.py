@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softtrace import DensityLoss, attach, density_curve
 from softtrace.errors import UnsupportedModelError
 from softtrace.loss import exit_term
-from tests.support.tiny import tiny_model, tiny_prompt
+from tests.support.tiny import tiny_model, tiny_prompt, training_without_dropout
 from tests.support.ways_to_shard import (
     OPTIONS,
     ROWS,
@@ -119,9 +119,7 @@ def family(name: str, by: Callable[..., Any] = engine_of) -> Any:
     else:
         kind, changes = VERIFIED[name]
         model = tiny(kind, **changes)
-    for module in model.train().modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    training_without_dropout(model)
     trained = [each for each in model.parameters() if each.requires_grad]
     return by(model, torch.optim.SGD(trained, lr=0.02))
 
