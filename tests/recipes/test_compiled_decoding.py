@@ -75,7 +75,7 @@ def test_each_way_to_draft_is_a_row_of_its_own(tmp_path: Path) -> None:
     model = load_model(mapped)
     set_exit_maps(model, ExitMaps([2], int(model.config.hidden_size)))  # type: ignore[arg-type]
     save_exit_maps(model, mapped)
-    (mapped / "trained.json").write_text('{"loss": 1.5}')
+    (mapped / "trained.json").write_text('{"loss": 1.5, "blocks": "abc"}')
     blocks = {"8": torch.arange(24 * 8, dtype=torch.int32).reshape(24, 8) % 50}
     save_file(blocks, tmp_path / "blocks.safetensors")
     common = (

@@ -29,7 +29,8 @@ def test_a_model_is_saved_with_its_loss_and_no_run_is_made(
     monkeypatch.setattr(on_real_models, "RUNS", runs)
     draw = torch.Generator().manual_seed(0)
     blocks = torch.randint(3, 60, (40, 16), generator=draw, dtype=torch.int32)
-    save_file({"train": blocks[:32], "held_out": blocks[32:]}, runs / f"{NAME} prose.safetensors")
+    sides = {"train": blocks[:32], "held_out": blocks[32:]}
+    save_file(sides, runs / f"{NAME} prose.safetensors", {"copied": "0.0"})
     command = [
         "on_real_models", "train", "--folder", str(tmp_path), "--models", NAME, "--texts", "prose",
         "--ways", "plain", "--steps", "2", "--seeds", "1", "--measure", "loss",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from recipes.benchmarks.comparison.real_texts import copied, digest, without_copies
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from recipes.benchmarks.comparison.real_texts import copied, copied_of, digest, without_copies
 from softtrace.data import Document
 
 LINES = [f"line {number} of a text that says something, at some length" for number in range(10)]
@@ -29,3 +33,12 @@ def test_blocks_of_another_text_have_another_digest() -> None:
     assert digest(blocks) == digest({name: each.clone() for name, each in blocks.items()})
     assert digest(blocks) != digest({**blocks, "held_out": torch.arange(1, 5)})
     assert digest(blocks) != digest({**blocks, "train": torch.arange(9)})
+
+
+def test_blocks_that_do_not_say_what_they_have_copied_are_refused(tmp_path: Path) -> None:
+    blocks = tmp_path / "a prose.safetensors"
+    save_file({"train": torch.arange(8)}, blocks, {"copied": "0.0384"})
+    assert copied_of(blocks) == 0.0384
+    save_file({"train": torch.arange(8)}, blocks)
+    with pytest.raises(SystemExit, match="make its tokens anew"):
+        copied_of(blocks)

@@ -39,7 +39,7 @@ from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, sid
 from recipes.benchmarks.comparison.equal_loss import spread
 from recipes.benchmarks.comparison.peer_losses import smoothed
 from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
-from recipes.benchmarks.comparison.real_texts import TEXTS, copied, digest, documents
+from recipes.benchmarks.comparison.real_texts import TEXTS, copied, copied_of, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
 from recipes.benchmarks.places import RESULTS, ROOT, TRAINED
 from softtrace.data import evenly, pack
@@ -67,13 +67,14 @@ def make_tokens(models: Path, prose: Path, steps: int, only: list[str], texts: l
             print(f"{model} has no chat template: no chat for it")
             continue
         train, held_out = documents(text, prose)
-        print(text, f"lines of held-out text that training has: {copied(train, held_out):.3f}")
+        share = copied(train, held_out)
+        print(text, f"lines of held-out text that training has: {share:.3f}")
         found = {"train": evenly(pack(train, tokenizer, LENGTH), steps * ROWS)}
         found["held_out"] = evenly(pack(held_out, tokenizer, LENGTH), HELD_OUT)
         for length, count in BLOCKS.items():
             found[str(length)] = evenly(pack(held_out, tokenizer, length), count)
         kept = {name: blocks.to(torch.int32) for name, blocks in found.items()}
-        save_file(kept, RUNS / f"{model} {text}.safetensors")
+        save_file(kept, RUNS / f"{model} {text}.safetensors", {"copied": f"{share:.4f}"})
         print(model, text, {name: len(blocks) for name, blocks in found.items()}, flush=True)
     for model in only:
         there = {text: RUNS / f"{model} {text}.safetensors" for text in TEXTS}
@@ -232,7 +233,8 @@ def run_all(args: argparse.Namespace) -> None:
             save(network, args.folder / model, folder)
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
-            "steps": args.steps, "lora": args.lora, "blocks": digest(tokens),
+            "steps": args.steps, "lora": args.lora,
+            "blocks": digest(tokens), "copied": copied_of(blocks),
             **trained, **provenance(device),
         }  # fmt: skip
         if folder:
@@ -279,6 +281,7 @@ def summarise_runs() -> None:
     table = [
         {
             **dict(zip((*kinds, "method", "strength"), key, strict=True)),
+            "copied": found[0].get("copied"),
             "seeds": len({run["seed"] for run in found}),
             "runs": len(found),
             "loss": spread([
@@ -312,14 +315,16 @@ def summarise_runs() -> None:
             },
             "tasks": {
                 name: {
-                    "right": spread([run["tasks"][name] for run in found]),
+                    "right": spread([run["tasks"][name] for run, _ in had]),
                     "over plain": spread([
-                        run["tasks"][name] - before["tasks"][name]
-                        for run, before in zip(found, pairs, strict=True)
+                        run["tasks"][name] - before["tasks"][name] for run, before in had
                     ]),
                 }
-                for name in found[0].get("tasks", {})
-                if all(name in run.get("tasks", {}) for run in (*found, *pairs))
+                for name in ("cloze", "completion", "chat")
+                if (had := [
+                    (run, before) for run, before in zip(found, pairs, strict=True)
+                    if name in run.get("tasks", {}) and name in before["tasks"]
+                ])
             },
         }
         for key, found in rows.items()
@@ -349,9 +354,10 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     places = (name for name in runs[0] if name.endswith(("recomputed", "recorded")))
     for group in ("side_effects", "tasks", *places):
         each = [run[group] for run in runs if group in run]
+        names = dict.fromkeys(name for values in each for name in values)  # a task may be newer
         found[group] = {
-            name: statistics.mean(values[name] for values in each)
-            for name in (each[0] if each else {})
+            name: statistics.mean(values[name] for values in each if name in values)
+            for name in names
         }
     return found
 

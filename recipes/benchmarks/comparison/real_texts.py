@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from softtrace.data import Document, read_documents, split_by_file
@@ -82,6 +83,19 @@ def copied(train: list[Document], held_out: list[Document]) -> float:
 def _long_lines(document: Document) -> list[str]:
     lines = (line.strip() for line in str(document.text).splitlines())
     return [line for line in lines if len(line) > _LONG]
+
+
+def copied_of(blocks: Path) -> float:
+    """Share of the held-out lines that training had when this file of blocks was made.
+
+    Raises:
+        SystemExit: the file does not say, so it may be one of before copies were left out.
+    """
+    with safe_open(blocks, "pt") as file:
+        said = file.metadata() or {}
+    if "copied" not in said:
+        raise SystemExit(f"{blocks.name} does not say what it has copied: make its tokens anew")
+    return float(said["copied"])
 
 
 def digest(tokens: dict[str, Tensor]) -> str:

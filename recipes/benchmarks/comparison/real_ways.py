@@ -196,5 +196,4 @@ WAYS: dict[str, Any] = {
     "every step, 0.2": term(0.2, **{**DIRECT, "every": 1, "share": 0.075}),
     "every 2nd, 0.1, more exits": term(0.1, **{**_OFTEN, "exits": 2.0, "exit_tokens": 0.25}),
     "decode, a fifth": term(0.1, preset="decode", exit_depths=(0.2, 0.2)),
-    "layerskip, 0.01": type("LayerSkip", (LayerSkip,), {"strengths": (0.01,)}),
 }

@@ -99,9 +99,9 @@ def _way(each: Row) -> str:
 
 
 def _pair(each: Row) -> tuple[str, ...]:
-    """What models share that are compared: where they began, the text, the seed."""
+    """What models share that are compared: where they began, the text, its blocks, the seed."""
     name, _, seed = str(each["model"]).rpartition("-seed-")
-    return (*name.split("-")[:3], seed)
+    return (*name.split("-")[:3], each.get("blocks", ""), seed)
 
 
 def _right(each: Row) -> float:

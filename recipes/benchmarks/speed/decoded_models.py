@@ -99,10 +99,12 @@ def has_map(folder: Path) -> bool:
     return bool(read_exit_maps(folder))
 
 
-def loss_beside(name: str) -> dict[str, float]:
-    """Held-out loss, nats a token, as it was measured after training, if it was."""
-    file = Path(name) / TRAINED
-    return {"held_out_loss": json.loads(file.read_text("utf-8"))["loss"]} if file.exists() else {}
+def loss_beside(name: str) -> dict[str, Any]:
+    """Held-out loss, nats a token, and the blocks it was trained on, as training left them."""
+    if not (file := Path(name) / TRAINED).exists():
+        return {}
+    trained = json.loads(file.read_text("utf-8"))
+    return {"held_out_loss": trained["loss"], "blocks": trained["blocks"]}
 
 
 def options_of(
