@@ -1,4 +1,4 @@
-"""Checks of numbers that users hand in."""
+"""Checks of numbers and paths that users hand in."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Checks of numbers that users hand in."""
+"""Checks of numbers and paths that users hand in."""
 
 from __future__ import annotations
 
 import math
+import os
 
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, SofttraceError
 
 
 def check_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
@@ -41,3 +42,16 @@ def check_counts(least: int, **counts: int) -> None:
     """:func:`check_least` of several numbers that have the same bound, each under its own name."""
     for name, value in counts.items():
         check_least(name, value, least)
+
+
+def refuse_empty(
+    name: str,
+    path: str | os.PathLike[str],
+    expected: str,
+    error: type[SofttraceError] = InvalidInputError,
+) -> None:
+    """Raise ``error`` for an empty path, which would be taken for the working directory."""
+    if not os.fspath(path):
+        raise error(
+            f"{name}: found an empty path, expected {expected}; is a variable of the shell unset?"
+        )

@@ -17,7 +17,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from softtrace.errors import InvalidInputError, OutputExistsError, OutputNotWritableError
+from softtrace.checks import refuse_empty
+from softtrace.errors import OutputExistsError, OutputNotWritableError
 
 if sys.platform != "win32":
     import fcntl
@@ -164,11 +165,7 @@ def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE
     Raises:
         InvalidInputError: the path is empty, which a path would take for the working directory.
     """
-    if not os.fspath(folder):
-        raise InvalidInputError(
-            "out: found an empty path, expected a folder to write to ('.' for this one); is a "
-            "variable of the shell unset?"
-        )
+    refuse_empty("out", folder, "a folder to write to ('.' for this one)")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder}: found a file, expected a folder to write to")

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from softtrace.checks import check_range
+from softtrace.checks import check_range, refuse_empty
 from softtrace.data.rows import Row
 from softtrace.data.tables import HUB_FORM, hub_dataset
 from softtrace.data.text_files import ALLOWED, UNREAD, of_table, refuse_table, texts_of, walk
@@ -113,11 +113,7 @@ def stream_documents(
         raise InvalidInputError(
             f"special_tokens: found {special_tokens!r}, allowed are {get_args(SpecialTokens)}"
         )
-    if not os.fspath(path):
-        raise DataError(
-            f"data: found an empty path. Give the path of {ALLOWED} ('.' for this one); is a "
-            "variable of the shell unset?"
-        )
+    refuse_empty("data", path, f"the path of {ALLOWED} ('.' for this folder)", DataError)
     root, hub = Path(path), hub_dataset(path)
     if hub is not None:
         texts: Iterable[tuple[str, Row]] = of_table(hub.label, f"{path}", hub.rows())

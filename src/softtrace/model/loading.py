@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from softtrace.checks import refuse_empty
 from softtrace.errors import ModelDirectoryError
 from softtrace.libraries import from_library
 from softtrace.model.devices import device_map_options
@@ -232,18 +233,13 @@ def check_model_directory(name_or_path: str | Path) -> None:
     Raises:
         ModelDirectoryError: see :func:`load_model`.
     """
-    if not str(name_or_path):
-        raise ModelDirectoryError(
-            "model: found an empty path, expected a model directory or a hub name; is a variable "
-            "of the shell unset?"
-        )
+    expected = "a model directory or a hub name"
+    refuse_empty("model", name_or_path, expected, ModelDirectoryError)
     path = Path(name_or_path)
     if not path.exists():
         looks_local = str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2
         if looks_local:
-            raise ModelDirectoryError(
-                f"{name_or_path}: no such directory; expected a model directory or a hub name"
-            )
+            raise ModelDirectoryError(f"{name_or_path}: no such directory; expected {expected}")
         return
     if not path.is_dir():
         raise ModelDirectoryError(f"{name_or_path}: is a file; expected a model directory")
