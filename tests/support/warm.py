@@ -33,6 +33,9 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.support.preloaded"])
 #: what the server asks for from Python 3.14 on; its forks are not told
 _KEY = "_forkserver_authkey"
+#: What a script leaves when it ends, which is the end of its process. Let go of before, a process
+#: group of gloo joins its threads while it holds the interpreter's lock, which they may wait for.
+_LEFT: list[Any] = []
 
 
 class _Descriptor:
@@ -227,7 +230,7 @@ def _become(
         sys.argv = rest
         sys.path.insert(0, str(cwd))
         sys.modules.pop(rest[0], None)
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        _LEFT.append(runpy.run_module(rest[0], run_name="__main__", alter_sys=True))
     elif kind == "-c":
         sys.argv = ["-c", *rest[1:]]
         sys.path.insert(0, str(cwd))
@@ -237,4 +240,4 @@ def _become(
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(kind).resolve().parent))
-        runpy.run_path(kind, run_name="__main__")
+        _LEFT.append(runpy.run_path(kind, run_name="__main__"))
