@@ -66,3 +66,15 @@ def test_all_makes_the_tokens_that_are_missing_trains_and_summarises(
     monkeypatch.setattr(sys, "argv", ["on_real_models", "all", "--ways", "plain", "--seeds", "1"])
     on_real_models.main()  # there are no blocks to train on
     assert done == [["gemma3-270m"], "summary"]
+
+
+def test_nothing_is_trained_on_blocks_that_do_not_say_what_they_have_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"train": torch.ones(1, 8)}, tmp_path / f"{NAME} prose.safetensors")
+    monkeypatch.setattr(on_real_models, "RUNS", tmp_path)
+    monkeypatch.setattr(on_real_models, "load_model", lambda *_: pytest.fail("was loaded"))
+    command = ["on_real_models", "train", "--models", NAME, "--texts", "prose", "--ways", "plain"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="make its tokens anew"):
+        on_real_models.main()

@@ -38,7 +38,7 @@ from recipes.benchmarks.comparison import equal_loss
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
 from recipes.benchmarks.comparison.equal_loss import spread
 from recipes.benchmarks.comparison.peer_losses import smoothed
-from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
+from recipes.benchmarks.comparison.real_tasks import TASKS, make_tasks, tasks_right
 from recipes.benchmarks.comparison.real_texts import TEXTS, copied, copied_of, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
 from recipes.benchmarks.places import RESULTS, ROOT, TRAINED
@@ -221,7 +221,7 @@ def run_all(args: argparse.Namespace) -> None:
             print(f"no {blocks.name} for {name}")
             continue
         print(name, flush=True)
-        tokens = load_file(blocks)
+        tokens, share = load_file(blocks), copied_of(blocks)
         torch.manual_seed(seed)
         network = load_model(args.folder / model).float().to(device).train()
         if args.lora:
@@ -234,7 +234,7 @@ def run_all(args: argparse.Namespace) -> None:
         found = {
             "model": model, "text": text, "method": way, "strength": strength, "seed": seed,
             "steps": args.steps, "lora": args.lora,
-            "blocks": digest(tokens), "copied": copied_of(blocks),
+            "blocks": digest(tokens), "copied": share,
             **trained, **provenance(device),
         }  # fmt: skip
         if folder:
@@ -320,7 +320,7 @@ def summarise_runs() -> None:
                         run["tasks"][name] - before["tasks"][name] for run, before in had
                     ]),
                 }
-                for name in ("cloze", "completion", "chat")
+                for name in TASKS
                 if (had := [
                     (run, before) for run, before in zip(found, pairs, strict=True)
                     if name in run.get("tasks", {}) and name in before["tasks"]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from softtrace.evaluation.token_text import TokenText
 
 _LETTERS = 5  # of the shortest word that is asked for
+#: task -> the text it is made of
+TASKS = {"cloze": "prose", "completion": "python", "chat": "chat"}
 _FENCE = "```"
 
 
@@ -84,7 +86,7 @@ def make_tasks(tokenizer: Any, held_out: dict[str, Tensor]) -> dict[str, Tensor]
     """
     said = TokenText(tokenizer)
     tasks: dict[str, Tensor] = {}
-    for task, text in (("cloze", "prose"), ("completion", "python"), ("chat", "chat")):
+    for task, text in TASKS.items():
         if text not in held_out:
             continue
         spans = []

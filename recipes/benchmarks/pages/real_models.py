@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from recipes.benchmarks.comparison.equal_loss import PEERS
+from recipes.benchmarks.comparison.real_tasks import TASKS
 from recipes.benchmarks.pages.sources import CARD, README, read, sources
 from softtrace.loss.options import PRESETS
 
@@ -177,12 +178,11 @@ def real_side_effects() -> str:
 
 def real_tasks() -> str:
     """Tasks made of held-out text: share right after plain fine-tuning, and with the term."""
-    names = ("cloze", "completion", "chat")
-    lines = [f"| right, plain / with the term | {' | '.join(names)} |", "|---" * 4 + "|"]
+    lines = [f"| right, plain / with the term | {' | '.join(TASKS)} |", "|---" * 4 + "|"]
     for key, rows in _tables(lambda row: bool(row["tasks"])).items():
         for row in (row for row in rows if row["method"] != "plain"):
             cells = []
-            for name in names:
+            for name in TASKS:
                 cell = "none"
                 if name in row["tasks"]:
                     right, over = (row["tasks"][name][each] for each in ("right", "over plain"))
