@@ -367,9 +367,15 @@ def test_malformed_batches_are_refused_also_when_skipping() -> None:
         penalty(torch.tensor([[3, 67]]))
     with pytest.raises(InvalidInputError, match="attention_mask"):
         penalty(torch.tensor([[3, 6]]), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_lists_of_ids_are_refused_at_every_step(strength: float) -> None:
+    penalty = DensityLoss(tiny_model("llama"), strength=strength)
     lists: Any = [[3, 6]]
-    with pytest.raises(InvalidInputError, match="input_ids: found list, expected a tensor"):
+    with pytest.raises(InvalidInputError, match=r"found list, expected .*; pass torch\.tensor\("):
         penalty(lists)
+    assert penalty.step == 0  # it was none
 
 
 def test_options_and_changes() -> None:

@@ -139,10 +139,9 @@ class Batch:
 
 def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """``[B, T]`` bool, True at real tokens; nothing is read from the device."""
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        found = (
-            tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        )
+    check_is_tensor(input_ids)
+    if input_ids.dim() != 2:
+        found = tuple(input_ids.shape)
         raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
@@ -152,6 +151,15 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         return torch.ones_like(input_ids, dtype=torch.bool)
     check_same_shape("attention_mask", attention_mask, input_ids)
     return attention_mask.to(torch.bool)
+
+
+def check_is_tensor(input_ids: Tensor) -> None:
+    """Raise :class:`InvalidInputError` if ids are no tensor, before anything is asked of them."""
+    if not isinstance(input_ids, Tensor):
+        raise InvalidInputError(
+            f"input_ids: found {type(input_ids).__name__}, expected a tensor of shape [B, T]; pass "
+            "torch.tensor(input_ids)"
+        )
 
 
 def check_same_shape(name: str, values: Tensor, input_ids: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.errors import InvalidInputError, NonFiniteError
-from softtrace.graph.batch import Batch
+from softtrace.graph.batch import Batch, check_is_tensor
 from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams, noting_places
@@ -222,6 +222,7 @@ class DensityLoss:
             InvalidInputError: a malformed batch.
             NonFiniteError: logits are not finite and ``on_nonfinite`` is ``"raise"``.
         """
+        check_is_tensor(input_ids)
         if step is None:
             step, self.step = self.step, self.step + 1
         watched = self._watched if watched is None else watched
@@ -264,8 +265,7 @@ class DensityLoss:
         watched: Watched,
     ) -> DensityTerm:
         """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
-        step = drawn_by[0]
-        device = getattr(read[0], "device", torch.device("cpu"))  # what has none is refused later
+        step, device = drawn_by[0], read[0].device
         together = is_sharded(unwrapped(self.model))
         options = self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
