@@ -279,6 +279,9 @@ def test_spaces_that_have_no_place_of_their_own_stay_on_their_side(content: str)
         (CHATML, {"messages": [{"role": "user"}]}, None, "cannot write out messages of user .*co"),
         (CHATML, {"messages": TWO_TURNS[1:]}, True, "begins with the assistant"),
         (MARKED.replace("'assistant'", "'model'", 1), {"messages": TWO_TURNS}, True, "marks no"),
+        ("{% for turn in conversation %}{{ turn }}{% endfor %}\n", {"messages": TWO_TURNS}, None,
+         "writes nothing of messages of user, assistant, user, assistant"),
+        (" ", {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}, None, "writes nothing of"),
         (CHATML, {"text": "hi"}, True, "is plain text, in which nobody answers"),
     ],
 )  # fmt: skip

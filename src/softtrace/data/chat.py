@@ -65,8 +65,9 @@ class Writer:
         """What is tokenized of a document.
 
         Raises:
-            DataError: the tokenizer has no chat template, or one that cannot render this; answers
-                alone shall count, and the document has none, or where they are cannot be told.
+            DataError: the tokenizer has no chat template, or one that cannot render this or writes
+                nothing; answers alone shall count, and the document has none, or where they are
+                cannot be told.
         """
         if not document.rendered:
             if self._answers_only:
@@ -83,14 +84,14 @@ class Writer:
         self._warn_of_special_tokens(document)
         chat = _Chat(document.name, self._tokenizer, row)
         if "messages" in row:
-            text = chat.render(row["messages"])
+            text = chat.whole(row["messages"])
             counted = chat.answers(row["messages"], text) if self._answers_only else None
             return Written(text, by_template=True, counted=counted)
         return self._completion(chat, row["prompt"], row["completion"])
 
     def _completion(self, chat: _Chat, prompt: Messages, completion: Messages) -> Written:
         whole = [*prompt, *completion]
-        text = chat.render(whole)
+        text = chat.whole(whole)
         if self._answers_only is False:
             return Written(text, by_template=True)
         alone = chat.render(prompt, add_generation_prompt=True)
@@ -147,6 +148,16 @@ class _Chat:
         self._tokenizer = tokenizer
         self._tools = row.get("tools")
         self._options = row.get("chat_template_kwargs", {})
+
+    def whole(self, messages: Messages) -> str:
+        """The text of all messages, which is more than space."""
+        text = self.render(messages)
+        if not text.strip():
+            raise DataError(
+                f"{self.name}: the chat template writes nothing of messages of {_roles(messages)}. "
+                "Give the tokenizer a template that writes out 'messages', or leave the row out."
+            )
+        return text
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of some messages."""
@@ -229,9 +240,12 @@ class _Chat:
         return len(before), len(through)
 
     def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
-        roles = ", ".join(str(each["role"]) for each in messages)
         return DataError(
-            f"{self.name}: the chat template cannot write out messages of {roles} "
+            f"{self.name}: the chat template cannot write out messages of {_roles(messages)} "
             f"({type(error).__name__}: {error}). Change the messages to what the template takes, "
             "or the template."
         )
+
+
+def _roles(messages: Messages) -> str:
+    return ", ".join(str(each["role"]) for each in messages)
