@@ -77,6 +77,8 @@ def test_an_unsure_guess_is_the_last_of_its_draft() -> None:
         if confidence == 1:
             assert all((each.drafted, each.checks) == (0, NEW) for each in found)
     assert drafted[0] > drafted[1] > drafted[2]
+    lost = decoder(model, confidence=0.2, exit_map=lambda stream: stream * torch.nan)
+    assert lost.speculate(ROWS[:1], NEW)[0].drafted == 0  # no number is none too sure
 
 
 @pytest.mark.thorough

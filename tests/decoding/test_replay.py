@@ -20,8 +20,9 @@ from softtrace.decoding.replay import (
     check_costs,
     replay,
 )
+from softtrace.evaluation.decode_race import guesses_on
 from softtrace.tracing.attach import attach
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_prompt
 
 NEW = 24
 
@@ -141,3 +142,15 @@ def test_an_unsure_guess_is_none_too_sure() -> None:
     """As ``speculate`` has it, a confidence that is not a number ends the draft."""
     text = Guesses([[True] * 6], [[float("nan")] * 6])
     assert replay([text], 1, 4, 0.5, 0.25, [1.0] * 4).checks == 5
+
+
+def test_how_sure_an_exit_is_is_replayed_as_it_is_asked() -> None:
+    """Of two tokens that are left one has half of the probability at least; the exit has not."""
+    model, prompt = tiny_model("llama", seed=2), tiny_prompt(5)
+    model.generation_config.suppress_tokens = list(range(2, model.config.vocab_size))
+    found = replay(guesses_on(model, [prompt], NEW), 1, 5, 0.4, 0.3, [1.0] * 5)
+    run = speculate(
+        model, prompt, exit_layer=1, max_new_tokens=NEW, draft_tokens=5, confidence=0.4,
+        eos_token_id=-1,
+    )  # fmt: skip
+    assert (found.accepted, found.checks) == (run.accepted, run.checks)

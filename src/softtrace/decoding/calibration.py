@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.checks import check_range
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import ProvenExit, check_early_exit, check_exit_layer
 from softtrace.decoding.split_model import exit_after
 from softtrace.errors import InvalidInputError
-from softtrace.graph.importance import working_dtype
 from softtrace.model.devices import device_of_module
 from softtrace.model.state import dropout_off
 
@@ -77,9 +77,8 @@ def calibrated_confidence(
             best = model(input_ids=ids, use_cache=False).logits[0].argmax(-1)
             with exit_after(model, exit_layer):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-            likely, guess = logits.to(working_dtype(logits.dtype)).softmax(-1).max(-1)
-            sure += likely.tolist()
-            right += (guess == best).tolist()
+            sure += surest(logits).tolist()
+            right += (logits.argmax(-1) == best).tolist()
     return least_confidence(sure, right, agreement, each)
 
 

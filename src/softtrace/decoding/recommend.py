@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import EXIT_FIELD, check_early_exit
 from softtrace.decoding.greedy_choice import GreedyChoice
 from softtrace.decoding.replay import LONGEST, Guesses, best_drafting
 from softtrace.density.exits import hidden_states
 from softtrace.errors import InvalidInputError
-from softtrace.graph.importance import working_dtype
 from softtrace.model.devices import device_of_module
 from softtrace.model.state import dropout_off, uncompiled
 from softtrace.tracing.attach import attach
@@ -45,16 +45,15 @@ def guesses_of(
         written: ``[B, T']`` ids, what follows each of them.
         row: which sequence.
         choice: what the generation config changes, where the positions begin at the end of its
-            prompt; None takes the logits as they are.
+            prompt; None takes the logits as they are, as ``sure`` always does.
     """
     right, sure = [], []
     for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1):
         logits = instrument.read_exit(hidden[row, explained], depth)
+        sure.append(surest(logits).tolist())
         if choice is not None:
             logits = choice.scores(logits, written[row, :-1].tolist())
-        likely = logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)
         right.append((logits.argmax(-1) == written[row]).tolist())
-        sure.append(likely.tolist())
     return Guesses(right, sure)
 
 

@@ -26,7 +26,7 @@ class Guesses:
     Attributes:
         right: for each of L - 1 exits and N tokens, whether the exit's most likely token is the one
             that was written.
-        sure: likewise, the probability of the exit's most likely token.
+        sure: likewise, the probability of the exit's own most likely token.
     """
 
     right: Sequence[Sequence[bool]]

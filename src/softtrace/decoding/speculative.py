@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 from softtrace.checks import check_least, check_range
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import (
     ProvenExit,
     check_cache,
@@ -288,11 +289,6 @@ def speculate(
     return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks, reached)
 
 
-def surest(logits: Tensor) -> float:
-    """How sure an exit is, for logits ``[V]``: its own, as confidences are calibrated."""
-    return float(logits.float().softmax(-1).amax())
-
-
 def _draft(
     parts: TwoParts,
     choice: GreedyChoice,
@@ -308,6 +304,6 @@ def _draft(
         logits = parts.first(choice.prompt.new_tensor([tokens[-1:]]))
         scores = choice.scores(logits[None], tokens)[0]
         draft.append(int(scores.argmax()))
-        sure = not confidence or surest(logits) >= confidence
+        sure = not confidence or float(surest(logits)) >= confidence
         if not sure or len(draft) == room or draft[-1] in ends:
             return draft

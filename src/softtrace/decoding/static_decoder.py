@@ -245,7 +245,7 @@ class StaticDecoder:
             self._runner.run("first", self._steps.guess)
             if self.confidence:
                 sure = torch.where(self._texts.ended, 0, self._steps.sure)
-                if float(sure.amax()) < self.confidence:
+                if not float(sure.amax()) >= self.confidence:
                     return read
         self._runner.run("first", self._steps.follow)
         return count

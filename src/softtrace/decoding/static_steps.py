@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from softtrace.collecting import none_collected
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.static_model import StaticModel
 from softtrace.decoding.static_processors import Places, StaticProcessor
 from softtrace.errors import UnsupportedModelError
@@ -140,7 +141,7 @@ class Steps:
         self.streams = stream.repeat(1, draft_tokens, 1)  # what the first layers gave for a draft
         self.vocabulary = logits.shape[2]
         self.drafted = torch.zeros_like(self.place)  # tokens that a draft has read
-        self.sure = torch.zeros_like(texts.length, dtype=torch.float32)
+        self.sure = surest(logits)
         self.found = torch.zeros_like(texts.ended)
 
     def refresh(self, count: int) -> None:
@@ -161,7 +162,7 @@ class Steps:
         after = self.model.start + 1
         self.texts.put(after, self.choose(self.scores(logits, after)))
         if self.doubting:
-            self.sure.copy_(logits[:, -1].float().softmax(-1).amax(-1, keepdim=True))
+            self.sure.copy_(surest(logits))
         self._keep(stream)
 
     def follow(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.checks import check_least, check_range
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import ProvenExit, decoder_layers, refuse_moving_rotations
 from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.speculative import (
@@ -22,7 +23,6 @@ from softtrace.decoding.speculative import (
     check_one_text,
     ends_of,
     proven_exit_of,
-    surest,
 )
 from softtrace.decoding.split_model import TwoParts
 
@@ -82,7 +82,7 @@ def exit_early(
     early = [False]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         logits = parts.first(input_ids.new_tensor([tokens[-1:]]))
-        early.append(surest(logits) >= confidence)
+        early.append(float(surest(logits)) >= confidence)
         if not early[-1]:  # reads the tokens that went out early, too
             logits = parts.rest()[-1]
         tokens.append(int(choice.scores(logits[None], tokens).argmax()))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.recommend import guesses_of
@@ -80,7 +81,7 @@ def costs_of(
             logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
         best = logits[0].argmax(-1)
         if depth < layers:
-            float(logits[0, -1].float().softmax(-1)[best[-1]])
+            float(surest(logits[0, -1]))
         best.tolist()
         spent = now(row) - began
         forget(cache.layers[:depth], count)
