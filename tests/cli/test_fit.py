@@ -169,11 +169,17 @@ def test_a_fit_bounded_by_time_alone_keeps_its_learning_rate(
 ) -> None:
     words = ("--trainer.max_steps", -1, "--trainer.max_time", "00:00:00:01")
     words += ("--model.warmup_steps", 2)
+    rates = []
+
+    class Last(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
     cli = FitCLI(arguments(sources, tmp_path / "out", *words))
+    cli.trainer.callbacks.append(Last())  # type: ignore[attr-defined]
     cli.fit()
     assert cli.trainer.global_step > 2
-    [optimizer] = cli.trainer.optimizers
-    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert rates == [0.01]
 
 
 @pytest.mark.thorough

@@ -7,6 +7,7 @@ FAULT happens at the optimiser step AT, on the process RANK.
 
 from __future__ import annotations
 
+import atexit
 import io
 import math
 import os
@@ -21,8 +22,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from softtrace import cli, files
-from softtrace.cli import fit as fit_module
 from softtrace.cli.fit import FitCLI
+from softtrace.lightning import failed_process
 
 STARTED_BY = os.getppid()
 
@@ -77,11 +78,17 @@ def fail(trainer: Trainer, module: Any) -> None:
     raise Planned(f"planned failure of rank {trainer.global_rank}")
 
 
+def fail_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
+    """As NCCL's way to end does: for processes that are in a collective, and wait for this one."""
+    atexit.register(stay)
+    fail(trainer, module)
+
+
 def dawdle(trainer: Trainer, module: Any) -> None:
     time.sleep(3)
 
 
-def stay(trainer: Trainer, module: Any) -> None:
+def stay(*_: Any) -> None:
     """Go no further, until killed; or until whoever would do that is no more."""
     while os.getppid() == STARTED_BY:
         time.sleep(0.1)
@@ -97,6 +104,7 @@ FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "disk full": disk_full,
     "nan": spoil,
     "raise": fail,
+    "raise, and wait": fail_where_the_exit_waits,
     "slow": dawdle,
     "stay": stay,
 }
@@ -116,7 +124,7 @@ def main() -> int:
     # a shell without job control starts what runs in its background deaf to SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank == "0":  # which says why itself: of its 15 seconds nothing happens in the others
-        fit_module._GRACE = 3.0
+        failed_process._GRACE = 3.0
     start = FitCLI.instantiate_trainer
 
     def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:

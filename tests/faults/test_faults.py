@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -18,8 +19,9 @@ from softtrace.cli.fit import fit
 from softtrace.errors import CheckpointError
 from softtrace.files import LOCK
 from softtrace.lightning import AtomicCheckpointIO
-from tests.support.jobs import Jobs, saved
-from tests.support.waiting import wait_until
+from tests.support.jobs import ROOT, Jobs, saved
+from tests.support.processes import script_environment
+from tests.support.waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +124,20 @@ def test_a_rank_that_fails_ends_the_others(jobs: Jobs, tmp_path: Path, rank: int
     end = jobs.run(tmp_path / "out", "raise", 3, rank, *two)
     assert end.code != 0
     assert f"planned failure of rank {rank}" in end.said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_also_where_its_exit_would_wait_for_the_others(
+    jobs: Jobs, tmp_path: Path, rank: int
+) -> None:
+    """In interpreters of their own: a fork of the tests' server leaves out what runs at an exit."""
+    two = ("--trainer.strategy", "ddp", "--trainer.devices", 2)
+    end = subprocess.run(
+        jobs.command(tmp_path / "out", "raise, and wait", 3, rank, *two), cwd=ROOT,
+        env=script_environment(), timeout=PATIENCE, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert end.returncode != 0
+    assert f"planned failure of rank {rank}" in end.stderr
 
 
 def test_a_slow_rank_is_waited_for(jobs: Jobs, tmp_path: Path) -> None:

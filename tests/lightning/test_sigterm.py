@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from softtrace.lightning.sigterm import EndTogether, let_go
+from softtrace.lightning.sigterm import EndTogether
 
 
 class Strategy:
@@ -34,12 +34,3 @@ def test_nobody_is_watched_for_when_all_end_together() -> None:
     with pytest.raises(SIGTERMException):
         EndTogether().on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
     assert strategy.watched == [[]]
-
-
-def test_what_was_let_go_is_still_known_and_the_watcher_sees_nothing_of_it() -> None:
-    strategy = Strategy()
-    seen_by_the_watcher = strategy.launcher.procs
-    trainer: Any = SimpleNamespace(strategy=strategy)
-    assert let_go(trainer) == ["second", "third"]
-    assert seen_by_the_watcher == []
-    assert let_go(SimpleNamespace(strategy=SimpleNamespace(launcher=None))) == []  # type: ignore[arg-type]

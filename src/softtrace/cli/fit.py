@@ -6,12 +6,10 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +39,14 @@ from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
+from softtrace.lightning.failed_process import end_without_others
 from softtrace.lightning.folders import LastCheckpoint, check_resumes, newest, sweep
 from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.sharded import check_sharding, say_batch_size, whole_weights
-from softtrace.lightning.sigterm import EndTogether, let_go
+from softtrace.lightning.sigterm import EndTogether
 from softtrace.lightning.step_seed import StepSeed
 from softtrace.loss.options import PRESETS
 from softtrace.model.exit_maps import save_exit_maps
@@ -57,10 +56,11 @@ from softtrace.report.model_card import write_density, write_settings
 
 logger = logging.getLogger(__name__)
 
-_EXIT_BLOCKS = 32  # enough for a choice between layers
+_EXIT_BLOCKS, _EXIT_TOKENS = 32, 512  # enough for a choice between layers
 _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
-_GRACE = 15.0  # seconds in which other processes may end by themselves
+#: what goes wrong where a model is measured after its training: no reason to lose its weights
+_NOT_MEASURED = (SofttraceError, RuntimeError, OSError, ValueError, MemoryError)
 
 
 class _Failed(BaseException):
@@ -280,20 +280,11 @@ class FitCLI(LightningCLI):
                 raise KeyboardInterrupt from None
             raise
         except BaseException:
-            self._end_others()
+            end_without_others(self.trainer)
             # Until the first batch Lightning sets up what the options ask for.
             asked = self.trainer.fit_loop.total_batch_idx < 0
             with self._refusals() if asked else nullcontext():
                 raise
-
-    def _end_others(self) -> None:
-        """Processes that this one started wait for it in a collective: not for ever."""
-        deadline = time.monotonic() + _GRACE  # most end by themselves, and say why
-        for process in let_go(self.trainer):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            if process.poll() is None:
-                process.kill()
 
     def _save(self, weights: dict[str, Tensor] | None) -> None:
         """Model and tokenizer as safetensors and JSON; the weights appear last, all at once.
@@ -338,28 +329,32 @@ class FitCLI(LightningCLI):
                 return
             blocks = evenly(held_out, wanted)[:, :_MEASURED]
             split = f"held out, share {self.datamodule.held_out_share:g}"
-            device = self.trainer.strategy.root_device
-            self._forget_training()
-            own = measured(model.to(device), blocks, split)  # type: ignore[arg-type]
-            model.to("cpu")  # type: ignore[arg-type]
-            clear_device_cache()
+            with self._where_it_was_trained(model):
+                own = measured(model, blocks, split)
             base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
-            base.to(device)  # type: ignore[arg-type]
-            write_density(self.out, own, measured(base, blocks, split))
-        # The weights are safe already. A MemoryError says nothing but its name.
-        except (SofttraceError, RuntimeError, OSError, ValueError, MemoryError) as reason:
+            with self._where_it_was_trained(base):
+                write_density(self.out, own, measured(base, blocks, split))
+        except _NOT_MEASURED as reason:  # A MemoryError says nothing but its name.
             kind = type(reason).__name__
             logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
 
-    def _forget_training(self) -> None:
-        """Let go of gradients, which move with a model, and of optimisers' states: two more models.
+    @contextmanager
+    def _where_it_was_trained(self, model: Any) -> Iterator[None]:
+        """Has a model on the device of the training, which a large one needs to be read in time.
 
-        Lightning has moved the states to main memory by now, where the base comes too.
+        Gradients, which move with a model, and optimisers' states, which Lightning has moved to
+        main memory by now, are let go of first: they are as large as two more models.
         """
         strategy = self.trainer.strategy
         strategy.optimizers, strategy.lr_scheduler_configs = [], []
         self.model.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
+        try:
+            model.to(strategy.root_device)
+            yield
+        finally:
+            model.to("cpu")
+            clear_device_cache()
 
     def _recommend_exit(self, model: PreTrainedModel) -> None:
         """Write into the model's config which early exit should decode it fastest."""
@@ -368,8 +363,9 @@ class FitCLI(LightningCLI):
         if blocks is None:
             return
         try:
-            recommend_exit(model, evenly(blocks, _EXIT_BLOCKS))
-        except (SofttraceError, RuntimeError) as reason:  # out of memory: no reason to lose weights
+            with self._where_it_was_trained(model):
+                recommend_exit(model, evenly(blocks, _EXIT_BLOCKS)[:, :_EXIT_TOKENS])
+        except _NOT_MEASURED as reason:
             logger.info("no early exit is recommended: %s", reason)
 
 

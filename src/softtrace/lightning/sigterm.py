@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from softtrace.lightning.failed_process import let_go
+
 
 class EndTogether(Callback):
     """Ends all processes at the next step after any of them got a SIGTERM.
@@ -44,15 +46,3 @@ class EndTogether(Callback):
             let_go(trainer)
             trainer.strategy.barrier()  # before anybody ends
             raise SIGTERMException
-
-
-def let_go(trainer: Trainer) -> list[Any]:
-    """The processes that Lightning started from this one, which it no longer looks after.
-
-    Its watcher asks every few seconds whether one of them ended with an error, and then kills this
-    process as well, in whatever it is doing: which may be to end by itself and to say why.
-    """
-    processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
-    found = list(processes)
-    processes.clear()  # the very list that the watcher goes through
-    return found

@@ -1,0 +1,44 @@
+"""The early exit that ``softtrace fit`` recommends of what it trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from softtrace.cli.fit import FitCLI
+from tests.cli.test_fit import arguments, trained
+from tests.support.corpus import write_model, write_tree
+
+
+@pytest.mark.parametrize("error", [None, ValueError("cannot be moved")])
+def test_an_exit_is_looked_for_where_the_model_was_trained(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: ValueError | None,
+) -> None:
+    """On a CPU 65,536 tokens of 8 billion parameters take as long as their training."""
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    cli = FitCLI(arguments(sources, tmp_path / "out"))
+    seen: list[str] = []
+
+    def to(model: PreTrainedModel, device: object) -> PreTrainedModel:
+        seen.append(str(device))
+        if error is not None:
+            raise error
+        return model
+
+    def after_training(*_: object) -> None:
+        cli.trainer.strategy._root_device = torch.device("cuda", 7)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("softtrace.cli.fit._EXIT_TOKENS", 12)
+    monkeypatch.setattr("softtrace.cli.fit.whole_weights", after_training)
+    monkeypatch.setattr(PreTrainedModel, "to", to)
+    monkeypatch.setattr(
+        "softtrace.cli.fit.recommend_exit", lambda _, blocks: seen.append(str(blocks.shape[1]))
+    )
+    cli.fit()
+    assert seen == (["cuda:7", "12", "cpu"] if error is None else ["cuda:7", "cpu"])
+    assert trained(tmp_path / "out")
