@@ -61,7 +61,10 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume or None)
     trainer.save_model(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"written to {args.out}; next: softtrace evaluate --model {args.out} --data {args.data}")
+    print(
+        f"written to {args.out}; next: softtrace evaluate --model {args.out} --data {args.data} "
+        f"--out {args.out}/density --held_out_share 0.1"
+    )
 
 
 if __name__ == "__main__":

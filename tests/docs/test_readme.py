@@ -128,7 +128,10 @@ def test_command_lines_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) 
                 found = found[part] if part in found else found["init_args"][part]
             if name == "--trainer.logger":  # a class, by its name
                 found = found.class_path.rpartition(".")[2]
-            assert str(found).lower() == value.lower(), name
+            if isinstance(found, float):
+                assert found == float(value), name
+            else:
+                assert str(found).lower() == value.lower(), name
 
 
 EXTRA = {

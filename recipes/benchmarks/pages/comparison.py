@@ -48,7 +48,9 @@ def at_budget(page: str, name: str) -> str:
     ]
     shown = str(next(iter(seeds.values()))) if len(set(seeds.values())) == 1 else counts
     lines.append(
-        f"\n{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
+        "\nAccepted of 4: of four guesses by an exit after half or a quarter of the layers, those "
+        "that the whole model accepts. "
+        f"{settings['model']} on {settings['data']}'s source, {settings['steps']} steps of "
         f"{settings['batch_size']} x {settings['block_size']} tokens, {len(runs)} runs, paired "
         f"seeds: {shown}; {', '.join(places)} "
         f"{sources(page, 'comparison/peers.py', f'results/{name}.json')}."

@@ -10,7 +10,7 @@ from softtrace.graph.importance import working_dtype
 def surest(logits: Tensor) -> Tensor:
     """Probability of the most likely token, ``[...]`` for logits ``[..., V]``.
 
-    They are the exit's own, before the generation config changes them. A draft goes on where the
-    probability is the bound at least: one that is not a number ends it.
+    They are the exit's own, before the generation config changes them. A draft ends where the
+    probability is not at least the bound: also where it is not a number.
     """
     return logits.to(working_dtype(logits.dtype)).softmax(-1).amax(-1)

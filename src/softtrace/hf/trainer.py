@@ -59,8 +59,9 @@ class DensityMixin:
 
     Raises:
         InvalidInputError: An option is outside its range.
-        TrainerSetupError: At the first step: no or several causal language models, several GPUs in
-            one process (``DataParallel``), sharding, a checkpoint of another seed, a
+        TrainerSetupError: Before the first step: tensor, context or sequence parallelism, FSDP1
+            without ``use_orig_params``. At it: no or several causal language models, several GPUs
+            in one process (``DataParallel``), a checkpoint of another seed, a
             ``compute_loss`` of a subclass that leaves the term out or drops it, a
             ``training_step`` that computes its loss without one, a budget without evaluation. At an
             evaluation: it gave no ``monitor``.

@@ -50,7 +50,8 @@ class DensityOptions:
         warmup_steps: Steps over which the strength rises linearly.
         every: Masked runs come at every k-th step only, with k times the strength: fewer and larger
             ones, which is what a GPU is fast at. Exits have ``exit_every``. None: 1 on a CPU, 2
-            on CUDA where masked runs are captured (``cuda_graph``), 8 on other accelerators.
+            on CUDA, 8 on other accelerators, with ``cuda_graph=False`` and where weights are
+            sharded. A model that turns out not to be capturable, and float16, keep 2.
         masks: Kind of masks: ``"straight"`` (hard ones, held constant) or ``"soft"``
             (differentiable through the importances; the recording run then needs gradients). None:
             the preset's.
@@ -71,8 +72,7 @@ class DensityOptions:
         easy_quantile: Share of the tokens that are easy, in (0, 1].
         easy_width: Smoothness of the step at the quantile, standard deviations of the score, >= 0.
         share: Share of the batch's windows that the term looks at, in (0, 1]; at least one. This is
-            the dial of the cost. None: 0.125 on a CPU, 0.15 on CUDA where masked runs are captured,
-            0.3 on other accelerators.
+            the dial of the cost. None: 0.125, 0.15 and 0.3 where ``every`` is 1, 2 and 8 by itself.
         crop: Tokens of a window: every sequence is cut into as many as fit, and the term sees each
             as a sequence of its own. None for whole sequences.
         exits: Weight of early exits, >= 0; None: the preset's. Adds ``exits · KL(full ‖ early
