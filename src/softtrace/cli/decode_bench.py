@@ -81,7 +81,7 @@ def decode_bench(
         exit_layer: Number of layers that draft; by default the best one, which is found by
             replaying what each exit said of those texts with the time that was measured for it:
             one for eager loops, and one for steps of fixed shapes.
-        draft_tokens: Number of guesses before a check at most; the best one by default.
+        draft_tokens: Number of tokens that a check writes at most; the best one by default.
         confidence: A guess with a lower probability than this ends its draft; the best bound by
             default.
         rounds: How often every prompt is timed.

@@ -39,7 +39,7 @@ class Drafting:
 
     Attributes:
         exit_layer: layers that draft.
-        draft_tokens: guesses before a check at most.
+        draft_tokens: tokens that a check writes at most.
         confidence: a guess with less probability ends its draft.
         speedup: tokens a second over plain decoding's; below 1 where it does not pay.
         drafted, accepted, checks: see :class:`softtrace.decoding.Generation`.
@@ -71,7 +71,7 @@ def replay(
     Args:
         texts: what the exits said about each.
         exit_layer: layers that draft, 1 to L - 1.
-        draft_tokens: guesses before a check at most, >= 1.
+        draft_tokens: tokens that a check writes at most, >= 1.
         confidence: a guess with less probability ends its draft, in [0, 1].
         draft_cost: time of one guess relative to one plain token.
         check_cost: time of a check of 1, 2, ... guesses likewise, of as many as ``draft_tokens``
@@ -113,7 +113,7 @@ def best_drafting(
         texts: see :func:`replay`.
         layers: exits to consider.
         draft_cost, check_cost: of each of them.
-        draft_tokens: guesses before a check at most; None considers all that a check has a cost of.
+        draft_tokens: tokens that a check writes at most; None considers all that a check has a cost of.
         confidence: None considers :data:`CONFIDENCES`.
     """
     confidences = CONFIDENCES if confidence is None else (confidence,)

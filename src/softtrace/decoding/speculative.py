@@ -247,7 +247,7 @@ def speculate(
         input_ids: ``[1, T]``, no padding.
         exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
         max_new_tokens: How many to write at most, >= 1.
-        draft_tokens: How many to guess at most before a check, >= 1.
+        draft_tokens: Tokens that a check writes at most, >= 1; as many are guessed before it.
         confidence: A draft ends where the exit's most likely token has less probability than this,
             in [0, 1], whatever the generation config makes of it.
         eos_token_id: One or several that end the text; None takes the generation config's.

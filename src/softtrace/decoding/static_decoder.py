@@ -54,8 +54,7 @@ class StaticDecoder:
         model: A causal language model of transformers, in eval mode, with "sdpa" or "eager"
             attention.
         exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
-        draft_tokens: Tokens that a check writes at most, >= 1: one more than are guessed before
-            it.
+        draft_tokens: Tokens that a check writes at most, >= 1; one less is guessed before it.
         draft: How guesses are made: "exit", by the first layers; "lookup", by what followed the
             same two or three tokens earlier in the text; "both", by lookup where all texts have
             such a place, else by the first layers.
