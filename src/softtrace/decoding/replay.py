@@ -113,7 +113,8 @@ def best_drafting(
         texts: see :func:`replay`.
         layers: exits to consider.
         draft_cost, check_cost: of each of them.
-        draft_tokens: tokens that a check writes at most; None considers all that a check has a cost of.
+        draft_tokens: tokens that a check writes at most; None considers all that a check has a
+            cost of.
         confidence: None considers :data:`CONFIDENCES`.
     """
     confidences = CONFIDENCES if confidence is None else (confidence,)
