@@ -107,7 +107,12 @@ def on_real_models() -> str:
         tables = _tables(lambda row, search=search: (row["steps"] < _SEARCH) == search)  # type: ignore[misc]
         for key, rows in tables.items():
             lines += _table(key, rows, {})
-    return "\n".join([*lines, _said(CARD)])
+    named = (
+        "In the names a number alone is the strength, *windows of* is `crop`, *a fifth* one exit "
+        "after a fifth of the layers; *by distortion* the strength falls with the distortion; "
+        "*exits tamed* takes the logarithm of their distances; *every* is of masked runs. "
+    )
+    return "\n".join([*lines, named + _said(CARD)])
 
 
 def real_at_budget() -> str:

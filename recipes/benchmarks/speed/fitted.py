@@ -6,7 +6,7 @@
 
 The model has random weights in bfloat16 at the size that its card states, and lies in a folder as
 one from the hub would, with a tokenizer of fewer tokens than it has. The command that the
-configuration's first line names is run with this folder, this project's own pages as the text, and
+configuration's first line names is run with this folder, this project's own source as the text, and
 a few steps. Found are the peak memory of the first process as Lightning's ``DeviceStatsMonitor``
 logs it, the seconds of the whole command, and whether what it saved is a whole model: whether all
 its weights are there, in the type and shapes of the one that it began with. Writes
@@ -118,7 +118,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make_model(CONFIGS[config], args.tokenizer, folder / "model", args.tiny)
-            pages = sorted((ROOT / "recipes").rglob("*.py"))
+            pages = sorted(p for part in ("recipes", "src") for p in (ROOT / part).rglob("*.py"))
             text = folder / "text.txt"
             text.write_text("\n".join(each.read_text("utf-8") for each in pages), "utf-8")
             options = ["--trainer.max_steps", str(args.steps), *(TINY_OPTIONS if args.tiny else [])]
