@@ -254,8 +254,11 @@ class FitCLI(LightningCLI):
         say_batch_size(self.trainer.strategy, self.datamodule.batch_size)
         self._train(checkpoint)
         if not self.config["trainer"]["fast_dev_run"]:
-            # gathered from all processes
-            weights = whole_weights(self.model.model, self.trainer.strategy.model)
+            try:  # gathered from all processes
+                weights = whole_weights(self.model.model, self.trainer.strategy.model)
+            except BaseException:
+                end_without_others(self.trainer)
+                raise
             if self.trainer.is_global_zero:
                 self._save(weights)
                 if self.repository is not None:

@@ -1,4 +1,4 @@
-"""The early exit that ``softtrace fit`` recommends of what it trained."""
+"""The end of ``softtrace fit``: whole weights, and an exit to decode by."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def test_an_exit_is_looked_for_where_the_model_was_trained(
     cli.fit()
     assert seen == (["cuda:7", "12", "cpu"] if error is None else ["cuda:7", "cpu"])
     assert trained(tmp_path / "out")
+
+
+def test_a_process_whose_weights_cannot_be_gathered_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    cli = FitCLI(arguments(sources, tmp_path / "out"))
+    ended: list[object] = []
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("softtrace.cli.fit.whole_weights", fails)
+    monkeypatch.setattr("softtrace.cli.fit.end_without_others", ended.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        cli.fit()
+    assert ended == [cli.trainer]
