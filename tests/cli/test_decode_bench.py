@@ -60,13 +60,15 @@ def test_equals_what_is_computed_by_hand(
     assert exits["layers"] == list(range(1, layers))
     assert exits["agreement"] == pytest.approx((right / 18).tolist())
     assert all(cost > 0 for cost in exits["draft_cost"])
-    assert len(found["whole_cost"]) == 5  # the first of six is no guess
+    assert len(found["whole_cost"]) == 5  # the first of six comes with the prompt
+    assert found["head_cost"] >= 0
     assert found["whole_cost"][0] == 1
     assert all(cost >= 1 for cost in found["whole_cost"])
     costs = dict(zip(exits["layers"], exits["draft_cost"], strict=True))
     checks = check_costs(costs, found["whole_cost"])
     assert found["check_cost"] == checks[found["exit_layer"]]
-    ways = [best_drafting(texts, (each,), costs, checks) for each in costs]
+    head = found["head_cost"]
+    ways = [best_drafting(texts, (each,), costs, checks, head_cost=head) for each in costs]
     assert exits["expected_speedup"] == [way.speedup for way in ways]
     best = max(ways, key=lambda way: way.speedup)
     chosen = (found["exit_layer"], found["draft_tokens"], found["confidence"])

@@ -77,7 +77,7 @@ def test_a_replay_accepts_and_checks_as_speculation_does(
         ]  # fmt: skip
         assert found.accepted == sum(run.accepted for run in runs)
         assert found.checks == sum(run.checks for run in runs)
-        assert found.accepted <= 4 * (NEW - 1) <= found.accepted + found.checks
+        assert found.accepted + found.checks == 4 * (NEW - 1)
         if not confidence:  # else it is not known how long a wrong draft continues
             assert found.drafted == sum(run.drafted for run in runs)
     assert 0 < found.accepted < found.drafted or confidence or count == 1
@@ -86,18 +86,23 @@ def test_a_replay_accepts_and_checks_as_speculation_does(
 def test_what_is_spent_is_counted() -> None:
     right = [[True, True, False, True, True, True]]
     sure = [[0.9, 0.9, 0.8, 0.1, 0.9, 0.9]]
-    found = replay([Guesses(right, sure)], 1, 2, 0.0, 0.25, [1.5, 2.0])
-    # tokens 1 (right) and 2 (wrong, so the check writes it); 3 and 4 (right); 5, for one is left
-    assert (found.drafted, found.accepted, found.checks) == (5, 4, 3)
-    assert found.speedup == 5 / (2 * (2.0 + 2 * 0.25) + 1.5 + 0.25)
+    found = replay([Guesses(right, sure)], 1, 3, 0.0, 0.25, [1.5, 2.0, 2.5], 0.125)
+    # tokens 1 (right) and 2 (wrong, so the check writes it); 3 and 4 (right) and 5, of the check
+    assert (found.drafted, found.accepted, found.checks) == (4, 3, 2)
+    assert found.speedup == 5 / (2 * (2.5 + 3 * 0.25 - 0.125))
+    # the same tokens: 1 (right), 2 (wrong); 3 (sure) and 4, for the guess is not, with its head
+    found = replay([Guesses(right, sure)], 1, 3, 0.5, 0.25, [1.5, 2.0, 2.5], 0.125)
+    assert (found.drafted, found.accepted, found.checks) == (3, 2, 3)
+    spent = (2.5 + 3 * 0.25 - 0.125) + (2.0 + 2 * 0.25) + (1.5 + 0.25 - 0.125)
+    assert found.speedup == 5 / spent
 
 
 def test_a_guess_below_the_confidence_ends_its_draft() -> None:
     right = [[True] * 8]
     sure = [[0.9, 0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]]
     found = replay([Guesses(right, sure)], 1, 6, 0.5, 0.25, [1.0] * 6)
-    # guess 1; 2, 3 and 4; 5, 6 and 7, the last of the text
-    assert (found.drafted, found.accepted, found.checks) == (7, 7, 3)
+    # 1; 2 and 3, and 4; 5 and 6, and 7, the last of the text: checks write 1, 4 and 7
+    assert (found.drafted, found.accepted, found.checks) == (4, 4, 3)
     assert replay([Guesses(right, sure)], 1, 6, 0.0, 0.25, [1.0] * 6).checks == 2
 
 

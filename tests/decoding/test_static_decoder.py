@@ -58,7 +58,7 @@ def test_texts_of_a_batch_are_those_of_plain_decoding(
         assert tokens_of(static.speculate(prompts_of(17), NEW)) == wanted[2:]
 
 
-def test_counts_mean_what_those_of_the_eager_loop_mean_but_for_the_last_guess() -> None:
+def test_counts_mean_what_those_of_the_eager_loop_mean() -> None:
     model, row = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     static = decoder(model, draft_tokens=4).speculate([row], NEW)[0]
     eager = speculate(
@@ -73,13 +73,14 @@ def test_counts_mean_what_those_of_the_eager_loop_mean_but_for_the_last_guess() 
         assert found.reached - found.accepted <= found.checks
     assert static.accepted + static.checks == NEW
     assert decoder(model).plain([row], NEW)[0].drafted == 0
-    # The eager loop counts an unsure guess, which ends its draft and is read by no check.
-    never = decoder(model, draft_tokens=4, confidence=1.0).speculate([row], NEW)[0]
-    once = speculate(
+    assert eager.accepted + eager.checks == NEW - 1
+    # An unsure guess, which ends its draft, is read by no check.
+    static = decoder(model, draft_tokens=4, confidence=1.0).speculate([row], NEW)[0]
+    eager = speculate(
         model, row, exit_layer=2, max_new_tokens=NEW, draft_tokens=4, confidence=1, eos_token_id=-1
     )
-    assert (never.drafted, never.checks) == (0, NEW)
-    assert once.drafted == once.reached == once.checks == NEW - 1
+    for found, checks in ((static, NEW), (eager, NEW - 1)):
+        assert (found.drafted, found.reached, found.checks) == (0, 0, checks)
 
 
 def test_a_model_whose_upper_layers_do_nothing_accepts_every_guess() -> None:

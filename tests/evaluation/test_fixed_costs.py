@@ -18,7 +18,7 @@ from tests.support.tiny import tiny_model, tiny_prompt
 def test_what_was_not_measured_lies_on_lines(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", seed=2, num_hidden_layers=4)
     decoder = StaticDecoder(model, exit_layer=2, draft_tokens=most, capacity=16, backend=None)
-    seconds = {"plain": 1.0, "guess": 0.6, "read": 0.0}
+    seconds = {"plain": 1.0, "guess": 0.6, "follow": 0.45, "read": 0.0}
     clock = [0.0]
 
     def run(part: str, step: Any, *numbers: int) -> None:
@@ -27,7 +27,8 @@ def test_what_was_not_measured_lies_on_lines(most: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(decoder._runner, "run", run)
     monkeypatch.setattr(module, "now", lambda like: clock[0])
-    guesses, whole = fixed_costs(decoder, tiny_prompt(8)[0])
+    guesses, whole, head = fixed_costs(decoder, tiny_prompt(8)[0])
+    assert head == pytest.approx(0.15)
     assert guesses == pytest.approx({1: 0.4, 2: 0.6, 3: 0.8})
     assert whole == pytest.approx([1.0, 1.4, 2.1, 2.8, 3.5][:most])
 
@@ -36,8 +37,8 @@ def test_steps_can_be_timed_and_leave_texts_as_they_were() -> None:
     model, row = tiny_model("llama", seed=2), tiny_prompt(8)[0]
     decoder = StaticDecoder(model, exit_layer=1, draft_tokens=3, capacity=16, backend=None)
     wanted = decoder.speculate([row], 8)[0].tokens
-    guesses, whole = fixed_costs(decoder, row)
-    assert all(cost >= 0 for cost in guesses.values())
+    guesses, whole, head = fixed_costs(decoder, row)
+    assert all(cost >= 0 for cost in (head, *guesses.values()))
     assert len(whole) == 3
     assert torch.equal(decoder.speculate([row], 8)[0].tokens, wanted)
 
@@ -46,8 +47,8 @@ def test_a_way_is_chosen_by_these_costs(monkeypatch: pytest.MonkeyPatch) -> None
     model, rows = tiny_model("llama", seed=2), [tiny_prompt(8)]
     # The second exit is always right; the first is right every other time.
     texts = [Guesses([[True, False] * 6, [True] * 12], [[1.0] * 12] * 2)]
-    cheap = {1: 0.01, 2: 0.02}, [1.0, 1.0, 1.0, 1.0]
-    dear = {1: 0.1, 2: 0.95}, [1.0, 2.0, 3.0, 4.0]
+    cheap = {1: 0.01, 2: 0.02}, [1.0, 1.0, 1.0, 1.0], 0.0
+    dear = {1: 0.1, 2: 0.95}, [1.0, 2.0, 3.0, 4.0], 0.0
     for costs, layer, tokens in ((cheap, 2, 4), (dear, 1, 1)):
         monkeypatch.setattr(module, "fixed_costs", lambda *_, costs=costs: costs)
         found = fixed_drafting(model, check_early_exit(model), texts, rows, 4, None)

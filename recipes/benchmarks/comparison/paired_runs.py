@@ -43,7 +43,7 @@ from softtrace.model.loading import load_model, load_tokenizer
 KEPT = "kept.json"  # in the folder of a model: what it was trained with, its training losses
 #: what decides how a model is trained; its data and its start go by their names
 SETTINGS = ("steps", "batch_size", "block_size", "lr", "bf16")
-DRAFT, PROMPTS, NEW = 4, 16, 49  # the first token and twelve full drafts, if all are right
+DRAFT, PROMPTS, NEW = 5, 16, 61  # the first token and twelve full drafts, if all are right
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,10 @@ def decode_bench(
     by_exit = zip(*(text.right for text in texts), strict=True)
     gated = [gated_exits(texts, gate) for gate in GATES]
     longest = min(draft_tokens or LONGEST, new_tokens - 1)  # the first comes with the prompt
-    costs, whole = costs_of(network, rows[0], layers, longest)
+    costs, whole, head = costs_of(network, rows[0], layers, longest)
     checks = check_costs(costs, whole)
     ways = {
-        layer: best_drafting(texts, (layer,), costs, checks, draft_tokens, confidence)
+        layer: best_drafting(texts, (layer,), costs, checks, draft_tokens, confidence, head)
         for layer in costs
     }
     way = ways[exit_layer] if exit_layer else max(ways.values(), key=lambda each: each.speedup)
@@ -156,6 +156,7 @@ def decode_bench(
             "draft_cost": list(costs.values()),
             "expected_speedup": [each.speedup for each in ways.values()],
         },
+        "head_cost": head,
         "whole_cost": whole,
         "check_cost": checks[way.exit_layer],
         "exit_layer": way.exit_layer,

@@ -61,6 +61,7 @@ def replay(
     confidence: float,
     draft_cost: float,
     check_cost: Sequence[float],
+    head_cost: float = 0.0,
 ) -> Drafting:
     """What :func:`softtrace.decoding.speculate` would have done to write these texts.
 
@@ -74,8 +75,10 @@ def replay(
         draft_tokens: tokens that a check writes at most, >= 1.
         confidence: a guess with less probability ends its draft, in [0, 1].
         draft_cost: time of one guess relative to one plain token.
-        check_cost: time of a check of 1, 2, ... guesses likewise, of as many as ``draft_tokens``
+        check_cost: time of a check over 1, 2, ... tokens likewise, of as many as ``draft_tokens``
             and the texts allow.
+        head_cost: what of ``draft_cost`` the last token of a draft does not take, which is read
+            and nothing guessed after it.
     """
     plain = drafted = accepted = checks = 0
     spent = 0.0
@@ -84,17 +87,18 @@ def replay(
         done, total = 1, len(right)  # the first token comes with the prompt
         plain += total - done
         while done < total:
-            room = min(draft_tokens, total - done)
+            most = min(draft_tokens, total - done) - 1  # the check writes one token itself
             guesses = hits = 0
-            while guesses < room:
+            while guesses < most:
                 place = done + guesses
-                guesses += 1
-                hits += hits == guesses - 1 and right[place]
                 if confidence and not sure[place] >= confidence:
                     break
+                hits += hits == guesses and right[place]
+                guesses += 1
             drafted, accepted, checks = drafted + guesses, accepted + hits, checks + 1
-            spent += check_cost[guesses - 1] + draft_cost * guesses
-            done += min(hits + 1, guesses)  # of guesses that are all right the check adds none
+            spent += check_cost[guesses] + draft_cost * (guesses + 1)
+            spent -= head_cost * (guesses == most)
+            done += hits + 1
     speedup = plain / spent if spent else float("nan")
     return Drafting(exit_layer, draft_tokens, confidence, speedup, drafted, accepted, checks)
 
@@ -106,6 +110,7 @@ def best_drafting(
     check_cost: Mapping[int, Sequence[float]],
     draft_tokens: int | None = None,
     confidence: float | None = None,
+    head_cost: float = 0.0,
 ) -> Drafting:
     """The way to draft that :func:`replay` finds fastest, the shallowest and shortest of equals.
 
@@ -116,10 +121,11 @@ def best_drafting(
         draft_tokens: tokens that a check writes at most; None considers all that a check has a
             cost of.
         confidence: None considers :data:`CONFIDENCES`.
+        head_cost: see :func:`replay`.
     """
     confidences = CONFIDENCES if confidence is None else (confidence,)
     ways = (
-        replay(texts, layer, count, each, draft_cost[layer], check_cost[layer])
+        replay(texts, layer, count, each, draft_cost[layer], check_cost[layer], head_cost)
         for layer in layers
         for count in _counts(draft_tokens, check_cost[layer])
         for each in confidences
@@ -134,7 +140,7 @@ def _counts(draft_tokens: int | None, check_cost: Sequence[float]) -> Sequence[i
 def check_costs(
     draft_cost: Mapping[int, float], whole_cost: Sequence[float]
 ) -> dict[int, list[float]]:
-    """Time of a check of 1, 2, ... guesses by the layers above each exit.
+    """Time of a check over 1, 2, ... tokens by the layers above each exit.
 
     Of a run over so many tokens, what the layers below the exit take is left out: their share of
     what layers take, which is all but what a run takes besides (embedding, norm, head, calls). That

@@ -46,10 +46,8 @@ class Generation:
 
     Attributes:
         tokens: ``[N]`` int64, the new tokens.
-        drafted: Tokens that were guessed. :func:`speculate` counts the last guess of a draft too,
-            which its check does not read but says itself;
-            :class:`~softtrace.decoding.StaticDecoder` counts those that a check reads, so at equal
-            ``draft_tokens`` one less a draft.
+        drafted: Tokens that were guessed and read by a check. An unsure guess, which ends its
+            draft, is not: the check says itself what comes there.
         accepted: How many of them the whole model agreed to.
         checks: Runs of the layers above the exit after the one over the prompt, of all layers
             where nothing was drafted.
@@ -247,7 +245,7 @@ def speculate(
         input_ids: ``[1, T]``, no padding.
         exit_layer: Layers that draft, 1 to L - 1; None takes the one that the config recommends.
         max_new_tokens: How many to write at most, >= 1.
-        draft_tokens: Tokens that a check writes at most, >= 1; as many are guessed before it.
+        draft_tokens: Tokens that a check writes at most, >= 1; one less is guessed before it.
         confidence: A draft ends where the exit's most likely token has less probability than this,
             in [0, 1], whatever the generation config makes of it.
         eos_token_id: One or several that end the text; None takes the generation config's.
@@ -278,13 +276,13 @@ def speculate(
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         room = min(draft_tokens, max_new_tokens - len(tokens))
         draft = _draft(parts, choice, tokens, room, confidence, ends)
-        scores = choice.scores(parts.rest(), tokens + draft[:-1])
+        scores = choice.scores(parts.rest(), tokens + draft)
         best: list[int] = scores.argmax(-1).tolist()
         right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
-        written = best[: right + 1]  # the guesses that are right, and what comes for the next
-        parts.forget(len(draft) - len(written))
+        written = best[: right + 1]  # the guesses that are right, and what comes after them
+        parts.forget(len(draft) - right)
         drafted, accepted, checks = drafted + len(draft), accepted + right, checks + 1
-        reached += len(written)
+        reached += min(len(written), len(draft))
         tokens += written  # an end can only be the last
     return Generation(input_ids.new_tensor(tokens), drafted, accepted, checks, reached)
 
@@ -297,13 +295,20 @@ def _draft(
     confidence: float,
     ends: set[int],
 ) -> list[int]:
-    """Guess up to ``room`` tokens after those ``written`` with the first layers."""
+    """Guess tokens after those ``written`` with the first layers, of which a check writes ``room``.
+
+    The check says itself what comes after the last guess, after a text's end nothing.
+    """
     draft: list[int] = []
     while True:
         tokens = written + draft
-        logits = parts.first(choice.prompt.new_tensor([tokens[-1:]]))
-        scores = choice.scores(logits[None], tokens)[0]
-        draft.append(int(scores.argmax()))
-        sure = not confidence or float(surest(logits)) >= confidence
-        if not sure or len(draft) == room or draft[-1] in ends:
+        last = choice.prompt.new_tensor([tokens[-1:]])
+        if len(draft) == room - 1:
+            parts.follow(last)
             return draft
+        logits = parts.first(last)
+        guess = int(choice.scores(logits[None], tokens)[0].argmax())
+        sure = not confidence or float(surest(logits)) >= confidence
+        if not sure or guess in ends:
+            return draft
+        draft.append(guess)

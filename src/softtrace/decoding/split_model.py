@@ -17,7 +17,14 @@ from transformers import DynamicCache
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
+from softtrace.model.wrappers import unwrapped
 from softtrace.tracing.attach import attach
+
+
+def without_head(model: nn.Module) -> Any:
+    """What of a model gives its residual stream; of PEFT's wrapper the base would have the head."""
+    inside: Any = unwrapped(model)
+    return getattr(inside, str(inside.base_model_prefix))
 
 
 def counter(model: nn.Module) -> Any:
@@ -94,6 +101,7 @@ class TwoParts:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], depth: int) -> None:
         self.model, self.layers, self.depth = model, layers, depth
+        self._base = without_head(model)
         self.cache = DynamicCache()
         self._lower, self._upper = DynamicCache(), DynamicCache()
         self._read: list[Tensor] = []  # tokens that the first part has read and the rest has not
@@ -111,6 +119,17 @@ class TwoParts:
 
     def first(self, token: Tensor) -> Tensor:
         """Read one more token ``[1, 1]`` with the first layers; logits ``[V]`` of their exit."""
+        with self._keeping(token), exit_after(self.model, self.depth):
+            return self._run(token, self._lower)[-1]
+
+    def follow(self, token: Tensor) -> None:
+        """Read one more token likewise, without norm and head: nobody asks what comes next."""
+        with self._keeping(token), first_layers(self.model, self.depth):
+            self._base(input_ids=token, past_key_values=self._lower, use_cache=True)
+
+    @contextmanager
+    def _keeping(self, token: Tensor) -> Iterator[None]:
+        """Keep for :meth:`rest` what the last of the first layers gives for a token."""
 
         def listen(module: nn.Module, args: Any, output: Any) -> None:
             self._gave.append(output)
@@ -118,15 +137,13 @@ class TwoParts:
         # First of all hooks: what others make of the output they will make of it again.
         handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
         try:
-            with exit_after(self.model, self.depth):
-                logits = self._run(token, self._lower)[-1]
+            yield
         finally:
             handle.remove()
         self._read.append(token)
-        return logits
 
     def rest(self) -> Tensor:
-        """Read with the other layers what :meth:`first` has read since; logits ``[N, V]``."""
+        """Read with the other layers what the first ones have read since; logits ``[N, V]``."""
         tokens, gave = torch.cat(self._read, dim=1), self._gave
         if isinstance(gave[0], Tensor):
             output: Any = torch.cat(gave, dim=1)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.decoding.few_rows import fast_few_rows
-from softtrace.decoding.split_model import counter, first_layers
+from softtrace.decoding.split_model import counter, first_layers, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
-from softtrace.model.wrappers import unwrapped
 
 
 @dataclass
@@ -102,8 +101,7 @@ class StaticModel:
         self.start = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         self.cache = position_cache(len(layers), self.start, capacity)
         self._counter, self._passing = counter(model), _Passing()
-        inside = unwrapped(model)  # of PEFT's wrapper the base would be the model with its head
-        self._base = getattr(inside, str(inside.base_model_prefix))
+        self._base = without_head(model)
         self._gates = [
             _Gate(layer, self._passing, exit_map, place == depth - 1)
             for place, layer in enumerate(layers[:depth])

@@ -22,7 +22,7 @@ from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.recommend import guesses_of
 from softtrace.decoding.replay import Drafting, Guesses
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
-from softtrace.decoding.split_model import first_layers, forget
+from softtrace.decoding.split_model import first_layers, forget, without_head
 from softtrace.tracing.attach import attach
 
 _REPEATS = 15
@@ -63,20 +63,26 @@ def guesses_on(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> l
 @torch.inference_mode()
 def costs_of(
     network: nn.Module, row: Tensor, layers: int, longest: int
-) -> tuple[dict[int, float], list[float]]:
+) -> tuple[dict[int, float], list[float], float]:
     """Time of a guess by each number of layers, and of the whole model over 1, 2, ... tokens.
 
-    Both over the time of one token through all layers, which is taken before and after each;
-    medians of these ratios, several tokens no cheaper than one. With what the loop does besides
-    running the model: reading the choice, and how sure a guess is, and after a check taking tokens
-    out of the cache again.
+    And what of a guess choosing it takes: norm, head, and reading what they say. All over the time
+    of one token through all layers, which is taken before and after each; medians of these ratios,
+    several tokens no cheaper than one. With what the loop does besides running the model: reading
+    the choice, and how sure a guess is, and after a check taking tokens out of the cache again.
     """
-    cache = DynamicCache()
+    cache, base = DynamicCache(), without_head(network)
     network(input_ids=row, past_key_values=cache, use_cache=True)
 
     def seconds(depth: int, count: int) -> float:
         read = row[:, :1].expand(1, count)
         began = now(row)
+        if not depth:  # one layer, and nothing is chosen
+            with first_layers(network, 1):
+                base(input_ids=read, past_key_values=cache, use_cache=True)
+            spent = now(row) - began
+            forget(cache.layers[:1], count)
+            return spent
         with first_layers(network, depth):
             logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
         best = logits[0].argmax(-1)
@@ -87,7 +93,7 @@ def costs_of(
         forget(cache.layers[:depth], count)
         return spent if count == 1 else now(row) - began
 
-    kinds = [(depth, 1) for depth in range(1, layers)]
+    kinds = [(depth, 1) for depth in range(layers)]
     kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
     ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
@@ -100,7 +106,8 @@ def costs_of(
             before = after
     middle = {kind: statistics.median(found) for kind, found in ratios.items()}
     guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
-    return guesses, [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
+    runs = [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
+    return guesses, runs, max(0.0, middle[1, 1] - middle[0, 1])
 
 
 def now(like: Tensor) -> float:
@@ -175,7 +182,7 @@ def race(
                 "drafted": drafted,
                 "accepted": accepted,
                 "checks": sum(g.checks for g in found),
-                "acceptance": accepted / drafted,
+                "acceptance": accepted / drafted if drafted else None,
             }
     return results
 
@@ -193,7 +200,7 @@ def stock(
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         # The loop reads these from the model's own config alone.
-        own.num_assistant_tokens = way.draft_tokens
+        own.num_assistant_tokens = max(1, way.draft_tokens - 1)
         own.assistant_confidence_threshold = way.confidence
         options = {"max_new_tokens": new_tokens, "do_sample": False}
         if proven_exit is not None:

@@ -23,7 +23,7 @@ _REPEATS = 15
 
 
 @torch.no_grad()
-def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], list[float]]:
+def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], list[float], float]:
     """Time of a guess by each number of layers, and of all layers over 1, 2, ... tokens.
 
     Both over the time of one token through all layers, which is taken before and after each;
@@ -36,12 +36,13 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         row: ``[T]``, a prompt that leaves room for as many.
 
     Returns:
-        Of 1 to L - 1 layers, and of 1 to K tokens.
+        Of 1 to L - 1 layers, of 1 to K tokens, and what of a guess choosing it takes.
     """
     parts, steps, runner, texts = decoder._parts, decoder._steps, decoder._runner, decoder._texts
     most, layers = decoder.draft_tokens, decoder.proven_exit.layers
     kinds: dict[int, tuple[str, Callable[..., None], tuple[int, ...]]] = {
         0: ("whole", steps.plain, ()), 1: ("first", steps.guess, ()),
+        -1: ("first", steps.follow, ()),
         **{count: ("whole", steps.read, (count,)) for count in {2, most} if count > 1},
     }  # fmt: skip
 
@@ -75,7 +76,8 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
     guesses = {depth: max(0.0, 1 - a_layer * (layers - depth)) for depth in range(1, layers)}
     pairs = middle.get(2, 1.0)
     more = (middle[most] - pairs) / (most - 2) if most > 2 else 0.0
-    return guesses, [1.0, *(max(1.0, pairs + more * (n - 2)) for n in range(2, most + 1))]
+    runs = [1.0, *(max(1.0, pairs + more * (n - 2)) for n in range(2, most + 1))]
+    return guesses, runs, max(0.0, middle[1] - middle[-1])
 
 
 def fixed_drafting(
@@ -108,6 +110,7 @@ def fixed_drafting(
         network, exit_layer=layers // 2, draft_tokens=longest, proven_exit=proven_exit,
         capacity=max(8, len(row) + longest), backend=backend, eos_token_id=-1,
     )  # fmt: skip
-    costs, whole = fixed_costs(decoder, row)
+    costs, whole, head = fixed_costs(decoder, row)
     depths = costs if exit_layer is None else (exit_layer,)
-    return best_drafting(texts, depths, costs, check_costs(costs, whole), draft_tokens, 0.0)
+    checks = check_costs(costs, whole)
+    return best_drafting(texts, depths, costs, checks, draft_tokens, 0.0, head)

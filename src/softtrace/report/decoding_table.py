@@ -17,7 +17,7 @@ def decoding_table(found: dict[str, Any]) -> str:
     checks = found["check_cost"]
     most = min(4, len(checks))
     lines.append(
-        f"  a check of 1 guess costs {checks[0]:.2f} tokens, of {most} {checks[most - 1]:.2f}"
+        f"  a check of 1 token costs {checks[0]:.2f} plain tokens, of {most} {checks[most - 1]:.2f}"
     )
     lines.append("")
     lines.append(
@@ -32,9 +32,10 @@ def decoding_table(found: dict[str, Any]) -> str:
             f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
         )
     direct = found["loops"]["direct"]
+    share = f" ({direct['acceptance']:.1%})" if direct["drafted"] else ""
     lines.append(
-        f"  {direct['accepted']} of {direct['drafted']} guesses accepted "
-        f"({direct['acceptance']:.1%}), {direct['accepted'] / direct['checks']:.2f} a draft"
+        f"  {direct['accepted']} of {direct['drafted']} guesses accepted{share}, "
+        f"{direct['accepted'] / direct['checks']:.2f} a draft"
     )
     lines += ["", *_race(found["race"])]
     lines += ["", *_early(found["early"])]
