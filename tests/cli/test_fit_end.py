@@ -55,7 +55,9 @@ def test_a_process_whose_weights_cannot_be_gathered_ends_the_others(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("softtrace.cli.fit.whole_weights", fails)
-    monkeypatch.setattr("softtrace.cli.fit.end_without_others", ended.append)
+    monkeypatch.setattr(
+        "softtrace.lightning.failed_process.end_without_others", lambda *args: ended.append(args)
+    )
     with pytest.raises(torch.OutOfMemoryError):
         cli.fit()
-    assert ended == [cli.trainer]
+    assert ended == [(cli.trainer, 1)]
