@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from softtrace.errors import SofttraceError
 from softtrace.lightning import failed_process
-from softtrace.lightning.failed_process import end_with_starter, ending_alone, let_go
+from softtrace.lightning.failed_process import (
+    end_with_starter,
+    ending_alone,
+    let_go,
+    undisturbed,
+)
 
 Exits = list[Callable[[], None]]
 
@@ -163,3 +170,32 @@ def test_a_process_that_was_started_by_nobody_of_its_fit_watches_nobody(
     monkeypatch.setattr(failed_process, "_watch", watched.append)
     end_with_starter()
     assert watched == []
+
+
+@pytest.mark.parametrize("status", [0, None, 1, -9])
+def test_what_the_others_leave_to_this_process_is_done_whatever_they_end_with(
+    exits: Exits, monkeypatch: pytest.MonkeyPatch, status: int | None
+) -> None:
+    looked_after: list[list[Any]] = []
+    monkeypatch.setattr(failed_process, "_look_after", looked_after.append)
+    other = SimpleNamespace(poll=lambda: status)
+    trainer, written = trainer_of(2, (other,)), []
+    failed = status not in (0, None)
+    expected = pytest.raises(SofttraceError, match="process 1 ended") if failed else nullcontext()
+    with expected, undisturbed(trainer):
+        assert trainer.strategy.launcher.procs == []  # that Lightning's watcher goes through
+        written.append("model")
+    assert written == ["model"]
+    assert looked_after == [[other]]
+    assert bool(exits) == failed  # whose exit would wait
+
+
+def test_a_process_that_waits_at_its_exit_for_one_that_failed_ends(
+    exits: Exits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_process, "_LOOKS", 0.0)
+    statuses = iter([None, None, 1, 1])
+    with pytest.raises(Ended):
+        failed_process._look_after([SimpleNamespace(poll=lambda: next(statuses))])
+    failed_process._look_after([SimpleNamespace(poll=lambda: 0)])
+    assert exits == []

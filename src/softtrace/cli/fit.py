@@ -39,7 +39,7 @@ from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
-from softtrace.lightning.failed_process import end_with_starter, ending_alone
+from softtrace.lightning.failed_process import end_with_starter, ending_alone, undisturbed
 from softtrace.lightning.folders import LastCheckpoint, check_resumes, newest, sweep
 from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
@@ -257,7 +257,8 @@ class FitCLI(LightningCLI):
             with ending_alone(self.trainer):  # gathered from all processes
                 weights = whole_weights(self.model.model, self.trainer.strategy.model)
             if self.trainer.is_global_zero:
-                self._save(weights)
+                with undisturbed(self.trainer):
+                    self._save(weights)
                 if self.repository is not None:
                     upload(self.out, self.repository)
 

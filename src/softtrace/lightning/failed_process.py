@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from softtrace.errors import SofttraceError
+
 _GRACE = 15.0  # seconds in which other processes may end by themselves
 _LOOKS = 1.0  # seconds between two looks at whether the process that started this one is there
 _STARTED_BY = "SOFTTRACE_FIT_STARTED_BY"
@@ -110,6 +112,38 @@ def let_go(trainer: Trainer) -> list[Any]:
     found = list(processes)
     processes.clear()  # the very list that the watcher goes through
     return found
+
+
+@contextmanager
+def undisturbed(trainer: Trainer) -> Iterator[None]:
+    """What this process does when the others have nothing left to do: none of them ends it.
+
+    Lightning's watcher would kill it, with a model half written, where another ended by an error.
+
+    Raises:
+        SofttraceError: at the end, where one of them did.
+    """
+    others = let_go(trainer)
+    try:
+        yield
+        for rank, process in enumerate(others, 1):
+            if status := process.poll():
+                end_without_others(trainer)
+                raise SofttraceError(
+                    f"process {rank} ended with status {status} after the training; what this one "
+                    "had to write is written"
+                )
+    finally:
+        threading.Thread(target=_look_after, args=(others,), daemon=True).start()
+
+
+def _look_after(others: list[Any]) -> None:
+    """As Lightning's watcher does: the exit of this process may wait for one that failed."""
+    while any(process.poll() is None for process in others):
+        time.sleep(_LOOKS)
+    if any(process.poll() for process in others):
+        time.sleep(_LOOKS)  # in which this one may end by itself
+        _end_at_once(1)
 
 
 def end_with_starter() -> None:
