@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,28 @@ def test_a_process_whose_weights_cannot_be_gathered_ends_the_others(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("softtrace.cli.fit.whole_weights", fails)
-    monkeypatch.setattr("softtrace.cli.fit.end_without_others", ended.append)
+    monkeypatch.setattr(
+        "softtrace.lightning.failed_process.end_without_others", lambda *args: ended.append(args)
+    )
     with pytest.raises(torch.OutOfMemoryError):
         cli.fit()
-    assert ended == [cli.trainer]
+    assert ended == [(cli.trainer, 1)]
+
+
+def test_the_model_is_saved_undisturbed_by_processes_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    cli = FitCLI(arguments(sources, tmp_path / "out"))
+    happened: list[object] = []
+
+    @contextmanager
+    def undisturbed(trainer: object) -> Iterator[None]:
+        happened.append(trainer)
+        yield
+        happened.append("over")
+
+    monkeypatch.setattr("softtrace.cli.fit.undisturbed", undisturbed)
+    monkeypatch.setattr(FitCLI, "_save", lambda *_: happened.append("saved"))
+    cli.fit()
+    assert happened == [cli.trainer, "saved", "over"]

@@ -13,6 +13,7 @@ from softtrace.cli import main
 from softtrace.files import LOCK, claimed
 from tests.support.corpus import write_model, write_tree
 from tests.support.densities import synthetic_density, write_run
+from tests.support.processes import as_rank
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +138,14 @@ def test_no_command_writes_to_a_folder_that_another_run_writes_to(
         assert main([command, *map(str, words)]) == 1
         assert "found another run that is writing to it" in capsys.readouterr().err
         assert [path.name for path in out.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_process_that_wrote_says_so(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others are done while the first still writes, and may fail to."""
+    monkeypatch.setattr("softtrace.cli.fit.fit", lambda _: Path("out"))
+    with as_rank(rank):
+        assert main(["fit"]) == 0
+    assert ("written to out/" in capsys.readouterr().out) == (rank == 0)

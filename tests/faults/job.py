@@ -84,6 +84,24 @@ def fail_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
     fail(trainer, module)
 
 
+def interrupt_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
+    atexit.register(stay)
+    interrupt(trainer, module)
+
+
+def leave_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
+    """As if all were well: a launcher goes on, and waits for the others."""
+    atexit.register(stay)
+    sys.exit(0)
+
+
+def kill_the_first(trainer: Trainer, module: Any) -> None:
+    """The process that started this one; then wait for it as in a collective of NCCL's."""
+    os.kill(STARTED_BY, signal.SIGKILL)
+    while True:
+        time.sleep(0.1)
+
+
 def dawdle(trainer: Trainer, module: Any) -> None:
     time.sleep(3)
 
@@ -105,6 +123,9 @@ FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "nan": spoil,
     "raise": fail,
     "raise, and wait": fail_where_the_exit_waits,
+    "interrupt, and wait": interrupt_where_the_exit_waits,
+    "leave, and wait": leave_where_the_exit_waits,
+    "kill the first": kill_the_first,
     "slow": dawdle,
     "stay": stay,
 }

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,18 +127,43 @@ def test_a_rank_that_fails_ends_the_others(jobs: Jobs, tmp_path: Path, rank: int
     assert f"planned failure of rank {rank}" in end.said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "rank", "said"),
+    [
+        ("raise", 0, "planned failure of rank 0"),
+        ("raise", 1, "planned failure of rank 1"),
+        ("interrupt", 1, "softtrace fit: interrupted"),
+        ("leave", 1, "process 1 ended itself (SystemExit: 0) before the fit was over"),
+    ],
+)
 def test_a_rank_that_fails_ends_also_where_its_exit_would_wait_for_the_others(
-    jobs: Jobs, tmp_path: Path, rank: int
+    jobs: Jobs, tmp_path: Path, fault: str, rank: int, said: str
 ) -> None:
     """In interpreters of their own: a fork of the tests' server leaves out what runs at an exit."""
+    code, found = in_interpreters(jobs, tmp_path / "out", f"{fault}, and wait", 3, rank)
+    assert code != 0
+    assert said in found
+
+
+def test_a_rank_ends_when_the_one_that_started_it_is_gone(jobs: Jobs, tmp_path: Path) -> None:
+    code, found = in_interpreters(jobs, tmp_path / "out", "kill the first", 3, 1)
+    assert code == -signal.SIGKILL
+    assert "which started this one, is gone" in found
+
+
+def in_interpreters(jobs: Jobs, out: Path, fault: str, at: int, rank: int) -> tuple[int, str]:
+    """The end of two processes, of which nothing is left: both hold what is read."""
     two = ("--trainer.strategy", "ddp", "--trainer.devices", 2)
-    end = subprocess.run(
-        jobs.command(tmp_path / "out", "raise, and wait", 3, rank, *two), cwd=ROOT,
-        env=script_environment(), timeout=PATIENCE, capture_output=True, text=True, check=False,
+    process = subprocess.Popen(
+        jobs.command(out, fault, at, rank, *two), cwd=ROOT, env=script_environment(), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0,
     )  # fmt: skip
-    assert end.returncode != 0
-    assert f"planned failure of rank {rank}" in end.stderr
+    try:
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
 
 
 def test_a_slow_rank_is_waited_for(jobs: Jobs, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
-from softtrace.lightning.failed_process import end_without_others
+from softtrace.lightning.failed_process import end_with_starter, ending_alone, undisturbed
 from softtrace.lightning.folders import LastCheckpoint, check_resumes, newest, sweep
 from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
@@ -254,13 +254,11 @@ class FitCLI(LightningCLI):
         say_batch_size(self.trainer.strategy, self.datamodule.batch_size)
         self._train(checkpoint)
         if not self.config["trainer"]["fast_dev_run"]:
-            try:  # gathered from all processes
+            with ending_alone(self.trainer):  # gathered from all processes
                 weights = whole_weights(self.model.model, self.trainer.strategy.model)
-            except BaseException:
-                end_without_others(self.trainer)
-                raise
             if self.trainer.is_global_zero:
-                self._save(weights)
+                with undisturbed(self.trainer):
+                    self._save(weights)
                 if self.repository is not None:
                     upload(self.out, self.repository)
 
@@ -274,7 +272,10 @@ class FitCLI(LightningCLI):
     def _train(self, checkpoint: str | None) -> None:
         """Fit; a run that was stopped from outside ends as its signal says, not as a success."""
         try:
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
+            with ending_alone(self.trainer):
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True
+                )
         except SIGTERMException:  # a SystemExit of Lightning's, with status 0
             logger.warning("terminated; --resume true resumes from the last checkpoint")
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -283,7 +284,6 @@ class FitCLI(LightningCLI):
                 raise KeyboardInterrupt from None
             raise
         except BaseException:
-            end_without_others(self.trainer)
             # Until the first batch Lightning sets up what the options ask for.
             asked = self.trainer.fit_loop.total_batch_idx < 0
             with self._refusals() if asked else nullcontext():
@@ -386,6 +386,7 @@ def fit(args: Sequence[str] | None = None) -> Path:
     advert.filter = lambda record: "litlogger" not in record.getMessage()  # type: ignore[method-assign]
     lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_logger.addFilter(advert)
+    end_with_starter()
     try:
         with warnings.catch_warnings():
             # lightning 2.6.6 asks torch 2.13 for a name that it is about to lose, at every fit

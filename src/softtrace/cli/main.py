@@ -94,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Each command imports what it needs when it runs: `softtrace --help` stays quick.
 def _fit(args: list[str]) -> None:
     from softtrace.cli.fit import fit
+    from softtrace.loss import draws
 
-    print(f"\nwritten to {fit(args)}/: the model, fit.yaml and logs")
+    out = fit(args)
+    if draws.rank() == 0:  # the first process writes; others are done before
+        print(f"\nwritten to {out}/: the model, fit.yaml and logs")
 
 
 def _evaluate(args: list[str]) -> None:

@@ -26,9 +26,15 @@ class EndTogether(Callback):
         self._asked = False
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have Lightning register this handler as its own: a sanity check comes before training."""
+        self._asked = False
+        if trainer.world_size > 1:
+            trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[assignment,method-assign]
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's handler; it puts back all handlers at the end of a fit."""
-        self._asked = False
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
 
