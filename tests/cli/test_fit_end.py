@@ -15,11 +15,11 @@ from tests.cli.test_fit import arguments, trained
 from tests.support.corpus import write_model, write_tree
 
 
-@pytest.mark.parametrize("error", [None, ValueError("cannot be moved")])
+@pytest.mark.parametrize("error", [None, ValueError("cannot be moved"), KeyError("name")])
 def test_an_exit_is_looked_for_where_the_model_was_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    error: ValueError | None,
+    error: Exception | None,
 ) -> None:
     """On a CPU 65,536 tokens of 8 billion parameters take as long as their training."""
     sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")

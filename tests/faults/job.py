@@ -90,7 +90,7 @@ def interrupt_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
 
 
 def leave_where_the_exit_waits(trainer: Trainer, module: Any) -> None:
-    """As if all were well: a launcher goes on, and waits for the others."""
+    """As if all were well: a launcher continues, and waits for the others."""
     atexit.register(stay)
     sys.exit(0)
 

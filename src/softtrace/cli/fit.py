@@ -59,8 +59,6 @@ logger = logging.getLogger(__name__)
 _EXIT_BLOCKS, _EXIT_TOKENS = 32, 512  # enough for a choice between layers
 _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
-#: what goes wrong where a model is measured after its training: no reason to lose its weights
-_NOT_MEASURED = (SofttraceError, RuntimeError, OSError, ValueError, MemoryError)
 
 
 class _Failed(BaseException):
@@ -337,7 +335,8 @@ class FitCLI(LightningCLI):
             base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
             with self._where_it_was_trained(base):
                 write_density(self.out, own, measured(base, blocks, split))
-        except _NOT_MEASURED as reason:  # A MemoryError says nothing but its name.
+        # The weights are safe already. A MemoryError says nothing but its name.
+        except (SofttraceError, RuntimeError, OSError, ValueError, MemoryError) as reason:
             kind = type(reason).__name__
             logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
 
@@ -368,7 +367,7 @@ class FitCLI(LightningCLI):
         try:
             with self._where_it_was_trained(model):
                 recommend_exit(model, evenly(blocks, _EXIT_BLOCKS)[:, :_EXIT_TOKENS])
-        except _NOT_MEASURED as reason:
+        except Exception as reason:  # whatever it is, the weights are not written yet
             logger.info("no early exit is recommended: %s", reason)
 
 
