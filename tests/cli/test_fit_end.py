@@ -15,15 +15,21 @@ from tests.cli.test_fit import arguments, trained
 from tests.support.corpus import write_model, write_tree
 
 
+@pytest.fixture
+def cli(tmp_path: Path) -> FitCLI:
+    """A short fit of a tiny model, into ``out``."""
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    return FitCLI(arguments(sources, tmp_path / "out"))
+
+
 @pytest.mark.parametrize("error", [None, ValueError("cannot be moved"), KeyError("name")])
 def test_an_exit_is_looked_for_where_the_model_was_trained(
+    cli: FitCLI,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception | None,
 ) -> None:
     """On a CPU 65,536 tokens of 8 billion parameters take as long as their training."""
-    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
-    cli = FitCLI(arguments(sources, tmp_path / "out"))
     seen: list[str] = []
 
     def to(model: PreTrainedModel, device: object) -> PreTrainedModel:
@@ -47,10 +53,8 @@ def test_an_exit_is_looked_for_where_the_model_was_trained(
 
 
 def test_a_process_whose_weights_cannot_be_gathered_ends_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: FitCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
-    cli = FitCLI(arguments(sources, tmp_path / "out"))
     ended: list[object] = []
 
     def fails(*_: object) -> None:
@@ -66,10 +70,8 @@ def test_a_process_whose_weights_cannot_be_gathered_ends_the_others(
 
 
 def test_the_model_is_saved_undisturbed_by_processes_that_are_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: FitCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
-    cli = FitCLI(arguments(sources, tmp_path / "out"))
     happened: list[object] = []
 
     @contextmanager
