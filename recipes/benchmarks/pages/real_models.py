@@ -83,7 +83,7 @@ def _said(page: str) -> str:
 def presets() -> str:
     """The presets, plain fine-tuning and the better baseline, on one real model."""
     names = {"plain": "plain", **{name: f"`{name}`" for name in PRESETS}}
-    names |= {"exit distillation, 0.1": "distilled exits"}
+    names |= {"exit distillation, 0.03": "distilled exits"}
     model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
     found = {
         (row["steps"], row["method"]): row
