@@ -202,8 +202,24 @@ def test_what_cannot_be_fused_is_captured_as_it_is(
     assert not graphs.refused
     assert [record.getMessage() for record in caplog.records] == [
         "these runs cannot be compiled here and are captured as they are (fuse=False). "
-        "What happened: no way"
+        "What happened: RuntimeError: no way"
     ]
+
+
+def test_what_the_compiler_stumbled_over_is_said(
+    graphs: CudaGraphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise MemoryError("no room\nfor this")
+
+    def capture(fused: bool) -> Any:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+
+    for _ in range(3):
+        graphs.of("one", capture, fuse=True)
+    said = [each.getMessage() for each in caplog.records if each.name.startswith("softtrace")]
+    assert len(said) == 2  # fused, and not
+    assert all(each.endswith("What happened: MemoryError: no room") for each in said)
 
 
 def test_the_compiler_is_not_asked_twice(graphs: CudaGraphs) -> None:
@@ -218,4 +234,4 @@ def test_what_cannot_be_captured_is_tried_once(
     assert graphs.refused
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("these runs cannot be captured as a CUDA graph here")
-    assert said.endswith("Do without. What happened: no way")
+    assert said.endswith("Do without. What happened: RuntimeError: no way")

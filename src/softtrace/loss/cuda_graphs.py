@@ -160,7 +160,9 @@ class CudaGraphs:
         try:
             return capture(fuse)
         except Exception as error:  # what is wrong with more than the capture is said by the run
-            reason = str(error).strip().partition("\n")[0]
+            # Of the compiler's errors the first line names the compiler alone.
+            cause = getattr(error, "inner_exception", error)
+            reason = str(cause).strip().partition("\n")[0]
             if fuse:
                 said = "cannot be compiled here and are captured as they are (fuse=False)."
             else:
@@ -168,7 +170,7 @@ class CudaGraphs:
                     "cannot be captured as a CUDA graph here and are launched one operation at a "
                     f"time, which takes longer. {instead}"
                 )
-            logger.warning("%s %s What happened: %s", what, said, reason)
+            logger.warning("%s %s What happened: %s: %s", what, said, type(cause).__name__, reason)
             return None
 
 
