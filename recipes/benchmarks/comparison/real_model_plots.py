@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from recipes.benchmarks.comparison.real_texts import has_copies
+
 #: measure -> what its axis says
 MEASURES = {
     "area_easy": "area, easy tokens\n(attention recomputed)",
@@ -61,7 +63,8 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 
 def _kind(row: dict[str, Any]) -> str:
     trained = "LoRA" if row["lora"] else "full"
-    return f"{row['model']}, {row['text']}, {trained}, {row['steps']} steps"
+    copies = "*" if has_copies(row) else ""  # as the tables have it
+    return f"{row['model']}, {row['text']}{copies}, {trained}, {row['steps']} steps"
 
 
 def _draw(panel: Any, row: dict[str, Any], measure: str, colour: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -16,6 +17,7 @@ from softtrace.data import Document, read_documents, split_by_file
 
 TEXTS = ("prose", "python", "chat")
 _LONG = 40  # characters of a line that two texts hardly share by chance
+_FEW = 0.1  # of the held-out lines, which any two manuals of one system share
 
 
 def documents(text: str, prose: Path) -> tuple[list[Document], list[Document]]:
@@ -96,6 +98,14 @@ def copied_of(blocks: Path) -> float:
     if "copied" not in said:
         raise SystemExit(f"{blocks.name} does not say what it has copied: make its tokens anew")
     return float(said["copied"])
+
+
+def has_copies(row: dict[str, Any]) -> bool:
+    """Whether the training of a row of results saw other versions of what was held out.
+
+    Runs that do not say were made while it had 72 % of the prose's held-out lines.
+    """
+    return row["text"] == "prose" and (row["copied"] is None or row["copied"] > _FEW)
 
 
 def digest(tokens: dict[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipes.benchmarks.comparison.equal_loss import PEERS
 from recipes.benchmarks.comparison.real_tasks import TASKS
+from recipes.benchmarks.comparison.real_texts import has_copies
 from recipes.benchmarks.pages.sources import CARD, README, read, sources
 from softtrace.loss.options import PRESETS
 
@@ -17,7 +18,6 @@ _HEAD = (
 _SOURCES = ("comparison/on_real_models.py", "results/on_real_models.json")
 _STAR = "\\*"
 _SHORT = "\u2020"  # a dagger
-_FEW = 0.1  # of the held-out lines, which any two manuals of one system share
 _SEARCH = 1000  # runs of fewer steps were the search
 Rows = list[dict[str, Any]]
 
@@ -27,17 +27,9 @@ def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], R
     found: dict[tuple[Any, ...], Rows] = {}
     for row in sorted(read("on_real_models.json")["table"], key=lambda row: row["loss"]["mean"]):
         if chosen(row):
-            key = row["model"], row["text"], row["lora"], row["steps"], _has_copies(row)
+            key = row["model"], row["text"], row["lora"], row["steps"], has_copies(row)
             found.setdefault(key, []).append(row)
     return dict(sorted(found.items(), key=lambda item: (item[0][2], -len(item[1]))))
-
-
-def _has_copies(row: dict[str, Any]) -> bool:
-    """Whether training saw other versions of what was held out.
-
-    Runs that do not say were made while it had 72 % of the prose's held-out lines.
-    """
-    return row["text"] == "prose" and (row["copied"] is None or row["copied"] > _FEW)
 
 
 def _title(model: str, text: str, lora: bool, steps: int, copies: bool) -> str:
@@ -87,7 +79,7 @@ def presets() -> str:
     model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
     found = {
         (row["steps"], row["method"]): row
-        for row in sorted(read("on_real_models.json")["table"], key=_has_copies, reverse=True)
+        for row in sorted(read("on_real_models.json")["table"], key=has_copies, reverse=True)
         if (row["model"], row["text"], row["lora"]) == (model, text, False)
     }
     lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
@@ -95,7 +87,7 @@ def presets() -> str:
         if (row := found.get(key)) is None:  # not run yet
             continue
         after = f", {key[0]:,} steps" if key[0] != steps else ""
-        star = _STAR * _has_copies(row)
+        star = _STAR * has_copies(row)
         lines.append(_row(f"{names[key[1]]}{star}{after} ({row['seeds']})", row))
     return "\n".join([*lines, "", f"{steps:,} steps. {_said(README)}"])
 
@@ -127,7 +119,7 @@ def real_at_budget() -> str:
         rows = tables.get(tuple(row[kind] for kind in kinds), [])
         if not any(each["method"] in PEERS for each in rows):
             continue
-        title = _title(*(row[kind] for kind in kinds[:-1]), _has_copies(row))
+        title = _title(*(row[kind] for kind in kinds[:-1]), has_copies(row))
         head, rule = _HEAD.format(first=f"{title} (seeds)").split("\n")
         lines += [f"{head} read between |", f"{rule}---|"]
         lines.append(f"{_row('plain ({seeds})'.format(**row), row)} |")
