@@ -197,6 +197,26 @@ def test_compare_refuses_runs_on_other_tokens(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": {"block_size": 128}, "min_context": 64, "tokens": 2016}, "block_size differs"),
+        ({"min_context": 55, "tokens": 256}, "min_context differs"),
+        ({"data": {"blocks": 16}, "tokens": 496}, "number of explained tokens differs"),
+    ],
+)
+def test_compare_names_the_option_that_made_tokens_others(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    """Blocks of another length or number are other tokens: their hash alone says nothing of it."""
+    plain, other = synthetic_density(), synthetic_density("soft")
+    other.update({**changed, "data": {**other["data"], **changed.get("data", {})}})
+    other["data"]["sha256"] = "f" * 64
+    paths = [write_run(tmp_path / "plain", plain), write_run(tmp_path / "soft", other)]
+    with pytest.raises(InvalidInputError, match=f"cannot be compared: .*{message}"):
+        compare(paths, tmp_path / "out")
+
+
 @pytest.mark.thorough
 def test_models_of_one_name_are_told_apart_by_folder_then_by_number(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / name, synthetic_density("last")) for name in ("seed0", "seed1")]

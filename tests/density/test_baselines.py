@@ -13,6 +13,7 @@ import softtrace
 from softtrace.density.baselines import Baseline, baseline_scores, baseline_thresholds
 from softtrace.errors import InvalidInputError
 from softtrace.graph import attention_maps
+from softtrace.graph.attention_maps import Rows
 from softtrace.graph.edges import EdgeImportance, RowwiseEdges
 from softtrace.graph.masks import hard_masks
 from softtrace.graph.sizes import edge_counts, total_edges
@@ -182,6 +183,18 @@ def test_every_node_keeps_its_best_edge(long: EdgeImportance, kind: Baseline) ->
     for mask in hard_masks(scores, 0.99999):
         assert (mask.attention.any(3).any(1) | mask.attention_residual).all()
         assert (mask.mlp | mask.mlp_residual).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_node_keeps_its_best_edge_where_rows_are_made_alone(
+    long: EdgeImportance, kind: Baseline
+) -> None:
+    """They round otherwise than in a block, as rows that one position needs do."""
+    scores = baseline_scores(long, kind, keep_residual=False, seed=0)
+    for mask in hard_masks(scores, 0.99999):
+        for at in range(LENGTH):
+            kept = mask.attention_map.rows(Rows(slice(at, at + 1), at + 1))
+            assert (kept.flatten(1).any(1) | mask.attention_residual[:, at]).all()
 
 
 def test_blocks_batches_and_padding_change_no_random_score(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import softtrace
 from softtrace.graph import attention_maps, rowwise_sizes
-from softtrace.graph.masks import hard_masks
+from softtrace.graph.attention_maps import none_held
+from softtrace.graph.masks import hard_masks, soft_masks
 from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
-from softtrace.graph.sizes import held_traces_at
+from softtrace.graph.sizes import held_traces_at, soft_size
 from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.zoo import VERIFIED, tiny
@@ -36,6 +38,23 @@ def test_traces_of_chosen_positions_of_held_masks(family: str) -> None:
             assert ours.attention is whole.attention
             for one, other in zip(ours.nodes(), theirs.nodes(), strict=True):
                 assert torch.equal(one, other)
+
+
+def test_soft_sizes_of_float64_are_not_rounded_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and gradients are those of maps that are held."""
+    model, ids = tiny_model("llama", dtype=torch.float64), tiny_prompt(LENGTH)
+    weights = torch.full((1, LENGTH), 1 / LENGTH, dtype=torch.float64)
+
+    def measured() -> tuple[Tensor, Tensor]:
+        importance = softtrace.edge_importance(model, ids)
+        size = soft_size(importance, soft_masks(importance, 0.05, 0.5), weights)
+        return size.detach(), *torch.autograd.grad(size, model.model.layers[0].mlp.down_proj.weight)
+
+    held = measured()
+    monkeypatch.setattr(attention_maps, "CHUNK_ELEMENTS", 4 * LENGTH * 5)
+    with none_held():
+        made = measured()
+    torch.testing.assert_close(made, held, atol=1e-14, rtol=1e-12)
 
 
 def test_thresholds_that_are_counted_together_have_the_counts_of_each(

@@ -327,7 +327,7 @@ def test_a_base_on_other_tokens_is_refused_before_anything_is_measured(
     base = str(write_run(tmp_path / "base", synthetic_density()))
     monkeypatch.setattr("softtrace.cli.evaluate.placed_model", lambda *_, **__: 1 / 0)
     model, text = str(sources[0]), TextSource(str(sources[1]))
-    with pytest.raises(InvalidInputError, match=r"data sha256\) differs, .* in this run"):
+    with pytest.raises(InvalidInputError, match=r"block_size differs, 64 in .* and 16 in this run"):
         evaluate(model, text, str(tmp_path / "out"), base=base, **OPTIONS)
     with pytest.raises(DataError, match="no such file"):
         evaluate(model, text, str(tmp_path / "out"), base=str(tmp_path / "none"), **OPTIONS)

@@ -181,20 +181,23 @@ def _keep_residual(scores: RowwiseEdges, exists: Sequence[Tensor]) -> RowwiseEdg
 
 def _keep_best(scores: RowwiseEdges, exists: Sequence[Tensor]) -> RowwiseEdges:
     """The best edge into every node above every threshold."""
-    highest = each_block(scores.attention_map, lambda values, _: values.amax((1, 3)))
+    highest, names = _highest(scores.attention_map)
     residual, mlp, mlp_residual = scores.nodes()
-    at_attention = torch.maximum(torch.cat([part for _, part in highest], dim=1), residual)
+    at_attention = torch.maximum(highest, residual)
     at_mlp = torch.maximum(mlp, mlp_residual)
     if scores.parallel:  # one node
         at_attention = at_mlp = torch.maximum(at_attention, mlp)
+    names = names.masked_fill((highest < at_attention) | (highest == 0), -1)
 
     def lift(part: Tensor, best: Tensor) -> Tensor:
         return torch.where((part == best) & (part > 0), 1.0, part)
 
-    attention = MadeFrom(
-        scores.attention_map,
-        lambda values, rows: lift(values, rows.of(at_attention)[:, None, :, None]),
-    )
+    def lifted(values: Tensor, rows: Rows) -> Tensor:
+        # By name too: rows that are made anew may differ in their last digit.
+        own = _names(values, scores.shape[3]) == rows.of(names)[:, None, :, None]
+        return lift(values, rows.of(at_attention)[:, None, :, None]).masked_fill_(own, 1.0)
+
+    attention = MadeFrom(scores.attention_map, lifted)
     nodes = (
         lift(part, best) * there
         for part, best, there in zip(
@@ -203,3 +206,20 @@ def _keep_best(scores: RowwiseEdges, exists: Sequence[Tensor]) -> RowwiseEdges:
     )
     residual, mlp, mlp_residual = nodes
     return RowwiseEdges(attention, residual, mlp, mlp_residual, scores.parallel)
+
+
+def _highest(scores: AttentionMap) -> tuple[Tensor, Tensor]:
+    """``[B, T]``, each target's highest score, and the name of that edge."""
+    found, names = [], []
+    for rows in scores.blocks():
+        values = scores.rows(rows).detach()
+        best, place = values.transpose(1, 2).flatten(2).max(-1)
+        found.append(best)
+        names.append(_names(values, scores.shape[3])[:, 0].flatten()[place])
+    return torch.cat(found, dim=1), torch.cat(names, dim=1)
+
+
+def _names(values: Tensor, sources: int) -> Tensor:
+    """``[H, 1, end]`` int64, a number for each edge ``[B, H, n, end]`` into a target."""
+    heads, end = (torch.arange(values.shape[dim], device=values.device) for dim in (1, 3))
+    return heads[:, None, None] * sources + end

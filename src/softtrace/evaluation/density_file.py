@@ -61,12 +61,13 @@ _SAMPLES = {
 """The text of the report, which older files lack."""
 
 _MUST_AGREE = (
-    (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
     (("data", "block_size"), "block_size", "block_size; sizes depend on the length"),
     (("min_context",), "min_context", "block_size and --positions; sizes depend on both"),
+    (("tokens",), "the number of explained tokens", "text and number of blocks"),
+    (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
     (("attention",), "the attention of masked runs", "--attention"),
-    (("tokens",), "the number of explained tokens", "number of blocks"),
 )
+"""In this order: blocks of another length or number are other tokens too, of the same text."""
 
 
 def load_density(path: Path | str) -> dict[str, Any]:

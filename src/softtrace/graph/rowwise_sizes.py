@@ -32,7 +32,9 @@ class _Sweep:
     def __init__(self, sets: Sequence[Sequence[LayerEdges]], places: Tensor | None) -> None:
         batch, _, length, _ = sets[0][0].shape
         self.sets = sets
-        self.reach = from_outputs(batch, length, places, sets[0][0].mlp.device)
+        mlp = sets[0][0].mlp
+        dtype = torch.promote_types(mlp.dtype, torch.float32)  # of masks: soft ones may be float64
+        self.reach = from_outputs(batch, length, places, mlp.device).to(dtype)
         self.reach = self.reach.repeat(len(sets), 1, 1)
         self._counted: list[Tensor] = []
         self._needed: list[list[LayerEdges]] = [[] for _ in sets]
@@ -177,7 +179,7 @@ def from_outputs(batch: int, length: int, places: Tensor | None, device: torch.d
 
 def _over_heads(kept: Tensor, rows: Rows) -> Tensor:
     """``[B, n, end]``, how many heads keep an edge."""
-    return summed_heads(kept, torch.float32)
+    return summed_heads(kept, torch.promote_types(kept.dtype, torch.float32))
 
 
 def summed_heads(kept: Tensor, dtype: torch.dtype, *, traced: bool = True) -> Tensor:
