@@ -161,7 +161,8 @@ def test_what_the_generation_config_changes_is_measured(
             layer.mlp.down_proj.weight.mul_(0.3)
     model.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=list(range(3, 200)), stop_strings=["a"],
-        exponential_decay_length_penalty=(1, 2.0), repetition_penalty=1.5, no_repeat_ngram_size=1,
+        exponential_decay_length_penalty=(1, 2.0), return_dict_in_generate=True,
+        repetition_penalty=1.5, no_repeat_ngram_size=1,
         encoder_repetition_penalty=1.2 if refused else None,
     )  # fmt: skip
     monkeypatch.setattr("softtrace.cli.decode_bench.load_model", lambda *_, **__: model)

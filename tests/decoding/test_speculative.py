@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MaxTimeCriteria, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from softtrace import UnsupportedModelError
 from softtrace.decoding import (
@@ -354,6 +355,45 @@ def test_nothing_is_written_past_a_stop() -> None:
         assert generate(model, ids, 2, **options).tolist() == plain.tolist()
         assert plain.shape[1] == length
     assert past  # transformers' own loop does
+
+
+class _Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_nothing_is_streamed_past_a_stop() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    model.generation_config.eos_token_id = None
+    for criteria in ([], [_StopAt(9)], [MaxTimeCriteria(600), _StopAt(12)]):
+        heard = _Heard()
+        found = generate(
+            model, ids, 2, max_new_tokens=NEW, stopping_criteria=criteria, streamer=heard
+        )
+        assert (heard.tokens, heard.ends) == (found[0].tolist(), 1)
+
+
+def test_tokens_are_returned_whatever_the_config_asks_for() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    wanted = generate(model, ids, 2, max_new_tokens=5)
+    model.generation_config.return_dict_in_generate = True
+    assert torch.equal(generate(model, ids, 2, max_new_tokens=5), wanted)
+    with pytest.raises(InvalidInputError, match="return_dict_in_generate: found True"):
+        generate(model, ids, 2, max_new_tokens=5, return_dict_in_generate=True)
+
+
+def test_ends_may_be_a_tensor() -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    plain = greedy(model, ids, NEW, -1).tokens
+    for end in (plain[2:4], plain[2]):
+        assert torch.equal(greedy(model, ids, NEW, end).tokens, greedy(model, ids, 3, -1).tokens)
 
 
 def test_a_stop_string_ends_a_text_where_plain_decoding_ends_it() -> None:

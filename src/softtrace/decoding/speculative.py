@@ -12,7 +12,7 @@ model directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.confidence import surest
@@ -106,8 +107,13 @@ def generate(
             text; see :mod:`softtrace.decoding.exit_checks`.
         InvalidInputError: An exit layer that is none, several sequences, a ``proven_exit`` of
             another model, ``stop_strings`` without a ``tokenizer``, or an option that a draft
-            cannot honour (``num_beams``, ``guidance_scale``, ...).
+            cannot honour (``num_beams``, ``guidance_scale``, ``return_dict_in_generate``, ...).
     """
+    if options.get("return_dict_in_generate"):
+        raise InvalidInputError(
+            "return_dict_in_generate: found True, allowed is False: tokens are returned and "
+            "nothing else. Leave it out, or decode with model.generate"
+        )
     _, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_options(model, options)
     start, new_tokens = input_ids.shape[1], option_of(model, options, "max_new_tokens")
@@ -121,18 +127,49 @@ def generate(
         if tokenizer is None:
             raise InvalidInputError("stop_strings: found no tokenizer beside them; pass tokenizer")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    # Time that is up now was not up then.
+    asked = [each for each in criteria if not isinstance(each, MaxTimeCriteria)]
+
+    def ends(text: Tensor) -> bool:
+        return any(bool(each(text, None)) for each in asked)
+
+    if asked and options.get("streamer") is not None:
+        options["streamer"] = _UpToTheEnd(options["streamer"], ends)
     # transformers leaves the model cut off where its draft is interrupted.
     with first_layers(model, counter(model).num_hidden_layers), _no_stop_strings(model):
         found: Tensor = model.generate(
             input_ids, assistant_early_exit=depth, stopping_criteria=criteria,
-            **{**options, "stop_strings": None},
+            **{**options, "stop_strings": None, "return_dict_in_generate": False},
         )  # fmt: skip
-    # Time that is up now was not up then.
-    asked = [each for each in criteria if not isinstance(each, MaxTimeCriteria)]
     for end in range(input_ids.shape[1] + 1, found.shape[1]):
-        if any(bool(each(found[:, :end], None)) for each in asked):
+        if ends(found[:, :end]):
             return found[:, :end]
     return found
+
+
+class _UpToTheEnd(BaseStreamer):
+    """Hands on a text up to where it ends, which transformers' assisted loop writes past."""
+
+    def __init__(self, streamer: Any, ends: Callable[[Tensor], bool]) -> None:
+        self.streamer, self.ends, self.ended = streamer, ends, False
+        self.text: Tensor | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt ``[1, T]`` first, then the tokens of each draft."""
+        if self.text is None:
+            self.text = value
+            self.streamer.put(value)
+            return
+        for token in value.reshape(-1, 1):
+            if self.ended:
+                return
+            self.text = torch.cat((self.text, token[None]), dim=1)
+            self.streamer.put(token)
+            self.ended = self.ends(self.text)
+
+    def end(self) -> None:
+        """Nothing follows."""
+        self.streamer.end()
 
 
 @contextmanager
@@ -173,7 +210,7 @@ def check_one_text(input_ids: Tensor) -> None:
         )
 
 
-Ends = int | Sequence[int] | None
+Ends = int | Sequence[int] | Tensor | None
 
 
 def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
@@ -182,6 +219,8 @@ def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
         return set()
+    if isinstance(eos_token_id, Tensor):  # as generate takes it
+        eos_token_id = eos_token_id.reshape(-1).tolist()
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
 
 

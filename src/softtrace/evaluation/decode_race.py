@@ -39,9 +39,13 @@ def is_of(density: Path, model: str) -> bool:
 
 
 def write_past_ends(network: Any) -> None:
-    """Let every text be as long as asked for: nothing in the generation config ends it before."""
+    """Let every text be as long as asked for: nothing in the generation config ends it before.
+
+    And let what is written be tokens alone.
+    """
     for name in ("eos_token_id", "stop_strings", "max_time", "exponential_decay_length_penalty"):
         setattr(network.generation_config, name, None)
+    network.generation_config.return_dict_in_generate = False
 
 
 @torch.no_grad()
