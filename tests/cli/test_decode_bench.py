@@ -17,7 +17,12 @@ from softtrace.data import pack, read_documents
 from softtrace.data.text_source import TextSource
 from softtrace.decoding import greedy
 from softtrace.decoding.replay import Guesses, best_drafting, check_costs
-from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support.calls import CPU
 from tests.support.corpus import write_model, write_tree
@@ -247,6 +252,13 @@ def test_refuses_what_it_cannot_do(
             decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
     with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(
+        DataError, match=r"less than one block of 8.* or a prompt_tokens of at most"
+    ):
+        decode_bench(
+            sources[0], TextSource(str(tmp_path / "short.txt")), str(tmp_path / "new"), **SMALL
+        )
     module = "softtrace.cli.decode_bench.load_model"
     monkeypatch.setattr(module, lambda *_, **__: tiny_model("gpt2", vocab_size=300))
     with pytest.raises(UnsupportedModelError, match="would be ignored"):

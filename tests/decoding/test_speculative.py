@@ -320,6 +320,9 @@ def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
     assert speculate(model, ids, exit_layer=1, proven_exit=of_one).checks
     with pytest.raises(InvalidInputError, match=r"after 2 layers .proven exit layers: 1."):
         speculate(model, ids, exit_layer=2, proven_exit=of_one)
+    for depth in (0, 3):
+        with pytest.raises(InvalidInputError, match=f"exit_layer: found {depth}, allowed 1 to 2"):
+            check_cache(of_one, (depth,))
     both = check_cache(of_one, (2,))
     assert both.resumable == {1, 2} == check_cache(proven_exit).resumable
     assert speculate(model, ids, exit_layer=2, proven_exit=both).checks
