@@ -167,6 +167,7 @@ def test_what_the_generation_config_changes_is_measured(
     model.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=list(range(3, 200)), stop_strings=["a"],
         exponential_decay_length_penalty=(1, 2.0), return_dict_in_generate=True,
+        use_cache=False, cache_implementation="static",
         repetition_penalty=1.5, no_repeat_ngram_size=1,
         encoder_repetition_penalty=1.2 if refused else None,
     )  # fmt: skip

@@ -392,6 +392,18 @@ def test_tokens_are_returned_whatever_the_config_asks_for() -> None:
         generate(model, ids, 2, max_new_tokens=5, return_dict_in_generate=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_cache", False), ("cache_implementation", "static"), ("cache_implementation", "dynamic")],
+)
+def test_a_cache_that_can_be_cut_is_taken_whatever_the_config_says(name: str, value: Any) -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    wanted = generate(model, ids, 2, max_new_tokens=5)
+    setattr(model.generation_config, name, value)
+    assert torch.equal(generate(model, ids, 2, max_new_tokens=5), wanted)
+    assert getattr(model.generation_config, name) == value
+
+
 def test_ends_may_be_a_tensor() -> None:
     model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
     plain = greedy(model, ids, NEW, -1).tokens

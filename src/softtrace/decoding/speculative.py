@@ -97,7 +97,7 @@ def generate(
         options: Options of ``model.generate``. What ends a text (``stopping_criteria``,
             ``stop_strings``) is asked again of every token: transformers' assisted loop asks once a
             draft, and writes past the end. Options that it does not say are the generation
-            config's.
+            config's, but for the cache: it takes one that can be cut.
 
     Returns:
         ``[1, T + N]``, prompt and new tokens.
@@ -120,7 +120,8 @@ def generate(
     if new_tokens is None:
         new_tokens = (option_of(model, options, "max_length") or start + _USUAL) - start
     refuse_moving_rotations(model, start, new_tokens)
-    options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
+    mask = torch.ones_like(input_ids)
+    options = {"do_sample": False, "use_cache": True, "attention_mask": mask, **options}
     criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or ())
     strings, tokenizer = option_of(model, options, "stop_strings"), options.pop("tokenizer", None)
     if strings:
@@ -136,7 +137,7 @@ def generate(
     if asked and options.get("streamer") is not None:
         options["streamer"] = _UpToTheEnd(options["streamer"], ends)
     # transformers leaves the model cut off where its draft is interrupted.
-    with first_layers(model, counter(model).num_hidden_layers), _no_stop_strings(model):
+    with first_layers(model, counter(model).num_hidden_layers), _without_own(model):
         found: Tensor = model.generate(
             input_ids, assistant_early_exit=depth, stopping_criteria=criteria,
             **{**options, "stop_strings": None, "return_dict_in_generate": False},
@@ -173,15 +174,18 @@ class _UpToTheEnd(BaseStreamer):
 
 
 @contextmanager
-def _no_stop_strings(model: Any) -> Iterator[None]:
-    """Hide a model's own stop strings, for which its draft would look for a tokenizer."""
+def _without_own(model: Any) -> Iterator[None]:
+    """Hide of a model's config what its draft cannot take.
+
+    For stop strings it would look for a tokenizer, and it is handed its cache.
+    """
     own = model.generation_config
-    kept = own.stop_strings
+    kept = own.stop_strings, own.cache_implementation
     try:
-        own.stop_strings = None
+        own.stop_strings = own.cache_implementation = None
         yield
     finally:
-        own.stop_strings = kept
+        own.stop_strings, own.cache_implementation = kept
 
 
 def proven_exit_of(
