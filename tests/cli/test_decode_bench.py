@@ -156,7 +156,11 @@ def test_prompts_may_be_the_users_own(sources: tuple[str, TextSource], tmp_path:
 @pytest.mark.thorough
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_the_generation_config_changes_is_measured(
-    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+    sources: tuple[str, TextSource],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: bool,
 ) -> None:
     """Replay and race agree on one block, and no end cuts a text short."""
     model: Any = tiny_model("llama", seed=2, vocab_size=300, dtype=torch.float64)
@@ -187,6 +191,7 @@ def test_what_the_generation_config_changes_is_measured(
     left_out = found["race"]["left_out"]
     assert "EncoderRepetitionPenalty" in left_out if refused else left_out is None
     assert ("plain, fixed shapes" in found["race"]["ways"]) != refused
+    assert ("by fixed shapes" in capsys.readouterr().out) != refused
     assert all(each["identical"] == 1 for each in found["race"]["ways"].values())
 
 
