@@ -17,7 +17,12 @@ from softtrace.data import pack, read_documents
 from softtrace.data.text_source import TextSource
 from softtrace.decoding import greedy
 from softtrace.decoding.replay import Guesses, best_drafting, check_costs
-from softtrace.errors import InvalidInputError, OutputExistsError, UnsupportedModelError
+from softtrace.errors import (
+    DataError,
+    InvalidInputError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support.calls import CPU
 from tests.support.corpus import write_model, write_tree
@@ -151,7 +156,11 @@ def test_prompts_may_be_the_users_own(sources: tuple[str, TextSource], tmp_path:
 @pytest.mark.thorough
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_the_generation_config_changes_is_measured(
-    sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+    sources: tuple[str, TextSource],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: bool,
 ) -> None:
     """Replay and race agree on one block, and no end cuts a text short."""
     model: Any = tiny_model("llama", seed=2, vocab_size=300, dtype=torch.float64)
@@ -161,7 +170,9 @@ def test_what_the_generation_config_changes_is_measured(
             layer.mlp.down_proj.weight.mul_(0.3)
     model.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=list(range(3, 200)), stop_strings=["a"],
-        exponential_decay_length_penalty=(1, 2.0), repetition_penalty=1.5, no_repeat_ngram_size=1,
+        exponential_decay_length_penalty=(1, 2.0), return_dict_in_generate=True,
+        use_cache=False, cache_implementation="static",
+        repetition_penalty=1.5, no_repeat_ngram_size=1,
         encoder_repetition_penalty=1.2 if refused else None,
     )  # fmt: skip
     monkeypatch.setattr("softtrace.cli.decode_bench.load_model", lambda *_, **__: model)
@@ -180,6 +191,7 @@ def test_what_the_generation_config_changes_is_measured(
     left_out = found["race"]["left_out"]
     assert "EncoderRepetitionPenalty" in left_out if refused else left_out is None
     assert ("plain, fixed shapes" in found["race"]["ways"]) != refused
+    assert ("by fixed shapes" in capsys.readouterr().out) != refused
     assert all(each["identical"] == 1 for each in found["race"]["ways"].values())
 
 
@@ -246,6 +258,13 @@ def test_refuses_what_it_cannot_do(
             decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
     with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(
+        DataError, match=r"less than one block of 8.* or a prompt_tokens of at most"
+    ):
+        decode_bench(
+            sources[0], TextSource(str(tmp_path / "short.txt")), str(tmp_path / "new"), **SMALL
+        )
     module = "softtrace.cli.decode_bench.load_model"
     monkeypatch.setattr(module, lambda *_, **__: tiny_model("gpt2", vocab_size=300))
     with pytest.raises(UnsupportedModelError, match="would be ignored"):

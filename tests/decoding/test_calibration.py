@@ -53,3 +53,10 @@ def test_it_is_counted_on_what_exit_and_model_say() -> None:
         early = model(ids).logits.argmax(-1)
         model.config.num_hidden_layers = 3
     assert found.agreement == pytest.approx(float((whole == early).double().mean()))
+
+
+def test_ids_that_are_none_are_named() -> None:
+    model, ids = tiny_model("llama", seed=2), tiny_prompt(40)
+    for wrong, said in ((ids[0], r"\[B, T\]"), (ids + 1000, "allowed are 0 to 66")):
+        with pytest.raises(InvalidInputError, match=said):
+            calibrated_confidence(model, wrong, exit_layer=2, agreement=0.1)

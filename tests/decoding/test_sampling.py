@@ -158,6 +158,9 @@ def test_the_generation_config_is_honoured_or_refused() -> None:
     model.generation_config.temperature = 0.7
     with pytest.raises(InvalidInputError, match="changed since the decoder was made"):
         greedy.plain([PROMPT], 4)
+    for sampling in (Sampling(temperature=0.0), Sampling(min_p=2.0)):
+        with pytest.raises(InvalidInputError, match=r"^sampling or model\.generation_config: "):
+            decoder(model, sampling)
     for name, value, said in (
         ("typical_p", 0.5, "TypicalLogitsWarper"),
         ("encoder_repetition_penalty", 1.2, "EncoderRepetitionPenaltyLogitsProcessor"),

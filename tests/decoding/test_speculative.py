@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MaxTimeCriteria, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from softtrace import UnsupportedModelError
 from softtrace.decoding import (
@@ -319,6 +320,9 @@ def test_an_exit_that_was_not_proven_to_be_gone_on_from_is_refused(
     assert speculate(model, ids, exit_layer=1, proven_exit=of_one).checks
     with pytest.raises(InvalidInputError, match=r"after 2 layers .proven exit layers: 1."):
         speculate(model, ids, exit_layer=2, proven_exit=of_one)
+    for depth in (0, 3):
+        with pytest.raises(InvalidInputError, match=f"exit_layer: found {depth}, allowed 1 to 2"):
+            check_cache(of_one, (depth,))
     both = check_cache(of_one, (2,))
     assert both.resumable == {1, 2} == check_cache(proven_exit).resumable
     assert speculate(model, ids, exit_layer=2, proven_exit=both).checks
@@ -354,6 +358,57 @@ def test_nothing_is_written_past_a_stop() -> None:
         assert generate(model, ids, 2, **options).tolist() == plain.tolist()
         assert plain.shape[1] == length
     assert past  # transformers' own loop does
+
+
+class _Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_nothing_is_streamed_past_a_stop() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    model.generation_config.eos_token_id = None
+    for criteria in ([], [_StopAt(9)], [MaxTimeCriteria(600), _StopAt(12)]):
+        heard = _Heard()
+        found = generate(
+            model, ids, 2, max_new_tokens=NEW, stopping_criteria=criteria, streamer=heard
+        )
+        assert (heard.tokens, heard.ends) == (found[0].tolist(), 1)
+
+
+def test_tokens_are_returned_whatever_the_config_asks_for() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    wanted = generate(model, ids, 2, max_new_tokens=5)
+    model.generation_config.return_dict_in_generate = True
+    assert torch.equal(generate(model, ids, 2, max_new_tokens=5), wanted)
+    with pytest.raises(InvalidInputError, match="return_dict_in_generate: found True"):
+        generate(model, ids, 2, max_new_tokens=5, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_cache", False), ("cache_implementation", "static"), ("cache_implementation", "dynamic")],
+)
+def test_a_cache_that_can_be_cut_is_taken_whatever_the_config_says(name: str, value: Any) -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    wanted = generate(model, ids, 2, max_new_tokens=5)
+    setattr(model.generation_config, name, value)
+    assert torch.equal(generate(model, ids, 2, max_new_tokens=5), wanted)
+    assert getattr(model.generation_config, name) == value
+
+
+def test_ends_may_be_a_tensor() -> None:
+    model, ids = tiny_model("llama", seed=2, dtype=torch.float64), tiny_prompt(5)
+    plain = greedy(model, ids, NEW, -1).tokens
+    for end in (plain[2:4], plain[2]):
+        assert torch.equal(greedy(model, ids, NEW, end).tokens, greedy(model, ids, 3, -1).tokens)
 
 
 def test_a_stop_string_ends_a_text_where_plain_decoding_ends_it() -> None:

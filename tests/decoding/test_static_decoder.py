@@ -349,6 +349,34 @@ def _broken(*args: Any, **kwargs: Any) -> Tensor:
     raise RuntimeError("broken")
 
 
+@pytest.mark.parametrize("read", [1, 2])
+def test_nothing_of_a_draft_that_was_interrupted_stays(read: int) -> None:
+    model = tiny_model("llama", seed=2, dtype=torch.float64)
+    row, other = prompts_of(5, 9)
+    wanted = greedy(model, other[None], 3, -1).tokens.tolist()
+    static, heads = decoder(model, draft_tokens=6), iter(range(1 + read))
+
+    def interrupt(*_: Any) -> None:
+        if next(heads, None) is None:
+            raise KeyboardInterrupt
+
+    with model.lm_head.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        static.speculate([row], NEW)
+    assert tokens_of(static.speculate([other], 3)) == [wanted]
+
+
+def test_weights_of_another_kind_are_refused() -> None:
+    model, row = tiny_model("llama", seed=2), tiny_prompt(5)[0]
+    static = decoder(model)
+    wanted = tokens_of(static.speculate([row], 5))
+    model.bfloat16()
+    for write in (static.plain, static.speculate):
+        with pytest.raises(InvalidInputError, match=r"bfloat16 on cpu.*those in .*float32 on cpu"):
+            write([row], 5)
+    model.float().load_state_dict(tiny_model("llama", seed=2).state_dict())
+    assert tokens_of(static.speculate([row], 5)) == wanted
+
+
 def test_a_backend_that_fails_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match=r"not compiled by 'no such'.*backend=None"):
         decoder(tiny_model("llama"), backend="no such").plain([tiny_prompt(5)[0]], 2)

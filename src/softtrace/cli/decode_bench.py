@@ -121,7 +121,8 @@ def decode_bench(
     if whole_prompts:
         starts = prompts_of(documents, tokenizer, prompt_tokens, 2 * prompts)
     else:
-        starts = [*evenly(pack(documents, tokenizer, prompt_tokens), 2 * prompts)]
+        blocks = pack(documents, tokenizer, prompt_tokens, option="prompt_tokens")
+        starts = [*evenly(blocks, 2 * prompts)]
     network = load_model(model, dtype=run.dtype).to(where).eval()  # type: ignore[arg-type]
     check_length(prompt_tokens + new_tokens, learned_positions(network), "prompt and new tokens")
     proven_exit = check_cache(check_early_exit(network))

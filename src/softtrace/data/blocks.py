@@ -76,7 +76,10 @@ def stream_evenly(
 
 
 def pack(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    option: str = "block_size",
 ) -> Tensor:
     """Encode the documents and cut the row of tokens into full blocks, dropping the remainder.
 
@@ -88,6 +91,7 @@ def pack(
         tokenizer: Tokenizer with an end-of-sequence token.
         block_size: Tokens in a block, at least 2 (the first has nothing to be predicted from), and
             one more than the tokenizer puts in front.
+        option: What the caller calls it, for errors.
 
     Returns:
         ``[N, block_size]`` int64, N >= 1.
@@ -96,8 +100,9 @@ def pack(
         DataError: There is not one full block, or something that :func:`encode` refuses.
         InvalidInputError: The block size is too small.
     """
-    check_block_size(block_size, tokenizer)
-    return torch.stack([block.ids for block in _blocks(documents, tokenizer, block_size)])
+    check_block_size(block_size, tokenizer, option)
+    blocks = _blocks(documents, tokenizer, block_size, option=option)
+    return torch.stack([block.ids for block in blocks])
 
 
 def pack_with_labels(
@@ -145,13 +150,15 @@ def pack_with_labels(
     return Tokens(*(torch.stack(part) for part in zip(*kept, strict=True)))
 
 
-def check_block_size(block_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_block_size(
+    block_size: int, tokenizer: PreTrainedTokenizerBase, option: str = "block_size"
+) -> None:
     """Raise :class:`softtrace.InvalidInputError` where a block has nothing to be predicted."""
-    check_least("block_size", block_size, 2)
+    check_least(option, block_size, 2)
     added = len(beginning(tokenizer))
     if block_size <= added:
         raise InvalidInputError(
-            f"block_size: found {block_size}, allowed are integers from {added + 1}: the tokenizer "
+            f"{option}: found {block_size}, allowed are integers from {added + 1}: the tokenizer "
             f"puts {added} tokens in front of every text"
         )
 
@@ -161,6 +168,7 @@ def _blocks(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     answers_only: bool | None = False,
+    option: str = "block_size",
 ) -> Iterator[Tokens]:
     """The full blocks one by one, ``[block_size]`` each; at least one, or a DataError."""
     first = beginning(tokenizer)
@@ -182,7 +190,7 @@ def _blocks(
     if not count:
         raise DataError(
             f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text, "
-            f"or a block_size of at most {tokens + len(first)}."
+            f"or a {option} of at most {tokens + len(first)}."
         )
 
 

@@ -64,13 +64,14 @@ def calibrated_confidence(
 
     Raises:
         UnsupportedModelError: Its early exits are no exits.
-        InvalidInputError: A number outside its range, or no confidence reaches the agreement on at
-            least :data:`LEAST` tokens of this text.
+        InvalidInputError: A number outside its range, ids of another shape, or no confidence
+            reaches the agreement on at least :data:`LEAST` tokens of this text.
     """
     proven_exit = check_early_exit(model) if proven_exit is None else proven_exit
     proven_exit.check_model(model)
     check_exit_layer(exit_layer, proven_exit.layers)
     sure, right, device = [], [], device_of_module(model)
+    proven_exit.instrument.batch(input_ids.to(device))
     with dropout_off(model):
         for row in input_ids:
             ids = row[None].to(device)

@@ -156,10 +156,13 @@ def check_cache(proven_exit: ProvenExit, depths: Iterable[int] = ()) -> ProvenEx
 
     Raises:
         UnsupportedModelError: The model cannot, or its logits are others then.
-        InvalidInputError: Modules of the model were replaced since its exits were proven.
+        InvalidInputError: An exit layer that is none, or modules of the model were replaced since
+            its exits were proven.
     """
     model, instrument, depths = proven_exit.model, proven_exit.instrument, frozenset(depths)
     proven_exit.check_model(model)
+    for depth in depths:
+        check_exit_layer(depth, proven_exit.layers)
     ids, layers = some_ids(instrument, model), decoder_layers(instrument)
     name = type(model).__name__
     with dropout_off(model), running(f"{name} does not run with transformers' DynamicCache"):

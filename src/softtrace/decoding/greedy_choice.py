@@ -125,8 +125,8 @@ def greedy_choice(
             before a token is drawn by them; None for greedy decoding.
 
     Raises:
-        InvalidInputError: the generation config asks for something that depends on more than the
-            text so far, or transformers refuses it.
+        InvalidInputError: the generation config, or ``sampling``, asks for something that depends
+            on more than the text so far, or transformers refuses it.
     """
     generate: Any = getattr(model, "generate", None)
     if generate is None or getattr(model, "generation_config", None) is None:
@@ -147,8 +147,9 @@ def greedy_choice(
             prompt, attention_mask=torch.ones_like(prompt), custom_generate=_prepared, **options
         )
     except (TypeError, ValueError) as error:
+        where = "sampling or model.generation_config" if sampling else "model.generation_config"
         raise InvalidInputError(
-            f"model.generation_config: transformers does not decode with it: {error}"
+            f"{where}: transformers does not decode with it: {error}"
         ) from error
     for processor in processors:
         if type(processor) not in _OF_THE_TEXT | OF_LOGITS:

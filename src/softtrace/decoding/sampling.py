@@ -24,7 +24,8 @@ class Sampling:
     Attributes:
         temperature, top_k, top_p, min_p: What generate calls so; None takes the generation
             config's.
-        seed: Of the draws; the same texts come again where prompts, model and machine are the same.
+        seed: Of a decoder's draws, which continue from one call to the next. A new decoder writes
+            the same texts again where prompts, their order, model and machine are the same.
     """
 
     temperature: float | None = None

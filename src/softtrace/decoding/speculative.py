@@ -12,7 +12,7 @@ model directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from softtrace.checks import check_least, check_range
 from softtrace.decoding.confidence import surest
@@ -96,7 +97,7 @@ def generate(
         options: Options of ``model.generate``. What ends a text (``stopping_criteria``,
             ``stop_strings``) is asked again of every token: transformers' assisted loop asks once a
             draft, and writes past the end. Options that it does not say are the generation
-            config's.
+            config's, but for the cache: it takes one that can be cut.
 
     Returns:
         ``[1, T + N]``, prompt and new tokens.
@@ -106,45 +107,85 @@ def generate(
             text; see :mod:`softtrace.decoding.exit_checks`.
         InvalidInputError: An exit layer that is none, several sequences, a ``proven_exit`` of
             another model, ``stop_strings`` without a ``tokenizer``, or an option that a draft
-            cannot honour (``num_beams``, ``guidance_scale``, ...).
+            cannot honour (``num_beams``, ``guidance_scale``, ``return_dict_in_generate``, ...).
     """
+    if options.get("return_dict_in_generate"):
+        raise InvalidInputError(
+            "return_dict_in_generate: found True, allowed is False: tokens are returned and "
+            "nothing else. Leave it out, or decode with model.generate"
+        )
     _, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_options(model, options)
     start, new_tokens = input_ids.shape[1], option_of(model, options, "max_new_tokens")
     if new_tokens is None:
         new_tokens = (option_of(model, options, "max_length") or start + _USUAL) - start
     refuse_moving_rotations(model, start, new_tokens)
-    options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **options}
+    mask = torch.ones_like(input_ids)
+    options = {"do_sample": False, "use_cache": True, "attention_mask": mask, **options}
     criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or ())
     strings, tokenizer = option_of(model, options, "stop_strings"), options.pop("tokenizer", None)
     if strings:
         if tokenizer is None:
             raise InvalidInputError("stop_strings: found no tokenizer beside them; pass tokenizer")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    # transformers leaves the model cut off where its draft is interrupted.
-    with first_layers(model, counter(model).num_hidden_layers), _no_stop_strings(model):
-        found: Tensor = model.generate(
-            input_ids, assistant_early_exit=depth, stopping_criteria=criteria,
-            **{**options, "stop_strings": None},
-        )  # fmt: skip
     # Time that is up now was not up then.
     asked = [each for each in criteria if not isinstance(each, MaxTimeCriteria)]
+
+    def ends(text: Tensor) -> bool:
+        return any(bool(each(text, None)) for each in asked)
+
+    if asked and options.get("streamer") is not None:
+        options["streamer"] = _UpToTheEnd(options["streamer"], ends)
+    # transformers leaves the model cut off where its draft is interrupted.
+    with first_layers(model, counter(model).num_hidden_layers), _without_own(model):
+        found: Tensor = model.generate(
+            input_ids, assistant_early_exit=depth, stopping_criteria=criteria,
+            **{**options, "stop_strings": None, "return_dict_in_generate": False},
+        )  # fmt: skip
     for end in range(input_ids.shape[1] + 1, found.shape[1]):
-        if any(bool(each(found[:, :end], None)) for each in asked):
+        if ends(found[:, :end]):
             return found[:, :end]
     return found
 
 
+class _UpToTheEnd(BaseStreamer):
+    """Hands on a text up to where it ends, which transformers' assisted loop writes past."""
+
+    def __init__(self, streamer: Any, ends: Callable[[Tensor], bool]) -> None:
+        self.streamer, self.ends, self.ended = streamer, ends, False
+        self.text: Tensor | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt ``[1, T]`` first, then the tokens of each draft."""
+        if self.text is None:
+            self.text = value
+            self.streamer.put(value)
+            return
+        for token in value.reshape(-1, 1):
+            if self.ended:
+                return
+            self.text = torch.cat((self.text, token[None]), dim=1)
+            self.streamer.put(token)
+            self.ended = self.ends(self.text)
+
+    def end(self) -> None:
+        """Nothing follows."""
+        self.streamer.end()
+
+
 @contextmanager
-def _no_stop_strings(model: Any) -> Iterator[None]:
-    """Hide a model's own stop strings, for which its draft would look for a tokenizer."""
+def _without_own(model: Any) -> Iterator[None]:
+    """Hide of a model's config what its draft cannot take.
+
+    For stop strings it would look for a tokenizer, and it is handed its cache.
+    """
     own = model.generation_config
-    kept = own.stop_strings
+    kept = own.stop_strings, own.cache_implementation
     try:
-        own.stop_strings = None
+        own.stop_strings = own.cache_implementation = None
         yield
     finally:
-        own.stop_strings = kept
+        own.stop_strings, own.cache_implementation = kept
 
 
 def proven_exit_of(
@@ -173,7 +214,7 @@ def check_one_text(input_ids: Tensor) -> None:
         )
 
 
-Ends = int | Sequence[int] | None
+Ends = int | Sequence[int] | Tensor | None
 
 
 def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
@@ -182,6 +223,8 @@ def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
         return set()
+    if isinstance(eos_token_id, Tensor):  # as generate takes it
+        eos_token_id = eos_token_id.reshape(-1).tolist()
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
 
 

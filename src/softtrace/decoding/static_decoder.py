@@ -130,6 +130,7 @@ class StaticDecoder:
             capacity,
         )
         self.ends, self.sampling = ends_of(model, eos_token_id), sampling
+        self._weights = _kind_of_weights(model)
         self._processors, self._config = self._processors_of(device), _generation_config(model)
         self.draft, self.confidence = draft, confidence
         if exit_map is None and (maps := exit_maps_of(model)) is not None:
@@ -191,7 +192,7 @@ class StaticDecoder:
         with self._parts.prepared():
             self._make_ready(drafting)
             self._texts.begin(rows, max_new_tokens)
-            self._steps.found.zero_()
+            self._steps.begin()
             if longest > 1:
                 self._parts.start.zero_()
                 self._parts.choose("whole")
@@ -294,6 +295,11 @@ class StaticDecoder:
         for row in rows:  # an id that is none would end a process's use of CUDA
             self.proven_exit.instrument.batch(row[None])
         _check_no_autocast(self._parts.device)
+        if (weights := _kind_of_weights(self.model)) != self._weights:
+            raise InvalidInputError(
+                f"model: found weights in {weights}, allowed are those in {self._weights} as they "
+                "were when the decoder was made, as what it holds of a text is; make a new decoder"
+            )
         longest = max(map(len, rows)) + max_new_tokens
         if longest > self.capacity:
             raise InvalidInputError(
@@ -347,6 +353,11 @@ class StaticDecoder:
                 f"{name} says something else over a cache of fixed size (mismatch {error:.2g}, "
                 f"allowed {allowed:.2g}); decode it with softtrace.decoding.speculate"
             )
+
+
+def _kind_of_weights(model: nn.Module) -> str:
+    weight = next(model.parameters())
+    return f"{weight.dtype} on {weight.device}"
 
 
 def _generation_config(model: Any) -> dict[str, Any] | None:

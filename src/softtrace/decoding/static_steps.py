@@ -144,6 +144,11 @@ class Steps:
         self.sure = surest(logits)
         self.found = torch.zeros_like(texts.ended)
 
+    def begin(self) -> None:
+        """Forget a draft that was interrupted; not part of a step."""
+        self.place.zero_()
+        self.found.zero_()
+
     def refresh(self, count: int) -> None:
         """Prepare what the next steps draw so many tokens by; not part of a step."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softtrace.checks import check_least, check_range
+from softtrace.checks import check_range
 from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import ProvenExit, decoder_layers, refuse_moving_rotations
 from softtrace.decoding.greedy_choice import greedy_choice
@@ -25,6 +25,7 @@ from softtrace.decoding.speculative import (
     proven_exit_of,
 )
 from softtrace.decoding.split_model import TwoParts
+from softtrace.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,11 @@ def agreement_of(model: nn.Module, input_ids: Tensor, tokens: Tensor) -> float:
         InvalidInputError: No tokens, several prompts or an empty one, or what the generation config
             asks for cannot be applied.
     """
-    check_least("tokens", len(tokens), 1)
+    if tokens.dim() != 1 or not len(tokens):
+        raise InvalidInputError(
+            f"tokens: found {tuple(tokens.shape)}, allowed is [N] with N from 1: the new tokens "
+            "without the prompt"
+        )
     check_one_text(input_ids)
     whole = torch.cat((input_ids, tokens[None, :-1]), dim=1)
     logits = model(input_ids=whole, use_cache=False).logits[0, input_ids.shape[1] - 1 :]

@@ -39,9 +39,16 @@ def is_of(density: Path, model: str) -> bool:
 
 
 def write_past_ends(network: Any) -> None:
-    """Let every text be as long as asked for: nothing in the generation config ends it before."""
+    """Let every text be as long as asked for: nothing in the generation config ends it before.
+
+    And let loops that draft run: over a cache that can be cut, and for tokens alone.
+    """
+    own = network.generation_config
     for name in ("eos_token_id", "stop_strings", "max_time", "exponential_decay_length_penalty"):
-        setattr(network.generation_config, name, None)
+        setattr(own, name, None)
+    own.return_dict_in_generate, own.use_cache = False, True
+    if "static" in (own.cache_implementation or ""):
+        own.cache_implementation = None
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def _race(race: dict[str, Any]) -> list[str]:
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
             f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
         )
-    if fixed := race.get("fixed"):
+    if not race["left_out"] and (fixed := race.get("fixed")):
         lines.append(
             f"  by fixed shapes {fixed['exit_layer']} layers draft, and a check writes "
             f"{fixed['draft_tokens']} tokens at most"
