@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softtrace import UnsupportedModelError
-from softtrace.decoding import check_cache, check_early_exit, greedy, speculate
+from softtrace.decoding import check_cache, check_early_exit, exit_early, greedy, speculate
 from softtrace.decoding.exit_checks import decoder_layers
 from softtrace.decoding.split_model import TwoParts
 from softtrace.tracing.attach import attach
@@ -43,7 +44,7 @@ def test_the_parts_say_what_the_whole_says(family: str, depth: int) -> None:
     wanted = logits_of(model, ids)
     parts = split(model, depth)
     with torch.no_grad():
-        torch.testing.assert_close(parts.whole(ids[:, :4]), wanted[:4], **CLOSE)
+        torch.testing.assert_close(parts.whole(ids[:, :4]), wanted[3], **CLOSE)
         for begin, end in ((4, 7), (7, 8), (8, 12)):
             for place in range(begin, end):
                 parts.first(ids[:, place : place + 1])
@@ -69,6 +70,29 @@ def test_what_is_forgotten_was_never_read(runs: list[tuple[int, int]], depth: in
             parts.forget(min(forgotten, count))
             text = whole[:, : whole.shape[1] - min(forgotten, count)]
         assert {layer.get_seq_length() for layer in parts.cache.layers} == {text.shape[1]}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_of_a_prompt_the_head_reads_one_token(wrapped: bool) -> None:
+    model: Any = tiny_model("llama", seed=1).eval()
+    widths: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()
+    proof = check_cache(check_early_exit(model), (2,))
+    ids, wanted = tiny_prompt(9), logits_of(model, tiny_prompt(9))[-1].argmax()
+    for decoded in (
+        lambda: greedy(model, ids, 1).tokens,
+        lambda: speculate(model, ids, exit_layer=2, max_new_tokens=1, proven_exit=proof).tokens,
+        lambda: (
+            exit_early(
+                model, ids, confidence=1, exit_layer=2, max_new_tokens=1, proven_exit=proof
+            ).tokens
+        ),
+    ):
+        widths.clear()
+        assert decoded().tolist() == [wanted]
+        assert widths == [1]
 
 
 def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> None:

@@ -34,7 +34,7 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
 )
 from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
-from softtrace.decoding.split_model import TwoParts, counter, first_layers
+from softtrace.decoding.split_model import TwoParts, counter, first_layers, one_logit
 from softtrace.errors import InvalidInputError
 from softtrace.tracing.attach import attach
 
@@ -243,12 +243,12 @@ def greedy(
     """
     check_decoding(model, max_new_tokens)
     check_one_text(input_ids)
-    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
+    cache, ends, alone = DynamicCache(), ends_of(model, eos_token_id), one_logit(model)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-        logits = model(input_ids=read, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=read, past_key_values=cache, use_cache=True, **alone).logits
         tokens.append(int(choice.scores(logits[0, -1:], tokens).argmax()))
         read = input_ids.new_tensor([tokens[-1:]])
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
@@ -315,7 +315,7 @@ def speculate(
     found.check_resumable(depth)
     drafted = accepted = checks = reached = 0
     parts = TwoParts(model, decoder_layers(found.instrument), depth)
-    tokens = [int(choice.scores(parts.whole(input_ids)[-1:], ()).argmax())]
+    tokens = [int(choice.scores(parts.whole(input_ids)[None], ()).argmax())]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         room = min(draft_tokens, max_new_tokens - len(tokens))
         draft = _draft(parts, choice, tokens, room, confidence, ends)

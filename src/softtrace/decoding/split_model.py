@@ -7,6 +7,7 @@ on from there, so for that run the first layers are made to give what they gave 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,16 @@ def without_head(model: nn.Module) -> Any:
     """What of a model gives its residual stream; of PEFT's wrapper the base would have the head."""
     inside: Any = unwrapped(model)
     return getattr(inside, str(inside.base_model_prefix))
+
+
+def one_logit(model: nn.Module) -> dict[str, int]:
+    """Options with which a model computes logits of the last token alone; none where it cannot.
+
+    Of a long prompt those of all tokens take more memory than the rest, and of a small model with a
+    large vocabulary most of the time.
+    """
+    takes = inspect.signature(type(unwrapped(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 def counter(model: nn.Module) -> Any:
@@ -108,8 +119,8 @@ class TwoParts:
         self._gave: list[Any] = []  # and what its last layer gave for them
 
     def whole(self, input_ids: Tensor) -> Tensor:
-        """Read a text ``[1, T]`` with all layers, before anything else; logits ``[T, V]``."""
-        logits = self._run(input_ids, self.cache)
+        """Read a text ``[1, T]`` with all layers, before anything else; its last logits ``[V]``."""
+        logits = self._run(input_ids, self.cache, **one_logit(self.model))[-1]
         layers = self.cache.layers
         self._lower.layers = layers[: self.depth]
         # Positions and masks come from the length of a cache's first layers, which have read more
@@ -157,8 +168,8 @@ class TwoParts:
         """Take the newest tokens out of the cache of all layers."""
         forget(self.cache.layers, tokens)
 
-    def _run(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    def _run(self, input_ids: Tensor, cache: DynamicCache, **options: int) -> Tensor:
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
         logits: Tensor = output.logits[0]
         return logits
 

@@ -6,7 +6,6 @@ once for all, not anew for every run: a compiler that follows the code finds the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.decoding.few_rows import fast_few_rows
-from softtrace.decoding.split_model import counter, first_layers, without_head
+from softtrace.decoding.split_model import counter, first_layers, one_logit, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
 
 
@@ -106,8 +105,7 @@ class StaticModel:
             _Gate(layer, self._passing, exit_map, place == depth - 1)
             for place, layer in enumerate(layers[:depth])
         ]
-        takes = inspect.signature(type(model).forward).parameters
-        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._last_alone = one_logit(model)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:

@@ -79,7 +79,7 @@ def exit_early(
     ends = ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     parts = TwoParts(model, decoder_layers(proven.instrument), depth)
-    tokens = [int(choice.scores(parts.whole(input_ids)[-1:], ()).argmax())]
+    tokens = [int(choice.scores(parts.whole(input_ids)[None], ()).argmax())]
     early = [False]
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         logits = parts.first(input_ids.new_tensor([tokens[-1:]]))
