@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MaxTimeCriteria, StoppingCriteria
+from transformers import BatchEncoding, MaxTimeCriteria, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from softtrace import UnsupportedModelError
@@ -155,6 +155,14 @@ def test_bad_input_is_named() -> None:
                 generate(model, many, 1, proven_exit=proven_exit, max_new_tokens=1)
         with pytest.raises(InvalidInputError, match=r"input_ids: found .* allowed is \[1, T\]"):
             greedy(model, many, 1)
+    prompt: Any = BatchEncoding({"input_ids": ids})  # as a tokenizer or a chat template gives it
+    for write in (
+        lambda: greedy(model, prompt, 1),
+        lambda: speculate(model, prompt, exit_layer=1),
+        lambda: generate(model, prompt, 1),
+    ):
+        with pytest.raises(InvalidInputError, match=r'found BatchEncoding.* under "input_ids"'):
+            write()
     model.train()
     for write in (lambda: speculate(model, ids, exit_layer=1), lambda: greedy(model, ids, 3)):
         with pytest.raises(InvalidInputError, match="found one in train mode"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
@@ -399,6 +400,8 @@ def test_what_cannot_be_is_named() -> None:
         ([row, row], 2, "prompts: found .* allowed are 1 to 1"),
         ([], 2, "prompts: found"),
         ([row[:0]], 2, "prompts: found"),
+        ([[5, 9]], 2, "found list, expected a tensor"),
+        (BatchEncoding({"input_ids": row[None]}), 2, "found BatchEncoding.* under .input_ids"),
         ([row + 1000], 2, "found ids from .* allowed are 0 to 66"),
         ([row.float()], 2, "expected int64"),
         ([row], 12, "comes to 17 tokens with 12 new ones, allowed are 16"),

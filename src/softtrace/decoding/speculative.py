@@ -36,6 +36,7 @@ from softtrace.decoding.exit_checks import (
 from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
 from softtrace.decoding.split_model import TwoParts, counter, first_layers, one_logit
 from softtrace.errors import InvalidInputError
+from softtrace.graph.batch import check_is_tensor
 from softtrace.tracing.attach import attach
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -206,6 +207,7 @@ def proven_exit_of(
 
 def check_one_text(input_ids: Tensor) -> None:
     """Raise :class:`InvalidInputError` for anything but one text of at least one token."""
+    check_is_tensor(input_ids)
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
         found = tuple(input_ids.shape)
         raise InvalidInputError(

@@ -8,7 +8,7 @@ same code is what drafting has to beat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from softtrace.decoding.static_model import StaticModel
 from softtrace.decoding.static_processors import StaticProcessor, static_processors
 from softtrace.decoding.static_steps import Runner, Steps, Texts
 from softtrace.errors import InvalidInputError, UnsupportedModelError
+from softtrace.graph.batch import check_is_tensor
 from softtrace.model.exit_maps import exit_maps_of
 
 DRAFTS = ("exit", "lookup", "both")
@@ -283,6 +284,8 @@ class StaticDecoder:
         self, prompts: Sequence[Tensor], max_new_tokens: int, drafting: bool
     ) -> list[Tensor]:
         """Prompts as ``[T]`` each."""
+        for prompt in [prompts] if isinstance(prompts, Mapping) else prompts:
+            check_is_tensor(prompt)
         rows = [
             prompt[0] if prompt.dim() == 2 and len(prompt) == 1 else prompt for prompt in prompts
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,12 +153,14 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return attention_mask.to(torch.bool)
 
 
-def check_is_tensor(input_ids: Tensor) -> None:
+def check_is_tensor(input_ids: Any) -> None:
     """Raise :class:`InvalidInputError` if ids are no tensor, before anything is asked of them."""
     if not isinstance(input_ids, Tensor):
+        inside = isinstance(input_ids, Mapping) and "input_ids" in input_ids  # of a tokenizer
+        instead = 'what it holds under "input_ids"' if inside else "torch.tensor(input_ids)"
         raise InvalidInputError(
             f"input_ids: found {type(input_ids).__name__}, expected a tensor of shape [B, T]; pass "
-            "torch.tensor(input_ids)"
+            f"{instead}"
         )
 
 
