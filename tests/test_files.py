@@ -205,6 +205,13 @@ def test_what_cannot_be_written_to_is_not_claimed(tmp_path: Path) -> None:
         pytest.fail("it is no folder")
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    long = tmp_path / "new" / ("x" * 300)  # more than any file system takes
+    with pytest.raises(OutputNotWritableError, match="cannot be made"), claimed(long):
+        pytest.fail("there is no such folder")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken_for_the_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def claimed(folder: Path | str) -> Iterator[None]:
         return
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
+        _make(folder)
         descriptor = _lock(folder / LOCK)
         try:
             yield
@@ -99,9 +100,25 @@ def claimed(folder: Path | str) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)  # as long as it is locked
             os.close(descriptor)
     finally:
-        with suppress(OSError):  # a folder that holds something stays
-            for each in made:
+        for each in made:
+            with suppress(OSError):  # a folder that holds something stays
                 each.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Make the folder; some that nothing forbids to write to take none, such as those of /proc.
+
+    Raises:
+        OutputNotWritableError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # said by whoever catches that of all that is written
+        raise OutputNotWritableError(
+            f"{folder}: cannot be made ({error.strerror}); choose another folder"
+        ) from error
 
 
 def claims_out(command: Callable[P, R]) -> Callable[P, R]:

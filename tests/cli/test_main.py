@@ -78,6 +78,17 @@ def test_a_full_disk_is_one_line_and_other_failures_stay(
         main(arguments)
 
 
+def test_a_text_where_a_path_belongs_is_one_line_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "some text " * 30
+    assert main(["compare", text, text, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"softtrace compare: {text}")
+    assert "cannot be a path (File name too long)" in error
+    assert error.count("\n") == 1
+
+
 def test_bad_input_is_one_line_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

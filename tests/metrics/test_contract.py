@@ -279,6 +279,16 @@ def test_the_last_of_several_curves_stands_out(kind: Any) -> None:
         metric.plot([])
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_agreement_of_one_layer_or_of_no_token_can_be_plotted() -> None:
+    seen = BATCHES[0]
+    one = EarlyExitAgreement()
+    one.update(**{**taken(EarlyExitAgreement, seen), "exits": seen["exits"][-1:]})
+    for metric in (one, EarlyExitAgreement()):
+        _, axes = metric.plot()  # torchmetrics squeezes a single number
+        assert [len(line.get_ydata()) for line in axes.lines] == [1, 1, 1]
+
+
 def test_a_collection_hands_lists_over() -> None:
     metrics = MetricCollection([NucleusRecovery(), TraceComposition()])
     found = [metrics(curve=b["curve"], positions=b["positions"]) for b in BATCHES]

@@ -18,6 +18,9 @@ from softtrace.libraries import missing
 #: a disk, or what a user may have of it, is full
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
+#: no file can have this path, as of a text that was given where its file belongs
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
@@ -75,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"softtrace {words[0]}: {said}", file=sys.stderr)
         return 1
     except OSError as error:  # raised by whatever writes: plots, results, the terminal's output
+        if error.errno in _NO_PATH:
+            print(
+                f"softtrace {words[0]}: {error.filename}: cannot be a path ({error.strerror}); "
+                "expected that of a file or a folder",
+                file=sys.stderr,
+            )
+            return 1
         if error.errno not in _NO_ROOM:
             raise
         print(

@@ -254,7 +254,8 @@ def _split_tail(document: Document, share: float) -> tuple[list[Document], list[
     if document.rendered:
         raise DataError(
             f"{name} is the only row, and a conversation or a prompt with its completion is not "
-            "cut, so no part of it can be held out. Give more rows, or held_out_share=0."
+            "cut, so no part of it can be held out. Give more rows, or held_out_share=0 (not to "
+            "softtrace study, which needs both sides)."
         )
     wanted = round(len(text) * (1 - share))
     # A paragraph's end may move the cut by half of the tail at most; a line's end by any distance.
@@ -276,5 +277,5 @@ def _split_tail(document: Document, share: float) -> tuple[list[Document], list[
     raise DataError(
         f"{name} is a single document of a single line, so no part of it can be held out. "
         "Give more documents (a folder or a JSONL file), text with line breaks, or "
-        "held_out_share=0."
+        "held_out_share=0 (not to softtrace study, which needs both sides)."
     )

@@ -266,6 +266,10 @@ class EarlyExitAgreement(PerToken):
         Returns:
             The figure and its axes.
         """
-        results = results_of(self.compute() if val is None else val)
+        # torchmetrics makes a scalar of a single number: of one layer, or where no token was seen.
+        results = [
+            {group: shares.reshape(-1) for group, shares in found.items()}
+            for found in results_of(self.compute() if val is None else val)
+        ]
         layers = range(1, len(results[0]["all"]) + 1)
         return draw_lines(layers, results, "exit after layer", "share that agrees", ax)

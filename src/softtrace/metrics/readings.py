@@ -33,7 +33,9 @@ def readings(
     composition: bool = True,
     nucleus: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments for ``update`` of every metric, and of a ``MetricCollection`` of them.
+    """Keyword arguments for ``update`` of a ``MetricCollection``, which hands each metric its own.
+
+    A metric by itself takes those that it names: ``density.update(found["curve"])``.
 
     Where memory runs out less is done at a time, as in :func:`softtrace.density_curve`.
 
