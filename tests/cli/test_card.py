@@ -18,6 +18,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(words) == 1
     assert "no such directory" in capsys.readouterr().err
     model.mkdir()
+    assert main(words) == 1  # such as the folder that models lie in, which has a README of its own
+    assert "found no config.json" in capsys.readouterr().err
+    assert not (model / "README.md").exists()
+    (model / "config.json").touch()
     assert main(words) == 0
     assert "| 0.300 | 0.150 |" in (model / "README.md").read_text()
     bounds = {"area_easy": [0.125, 0.175], "loss_all": [None, None]}

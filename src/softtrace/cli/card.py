@@ -10,6 +10,9 @@ from softtrace.evaluation.density_file import check_comparable, load_density
 from softtrace.files import claimed
 from softtrace.report.model_card import write_density
 
+#: of which a model's directory holds one, and a folder of runs or of a project none
+_CONFIGS = ("config.json", "adapter_config.json")
+
 
 def card(model: str, density: str, base: str | None = None, push_to_hub: str | None = None) -> None:
     """Put the numbers of density.json into the README.md of a model; the rest of it stays.
@@ -26,7 +29,7 @@ def card(model: str, density: str, base: str | None = None, push_to_hub: str | N
             the Hugging Face hub (OWNER/NAME, or NAME for one of yours). A new one is private.
 
     Raises:
-        ModelDirectoryError: no such directory.
+        ModelDirectoryError: no such directory, or one without a config.
         DataError: a file cannot be read.
         InvalidInputError: the two were measured on other tokens, or the hub refuses the upload.
         OutputExistsError: a fit is writing to the model.
@@ -34,6 +37,11 @@ def card(model: str, density: str, base: str | None = None, push_to_hub: str | N
     folder = Path(model)
     if not folder.is_dir():
         raise ModelDirectoryError(f"{model}: no such directory; expected a model directory")
+    if not any((folder / name).is_file() for name in _CONFIGS):
+        raise ModelDirectoryError(
+            f"{model}: found no config.json in it; expected a model directory, whose README.md is "
+            "its card"
+        )
     own, other = load_density(density), None if base is None else load_density(base)
     if other is not None:
         check_comparable([str(density), str(base)], [own, other])
