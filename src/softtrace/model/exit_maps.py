@@ -95,9 +95,13 @@ def set_exit_maps(model: nn.Module, maps: ExitMaps | None) -> None:
 
 
 def save_exit_maps(model: nn.Module, folder: Path | str) -> bool:
-    """Write a model's maps beside its weights; False where it has none."""
+    """Write a model's maps beside its weights; False where it has none.
+
+    Then those that lay there are removed: they are of other weights, and would be read with these.
+    """
     maps = exit_maps_of(model)
     if maps is None:
+        (Path(folder) / EXIT_MAPS_FILE).unlink(missing_ok=True)
         return False
     write_exit_maps({name: each.detach().cpu() for name, each in maps.weights.items()}, folder)
     return True
