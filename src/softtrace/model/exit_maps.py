@@ -136,7 +136,7 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
     Raises:
         ModelDirectoryError: The file is damaged, or of a model of another width.
     """
-    tensors = {name: each for name, each in read_exit_maps(folder).items() if _NAME.match(name)}
+    tensors = _of_exits(read_exit_maps(folder))
     if not tensors:
         return False
     width, wanted = next(iter(tensors.values())).shape[0], _width(model)
@@ -145,11 +145,21 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
             f"{folder}: found exit maps of width {width} beside a model of width {wanted}; remove "
             f"{EXIT_MAPS_FILE}, or put it beside the model that it was learned with"
         )
+    use_exit_maps(model, tensors)
+    return True
+
+
+def use_exit_maps(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let a model's exits be read through maps by name; dotted names are passed by."""
     device = device_of_module(model)
     maps = ExitMaps((), 0)
-    maps.weights = nn.ParameterDict({name: each.to(device) for name, each in tensors.items()})
+    own = {name: each.to(device, copy=True) for name, each in _of_exits(tensors).items()}
+    maps.weights = nn.ParameterDict(own)
     set_exit_maps(model, maps)
-    return True
+
+
+def _of_exits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each for name, each in tensors.items() if _NAME.match(name)}
 
 
 def _width(model: nn.Module) -> int | None:
