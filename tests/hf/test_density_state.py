@@ -78,6 +78,29 @@ def test_a_training_without_evaluation_is_told(tmp_path: Path) -> None:
     options = {**OPTIONS, "budget": 0.05, "reference": {0: 5.0}}
     with pytest.raises(TrainerSetupError, match=r"this training has no evaluation \(eval_strategy"):
         trained(tmp_path, options, eval_strategy="no")
+    with pytest.raises(TrainerSetupError, match="first evaluation after 9 steps, and ends after 8"):
+        trained(tmp_path, options, eval_steps=9)
+    trained(tmp_path, options, eval_steps=8)
+
+
+def test_a_monitor_of_none_of_several_sets_is_told(tmp_path: Path) -> None:
+    sets = {"prose": rows()[:4], "code": rows()[4:8]}
+    for monitor, found in ((None, "eval_loss"), ("eval_pros_loss", "eval_pros_loss")):
+        options = {**OPTIONS, "budget": 0.05, "reference": {0: 5.0}, "monitor": monitor}
+        message = f"found monitor {found}, but .* are eval_prose_loss, eval_code_loss; name"
+        with pytest.raises(TrainerSetupError, match=message):
+            trained(tmp_path, options, eval_dataset=sets)
+
+
+@pytest.mark.parametrize("density", [{"strength": 0}, {"strength": 0.6, "crop": 6, "seed": 3}])
+def test_a_run_with_a_budget_goes_on_without_one(tmp_path: Path, density: dict[str, Any]) -> None:
+    options = {**OPTIONS, "budget": 0.05, "reference": {0: 5.0}}
+    trained(tmp_path, options, max_steps=2)
+    changes = {"eval_on_start": True, "restore_callback_states_from_checkpoint": True}
+    settings: dict[str, Any] = {**density, "seed": 3}
+    again = trained(tmp_path, settings, str(tmp_path / "checkpoint-2"), max_steps=4, **changes)
+    kept = again.state.stateful_callbacks["DensityState"]["attributes"]
+    assert kept["budget"] is None
 
 
 def state_with(monitor: str) -> tuple[DensityState, LossBudget]:
@@ -102,6 +125,7 @@ def test_which_of_several_losses_is_followed() -> None:
     state, _ = state_with("eval_loss")
     with pytest.raises(TrainerSetupError, match="logged no eval_loss, but eval_code_loss; name"):
         tell(state, eval_code_loss=2.0)
+    tell(state, test_loss=9.0)  # of an evaluation of the user's
     state, _ = state_with("eval_los")
     with pytest.raises(TrainerSetupError, match="logged no eval_los, but eval_loss; name"):
         tell(state, eval_loss=2.0)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softtrace import DensityLoss, InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
-from softtrace.model.exit_maps import EXIT_MAPS_FILE
+from softtrace.model.exit_maps import EXIT_MAPS_FILE, ExitMaps, set_exit_maps
 from tests.support.fitting import weights
 from tests.support.hf_training import (
     OPTIONS,
@@ -313,6 +313,33 @@ def test_logits_that_are_not_finite_follow_the_option(
             trainer.train()
             assert trainer.state.log_history[1]["loss/density"] == 0
         assert len(ended) == (mode == "skip")  # a training that failed says why itself
+
+
+def test_maps_of_other_weights_do_not_stay_beside_new_ones(tmp_path: Path) -> None:
+    for preset, has_maps in (("balanced", True), ("sparse", False)):
+        model = tiny_model("llama").train()
+        options = {**OPTIONS, "preset": preset}
+        trainer = DensityTrainer(
+            model=model, args=arguments(tmp_path, max_steps=2), train_dataset=rows(),
+            density=options,
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        assert (tmp_path / "saved" / EXIT_MAPS_FILE).exists() == has_maps
+    set_exit_maps(model, ExitMaps([2], 32))  # what a model has is saved with it, as by fit
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / EXIT_MAPS_FILE).exists()
+
+
+def test_prompt_tuning_is_saved_at_strength_0(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny_model("llama").train(), config)
+    settings = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    DensityTrainer(
+        model=model, args=settings, train_dataset=rows(), density={"strength": 0}
+    ).train()
+    assert (tmp_path / "checkpoint-1" / "adapter_config.json").exists()
 
 
 @pytest.mark.thorough

@@ -153,6 +153,16 @@ def test_the_strength_follows_the_held_out_loss() -> None:
         (Validated, {"limit_val_batches": 0}, "this fit has no validation"),
         (Validated, {"val_data": []}, "this fit has no validation"),
         (Validated, {"max_steps": 3}, "first validation after 4 batches, and ends after 3 steps"),
+        (
+            Validated,
+            {"check_val_every_n_epoch": 3, "max_epochs": 2},
+            "first validation in epoch 3, and ends after 2",
+        ),
+        (
+            Validated,
+            {"check_val_every_n_epoch": 3, "max_epochs": -1, "max_steps": 11},
+            "first validation after 12 batches, and ends after 11 steps",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")

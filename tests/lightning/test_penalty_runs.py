@@ -19,6 +19,7 @@ from softtrace.errors import TrainerSetupError
 from softtrace.lightning import DensityPenalty
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.penalty import STATE_KEY
+from softtrace.model.exit_maps import exit_maps_of
 from tests.support.corpus import byte_tokenizer, write_tree
 from tests.support.fitting import Calls, Tuner, batches, fit, trainer, weights
 from tests.support.lightning_runs import ByteTuner, data_module, fit_corpus, fit_in_processes
@@ -28,6 +29,36 @@ from tests.support.tiny import tiny_model
 pytestmark = pytest.mark.thorough
 
 # --- resuming
+
+
+class Validates(Tuner):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss/held_out", self.model(**batch).loss)
+
+
+def test_without_a_fit_exits_are_read_through_the_maps_of_the_checkpoint(tmp_path: Path) -> None:
+    def save(fitting: Any, *_: Any) -> None:
+        fitting.save_checkpoint(tmp_path / f"{fitting.global_step}.ckpt")
+
+    def maps_of(module: Any) -> list[Tensor]:
+        return [each.clone() for each in exit_maps_of(module.model).parameters()]
+
+    def validate(penalty: DensityPenalty, module: Any) -> list[Tensor]:
+        validating = trainer(penalty, limit_val_batches=1)
+        validating.validate(
+            module, batches(1), tmp_path / "3.ckpt", verbose=False, weights_only=True
+        )
+        return maps_of(module)
+
+    penalty, module = DensityPenalty(0.5), Validates()
+    trainer(penalty, Calls(on_train_batch_end=save)).fit(module, batches(), batches(1))
+    last = maps_of(module)
+    early = validate(DensityPenalty(0.5, seed=7), Validates())  # draws nothing, any seed will do
+    assert not torch.equal(early[0], last[0])
+    for again in (penalty, DensityPenalty(0.5)):
+        assert torch.equal(validate(again, module)[0], early[0])
+    assert penalty._exit_maps is not None
+    assert torch.equal(penalty._exit_maps.state()["after_layer_2"], early[0])
 
 
 @pytest.fixture

@@ -151,9 +151,9 @@ def test_it_goes_on_from_its_state() -> None:
         ([2.0], r"found \[2.0\], allowed are losses"),
         ({-1: 2.0}, "a step: found -1, allowed are integers from 0"),
         ({0.5: 2.0}, "a step: found 0.5, allowed are integers"),
-        ({0: 0.0}, r"a loss: found 0.0, allowed \(0, inf\)"),
-        ({0: math.nan}, "a loss: found nan"),
-        ({0: "2"}, "a loss: found '2'"),
+        ({0: 0.0}, r"the loss at step 0: found 0.0, allowed \(0, inf\)"),
+        ({0: math.nan}, "the loss at step 0: found nan"),
+        ({0: "2"}, "the loss at step 0: found '2'"),
     ],
 )
 def test_references_that_are_none_are_refused(reference: Any, message: str) -> None:

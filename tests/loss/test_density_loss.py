@@ -150,6 +150,9 @@ def test_a_preset_beside_ready_options_is_refused() -> None:
     assert DensityLoss(model, preset="sparse").options.exits == 0
     with pytest.raises(InvalidInputError, match="preset: found one beside ready options"):
         DensityLoss(model, DensityOptions(), preset="sparse")
+    for given in ("sparse", {"preset": "sparse"}, 0.2):
+        with pytest.raises(InvalidInputError, match=r"options: found .*, preset='sparse'\)"):
+            DensityLoss(model, given)  # type: ignore[arg-type]
 
 
 def assert_nothing(term: DensityTerm, strength: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -145,6 +146,18 @@ def test_what_a_model_has_learned_is_learned_on() -> None:
     first = LearnedMaps(model, range(2, 3), 32)
     assert LearnedMaps(model, range(2, 3), 32).maps is first.maps
     assert LearnedMaps(model, range(1, 3), 32).maps is not first.maps
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_the_model_of_a_copy_is_read_through_the_maps_of_the_copy(again: Any) -> None:
+    density, ids = DensityLoss(model_of(), **OPTIONS), tiny_prompt(7, batch=2)
+    copied = again(density)
+    assert copied.exit_maps.maps is not density.exit_maps.maps
+    for step in (1, 2):
+        watched_term(copied, ids, step=step)
+    assert exit_maps_of(copied.model) is copied.exit_maps.maps
+    assert exit_maps_of(copied.model).weights[NAME].any()
+    assert not exit_maps_of(density.model).weights[NAME].any()
 
 
 @cuda

@@ -62,7 +62,8 @@ def test_maps_lie_beside_the_weights(tmp_path: Path) -> None:
     set_exit_maps(model, None)
     assert exit_maps_of(model) is None
     assert not softtrace.save_exit_maps(model, tmp_path / "other")
-    (tmp_path / EXIT_MAPS_FILE).unlink()
+    assert exit_maps_of(load_model(tmp_path)) is not None
+    assert not softtrace.save_exit_maps(model, tmp_path)  # the old ones are of other weights
     assert exit_maps_of(load_model(tmp_path)) is None
 
 

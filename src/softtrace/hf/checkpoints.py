@@ -1,4 +1,4 @@
-"""Which checkpoint of transformers' Trainer a run that was killed can resume from."""
+"""Checkpoints of transformers' Trainer: which of them is whole, and maps of exits in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 import logging
 from pathlib import Path
 
-from softtrace.errors import CheckpointError
+from torch import nn
+
+from softtrace.errors import CheckpointError, UnsupportedModelError
+from softtrace.loss.learned_maps import LearnedMaps
+from softtrace.model.exit_maps import save_exit_maps, write_exit_maps
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +41,20 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     raise CheckpointError(
         f"resume_from_checkpoint: found no whole checkpoint in {folder}; leave it out to start anew"
     )
+
+
+def save_maps(model: nn.Module, learned: LearnedMaps | None, folder: str | Path) -> None:
+    """Write maps of exits beside the weights that were written there.
+
+    Args:
+        model: whose weights they are.
+        learned: what learns its maps now, kept with all that it learns on from; None if nothing.
+        folder: of the weights.
+    """
+    if learned is not None:
+        write_exit_maps(learned.state(), folder)
+        return
+    try:
+        save_exit_maps(model, folder)
+    except UnsupportedModelError:  # what is no model of ours (prompt tuning) is trained without
+        logger.debug("%s: no maps of exits", folder)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from softtrace.errors import TrainerSetupError
-from softtrace.hf.checkpoints import newest_checkpoint
-from softtrace.hf.density_state import DensityState
+from softtrace.hf.checkpoints import newest_checkpoint, save_maps
+from softtrace.hf.density_state import DensityState, check_evaluates
 from softtrace.loss.budget import LossBudget
 from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
@@ -29,12 +29,7 @@ from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
 from softtrace.model.engines import ENGINES, Engine, engine
-from softtrace.model.exit_maps import (
-    load_exit_maps,
-    read_exit_maps,
-    save_exit_maps,
-    write_exit_maps,
-)
+from softtrace.model.exit_maps import load_exit_maps, read_exit_maps
 from softtrace.model.wrappers import find_causal_lm
 
 
@@ -246,10 +241,8 @@ class DensityMixin:
         folder = trainer.args.output_dir if output_dir is None else output_dir
         if trainer.args.should_save:
             os.makedirs(folder, exist_ok=True)  # which sharded weights come into later
-            if self._density is not None and self._density.exit_maps is not None:
-                write_exit_maps(self._density.exit_maps.state(), folder)
-            elif self.density_options.exit_map:
-                save_exit_maps(trainer.model, folder)
+            learned = None if self._density is None else self._density.exit_maps
+            save_maps(trainer.model, learned, folder)
 
     def _load_best_model(self) -> None:
         """The Trainer's, with the maps that were learned until then."""
@@ -311,6 +304,8 @@ class DensityMixin:
         kept = trainer.state.stateful_callbacks.setdefault(
             DensityState.__name__, DensityState(options.seed).state()
         )["attributes"]
+        for state in self._states():
+            state.budget = None  # what transformers restores of a checkpoint's
         found = "a density {name} of {value}"
         check_state(kept, options.seed, found=found, resumed="a run")
         if options.strength == 0:
@@ -338,17 +333,13 @@ class DensityMixin:
     def _follow(self, budget: LossBudget, kept: Mapping[str, Any] | None) -> None:
         """Let the strength follow the evaluations from now on."""
         trainer: Any = self
-        if trainer.args.eval_strategy == "no":
-            raise TrainerSetupError(
-                "budget: this training has no evaluation (eval_strategy='no'), so the strength "
-                "has nothing to follow; give it an eval_dataset, eval_strategy='steps' and "
-                "eval_steps, some twenty evaluations in all, or leave the budget out"
-            )
+        monitor = self.density_options.monitor or EVAL_LOSS
+        check_evaluates(trainer, monitor)
         if kept is not None:
             budget.load(kept)
         self._term_log = TermLog(self.density_options, budget=budget)
         for state in self._states():
-            state.budget, state.monitor = budget, self.density_options.monitor or EVAL_LOSS
+            state.budget, state.monitor = budget, monitor
 
 
 def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:

@@ -22,11 +22,16 @@ def check_validates(trainer: Trainer) -> None:
         TrainerSetupError: there is none, and how to have one.
     """
     empty = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
-    first, steps = trainer.val_check_batch, trainer.max_steps
+    first, steps, epochs = trainer.val_check_batch, trainer.max_steps, trainer.max_epochs or -1
+    before = (trainer.check_val_every_n_epoch or 1) - 1  # epochs without any
+    if before and isinstance(first, int):
+        first += int(before * trainer.num_training_batches)
     if not trainer.enable_validation or empty:
         found = "no validation"
     elif isinstance(first, int) and 0 < steps * trainer.accumulate_grad_batches < first:
         found = f"its first validation after {first} batches, and ends after {steps} steps"
+    elif 0 < epochs <= before:
+        found = f"its first validation in epoch {before + 1}, and ends after {epochs}"
     else:
         return
     raise TrainerSetupError(

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softtrace.errors import TrainerSetupError
 from softtrace.lightning.due_validation import check_validates, is_due, validate
@@ -26,6 +28,7 @@ from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
+from softtrace.model.exit_maps import exit_maps_of, use_exit_maps
 from softtrace.model.sharding import note_units
 from softtrace.model.wrappers import find_causal_lm
 
@@ -191,6 +194,14 @@ class DensityPenalty(Callback):
         """Put the training step back."""
         self._restore()
 
+    def _read_through(self, model: PreTrainedModel, maps: Mapping[str, Tensor]) -> None:
+        """Read a model's exits through the maps that its weights were saved with."""
+        learned = self._exit_maps  # of the last fit, and saved with its model
+        if learned is not None and learned.maps is exit_maps_of(model):
+            learned.load(maps)
+        else:
+            use_exit_maps(model, maps)
+
     def _restore(self) -> None:
         if self._wrapped is not None:
             self._wrapped.restore()
@@ -221,10 +232,16 @@ class DensityPenalty(Callback):
     ) -> None:
         """Take what was kept, of which older checkpoints and those without the penalty lack some.
 
+        Without a fit, as in ``trainer.validate(ckpt_path=...)``, these are the maps of exits.
+
         Raises:
-            TrainerSetupError: The layout is unknown, or the seed is another.
+            TrainerSetupError: In a fit, the layout is unknown, or the seed is another.
         """
-        if (kept := checkpoint.get(STATE_KEY)) is not None:
+        kept = checkpoint.get(STATE_KEY)
+        if kept is not None and trainer.state.fn != TrainerFn.FITTING:
+            if (maps := kept.get("exit_maps")) is not None:
+                self._read_through(find_causal_lm(pl_module), maps)
+        elif kept is not None:
             found = "DensityPenalty {name} {value}"
             check_state(kept, self.options.seed, found=found, resumed="a fit")
             self._kept = kept

@@ -142,7 +142,8 @@ def check_budget(budget: float | None, reference: Any, monitor: Any = None) -> N
         raise InvalidInputError(f"reference: found {reference!r}, allowed are losses; {how}")
     for step, loss in reference.items():
         check_least("reference, a step", step, 0)
-        check_range("reference, a loss", loss, 0, float("inf"), open_low=True, open_high=True)
+        name = f"reference, the loss at step {step}"
+        check_range(name, loss, 0, float("inf"), open_low=True, open_high=True)
 
 
 def _within(bounds: tuple[float, float], value: float) -> float:

@@ -38,6 +38,7 @@ from softtrace.loss.term import DensityTerm
 from softtrace.loss.together import together_term
 from softtrace.loss.transfers import EarlyCopies, LaterChecks, sent
 from softtrace.loss.windows import draw_windows
+from softtrace.model.exit_maps import set_exit_maps
 from softtrace.model.flat_units import bare, is_flat_unit
 from softtrace.model.sharding import as_one_forward, held, is_sharded, note_units, unit_of
 from softtrace.model.state import (
@@ -63,10 +64,9 @@ class DensityLoss:
     Run your forward inside ``with density_loss.watching() as watched:``, where early exits are
     read, and add ``density_loss(input_ids, attention_mask, labels, watched=watched).loss`` to the
     task loss before the backward pass. With several processes the draws differ by rank; average
-    gradients as usual. Where weights are sharded (FSDP) all processes construct this and
-    call it at the same steps, those too whose batch has nothing to look at: each waits for the
-    others. With a budget, call ``density_loss.budget.update(step, loss)`` after every
-    measurement of the held-out loss, in every process with the same loss.
+    gradients as usual. Where weights are sharded (FSDP) all processes construct this and call it at
+    the same steps, also with nothing to look at: each waits for the others. With a budget, call
+    ``density_loss.budget.update(step, loss)`` with every held-out loss, the same in all processes.
 
     Args:
         model: A causal language model of transformers; attached (and proven) here unless the
@@ -76,8 +76,7 @@ class DensityLoss:
 
     Attributes:
         exit_maps: Learns the maps of exits; None without ``options.exit_map``.
-        budget: The :class:`softtrace.loss.budget.LossBudget` that the strength is held by; None
-            without ``options.budget``.
+        budget: Holds the strength, a :class:`softtrace.loss.budget.LossBudget`; None without one.
 
     Raises:
         UnsupportedModelError: See :func:`softtrace.attach`.
@@ -87,12 +86,7 @@ class DensityLoss:
     def __init__(
         self, model: nn.Module, options: DensityOptions | None = None, **changes: Any
     ) -> None:
-        if options is not None and "preset" in changes:
-            raise InvalidInputError(
-                "preset: found one beside ready options, which have theirs already; give the "
-                "options as keywords, or DensityOptions(preset=...)"
-            )
-        self.options = DensityOptions(**changes) if options is None else replace(options, **changes)
+        self.options = DensityOptions.changed(options, changes)
         self.budget = loss_budget(self.options)
         self.model = bare(model)
         self.step = 0
@@ -108,6 +102,12 @@ class DensityLoss:
             if self.options.exit_map:
                 self.exit_maps = LearnedMaps.of(instrument, self.options)
         self._exit_term = ExitTerm(self.exit_maps, self._later, self._captured.memory)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled: exits of its own model are read through its own maps."""
+        vars(self).update(state)
+        if self.exit_maps is not None:
+            set_exit_maps(self.model, self.exit_maps.maps)
 
     def options_of_a_step(self, device: torch.device) -> DensityOptions:
         """The options as they are on a device, and for a model that is sharded."""

@@ -249,6 +249,27 @@ class DensityOptions:
             )
         return cls(**found)
 
+    @classmethod
+    def changed(cls, given: DensityOptions | None, changes: Mapping[str, Any]) -> DensityOptions:
+        """Ready options with some of them changed; for None those that the changes name.
+
+        Raises:
+            InvalidInputError: something else was given, or a preset beside ready options.
+        """
+        if given is None:
+            return cls(**changes)
+        if not isinstance(given, DensityOptions):
+            raise InvalidInputError(
+                f"options: found {given!r}, allowed are DensityOptions, None; give single options "
+                "by name, as in DensityLoss(model, preset='sparse')"
+            )
+        if "preset" in changes:
+            raise InvalidInputError(
+                "preset: found one beside ready options, which have theirs already; give the "
+                "options as keywords, or DensityOptions(preset=...)"
+            )
+        return replace(given, **changes)
+
     @property
     def window_share(self) -> float:
         """``share`` as a number.

@@ -95,9 +95,13 @@ def set_exit_maps(model: nn.Module, maps: ExitMaps | None) -> None:
 
 
 def save_exit_maps(model: nn.Module, folder: Path | str) -> bool:
-    """Write a model's maps beside its weights; False where it has none."""
+    """Write a model's maps beside its weights; False where it has none.
+
+    Then those that lay there are removed: they are of other weights, and would be read with these.
+    """
     maps = exit_maps_of(model)
     if maps is None:
+        (Path(folder) / EXIT_MAPS_FILE).unlink(missing_ok=True)
         return False
     write_exit_maps({name: each.detach().cpu() for name, each in maps.weights.items()}, folder)
     return True
@@ -132,7 +136,7 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
     Raises:
         ModelDirectoryError: The file is damaged, or of a model of another width.
     """
-    tensors = {name: each for name, each in read_exit_maps(folder).items() if _NAME.match(name)}
+    tensors = _of_exits(read_exit_maps(folder))
     if not tensors:
         return False
     width, wanted = next(iter(tensors.values())).shape[0], _width(model)
@@ -141,11 +145,21 @@ def load_exit_maps(model: nn.Module, folder: Path | str) -> bool:
             f"{folder}: found exit maps of width {width} beside a model of width {wanted}; remove "
             f"{EXIT_MAPS_FILE}, or put it beside the model that it was learned with"
         )
+    use_exit_maps(model, tensors)
+    return True
+
+
+def use_exit_maps(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let a model's exits be read through maps by name; dotted names are passed by."""
     device = device_of_module(model)
     maps = ExitMaps((), 0)
-    maps.weights = nn.ParameterDict({name: each.to(device) for name, each in tensors.items()})
+    own = {name: each.to(device, copy=True) for name, each in _of_exits(tensors).items()}
+    maps.weights = nn.ParameterDict(own)
     set_exit_maps(model, maps)
-    return True
+
+
+def _of_exits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each for name, each in tensors.items() if _NAME.match(name)}
 
 
 def _width(model: nn.Module) -> int | None:
