@@ -103,6 +103,15 @@ def test_a_run_with_a_budget_goes_on_without_one(tmp_path: Path, density: dict[s
     assert kept["budget"] is None
 
 
+def test_one_that_a_user_gave_is_replaced(tmp_path: Path) -> None:
+    trainer = DensityTrainer(
+        model=tiny_model("llama").train(), args=arguments(tmp_path, max_steps=1),
+        train_dataset=rows(), density=OPTIONS, callbacks=[DensityState()],
+    )  # fmt: skip
+    trainer.train()
+    assert [state.seed for state in trainer._states()] == [OPTIONS["seed"]]
+
+
 def state_with(monitor: str) -> tuple[DensityState, LossBudget]:
     state, budget = DensityState(), LossBudget(0.01, {0: 2.0})
     state.budget, state.monitor = budget, monitor

@@ -56,6 +56,7 @@ def test_maps_lie_beside_the_weights(tmp_path: Path) -> None:
     model, maps = with_maps()
     model.save_pretrained(tmp_path)
     assert softtrace.save_exit_maps(model, tmp_path)
+    assert softtrace.save_exit_maps(model, tmp_path / "not" / "there")  # weights may come later
     loaded = exit_maps_of(load_model(tmp_path))
     assert loaded is not None
     assert torch.equal(loaded.weights["after_layer_1"], maps.weights["after_layer_1"])

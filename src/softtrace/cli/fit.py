@@ -29,6 +29,7 @@ from softtrace.anatomy.discovery import learned_positions
 from softtrace.checks import check_least
 from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, as_list, tidy_help
 from softtrace.cli.hub import make_repository, upload
+from softtrace.cli.presets import fill_preset
 from softtrace.data.blocks import evenly
 from softtrace.data.split_record import read_records, write_records
 from softtrace.decoding.recommend import recommend_exit
@@ -48,7 +49,6 @@ from softtrace.lightning.penalty import DensityPenalty
 from softtrace.lightning.sharded import check_sharding, say_batch_size, whole_weights
 from softtrace.lightning.sigterm import EndTogether
 from softtrace.lightning.step_seed import StepSeed
-from softtrace.loss.options import PRESETS
 from softtrace.model.exit_maps import save_exit_maps
 from softtrace.model.loading import load_model, load_tokenizer
 from softtrace.model.wrappers import unwrapped
@@ -131,8 +131,7 @@ class FitCLI(LightningCLI):
         for name in ("checkpoint_every", "monitor_every", "card_blocks"):
             check_least(name, self.config[name], 0)
         chosen = DensityPenalty(**self.config["penalty"].as_dict()).options
-        for name in PRESETS[chosen.preset]:  # fit.yaml and the card say numbers
-            self.config["penalty"][name] = getattr(chosen, name)
+        fill_preset(self.config["penalty"], chosen)  # fit.yaml and the card say numbers
         PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):

@@ -82,7 +82,9 @@ class DensityMixin:
         self._computed = False  # whether compute_loss of this class ran in the current step
         self._expected: ExpectedGradient | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(DensityState(self.density_options.seed))  # type: ignore[attr-defined]
+        trainer: Any = self
+        trainer.remove_callback(DensityState)  # a user's: transformers keeps two as a list
+        trainer.add_callback(DensityState(self.density_options.seed))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -109,6 +109,7 @@ def save_exit_maps(model: nn.Module, folder: Path | str) -> bool:
 
 def write_exit_maps(tensors: Mapping[str, Tensor], folder: Path | str) -> None:
     """Write maps by name, and under dotted names what a resumed training learns on from."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with atomic_path(Path(folder) / EXIT_MAPS_FILE) as path:
         save_file({name: each.contiguous() for name, each in tensors.items()}, path)
 
