@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -332,9 +333,8 @@ def test_maps_of_other_weights_do_not_stay_beside_new_ones(tmp_path: Path) -> No
 
 
 def test_prompt_tuning_is_saved_at_strength_0(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = peft.get_peft_model(tiny_model("llama").train(), config)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_model("llama").train(), config)
     settings = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     DensityTrainer(
         model=model, args=settings, train_dataset=rows(), density={"strength": 0}

@@ -131,11 +131,13 @@ class FitCLI(LightningCLI):
         for name in ("checkpoint_every", "monitor_every", "card_blocks"):
             check_least(name, self.config[name], 0)
         chosen = DensityPenalty(**self.config["penalty"].as_dict()).options
-        fill_preset(self.config["penalty"], chosen)  # fit.yaml and the card say numbers
+        said = fill_preset(self.config["penalty"], chosen)  # fit.yaml and the card say numbers
         PackedDataModule(**self.config["data"].as_dict())
         # The other processes of a distributed run start when the first has written to the folder.
         if getattr(rank_zero_only, "rank", 0):
             return
+        if said:
+            logger.warning(said)
         check_sharding(self.config["trainer"]["strategy"], lora=bool(self.config["model"]["lora"]))
         if self.config["resume"] and not self.out.is_dir():
             raise InvalidInputError(
