@@ -26,6 +26,9 @@ if sys.platform != "win32":
 P = ParamSpec("P")
 R = TypeVar("R")
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""A disk, or what a user may have of it, is full."""
+
 _NUMBER = r"(?:-?[0-9][0-9.eE+-]*|null)"
 # Inside a string of JSON there is no line break, so this finds lists alone.
 _NUMBERS = re.compile(rf"\[\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
@@ -114,7 +117,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise  # said by whoever catches that of all that is written
         raise OutputNotWritableError(
             f"{folder}: cannot be made ({error.strerror}); choose another folder"

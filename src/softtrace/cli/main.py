@@ -13,10 +13,8 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser
 
 from softtrace.errors import SofttraceError
+from softtrace.files import NO_ROOM
 from softtrace.libraries import missing
-
-#: a disk, or what a user may have of it, is full
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 #: no file can have this path, as of a text that was given where its file belongs
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         print(
             f"softtrace {words[0]}: could not write ({error.strerror}); what was written before is "
