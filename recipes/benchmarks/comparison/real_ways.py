@@ -23,9 +23,11 @@ from recipes.benchmarks.comparison.peer_losses import (
     Method,
     SoftTrace,
 )
+from softtrace.loss import learned_maps
 from softtrace.loss.masked_term import MaskedTerm
 from softtrace.loss.schedule import StrengthSchedule
 from softtrace.loss.term import DensityTerm
+from softtrace.model.exit_maps import exit_maps_of
 
 
 def term(strength: float, **options: Any) -> type[SoftTrace]:
@@ -53,6 +55,50 @@ class MapFirst(SoftTrace):
         waiting = StrengthSchedule(0.07, 200)
         with patch.object(type(self.density.options), "exit_schedule", waiting):
             return super().term(ids, step, task)
+
+
+class MapsAtRate(SoftTrace):
+    """The maps of exits learn at another rate."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+    rate = 3e-4
+
+    def __init__(self, *args: Any) -> None:
+        with patch.object(learned_maps, "_RATE", self.rate):
+            super().__init__(*args)
+
+
+class MapsAveraged(SoftTrace):
+    """The maps of exits become their moving average at every measurement, so also at the end."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+    decay = 0.98  # of 1,000 steps there are 25 measurements, forty steps apart
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.averages: dict[str, Tensor] = {}
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        found = super().term(ids, step, task)
+        with torch.no_grad():
+            for name, weight in self.maps().items():
+                average = self.averages.setdefault(name, weight.detach().clone())
+                average.lerp_(weight, 1 - self.decay)
+        return found
+
+    def maps(self) -> Any:
+        maps = exit_maps_of(self.model)
+        assert maps is not None
+        return maps.weights
+
+    def measured(self, step: int, loss: float) -> None:
+        with torch.no_grad():
+            for name, weight in self.maps().items():
+                change = (weight - self.averages[name]).norm() / weight.norm().clamp(min=1e-9)
+                print(f"  {name}: {float(change):.3f} of it is not in its average", flush=True)
+                weight.copy_(self.averages[name])
 
 
 class ByDistortion(SoftTrace):
@@ -170,6 +216,9 @@ WAYS: dict[str, Any] = {
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "balanced, 0.15": term(0.15, preset="balanced"),
     "balanced, 0.2": term(0.2, preset="balanced"),
+    "balanced, exits 0.4": term(0.35, preset="balanced", exits=0.4),
+    "balanced, maps at 3e-4": MapsAtRate,
+    "balanced, maps averaged": MapsAveraged,
     "balanced, exits 0.1": term(0.35, preset="balanced", exits=0.1),
     "balanced, exits 0.05": term(0.35, preset="balanced", exits=0.05),
     "balanced, exits tamed": TamedExits,
