@@ -212,7 +212,9 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @cuda
-@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # of the compiler
+# of the compiler; the second where the test is the first of its process to compile
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_replay_equals_a_run_also_after_the_weights_have_moved(
     fuse: bool, caplog: pytest.LogCaptureFixture

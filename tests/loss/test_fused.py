@@ -147,3 +147,32 @@ def test_what_never_repeats_is_one_part() -> None:
     parts = cut_where_it_repeats(traced)
     assert len(kinds(parts)) == 1
     torch.testing.assert_close(parts(torch.ones(3))[0], torch.ones(3).sin().cos() + 1)
+
+
+def test_a_model_of_many_shapes_is_compiled_whole() -> None:
+    """Weights in twelve shapes, each detached first, as adapters on all projections are."""
+    weights = [torch.randn(4, 3 + k // 40) for k in range(12 * 40)]
+
+    def sums(given: Sequence[Tensor]) -> list[Tensor | None]:
+        x, *own = (each.detach() for each in given)
+        return [(x @ own[0]).sum(), (x @ own[-1]).sum()]
+
+    def chains(given: Sequence[Tensor]) -> list[Tensor | None]:
+        return [_chain(each).sum() for each in given[1::40]]
+
+    given, counts = [torch.randn(2, 4), *weights], []
+    for function in (sums, chains):
+        with patch("torch.compile", side_effect=torch.compile) as compiled:
+            call = fused(function, given, "eager")
+        counts.append(compiled.call_count)
+        for one, other in zip(call(), function(given), strict=True):
+            assert one is not None
+            torch.testing.assert_close(one, other)
+    assert counts[0] == 1  # weights that are only detached are no operations
+    assert counts[1] >= 12  # of the chains every part has a shape of its own
+
+
+def _chain(values: Tensor) -> Tensor:
+    for _ in range(30):
+        values = values.sin() * 0.9
+    return values

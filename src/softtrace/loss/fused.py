@@ -82,6 +82,7 @@ def fused(
     # A compiled model that runs as it is written, as in runs of ours, refuses to be traced.
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
         traced = make_fx(lambda tensors: run(tensors))(given)  # it counts the arguments
+    leave_out_detached(traced)
     likes = write_into_arguments(traced)
     parts = cut_where_it_repeats(traced)
     compiled: dict[str, Any] = {}
@@ -103,6 +104,16 @@ def fused(
         return into
 
     return call
+
+
+def leave_out_detached(traced: fx.GraphModule) -> None:
+    """Read a tensor itself in place of its detached alias: what is traced has no gradients.
+
+    Every weight is detached first, which would be a long row of equal operations.
+    """
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        traced.graph.erase_node(node)
 
 
 def write_into_arguments(traced: fx.GraphModule) -> list[Like | None]:
@@ -161,7 +172,11 @@ def cut_where_it_repeats(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 def _written(part: fx.GraphModule) -> str:
-    """What a part computes, equal for equal ones: its operations without their names."""
+    """What a part computes, equal for equal ones: its operations without their names.
+
+    What is read has its shape there: a function that is called with many is compiled for each, and
+    refused after eight.
+    """
     number = {node: f"%{place}" for place, node in enumerate(part.graph.nodes)}
     lines = []
     for node in part.graph.nodes:
@@ -170,5 +185,7 @@ def _written(part: fx.GraphModule) -> str:
         target = "" if node.op in ("placeholder", "output") else node.target
         if node.op == "get_attr":
             target = id(getattr(part, node.target))
+        if node.op == "placeholder" and isinstance(value := node.meta.get("val"), Tensor):
+            target = f"{value.dtype} {tuple(value.shape)} {value.stride()}"
         lines.append(f"{node.op} {target} {read if node.op != 'placeholder' else ''}")
     return "\n".join(lines)
