@@ -153,6 +153,22 @@ def sharded() -> str:
     return "\n".join(lines)
 
 
+def fitted() -> str:
+    """What ``softtrace fit`` itself took with a configuration for several GPUs."""
+    result = read("fitted.json")
+    lines = [
+        f"- `configs/{config}.yaml`: {row['steps']} steps, {row['peak GB']:.1f} GB of a GPU (1e9 "
+        f"bytes) at most, {row['seconds of the command']:.0f} s for the whole command; what it "
+        f"saved is {'a whole model' if row['whole'] else '**not a whole model**'}"
+        for config, row in result["configs"].items()
+    ]
+    lines.append(
+        f"\nRandom weights, {result['hardware']}, torch {result['versions']['torch']} "
+        f"{sources(CARD, 'speed/fitted.py', 'results/fitted.json')}."
+    )
+    return "\n".join(lines)
+
+
 def _kind_of(row: dict[str, Any]) -> tuple[bool, str, int]:
     """In which order rows of a model come: what is compiled last, then by processes."""
     return "compiled" in row["kind"], row["kind"], row["processes"]

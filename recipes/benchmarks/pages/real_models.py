@@ -75,7 +75,11 @@ def _said(page: str) -> str:
 def presets() -> str:
     """The presets, plain fine-tuning and the better baseline, on one real model."""
     names = {"plain": "plain", **{name: f"`{name}`" for name in PRESETS}}
-    names |= {"exit distillation, 0.03": "distilled exits"}
+    names |= {
+        "balanced, budget 0.01": "`balanced`, `budget=0.01`",
+        "exit distillation, 0.03": "distilled exits",
+    }
+    del names["soft"]  # of prose with copies, and in the method card
     model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
     found = {
         (row["steps"], row["method"]): row
@@ -102,7 +106,8 @@ def on_real_models() -> str:
     named = (
         "In the names a number alone is the strength, *windows of* is `crop`, *a fifth* one exit "
         "after a fifth of the layers; *by distortion* the strength falls with the distortion; "
-        "*exits tamed* takes the logarithm of their distances; *every* is of masked runs. "
+        "*exits tamed* takes the logarithm of their distances; *maps at* is their maps' rate, "
+        "*averaged* over some fifty steps; *every* is of masked runs. "
     )
     return "\n".join([*lines, named + _said(CARD)])
 

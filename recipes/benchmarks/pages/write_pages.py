@@ -16,7 +16,7 @@ import torch
 
 from recipes.benchmarks.pages.comparison import at_budget, points, search
 from recipes.benchmarks.pages.compiled_decoding import at_that_acceptance, compiled_decoding
-from recipes.benchmarks.pages.cost import cost, operations, sharded
+from recipes.benchmarks.pages.cost import cost, fitted, operations, sharded
 from recipes.benchmarks.pages.decoding import (
     decoding,
     decoding_157m,
@@ -294,6 +294,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "decoding": decoding,
         "compiled_decoding": compiled_decoding,
         "sharded": sharded,
+        "fitted": fitted,
         "lengths": lengths,
         "metric_parity": metric_parity,
     },
