@@ -178,6 +178,11 @@ def test_compare_refuses_too_few_and_too_many_runs(
         (("data", "block_size"), 128, "block_size differs, 64 in .*plain.* and 128 in .*soft"),
         (("min_context",), 16, "min_context differs, 32 in .* and 16 in .* --positions"),
         (("tokens",), 5, "number of explained tokens differs, 992 in .* and 5 in"),
+        (
+            ("dtype",),
+            "bfloat16",
+            "number format of the weights differs, float32 in .* and bfloat16",
+        ),
     ],
 )
 def test_compare_refuses_runs_on_other_tokens(
@@ -195,6 +200,20 @@ def test_compare_refuses_runs_on_other_tokens(
     with pytest.raises(InvalidInputError, match=f"cannot be compared: .*{message}"):
         compare(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_compare_takes_files_that_do_not_say_their_number_format(tmp_path: Path) -> None:
+    before, after, other = (synthetic_density(name) for name in ("before", "after", "other"))
+    del before["dtype"]
+    runs = {"before": before, "after": after, "other": other}
+    paths = [write_run(tmp_path / name, each) for name, each in runs.items()]
+    compare([*map(str, paths)], str(tmp_path / "out"))
+    other["dtype"] = "bfloat16"
+    write_run(tmp_path / "other", other)
+    with pytest.raises(
+        InvalidInputError, match=r"differs, float32 in .*after.* and bfloat16 in .*o"
+    ):
+        compare([*map(str, paths)], str(tmp_path / "again"))
 
 
 @pytest.mark.parametrize(

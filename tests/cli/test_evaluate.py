@@ -140,6 +140,25 @@ def test_measures_the_files_that_training_held_out(
     assert found["data"]["split"] == "held out, share 0.5"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_it_says_the_number_format_and_refuses_a_base_of_another(
+    sources: tuple[str, TextSource], tmp_path: Path, dtype: str
+) -> None:
+    model, source = sources
+    load_model(model, dtype="bfloat16").save_pretrained(tmp_path / "model")
+    load_tokenizer(model).save_pretrained(tmp_path / "model")
+    words = {**OPTIONS, "blocks": 2, "extra_blocks": 0}
+    own = {**words, "run": replace(CPU, dtype=dtype)}
+    evaluate(str(tmp_path / "model"), source, str(tmp_path / "own"), **own)
+    base = str(tmp_path / "base")
+    evaluate(model, source, base, **words)
+    found = [load_density(each)["dtype"] for each in (tmp_path / "own", base)]
+    assert found == ["bfloat16", "float32"]
+    with pytest.raises(InvalidInputError, match=r"number format .* float32 in .* bfloat16 in this"):
+        evaluate(str(tmp_path / "model"), source, str(tmp_path / "other"), base=base, **own)
+    assert not (tmp_path / "other" / "evaluate-parts").exists()  # before anything was measured
+
+
 def test_an_interrupted_run_leaves_no_density(
     sources: tuple[str, TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

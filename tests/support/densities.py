@@ -47,6 +47,7 @@ def synthetic_density(name: str = "plain", factor: float = 1.0, points: int = 60
         "tokens": 992,
         "min_context": 32,
         "attention": "recorded",
+        "dtype": "float32",
         "easy": {"rule": "lowest quarter by entropy", "entropy_bound": 1.5},
         "hard": {"rule": "highest quarter by entropy", "entropy_bound": 4.5},
         "loss_nats": {"all": 3.0, "easy": 1.0, "hard": 5.0},

@@ -78,6 +78,7 @@ def _comparison(runs: Sequence[tuple[str, Density]], paths: Sequence[Path | str]
         "data": first["data"],
         "tokens": first["tokens"],
         "attention": first["attention"],
+        "dtype": first["dtype"],
         "min_context": first["min_context"],
         "measures": measures,
     }

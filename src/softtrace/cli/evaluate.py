@@ -38,7 +38,7 @@ from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_RUNS, text_samples
 from softtrace.evaluation.summary import summarise
 from softtrace.files import claimed, prepare_output, write_json
 from softtrace.model.devices import check_device_map
-from softtrace.model.loading import check_model_directory, load_tokenizer, placed_model
+from softtrace.model.loading import check_model_directory, load_tokenizer, placed_model, saved_dtype
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
 from softtrace.report.tables import density_table
@@ -201,6 +201,7 @@ def _chosen(
     text = {
         "data": text_identity(source, chosen, documents),
         "attention": measuring.attention,
+        "dtype": saved_dtype(measuring.model) if measuring.dtype == "auto" else measuring.dtype,
         "min_context": measuring.min_context,
         "tokens": len(chosen) * (block_size - 1 - measuring.min_context),
     }
@@ -250,6 +251,7 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
             return {}
         return {
             "model": describe(network, measuring.model),
+            "dtype": str(network.dtype).removeprefix("torch."),
             "samples": text_samples(
                 network, load_tokenizer(measuring.model), task.blocks,
                 min_context=measuring.min_context, batch_size=size,
@@ -301,6 +303,7 @@ def _density(
         "version": DENSITY_VERSION,
         "model": described["model"],
         **task.text,
+        "dtype": described["dtype"],
         "batch_size": found.batch_size,
         "processes": processes.count,
         **summarise(found),

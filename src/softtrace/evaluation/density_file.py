@@ -66,6 +66,7 @@ _MUST_AGREE = (
     (("tokens",), "the number of explained tokens", "text and number of blocks"),
     (("data", "sha256"), "the measured tokens (data sha256)", "text, tokenizer and split"),
     (("attention",), "the attention of masked runs", "--attention"),
+    (("dtype",), "the number format of the weights", "--dtype; sizes depend on rounding"),
 )
 """In this order: blocks of another length or number are other tokens too, of the same text."""
 
@@ -109,6 +110,7 @@ def load_density(path: Path | str) -> dict[str, Any]:
             f"{DENSITY_VERSION}; evaluate the model again"
         )
     density.setdefault("attention", "recorded")  # what files before this choice were measured with
+    density.setdefault("dtype")  # not known of files before it was written
     problem = _problem(density, _EXPECTED, "")
     problem = problem or _problem(density.get("samples"), (None, _SAMPLES), "samples")
     if problem := problem or _interval_problem(density.get("intervals")):
@@ -117,7 +119,7 @@ def load_density(path: Path | str) -> dict[str, Any]:
 
 
 def check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None:
-    """Refuse runs that were not measured on the same tokens at the same length.
+    """Refuse runs that were not measured on the same tokens, at the same length and in one format.
 
     Args:
         names: what the error calls each run.
@@ -133,11 +135,13 @@ def check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None
             for key in keys:
                 value = value[key]
             values.append(value)
-        for name, value in zip(names[1:], values[1:], strict=True):
-            if value != values[0]:
+        known = [pair for pair in zip(names, values, strict=True) if pair[1] is not None]
+        for name, value in known[1:]:
+            first, wanted = known[0]
+            if value != wanted:
                 raise InvalidInputError(
-                    f"these runs cannot be compared: {what} differs, {_brief(values[0])} in "
-                    f"{names[0]} and {_brief(value)} in {name}; evaluate all with the same {remedy}"
+                    f"these runs cannot be compared: {what} differs, {_brief(wanted)} in "
+                    f"{first} and {_brief(value)} in {name}; evaluate all with the same {remedy}"
                 )
 
 

@@ -124,6 +124,16 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
     return config
 
 
+def saved_dtype(name_or_path: str | Path) -> str | None:
+    """The number format that a config says its weights were saved in; None where it does not.
+
+    Raises:
+        ModelDirectoryError: see :func:`load_config`.
+    """
+    found = load_config(name_or_path).dtype
+    return None if found is None else str(found).removeprefix("torch.")
+
+
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """``AutoTokenizer.from_pretrained``.
 
