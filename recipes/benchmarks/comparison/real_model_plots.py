@@ -32,6 +32,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     """
     table = [row for row in table if row["steps"] >= LEAST]
     kinds = sorted({_kind(row) for row in table}, reverse=True)
+    kinds.sort(key=lambda kind: "*" in kind)  # of text with copies last, as the tables have it
     methods = sorted({row["method"] for row in table}, key=lambda name: (name != "plain", name))
     pairs = mpl.colormaps["tab20"].colors  # dark and light in turn
     many = (*pairs[::2], *pairs[1::2], *mpl.colormaps["tab20b"].colors)

@@ -23,13 +23,18 @@ Rows = list[dict[str, Any]]
 
 
 def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], Rows]:
-    """Rows by model, text, kind of training and steps, each by held-out loss."""
+    """Rows by model, text, kind of training and steps, each by held-out loss; copies come last."""
     found: dict[tuple[Any, ...], Rows] = {}
     for row in sorted(read("on_real_models.json")["table"], key=lambda row: row["loss"]["mean"]):
         if chosen(row):
             key = row["model"], row["text"], row["lora"], row["steps"], has_copies(row)
             found.setdefault(key, []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (item[0][2], -len(item[1]))))
+
+    def place(item: tuple[tuple[Any, ...], Rows]) -> tuple[bool, bool, int]:
+        (_, _, lora, _, copies), rows = item
+        return copies, lora, -len(rows)
+
+    return dict(sorted(found.items(), key=place))
 
 
 def _title(model: str, text: str, lora: bool, steps: int, copies: bool) -> str:
@@ -120,7 +125,7 @@ def real_at_budget() -> str:
     for row in result["at_budget"]:
         tables.setdefault(tuple(row[kind] for kind in kinds), []).append(row)
     lines = []
-    for row in (row for row in result["table"] if row["method"] == "plain"):
+    for row in (row for row in sorted(result["table"], key=has_copies) if row["method"] == "plain"):
         rows = tables.get(tuple(row[kind] for kind in kinds), [])
         if not any(each["method"] in PEERS for each in rows):
             continue
