@@ -173,6 +173,24 @@ def test_prompts_before_the_tokens_are_refused(kind: str) -> None:
         ).fit(Tuner(model=model), batches())
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "found"),
+    [
+        ("LoraConfig", {"alora_invocation_tokens": [5]}, "default is an activated LoRA, which"),
+        ("LilyConfig", {"r": 4}, "default is a Lily adapter, whose weights follow from all tokens"),
+    ],
+)
+def test_adapters_that_depend_on_the_tokens_are_refused(
+    kind: str, options: dict[str, Any], found: str
+) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=["o_proj"], **options)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(UnsupportedModelError, match=found):
+        softtrace.edge_importance(model, IDS)
+    with pytest.raises(UnsupportedModelError, match=found):
+        softtrace.DensityLoss(model)
+
+
 def test_lightning_trains_adapters_with_the_penalty() -> None:
     model = adapted("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

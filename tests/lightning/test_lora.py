@@ -32,8 +32,8 @@ def adapted(targets: str | list[str], tied: bool) -> nn.Module:
 
 @pytest.mark.parametrize("targets", EMBEDDINGS)
 def test_adapters_of_tied_embeddings_are_refused(targets: list[str]) -> None:
-    """Both modules have one matrix, so that a merged adapter would change what it never changed."""
-    with pytest.raises(InvalidInputError, match=f"found .*{targets[1]}, .*embed_tokens and lm_head"):
+    """Both modules have one matrix: a merged adapter would change what it never changed."""
+    with pytest.raises(InvalidInputError, match=f"{targets[1]}, .*embed_tokens and lm_head"):
         adapted(targets, tied=True)
 
 

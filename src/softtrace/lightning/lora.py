@@ -75,9 +75,10 @@ def _refuse_tied(model: nn.Module) -> None:
         if weight is not None:
             having.setdefault(id(weight), []).append(name.removeprefix("base_model.model."))
     for names in having.values():
-        adapted = [name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")]
+        plain = [name.removesuffix(".base_layer") for name in names]
+        adapted = [each for each, name in zip(plain, names, strict=True) if each != name]
         if adapted and len(names) > 1:
-            both = " and ".join(name.removesuffix(".base_layer") for name in names)
+            both = " and ".join(plain)
             raise InvalidInputError(
                 f"lora.targets: found {adapted[0]}, but {both} have one matrix (tied embeddings), "
                 "which an adapter of one of them cannot be added into when the model is saved; "
