@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from softtrace.loss.fused import Run
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
+from softtrace.model.state import adapters_of
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ T = TypeVar("T")
 
 _MOST = 4  # graphs at a time, each of which holds gradients of its own
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
-_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
 _WHEN = {
     "strength", "preset", "start_step", "warmup_steps", "every", "exit_every", "on_nonfinite",
     "seed", "budget", "reference", "monitor", "share", "crop",
@@ -198,14 +198,9 @@ def key_of(instrument: Instrument, options: DensityOptions, *others: Hashable) -
         for each in named.values()
         if each is not None
     )
-    adapters = tuple(
-        str([getattr(module, name) for name in _ADAPTERS] + [its.get("scaling")])
-        for module, its in zip(modules, own, strict=True)
-        if _ADAPTERS[0] in its
-    )
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     dials = repr([getattr(options, name) for name in _DIALS])
-    return id(instrument), weights, adapters, autocast, dials, others
+    return id(instrument), weights, adapters_of(modules), autocast, dials, others
 
 
 class _Within(nn.Module):
