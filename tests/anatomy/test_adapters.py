@@ -173,6 +173,25 @@ def test_prompts_before_the_tokens_are_refused(kind: str) -> None:
         ).fit(Tuner(model=model), batches())
 
 
+def test_attention_that_is_trained_beside_adapters() -> None:
+    """PEFT's wrapper runs one of several modules, which ask for attention in their own name."""
+    config = peft.LoraConfig(
+        target_modules=["up_proj"], modules_to_save=["self_attn"], init_lora_weights=False
+    )
+    model: Any = peft.get_peft_model(base("llama"), config)
+    redraw(model)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "modules_to_save" in key:
+                weight.mul_(1.5)
+    for _ in range(2):
+        found = importance_of(model)
+        assert_same(found, importance_of(copy.deepcopy(model).merge_and_unload()))
+        with model.disable_adapter():
+            assert_same(importance_of(model), importance_of(base("llama")))
+    assert differ(found, importance_of(base("llama")))
+
+
 NORMS = {
     "llama": ["post_attention_layernorm", "norm"],
     "gpt2": ["ln_1", "ln_f"],  # centred, with a bias
