@@ -222,7 +222,15 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[
         weights: some of them, by the names of ``named_parameters``.
         run: runs the model.
     """
-    named = {f"model.{name}": each for name, each in weights.items()}
+    new = {id(own): weights[name] for name, own in model.named_parameters() if name in weights}
+    # Every place of a weight that is tied, but a module that has several places only once:
+    # tie_weights=True would put back what it had written there itself.
+    named = {
+        f"model.{name}.{own}".replace("..", "."): new[id(each)]
+        for name, module in model.named_modules()
+        for own, each in module._parameters.items()
+        if id(each) in new
+    }
     device = next(iter(weights.values())).device.type
     # Autocast's cache holds casts of the weights as they were in another forward.
     with torch.autocast(
@@ -231,7 +239,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[
         dtype=torch.get_autocast_dtype(device),
         cache_enabled=False,
     ):
-        found: T = torch.func.functional_call(_Within(model), named, (run,))
+        found: T = torch.func.functional_call(_Within(model), named, (run,), tie_weights=False)
     return found
 
 
