@@ -173,6 +173,79 @@ def test_prompts_before_the_tokens_are_refused(kind: str) -> None:
         ).fit(Tuner(model=model), batches())
 
 
+def test_attention_that_is_trained_beside_adapters() -> None:
+    """PEFT's wrapper runs one of several modules, which ask for attention in their own name."""
+    config = peft.LoraConfig(
+        target_modules=["up_proj"], modules_to_save=["self_attn"], init_lora_weights=False
+    )
+    model: Any = peft.get_peft_model(base("llama"), config)
+    redraw(model)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "modules_to_save" in key:
+                weight.mul_(1.5)
+    for _ in range(2):
+        found = importance_of(model)
+        assert_same(found, importance_of(copy.deepcopy(model).merge_and_unload()))
+        with model.disable_adapter():
+            assert_same(importance_of(model), importance_of(base("llama")))
+    assert differ(found, importance_of(base("llama")))
+
+
+NORMS = {
+    "llama": ["post_attention_layernorm", "norm"],
+    "gpt2": ["ln_1", "ln_f"],  # centred, with a bias
+    "gemma2": ["post_attention_layernorm", "norm"],  # one follows the projection
+    "cohere": ["norm"],  # folded into the projection of the last layer, which is parallel
+}
+
+
+@pytest.mark.parametrize("kind", ["LNTuningConfig", "LoraConfig"])
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_that_are_trained_beside_adapters(family: str, kind: str) -> None:
+    """PEFT puts a wrapper around a norm, which runs one of several as adapters are switched."""
+    config = settings(family, modules_to_save=NORMS[family])
+    if kind == "LNTuningConfig":
+        config = peft.LNTuningConfig(target_modules=NORMS[family], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT's own, of norms that it does not know
+        warnings.simplefilter("ignore")
+        model: Any = peft.get_peft_model(base(family), config)
+        model.add_adapter("other", config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "modules_to_save" in key or "ln_tuning_layers" in key:
+                weight.add_(0.5 * torch.randn(weight.shape, generator=generator))
+    found = {}
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        found[name] = importance_of(model)
+        assert_same(found[name], importance_of(copy.deepcopy(model).merge_and_unload()))
+        with model.disable_adapter():
+            assert_same(importance_of(model), importance_of(base(family)))
+    assert differ(found["default"], found["other"])
+    model.merge_adapter()
+    assert_same(importance_of(model), found["default"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "found"),
+    [
+        ("LoraConfig", {"alora_invocation_tokens": [5]}, "default is an activated LoRA, which"),
+        ("LilyConfig", {"r": 4}, "default is a Lily adapter, whose weights follow from all tokens"),
+    ],
+)
+def test_adapters_that_depend_on_the_tokens_are_refused(
+    kind: str, options: dict[str, Any], found: str
+) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=["o_proj"], **options)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(UnsupportedModelError, match=found):
+        softtrace.edge_importance(model, IDS)
+    with pytest.raises(UnsupportedModelError, match=found):
+        softtrace.DensityLoss(model)
+
+
 def test_lightning_trains_adapters_with_the_penalty() -> None:
     model = adapted("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

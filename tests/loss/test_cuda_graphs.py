@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softtrace.loss.cuda_graphs import Captured, CudaGraphs, zero_unless
+from softtrace.loss.cuda_graphs import Captured, CudaGraphs, with_weights, zero_unless
 from softtrace.loss.fused import Tensors
 from softtrace.loss.graph_memory import GraphMemory
 from tests.support.cuda_on_cpu import pretend
@@ -235,3 +235,26 @@ def test_what_cannot_be_captured_is_tried_once(
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("these runs cannot be captured as a CUDA graph here")
     assert said.endswith("Do without. What happened: RuntimeError: no way")
+
+
+def test_weights_that_several_modules_have_are_swapped_and_put_back() -> None:
+    """One weight in two modules (tied embeddings), one module in two places (VB-LoRA's bank)."""
+    bank = nn.ParameterDict({"default": nn.Parameter(torch.ones(2, 2))})
+    model = nn.ModuleDict({"embedding": nn.Embedding(2, 2), "head": nn.Linear(2, 2, bias=False)})
+    for each in model.values():
+        each.bank = bank
+    embedding: Any = model["embedding"]
+    head: Any = model["head"]
+    head.weight = embedding.weight
+    before = dict(model.named_parameters(remove_duplicate=False))
+    new = {name: 3 * each.detach() for name, each in model.named_parameters()}
+
+    def seen() -> list[Tensor]:
+        return [embedding.weight, head.weight, embedding.bank["default"], head.bank["default"]]
+
+    found = with_weights(model, new, seen)
+    assert [id(each) for each in found] == [id(each) for each in new.values() for _ in range(2)]
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    assert model["head"].weight is embedding.weight

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, dynamic_module_utils
 
 import softtrace
 from softtrace.cli import main
 from softtrace.errors import ModelDirectoryError
+from softtrace.lightning.module import CausalLM
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support.corpus import write_model
 
@@ -269,8 +271,32 @@ def test_code_of_a_models_own_is_not_run_unasked(
     assert instrument.anatomy.pattern == "sequential pre-norm"
 
 
-def test_an_adapter_alone_is_told_from_a_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("maps", [False, True])
+def test_an_adapter_alone_is_told_from_a_model(tmp_path: Path, maps: bool, config: bool) -> None:
+    """Some save the config of the base model beside it; maps of exits would be left behind."""
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(ModelDirectoryError, match=r"holds a PEFT adapter.*merge_and_unload"):
+    if config:
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if maps:
+        (tmp_path / "exit_maps.safetensors").touch()
+    with pytest.raises(ModelDirectoryError, match=r"holds a PEFT adapter.*merge_and_unload") as one:
         load_model(tmp_path)
+    assert ("copy exit_maps.safetensors into it" in str(one.value)) == maps
+
+
+def test_an_adapter_beside_its_model_is_measured_but_not_trained(tmp_path: Path) -> None:
+    """transformers loads both: the weights are frozen, and only the adapter would be saved."""
+    directory = write_model(tmp_path)
+    plain = load_model(directory)
+    config = LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config).eval()
+    adapted.save_pretrained(directory)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted, found = adapted(input_ids=ids).logits, load_model(directory)(input_ids=ids).logits
+        assert not torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-3)
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(ModelDirectoryError, match=r"a PEFT adapter beside its model; .* Merge it"):
+        CausalLM(str(directory))

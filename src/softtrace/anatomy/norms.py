@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class LinearNorm:
     """A norm that was found to be a scale a token times a fixed linear map.
 
     Attributes:
-        module: the norm; its weight is read anew at every use.
+        module: the norm, or PEFT's wrapper around it; its weight is read anew at every use.
         centred: whether the mean over the last dimension is taken off (LayerNorm).
         weight: name of its weight parameter; None where there is none.
         offset: added to that weight (1 for Gemma's and Nemotron's norms).
@@ -43,18 +44,42 @@ class LinearNorm:
 
     def linear(self, part: Tensor) -> Tensor:
         """The norm without scale and bias, of a part of its input ``[..., d_model]``."""
-        weight = None if self.weight is None else weight_of(self.module, self.weight)
+        weight = None if self.weight is None else weight_of(applied(self.module), self.weight)
         return _linear(part, weight, self.centred, self.offset)
+
+    def bias(self) -> Tensor | None:
+        """What is added after the weight; None where the norm has none."""
+        return weight_of(applied(self.module), "bias")
 
     def scale(self, full: Tensor, normed: Tensor) -> Tensor:
         """The scale of every token, ``[..., 1]``, from the norm's full input and output."""
         dtype = working_dtype(full.dtype)
         direction = self.linear(full.to(dtype))
-        bias = weight_of(self.module, "bias")
+        bias = self.bias()
         normed = normed.to(dtype)
         if bias is not None:
             normed = normed - bias.to(normed)
         return _fitted_scale(direction, normed)
+
+
+def applied(module: nn.Module) -> nn.Module:
+    """What PEFT's wrapper around a norm (``modules_to_save``, LN tuning) runs as it is set now.
+
+    Of any other module itself. Which of its norms a wrapper runs is switched without a change of
+    modules, so that the wrapper stands for the norm and is asked at every use.
+    """
+    inside, active = module._modules, vars(module).get("_active_adapter")
+    base = inside.get("original_module", inside.get("base_layer"))
+    if active is None or base is None:
+        return module
+    wrapper: Any = module
+    if wrapper._disable_adapters or wrapper.merged_adapters:
+        return base
+    for name in [active] if isinstance(active, str) else active:
+        for norms in inside.values():
+            if isinstance(norms, nn.ModuleDict) and name in norms:
+                return norms[name]
+    return base
 
 
 def _linear(part: Tensor, weight: Tensor | None, centred: bool, offset: float) -> Tensor:
@@ -86,11 +111,11 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
     Raises:
         UnsupportedModelError: no form fits.
     """
-    width = sample.shape[-1]
-    with whole(module):
+    width, inner = sample.shape[-1], applied(module)
+    with whole(inner):
         vectors = {
             name: parameter.dtype
-            for name, parameter in own_weights(module).items()
+            for name, parameter in own_weights(inner).items()
             if parameter.shape == (width,)
         }
     weights = [name for name in vectors if name != "bias"]
@@ -101,7 +126,7 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
     }
     try:
         normed = functional_call(
-            unhooked(module), drawn, (sample[None],)
+            unhooked(inner), drawn, (sample[None],)
         )  # some insist on [B, T, d]
     except NOT_MADE_FOR_IT as error:
         raise UnsupportedModelError(

@@ -131,7 +131,7 @@ def find_readout(
     read, raw = at_head[0].read, at_head[0].gave
     norms = [
         call
-        for call in calls
+        for call in sorted(calls, key=lambda each: each.begin)  # PEFT's wrapper before its norms
         if call.reads(last, valid) and call.gave is not None and call.module is not head
     ]
     if not norms:

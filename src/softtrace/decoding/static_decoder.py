@@ -48,8 +48,8 @@ class StaticDecoder:
     """Writes texts with one model, several at once, by steps that are compiled once.
 
     While it writes, the model's layers are told what to do: no other thread may use the model.
-    Between texts weights may be changed; where they lie elsewhere then, steps are made ready anew.
-    Modules may not be replaced.
+    Between texts weights may be changed and adapters switched; where weights lie elsewhere then, or
+    adapters were switched, steps are made ready anew. Modules may not be replaced.
 
     Args:
         model: A causal language model of transformers, in eval mode, with "sdpa" or "eager"
@@ -258,7 +258,7 @@ class StaticDecoder:
     def _make_ready(self, drafting: bool) -> None:
         """Compile and capture what is needed, before any text is begun."""
         self._texts.begin([], 0)
-        self._runner.forget_if_moved(self.model)
+        self._runner.forget_if_changed(self.model)
         make_ready, steps = self._runner.make_ready, self._steps
         if not drafting or self.draft == "lookup":
             make_ready("whole", steps.plain)

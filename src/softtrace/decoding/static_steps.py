@@ -7,7 +7,7 @@ compiled, and captured in a CUDA graph and replayed.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from softtrace.decoding.confidence import surest
 from softtrace.decoding.static_model import StaticModel
 from softtrace.decoding.static_processors import Places, StaticProcessor
 from softtrace.errors import UnsupportedModelError
+from softtrace.model.state import adapters_of
 
 LONGEST_MATCH = 3
 """Tokens that are compared at most where what a text says next is looked up in it."""
@@ -276,7 +277,7 @@ class Runner:
     def __init__(self, model: StaticModel, backend: str | None, cuda_graphs: bool) -> None:
         self.model, self.backend, self.cuda_graphs = model, backend, cuda_graphs
         self._ready: dict[tuple[Any, ...], Callable[[], Any]] = {}
-        self._places: list[int] = []
+        self._made_with: tuple[list[int], Hashable] = [], ()
 
     @property
     def fixed(self) -> bool:
@@ -291,12 +292,16 @@ class Runner:
         else:
             step(*numbers)
 
-    def forget_if_moved(self, model: nn.Module) -> None:
-        """Forget what was made ready if weights lie elsewhere now: a graph reads where they lay."""
+    def forget_if_changed(self, model: nn.Module) -> None:
+        """Forget what was made ready if weights lie elsewhere now, or adapters were switched.
+
+        A graph reads where weights lay, and runs what was run when it was captured.
+        """
         places = [weight.data_ptr() for weight in (*model.parameters(), *model.buffers())]
-        if places != self._places:
+        now = places, adapters_of(model.modules())
+        if now != self._made_with:
             self._ready.clear()
-            self._places = places
+            self._made_with = now
 
     def make_ready(self, part: str, step: Callable[..., None], *numbers: int) -> None:
         """Compile or capture a step, once. It is run for that, and changes the texts."""

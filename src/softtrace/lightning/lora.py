@@ -42,7 +42,8 @@ class LoRA:
         """The model with new adapters, which alone are trained.
 
         Raises:
-            InvalidInputError: PEFT is not installed, or finds none of the targets.
+            InvalidInputError: PEFT is not installed, or finds none of the targets; or a target has
+                the matrix of another module too, which it could not be added into by itself.
         """
         try:
             from peft import LoraConfig, TaskType, get_peft_model
@@ -59,9 +60,30 @@ class LoRA:
             use_rslora=self.rslora,
         )
         try:
-            return get_peft_model(model, config)
+            wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise InvalidInputError(f"lora.targets: {error}") from error
+        _refuse_tied(wrapped)
+        return wrapped
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """Refuse adapters of a matrix that two modules have: merged, each would change both."""
+    having: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            having.setdefault(id(weight), []).append(name.removeprefix("base_model.model."))
+    for names in having.values():
+        plain = [name.removesuffix(".base_layer") for name in names]
+        adapted = [each for each, name in zip(plain, names, strict=True) if each != name]
+        if adapted and len(names) > 1:
+            both = " and ".join(plain)
+            raise InvalidInputError(
+                f"lora.targets: found {adapted[0]}, but {both} have one matrix (tied embeddings), "
+                "which an adapter of one of them cannot be added into when the model is saved; "
+                "leave it out, as 'all-linear' does"
+            )
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from softtrace.lightning.lora import LoRA, merged
 from softtrace.lightning.sharded import shard
 from softtrace.model.exit_maps import exit_maps_of, set_exit_maps
 from softtrace.model.flat_units import is_flat_unit
-from softtrace.model.loading import load_model
+from softtrace.model.loading import load_model, refuse_adapter
 
 
 class CausalLM(LightningModule):
@@ -87,6 +87,7 @@ class CausalLM(LightningModule):
         )
         # from_pretrained returns it in eval mode; what is fine-tuned is in train mode.
         model = load_model(path, dtype=dtype, **options)
+        refuse_adapter(path, model)
         if recompute:
             older: Any = model  # before transformers 5.23 there is the longer name alone
             name = "activation_checkpointing_enable"

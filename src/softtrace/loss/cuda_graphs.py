@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from softtrace.loss.fused import Run
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
+from softtrace.model.state import adapters_of
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ T = TypeVar("T")
 
 _MOST = 4  # graphs at a time, each of which holds gradients of its own
 _SEEN = 2  # runs of a shape before it is captured; most shapes of ragged batches never come back
-_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
 _WHEN = {
     "strength", "preset", "start_step", "warmup_steps", "every", "exit_every", "on_nonfinite",
     "seed", "budget", "reference", "monitor", "share", "crop",
@@ -198,14 +198,9 @@ def key_of(instrument: Instrument, options: DensityOptions, *others: Hashable) -
         for each in named.values()
         if each is not None
     )
-    adapters = tuple(
-        str([getattr(module, name) for name in _ADAPTERS] + [its.get("scaling")])
-        for module, its in zip(modules, own, strict=True)
-        if _ADAPTERS[0] in its
-    )
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     dials = repr([getattr(options, name) for name in _DIALS])
-    return id(instrument), weights, adapters, autocast, dials, others
+    return id(instrument), weights, adapters_of(modules), autocast, dials, others
 
 
 class _Within(nn.Module):
@@ -227,7 +222,15 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[
         weights: some of them, by the names of ``named_parameters``.
         run: runs the model.
     """
-    named = {f"model.{name}": each for name, each in weights.items()}
+    new = {id(own): weights[name] for name, own in model.named_parameters() if name in weights}
+    # Every place of a weight that is tied, but a module that has several places only once:
+    # tie_weights=True would put back what it had written there itself.
+    named = {
+        f"model.{name}.{own}".replace("..", "."): new[id(each)]
+        for name, module in model.named_modules()
+        for own, each in module._parameters.items()
+        if id(each) in new
+    }
     device = next(iter(weights.values())).device.type
     # Autocast's cache holds casts of the weights as they were in another forward.
     with torch.autocast(
@@ -236,7 +239,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], run: Callable[
         dtype=torch.get_autocast_dtype(device),
         cache_enabled=False,
     ):
-        found: T = torch.func.functional_call(_Within(model), named, (run,))
+        found: T = torch.func.functional_call(_Within(model), named, (run,), tie_weights=False)
     return found
 
 

@@ -23,12 +23,13 @@ from softtrace.checks import refuse_empty
 from softtrace.errors import ModelDirectoryError
 from softtrace.libraries import from_library
 from softtrace.model.devices import device_map_options
-from softtrace.model.exit_maps import load_exit_maps
+from softtrace.model.exit_maps import EXIT_MAPS_FILE, load_exit_maps
 
 _NO_CODE = {"trust_remote_code": False}  # left open, transformers asks at the terminal
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OTHERS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_BESIDE = {"adapter_model.safetensors", EXIT_MAPS_FILE}  # of no model's weights
 _INDEX = "model.safetensors.index.json"
 _POINTER = (
     b"version https://git-lfs"  # what a file of a clone begins with whose content is elsewhere
@@ -254,11 +255,10 @@ def check_model_directory(name_or_path: str | Path) -> None:
     if not path.is_dir():
         raise ModelDirectoryError(f"{name_or_path}: is a file; expected a model directory")
     _refuse_parts(path)
-    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+    weights = {file.name for file in path.glob("*.safetensors")} - _BESIDE
+    if (path / "adapter_config.json").is_file() and not weights:
         raise ModelDirectoryError(
-            f"{name_or_path}: holds a PEFT adapter and no model. Merge it into its base model "
-            "first: peft.AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()"
-            ".save_pretrained(directory), and save the tokenizer there too"
+            f"{name_or_path}: holds a PEFT adapter and no model. {_merge(path)}"
         )
     if not (path / "config.json").is_file():
         alone = any(path.glob("tokenizer*")) and not any(path.glob("*.safetensors"))
@@ -272,6 +272,28 @@ def check_model_directory(name_or_path: str | Path) -> None:
             "model.save_pretrained(directory) writes"
         )
     _check_weights(path)
+
+
+def _merge(path: Path) -> str:
+    """How to make one model of an adapter and its base model."""
+    maps = f", and copy {EXIT_MAPS_FILE} into it" if (path / EXIT_MAPS_FILE).is_file() else ""
+    return (
+        "Merge it into its base model first: peft.AutoPeftModelForCausalLM.from_pretrained(adapter)"
+        f".merge_and_unload().save_pretrained(directory), save the tokenizer there too{maps}"
+    )
+
+
+def refuse_adapter(name_or_path: str | Path, model: PreTrainedModel) -> None:
+    """Refuse a model that transformers loaded with the adapter that lay beside it, to be trained.
+
+    Raises:
+        ModelDirectoryError: its weights are frozen, and only the adapter would be saved.
+    """
+    if getattr(model, "peft_config", None):
+        raise ModelDirectoryError(
+            f"{name_or_path}: holds a PEFT adapter beside its model; expected a model alone, for "
+            f"what is trained. {_merge(Path(name_or_path))}"
+        )
 
 
 def _refuse_parts(path: Path) -> None:

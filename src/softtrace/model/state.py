@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from softtrace.model.flat_units import bare
+
+_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layers
 
 
 def all_modules(*models: nn.Module) -> list[nn.Module]:
@@ -23,6 +25,15 @@ def all_modules(*models: nn.Module) -> list[nn.Module]:
                 found[id(module)] = module
                 new.append(module)
     return list(found.values())
+
+
+def adapters_of(modules: Iterable[nn.Module]) -> Hashable:
+    """Which adapters of PEFT are switched on, merged and how scaled: a captured graph sees none."""
+    return tuple(
+        str([getattr(module, name) for name in _ADAPTERS] + [vars(module).get("scaling")])
+        for module in modules
+        if _ADAPTERS[0] in vars(module)
+    )
 
 
 @contextmanager

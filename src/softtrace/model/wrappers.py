@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +12,11 @@ from transformers import PreTrainedModel
 from softtrace.errors import TrainerSetupError, UnsupportedModelError
 from softtrace.model.flat_units import bare, is_flat_unit
 from softtrace.model.sharding import note_units
+
+_ROUTED = {  # PEFT's adapters whose weights a router chooses by what it reads
+    "LILY": "a Lily adapter, whose weights follow from all tokens of a batch",
+    "XLORA": "X-LoRA, which weighs adapters for each token",
+}
 
 
 def find_causal_lm(
@@ -55,7 +61,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
 
     Raises:
-        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning).
+        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning), or not
+            the same linear map for every token.
     """
     model = getattr(model, "_orig_mod", model)
     if is_flat_unit(model):
@@ -69,10 +76,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 f"PEFT adapter {', '.join(virtual)} adds virtual tokens, which are no tokens of "
                 "the graph; allowed are adapters inside the layers (LoRA, rsLoRA, DoRA, ...)"
             )
+        for name, each in settings.items():
+            if (found := _depends_on_tokens(each)) is not None:
+                raise UnsupportedModelError(
+                    f"PEFT adapter {name} is {found}, so it is no fixed projection of a head's "
+                    "output; allowed are adapters that add the same linear map at every token "
+                    "(LoRA, rsLoRA, DoRA, ...)"
+                )
         inner = base()
         if isinstance(inner, nn.Module):
             return inner
     return model
+
+
+def _depends_on_tokens(adapter: Any) -> str | None:
+    """What an adapter of these settings is, if it is not the same linear map for every token."""
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "an activated LoRA, which begins after its invocation tokens"
+    if getattr(adapter, "arrow_config", None) is not None:
+        return "routed by Arrow, which weighs adapters for each token"
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    return _ROUTED.get(str(kind))
 
 
 @contextmanager

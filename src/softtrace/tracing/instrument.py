@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from softtrace.anatomy.discovery import vocabulary_of
 from softtrace.model.sharding import is_sharded
-from softtrace.model.state import all_modules
+from softtrace.model.state import adapters_of, all_modules
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
@@ -40,26 +41,40 @@ class Instrument(Runner):
     Attributes:
         verification: What was proven, and how exactly.
         parts: Modules that it was proven with, all but the model itself.
+        wrappers: PEFT's around attention, each of which holds several of it.
+        adapters: That these were set to.
     """
 
     verification: Verification
     parts: tuple[nn.Module, ...]  # held, not numbered: ids of freed modules come back
+    wrappers: tuple[nn.Module, ...]
+    adapters: Hashable
 
     @classmethod
     def of(cls, runner: Runner, verification: Verification) -> Instrument:
         """The instrument of a runner that was proven; from now on :func:`attached` finds it."""
         model = runner.model
-        instrument = cls(**vars(runner), verification=verification, parts=_parts(model))
+        parts = _parts(model)
+        wrappers = _wrappers(parts, [each.attention for each in runner.anatomy.layers])
+        instrument = cls(
+            **vars(runner),
+            verification=verification,
+            parts=parts,
+            wrappers=wrappers,
+            adapters=adapters_of(wrappers),
+        )
         _keep(model, instrument)
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the modules that were proven, none added or replaced.
 
-        Its vocabulary is the same too: ``resize_token_embeddings`` can change it in place.
+        Nor switched, where attention is one of ``modules_to_save``. Its vocabulary is the same too:
+        ``resize_token_embeddings`` can change it in place.
         """
         parts = _parts(model)
         same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+        same = same and adapters_of(self.wrappers) == self.adapters
         return same and vocabulary_of(model) == self.anatomy.vocabulary
 
     def detach(self) -> None:
@@ -88,6 +103,16 @@ def _keep(model: nn.Module, instrument: Instrument) -> None:
         vars(model)[_OWN] = _Kept(instrument)
     else:
         ATTACHED[model] = instrument
+
+
+def _wrappers(parts: Sequence[nn.Module], attention: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """PEFT's wrappers (``modules_to_save``) around any of these modules."""
+    inside = set(map(id, attention))
+    return tuple(
+        part
+        for part in parts
+        if "original_module" in part._modules and any(id(each) in inside for each in part.modules())
+    )
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, ...]:

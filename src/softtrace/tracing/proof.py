@@ -21,7 +21,7 @@ from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
-from softtrace.model.devices import alone, weight_of
+from softtrace.model.devices import alone
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
 from softtrace.model.sharding import computing_dtype
 from softtrace.tracing.independence import check_independence
@@ -108,7 +108,7 @@ class _Witness(MaskedRun):
         if modules.attention_norm is not None:
             norm = modules.attention_norm
             rebuilt = norm.scale(read, output) * norm.linear(read.to(working_dtype(read.dtype)))
-            bias = weight_of(norm.module, "bias")
+            bias = norm.bias()
             rebuilt = rebuilt.to(output) + (0 if bias is None else bias)
             self._compare("the norm after attention", output, rebuilt)
         mask = self.masks[layer].attention_residual[..., None].to(output)
