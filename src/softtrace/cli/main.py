@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
     log = logging.getLogger("softtrace")
     log.addHandler(handler)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one says what it does
+    usual = log.level
+    log.setLevel(logging.INFO if first else logging.WARNING)
     try:
         command(words[1:])
     except SofttraceError as error:
@@ -96,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         log.removeHandler(handler)
+        log.setLevel(usual)
     return 0
 
 
