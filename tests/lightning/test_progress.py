@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from softtrace.cli.fit import FitCLI
+from softtrace.cli.fit import FitCLI, fit
 from softtrace.lightning.progress import StepProgress, progress_of
 from tests.cli.test_fit import arguments
 from tests.support.corpus import write_model, write_tree
@@ -122,6 +122,21 @@ def test_the_bar_of_the_user_is_the_only_one() -> None:
     assert progress_of({"barebones": True}, []) == []
     (own,) = progress_of({"enable_progress_bar": None}, [Callback()])
     assert isinstance(own, StepProgress)
+
+
+def test_a_fit_that_is_resumed_within_an_epoch_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    more = ("--trainer.enable_progress_bar", "true", "--trainer.limit_train_batches", 5)
+    more += ("--trainer.log_every_n_steps", "1")
+    for steps, again in ((6, "false"), (8, "true")):
+        words = (*more, "--resume", again, "--trainer.max_steps", steps)
+        fit(arguments(sources, tmp_path / "out", *words))
+    text = capsys.readouterr().out
+    assert "epoch 2:  75%" in text
+    assert "8/8" in text
+    assert "Training" not in text
 
 
 def test_fit_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

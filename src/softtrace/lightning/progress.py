@@ -31,7 +31,7 @@ class StepProgress(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         """The bar of the training."""
         return Tqdm(
-            desc=self.train_description,
+            desc=_epoch(self.trainer),  # a resumed one does not begin again
             total=_steps_of(self.trainer),
             initial=self.trainer.global_step,
             unit="step",
@@ -52,7 +52,7 @@ class StepProgress(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Name the epoch; the steps are counted on."""
         bar: Any = self.train_progress_bar
-        bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
+        bar.set_description(_epoch(trainer), refresh=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -99,6 +99,10 @@ def progress_of(options: Mapping[str, Any], callbacks: list[Callback]) -> list[C
     given = any(isinstance(each, ProgressBar) for each in callbacks)
     unwanted = options.get("enable_progress_bar") is False or options.get("barebones")
     return [] if given or unwanted else [StepProgress()]
+
+
+def _epoch(trainer: Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1}"
 
 
 def _steps_of(trainer: Trainer) -> int | None:
