@@ -169,6 +169,25 @@ def test_only_the_process_that_wrote_says_so(
     assert ("written to out/" in capsys.readouterr().out) == (rank == 0)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate", "interrupted; the same with --resume true resumes it\n"),
+        ("fit", "interrupted; the same with --resume true resumes it\n"),
+        ("study", "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_can_be_resumed(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_COMMANDS, command, interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"softtrace {command}: {said}"
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_one_of_several_processes_says_what_it_does(
     rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

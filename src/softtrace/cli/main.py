@@ -20,6 +20,9 @@ from softtrace.libraries import missing
 #: no file can have this path, as of a text that was given where its file belongs
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
+#: commands whose interrupted runs can be resumed
+_RESUMED = ("fit", "evaluate")
+
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
@@ -96,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print(f"softtrace {words[0]}: interrupted", file=sys.stderr)
+        more = "; the same with --resume true resumes it" if words[0] in _RESUMED else ""
+        print(f"softtrace {words[0]}: interrupted{more}", file=sys.stderr)
         return 130
     finally:
         log.removeHandler(handler)
