@@ -50,7 +50,7 @@ class StepProgress(TQDMProgressBar):
         return bar
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Name the epoch; the steps are counted on."""
+        """Name the epoch; the count of steps does not begin anew."""
         bar: Any = self.train_progress_bar
         bar.set_description(_epoch(trainer), refresh=False)
 
