@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from softtrace.cli import main
 from softtrace.cli.fit import FitCLI
 from tests.cli.test_fit import arguments, trained
 from tests.support.corpus import write_model, write_tree
@@ -84,3 +85,15 @@ def test_the_model_is_saved_undisturbed_by_processes_that_are_done(
     monkeypatch.setattr(FitCLI, "_save", lambda *_: happened.append("saved"))
     cli.fit()
     assert happened == [cli.trainer, "saved", "over"]
+
+
+def test_the_command_says_what_it_does_after_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU that takes minutes."""
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    monkeypatch.setattr("softtrace.cli.fit.recommend_exit", lambda *_: 1)
+    assert main(["fit", *arguments(sources, tmp_path / "out", "--card_blocks", 2)]) == 0
+    said = capsys.readouterr().err
+    assert "softtrace: looking for the early exit that decodes fastest, on " in said
+    assert "softtrace: measuring densities for the model card on 2 held-out blocks" in said

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from softtrace.cli import main
+from softtrace.cli.main import _COMMANDS
 from softtrace.files import LOCK, claimed
 from tests.support.corpus import write_model, write_tree
 from tests.support.densities import synthetic_density, write_run
@@ -165,3 +167,39 @@ def test_only_the_process_that_wrote_says_so(
     with as_rank(rank):
         assert main(["fit"]) == 0
     assert ("written to out/" in capsys.readouterr().out) == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate", "interrupted; the same with --resume true resumes it\n"),
+        ("fit", "interrupted; the same with --resume true resumes it\n"),
+        ("study", "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_can_be_resumed(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_COMMANDS, command, interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"softtrace {command}: {said}"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_of_several_processes_says_what_it_does(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: list[str]) -> None:
+        logging.getLogger("softtrace.some").info("reading")
+        logging.getLogger("softtrace.some").warning("damaged")
+
+    monkeypatch.setitem(_COMMANDS, "inspect", command)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    usual = logging.getLogger("softtrace").level
+    assert main(["inspect"]) == 0
+    said = "softtrace: reading\n" if rank == "0" else ""
+    assert capsys.readouterr().err == said + "softtrace: damaged\n"
+    assert logging.getLogger("softtrace").level == usual

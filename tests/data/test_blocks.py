@@ -67,6 +67,15 @@ def test_a_text_without_one_block() -> None:
         stream_evenly([Document("a", "12345")], TOKENIZER, 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("ab", r"block of 8. Give more text\.$"), ("abcd", "or a block_size of at most 4")],
+)
+def test_a_block_size_that_no_command_takes_is_not_advised(text: str, advice: str) -> None:
+    with pytest.raises(DataError, match=advice):
+        pack([Document("a", text)], TOKENIZER, 8)
+
+
 @pytest.mark.parametrize("files", [1, 2, 40])
 def test_the_held_out_side_is_the_same(tmp_path: Path, files: int) -> None:
     documents = read_documents(write_tree(tmp_path, files))

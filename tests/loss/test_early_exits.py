@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import weakref
 from typing import Any
@@ -207,25 +206,6 @@ def test_the_last_forward_of_the_batch_counts() -> None:
     alone = distance((ids, mask))
     assert distance((ids.flip(0), mask.flip(0)), (ids, mask)) == alone
     assert distance((ids, mask), (ids[:, :5], mask[:, :5])) == alone
-
-
-def test_what_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
-    density = DensityLoss(model, **OPTIONS)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert density(ids, mask).exit_distance is None
-            with density.watching(), torch.no_grad():
-                model(input_ids=ids, attention_mask=mask)
-            assert density(ids, mask).exit_distance is None
-    assert [record.message for record in caplog.records] == [
-        "exits: no forward of this batch was watched, so none is read early; run it inside "
-        "'with density_loss.watching():', with gradients, or set exits=0, exit_map=False"
-    ]
-    caplog.clear()
-    silent = DensityLoss(model, strength=0.7, exits=0.0)
-    silent(ids, mask)
-    assert not caplog.records
 
 
 def test_one_block_may_span_several_batches() -> None:

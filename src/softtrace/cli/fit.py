@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.utils.memory import clear_device_cache
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -38,6 +37,7 @@ from softtrace.evaluation.held_out import measured
 from softtrace.files import atomic_path, check_output, claimed, sync
 from softtrace.graph.batch import check_length
 from softtrace.libraries import refusals
+from softtrace.lightning.after_training import on_training_device
 from softtrace.lightning.checkpoint_io import AtomicCheckpointIO
 from softtrace.lightning.datamodule import PackedDataModule
 from softtrace.lightning.failed_process import end_with_starter, ending_alone, undisturbed
@@ -46,6 +46,7 @@ from softtrace.lightning.lora import merged
 from softtrace.lightning.module import CausalLM
 from softtrace.lightning.monitor import DensityMonitor
 from softtrace.lightning.penalty import DensityPenalty
+from softtrace.lightning.progress import progress_of
 from softtrace.lightning.sharded import check_sharding, say_batch_size, whole_weights
 from softtrace.lightning.sigterm import EndTogether
 from softtrace.lightning.step_seed import StepSeed
@@ -186,6 +187,7 @@ class FitCLI(LightningCLI):
         if options.get("max_epochs") is None and options.get("max_steps", -1) == -1:
             kwargs["max_epochs"] = -1 if options.get("max_time") else 1
         callbacks = as_list(options.get("callbacks"))
+        callbacks += progress_of(options, callbacks)
         # By now True has become the number that was chosen; False asks for no seeding at all.
         if (seed := self.config["seed_everything"]) is not False:
             callbacks.append(StepSeed(seed))
@@ -331,33 +333,16 @@ class FitCLI(LightningCLI):
                 return
             blocks = evenly(held_out, wanted)[:, :_MEASURED]
             split = f"held out, share {self.datamodule.held_out_share:g}"
-            with self._where_it_was_trained(model):
+            logger.info("measuring densities for the model card on %d held-out blocks", len(blocks))
+            with on_training_device(model, self.model, self.trainer.strategy):
                 own = measured(model, blocks, split)
             base = load_model(self.model.path, dtype=self.config["model"]["dtype"])
-            with self._where_it_was_trained(base):
+            with on_training_device(base, self.model, self.trainer.strategy):
                 write_density(self.out, own, measured(base, blocks, split))
         # The weights are safe already. A MemoryError says nothing but its name.
         except (SofttraceError, RuntimeError, OSError, ValueError, MemoryError) as reason:
             kind = type(reason).__name__
             logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
-
-    @contextmanager
-    def _where_it_was_trained(self, model: Any) -> Iterator[None]:
-        """Has a model on the device of the training, which a large one needs to be read in time.
-
-        Gradients, which move with a model, and optimisers' states, which Lightning has moved to
-        main memory by now, are let go of first: they are as large as two more models.
-        """
-        strategy = self.trainer.strategy
-        strategy.optimizers, strategy.lr_scheduler_configs = [], []
-        self.model.zero_grad(set_to_none=True)
-        clear_device_cache(garbage_collection=True)
-        try:
-            model.to(strategy.root_device)
-            yield
-        finally:
-            model.to("cpu")
-            clear_device_cache()
 
     def _recommend_exit(self, model: PreTrainedModel) -> None:
         """Write into the model's config which early exit should decode it fastest."""
@@ -366,8 +351,12 @@ class FitCLI(LightningCLI):
         if blocks is None:
             return
         try:
-            with self._where_it_was_trained(model):
-                recommend_exit(model, evenly(blocks, _EXIT_BLOCKS)[:, :_EXIT_TOKENS])
+            read = evenly(blocks, _EXIT_BLOCKS)[:, :_EXIT_TOKENS]
+            logger.info(
+                "looking for the early exit that decodes fastest, on %d x %d tokens", *read.shape
+            )
+            with on_training_device(model, self.model, self.trainer.strategy):
+                recommend_exit(model, read)
         except Exception as reason:  # whatever it is, the weights are not written yet
             logger.info("no early exit is recommended: %s", reason)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from softtrace.anatomy.anatomy import LayerModules
 from softtrace.anatomy.norms import LinearNorm
@@ -15,6 +18,7 @@ from softtrace.graph.batch import check_length
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.graph.sizes import edge_counts
 from softtrace.model.devices import device_of_module
+from softtrace.model.hooks import Hook, register
 from softtrace.model.loading import load_model
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -66,8 +70,10 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
     names = {id(module): name for name, module in network.named_modules()}
     device = device_of_module(network)
     ids = torch.arange(length, device=device)[None] % anatomy.vocabulary
-    recording = instrument.record(instrument.batch(ids), keep_attention=False)
-    counts = edge_counts(recording.importance.existing())[0, -1].sum(0).tolist()
+    with _progress(instrument, length):
+        recording = instrument.record(instrument.batch(ids), keep_attention=False)
+    last = torch.tensor([[length - 1]], device=device)
+    counts = edge_counts(recording.importance.existing(), last)[0, 0].sum(0).tolist()
     verification, readout = instrument.verification, anatomy.readout
     after = readout.after.field
     return {
@@ -101,6 +107,24 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
             for check, error in verification.errors.items()
         },
     }
+
+
+@contextmanager
+def _progress(instrument: Instrument, length: int) -> Iterator[None]:
+    """Show how many layers have run, where that takes longer than a second."""
+    layers = [each.layer for each in instrument.anatomy.layers]
+    said, handles = f"counting the edges of {length:,} tokens", list[RemovableHandle]()
+    with tqdm(total=len(layers), desc=said, unit="layer", delay=1) as bar:
+
+        def ran(*_: Any) -> None:
+            bar.update()
+
+        try:
+            register((Hook(layer, ran, before=False) for layer in layers), handles)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def report(found: dict[str, Any]) -> str:

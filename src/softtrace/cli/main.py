@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,9 @@ from softtrace.libraries import missing
 
 #: no file can have this path, as of a text that was given where its file belongs
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+
+#: commands whose interrupted runs can be resumed
+_RESUMED = ("fit", "evaluate")
 
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
@@ -65,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
     log = logging.getLogger("softtrace")
     log.addHandler(handler)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one says what it does
+    usual = log.level
+    log.setLevel(logging.INFO if first else logging.WARNING)
     try:
         command(words[1:])
     except SofttraceError as error:
@@ -92,10 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print(f"softtrace {words[0]}: interrupted", file=sys.stderr)
+        more = "; the same with --resume true resumes it" if words[0] in _RESUMED else ""
+        print(f"softtrace {words[0]}: interrupted{more}", file=sys.stderr)
         return 130
     finally:
         log.removeHandler(handler)
+        log.setLevel(usual)
     return 0
 
 

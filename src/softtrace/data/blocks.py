@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEAST = 4  # tokens of a block that every command takes
 _BYTES = 4  # of a token in the file: no vocabulary reaches 2^31
 
 
@@ -188,9 +189,11 @@ def _blocks(
             row = _cut(row, taken, len(row.ids))
             count += 1
     if not count:
+        fits = tokens + len(first)
+        shorter = f", or a {option} of at most {fits}" if fits >= _LEAST else ""
         raise DataError(
-            f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text, "
-            f"or a {option} of at most {tokens + len(first)}."
+            f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text"
+            f"{shorter}."
         )
 
 

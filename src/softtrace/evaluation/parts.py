@@ -59,6 +59,13 @@ def plan(blocks: int, batch_size: int) -> list[Part]:
     return [Part(first, min(first + step, blocks)) for first in range(0, blocks, step)]
 
 
+#: settings that are kept as hashes, which say nothing to people
+_HASHED = {
+    "blocks": "blocks of another text, share, number or block_size",
+    "model": "a model of other weights",
+}
+
+
 class Parts:
     """The folder of the parts of one evaluation.
 
@@ -90,7 +97,8 @@ class Parts:
         ]
         if names:
             differing = ", ".join(
-                f"{name} {found.get(name)!r} (now {self.settings.get(name)!r})" for name in names
+                _HASHED.get(name, f"{name} {found.get(name)!r} (now {self.settings.get(name)!r})")
+                for name in names
             )
             raise CheckpointError(
                 f"{path}: measured with other settings: {differing}. Resume with those of then, "

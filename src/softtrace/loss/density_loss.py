@@ -143,8 +143,8 @@ class DensityLoss:
             InvalidInputError: Layers are checkpointed in the reentrant way, which runs them without
                 a graph.
         """
-        watched = self._watched = Watched(copies=EarlyCopies(batch))
         model = unwrapped(self.model)
+        watched = self._watched = Watched(copies=EarlyCopies(batch), model=model)
         if host is not None and is_flat_unit(host) and unit_of(model) is None:  # wrapped after us
             note_units(host)
         if not self.options.reads_exits:
@@ -219,13 +219,14 @@ class DensityLoss:
                 that of the newest block. What it holds is let go.
 
         Raises:
-            InvalidInputError: a malformed batch.
+            InvalidInputError: a malformed batch, or a handle of another model.
             NonFiniteError: logits are not finite and ``on_nonfinite`` is ``"raise"``.
         """
         check_is_tensor(input_ids)
         if step is None:
             step, self.step = self.step, self.step + 1
         watched = self._watched if watched is None else watched
+        watched.check(unwrapped(self.model))
         found: list[DensityTerm] = []
 
         def loss() -> Tensor:
@@ -325,9 +326,9 @@ class DensityLoss:
         low, high = self.options.exit_bounds(layers) if layers > 1 else (0, -1)
         return range(low, high + 1)
 
-    def _say_once(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _say_once(self, what: str, kind: str | None = None) -> None:
+        if (key := kind or what) not in self._said:  # of one kind: numbers in it may change
+            self._said.add(key)
             logger.warning(what)
 
     def _say_without_gradient(self) -> None:
@@ -381,10 +382,8 @@ class DensityLoss:
             return None
         seen = watched.last_of(batch.counted.shape, depths)
         if seen is None:
-            self._say_once(
-                "exits: no forward of this batch was watched, so none is read early; run it inside "
-                "'with density_loss.watching():', with gradients, or set exits=0, exit_map=False"
-            )
+            kind, why = watched.why_none(batch.counted.shape)
+            self._say_once(why, kind)
             return None
         drawn = draw_exits(
             seed=options.seed,

@@ -25,6 +25,7 @@ from softtrace.anatomy.readout import Readout
 from softtrace.density.chunks import distances
 from softtrace.density.distortion import divergence
 from softtrace.density.easiness import Easiness, easiness
+from softtrace.errors import InvalidInputError
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.transfers import EarlyCopies
 from softtrace.model.hooks import Hook, on_input, register
@@ -60,10 +61,22 @@ class Watched:
     Attributes:
         forwards: those with gradients; the last one may not have ended.
         copies: of the batch that they were given, on the CPU.
+        model: whose forwards they are; None before the first block.
+        without_gradients: whether there was a forward that was left out for having none.
     """
 
     forwards: list[Seen] = field(default_factory=list)
     copies: EarlyCopies = field(default_factory=EarlyCopies)
+    model: nn.Module | None = field(default=None, repr=False)
+    without_gradients: bool = False
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`softtrace.InvalidInputError` where this watched another model."""
+        if self.model is not None and self.model is not model:
+            raise InvalidInputError(
+                "watched: found what a DensityLoss of another model watched; give the handle that "
+                "this one's watching() gave, or none for that of its newest block"
+            )
 
     def last_of(self, shape: torch.Size, depths: Iterable[int]) -> Seen | None:
         """The last forward of a batch ``(B, T)`` with a stream at every depth; None without one."""
@@ -74,9 +87,36 @@ class Watched:
         ]  # fmt: skip
         return fitting[-1] if fitting else None
 
+    def why_none(self, shape: torch.Size) -> tuple[str, str]:
+        """Why :meth:`last_of` found none for a batch ``(B, T)``: the kind of reason, a message."""
+        rest = ", or set exits=0, exit_map=False"
+        shapes = [each.last.shape[:2] for each in self.forwards if each.last is not None]
+        if shapes and shapes[-1] != shape:
+            (rows, length), (all_rows, most) = shapes[-1], shape
+            return "shape", (
+                f"exits: the forward that was watched had {rows} rows of {length} tokens, and this "
+                f"batch has {all_rows} of {most}, so none is read early; give the call the rows "
+                f"that one forward ran{rest}"
+            )
+        if self.forwards:
+            return "unfinished", (
+                "exits: the forward that was watched did not end, or left layers out, so none is "
+                f"read early; run it whole before the call{rest}"
+            )
+        if self.without_gradients:
+            return "gradients", (
+                "exits: the forward that was watched ran without gradients, so none is read early; "
+                f"run it with gradients{rest}"
+            )
+        return "none", (
+            "exits: no forward was watched, so none is read early; run it inside "
+            f"'with density_loss.watching():'{rest}"
+        )
+
     def forget(self) -> None:
         """Let go of the streams and logits that are held."""
         self.forwards.clear()
+        self.without_gradients = False
         self.copies = EarlyCopies()
 
 
@@ -121,6 +161,8 @@ def watching(
         result = found.last if found.logits is None else found.logits
         if result is not None and result.requires_grad:
             seen.append(replace(found, ended=True))
+        else:
+            watched.without_gradients = True
 
     hooks: list[Hook] = []
     for module in dict.fromkeys((model, decoder)):
