@@ -271,6 +271,18 @@ def test_resuming_what_is_not_there_is_refused(sources: tuple[Path, Path], tmp_p
         fit(arguments(sources, tmp_path / "nothing", "--resume", "true"))
 
 
+def test_a_trained_model_is_not_trained_anew_where_nothing_is_left_to_resume_from(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = fit(arguments(sources, tmp_path / "out", "--checkpoint_every", 0))
+    wrote = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(OutputExistsError, match="a trained model and no checkpoint to resume from"):
+        fit(arguments(sources, out, "--resume", "true"))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == wrote
+    (out / "model.safetensors").unlink()
+    fit(arguments(sources, out, "--resume", "true"))
+
+
 @pytest.mark.thorough
 def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
     sources: tuple[Path, Path], tmp_path: Path

@@ -32,7 +32,7 @@ from softtrace.cli.presets import fill_preset
 from softtrace.data.blocks import evenly
 from softtrace.data.split_record import read_records, write_records
 from softtrace.decoding.recommend import recommend_exit
-from softtrace.errors import CheckpointError, InvalidInputError, SofttraceError
+from softtrace.errors import CheckpointError, InvalidInputError, OutputExistsError, SofttraceError
 from softtrace.evaluation.held_out import measured
 from softtrace.files import atomic_path, check_output, claimed, sync
 from softtrace.graph.batch import check_length
@@ -154,11 +154,18 @@ class FitCLI(LightningCLI):
         """OUT as the folder of this run alone.
 
         Raises:
-            OutputExistsError: another run writes to it, or it holds one that is not resumed.
+            OutputExistsError: another run writes to it, or it holds one that is not resumed, or a
+                model that was trained and nothing to resume from.
         """
         with claimed(self.config["out"]):
             if not self.config["resume"]:
                 check_output(self.out, False, "--resume true to resume from its last checkpoint")
+            elif newest(self.last_checkpoint) is None and any(self.out.glob("model*.safetensors")):
+                raise OutputExistsError(
+                    f"{self.out}: holds a trained model and no checkpoint to resume from, so that "
+                    "the model would be trained anew and written over; give another --out, or move "
+                    "the model away"
+                )
             yield
 
     def instantiate_classes(self) -> None:
