@@ -43,13 +43,14 @@ def test_an_exit_is_looked_for_where_the_model_was_trained(
         cli.trainer.strategy._root_device = torch.device("cuda", 7)  # type: ignore[attr-defined]
 
     monkeypatch.setattr("softtrace.cli.fit._EXIT_TOKENS", 12)
+    monkeypatch.setattr("softtrace.cli.fit._EXIT_READ", 38)
     monkeypatch.setattr("softtrace.cli.fit.whole_weights", after_training)
     monkeypatch.setattr(PreTrainedModel, "to", to)
     monkeypatch.setattr(
-        "softtrace.cli.fit.recommend_exit", lambda _, blocks: seen.append(str(blocks.shape[1]))
+        "softtrace.cli.fit.recommend_exit", lambda _, blocks: seen.append(str([*blocks.shape]))
     )
     cli.fit()
-    assert seen == (["cuda:7", "12", "cpu"] if error is None else ["cuda:7", "cpu"])
+    assert seen == (["cuda:7", "[3, 12]", "cpu"] if error is None else ["cuda:7", "cpu"])
     assert trained(tmp_path / "out")
 
 

@@ -57,7 +57,7 @@ from softtrace.report.model_card import write_density, write_settings
 
 logger = logging.getLogger(__name__)
 
-_EXIT_BLOCKS, _EXIT_TOKENS = 32, 512  # enough for a choice between layers
+_EXIT_READ, _EXIT_TOKENS = 2048, 256  # tokens to judge exits by, half of them guessed; of a row
 _MONITOR_BLOCKS = 16
 _MEASURED = 64  # tokens of a block, as evaluate's: importances grow with the square
 
@@ -358,7 +358,8 @@ class FitCLI(LightningCLI):
         if blocks is None:
             return
         try:
-            read = evenly(blocks, _EXIT_BLOCKS)[:, :_EXIT_TOKENS]
+            rows = blocks[:, :_EXIT_TOKENS]
+            read = evenly(rows, max(1, _EXIT_READ // rows.shape[1]))
             logger.info(
                 "looking for the early exit that decodes fastest, on %d x %d tokens", *read.shape
             )
