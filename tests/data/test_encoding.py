@@ -129,4 +129,4 @@ def test_special_tokens_that_are_read_as_characters_are_named_once(
         encode([each._replace(special_tokens="characters") for each in documents], bos_tokenizer())
     (message,) = caplog.messages
     assert message.startswith("0.md: found the special token '<")
-    assert "special_tokens='tokens'" in message
+    assert "set special_tokens to 'tokens'" in message

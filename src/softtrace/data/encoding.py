@@ -218,8 +218,8 @@ class _SpecialTokens:
             self._said = True
             logger.warning(
                 "%s: found the special token %r inside a text that neither begins nor ends with "
-                "one, so it is read as plain characters; pass special_tokens='tokens' if your "
-                "texts were rendered by a chat template, or 'characters' if they were not",
+                "one, so it is read as plain characters; set special_tokens to 'tokens' if your "
+                "texts were rendered by a chat template, or to 'characters' if they were not",
                 document.name, spelled,
             )  # fmt: skip
         return False
