@@ -258,7 +258,7 @@ def test_refuses_what_it_cannot_do(
             decode_bench(*sources, str(tmp_path / "new"), **{**SMALL, name: value})
     with pytest.raises(InvalidInputError, match="exit_layer: found 9, allowed 1 to"):
         decode_bench(*sources, str(tmp_path / "new"), **SMALL, exit_layer=9)
-    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "short.txt").write_text("abcde")
     with pytest.raises(
         DataError, match=r"less than one block of 8.* or a prompt_tokens of at most"
     ):
