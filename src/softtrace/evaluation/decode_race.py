@@ -81,10 +81,10 @@ def costs_of(
     cache, base = DynamicCache(), without_head(network)
     network(input_ids=row, past_key_values=cache, use_cache=True)
 
-    def seconds(depth: int, count: int) -> float:
+    def seconds(depth: int | None, count: int) -> float:
         read = row[:, :1].expand(1, count)
         began = now(row)
-        if not depth:  # one layer, and nothing is chosen
+        if depth is None:  # one layer, and nothing is chosen
             with first_layers(network, 1):
                 base(input_ids=read, past_key_values=cache, use_cache=True)
             spent = now(row) - began
@@ -100,9 +100,9 @@ def costs_of(
         forget(cache.layers[:depth], count)
         return spent if count == 1 else now(row) - began
 
-    kinds = [(depth, 1) for depth in range(layers)]
+    kinds = [(None, 1), *((depth, 1) for depth in range(1, layers))]
     kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
-    ratios: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    ratios: dict[tuple[int | None, int], list[float]] = {kind: [] for kind in kinds}
     for turn in range(_REPEATS):
         before = seconds(layers, 1)
         for kind, found in ratios.items():
@@ -114,7 +114,7 @@ def costs_of(
     middle = {kind: statistics.median(found) for kind, found in ratios.items()}
     guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
     runs = [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
-    return guesses, runs, max(0.0, middle[1, 1] - middle[0, 1])
+    return guesses, runs, max(0.0, middle[1, 1] - middle[None, 1])
 
 
 def now(like: Tensor) -> float:

@@ -40,13 +40,13 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
     """
     parts, steps, runner, texts = decoder._parts, decoder._steps, decoder._runner, decoder._texts
     most, layers = decoder.draft_tokens, decoder.proven_exit.layers
-    kinds: dict[int, tuple[str, Callable[..., None], tuple[int, ...]]] = {
-        0: ("whole", steps.plain, ()), 1: ("first", steps.guess, ()),
-        -1: ("first", steps.follow, ()),
+    kinds: dict[str | int, tuple[str, Callable[..., None], tuple[int, ...]]] = {
+        "plain": ("whole", steps.plain, ()), "guess": ("first", steps.guess, ()),
+        "no guess": ("first", steps.follow, ()),  # the last token of a draft
         **{count: ("whole", steps.read, (count,)) for count in {2, most} if count > 1},
     }  # fmt: skip
 
-    def seconds(kind: int) -> float:
+    def seconds(kind: str | int) -> float:
         part, step, numbers = kinds[kind]
         texts.begin([row], most)
         steps.place.zero_()
@@ -54,7 +54,7 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         runner.run(part, step, *numbers)
         return now(row) - began
 
-    ratios: dict[int, list[float]] = {kind: [] for kind in kinds if kind}
+    ratios: dict[str | int, list[float]] = {kind: [] for kind in kinds if kind != "plain"}
     with parts.prepared():
         texts.begin([], 0)
         for part, step, numbers in kinds.values():
@@ -64,20 +64,20 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         parts.choose("whole")
         parts.read(texts.tokens[:, : len(row)])
         for turn in range(_REPEATS):
-            before = seconds(0)
+            before = seconds("plain")
             for kind, found in ratios.items():
                 spent = seconds(kind)
-                after = seconds(0)
+                after = seconds("plain")
                 if turn:  # the first call of anything is slow
                     found.append(2 * spent / (before + after))
                 before = after
     middle = {kind: statistics.median(found) for kind, found in ratios.items()}
-    a_layer = (1 - middle[1]) / (layers - parts.depth)
+    a_layer = (1 - middle["guess"]) / (layers - parts.depth)
     guesses = {depth: max(0.0, 1 - a_layer * (layers - depth)) for depth in range(1, layers)}
     pairs = middle.get(2, 1.0)
     more = (middle[most] - pairs) / (most - 2) if most > 2 else 0.0
     runs = [1.0, *(max(1.0, pairs + more * (n - 2)) for n in range(2, most + 1))]
-    return guesses, runs, max(0.0, middle[1] - middle[-1])
+    return guesses, runs, max(0.0, middle["guess"] - middle["no guess"])
 
 
 def fixed_drafting(
