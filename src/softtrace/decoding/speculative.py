@@ -34,9 +34,10 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
 )
 from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
-from softtrace.decoding.split_model import TwoParts, counter, first_layers, one_logit
+from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
+from softtrace.model.wrappers import one_logit
 from softtrace.tracing.attach import attach
 
 _USUAL = 20  # new tokens that generate writes if it is not told

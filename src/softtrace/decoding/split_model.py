@@ -7,7 +7,6 @@ on from there, so for that run the first layers are made to give what they gave 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import DynamicCache
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
-from softtrace.model.wrappers import unwrapped
+from softtrace.model.wrappers import one_logit, unwrapped
 from softtrace.tracing.attach import attach
 
 
@@ -26,16 +25,6 @@ def without_head(model: nn.Module) -> Any:
     """What of a model gives its residual stream; of PEFT's wrapper the base would have the head."""
     inside: Any = unwrapped(model)
     return getattr(inside, str(inside.base_model_prefix))
-
-
-def one_logit(model: nn.Module) -> dict[str, int]:
-    """Options with which a model computes logits of the last token alone; none where it cannot.
-
-    Of a long prompt those of all tokens take more memory than the rest, and of a small model with a
-    large vocabulary most of the time.
-    """
-    takes = inspect.signature(type(unwrapped(model)).forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 def counter(model: nn.Module) -> Any:

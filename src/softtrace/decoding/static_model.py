@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.decoding.few_rows import fast_few_rows
-from softtrace.decoding.split_model import counter, first_layers, one_logit, without_head
+from softtrace.decoding.split_model import counter, first_layers, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
+from softtrace.model.wrappers import one_logit
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,3 +116,18 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = around
+
+
+def forward_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names that the forward of a model takes."""
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def one_logit(model: nn.Module) -> dict[str, int]:
+    """Options with which a model computes logits of the last token alone; none where it cannot.
+
+    Those of all tokens of a long prompt take more memory than the rest, and of a small model with
+    a large vocabulary most of the time.
+    """
+    takes = forward_parameters(unwrapped(model))
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

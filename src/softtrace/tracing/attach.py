@@ -26,10 +26,10 @@ from softtrace.model.devices import device_of_module
 from softtrace.model.memory import attempt, half_that_fits
 from softtrace.model.sharding import computing_dtype, let_go, note_units, run
 from softtrace.model.state import as_written
-from softtrace.model.wrappers import own_forward, unwrapped
+from softtrace.model.wrappers import forward_parameters, own_forward, unwrapped
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
-from softtrace.tracing.runner import Runner, forward_parameters
+from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ forward, attention kernel, checkpointing and compiled code never meet them.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -33,6 +32,7 @@ from softtrace.model.hooks import register, watched
 from softtrace.model.sharding import among_forwards, note_units
 from softtrace.model.sharding import run as run_model
 from softtrace.model.state import as_written, dropout_off, uncompiled
+from softtrace.model.wrappers import one_logit
 from softtrace.tracing.masking import MaskedRun
 from softtrace.tracing.means import LayerMeans, MeanMaskedRun, MeansRun
 from softtrace.tracing.recording import Recording, RecordingRun
@@ -211,7 +211,7 @@ class Runner:
         norm = self.anatomy.readout.norm.module
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
-            self.forward(run, **self._one_logit)
+            self.forward(run, **one_logit(self.model))
         finally:
             handle.remove()
         return found[-1].to(run.valid.device)
@@ -227,7 +227,7 @@ class Runner:
         tokens, run = 0, None
         for batch in batches:
             run = MeansRun(self.anatomy, batch)
-            self.forward(run, **self._one_logit)
+            self.forward(run, **one_logit(self.model))
             tokens += int(batch.valid.sum())
             for total, found in zip(totals, run.sums, strict=True):
                 for name, values in found.items():
@@ -280,7 +280,7 @@ class Runner:
             stop=None if whole else deepest,
         )
         with suppress(DeepEnough):
-            self.forward(run, **self._one_logit)
+            self.forward(run, **one_logit(self.model))
         hidden = run.hidden or []
         read = [
             hidden[level].flatten(0, 1).index_select(0, chosen)
@@ -313,7 +313,7 @@ class Runner:
         attention: Sequence[Tensor | AttentionMap] | None,
     ) -> Tensor:
         run = MaskedRun(self.anatomy, batch, masks, attention, keep_hidden=True, static=True)
-        self.forward(run, **self._one_logit)
+        self.forward(run, **one_logit(self.model))
         hidden = torch.stack(run.hidden or []).flatten(0, 2)
         levels = depths.flatten().index_select(0, places)
         read = hidden.index_select(0, levels * depths.numel() + places)
@@ -356,11 +356,6 @@ class Runner:
         stand_ins: dict[Kind, Callable[[], None]] = {"recording": recording, "masked": masked}
         return in_turns(model, (readout.norm.module, readout.head), stand_ins)
 
-    @property
-    def _one_logit(self) -> dict[str, int]:
-        """Options with which the forward computes as few logits as it can."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in self.forward_parameters else {}
-
     @contextmanager
     def _running(self, run: Run) -> Iterator[None]:
         """Put a run's hooks, attention and eval mode in place; take them back at exit."""
@@ -388,8 +383,3 @@ class Runner:
         return interception_active(
             self.configs, run, lambda: asking[-1] if asking else None, run.valid.shape
         )
-
-
-def forward_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names that the forward of a model takes."""
-    return tuple(inspect.signature(model.forward).parameters)
