@@ -37,7 +37,7 @@ from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
-from softtrace.model.wrappers import one_logit
+from softtrace.model.wrappers import forward_parameters, one_logit
 from softtrace.tracing.attach import attach
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -246,7 +246,8 @@ def greedy(
     """
     check_decoding(model, max_new_tokens)
     check_one_text(input_ids)
-    cache, ends, alone = DynamicCache(), ends_of(model, eos_token_id), one_logit(model)
+    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
+    alone = one_logit(forward_parameters(model))
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
-from softtrace.model.wrappers import one_logit, unwrapped
+from softtrace.model.wrappers import forward_parameters, one_logit, unwrapped
 from softtrace.tracing.attach import attach
 
 
@@ -109,7 +109,7 @@ class TwoParts:
 
     def whole(self, input_ids: Tensor) -> Tensor:
         """Read a text ``[1, T]`` with all layers, before anything else; its last logits ``[V]``."""
-        logits = self._run(input_ids, self.cache, **one_logit(self.model))[-1]
+        logits = self._run(input_ids, self.cache, **one_logit(forward_parameters(self.model)))[-1]
         layers = self.cache.layers
         self._lower.layers = layers[: self.depth]
         # Positions and masks come from the length of a cache's first layers, which have read more

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softtrace.decoding.few_rows import fast_few_rows
 from softtrace.decoding.split_model import counter, first_layers, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
-from softtrace.model.wrappers import one_logit
+from softtrace.model.wrappers import forward_parameters, one_logit
 
 
 @dataclass
@@ -106,7 +106,7 @@ class StaticModel:
             _Gate(layer, self._passing, exit_map, place == depth - 1)
             for place, layer in enumerate(layers[:depth])
         ]
-        self._last_alone = one_logit(model)
+        self._last_alone = one_logit(forward_parameters(model))
 
     @contextmanager
     def prepared(self) -> Iterator[None]:

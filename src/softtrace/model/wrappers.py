@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,15 +119,14 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names that the forward of a model takes."""
-    return tuple(inspect.signature(model.forward).parameters)
+    """Names that the forward of the model inside takes; too slow to ask at every step."""
+    return tuple(inspect.signature(unwrapped(model).forward).parameters)
 
 
-def one_logit(model: nn.Module) -> dict[str, int]:
-    """Options with which a model computes logits of the last token alone; none where it cannot.
+def one_logit(parameters: Collection[str]) -> dict[str, int]:
+    """Options with which a forward that takes these computes logits of the last token alone.
 
-    Those of all tokens of a long prompt take more memory than the rest, and of a small model with
-    a large vocabulary most of the time.
+    None where it cannot. Those of all tokens of a long prompt take more memory than the rest, and
+    of a small model with a large vocabulary most of the time.
     """
-    takes = forward_parameters(unwrapped(model))
-    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

@@ -211,7 +211,7 @@ class Runner:
         norm = self.anatomy.readout.norm.module
         handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
         try:
-            self.forward(run, **one_logit(self.model))
+            self.forward(run, **one_logit(self.forward_parameters))
         finally:
             handle.remove()
         return found[-1].to(run.valid.device)
@@ -227,7 +227,7 @@ class Runner:
         tokens, run = 0, None
         for batch in batches:
             run = MeansRun(self.anatomy, batch)
-            self.forward(run, **one_logit(self.model))
+            self.forward(run, **one_logit(self.forward_parameters))
             tokens += int(batch.valid.sum())
             for total, found in zip(totals, run.sums, strict=True):
                 for name, values in found.items():
@@ -280,7 +280,7 @@ class Runner:
             stop=None if whole else deepest,
         )
         with suppress(DeepEnough):
-            self.forward(run, **one_logit(self.model))
+            self.forward(run, **one_logit(self.forward_parameters))
         hidden = run.hidden or []
         read = [
             hidden[level].flatten(0, 1).index_select(0, chosen)
@@ -313,7 +313,7 @@ class Runner:
         attention: Sequence[Tensor | AttentionMap] | None,
     ) -> Tensor:
         run = MaskedRun(self.anatomy, batch, masks, attention, keep_hidden=True, static=True)
-        self.forward(run, **one_logit(self.model))
+        self.forward(run, **one_logit(self.forward_parameters))
         hidden = torch.stack(run.hidden or []).flatten(0, 2)
         levels = depths.flatten().index_select(0, places)
         read = hidden.index_select(0, levels * depths.numel() + places)
