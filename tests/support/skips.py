@@ -12,7 +12,8 @@ cuda = pytest.mark.skipif(
 two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2,
     reason="two real devices need two GPUs; the same is asked of two devices that compute on the "
-    "CPU, in the test beside this one",
+    "CPU in the test beside this one, and of two processes on CPUs, of which one fails, in "
+    "tests/faults and tests/lightning/test_sharded.py",
 )
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
