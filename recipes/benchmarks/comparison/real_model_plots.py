@@ -27,11 +27,11 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 
     Args:
         table: rows of ``on_real_models.json``; shorter runs than LEAST, the first search, are left
-            out.
+            out, and plain runs that nothing is compared with yet.
         path: of the PNG.
     """
     table = [row for row in table if row["steps"] >= LEAST]
-    kinds = sorted({_kind(row) for row in table}, reverse=True)
+    kinds = sorted({_kind(row) for row in table if row["method"] != "plain"}, reverse=True)
     kinds.sort(key=lambda kind: "*" in kind)  # of text with copies last, as the tables have it
     methods = sorted({row["method"] for row in table}, key=lambda name: (name != "plain", name))
     pairs = mpl.colormaps["tab20"].colors  # dark and light in turn

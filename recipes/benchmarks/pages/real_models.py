@@ -34,7 +34,12 @@ def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], R
         (_, _, lora, _, copies), rows = item
         return copies, lora, -len(rows)
 
-    return dict(sorted(found.items(), key=place))
+    compared = {key: rows for key, rows in found.items() if any(map(_is_compared, rows))}
+    return dict(sorted(compared.items(), key=place))
+
+
+def _is_compared(row: dict[str, Any]) -> bool:
+    return bool(row["method"] != "plain")
 
 
 def _title(model: str, text: str, lora: bool, steps: int, copies: bool) -> str:
@@ -66,14 +71,14 @@ def _table(key: tuple[Any, ...], rows: Rows, names: dict[str, str]) -> list[str]
     return [_HEAD.format(first=_title(*key)), *shown, ""]
 
 
-def _said(page: str) -> str:
+def _said(page: str, starred: bool = True) -> str:
     run = read("on_real_models.json")["runs"][0]
+    star = f" {_STAR} Training saw other versions of 61 documents with most of the held-out prose"
     return (
         "16 x 512 tokens a step, bfloat16. Attention recomputed, easy quarter of the tokens, "
         "median size at TV 0.2, rank correlation of area and entropy, exits at half depth; loss "
-        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']}. "
-        f"{_STAR} Training saw other versions of 61 documents with most of the held-out prose "
-        f"{sources(page, *_SOURCES)}."
+        f"over plain fine-tuning's of as many steps and the same seed (range); {run['hardware']}"
+        f"{'.' + star if starred else ''} {sources(page, *_SOURCES)}."
     )
 
 
@@ -87,18 +92,18 @@ def presets() -> str:
     del names["soft"]  # of prose with copies, and in the method card
     model, text, steps, longer = "smollm2-135m", "prose", 1000, 2000
     found = {
-        (row["steps"], row["method"]): row
-        for row in sorted(read("on_real_models.json")["table"], key=has_copies, reverse=True)
-        if (row["model"], row["text"], row["lora"]) == (model, text, False)
+        (row["lora"], row["steps"], row["method"]): row
+        for row in read("on_real_models.json")["table"]
+        if (row["model"], row["text"]) == (model, text) and not has_copies(row)
     }
     lines = [_HEAD.format(first=f"{model} on {text}: trained with (seeds)")]
-    for key in [*((steps, name) for name in names), (longer, "balanced")]:
-        if (row := found.get(key)) is None:  # not run yet
-            continue
-        after = f", {key[0]:,} steps" if key[0] != steps else ""
-        star = _STAR * has_copies(row)
-        lines.append(_row(f"{names[key[1]]}{star}{after} ({row['seeds']})", row))
-    return "\n".join([*lines, "", f"{steps:,} steps. {_said(README)}"])
+    for key in [*((False, steps, name) for name in names), (True, longer, "balanced")]:
+        row = found[key]
+        after = f", adapters, {longer:,} steps" if row["lora"] else ""
+        lines.append(_row(f"{names[row['method']]}{after} ({row['seeds']})", row))
+    return "\n".join(
+        [*lines, "", f"{steps:,} steps of all weights. {_said(README, starred=False)}"]
+    )
 
 
 def on_real_models() -> str:
@@ -213,7 +218,7 @@ def real_tasks() -> str:
 
 def _kinds(found: dict[str, Any]) -> list[str]:
     """Kinds of a model whose steps were measured."""
-    return [kind for kind in found if not kind.startswith(("replay", "measured"))]
+    return [kind for kind in found if not kind.startswith("replay")]
 
 
 def replays() -> str:

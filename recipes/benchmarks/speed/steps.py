@@ -217,7 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     ways = ["plain", *(way for way in args.ways if way != "plain")]
     found: dict[str, Any] = {}
-    if args.out.exists():  # of models and kinds that are not measured now
+    if args.out.exists():  # of models, kinds and ways that are not measured now
         found = json.loads(args.out.read_text(encoding="utf-8"))["models"]
     for name in args.models:
         found.setdefault(name, {})["replayed, float32"] = gradient_error(name)
@@ -226,14 +226,16 @@ def main() -> None:
             if kind == REPLAYS:
                 found[name][REPLAYS] = replays(name)
                 continue
-            found[name][kind] = measured(name, ways, args.rounds, kind == "compiled")
+            new = measured(name, ways, args.rounds, kind == "compiled")
             gc.collect()
             torch.cuda.empty_cache()
-            print(name, kind, json.dumps(found[name][kind], indent=1), flush=True)
-        found[name]["measured"] = provenance(torch.device("cuda"))
+            print(name, kind, json.dumps(new, indent=1), flush=True)
+            made = provenance(torch.device("cuda"))
+            new = {way: {**row, "measured": made} for way, row in new.items()}
+            found[name][kind] = {**found[name].get(kind, {}), **new}
         write_json(args.out, {
             "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
-            "options": WAYS, "models": found, **found[name]["measured"],
+            "options": WAYS, "models": found, **provenance(torch.device("cuda")),
         })  # fmt: skip
 
 
