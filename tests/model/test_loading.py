@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,6 +285,16 @@ def test_an_adapter_alone_is_told_from_a_model(tmp_path: Path, maps: bool, confi
     with pytest.raises(ModelDirectoryError, match=r"holds a PEFT adapter.*merge_and_unload") as one:
         load_model(tmp_path)
     assert ("copy exit_maps.safetensors into it" in str(one.value)) == maps
+
+
+def test_an_adapter_with_a_name_of_its_own_is_found_in_its_folder(tmp_path: Path) -> None:
+    """PEFT saves any but the first adapter to a folder of its name, a trainer each checkpoint."""
+    for name in ("older", "newer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    os.utime(tmp_path / "older" / "adapter_config.json", (0, 0))
+    with pytest.raises(ModelDirectoryError, match=r"newer holds a PEFT adapter.*merge_and_unload"):
+        load_model(tmp_path)
 
 
 def test_an_adapter_beside_its_model_is_measured_but_not_trained(tmp_path: Path) -> None:

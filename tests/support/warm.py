@@ -9,6 +9,7 @@ new interpreter, or in that of the test.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,7 @@ from tests.support.waiting import PATIENCE, held_port, port_of
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.support.preloaded"])
+_PR_SET_PDEATHSIG = 1
 #: what the server asks for from Python 3.14 on; its forks are not told
 _KEY = "_forkserver_authkey"
 #: What a script leaves when it ends, which is the end of its process. Let go of before, a process
@@ -210,6 +212,10 @@ def _become(
     from lightning.pytorch.strategies.launchers import subprocess_script
     from lightning_utilities.core.rank_zero import rank_zero_only
 
+    if (
+        sys.platform == "linux"
+    ):  # or tests that are killed leave what waits for others, on a GPU too
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the server is gone
     os.setpgid(0, group)
     os.environ.clear()
     os.environ.update(environment)

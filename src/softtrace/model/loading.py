@@ -263,8 +263,10 @@ def check_model_directory(name_or_path: str | Path) -> None:
     if not (path / "config.json").is_file():
         alone = any(path.glob("tokenizer*")) and not any(path.glob("*.safetensors"))
         what = "; it is the directory of a tokenizer alone, give that of a model" if alone else ""
-        if inside := sorted(path.glob("*/config.json"), key=lambda each: each.stat().st_mtime):
-            what = f"; expected a model directory, such as {inside[-1].parent} (the newest in it)"
+        if inside := _newest_with(path, "config.json"):
+            what = f"; expected a model directory, such as {inside} (the newest in it)"
+        elif adapter := _newest_with(path, "adapter_config.json"):
+            what = f". {adapter} holds a PEFT adapter and no model. {_merge(adapter)}"
         raise ModelDirectoryError(f"{name_or_path}: found no config.json in it{what}")
     if "model_type" not in _read_json(path, path / "config.json"):
         raise ModelDirectoryError(
@@ -272,6 +274,12 @@ def check_model_directory(name_or_path: str | Path) -> None:
             "model.save_pretrained(directory) writes"
         )
     _check_weights(path)
+
+
+def _newest_with(path: Path, name: str) -> Path | None:
+    """The directory inside this one that got its file of this name last."""
+    found = max(path.glob(f"*/{name}"), key=lambda each: each.stat().st_mtime, default=None)
+    return None if found is None else found.parent
 
 
 def _merge(path: Path) -> str:
