@@ -8,6 +8,7 @@ FAULT happens at the optimiser step AT, on the process RANK.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import io
 import math
 import os
@@ -141,6 +142,7 @@ class Inject(Callback):
 
 
 def main() -> int:
+    faulthandler.enable()
     fault, at, rank, *words = sys.argv[1:]
     # a shell without job control starts what runs in its background deaf to SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)

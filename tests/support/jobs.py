@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
+SAYING = 5.0  # seconds
 
 
 @dataclass
@@ -81,9 +83,13 @@ def ended(process: Any) -> End:
     try:
         said, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in (signal.SIGABRT, signal.SIGKILL):  # the first makes each say where it is
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(SAYING)
         said, _ = process.communicate()
-        pytest.fail(f"no end after {PATIENCE:g} s; it said {said[-3000:]}")
+        lines = [line for line in said.splitlines() if not line.startswith("Extension modules")]
+        pytest.fail(f"no end after {PATIENCE:g} s; it said " + "\n".join(lines[-200:]))
     return End(process.returncode, said)
 
 
