@@ -70,8 +70,8 @@ def main() -> None:
             if step == args.steps:
                 break
     density_loss.finish()
-    accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(model)  # in all processes, which may each have a part
+    accelerator.wait_for_everyone()  # none ends while another waits for its part
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.out, state_dict=weights)
         softtrace.save_exit_maps(bare, args.out)

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from softtrace import cli, files
-from softtrace.cli.fit import FitCLI
+from softtrace.cli import fit as cli_fit
 from softtrace.lightning import failed_process
 
 STARTED_BY = os.getppid()
@@ -103,6 +103,20 @@ def kill_the_first(trainer: Trainer, module: Any) -> None:
         time.sleep(0.1)
 
 
+def gather_late(trainer: Trainer, module: Any) -> None:
+    """As with NCCL, where processes have queued their part long before the first one has it."""
+    gather = cli_fit.whole_weights
+
+    def late(*args: Any) -> Any:
+        found = gather(*args)
+        time.sleep(3)
+        if any(each.poll() is not None for each in trainer.strategy.launcher.procs):  # type: ignore[union-attr]
+            raise Planned("a process ended before its part was gathered")
+        return found
+
+    cli_fit.whole_weights = late
+
+
 def dawdle(trainer: Trainer, module: Any) -> None:
     time.sleep(3)
 
@@ -127,6 +141,7 @@ FAULTS: dict[str, Callable[[Trainer, Any], None]] = {
     "interrupt, and wait": interrupt_where_the_exit_waits,
     "leave, and wait": leave_where_the_exit_waits,
     "kill the first": kill_the_first,
+    "gather late": gather_late,
     "slow": dawdle,
     "stay": stay,
 }
@@ -148,14 +163,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank == "0":  # which says why itself: of its 15 seconds nothing happens in the others
         failed_process._GRACE = 3.0
-    start = FitCLI.instantiate_trainer
+    start = cli_fit.FitCLI.instantiate_trainer
 
-    def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:
+    def with_fault(self: cli_fit.FitCLI, **kwargs: Any) -> Trainer:
         trainer = start(self, **kwargs)
         trainer.callbacks.append(Inject(fault, int(at), int(rank)))  # type: ignore[attr-defined]
         return trainer
 
-    FitCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
+    cli_fit.FitCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
     return cli.main(["fit", *words])
 
 

@@ -127,6 +127,11 @@ def test_a_fit_in_parts_that_was_cut_resumes_to_the_same_weights(
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_no_process_ends_before_its_part_of_the_model_is_gathered(tmp_path: Path) -> None:
+    end = Jobs(tmp_path).run(tmp_path / "out", "gather late", 1, 0, *WHOLE, "--trainer.devices", 2)
+    assert end.code == 0, end.said[-3000:]
+
+
 @pytest.mark.slow
 def test_a_fit_in_parts_resumes_at_another_number_of_processes(tmp_path: Path) -> None:
     jobs, out = Jobs(tmp_path), tmp_path / "out"

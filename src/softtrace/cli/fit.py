@@ -264,6 +264,8 @@ class FitCLI(LightningCLI):
         if not self.config["trainer"]["fast_dev_run"]:
             with ending_alone(self.trainer):  # gathered from all processes
                 weights = whole_weights(self.model.model, self.trainer.strategy.model)
+                # NCCL has only queued each process's part; one that ends takes along what is left.
+                self.trainer.strategy.barrier()
             if self.trainer.is_global_zero:
                 with undisturbed(self.trainer):
                     self._save(weights)
