@@ -76,6 +76,7 @@ class LearnedMaps:
             self.on(next(self.maps.parameters()).device)  # where the model is by now
             self._optimiser.step()
             self._optimiser.zero_grad()
+        self._copies.clear()  # of a batch that failed before its gradients were collected
         self._step = step
 
     def collect(
