@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
@@ -27,6 +27,7 @@ from softtrace.model.memory import attempt, half_that_fits
 from softtrace.model.sharding import computing_dtype, let_go, note_units, run
 from softtrace.model.state import as_written
 from softtrace.model.wrappers import forward_parameters, own_forward, unwrapped
+from softtrace.processes import in_group
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
 from softtrace.tracing.runner import Runner
@@ -58,10 +59,8 @@ def attach(model: nn.Module) -> Instrument:
     note_units(outer)
     known = attached(model)
     if known is not None:
-        if distributed.is_available() and distributed.is_initialized():
-            refuse_engine(
-                model
-            )  # leaf modules and tensor parallelism leave the modules as they were
+        if in_group():  # leaf modules and tensor parallelism leave the modules as they were
+            refuse_engine(model)
         return known
     refuse_early(model)
     device = device_of_module(model).type

@@ -44,8 +44,6 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, with_attention_kept
 from softtrace.tracing.recording import Recording
 
-_MASK_ELEMENTS = 1 << 28  # of the masks of one batch, a byte each
-
 
 @dataclass(frozen=True)
 class PaperReadings:
@@ -183,7 +181,7 @@ def _last_logits(
 ) -> Tensor:
     """``[K, V]`` of the last position under each of K masks, several of them a batch."""
     read = []
-    rows, together = len(masks[0].mlp), rows_at_once(masks, _MASK_ELEMENTS)
+    rows, together = len(masks[0].mlp), rows_at_once(masks)
     for start in range(0, rows, together):
         part = tuple(layer.map(itemgetter(slice(start, start + together))) for layer in masks)
         count = len(part[0].mlp)
