@@ -62,7 +62,6 @@ class PaperReadings:
         kinds: ``[N, K, 3]`` shares of attention, MLP and residual edges in the trace.
         depths: ``[N, K, 4]`` shares of the depth groups.
         connection: ``[N]`` float64, size of the smallest trace with a path from an embedding.
-        connected: ``[N, K]`` bool, whether the trace has one.
         entries: ``[N, C]`` float64, size of the smallest trace that contains each head and MLP;
             infinite for one that cannot reach the output.
         entropy: ``[N]`` nats, of the full prediction.
@@ -81,7 +80,6 @@ class PaperReadings:
     kinds: Tensor
     depths: Tensor
     connection: Tensor
-    connected: Tensor
     entries: Tensor
     entropy: Tensor
     auc: Tensor
@@ -165,7 +163,6 @@ def _read(
         kinds=torch.stack((attention_edges, mlp, before + after), dim=-1) / every,
         depths=by_depth_group(entered).sum(-1) / every,
         connection=torch.tensor(connection / total, dtype=torch.float64),
-        connected=lengths >= connection,
         entries=torch.where(entries > total, torch.inf, entries / total),
         entropy=entropy(full[0]).cpu(),
         auc=auc(sizes, variation),
