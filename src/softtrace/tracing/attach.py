@@ -19,7 +19,7 @@ from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.attention_maps import none_held
-from softtrace.graph.batch import Batch, check_finite, chosen_positions
+from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
@@ -174,9 +174,7 @@ def edge_importance(
         batch = instrument.batch(input_ids, attention_mask, position_ids)
         chosen = None
         if positions is not None:
-            chosen = chosen_positions(positions, batch.valid)
-            batch = batch.up_to(chosen)
-            chosen = chosen[:, : batch.valid.shape[1]]
+            batch, chosen = batch.up_to(positions)
         found = attempt(lambda: record(batch, chosen))
         if found is not None:
             return found
