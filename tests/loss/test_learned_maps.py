@@ -57,6 +57,15 @@ def test_gradients_that_are_there_already_reach_their_own_map_alone() -> None:
         assert gradient.unique().tolist() == [4.0 if name == NAME else 0.0]
 
 
+def test_gradients_that_are_not_finite_count_as_nothing() -> None:
+    maps = LearnedMaps(model_of(), range(2, 3), 32)
+    own = maps.maps.weights[NAME]
+    for value in (torch.nan, torch.inf, -torch.inf, 3.0):
+        maps.collect(torch.device("cpu"), torch.tensor(1.0), {NAME: torch.full_like(own, value)})
+    assert own.grad is not None
+    assert own.grad.unique().tolist() == [3.0]
+
+
 def test_a_batch_that_failed_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its exit was read, after another number of layers, and its masked run ran out of memory."""
     model, ids = model_of(), tiny_prompt(7)
