@@ -47,6 +47,11 @@ def refusal(error: Exception) -> str | None:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; libraries write pages."""
+    return str(error).strip().partition("\n")[0]
+
+
 def from_library(error: Exception) -> bool:
     """Whether nothing but libraries lies between a call of softtrace's and what raised.
 

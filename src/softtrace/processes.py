@@ -14,6 +14,11 @@ Told = tuple[str, str]
 """The name of an error's class in :mod:`softtrace.errors`, and its words."""
 
 
+def in_group() -> bool:
+    """Whether this is one of the processes of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def told(failure: Exception | None) -> Told | None:
     """The class and the words of an error: softtrace's own, or else a ``SofttraceError``.
 
@@ -47,11 +52,10 @@ def raise_everywhere(failure: Exception | None) -> None:
         SofttraceError: on those that did not fail, if others did: what the first of these raised,
             of the class that it has there, where softtrace raised it.
     """
-    distributed = torch.distributed
     heard: list[Told | None] = []
-    if distributed.is_available() and distributed.is_initialized():
-        heard = [None] * distributed.get_world_size()
-        distributed.all_gather_object(heard, told(failure))
+    if in_group():
+        heard = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(heard, told(failure))
     if failure is not None:
         raise failure
     for index, each in enumerate(heard):

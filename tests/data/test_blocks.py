@@ -17,7 +17,7 @@ from softtrace.data import (
     split_by_file,
     text_files,
 )
-from softtrace.data.blocks import evenly, stream_evenly
+from softtrace.data.blocks import even_places, evenly, stream_evenly
 from softtrace.data.documents import Document, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
 from tests.support.corpus import byte_tokenizer, chat_tokenizer, write_tree
@@ -156,3 +156,8 @@ def test_data_in_which_nothing_counts_is_refused() -> None:
     row = json.dumps({"messages": [{"role": "user", "content": "nobody answers"}]})
     with pytest.raises(DataError, match=r"counts no token of 5 blocks of 4 tokens. Check that the"):
         pack_with_labels([Document("a", row, rendered=True)], chat_tokenizer(), 4, True)
+
+
+@pytest.mark.parametrize("total", [1000, (1 << 24) + 4])  # of the latter float32 gives the next one
+def test_even_places_begin_and_end_at_a_block(total: int) -> None:
+    assert even_places(total, 3)[[0, -1]].tolist() == [0, total - 1]

@@ -170,6 +170,15 @@ def test_resuming_with_other_data_is_refused_in_mid_epoch_only(
         loader(**other).load_state_dict(state)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_an_epoch_that_has_ended_stays_ended_in_batches_of_another_size(batch_size: int) -> None:
+    first, resumed = loader(4), loader(batch_size)
+    assert len(numbers(first)) == 6
+    resumed.load_state_dict(first.state_dict())
+    assert numbers(resumed) == []
+    assert len(numbers(resumed)) == len(resumed)
+
+
 def test_state_of_another_version_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="version 2"):
         loader().load_state_dict({**loader().state_dict(), "version": 2})

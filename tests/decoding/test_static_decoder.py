@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, masking_utils
 
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy, speculate
 from softtrace.errors import InvalidInputError, UnsupportedModelError
@@ -344,6 +345,18 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(model(row).logits, wanted)
     assert model.config.num_hidden_layers == 3
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_others_put_in_place_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's forward, and the process's function for masks."""
+    model, row = tiny_model("llama", seed=2), tiny_prompt(5)
+    layer, masks = model.model.layers[0], masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
+    forward, own = partial(layer.forward), partial(masking_utils.sdpa_mask)
+    layer.forward = forward
+    monkeypatch.setitem(masks, "sdpa", own)
+    decoder(model).speculate([row], NEW)
+    assert vars(layer)["forward"] is forward
+    assert masks["sdpa"] is own
 
 
 def _broken(*args: Any, **kwargs: Any) -> Tensor:

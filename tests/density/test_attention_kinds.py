@@ -12,6 +12,7 @@ import softtrace
 from softtrace.density import exact
 from softtrace.density.curve import DensityCurve
 from softtrace.errors import InvalidInputError
+from softtrace.graph import reach
 from softtrace.tracing.masking import AttentionKind
 from tests.density.test_exactness import safe_thresholds
 from tests.support import oracle
@@ -112,7 +113,7 @@ def test_exact_runs_of_chosen_positions_in_padded_batches(
     options: dict[str, Any] = {
         "thresholds": [0.1, 0.03], "attention": attention, "exact": True, "composition": True,
     }  # fmt: skip
-    monkeypatch.setattr(exact, "_MASK_ELEMENTS", 1)  # one sequence at a time
+    monkeypatch.setattr(reach, "_MASK_ELEMENTS", 1)  # one sequence at a time
     curve = softtrace.density_curve(model, ids, mask, positions=positions, **options)
     monkeypatch.undo()
     expected = softtrace.density_curve(model, ids[1:2, own], **options)

@@ -289,7 +289,9 @@ def test_the_last_layer_makes_rows_of_chosen_positions_alone(
         batch = recording_of.batch(ids)
         chosen = torch.zeros_like(batch.valid)
         chosen[:, 8] = True
-        recording = recording_of.record(batch.up_to(chosen), positions=chosen[:, :9])
+        before, own = batch.up_to(chosen)
+        assert own.shape == (1, 9)
+        recording = recording_of.record(before, positions=own)
         assert recording.logits.shape == (1, recording_of.anatomy.vocabulary)
         monkeypatch.setattr(SoftmaxMap, "rows", counted)
         curve_of(

@@ -12,6 +12,7 @@ from torch import Tensor
 from softtrace.density.halving import Portion
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation import measure as measuring
+from softtrace.evaluation import summary
 from softtrace.evaluation.measure import Measurements, RunsShown, masked_runs, measure
 from softtrace.evaluation.summary import summarise
 from softtrace.graph.batch import Batch
@@ -189,3 +190,13 @@ def test_summaries_equal_those_of_one_batch(whole: Measurements) -> None:
     assert found["curve"]["all"]["q25"] == pytest.approx(wanted["curve"]["all"]["q25"], abs=1e-11)
     quartile = torch.cat(whole.variation, 1).quantile(0.75, dim=-1)
     assert wanted["curve"]["all"]["q75"] == pytest.approx(quartile.tolist(), abs=1e-12)
+
+
+def test_some_tokens_are_scattered_evenly_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(2)
+    entropy = torch.cat(found.entropy).tolist()
+    assert summarise(found)["scatter"]["entropy"] == entropy
+    monkeypatch.setattr(summary, "_SCATTER", 3)
+    last = len(entropy) - 1
+    wanted = [entropy[0], entropy[last // 2], entropy[last]]
+    assert summarise(found)["scatter"]["entropy"] == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import networkx as nx
 import pytest
@@ -60,6 +61,16 @@ def test_the_search_order_is_the_oracles(
     importance = made(parallel)
     expected = oracle.best_first(row_graph(importance, row), position)
     assert listed(search_order(importance, row, position)) == [edge for edge, _ in expected]
+
+
+@pytest.mark.parametrize("order", [search_order, random_order])
+@pytest.mark.parametrize(("row", "position"), [(0, 5), (0, -6), (1, 0), (1, -4), (2, -1)])
+def test_only_real_tokens_have_an_order(
+    order: Callable[..., Ranks], row: int, position: int
+) -> None:
+    """The last three of five tokens are all that the second row has."""
+    with pytest.raises(InvalidInputError):
+        order(made(), row, position)
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softtrace.graph import reach
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.reach import rows_at_once, traces_of
 from softtrace.graph.sizes import edge_counts
@@ -51,7 +52,10 @@ def test_a_trace_holds_what_is_counted_for_its_position(
     assert torch.equal(again[torch.arange(len(rows)), positions], counts[rows, positions])
 
 
-def test_as_many_sequences_as_their_masks_allow() -> None:
-    masks = random_masks([False] * 4, 0.5)
+@pytest.mark.parametrize(("share", "rows"), [(0, 1), (1, 1), (2.9, 2), (3, 3)])
+def test_as_many_sequences_as_their_masks_allow(
+    share: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = 4 * HEADS * LENGTH**2
-    assert [rows_at_once(masks, size) for size in (1, one, 3 * one - 1, 3 * one)] == [1, 1, 2, 3]
+    monkeypatch.setattr(reach, "_MASK_ELEMENTS", int(share * one))
+    assert rows_at_once(random_masks([False] * 4, 0.5)) == rows

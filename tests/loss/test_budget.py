@@ -175,3 +175,11 @@ def test_a_strength_that_brings_the_loss_back_is_not_said(caplog: pytest.LogCapt
     for spent_at_first in (0.2, 1, 10):
         training(spent_at_first, lag=3)
     assert not caplog.messages
+
+
+def test_one_measurement_over_the_budget_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    held = LossBudget(BUDGET, PLAIN)
+    held.load({"factor": FACTOR[0], "spent": 0.9})
+    held.update(EVERY, held.reference_at(EVERY) * (1 + 10 * BUDGET))
+    assert held.factor == FACTOR[0]
+    assert not caplog.messages

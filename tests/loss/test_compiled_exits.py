@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -225,3 +226,21 @@ def test_layers_that_are_checkpointed_with_their_hooks_are_not_watched(
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert "compiled and checkpointed" in caplog.text
     assert not watched.forwards
+
+
+def test_a_forward_that_fails_leaves_nothing_held() -> None:
+    model = tiny_model("llama", num_hidden_layers=2).train()
+    runs, ids = compiled(model, "in place"), tiny_prompt(9, batch=2)
+    density = DensityLoss(runs, **OPTIONS)
+    held: list[weakref.ref[Tensor]] = []
+
+    def forward() -> None:
+        with density.watching():
+            states = runs(input_ids=ids, output_hidden_states=True).hidden_states
+            held.append(weakref.ref(states[1]))
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        forward()
+    gc.collect()
+    assert held[0]() is None

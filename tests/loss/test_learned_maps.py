@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +55,28 @@ def test_gradients_that_are_there_already_reach_their_own_map_alone() -> None:
     for name, gradient in gradients.items():
         assert gradient is not None
         assert gradient.unique().tolist() == [4.0 if name == NAME else 0.0]
+
+
+def test_gradients_that_are_not_finite_count_as_nothing() -> None:
+    maps = LearnedMaps(model_of(), range(2, 3), 32)
+    own = maps.maps.weights[NAME]
+    for value in (torch.nan, torch.inf, -torch.inf, 3.0):
+        maps.collect(torch.device("cpu"), torch.tensor(1.0), {NAME: torch.full_like(own, value)})
+    assert own.grad is not None
+    assert own.grad.unique().tolist() == [3.0]
+
+
+def test_a_batch_that_failed_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit was read, after another number of layers, and its masked run ran out of memory."""
+    model, ids = model_of(), tiny_prompt(7)
+    for seed in range(4):  # of some the two exits, of a token each, are different ones
+        options = {**OPTIONS, "exit_depths": (0.25, 0.75), "exit_tokens": 0.01, "seed": seed}
+        density = DensityLoss(model, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(density, "_density", mock.Mock(side_effect=torch.OutOfMemoryError))
+            with pytest.raises(torch.OutOfMemoryError):
+                watched_term(density, ids, step=0)
+        assert watched_term(density, ids, step=1)[1].exit_distance is not None
 
 
 def test_a_map_follows_the_gradient_of_the_distance_and_the_model_that_of_its_weight() -> None:

@@ -89,3 +89,28 @@ def test_a_handle_of_another_model_is_refused(layers: int) -> None:
         density(ids, mask, watched=watched)
     second = DensityLoss(other, **OPTIONS)  # of the same model one may read what another watched
     assert second(ids, mask, watched=watched).exit_distance is not None
+
+
+def test_a_forward_that_failed_does_not_hide_the_next() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+    with density.watching() as watched:
+        with pytest.raises(IndexError):
+            model(input_ids=ids + 100, attention_mask=mask)  # in the decoder: no such tokens
+        model(input_ids=ids, attention_mask=mask)
+    assert density(ids, mask, watched=watched).exit_distance is not None
+
+
+def test_a_layer_that_is_called_by_itself_is_not_read() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density = DensityLoss(model, **OPTIONS)
+    with density.watching() as watched:
+        model(input_ids=ids, attention_mask=mask)
+        (own,) = watched.forwards
+        before, hidden = dict(own.streams), torch.zeros(4, 12, model.config.hidden_size)
+        angles = model.model.rotary_emb(hidden, torch.arange(12)[None])
+        for layer in model.model.layers:
+            layer(hidden, position_embeddings=angles)
+        (after,) = watched.forwards
+    assert before
+    assert all(after.streams[depth] is stream for depth, stream in before.items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import softtrace
 from softtrace.errors import InvalidInputError, UnsupportedModelError
-from softtrace.model.attention_interface import IMPLEMENTATION
+from softtrace.model.attention_interface import IMPLEMENTATION, softtrace_attention_active
 from softtrace.tracing.attach import attach
 from tests.support.state import state
 from tests.support.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -377,3 +380,13 @@ def test_a_kernel_of_the_users_own_is_untouched_and_plays_no_part(case: str) -> 
     finally:
         AttentionInterface._global_mapping.pop("users_own")
         AttentionMaskInterface._global_mapping.pop("users_own")
+
+
+def test_nothing_holds_a_run_that_ended() -> None:
+    listener: Any = type("Listener", (), {})()
+    with suppress(KeyError), softtrace_attention_active([], listener):
+        raise KeyError
+    held = weakref.ref(listener)
+    del listener
+    gc.collect()
+    assert held() is None

@@ -85,6 +85,16 @@ def test_maps_are_kept_where_a_model_has_no_values() -> None:
     assert maps.weights["after_layer_1"].device.type == "cpu"
 
 
+def test_maps_that_move_in_inference_mode_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ``speculate``. Of another dtype weights are made anew, as on another device."""
+    model, maps = with_maps()
+    monkeypatch.setattr(maps, "to", lambda device: maps.double())
+    with torch.inference_mode():
+        exit_maps_of(model)
+    assert maps.weights["after_layer_1"].dtype == torch.float64
+    assert not maps.weights["after_layer_1"].is_inference()
+
+
 @cuda
 def test_maps_are_where_the_model_is() -> None:
     model, maps = with_maps()

@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from softtrace.model.state import all_modules, dropout_off, is_compiled, is_reentrant
-from tests.support.tiny import tiny_model
+from softtrace.model.state import (
+    all_modules,
+    dropout_off,
+    is_compiled,
+    is_reentrant,
+    uncheckpointed,
+)
+from tests.support.tiny import tiny_model, wrapped_to_checkpoint
 
 
 def _twice() -> nn.Module:
@@ -66,3 +72,12 @@ def test_reentrant_checkpointing_is_seen() -> None:
         assert is_reentrant(all_modules(model)) == reentrant
     model.gradient_checkpointing_disable()
     assert not is_reentrant(all_modules(model))
+
+
+def test_layers_are_checkpointed_again_after_a_run_of_ours() -> None:
+    model = wrapped_to_checkpoint(tiny_model("llama"))
+    before = [layer.checkpoint_fn for layer in model.model.layers]
+    with suppress(KeyError), uncheckpointed(model):
+        assert not any(layer.checkpoint_fn in before for layer in model.model.layers)
+        raise KeyError
+    assert [layer.checkpoint_fn for layer in model.model.layers] == before

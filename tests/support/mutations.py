@@ -85,7 +85,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "every process with the draws of the first", "loss/draws.py",
-        (("distributed.get_rank() if distributed", "0 if distributed"),),
+        (("torch.distributed.get_rank() if in_group()", "0 if in_group()"),),
         _ACROSS,
     ),
     Mutation(

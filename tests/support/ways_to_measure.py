@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from softtrace import DensityCurve, attach, density_curve, edge_importance
-from softtrace.density import exact, sweep
+from softtrace.density import sweep
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.measure import Measurements, measure
 from softtrace.evaluation.study.generation import read_generation
 from softtrace.evaluation.study.readings import read_model
 from softtrace.evaluation.study.unigrams import Unigrams
+from softtrace.graph import reach
 from softtrace.metrics.readings import readings
 from tests.support import warm
 from tests.support.processes import script_environment
@@ -164,7 +165,7 @@ def main(folder: str, *ways: str) -> None:
         model: Any = whole_model()
         model = WAYS[way](model) or model
         # Some positions at a time, so that processes read the head and run at other times.
-        with patch.object(sweep, "_CACHED", 3 * 67), patch.object(exact, "_MASK_ELEMENTS", 1 << 11):
+        with patch.object(sweep, "_CACHED", 3 * 67), patch.object(reach, "_MASK_ELEMENTS", 1 << 11):
             found[way] = {each.__name__: each(model, rank) for each in MEASURES}
         found[way]["wrong"] = wrong_on_one(model, rank)
         if not way.startswith("flat"):

@@ -60,8 +60,12 @@ def test_in_the_middle_of_a_run_the_end_has_a_name(model: Any) -> None:
 
     handle = model.model.layers[1].register_forward_pre_hook(runs_out)
     for measure in (edge_importance, density_curve):
-        with pytest.raises(InvalidInputError, match="fewer or shorter sequences at a time"):
+        with (
+            patch.object(turns, "raise_everywhere") as told,
+            pytest.raises(InvalidInputError, match="fewer or shorter sequences at a time"),
+        ):
             measure(model, IDS)
+        told.assert_not_called()  # the others wait for weights, and would not listen
     handle.remove()
     density_curve(model, IDS)
 

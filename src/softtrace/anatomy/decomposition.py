@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from softtrace.anatomy.anatomy import LayerModules, effective_projection
 from softtrace.anatomy.norms import LinearNorm, linear_norm
 from softtrace.anatomy.patterns import Evidence, name_of
-from softtrace.anatomy.refusals import NOT_MADE_FOR_IT, first_line
+from softtrace.anatomy.refusals import NOT_MADE_FOR_IT
 from softtrace.anatomy.tolerances import ROUNDINGS, mismatch, rounding, unit
 from softtrace.anatomy.watch import Attended, Call, Candidate, LayerSight, rows_of
 from softtrace.errors import UnsupportedModelError
+from softtrace.libraries import first_line
 
 _LARGEST = 16.0  # a residual multiplier; larger integers are sizes
 _SCORES = ("q_proj", "k_proj")

@@ -125,9 +125,8 @@ def linear_norm(module: nn.Module, sample: Tensor, allowed: float) -> LinearNorm
         for name, dtype in vectors.items()
     }
     try:
-        normed = functional_call(
-            unhooked(inner), drawn, (sample[None],)
-        )  # some insist on [B, T, d]
+        # Some insist on [B, T, d].
+        normed = functional_call(unhooked(inner), drawn, (sample[None],))
     except NOT_MADE_FOR_IT as error:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not run on single vectors, so it is no norm: {error}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softtrace.errors import SofttraceError, UnsupportedModelError
+from softtrace.libraries import first_line
 from softtrace.model.devices import unplaced
 from softtrace.model.engines import ENGINES, engine_around
 from softtrace.model.flat_units import is_flat_unit, is_flattened, is_outermost
@@ -20,11 +21,6 @@ NOT_MADE_FOR_IT = (
     *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
     StopIteration,
 )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in one line."""
-    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager

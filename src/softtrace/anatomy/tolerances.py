@@ -11,11 +11,11 @@ from softtrace.graph.importance import working_dtype
 ROUNDINGS = 8
 
 
-def mismatch(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Largest difference over the largest expected value (or ``floor``)."""
+def mismatch(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
     if not expected.numel():
         return 0.0
-    scale = max(float(expected.abs().max()), floor, 1e-30)
+    scale = max(float(expected.abs().max()), 1e-30)
     return float((found - expected).abs().max()) / scale
 
 

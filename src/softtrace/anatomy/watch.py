@@ -109,7 +109,7 @@ class Watch:
     def asking(self) -> nn.Module | None:
         """The innermost running module with parameters: who a softmax belongs to."""
         for call in reversed(self._stack):
-            if self._current is not None and _has_weights(call.module):
+            if self._current is not None and any(map(own_weights, call.module.modules())):
                 return call.module
         return None
 
@@ -238,10 +238,6 @@ def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seque
 
 def _lists(module: nn.Module) -> dict[str, nn.ModuleList]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(own_weights(each) for each in module.modules())
 
 
 def _size(module: nn.Module) -> int:

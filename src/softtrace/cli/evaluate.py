@@ -38,7 +38,13 @@ from softtrace.evaluation.samples import MOST_BLOCKS, SAMPLE_RUNS, text_samples
 from softtrace.evaluation.summary import summarise
 from softtrace.files import claimed, prepare_output, write_json
 from softtrace.model.devices import check_device_map
-from softtrace.model.loading import check_model_directory, load_tokenizer, placed_model, saved_dtype
+from softtrace.model.loading import (
+    check_model_directory,
+    dtype_name,
+    load_tokenizer,
+    placed_model,
+    saved_dtype,
+)
 from softtrace.report.html_page import write_report
 from softtrace.report.plots import write_plots
 from softtrace.report.tables import density_table
@@ -251,7 +257,7 @@ def _measure_share(measuring: _Measuring, task: _Task, processes: Processes) -> 
             return {}
         return {
             "model": describe(network, measuring.model),
-            "dtype": str(network.dtype).removeprefix("torch."),
+            "dtype": dtype_name(network.dtype),
             "samples": text_samples(
                 network, load_tokenizer(measuring.model), task.blocks,
                 min_context=measuring.min_context, batch_size=size,

@@ -316,9 +316,7 @@ class FitCLI(LightningCLI):
             save_exit_maps(model, fresh)
             load_tokenizer(self.datamodule.tokenizer).save_pretrained(fresh)
             write_records(fresh, [*read_records(self.model.path), self.datamodule.split])
-            readable = (
-                (fresh / "config.json").stat().st_mode
-            )  # safetensors writes for the owner only
+            readable = (fresh / "config.json").stat().st_mode  # safetensors: for the owner alone
             for file in sorted(fresh.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 file.chmod(readable)
                 sync(file)

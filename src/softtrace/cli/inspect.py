@@ -19,7 +19,7 @@ from softtrace.graph.edges import EDGE_KINDS
 from softtrace.graph.sizes import edge_counts
 from softtrace.model.devices import device_of_module
 from softtrace.model.hooks import Hook, register
-from softtrace.model.loading import load_model
+from softtrace.model.loading import dtype_name, load_model
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 
@@ -83,7 +83,7 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
             "layers": len(anatomy.layers),
             "heads": anatomy.heads,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype_name(next(network.parameters()).dtype),
         },
         "pattern": anatomy.pattern,
         "attention": {

@@ -212,4 +212,7 @@ def evenly(blocks: Tensor, count: int) -> Tensor:
 
 def even_places(total: int, count: int) -> Tensor:
     """``[count]`` int64, which of ``total`` blocks :func:`evenly` takes; all if there are fewer."""
-    return torch.arange(total) if total <= count else torch.linspace(0, total - 1, count).long()
+    if total <= count:
+        return torch.arange(total)
+    # Beyond 2^24 blocks float32 rounds, and up.
+    return torch.linspace(0, total - 1, count).long().clamp(max=total - 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from softtrace.data.rows import COLUMNS, OTHER_COLUMNS
 from softtrace.errors import DataError
+from softtrace.libraries import first_line
 
 HUB_FORM = "hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]"
 _HUB = re.compile(r"hf:/{1,2}(?:datasets/(.*))?", re.DOTALL)  # a Path makes one stroke of two
@@ -44,10 +45,10 @@ class HubDataset(NamedTuple):
         try:
             found = datasets.load_dataset(self.name, self.config, split=self.split)
         except Exception as error:  # of the hub, of the network and of formats: many unrelated ones
-            first = str(error).strip().partition("\n")[0]
             raise DataError(
-                f"hf://datasets/{self.label}: cannot be loaded ({type(error).__name__}: {first}). "
-                "Check owner, name, configuration and split on its page of the hub."
+                f"hf://datasets/{self.label}: cannot be loaded ({type(error).__name__}: "
+                f"{first_line(error)}). Check owner, name, configuration and split on its page of "
+                "the hub."
             ) from error
         for row in found.select_columns(_wanted(found.column_names)):
             yield {key: _without_nulls(value) for key, value in row.items()}

@@ -127,14 +127,10 @@ def best_drafting(
     ways = (
         replay(texts, layer, count, each, draft_cost[layer], check_cost[layer], head_cost)
         for layer in layers
-        for count in _counts(draft_tokens, check_cost[layer])
+        for count in ([draft_tokens] if draft_tokens else range(1, 1 + len(check_cost[layer])))
         for each in confidences
     )
     return max(ways, key=lambda way: way.speedup)
-
-
-def _counts(draft_tokens: int | None, check_cost: Sequence[float]) -> Sequence[int]:
-    return range(1, 1 + len(check_cost)) if draft_tokens is None else (draft_tokens,)
 
 
 def check_costs(

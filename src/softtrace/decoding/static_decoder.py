@@ -124,12 +124,8 @@ class StaticDecoder:
                 f"cuda_graphs: found True with the model on {device}, allowed on CUDA alone; pass "
                 "None, which captures where that is possible"
             )
-        self.model, self.draft_tokens, self.rows, self.capacity = (
-            model,
-            draft_tokens,
-            rows,
-            capacity,
-        )
+        self.model, self.draft_tokens = model, draft_tokens
+        self.rows, self.capacity = rows, capacity
         self.ends, self.sampling = ends_of(model, eos_token_id), sampling
         self._weights = _kind_of_weights(model)
         self._processors, self._config = self._processors_of(device), _generation_config(model)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import InvalidInputError
-from softtrace.graph.attention_maps import AttentionMap, EveryEdge, MadeFrom, Rows, each_block
+from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, each_block
 from softtrace.graph.edges import EdgeImportance, RowwiseEdges
 
 Baseline = Literal["random_ranks", "least_important"]
@@ -77,8 +77,9 @@ def baseline_scores(
         )
     score = _random(importance, seeds) if kind == "random_ranks" else _rarity(importance)
     found = []
-    for number, (layer, seen) in enumerate(zip(importance.layers, importance.visible, strict=True)):
-        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
+    layers = zip(importance.layers, importance.visible, importance.existing(), strict=True)
+    for number, (layer, seen, existing) in enumerate(layers):
+        exists = existing.nodes()
         residual, mlp, mlp_residual = (
             _of_nodes(score, part, number, code) * there
             for part, code, there in zip(layer.nodes(), _NODES, exists, strict=True)
@@ -153,14 +154,11 @@ def _rarity(importance: EdgeImportance) -> Score:
         for row, (own, exists) in enumerate(zip(_place(values).long(), there, strict=True)):
             counts[row] += own[exists].bincount(minlength=_BINS)
 
-    for layer, seen in zip(importance.layers, importance.visible, strict=True):
-        heads = layer.shape[1]
-        exists = importance.valid, importance.valid, importance.valid & (not layer.parallel)
-        for part, there in zip(layer.nodes(), exists, strict=True):
+    for layer, existing in zip(importance.layers, importance.existing(), strict=True):
+        for part, there in zip(layer.nodes(), existing.nodes(), strict=True):
             count(part, there)
-        every: AttentionMap = EveryEdge(seen, heads)
         for rows, values in each_block(layer.attention_map, lambda values, _: values):
-            count(values, every.rows(rows))
+            count(values, existing.attention_map.rows(rows))
     total = counts.sum(1, keepdim=True).clamp_min(1).double()
     before = ((counts.cumsum(1) - counts) / total).float()
     own = (counts / total).float()

@@ -27,8 +27,6 @@ from softtrace.tracing.recording import Recording
 MOST_RUNS = 50_000
 """Sequences that are run without a word; more would take hours on most machines."""
 
-_MASK_ELEMENTS = 1 << 28  # of the masks of one batch, a byte each
-
 
 class OwnRuns:
     """Masked runs of single positions, several at a time, and fewer where memory runs out.
@@ -51,7 +49,7 @@ class OwnRuns:
     ) -> None:
         self.instrument, self.recording, self.attention = instrument, recording, attention
         self.positions, self.means = positions, means
-        at_once = rows_at_once(recording.importance.layers, _MASK_ELEMENTS)
+        at_once = rows_at_once(recording.importance.layers)
         self._portions = Portions(at_once, "run(s) of single positions")
 
     def hidden(self, masks: Sequence[LayerEdges]) -> Tensor:
@@ -105,7 +103,7 @@ def check_runs(runs: OwnRuns, thresholds: int) -> None:
     few.hidden(masks)
     begin = time.perf_counter()
     few.hidden(masks)
-    hours = (time.perf_counter() - begin) / 8 * count * thresholds / 3600
+    hours = (time.perf_counter() - begin) / min(8, count) * count * thresholds / 3600
     raise InvalidInputError(
         f"exact: found {count:,} positions at {thresholds} thresholds, allowed are {MOST_RUNS:,} "
         f"runs in all; these would take about {hours:.1f} hours here. Choose fewer positions "

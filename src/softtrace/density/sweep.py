@@ -28,7 +28,6 @@ from softtrace.density.exact import OwnRuns, check_runs
 from softtrace.density.halving import Portion, curve_in_portions
 from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import chunk_elements
-from softtrace.graph.batch import chosen_positions
 from softtrace.graph.edges import EdgeImportance, LayerEdges, RowwiseEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.graph.masks import hard_masks
@@ -101,9 +100,7 @@ def density_curve(
         batch = instrument.batch(input_ids, attention_mask, position_ids)
         chosen, length = None, batch.valid.shape[1]
         if positions is not None:
-            chosen = chosen_positions(positions, batch.valid)
-            batch = batch.up_to(chosen)
-            chosen = chosen[:, : batch.valid.shape[1]]
+            batch, chosen = batch.up_to(positions)
 
         def work(part: Portion) -> DensityCurve:
             keep = attention == "recorded"

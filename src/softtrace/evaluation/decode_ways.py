@@ -67,10 +67,14 @@ def race_ways(
             draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
         ),
         "exit drafts, transformers": lambda row: stock(network, row, way, new_tokens, proven_exit),
-        "prompt lookup, transformers": lambda row: _prompt_lookup(network, row, new_tokens),
+        "prompt lookup, transformers": lambda row: _generated(
+            network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP
+        ),
     }  # fmt: skip
     if torch.device(rows[0].device).type == "cuda":
-        plain["plain, transformers, compiled"] = lambda row: _static(network, row, new_tokens)
+        plain["plain, transformers, compiled"] = lambda row: _generated(
+            network, row, new_tokens, cache_implementation="static"
+        )
     left_out, by_fixed = None, way
     try:
         if texts:
@@ -212,14 +216,6 @@ def _share(found: Sequence[Generation], of: str) -> float | None:
     """Share of guesses that were right; None where nothing was guessed, or nothing is said."""
     guesses = sum(getattr(each, of) for each in found)
     return sum(each.accepted for each in found) / guesses if guesses else None
-
-
-def _prompt_lookup(network: Any, row: Tensor, new_tokens: int) -> Generation:
-    return _generated(network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP)
-
-
-def _static(network: Any, row: Tensor, new_tokens: int) -> Generation:
-    return _generated(network, row, new_tokens, cache_implementation="static")
 
 
 def _generated(network: Any, row: Tensor, new_tokens: int, **options: Any) -> Generation:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from softtrace.data.blocks import even_places
 from softtrace.density.baselines import NAMES_IN_FILES, Baseline
 from softtrace.density.curve import SIZES
 from softtrace.density.distortion import NUCLEUS_SHARES
@@ -41,7 +42,7 @@ def summarise(found: Measurements) -> dict[str, Any]:
     density = computation_density(entropy, area, size)
     correlation = density_uncertainty_correlation(entropy, area, size)
 
-    chosen = torch.linspace(0, len(entropy) - 1, min(_SCATTER, len(entropy))).long()
+    chosen = even_places(len(entropy), _SCATTER)
     return {
         "tokens": len(entropy),
         "easy": {

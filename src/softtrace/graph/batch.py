@@ -106,14 +106,18 @@ class Batch:
             attention_mask=None,
         )
 
-    def up_to(self, chosen: Tensor) -> Batch:
+    def up_to(self, positions: Tensor | Iterable[int]) -> tuple[Batch, Tensor]:
         """The batch without the tokens after the last chosen one, which no chosen one can see.
 
         Args:
-            chosen: ``[B, T]`` bool, at least one of them True.
+            positions: see :func:`chosen_positions`, which also says what is refused.
+
+        Returns:
+            The batch of n tokens a row, and ``[B, n]`` bool, which of them were chosen.
         """
+        chosen = chosen_positions(positions, self.valid)
         end = int(chosen.any(0).nonzero().max()) + 1
-        return self.part(lambda values: values[:, :end])
+        return self.part(lambda values: values[:, :end]), chosen[:, :end]
 
     def forward_inputs(self, parameters: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments of a model's forward, for its logits and nothing besides.

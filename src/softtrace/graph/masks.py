@@ -71,29 +71,23 @@ def soft_masks(
     """
     check_range("temperature", temperature, 0.0, float("inf"), open_low=True)
 
-    def soften(scores: Tensor, there: Tensor, cut: Tensor | float) -> Tensor:
+    def soften(scores: Tensor, there: Tensor) -> Tensor:
         tiny = torch.finfo(scores.dtype).tiny
-        log_cut = torch.as_tensor(cut, dtype=scores.dtype, device=scores.device).log()
+        cut = torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
+        log_cut = per_sequence(cut, scores).log()
         # Only existing edges reach the log, so that no gradient is 0 · infinity.
         log_scores = scores.masked_fill(~there, 1.0).clamp_min(tiny).log()
         return ((log_scores - log_cut) / temperature).sigmoid() * there
 
     def softened(layer: LayerEdges, exists: LayerEdges) -> LayerEdges:
-        def cut(values: Tensor) -> Tensor | float:
-            return per_sequence(threshold, values) if isinstance(threshold, Tensor) else threshold
-
         def rows_of(scores: Tensor, rows: Rows) -> Tensor:
-            return soften(scores, exists.attention_map.rows(rows), cut(scores))
+            return soften(scores, exists.attention_map.rows(rows))
 
-        residual, mlp, mlp_residual = (
-            soften(values, there, cut(values))
-            for values, there in zip(layer.nodes(), exists.nodes(), strict=True)
-        )
+        residual, mlp, mlp_residual = map(soften, layer.nodes(), exists.nodes())
         if isinstance(layer, RowwiseEdges):
             made = MadeFrom(layer.attention_map, rows_of)
             return RowwiseEdges(made, residual, mlp, mlp_residual, layer.parallel)
-        scores = layer.attention
-        attention = soften(scores, exists.attention, cut(scores))
+        attention = soften(layer.attention, exists.attention)
         return LayerEdges(attention, residual, mlp, mlp_residual, layer.parallel)
 
     with torch.autocast(importance.valid.device.type, enabled=False):

@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from softtrace.graph.batch import ends_of
 from softtrace.graph.edges import EDGE_KINDS, Edge, EdgeImportance, LayerEdges
-from softtrace.graph.trace import edges_into, extract_trace, origin
+from softtrace.graph.trace import edges_into, extract_trace, origin, real_place
 
 NEVER = torch.iinfo(torch.int64).max
 """Rank of an edge that does not exist, or cannot reach the output node."""
@@ -51,9 +50,11 @@ def random_order(
         importance, sequence, position: see :func:`softtrace.extract_trace`; of the importances
             nothing is used but which edges exist.
         seed: of the draws.
+
+    Raises:
+        InvalidInputError: no such row or position, or it is padding.
     """
-    if position < 0:
-        position += int(ends_of(importance.valid)[sequence])
+    sequence, position = real_place(importance, sequence, position)
     edges = _grown(importance.detach(), sequence, position, random.Random(seed))
     return ranks_of(importance, list(edges))
 

@@ -11,6 +11,8 @@ from torch.nn.functional import one_hot
 from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, each_block
 from softtrace.graph.edges import LayerEdges, RowwiseEdges
 
+_MASK_ELEMENTS = 1 << 28  # of the attention masks of one batch, a byte each
+
 
 def traces_of(
     masks: Sequence[LayerEdges], rows: Tensor, positions: Tensor
@@ -57,11 +59,6 @@ def _into(attention: AttentionMap, sequences: Tensor, targets: Tensor) -> Attent
     return found.hold() if attention.held else found
 
 
-def rows_at_once(masks: Sequence[LayerEdges], elements: int) -> int:
-    """How many sequences' masks have at most so many elements together; at least 1.
-
-    Args:
-        masks: of the batch.
-        elements: of one layer's largest map times the layers.
-    """
-    return max(1, elements // (len(masks) * masks[0].shape[1:].numel()))
+def rows_at_once(layers: Sequence[LayerEdges]) -> int:
+    """How many sequences are run at a time, each under masks like these of its own; at least 1."""
+    return max(1, _MASK_ELEMENTS // (len(layers) * layers[0].shape[1:].numel()))

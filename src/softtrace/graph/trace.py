@@ -109,17 +109,9 @@ def extract_trace(
         InvalidInputError: There is no such row, position or size, the position is padding, or the
             trace has more than :data:`MOST_EDGES`, as shares of long prompts' edges do.
     """
-    _, batch, _, length = importance.shape
-    for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
-        if not -limit <= index < limit:
-            raise InvalidInputError(f"{name}: found {index}, allowed {-limit} to {limit - 1}")
-    sequence %= batch
-    if position < 0:
-        position += int(ends_of(importance.valid)[sequence])
-    if position < 0 or not bool(importance.valid[sequence, position]):
-        raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
+    sequence, position = real_place(importance, sequence, position)
     importance = importance.detach()
-    places = torch.full((batch, 1), position)
+    places = torch.full((len(importance.valid), 1), position)
     total = int(total_edges(importance, places)[sequence, 0])
     count = trace_length(size, total)
     if count == 0:
@@ -136,6 +128,24 @@ def extract_trace(
         cut *= 0.9
         found = list(_best_first(importance, sequence, position, count, cut))
     return Trace(tuple(edge for edge, _ in found), tuple(score for _, score in found), total)
+
+
+def real_place(importance: EdgeImportance, sequence: int, position: int) -> tuple[int, int]:
+    """Row and position from 0 on, where negative ones count from the end.
+
+    Raises:
+        InvalidInputError: no such row or position, or it is padding.
+    """
+    batch, length = importance.valid.shape
+    for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
+        if not -limit <= index < limit:
+            raise InvalidInputError(f"{name}: found {index}, allowed {-limit} to {limit - 1}")
+    sequence %= batch
+    if position < 0:
+        position += int(ends_of(importance.valid)[sequence])
+    if position < 0 or not bool(importance.valid[sequence, position]):
+        raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
+    return sequence, position
 
 
 def _lowest(importance: EdgeImportance, sequence: int, position: int, count: int) -> float:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from softtrace.errors import CheckpointError
 from softtrace.files import atomic_path
+from softtrace.libraries import first_line
 
 _EXPECTED = ("state_dict", "global_step")
 
@@ -75,4 +76,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _reason(error: Exception) -> str:
     """The first line of what went wrong."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

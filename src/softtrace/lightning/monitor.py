@@ -184,7 +184,8 @@ class DensityMonitor(Callback):
         """
         if self.blocks is not None or self._full or dataloader_idx or trainer.sanity_checking:
             return
-        wanted = -(-self.max_rows // trainer.world_size) - self._rows_kept()
+        kept = sum(len(each["input_ids"]) for each in self._kept)
+        wanted = -(-self.max_rows // trainer.world_size) - kept
         if wanted <= 0:
             return
         # Copies made here are usable where gradients are taken; those of Lightning's are not.
@@ -195,9 +196,6 @@ class DensityMonitor(Callback):
                 name: None if each is None else each[:wanted].detach().cpu().clone()
                 for name, each in rows.items()
             })  # fmt: skip
-
-    def _rows_kept(self) -> int:
-        return sum(len(inputs["input_ids"]) for inputs in self._kept)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log, unless too few steps lie behind."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from softtrace.libraries import first_line
 from softtrace.loss.fused import Run
 from softtrace.loss.graph_memory import GraphMemory
 from softtrace.loss.options import DensityOptions
@@ -162,7 +163,7 @@ class CudaGraphs:
         except Exception as error:  # what is wrong with more than the capture is said by the run
             # Of the compiler's errors the first line names the compiler alone.
             cause = getattr(error, "inner_exception", error)
-            reason = str(cause).strip().partition("\n")[0]
+            reason = first_line(cause)
             if fuse:
                 said = "cannot be compiled here and are captured as they are (fuse=False)."
             else:

@@ -163,19 +163,21 @@ class DensityLoss:
         if step is not None and not self._reads_exits(step):
             yield watched
             return
-        if compiled:
-            if not noted:
-                self._say_once("exits: compiled and checkpointed with hooks, so none is read")
-                yield watched
-                return
-            with self._streams.watching(watched, self._say_once):
-                yield watched
+        if compiled and not noted:
+            self._say_once("exits: compiled and checkpointed with hooks, so none is read")
+            yield watched
             return
+        looking = (
+            self._streams.watching(watched, self._say_once)
+            if compiled
+            else watching(model, anatomy, watched, self._depths(anatomy))
+        )
         try:
-            with watching(model, anatomy, watched, self._depths(anatomy)):
+            with looking:
                 yield watched
-        except BaseException:
-            watched.forget()  # out of memory, say: nobody will ask for them
+        except BaseException:  # out of memory, say: nobody will ask for what is held
+            watched.forget()
+            self._streams.clear()
             raise
 
     def _note_compiled(self, anatomy: Anatomy, modules: list[nn.Module]) -> bool:

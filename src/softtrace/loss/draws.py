@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from softtrace.loss.transfers import sent
+from softtrace.processes import in_group
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it fill [0, 1) evenly, however many they are
 
@@ -179,7 +180,4 @@ def hashed_seed(*parts: object) -> int:
 
 def rank() -> int:
     """Of this process among all, by which draws differ."""
-    distributed = torch.distributed
-    return (
-        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    )
+    return torch.distributed.get_rank() if in_group() else 0

@@ -250,20 +250,15 @@ def easiest(
             wanted = share * usable[group].sum()  # no more than there are, so that all are usable
             kept.append(first + found.indices)
             depths += [depth] * most
-            used.append(_numbers(found.values) < wanted)
+            used.append(torch.arange(most, device=scores.device) < wanted)
             first += count
     places = drawn.places.index_select(0, torch.cat(kept))
     return ExitDraw(places, torch.tensor(depths, device="cpu"), torch.cat(used))
 
 
-def _numbers(values: Tensor) -> Tensor:
-    return torch.arange(len(values), device=values.device)
-
-
 def _full(seen: Seen, readout: Readout, places: Tensor) -> Tensor:
     """The full prediction of chosen tokens, ``[n, V]``, held constant."""
-    if seen.last is None:
-        raise ValueError("a forward that has not ended")
+    assert seen.last is not None
     with torch.no_grad():
         if seen.logits is None:
             return readout.early(rows(seen.last, places))

@@ -15,6 +15,7 @@ from softtrace.errors import TrainerSetupError
 from softtrace.graph.importance import working_dtype
 from softtrace.loss.options import DensityOptions
 from softtrace.model.exit_maps import ExitMaps, exit_maps_of, name_of, set_exit_maps
+from softtrace.processes import in_group
 from softtrace.tracing.instrument import Instrument
 
 _RATE = 1e-3
@@ -76,6 +77,7 @@ class LearnedMaps:
             self.on(next(self.maps.parameters()).device)  # where the model is by now
             self._optimiser.step()
             self._optimiser.zero_grad()
+        self._copies.clear()  # of a batch that failed before its gradients were collected
         self._step = step
 
     def collect(
@@ -94,7 +96,7 @@ class LearnedMaps:
             known: gradients by maps, by their names, where these are there already.
         """
         copies, self._copies = self._copies, {}
-        together = distributed.is_available() and distributed.is_initialized()
+        together = in_group()
         if distance is None and not together:
             return
         found: dict[str, Tensor] = {}

@@ -61,11 +61,11 @@ class EarlyCopies:
     def of(
         self, ids: Tensor, *others: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What a batch is made of on the CPU: what was copied early, and copies of the rest."""
+        """Ids and three others of a batch on the CPU: copied early, or else copied now."""
         found = self._of(ids)
         assert found is not None
-        mask, positions, labels = (self._of(each) for each in others)
-        return found, mask, positions, labels
+        first, second, third = (self._of(each) for each in others)
+        return found, first, second, third
 
     def _of(self, values: Tensor | None) -> Tensor | None:
         for each in self._known:

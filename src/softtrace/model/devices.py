@@ -22,6 +22,7 @@ from accelerate.utils.modeling import align_module_device, get_max_memory
 from torch import Tensor, nn
 
 from softtrace.errors import InvalidInputError
+from softtrace.libraries import first_line
 from softtrace.model.flat_units import is_flat_unit, through_unit
 from softtrace.model.sharding import (
     as_it_was,
@@ -144,7 +145,7 @@ def device_of_module(module: nn.Module) -> torch.device:
 
 
 def _device(name: torch.device | int | str) -> torch.device:
-    """As torch names it: Accelerate writes 0 for the first accelerator."""
+    """As torch names it (Accelerate writes 0 for the first accelerator), if it is there."""
     return torch.empty(0, device=name).device
 
 
@@ -157,12 +158,11 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return best_device()
     try:
-        return torch.empty(0, device=name).device  # a device that can be named may not be there
+        return _device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise InvalidInputError(
-            f"device: found {name!r}, which this machine cannot use ({reason}); allowed are "
-            "'auto', 'cpu' and the accelerators that torch finds"
+            f"device: found {name!r}, which this machine cannot use ({first_line(error)}); allowed "
+            "are 'auto', 'cpu' and the accelerators that torch finds"
         ) from error
 
 

@@ -82,7 +82,8 @@ def exit_maps_of(model: nn.Module) -> ExitMaps | None:
     """The maps that a model's exits are read through, where the model is; None without any."""
     maps = _MAPS.get(unwrapped(model))
     if maps is not None and (device := device_of_module(model)).type != "meta":
-        maps.to(device)  # the model may have been moved since, which no map was told
+        with torch.inference_mode(False):  # or they could not be trained later
+            maps.to(device)  # the model may have been moved since, which no map was told
     return maps
 
 

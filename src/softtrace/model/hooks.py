@@ -136,9 +136,7 @@ def on_output(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     """A forward hook: ``change(input, output)`` replaces a module's first floating output."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        read = first_tensor(args, kwargs)
-        if read is None:
-            raise RuntimeError("a module that was proven to read a tensor was called without one")
+        read = _read(args, kwargs)
         return replace_first(output, lambda value: change(read, value))[0]
 
     return hook

@@ -21,7 +21,7 @@ from transformers import (
 
 from softtrace.checks import refuse_empty
 from softtrace.errors import ModelDirectoryError
-from softtrace.libraries import from_library
+from softtrace.libraries import first_line, from_library
 from softtrace.model.devices import device_map_options
 from softtrace.model.exit_maps import EXIT_MAPS_FILE, load_exit_maps
 
@@ -125,6 +125,11 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
     return config
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """A number format as options have it, such as ``float32``; configs hold either."""
+    return str(dtype).removeprefix("torch.")
+
+
 def saved_dtype(name_or_path: str | Path) -> str | None:
     """The number format that a config says its weights were saved in; None where it does not.
 
@@ -132,7 +137,7 @@ def saved_dtype(name_or_path: str | Path) -> str | None:
         ModelDirectoryError: see :func:`load_config`.
     """
     found = load_config(name_or_path).dtype
-    return None if found is None else str(found).removeprefix("torch.")
+    return None if found is None else dtype_name(found)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
@@ -181,7 +186,7 @@ def _said(name_or_path: str | Path, error: Exception, options: Mapping[str, Any]
             "as Llama or GPT-2"
         )
     if isinstance(error, OSError):
-        first = str(error).strip().partition("\n")[0]
+        first = first_line(error)
         if Path(name_or_path).is_dir():
             return first
         return (

@@ -95,10 +95,8 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
     """Whether any of them is run again in the backward pass."""
     modules = list(modules)
-    return any(
-        "gradient_checkpointing" in own and own["gradient_checkpointing"]
-        for own in map(vars, modules)
-    ) or bool(checkpointing(modules))
+    own = any(vars(each).get("gradient_checkpointing") for each in modules)
+    return own or bool(checkpointing(modules))
 
 
 def outside_of_checkpoint(layer: nn.Module, modules: Iterable[nn.Module]) -> nn.Module | None:

@@ -126,7 +126,7 @@ def forward_parameters(model: nn.Module) -> tuple[str, ...]:
 def one_logit(parameters: Collection[str]) -> dict[str, int]:
     """Options with which a forward that takes these computes logits of the last token alone.
 
-    None where it cannot. Those of all tokens of a long prompt take more memory than the rest, and
-    of a small model with a large vocabulary most of the time.
+    No options where it cannot. Logits of all tokens of a long prompt take more memory than the
+    rest, and of a small model with a large vocabulary most of the time.
     """
     return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -154,6 +153,6 @@ def _single(axes: Axes, paper: Paper, key: str) -> None:
     _all_sizes(axes)
 
 
-def _all_sizes(axes: Axes, ticks: Sequence[float] = _TICKS) -> None:
+def _all_sizes(axes: Axes) -> None:
     axes.set_xlim(1e-5, 1)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(_TICKS))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
@@ -19,7 +19,7 @@ from softtrace.anatomy.tolerances import tolerance
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.attention_maps import none_held
-from softtrace.graph.batch import Batch, check_finite, chosen_positions
+from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
 from softtrace.model.devices import device_of_module
@@ -27,6 +27,7 @@ from softtrace.model.memory import attempt, half_that_fits
 from softtrace.model.sharding import computing_dtype, let_go, note_units, run
 from softtrace.model.state import as_written
 from softtrace.model.wrappers import forward_parameters, own_forward, unwrapped
+from softtrace.processes import in_group
 from softtrace.tracing.instrument import Instrument, attached
 from softtrace.tracing.proof import prove
 from softtrace.tracing.runner import Runner
@@ -58,10 +59,8 @@ def attach(model: nn.Module) -> Instrument:
     note_units(outer)
     known = attached(model)
     if known is not None:
-        if distributed.is_available() and distributed.is_initialized():
-            refuse_engine(
-                model
-            )  # leaf modules and tensor parallelism leave the modules as they were
+        if in_group():  # leaf modules and tensor parallelism leave the modules as they were
+            refuse_engine(model)
         return known
     refuse_early(model)
     device = device_of_module(model).type
@@ -175,9 +174,7 @@ def edge_importance(
         batch = instrument.batch(input_ids, attention_mask, position_ids)
         chosen = None
         if positions is not None:
-            chosen = chosen_positions(positions, batch.valid)
-            batch = batch.up_to(chosen)
-            chosen = chosen[:, : batch.valid.shape[1]]
+            batch, chosen = batch.up_to(positions)
         found = attempt(lambda: record(batch, chosen))
         if found is not None:
             return found

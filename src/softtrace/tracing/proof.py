@@ -56,7 +56,6 @@ class _Witness(MaskedRun):
         self._expected: Tensor | None = None
         self._size: Tensor | None = None
         self._parts: list[Tensor] = []
-        self._mlp_read: Tensor | None = None
 
     @override
     def listeners(self) -> list[Hook]:

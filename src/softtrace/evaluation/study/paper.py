@@ -44,8 +44,6 @@ from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind, with_attention_kept
 from softtrace.tracing.recording import Recording
 
-_MASK_ELEMENTS = 1 << 28  # of the masks of one batch, a byte each
-
 
 @dataclass(frozen=True)
 class PaperReadings:
@@ -64,7 +62,6 @@ class PaperReadings:
         kinds: ``[N, K, 3]`` shares of attention, MLP and residual edges in the trace.
         depths: ``[N, K, 4]`` shares of the depth groups.
         connection: ``[N]`` float64, size of the smallest trace with a path from an embedding.
-        connected: ``[N, K]`` bool, whether the trace has one.
         entries: ``[N, C]`` float64, size of the smallest trace that contains each head and MLP;
             infinite for one that cannot reach the output.
         entropy: ``[N]`` nats, of the full prediction.
@@ -83,7 +80,6 @@ class PaperReadings:
     kinds: Tensor
     depths: Tensor
     connection: Tensor
-    connected: Tensor
     entries: Tensor
     entropy: Tensor
     auc: Tensor
@@ -167,7 +163,6 @@ def _read(
         kinds=torch.stack((attention_edges, mlp, before + after), dim=-1) / every,
         depths=by_depth_group(entered).sum(-1) / every,
         connection=torch.tensor(connection / total, dtype=torch.float64),
-        connected=lengths >= connection,
         entries=torch.where(entries > total, torch.inf, entries / total),
         entropy=entropy(full[0]).cpu(),
         auc=auc(sizes, variation),
@@ -183,7 +178,7 @@ def _last_logits(
 ) -> Tensor:
     """``[K, V]`` of the last position under each of K masks, several of them a batch."""
     read = []
-    rows, together = len(masks[0].mlp), rows_at_once(masks, _MASK_ELEMENTS)
+    rows, together = len(masks[0].mlp), rows_at_once(masks)
     for start in range(0, rows, together):
         part = tuple(layer.map(itemgetter(slice(start, start + together))) for layer in masks)
         count = len(part[0].mlp)

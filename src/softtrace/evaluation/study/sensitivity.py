@@ -146,9 +146,9 @@ def read_definitions(
     return {each: _joined(readings) for each, readings in found.items()}
 
 
-def ways(definitions: Sequence[Definition] = DEFINITIONS) -> int:
+def ways() -> int:
     """How many sweeps each sequence is run through: definitions but for their thresholds."""
-    return len({(each.norm, *_by_way(each)) for each in definitions})
+    return len({(each.norm, *_by_way(each)) for each in DEFINITIONS})
 
 
 def _by_norm(definition: Definition) -> Norm:
