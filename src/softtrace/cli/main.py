@@ -98,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        more = "; the same with --resume true resumes it" if words[0] in _RESUMED else ""
-        print(f"softtrace {words[0]}: interrupted{more}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        resumed = "the same with --resume true resumes it" if words[0] in _RESUMED else ""
+        more = str(stop) or resumed  # Python's own says nothing
+        print(f"softtrace {words[0]}: interrupted{more and '; '}{more}", file=sys.stderr)
         return 130
     finally:
         log.removeHandler(handler)
