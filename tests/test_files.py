@@ -302,3 +302,11 @@ def test_a_killed_run_keeps_nothing(tmp_path: Path) -> None:
     with claimed(out):
         assert (out / LOCK).read_text(encoding="utf-8").startswith(f"{os.getpid()} on ")
     assert [path.name for path in out.iterdir()] == ["begun"]
+
+
+def test_a_folder_inside_of_a_file_is_refused_by_what_is_wrong(tmp_path: Path) -> None:
+    """It was told to change permissions."""
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    with pytest.raises(OutputExistsError, match=r"rows\.jsonl is a file, in which no"):
+        check_output(file / "deep" / "out", overwrite=True)

@@ -196,6 +196,11 @@ def check_output(folder: Path | str, overwrite: bool, otherwise: str = OVERWRITE
             f"empty folder; choose another one, or pass {otherwise}"
         )
     nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise OutputExistsError(
+            f"{folder}: found that {nearest} is a file, in which no folder can be made; choose "
+            "another folder"
+        )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputNotWritableError(
             f"{folder}: found that {nearest} may not be written to; choose another folder, or "
@@ -213,7 +218,8 @@ def prepare_output(folder: Path | str, overwrite: bool) -> Path:
             writes are replaced, others stay.
 
     Raises:
-        OutputExistsError: ``folder`` is a file, or holds files and ``overwrite`` is False.
+        OutputExistsError: ``folder`` is a file or would be in one, or it holds files and
+            ``overwrite`` is False.
         OutputNotWritableError: nothing may be written to it, or where it would be made.
     """
     folder = check_output(folder, overwrite)

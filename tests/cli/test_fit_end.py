@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from softtrace.cli import main
 from softtrace.cli.fit import FitCLI
+from softtrace.model.loading import load_model
 from tests.cli.test_fit import arguments, trained
 from tests.support.corpus import write_model, write_tree
 
@@ -98,3 +101,35 @@ def test_the_command_says_what_it_does_after_the_training(
     said = capsys.readouterr().err
     assert "softtrace: looking for the early exit that decodes fastest, on " in said
     assert "softtrace: measuring densities for the model card on 2 held-out blocks" in said
+
+
+@pytest.mark.parametrize("during", ["recommend_exit", "measured"])
+def test_the_trained_model_outlives_an_interrupt_after_the_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    during: str,
+) -> None:
+    """It was written after the exit was found, and there need be no checkpoint to resume from."""
+
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    monkeypatch.setattr(f"softtrace.cli.fit.{during}", interrupted)
+    assert main(["fit", *arguments(sources, out, "--card_blocks", 2)]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"softtrace fit: interrupted; the trained model is in {out}"
+    load_model(out)
+
+
+def test_the_exit_that_is_recommended_reaches_the_config_and_nothing_else_of_it_changes(
+    tmp_path: Path,
+) -> None:
+    sources = write_model(tmp_path / "model"), write_tree(tmp_path / "text")
+    found = FitCLI(arguments(sources, tmp_path / "out")).fit()
+    config = json.loads((found / "config.json").read_text())
+    before = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config.pop("softtrace_exit_layer") in range(1, before["num_hidden_layers"])
+    assert config == before

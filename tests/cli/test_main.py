@@ -203,3 +203,54 @@ def test_one_of_several_processes_says_what_it_does(
     said = "softtrace: reading\n" if rank == "0" else ""
     assert capsys.readouterr().err == said + "softtrace: damaged\n"
     assert logging.getLogger("softtrace").level == usual
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["fit", "--model", "folder", "--out", "out"],
+            "fit: found --model folder, which is no YAML file of options; give the model by "
+            "--model.path folder",
+        ),
+        (
+            ["fit", "--data=text"],
+            "fit: found --data text, which is no YAML file of options; give the data by "
+            "--data.path text",
+        ),
+        (
+            ["evaluate", "--model.path", "folder"],
+            "evaluate: found --model.path, allowed is --model; --model.path is an option of "
+            "softtrace fit",
+        ),
+        (
+            ["study", "a", "b", "--data.path=text"],
+            "study: found --data.path, allowed is --data; --data.path is an option of softtrace "
+            "fit",
+        ),
+    ],
+)
+def test_the_option_of_another_command_is_refused_with_the_right_one(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """jsonargparse said that a config could not be loaded, or showed one of its classes."""
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"softtrace {said}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--model", "model.yaml"],
+        ["fit", "--data", '{"block_size": 8}'],
+        ["fit", "--model.path", "folder"],
+        ["evaluate", "--model", "folder", "--data", "text"],
+    ],
+)
+def test_right_options_reach_their_command(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setitem(_COMMANDS, words[0], given.extend)
+    assert main(words) == 0
+    assert given == words[1:]

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.distributed.checkpoint import state_dict
 
 from softtrace import cli, files
-from softtrace.cli import fit as cli_fit
+from softtrace.cli.fit import FitCLI
 from softtrace.lightning import failed_process
 
 STARTED_BY = os.getppid()
@@ -105,16 +106,16 @@ def kill_the_first(trainer: Trainer, module: Any) -> None:
 
 def gather_late(trainer: Trainer, module: Any) -> None:
     """As with NCCL, where processes have queued their part long before the first one has it."""
-    gather = cli_fit.whole_weights
+    gather = state_dict.get_model_state_dict
 
-    def late(*args: Any) -> Any:
-        found = gather(*args)
+    def late(*args: Any, **options: Any) -> Any:
+        found = gather(*args, **options)
         time.sleep(3)
         if any(each.poll() is not None for each in trainer.strategy.launcher.procs):  # type: ignore[union-attr]
             raise Planned("a process ended before its part was gathered")
         return found
 
-    cli_fit.whole_weights = late
+    state_dict.get_model_state_dict = late
 
 
 def dawdle(trainer: Trainer, module: Any) -> None:
@@ -163,14 +164,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank == "0":  # which says why itself: of its 15 seconds nothing happens in the others
         failed_process._GRACE = 3.0
-    start = cli_fit.FitCLI.instantiate_trainer
+    start = FitCLI.instantiate_trainer
 
-    def with_fault(self: cli_fit.FitCLI, **kwargs: Any) -> Trainer:
+    def with_fault(self: FitCLI, **kwargs: Any) -> Trainer:
         trainer = start(self, **kwargs)
         trainer.callbacks.append(Inject(fault, int(at), int(rank)))  # type: ignore[attr-defined]
         return trainer
 
-    cli_fit.FitCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
+    FitCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
     return cli.main(["fit", *words])
 
 

@@ -263,9 +263,7 @@ class FitCLI(LightningCLI):
         self._train(checkpoint)
         if not self.config["trainer"]["fast_dev_run"]:
             with ending_alone(self.trainer):  # gathered from all processes
-                weights = whole_weights(self.model.model, self.trainer.strategy.model)
-                # NCCL has only queued each process's part; one that ends takes along what is left.
-                self.trainer.strategy.barrier()
+                weights = whole_weights(self.model.model, self.trainer.strategy)
             if self.trainer.is_global_zero:
                 with undisturbed(self.trainer):
                     self._save(weights)
@@ -310,7 +308,6 @@ class FitCLI(LightningCLI):
         """
         fresh = self.out / f".model-{os.getpid()}"
         model = merged(self.model.model) if weights is None else self.model.again(weights)
-        self._recommend_exit(model)
         try:
             model.save_pretrained(fresh)
             save_exit_maps(model, fresh)
@@ -328,7 +325,11 @@ class FitCLI(LightningCLI):
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        self._write_card(model)
+        try:  # minutes on a CPU, in which the weights are safe
+            self._recommend_exit(model)
+            self._write_card(model)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the trained model is in {self.out}") from None
 
     def _write_card(self, model: PreTrainedModel) -> None:
         """Say in README.md how the model was made, and how dense it was and is."""
@@ -352,7 +353,7 @@ class FitCLI(LightningCLI):
             logger.warning("the model card lacks what could not be measured: %s: %s", kind, reason)
 
     def _recommend_exit(self, model: PreTrainedModel) -> None:
-        """Write into the model's config which early exit should decode it fastest."""
+        """Write into OUT's config.json which early exit should decode the model fastest."""
         held_out = self.datamodule.held_out_blocks
         blocks = self.datamodule.train_blocks if held_out is None else held_out
         if blocks is None:
@@ -365,7 +366,9 @@ class FitCLI(LightningCLI):
             )
             with on_training_device(model, self.model, self.trainer.strategy):
                 recommend_exit(model, read)
-        except Exception as reason:  # whatever it is, the weights are not written yet
+            with atomic_path(self.out / "config.json") as temporary:
+                model.config.to_json_file(temporary)
+        except Exception as reason:  # whatever it is, the model is of use without
             logger.info("no early exit is recommended: %s", reason)
 
 

@@ -23,6 +23,15 @@ _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 #: commands whose interrupted runs can be resumed
 _RESUMED = ("fit", "evaluate")
 
+#: options that name model and text, of fit and of the others: one is easily taken for the other
+_OF_FIT = {"--model": "--model.path", "--data": "--data.path"}
+_OF_OTHERS = {
+    "evaluate": _OF_FIT,
+    "study": {"--data": "--data.path"},
+    "decode-bench": _OF_FIT,
+    "card": {"--model": "--model.path"},
+}
+
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
 Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
@@ -65,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         allowed = ", ".join(_COMMANDS)
         print(f"softtrace: found command {words[0]!r}, allowed are {allowed}", file=sys.stderr)
         return 2
+    if (said := _misnamed(words)) is not None:
+        print(f"softtrace {words[0]}: {said}", file=sys.stderr)
+        return 2
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
     log = logging.getLogger("softtrace")
@@ -98,14 +110,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        more = "; the same with --resume true resumes it" if words[0] in _RESUMED else ""
-        print(f"softtrace {words[0]}: interrupted{more}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        resumed = "the same with --resume true resumes it" if words[0] in _RESUMED else ""
+        more = str(stop) or resumed  # Python's own says nothing
+        print(f"softtrace {words[0]}: interrupted{more and '; '}{more}", file=sys.stderr)
         return 130
     finally:
         log.removeHandler(handler)
         log.setLevel(usual)
     return 0
+
+
+def _misnamed(words: Sequence[str]) -> str | None:
+    """What to say where model or text has the option that it has in another command.
+
+    Args:
+        words: the command and its arguments.
+    """
+    others = {fit: own for own, fit in _OF_OTHERS.get(words[0], {}).items()}
+    for place, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if not given:
+            value = words[place + 1] if place + 1 < len(words) else ""
+        if name in others:
+            return f"found {name}, allowed is {others[name]}; {name} is an option of softtrace fit"
+        # A group of fit's options can be read from a file, or be written out as an object.
+        options = value.endswith((".yaml", ".yml", ".json")) or value.startswith("{")
+        if words[0] == "fit" and name in _OF_FIT and not options:
+            return (
+                f"found {name} {value}, which is no YAML file of options; give the "
+                f"{name.removeprefix('--')} by {_OF_FIT[name]} {value}"
+            )
+    return None
 
 
 # Each command imports what it needs when it runs: `softtrace --help` stays quick.

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    Strategy,
     StrategyRegistry,
 )
 from torch import Tensor, nn
@@ -229,16 +230,24 @@ def _shard(model: Any, mesh: Any, precision: str) -> None:
     fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
 
 
-def whole_weights(model: Any, around: Any) -> dict[str, Tensor] | None:
+def whole_weights(model: Any, strategy: Strategy) -> dict[str, Tensor] | None:
     """All weights of a model that is sharded, on the first process's CPU; all have to call this.
 
     Args:
         model: that was trained.
-        around: what the strategy made of the module that holds it, which FSDP1 gathers.
+        strategy: of its trainer. What it made of the module that holds the model is what FSDP1
+            gathers.
 
     Returns:
         None where the model is not sharded; nothing on the other processes.
     """
+    found = _gathered(model, strategy.model)
+    # NCCL has only queued the part of this process; where it ends now, what is left never comes.
+    strategy.barrier()
+    return found
+
+
+def _gathered(model: Any, around: Any) -> dict[str, Tensor] | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if any(map(is_zero_weight, model.parameters())):

@@ -216,7 +216,7 @@ class DensityLoss:
             step: global step for the schedule and the draws; None counts the calls.
             micro_step: which of the batches accumulated into this step, for the draws.
             position_ids: ``[B, T]``, needed where rows are packed: they start anew with every
-                document, and no edge crosses from one document into another.
+                document, and no edge crosses. Your forward needs ``use_cache=False`` for the same.
             watched: what :meth:`watching` gave, with the forward whose exits are read; None for
                 that of the newest block. What it holds is let go.
 
