@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softtrace import DensityLoss
 from softtrace.errors import InvalidInputError
+from softtrace.loss.early_exits import MIXED
 from tests.support.tiny import tiny_model, tiny_prompt
 
 OPTIONS: dict[str, Any] = {"strength": 0.7, "exits": 0.4}
@@ -42,6 +43,38 @@ def test_a_forward_that_nobody_watched_or_that_has_no_gradients(
     caplog.clear()
     DensityLoss(model, strength=0.7, exits=0.0)(ids, mask)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "mixed"),
+    [
+        ({}, True),
+        ({"use_cache": False}, False),
+        ({"use_cache": False, "attention_mask": torch.ones(4, 12, dtype=torch.int64)}, True),
+        ({"attention_mask": torch.ones(4, 1, 12, 12, dtype=torch.bool).tril()}, False),
+    ],
+)
+def test_packed_rows_that_a_forward_reads_as_one_document(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any], mixed: bool
+) -> None:
+    """A mask of more dimensions may keep documents apart itself."""
+    model, (ids, _) = tiny_model("llama", num_hidden_layers=3).train(), batch()
+    density, packed = DensityLoss(model, **OPTIONS), torch.arange(12).expand(4, 12) % 6
+    others = ids.clone()
+    others[:, :6] = others[:, :6].flip(1)
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=each, position_ids=packed, **options).logits[:, 6:]
+            for each in (ids, others)
+        )
+    assert torch.allclose(first, second) == ("use_cache" in options and not mixed)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with density.watching() as watched:
+                model(input_ids=ids, position_ids=packed, **options)
+            found = density(ids, position_ids=packed, watched=watched)
+            assert found.exit_distance is not None
+    assert [record.message for record in caplog.records] == ([MIXED] if mixed else [])
 
 
 def test_a_forward_of_some_rows(caplog: pytest.LogCaptureFixture) -> None:

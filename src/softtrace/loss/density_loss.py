@@ -27,7 +27,7 @@ from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams, noting_places
 from softtrace.loss.draws import draw_exits
-from softtrace.loss.early_exits import Watched, watching
+from softtrace.loss.early_exits import MIXED, Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
 from softtrace.loss.kept_state import resume_loop, state_of_loop
 from softtrace.loss.learned_maps import LearnedMaps
@@ -167,11 +167,9 @@ class DensityLoss:
             self._say_once("exits: compiled and checkpointed with hooks, so none is read")
             yield watched
             return
-        looking = (
-            self._streams.watching(watched, self._say_once)
-            if compiled
-            else watching(model, anatomy, watched, self._depths(anatomy))
-        )
+        looking = watching(model, anatomy, watched, self._depths(anatomy))
+        if compiled:
+            looking = self._streams.watching(watched, self._say_once)
         try:
             with looking:
                 yield watched
@@ -375,10 +373,7 @@ class DensityLoss:
         learned: bool,
         device: torch.device,
     ) -> ExitDistance | None:
-        """Distance of exits in the last watched forward of this batch.
-
-        None without a forward, or where neither the model learns of exits (``learned``) nor a map.
-        """
+        """Distance of exits in the last watched forward; None without one, or if nobody learns."""
         depths = self._depths(instrument.anatomy)
         if not depths or not (learned or self.exit_maps):
             return None
@@ -387,6 +382,8 @@ class DensityLoss:
             kind, why = watched.why_none(batch.counted.shape)
             self._say_once(why, kind)
             return None
+        if batch.packed and seen.mixes:
+            self._say_once(MIXED)
         drawn = draw_exits(
             seed=options.seed,
             step=step,

@@ -35,6 +35,12 @@ CHUNK = 256
 FUSED_CHUNK = 1024
 """Likewise where it is fused, which takes none, and is fast at many rows."""
 
+MIXED = (
+    "packed rows: in the forward that was watched tokens saw other documents, so that exits and "
+    "the task's loss are of rows as one document; run it with use_cache=False and no attention "
+    "mask, for only then transformers goes by position ids"
+)
+
 
 @dataclass
 class Seen:
@@ -45,12 +51,14 @@ class Seen:
         last: the one that the final norm read, ``[B, T, d_model]``.
         logits: ``[B, T, V]``; None where the forward gave none, or not those of every token
             (``logits_to_keep``, a fused loss).
+        mixes: whether tokens of packed rows saw other documents.
         ended: whether the forward did.
     """
 
     streams: dict[int, Tensor] = field(default_factory=dict)
     last: Tensor | None = None
     logits: Tensor | None = None
+    mixes: bool = False
     ended: bool = False
 
 
@@ -158,6 +166,7 @@ def watching(
         last = found.last
         if isinstance(logits, Tensor) and last is not None and logits.shape[:2] == last.shape[:2]:
             found = replace(found, logits=logits)
+        found.mixes = _mixes(model, kwargs.get("attention_mask"), output)
         result = found.last if found.logits is None else found.logits
         if result is not None and result.requires_grad:
             seen.append(replace(found, ended=True))
@@ -179,6 +188,15 @@ def watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mixes(model: Any, mask: Any, output: Any) -> bool:
+    """Whether transformers read packed rows as one document, in spite of their position ids."""
+    if "flash" in str(model.config._attn_implementation):  # kernels that always go by these
+        return False
+    if mask is not None:  # of more dimensions it may keep documents apart itself
+        return isinstance(mask, Tensor) and mask.dim() == 2
+    return getattr(output, "past_key_values", None) is not None
 
 
 def exit_distance(
