@@ -113,9 +113,11 @@ def test_equals_what_is_computed_by_hand(
 def test_an_exit_and_a_length_can_be_chosen(
     sources: tuple[str, TextSource], tmp_path: Path
 ) -> None:
+    options = {**SMALL, "run": replace(CPU, dtype="auto")}
     found = decode_bench(
-        *sources, str(tmp_path), exit_layer=1, draft_tokens=4, confidence=0.25, **SMALL
+        *sources, str(tmp_path), exit_layer=1, draft_tokens=4, confidence=0.25, **options
     )
+    assert found["dtype"] == "float32"
     assert (found["exit_layer"], found["draft_tokens"], found["confidence"]) == (1, 4, 0.25)
     assert found["expected"]["speedup"] == found["exits"]["expected_speedup"][0]
     assert len(found["check_cost"]) == 4 == len(found["whole_cost"])

@@ -38,7 +38,7 @@ from softtrace.evaluation.run_options import DEFAULT_RUN, RunOptions
 from softtrace.files import OVERWRITE, check_output, claims_out, prepare_output, write_json
 from softtrace.graph.batch import check_length
 from softtrace.model.devices import device_of
-from softtrace.model.loading import check_model_directory, load_model, load_tokenizer
+from softtrace.model.loading import check_model_directory, dtype_name, load_model, load_tokenizer
 from softtrace.report.decoding_table import decoding_table
 
 
@@ -191,7 +191,7 @@ def decode_bench(
         },
         "model": model,
         "data": source.data,
-        "dtype": run.dtype,
+        "dtype": dtype_name(network.dtype),
         **provenance(where),
     }
     folder = prepare_output(out, run.overwrite or beside)
