@@ -212,9 +212,7 @@ def _become(
     from lightning.pytorch.strategies.launchers import subprocess_script
     from lightning_utilities.core.rank_zero import rank_zero_only
 
-    if (
-        sys.platform == "linux"
-    ):  # or tests that are killed leave what waits for others, on a GPU too
+    if sys.platform == "linux":  # tests that are killed would leave what waits for others
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the server is gone
     os.setpgid(0, group)
     os.environ.clear()

@@ -34,12 +34,8 @@ def _tables(chosen: Callable[[dict[str, Any]], bool]) -> dict[tuple[Any, ...], R
         (_, _, lora, _, copies), rows = item
         return copies, lora, -len(rows)
 
-    compared = {key: rows for key, rows in found.items() if any(map(_is_compared, rows))}
-    return dict(sorted(compared.items(), key=place))
-
-
-def _is_compared(row: dict[str, Any]) -> bool:
-    return bool(row["method"] != "plain")
+    tables = sorted(found.items(), key=place)
+    return {key: rows for key, rows in tables if any(row["method"] != "plain" for row in rows)}
 
 
 def _title(model: str, text: str, lora: bool, steps: int, copies: bool) -> str:

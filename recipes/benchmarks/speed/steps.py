@@ -222,6 +222,7 @@ def main() -> None:
     for name in args.models:
         found.setdefault(name, {})["replayed, float32"] = gradient_error(name)
         print(name, found[name]["replayed, float32"], flush=True)
+        made = provenance(torch.device("cuda"))
         for kind in args.kinds:
             if kind == REPLAYS:
                 found[name][REPLAYS] = replays(name)
@@ -230,12 +231,11 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
             print(name, kind, json.dumps(new, indent=1), flush=True)
-            made = provenance(torch.device("cuda"))
             new = {way: {**row, "measured": made} for way, row in new.items()}
             found[name][kind] = {**found[name].get(kind, {}), **new}
         write_json(args.out, {
             "batch": [ROWS, LENGTH], "precision": "bfloat16 autocast", "steps_a_turn": PERIOD,
-            "options": WAYS, "models": found, **provenance(torch.device("cuda")),
+            "options": WAYS, "models": found, **made,
         })  # fmt: skip
 
 

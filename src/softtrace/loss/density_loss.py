@@ -167,9 +167,10 @@ class DensityLoss:
             self._say_once("exits: compiled and checkpointed with hooks, so none is read")
             yield watched
             return
-        looking = watching(model, anatomy, watched, self._depths(anatomy))
         if compiled:
             looking = self._streams.watching(watched, self._say_once)
+        else:
+            looking = watching(model, anatomy, watched, self._depths(anatomy))
         try:
             with looking:
                 yield watched
