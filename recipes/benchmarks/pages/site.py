@@ -50,6 +50,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """A page's text with links that hold on the site, and with what the commands say."""
+    if page.parent is None:  # alone in its tab: no list of pages beside it
+        page.meta["hide"] = ["navigation"]
     if page.file.src_uri == "command-line.md":
         markdown += helps()
     source = source_of(page.file.src_uri)
@@ -78,6 +80,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """A page without the roles of docstrings (``:func:``), which Markdown does not know."""
+    if not any(heading.children for heading in page.toc):
+        page.meta.setdefault("hide", []).append("toc")
+    html = re.sub(r"<td>([^<\n]{1,10})</td>", r'<td class="number">\1</td>', html)  # stays whole
     return re.sub(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?", r"\1", html)
 
 
