@@ -192,7 +192,7 @@ def exactness() -> str:
     guards = result["mutations"]
     red = sum(each["red"] for each in guards.values())
     lines = [
-        "| | found |",
+        "| check | found |",
         "|---|---|",
         f"| strength 0 against none, {len(ways)} ways to fit ([Lightning's]"
         f"(../src/softtrace/lightning/support.py), transformers' Trainer), "
@@ -340,7 +340,7 @@ def filled(page: str) -> str:
     """A page with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
-        text = with_section(text, name, make(), add=False)
+        text = with_section(text, name, make().replace(" 1 threads ", " 1 thread "), add=False)
     return text
 
 
