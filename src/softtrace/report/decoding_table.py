@@ -57,7 +57,7 @@ def _race(race: dict[str, Any]) -> list[str]:
         speed = way["tokens_per_second"]
         lines.append(
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
-            f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
+            f"  {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
         )
     if not race["left_out"] and (fixed := race.get("fixed")):
         lines.append(
@@ -88,7 +88,7 @@ def _tie(way: dict[str, Any]) -> str:
 
 def _accepted(way: dict[str, Any]) -> str:
     share = way.get("acceptance_each")  # results of older releases say nothing of it
-    return "" if share is None else f"   {share:.0%}"
+    return "" if share is None else f"  {share:.0%}"
 
 
 def _early(early: dict[str, Any]) -> list[str]:
