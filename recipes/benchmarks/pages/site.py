@@ -79,10 +79,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A page without the roles of docstrings (``:func:``), which Markdown does not know."""
+    """A page with numbers and options whole, without roles (``:func:``), unknown to Markdown."""
     if not any(heading.children for heading in page.toc):
         page.meta.setdefault("hide", []).append("toc")
-    html = re.sub(r"<td>([^<\n]{1,10})</td>", r'<td class="number">\1</td>', html)  # stays whole
+    html = re.sub(r"<td>([^<\n]{1,10})</td>", r'<td class="whole">\1</td>', html)
+    html = re.sub(r"(?<=[\s>])(--\w[\w.]*)", r'<span class="whole">\1</span>', html)
     return re.sub(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?", r"\1", html)
 
 
