@@ -145,7 +145,9 @@ def families() -> str:
         f"difference of an importance: {largest:.0e}). In bfloat16 importances differ from "
         f"float32's by {half['bfloat16']:.0e} on average, in float16 by {half['float16']:.0e} "
         "(medians over the types). "
-        f"{len(result['refused'])} cases are refused, each with its reason. The whole table: "
+        f"{len(result['refused'])} cases are refused, each with its reason, and "
+        f"{len(result['untried'])} types were not tried: no tiny model is made of them here. The "
+        "whole table: "
         f"{link(CARD, 'results/families.md')}, made by `make families`.",
         "",
         "| residual pattern | types | for example |",
