@@ -24,6 +24,7 @@ from softtrace.errors import (
     OutputExistsError,
     SofttraceError,
 )
+from softtrace.evaluation.run_options import RunOptions
 from softtrace.evaluation.study.answers import ANSWERS
 from softtrace.model.loading import load_model, load_tokenizer
 from tests.support.calls import CPU, changed
@@ -75,8 +76,8 @@ def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
-    """Drawing takes longer than measuring a tiny model."""
+def undrawn(alone: dict[str, Any]) -> Iterator[None]:
+    """Drawing takes longer than measuring a tiny model; once, before, it is drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("softtrace.cli.questions.write_study_plot", lambda study, folder: None)
         yield
@@ -84,7 +85,6 @@ def undrawn() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def both(
-    alone: dict[str, Any],
     undrawn: None,
     sources: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -220,6 +220,7 @@ def test_the_file_says_how_it_was_made(alone: dict[str, Any]) -> None:
     assert alone["axes"]["positions"] == [8, 14]
     assert alone["axes"]["contexts"] == [3, 6, "all before"]
     assert alone["models"][0]["vocabulary"] == 257
+    assert alone["models"][0]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -334,6 +335,19 @@ def test_two_models_have_to_predict_the_same_tokens(
         InvalidInputError, match=r"predicts 257 tokens and .* 264; expected the same"
     ):
         study(models, half(sources["text"]), str(tmp_path / "out"), **OPTIONS)
+
+
+def test_auto_takes_the_format_of_the_weights_and_compares_no_two(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    rounded = str(tmp_path / "model")
+    load_model(sources["after"], dtype="bfloat16").save_pretrained(rounded)
+    load_tokenizer(sources["after"]).save_pretrained(rounded)
+    text, out, auto = half(sources["text"]), str(tmp_path / "out"), RunOptions("cpu", "auto")
+    found = study([rounded], text, out, **{**OPTIONS, "run": auto})
+    assert found["models"][0]["dtype"] == "bfloat16"
+    with pytest.raises(InvalidInputError, match=r"auto took float32 for .*bfloat16 for .*model;"):
+        study([sources["before"], rounded], text, str(tmp_path / "two"), **{**OPTIONS, "run": auto})
 
 
 def test_on_the_command_line(

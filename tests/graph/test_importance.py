@@ -210,6 +210,12 @@ def test_serial_and_parallel_layers_of_one_model_are_told_apart() -> None:
     assert (serial.parallel, parallel.parallel) == (False, True)
 
 
+def test_norms_of_a_layer_move_to_another_device_whole() -> None:
+    here = LayerNorms(torch.ones(1, 2, 3, 3), *(torch.ones(1, 3) for _ in range(4)))
+    there = vars(here.to(torch.device("meta")))
+    assert {name: part.device.type for name, part in there.items()} == dict.fromkeys(there, "meta")
+
+
 def test_gradients_reach_every_weight_that_decides_an_importance() -> None:
     model = tiny_model("gpt2", dtype=torch.float64)
     importance = softtrace.edge_importance(model, tiny_prompt(6))

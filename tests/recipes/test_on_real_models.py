@@ -62,7 +62,7 @@ def test_all_makes_the_tokens_that_are_missing_trains_and_summarises(
     (tmp_path / f"{NAME} tasks.safetensors").touch()
     monkeypatch.setattr(on_real_models, "RUNS", tmp_path)
     monkeypatch.setattr(on_real_models, "make_tokens", lambda *args: done.append(args[3]))
-    monkeypatch.setattr(on_real_models, "summarise_runs", lambda: done.append("summary"))
+    monkeypatch.setattr(on_real_models, "summarise_runs", lambda _: done.append("summary"))
     monkeypatch.setattr(sys, "argv", ["on_real_models", "all", "--ways", "plain", "--seeds", "1"])
     on_real_models.main()  # there are no blocks to train on
     assert done == [["gemma3-270m"], "summary"]

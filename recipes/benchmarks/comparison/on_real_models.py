@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,14 +33,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recipes.benchmarks.comparison import equal_loss
 from recipes.benchmarks.comparison.effect import held_out_loss, rare_tokens, side_effects
-from recipes.benchmarks.comparison.equal_loss import spread
 from recipes.benchmarks.comparison.peer_losses import smoothed
-from recipes.benchmarks.comparison.real_tasks import TASKS, make_tasks, tasks_right
+from recipes.benchmarks.comparison.real_summary import summarise_runs
+from recipes.benchmarks.comparison.real_tasks import make_tasks, tasks_right
 from recipes.benchmarks.comparison.real_texts import TEXTS, copied, copied_of, digest, documents
 from recipes.benchmarks.comparison.real_ways import WAYS
-from recipes.benchmarks.places import RESULTS, ROOT, TRAINED
+from recipes.benchmarks.places import ROOT, TRAINED
 from softtrace.data import evenly, pack
 from softtrace.evaluation.measure import measure
 from softtrace.evaluation.provenance import provenance
@@ -253,115 +251,6 @@ def run_all(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def summarise_runs() -> None:
-    """Every run, and means over seeds; losses and side effects over the paired plain runs' mean.
-
-    Beside them what :func:`equal_loss.at_budget` reads of the runs.
-
-    Runs that the result holds already stay beside those that lie in RUNS. Pairs saw the same
-    blocks: a run without a plain one on its blocks is left out of the table.
-    """
-    result = RESULTS / "on_real_models.json"
-    runs: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))["runs"]
-    for path in sorted(RUNS.glob("*.json")):
-        if (run := json.loads(path.read_text(encoding="utf-8"))) not in runs:
-            runs.append(run)
-    kinds = ("model", "text", "lora", "steps", "blocks")
-    paired = (*kinds, "seed")
-    plain_runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["method"] == "plain":
-            plain_runs.setdefault(tuple(run.get(k) for k in paired), []).append(run)
-    plain = {key: mean_of(found) for key, found in plain_runs.items()}
-    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        if tuple(run.get(k) for k in paired) in plain:
-            of = (*(run.get(k) for k in kinds), run["method"], run["strength"])
-            rows.setdefault(of, []).append(run)
-    table = [
-        {
-            **dict(zip((*kinds, "method", "strength"), key, strict=True)),
-            "copied": found[0].get("copied"),
-            "seeds": len({run["seed"] for run in found}),
-            "runs": len(found),
-            "loss": spread([
-                run["loss"] / before["loss"] for run, before in zip(found, pairs, strict=True)
-            ]),
-            **{
-                place: {name: spread([run[place][name] for run in found])
-                        for name in found[0][place]}
-                for place in found[0]
-                if place.endswith(("recomputed", "recorded"))
-                and all(place in run for run in found)
-            },
-            "side_effects": {
-                name: spread([
-                    run["side_effects"][name] / before["side_effects"][name]
-                    for run, before in zip(found, pairs, strict=True)
-                ])
-                for name in found[0].get("side_effects", {})
-            },
-            "hard_over_plain": {
-                place: {
-                    name: spread([
-                        run[place][name] / before[place][name]
-                        for run, before in zip(found, pairs, strict=True)
-                    ])
-                    for name in ("area_hard", "size_hard")
-                }
-                for place in found[0]
-                if place.endswith("recomputed")
-                and all(place in each for each in (*found, *pairs))
-            },
-            "tasks": {
-                name: {
-                    "right": spread([run["tasks"][name] for run, _ in had]),
-                    "over plain": spread([
-                        run["tasks"][name] - before["tasks"][name] for run, before in had
-                    ]),
-                }
-                for name in TASKS
-                if (had := [
-                    (run, before) for run, before in zip(found, pairs, strict=True)
-                    if name in run.get("tasks", {}) and name in before["tasks"]
-                ])
-            },
-        }
-        for key, found in rows.items()
-        for pairs in [[plain[tuple(run.get(k) for k in paired)] for run in found]]
-    ]  # fmt: skip
-    read = {"table": table, "at_budget": equal_loss.at_budget(runs, kinds)}
-    write_json(result, {**read, "runs": runs, **provenance(torch.device("cpu"))})
-    from recipes.benchmarks.comparison.real_model_plots import plot  # matplotlib
-
-    plot(table, RESULTS / "on_real_models.png")
-    for row in table:
-        at = {length: row[f"{length} recomputed"] for length in BLOCKS}
-        print(
-            f"{row['model']} {row['text']} {row['method']} {row['strength']:g}: "
-            f"loss {100 * (row['loss']['mean'] - 1):+.2f} %, "
-            + ", ".join(
-                f"{n}: area {v['area_easy']['mean']:.3f} size {100 * v['size_easy']['mean']:.3g} % "
-                f"rho {v['spearman']['mean']:+.2f} exits {100 * v['exit_easy']['mean']:.0f} %"
-                for n, v in at.items()
-            )
-        )
-
-
-def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss, side effects, tasks and measures of runs that repeat each other."""
-    found: dict[str, Any] = {"loss": statistics.mean(run["loss"] for run in runs)}
-    places = (name for name in runs[0] if name.endswith(("recomputed", "recorded")))
-    for group in ("side_effects", "tasks", *places):
-        each = [run[group] for run in runs if group in run]
-        names = dict.fromkeys(name for values in each for name in values)  # a task may be newer
-        found[group] = {
-            name: statistics.mean(values[name] for values in each if name in values)
-            for name in names
-        }
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=("all", "tokens", "train", "summarise"))
@@ -392,7 +281,7 @@ def main() -> None:
     if args.stage in ("train", "all"):
         run_all(args)
     if args.stage in ("summarise", "all"):
-        summarise_runs()
+        summarise_runs(RUNS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from softtrace.data.blocks import evenly, pack
 from softtrace.data.documents import Document
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.density_file import describe
-from softtrace.model.loading import load_tokenizer
+from softtrace.model.loading import dtype_name, load_tokenizer
 from softtrace.tracing.attach import attach
 
 
@@ -72,10 +72,23 @@ def check_vocabulary(models: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def check_formats(models: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`InvalidInputError` where the last of them has another number format."""
+    first, last = models[0], models[-1]
+    if first["dtype"] != last["dtype"]:
+        raise InvalidInputError(
+            f"models: --dtype auto took {first['dtype']} for {first['path']} and {last['dtype']} "
+            f"for {last['path']}; expected one number format, since rounding changes densities. "
+            "Give --dtype float32"
+        )
+
+
 def described(network: Any, path: str) -> dict[str, Any]:
-    """What result files say of a model, with the number of tokens that it predicts."""
-    readout = attach(network).anatomy.readout
-    return {**describe(network, path), "vocabulary": readout.predicted}
+    """What result files say of a model, with its format and the number of tokens it predicts."""
+    predicted = attach(network).anatomy.readout.predicted
+    return {
+        **describe(network, path), "dtype": dtype_name(network.dtype), "vocabulary": predicted,
+    }  # fmt: skip
 
 
 def labels(models: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
-from softtrace.cli.study_models import check_vocabulary, described
+from softtrace.cli.study_models import check_formats, check_vocabulary, described
 from softtrace.data.documents import Document
 from softtrace.evaluation.bootstrap import CONFIDENCE
 from softtrace.evaluation.measure import Progress
@@ -79,7 +79,8 @@ class StudyTask:
             What result files say of each model, and what ``read`` returned.
 
         Raises:
-            InvalidInputError: models of one tokenizer that predict different numbers of tokens.
+            InvalidInputError: models of several number formats, or of one tokenizer that predict
+                different numbers of tokens.
         """
         where = device_of(self.run.device)
         models: list[Found] = []
@@ -88,6 +89,7 @@ class StudyTask:
             placed = placed_model(path, self.run.dtype, where, self.device_map, self.max_memory)
             with placed as network:
                 models.append({"label": label, **described(network, path)})
+                check_formats(models)
                 if self.one_tokenizer:
                     check_vocabulary(models)
                 with tqdm(total=total, desc=f"measuring {label}", unit=unit) as bar:
@@ -102,7 +104,6 @@ class StudyTask:
             "resamples": self.resamples,
             "seed": self.seed,
             "confidence": CONFIDENCE,
-            "dtype": self.run.dtype,
         }
 
     def write(

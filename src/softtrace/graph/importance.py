@@ -128,6 +128,7 @@ class LayerNorms:
             self.entry.to(device),
             self.mlp.to(device),
             None if self.middle is None else self.middle.to(device),
+            None if self.sums is None else self.sums.to(device),
         )
 
     def attention_sums(self) -> Tensor:
