@@ -177,6 +177,7 @@ def test_fit_writes_a_card_and_a_second_fit_does_not_repeat_it(
     assert "# out\n" in page
     assert "From `base`, with the density penalty (strength 0.35)" in page
     assert "assistant_early_exit=" in page
+    assert "softtrace.load_exit_maps(model, folder)" in page
     assert str(tmp_path) not in page
     assert re.search(r"\(held out, share 0.05\) in \d+ blocks of 10; in brackets", page)
     row = re.search(r"\| loss \(nats/token\) \| lower \| (\S+) \(.* to .*\) \| (\S+) \(", page)

@@ -134,8 +134,8 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
 
     seen = {run["method"] for run in runs} - {"plain"}
     names = [name for name in EVERY if name in seen]
-    figure, axes = plt.subplots(2, 5, figsize=(18.5, 7.5), layout="constrained")
-    panels, by_exit, last = axes.flat[:7], axes.flat[7:9], axes.flat[9]
+    figure, axes = plt.subplots(3, 3, figsize=(11, 10), layout="constrained")
+    panels, by_exit = axes.flat[:7], axes.flat[7:]
     styles = {
         name: {
             "marker": "osv^Dx"[index % 6],
@@ -151,8 +151,8 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
             loss = [100 * (point["loss"] - 1) for point in points]
             axis.plot(loss, [point[key] for point in points], **styles[name])
         axis.axvline(100 * (BUDGET - 1), color="grey", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{title}\n({'lower' if lower else 'higher'} is better)", fontsize=10)
-        axis.set_xlabel("held-out loss over plain fine-tuning, %", fontsize=9)
+        axis.set_title(f"{title}\n({'lower' if lower else 'higher'} is better)", fontsize=11)
+        axis.set_xlabel("held-out loss over plain, %", fontsize=11)
         axis.set_xlim(-0.5, 4)
         if key.startswith("size"):
             axis.set_yscale("log")
@@ -162,13 +162,13 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
         axis.plot(layers, plain, color="grey", linestyle="--", linewidth=1.2, label="plain")
         for name, points in fronts.items():
             axis.plot(layers, exits_at_budget(points, key), **{**styles[name], "markersize": 4})
-        axis.set_title(f"{title}, at +1 %\n(higher is better)", fontsize=10)
-        axis.set_xlabel("read after so many layers", fontsize=9)
+        axis.set_title(f"{title}, at +1 %\n(higher is better)", fontsize=11)
+        axis.set_xlabel("read after so many layers", fontsize=11)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes.flat[:9]:
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
-    last.axis("off")
-    last.legend(*by_exit[0].get_legend_handles_labels(), loc="center left", frameon=False)
+    said = by_exit[0].get_legend_handles_labels()
+    figure.legend(*said, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     with atomic_path(out.with_suffix(".png")) as path:
         figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +25,8 @@ def compiled_decoding() -> str:
     lines = [*_given(found), "", *_trained(found), *_early(found), *_stock_loops(found)]
     lines.append(
         "\nTimes plain decoding by the same steps: on a GPU captured in CUDA graphs, and fused by "
-        "inductor before where the table says so; on the CPU as they are, timed by the time of the "
-        "one thread, since the machine did other work besides. bfloat16 on a GPU, float32 on a "
+        "inductor before where the table says so; on the CPU not captured, timed by the time of "
+        "the one thread, since the machine did other work besides. bfloat16 on a GPU, float32 on a "
         "CPU; medians over prompts (quartiles, or the smallest and largest median of "
         "seeds). A check writes as many tokens as the table says at most, of which all but the "
         "last are guessed before; a wrong guess ends its draft, and right are shares of the "
@@ -69,7 +70,7 @@ def at_that_acceptance() -> str:
     checks = sorted({count for at in rows.values() for count in at})
     pays = max(gains[-1] for gains in allowed.values()) > 1
     return (
-        f"Of all trained models `{name}` has the best exit: after {depth} of {layers} layers "
+        f"Of all trained models the best exit is that of {name}: after {depth} of {layers} layers "
         f"{share:.0%} of the guesses that come after right ones are right. At that acceptance the "
         f"costs of a model of the size of {BIG} allow {said}"
         f"{'' if pays else ': less than plain decoding, at that size too'}. Random weights, one "
@@ -93,9 +94,14 @@ def _is_own(each: Row) -> bool:
 
 
 def _way(each: Row) -> str:
-    """How a model was trained: its name without the seed."""
+    """How a model was trained: its name in words, without the seed."""
     name = str(each["model"])
-    return name.rpartition("-seed-")[0] or name
+    found = re.fullmatch(r"(.+?-.+?)-(.+?)-(.+)-([\d.]+)-full-(\d+)-steps-seed-\d+", name)
+    if not found:
+        return name
+    model, text, method, strength, steps = found.groups()
+    how = "plain" if method == "plain" else f"{method.replace('-', ' ')}, strength {strength}"
+    return f"{model} on {text}, {int(steps):,} steps ({how})"
 
 
 def _pair(each: Row) -> tuple[str, ...]:
@@ -255,7 +261,7 @@ def _stock_loops(found: Found) -> Iterator[str]:
 
 def _steps_of(run: Row, each: Row) -> str:
     """How steps are run, and how many texts at once."""
-    how = {"none": "as they are" if "CPU" in run["hardware"] else "captured"}
+    how = {"none": "not captured" if "CPU" in run["hardware"] else "captured"}
     named = how.get(each["backend"], f"{each['backend']}, captured")
     return named if each["batch"] == 1 else f"{named}, {each['batch']} texts"
 

@@ -14,7 +14,7 @@ def decoding() -> str:
     """Exits and the speed of self-speculation, after plain fine-tuning and the penalty's."""
     result = read("decoding.json")
     plain, penalty = result["plain"], result["penalty"]
-    lines = ["| | plain | penalty |", "|---|---|---|"]
+    lines = ["| fine-tuned | plain | penalty |", "|---|---|---|"]
     layers = plain["exits"]["layers"]
     for layer in layers[len(layers) // 4 :: 2]:
         cells = (f"{run['exits']['agreement'][layer - 1]:.1%}" for run in (plain, penalty))

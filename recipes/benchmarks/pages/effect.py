@@ -82,7 +82,8 @@ def effect() -> str:
 
 def side_effects() -> str:
     """What the penalty might hurt unseen."""
-    said = f"\nSame runs {sources(CARD, 'comparison/effect.py')}."
+    runs = "[the effect on the shipped model](results.md#effect-on-the-shipped-model)"
+    said = f"\nFrom the runs of {runs} {sources(CARD, 'comparison/effect.py')}."
     return "\n".join([*of_effect(SIDE_ROWS), said])
 
 

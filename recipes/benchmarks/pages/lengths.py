@@ -17,7 +17,7 @@ STORED = {
 }
 """What is read as stored: the row, and whether the importances of as many tokens count too."""
 MASKED_LIMIT, STEP_LIMIT = 1.3, 1.3
-"""What was asked for: time over masked runs', a step over a plain one."""
+"""Aims: time over masked runs', a step over a plain one."""
 FILES, PLOT = ("lengths.json", "lengths-cpu.json"), "lengths.png"
 FLEX = "flex.json"
 
@@ -104,7 +104,7 @@ def _evaluate(row: Row) -> str:
         f"{row['model']}: what `evaluate` measures of {_batch(row)} takes "
         f"{alone['seconds']:.2f} s, and {extra['seconds']:.1f} s with baselines of every block: "
         f"{alone['over_masked_runs']:.2f} and {extra['over_masked_runs']:.2f} times as long as its "
-        f"masked runs (asked for: {MASKED_LIMIT}), "
+        f"masked runs (aim: {MASKED_LIMIT}), "
         f"{alone['over_forwards']:.2f} and {extra['over_forwards']:.2f} times as long as so many "
         "plain forwards."
     )
@@ -126,7 +126,7 @@ def _training(row: Row) -> str:
     return (
         f"{row['model']}: a training step of {_batch(row)} with the default term takes "
         f"{quartiles(row['default']['over_plain'])} times a plain one with sdpa "
-        f"attention{_kernel(row)} (asked for: {STEP_LIMIT}), with "
+        f"attention{_kernel(row)} (aim: {STEP_LIMIT}), with "
         f"windows of whole rows {quartiles(row['whole rows']['over_plain'])} (quartiles of "
         f"{row['turns']} interleaved turns, {row['precision']})."
     )

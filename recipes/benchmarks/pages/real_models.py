@@ -12,8 +12,8 @@ from recipes.benchmarks.pages.sources import CARD, README, read, sources
 from softtrace.loss.options import PRESETS
 
 _HEAD = (
-    "| {first} | held-out loss | area, easy, 256 tokens | 1,024 | size, easy, 256 | 1,024 | "
-    "area and entropy, 256 | 1,024 | exits agree, easy, 256 | 1,024 |\n" + "|---" * 10 + "|"
+    "| {first} | held-out loss | area, easy, 256 tokens | at 1,024 | size, easy, 256 | at 1,024 | "
+    "area and entropy, 256 | at 1,024 | exits agree, easy, 256 | at 1,024 |\n" + "|---" * 10 + "|"
 )
 _SOURCES = ("comparison/on_real_models.py", "results/on_real_models.json")
 _STAR = "\\*"
@@ -190,7 +190,7 @@ def real_side_effects() -> str:
     )
     lines = [
         f"| over plain fine-tuning's | {' | '.join(names.values())} | area, hard, 256 tokens "
-        "| 1,024 | size, hard, 256 | 1,024 |",
+        "| at 1,024 | size, hard, 256 | at 1,024 |",
         "|---" * 8 + "|",
     ]
     for key, rows in _tables(lambda row: bool(row["side_effects"])).items():
@@ -211,8 +211,8 @@ def real_side_effects() -> str:
 
 
 def real_tasks() -> str:
-    """Tasks made of held-out text: share right after plain fine-tuning, and with the term."""
-    lines = [f"| right, plain / with the term | {' | '.join(TASKS)} |", "|---" * 4 + "|"]
+    """Tasks made of held-out text: share right after plain fine-tuning, and this way."""
+    lines = [f"| right, plain / this way | {' | '.join(TASKS)} |", "|---" * 4 + "|"]
     for key, rows in _tables(lambda row: bool(row["tasks"])).items():
         for row in (row for row in rows if row["method"] != "plain"):
             cells = []

@@ -50,6 +50,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """A page's text with links that hold on the site, and with what the commands say."""
+    if page.parent is None:  # alone in its tab: no list of pages beside it
+        page.meta["hide"] = ["navigation"]
     if page.file.src_uri == "command-line.md":
         markdown += helps()
     source = source_of(page.file.src_uri)
@@ -77,7 +79,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A page without the roles of docstrings (``:func:``), which Markdown does not know."""
+    """A page with numbers and options whole, without roles (``:func:``), unknown to Markdown."""
+    if not any(heading.children for heading in page.toc):
+        page.meta.setdefault("hide", []).append("toc")
+    html = re.sub(r"<td>([^<\n]{1,10})</td>", r'<td class="whole">\1</td>', html)
+    html = re.sub(r"(?<=[\s>])(--\w[\w.]*)", r'<span class="whole">\1</span>', html)
     return re.sub(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?", r"\1", html)
 
 

@@ -145,7 +145,9 @@ def families() -> str:
         f"difference of an importance: {largest:.0e}). In bfloat16 importances differ from "
         f"float32's by {half['bfloat16']:.0e} on average, in float16 by {half['float16']:.0e} "
         "(medians over the types). "
-        f"{len(result['refused'])} cases are refused, each with its reason. The whole table: "
+        f"{len(result['refused'])} cases are refused, each with its reason, and "
+        f"{len(result['untried'])} types were not tried: no tiny model is made of them here. The "
+        "whole table: "
         f"{link(CARD, 'results/families.md')}, made by `make families`.",
         "",
         "| residual pattern | types | for example |",
@@ -192,7 +194,7 @@ def exactness() -> str:
     guards = result["mutations"]
     red = sum(each["red"] for each in guards.values())
     lines = [
-        "| | found |",
+        "| check | found |",
         "|---|---|",
         f"| strength 0 against none, {len(ways)} ways to fit ([Lightning's]"
         f"(../src/softtrace/lightning/support.py), transformers' Trainer), "
@@ -340,7 +342,7 @@ def filled(page: str) -> str:
     """A page with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
-        text = with_section(text, name, make(), add=False)
+        text = with_section(text, name, make().replace(" 1 threads ", " 1 thread "), add=False)
     return text
 
 

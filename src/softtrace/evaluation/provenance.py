@@ -36,7 +36,9 @@ def versions() -> dict[str, str | None]:
 def hardware(device: torch.device) -> str:
     """The name of an accelerator, or the processor and its threads in use."""
     if device.type == "cpu":
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+        threads = torch.get_num_threads()
+        plural = "s" if threads > 1 else ""
+        return f"{platform.machine()} CPU, {threads} thread{plural} of {os.cpu_count()}"
     named = getattr(torch.get_device_module(device), "get_device_name", None)
     return named(device) if named else device.type
 

@@ -29,7 +29,8 @@ def decoding_table(found: dict[str, Any]) -> str:
         lines.append(
             f"  {name} loop: {loop['plain_tokens_per_second']:.0f} tokens/s plain, "
             f"{loop['tokens_per_second']:.0f} speculative: x{gain['median']:.2f} "
-            f"({gain['q25']:.2f} to {gain['q75']:.2f}); {loop['identical']:.0%} of texts identical"
+            f"({gain['q25']:.2f} to {gain['q75']:.2f})\n    {loop['identical']:.0%} of its texts "
+            "are plain decoding's"
         )
     direct = found["loops"]["direct"]
     share = f" ({direct['acceptance']:.1%})" if direct["drafted"] else ""
@@ -48,15 +49,15 @@ def decoding_table(found: dict[str, Any]) -> str:
 def _race(race: dict[str, Any]) -> list[str]:
     """Every way to decode, and which one to use."""
     lines = [
-        "all ways, tokens a second (quartiles), texts that are the eager loop's, guesses right "
-        "after right ones"
+        "all ways: tokens a second (quartiles), texts that are the eager loop's,",
+        "  share of right guesses among those that come after right ones",
     ]
     width = max(map(len, race["ways"]))
     for name, way in race["ways"].items():
         speed = way["tokens_per_second"]
         lines.append(
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
-            f"   {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
+            f"  {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
         )
     if not race["left_out"] and (fixed := race.get("fixed")):
         lines.append(
@@ -70,9 +71,13 @@ def _race(race: dict[str, Any]) -> list[str]:
     gain, draft, plain = race["drafts_over_plain"], race["best_draft"], race["best_plain"]
     said = f"x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})"
     if race["use"] == draft:
-        lines.append(f"use: {draft}. It writes {said} of what {plain} does, the fastest without")
+        lines.append(
+            f"use: {draft}. It writes {said} of what\n{plain} does, the fastest way without drafts"
+        )
     else:
-        lines.append(f"use: {plain}. Drafts do not pay here: the fastest, {draft}, is {said} of it")
+        lines.append(
+            f"use: {plain}. Drafts do not pay here: the fastest,\n{draft}, is {said} of it"
+        )
     return lines
 
 
@@ -83,14 +88,14 @@ def _tie(way: dict[str, Any]) -> str:
 
 def _accepted(way: dict[str, Any]) -> str:
     share = way.get("acceptance_each")  # results of older releases say nothing of it
-    return "" if share is None else f"   {share:.0%}"
+    return "" if share is None else f"  {share:.0%}"
 
 
 def _early(early: dict[str, Any]) -> list[str]:
     """Early exit without a check."""
     head = (
-        f"out after {early['exit_layer']} layers without a check (not lossless), "
-        f"{early['agreement_asked']:.1%} agreement asked"
+        f"exit after {early['exit_layer']} layers without a check (not lossless), for an agreement "
+        f"of {early['agreement_asked']:.1%}"
     )
     if early["left_out"]:
         return [head, f"  {early['left_out']}"]
@@ -98,9 +103,9 @@ def _early(early: dict[str, Any]) -> list[str]:
     return [
         head,
         f"  confidence {early['confidence']:.3f}: {early['early']:.1%} of tokens go out early, "
-        f"{early['layers_saved']:.1%} of layers saved, {early['agreement']:.1%} of tokens are the "
-        f"whole model's, x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f}) of the "
-        "eager loop",
+        f"{early['layers_saved']:.1%} of layers saved,\n  {early['agreement']:.1%} of tokens "
+        f"are the whole model's, x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f}) "
+        "of the eager loop",
     ]
 
 

@@ -19,6 +19,7 @@ from softtrace.errors import DataError
 from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import atomic_path
+from softtrace.model.exit_maps import EXIT_MAPS_FILE
 from softtrace.report.front_matter import with_metadata
 from softtrace.report.sections import with_section
 from softtrace.report.tables import MEASURES, Measure, interval, intervals_meaning
@@ -143,11 +144,17 @@ def _exit_advice(folder: Path) -> tuple[str, ...]:
     layer, layers = config.get(EXIT_FIELD), config.get("num_hidden_layers")
     if layer is None:
         return ("No early exit is recommended for this model.", "")
+    by_map = (
+        f"That reads the exit without its map (`{EXIT_MAPS_FILE}`), and few guesses are right;",
+        "`softtrace.decoding.speculate` reads it through the map, after",
+        "`softtrace.load_exit_maps(model, folder)`.",
+    )
     return (
         f"Early exit: after {layer} of {layers} layers (`{EXIT_FIELD}` in `config.json`), as in",
         f"`model.generate(**inputs, do_sample=False, assistant_early_exit={layer})`, which writes "
         "what",
         "plain greedy decoding writes.",
+        *(by_map if (folder / EXIT_MAPS_FILE).exists() else ()),
         "",
     )
 

@@ -19,6 +19,7 @@ Unit = Literal["nats", "share", "tv", "correlation"]
 GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
 _SEPARATOR = "  "
+_COLUMNS = 80  # of a terminal
 
 _MEANING = (
     f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
@@ -116,7 +117,7 @@ def _measures() -> Iterator[Measure]:
     for group in groups:
         key, name = f"size_at_tv_0.2_{group}", f"edges needed on {group} tokens"
         read = _group("size_at_tv_0.2", group)
-        yield Measure(key, f"{name} (median size at TV 0.2)", "share", "lower", read)
+        yield Measure(key, f"{name} (median at TV 0.2)", "share", "lower", read)
     for group in groups:
         name = f"area under distortion, {group} tokens"
         yield Measure(f"area_{group}", name, "tv", "lower", _group("area", group))
@@ -158,15 +159,15 @@ def density_table(density: Density) -> str:
     header = (
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
+    ) + _wrapped(
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
         f"{data['block_size']:,}; at least {density['min_context']:,} tokens of context; attention "
         f"of masked runs {density['attention']}"
     )
-    legend = (
+    legend = _wrapped(
         f"Easy, hard: the quarters of the tokens with the lowest (to "
         f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
-        f"{_nats(density['hard']['entropy_bound'])}) entropy.\n"
-        + f"{_MEANINGS}\n{lengths_note(density)}."
+        f"{_nats(density['hard']['entropy_bound'])}) entropy.\n{_meanings(density)}"
     )
     return f"{header}\n\n{aligned(rows)}\n\n{legend}"
 
@@ -197,10 +198,10 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
             rows.append(row)
         tables.append(aligned(rows))
     densities = [density for _, density in runs]
-    legend = (
+    legend = _wrapped(
         f"{attention_name(densities).capitalize()}: {attention_meaning(densities)}.\n"
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
-        "and highest entropy of\neach model's own prediction, so the tokens can differ between "
+        "and highest entropy of each model's own prediction, so the tokens can differ between "
         "runs.\n" + _meanings(first[1])
     )
     return "\n\n".join([*tables, legend])
@@ -217,7 +218,15 @@ _MEANINGS = (
 
 
 def _meanings(density: Density) -> str:
-    return f"{_MEANINGS}\n{textwrap.fill(lengths_note(density), 120)}."
+    return f"{_MEANINGS}\n{lengths_note(density)}."
+
+
+def _wrapped(text: str) -> str:
+    """``text`` with lines that a terminal shows whole."""
+    return "\n".join(
+        textwrap.fill(line, _COLUMNS, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 def _format(value: float | None, unit: Unit) -> str:
