@@ -29,6 +29,7 @@ from softtrace.files import claimed
 from softtrace.lightning import DensityPenalty
 from softtrace.loss.reference import read_losses
 from tests.support.corpus import write_chat_model, write_model, write_parquet, write_tree
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,17 @@ def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
         fit(arguments((sources[0], tmp_path / "binary.txt"), out))
     assert not out.exists()
     fit(arguments(sources, out))
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_before_anything_is_written(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As after an end of text was added to a tokenizer alone."""
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    tiny_model("llama", vocab_size=256).save_pretrained(model)
+    with pytest.raises(InvalidInputError, match=r"to 256, .* 0 to 255 .*resize_token_embeddings"):
+        fit(arguments((model, sources[1]), out))
+    assert not out.exists()
 
 
 @pytest.mark.thorough

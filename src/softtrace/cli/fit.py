@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softtrace.anatomy.discovery import learned_positions
+from softtrace.anatomy.discovery import learned_positions, vocabulary_of
 from softtrace.checks import check_least
 from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, as_list, tidy_help
 from softtrace.cli.hub import make_repository, upload
@@ -232,12 +232,12 @@ class FitCLI(LightningCLI):
         return self.out
 
     def _fit(self) -> None:
-        positions = learned_positions(unwrapped(self.model.model))
-        check_length(self.datamodule.block_size, positions, "data.block_size")
-        if self.datamodule.tokenizer is None:
-            self.datamodule.tokenizer = self.model.path
+        model = unwrapped(self.model.model)
+        check_length(self.datamodule.block_size, learned_positions(model), "data.block_size")
+        self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.path
         # Text that cannot be read shows before anything is written to the folder.
         self.datamodule.setup("fit")
+        self.datamodule.check_ids(vocabulary_of(model))
         if self.monitor is not None:
             held_out = self.datamodule.held_out_blocks
             if held_out is None:
