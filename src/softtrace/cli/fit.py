@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtrace.anatomy.discovery import learned_positions, vocabulary_of
-from softtrace.checks import check_least
+from softtrace.checks import check_least, check_range
 from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, as_list, tidy_help
 from softtrace.cli.hub import make_repository, upload
 from softtrace.cli.presets import fill_preset
@@ -108,6 +108,7 @@ class FitCLI(LightningCLI):
         """Parse; without Lightning's warning that arguments were passed by a program."""
         tidy_help(parser, sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
+        check_range("seed_everything", int(self.config["seed_everything"]), 0, 2**32 - 1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The penalty's dials and the run's own."""
@@ -206,9 +207,8 @@ class FitCLI(LightningCLI):
                 # counted in batches, across epochs
                 kwargs["val_check_interval"] = every * options.get("accumulate_grad_batches", 1)
                 kwargs["check_val_every_n_epoch"] = None
-        every = self.config["checkpoint_every"]
-        wanted = every and options.get("enable_checkpointing") is not False
-        if wanted and not options.get("fast_dev_run"):
+        every, wanted = self.config["checkpoint_every"], options.get("enable_checkpointing")
+        if every and wanted is not False and not options.get("fast_dev_run"):
             checkpoint = LastCheckpoint(
                 self.last_checkpoint.parent,
                 filename="last",
