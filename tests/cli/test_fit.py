@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softtrace.cli.evaluate import evaluate
 from softtrace.cli.fit import FitCLI, fit
+from softtrace.cli.main import main
 from softtrace.data import TextSource, read_documents, split_by_file
 from softtrace.decoding.exit_checks import exit_layer_of
 from softtrace.errors import (
@@ -29,6 +30,7 @@ from softtrace.files import claimed
 from softtrace.lightning import DensityPenalty
 from softtrace.loss.reference import read_losses
 from tests.support.corpus import write_chat_model, write_model, write_parquet, write_tree
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +298,27 @@ def test_unreadable_text_leaves_a_folder_that_can_be_used_again(
 
 
 @pytest.mark.thorough
+def test_what_is_said_to_be_written_is(
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["fit", *arguments(sources, out, "--trainer.fast_dev_run", "true")]) == 0
+    assert f"written to {out}/: fit.yaml\n" in capsys.readouterr().out
+    assert sorted(each.name for each in out.iterdir()) == ["fit.yaml"]
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_before_anything_is_written(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As after an end of text was added to a tokenizer alone."""
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    tiny_model("llama", vocab_size=256).save_pretrained(model)
+    with pytest.raises(InvalidInputError, match=r"to 256, .* 0 to 255 .*resize_token_embeddings"):
+        fit(arguments((model, sources[1]), out))
+    assert not out.exists()
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("strength", [0, 1])
 def test_blocks_longer_than_the_learned_positions_are_refused(
     sources: tuple[Path, Path], tmp_path: Path, strength: float
@@ -336,6 +359,7 @@ def test_pickle_weights_are_refused(sources: tuple[Path, Path], tmp_path: Path) 
         ("--model.learning_rate", 0, "learning_rate: found 0.0, allowed"),
         ("--model.warmup_steps", -1, "warmup_steps: found -1, allowed"),
         ("--checkpoint_every", -1, "checkpoint_every: found -1, allowed"),
+        ("--seed_everything", -1, "seed_everything: found -1, allowed"),
         ("--monitor_every", -1, "monitor_every: found -1, allowed"),
         ("--card_blocks", -1, "card_blocks: found -1, allowed"),
         ("--data.batch_size", 0, "batch_size: found 0, allowed are integers from 1"),

@@ -274,6 +274,16 @@ def test_a_class_that_has_the_term_gets_no_second_one() -> None:
     assert with_density(once) is once
 
 
+def test_token_types_that_the_trainer_hands_to_the_model_are_refused(tmp_path: Path) -> None:
+    data = [{**row, "token_type_ids": torch.zeros_like(row["input_ids"])} for row in rows()]
+    model = tiny_model("gpt2").train()
+    trainer = DensityTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=data, density=OPTIONS
+    )
+    with pytest.raises(InvalidInputError, match="found token_type_ids, which GPT2LMHeadModel"):
+        trainer.train()
+
+
 def test_batches_without_token_ids_are_refused(tmp_path: Path) -> None:
     class Renamed(DensityTrainer):
         def inputs_of(self, inputs: Any) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DataCollatorWithFlattening
 
 from softtrace.errors import InvalidInputError
-from softtrace.loss.inputs import batch_inputs
+from softtrace.loss import DensityLoss
+from softtrace.loss.inputs import batch_inputs, refuse_types
+from tests.support.tiny import tiny_model
 
 IDS = torch.arange(6).reshape(2, 3)
 
@@ -26,6 +29,26 @@ def test_tokens_and_what_belongs_to_them_are_read() -> None:
 def test_images_and_sounds_are_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidInputError, match=f"found {name} beside input_ids"):
         batch_inputs({"input_ids": IDS, name: torch.zeros(1)})
+
+
+def test_token_types_that_a_model_reads_are_refused() -> None:
+    """GPT-2 adds an embedding for type 0 too; Llama reads none, and Gemma 3 marks images by 1."""
+    batch = {"input_ids": IDS + 3, "token_type_ids": torch.zeros_like(IDS)}
+    for family, strength in (("gpt2", 0.0), ("llama", 1.0)):
+        with DensityLoss(tiny_model(family), strength=strength).watching(batch=batch):
+            pass
+    density = DensityLoss(tiny_model("gpt2"), exits=0.0)
+    with (
+        pytest.raises(InvalidInputError, match="found token_type_ids, which GPT2"),
+        density.watching(batch=batch),
+    ):
+        pass
+    images = transformers.Gemma3ForConditionalGeneration.__new__(
+        transformers.Gemma3ForConditionalGeneration
+    )
+    refuse_types(batch, images)
+    with pytest.raises(InvalidInputError, match="found token_type_ids, which Gemma3"):
+        refuse_types({"token_type_ids": torch.ones_like(IDS)}, images)
 
 
 @pytest.mark.parametrize("options", [{"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])

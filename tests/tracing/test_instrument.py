@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import PreTrainedModel
 
 import softtrace
@@ -208,6 +209,25 @@ def test_a_replaced_module_is_proven_anew() -> None:
     layers[1] = Doubled(layers[1])
     with pytest.raises(UnsupportedModelError, match="layer 1"):
         softtrace.edge_importance(model, ids)
+
+
+def test_weights_that_pruning_makes_are_those_of_now() -> None:
+    """They are made anew before each forward of their module, and are read before it."""
+    pruned, ids = tiny_model("llama"), tiny_prompt(6)
+    plain = copy.deepcopy(pruned)
+    for model in (pruned, plain):
+        for layer in model.model.layers:
+            prune.l1_unstructured(layer.self_attn.o_proj, "weight", 0.5)
+    for layer in plain.model.layers:
+        prune.remove(layer.self_attn.o_proj, "weight")
+    softtrace.attach(pruned)
+    with torch.no_grad():
+        for layer, other in zip(pruned.model.layers, plain.model.layers, strict=True):
+            layer.self_attn.o_proj.weight_orig *= 3
+            other.self_attn.o_proj.weight *= 3
+        found, wanted = (softtrace.edge_importance(each, ids) for each in (pruned, plain))
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        torch.testing.assert_close(ours.attention, theirs.attention)
 
 
 def test_compiled_models_share_the_instrument_of_what_they_wrap() -> None:

@@ -172,6 +172,17 @@ def test_latent_attention_whose_heads_share_their_values_is_refused() -> None:
         softtrace.attach(model)
 
 
+def test_a_model_that_is_causal_beside_padding_alone_is_refused() -> None:
+    model: Any = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.set_attn_implementation("sdpa")  # makes no mask where nothing is padded
+    with pytest.raises(UnsupportedModelError, match=r"is padded .*='eager'"):
+        softtrace.attach(model)
+    model.set_attn_implementation("eager")
+    softtrace.attach(model)
+
+
 def test_weights_that_are_not_finite_are_named_as_that() -> None:
     model = tiny_model("llama")
     not_finite(model)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import softtrace
+from softtrace.density.distortion import entropy
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.masks import hard_masks
 from softtrace.model.hooks import register
 from softtrace.tracing import skipping as rows_module
 from softtrace.tracing.skipping import KeptRows, Unread, kept_rows
 from tests.support.tiny import FAMILIES, tiny_model, tiny_prompt
+from tests.support.zoo import tiny
 
 
 def run(module: nn.Module, narrowed: Any, x: Tensor) -> Tensor:
@@ -73,6 +75,15 @@ def test_what_nobody_reads_runs_on_one_row_and_keeps_its_shape() -> None:
     # Hooks of the user see the full output; the module's own forward made one row of it.
     assert sizes == [36]
     assert torch.equal(found[1, 2], found[0, 0])
+
+
+def test_projections_that_the_model_clips_in_place_can_be_left_out() -> None:
+    model, ids = tiny("olmo", clip_qkv=0.5), tiny_prompt(6, batch=2)
+    with torch.no_grad():
+        logits = model(ids).logits
+    curve = softtrace.density_curve(model, ids, thresholds=(1e-30,))
+    torch.testing.assert_close(curve.entropy, entropy(logits))
+    assert curve.total_variation.max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

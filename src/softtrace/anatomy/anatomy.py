@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
 from softtrace.anatomy.norms import LinearNorm
@@ -124,6 +125,7 @@ def effective_projection(
         width: of what it reads.
         dtype: of what it reads, where its weight is packed and does not tell.
     """
+    _remake(projection)
     bias, weight = weight_of(projection, "bias"), weight_of(projection, "weight")
     plain = type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D)
     if isinstance(weight, Tensor) and plain:
@@ -142,6 +144,16 @@ def effective_projection(
         with whole(projection):
             rows = projection.forward(probe)
     return (rows[1:] - rows[0]) / times, rows[0]
+
+
+def _remake(module: nn.Module) -> None:
+    """Make the weights of a module anew that torch's pruning makes before each of its forwards.
+
+    Until then the module holds those of the forward before, of other weights and another graph.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            hook(module, ())
 
 
 @functools.cache

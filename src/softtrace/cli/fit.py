@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softtrace.anatomy.discovery import learned_positions
-from softtrace.checks import check_least
+from softtrace.anatomy.discovery import learned_positions, vocabulary_of
+from softtrace.checks import check_least, check_range
 from softtrace.cli.fit_options import DESCRIPTION, add_own_options, advice, as_list, tidy_help
 from softtrace.cli.hub import make_repository, upload
 from softtrace.cli.presets import fill_preset
@@ -108,6 +108,7 @@ class FitCLI(LightningCLI):
         """Parse; without Lightning's warning that arguments were passed by a program."""
         tidy_help(parser, sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
+        check_range("seed_everything", int(self.config["seed_everything"]), 0, 2**32 - 1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The penalty's dials and the run's own."""
@@ -206,9 +207,8 @@ class FitCLI(LightningCLI):
                 # counted in batches, across epochs
                 kwargs["val_check_interval"] = every * options.get("accumulate_grad_batches", 1)
                 kwargs["check_val_every_n_epoch"] = None
-        every = self.config["checkpoint_every"]
-        wanted = every and options.get("enable_checkpointing") is not False
-        if wanted and not options.get("fast_dev_run"):
+        every, wanted = self.config["checkpoint_every"], options.get("enable_checkpointing")
+        if every and wanted is not False and not options.get("fast_dev_run"):
             checkpoint = LastCheckpoint(
                 self.last_checkpoint.parent,
                 filename="last",
@@ -232,12 +232,12 @@ class FitCLI(LightningCLI):
         return self.out
 
     def _fit(self) -> None:
-        positions = learned_positions(unwrapped(self.model.model))
-        check_length(self.datamodule.block_size, positions, "data.block_size")
-        if self.datamodule.tokenizer is None:
-            self.datamodule.tokenizer = self.model.path
+        model = unwrapped(self.model.model)
+        check_length(self.datamodule.block_size, learned_positions(model), "data.block_size")
+        self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.path
         # Text that cannot be read shows before anything is written to the folder.
         self.datamodule.setup("fit")
+        self.datamodule.check_ids(vocabulary_of(model))
         if self.monitor is not None:
             held_out = self.datamodule.held_out_blocks
             if held_out is None:

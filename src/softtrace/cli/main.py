@@ -151,7 +151,9 @@ def _fit(args: list[str]) -> None:
 
     out = fit(args)
     if draws.rank() == 0:  # the first process writes; others are done before
-        print(f"\nwritten to {out}/: the model, fit.yaml and logs")
+        places = {"the model": "model*.safetensors", "fit.yaml": "fit.yaml", "logs": "logs"}
+        found = [name for name, place in places.items() if any(out.glob(place))]
+        print(f"\nwritten to {out}/: {', '.join(found)}")
 
 
 def _evaluate(args: list[str]) -> None:

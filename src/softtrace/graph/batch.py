@@ -84,12 +84,7 @@ class Batch:
         Raises:
             InvalidInputError: an id outside the vocabulary, a mask of other values than 0 and 1.
         """
-        low, high = torch.stack(torch.aminmax(self.input_ids)).tolist()
-        if low < 0 or high >= vocabulary:
-            raise InvalidInputError(
-                f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
-                "(the model's vocabulary); is the tokenizer the model's own?"
-            )
+        check_ids(self.input_ids, vocabulary)
         mask = self.attention_mask
         if mask is not None and not torch.equal(self.valid.to(mask.dtype), mask):
             raise InvalidInputError("attention_mask: found values other than 0 and 1")
@@ -165,6 +160,17 @@ def check_is_tensor(input_ids: Any) -> None:
         raise InvalidInputError(
             f"input_ids: found {type(input_ids).__name__}, expected a tensor of shape [B, T]; pass "
             f"{instead}"
+        )
+
+
+def check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Raise :class:`InvalidInputError` for ids that a model of so many tokens does not have."""
+    low, high = torch.stack(torch.aminmax(input_ids)).tolist()
+    if low < 0 or high >= vocabulary:
+        raise InvalidInputError(
+            f"input_ids: found ids from {low} to {high}, allowed are 0 to {vocabulary - 1} "
+            "(the model's vocabulary); is the tokenizer the model's own? After adding tokens to it "
+            "call model.resize_token_embeddings(len(tokenizer))"
         )
 
 

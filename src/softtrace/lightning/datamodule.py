@@ -26,6 +26,7 @@ from softtrace.data.encoding import Tokens
 from softtrace.data.loader import BlockLoader, BlockSampler
 from softtrace.data.split_record import SplitRecord, record_split, unseen
 from softtrace.errors import DataError, InvalidInputError
+from softtrace.graph.batch import check_ids
 from softtrace.model.loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,19 @@ class PackedDataModule(LightningDataModule):
             held_out = list(unseen(held_out, [str(self.tokenizer)], held_out_share=0))
             self.split = record_split(train, held_out, self.held_out_share, self.salt)
             self.train = self._pack("training", train, tokenizer, self.max_train_blocks)
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Refuse blocks, once they are set up, with ids that a model does not have.
+
+        Args:
+            vocabulary: tokens that the model has.
+
+        Raises:
+            InvalidInputError: an id beyond them.
+        """
+        for blocks in (self.train_blocks, self.held_out_blocks):
+            if blocks is not None:
+                check_ids(blocks, vocabulary)
 
     def _load_tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -29,6 +29,7 @@ from softtrace.loss.compiled_exits import CompiledStreams, noting_places
 from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import MIXED, Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
+from softtrace.loss.inputs import refuse_types
 from softtrace.loss.kept_state import resume_loop, state_of_loop
 from softtrace.loss.learned_maps import LearnedMaps
 from softtrace.loss.non_finite import NonFiniteSteps
@@ -141,9 +142,10 @@ class DensityLoss:
 
         Raises:
             InvalidInputError: Layers are checkpointed in the reentrant way, which runs them without
-                a graph.
+                a graph; or the batch holds token types that the model reads.
         """
         model = unwrapped(self.model)
+        refuse_types(batch if self.options.strength > 0 else None, model)
         watched = self._watched = Watched(copies=EarlyCopies(batch), model=model)
         if host is not None and is_flat_unit(host) and unit_of(model) is None:  # wrapped after us
             note_units(host)
@@ -268,8 +270,7 @@ class DensityLoss:
     ) -> DensityTerm:
         """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
-        together = is_sharded(unwrapped(self.model))
-        options = self.options_of_a_step(device)
+        together, options = is_sharded(unwrapped(self.model)), self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
         strength, weight = factor * options.schedule(step), factor * options.exit_schedule(step)
         exits, reads_exits = None, self._reads_exits(step)

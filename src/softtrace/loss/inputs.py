@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_same_shape
+from softtrace.model.wrappers import forward_parameters
 
 #: what a model is run on; ``position_ids`` keep packed documents apart
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -52,6 +54,27 @@ def batch_inputs(batch: Any, who: str | None = "DensityPenalty") -> dict[str, An
     raise InvalidInputError(
         f"batch: found {keys_of}{found}, expected a mapping with {wanted}. "
         f"Override {who}.inputs_of for other batches"
+    )
+
+
+def refuse_types(batch: Mapping[str, Any] | None, model: nn.Module) -> None:
+    """Refuse token types that the model reads, and that runs on its tokens alone would pass by.
+
+    GPT-2 and its like add an embedding for each type, for type 0 too, which a tokenizer may hand
+    out unasked. Models that also take images mark these by them; there 0 is text.
+
+    Raises:
+        InvalidInputError: the batch holds such types.
+    """
+    types = None if batch is None else batch.get("token_type_ids")
+    if types is None or "token_type_ids" not in (read := forward_parameters(model)):
+        return
+    if "pixel_values" in read and not bool(types.any()):
+        return
+    raise InvalidInputError(
+        f"batch: found token_type_ids, which {type(model).__name__} reads beside input_ids. Edges "
+        "are measured on token ids alone, so that the term would be of other predictions; leave "
+        "them out (return_token_type_ids=False of a tokenizer), or set its strength to 0"
     )
 
 

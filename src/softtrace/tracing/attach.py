@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
 from softtrace.anatomy.refusals import refuse_early, refuse_engine, refuse_units, running
-from softtrace.anatomy.tolerances import tolerance
+from softtrace.anatomy.tolerances import tolerance, typical_mismatch
 from softtrace.anatomy.watch import running_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.attention_maps import none_held
@@ -79,6 +79,8 @@ def _proven(model: nn.Module) -> tuple[Runner, Verification]:
     plain, layers = running_layers(model, lambda: _plain(model, inputs))
     check_finite(plain, "logits of the model on a tiny batch, run to attach", batch.valid)
     allowed = tolerance(computing_dtype(model))
+    unpadded = _plain(model, Batch.of(batch.input_ids).forward_inputs(parameters))
+    _refuse_unmasked(model, typical_mismatch(unpadded[0], plain[0]), 4 * allowed)
     anatomy = take_apart(PlainRun(model, inputs, plain, layers, configs, allowed))
     refuse_units(layers, (anatomy.readout.norm.module, anatomy.readout.head))
     runner = Runner(weakref.ref(model), anatomy, configs, parameters)
@@ -113,6 +115,21 @@ def _plain(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             "logits of the last token alone?)"
         )
     return logits
+
+
+def _refuse_unmasked(model: nn.Module, error: float, allowed: float) -> None:
+    """Refuse a model that is causal only where a row of its batch is padded.
+
+    Where none is, transformers makes no mask, and the kernel masks by the ``is_causal`` of each
+    attention module: False in PaliGemma, and in decoders that were turned into embedders.
+    """
+    if error > allowed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads a row otherwise where no row of its batch is padded (by "
+            f"{error:.2g} of the largest logit, allowed {allowed:.0e}): without a mask its "
+            "attention lets tokens see later ones; load it with attn_implementation='eager', which "
+            "makes a mask always"
+        )
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig | None:

@@ -102,4 +102,4 @@ class Unread(_Narrowed):
 
     @override
     def widen(self, output: Tensor, shape: torch.Size) -> Tensor:
-        return output.expand(*shape, -1)
+        return output.expand(*shape, -1).contiguous()  # some models clip it in place (OLMo)
