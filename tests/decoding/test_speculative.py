@@ -117,6 +117,9 @@ def test_text_ends_where_plain_decoding_ends() -> None:
                 confidence=0, eos_token_id=end, proven_exit=proven_exit,
             )  # fmt: skip
             assert found.tokens.tolist() == wanted
+    for none in ("</s>", ["</s>"], 2.0):
+        with pytest.raises(InvalidInputError, match=r"eos_token_id: found .*allowed are ids"):
+            speculate(model, ids, exit_layer=1, eos_token_id=none)  # type: ignore[arg-type]
     several = speculate(model, ids, exit_layer=1, eos_token_id=plain[1:3])
     assert several.tokens.tolist() == plain[:2]
     model.generation_config.eos_token_id = [plain[1], plain[2]]
@@ -398,6 +401,8 @@ def test_tokens_are_returned_whatever_the_config_asks_for() -> None:
     assert torch.equal(generate(model, ids, 2, max_new_tokens=5), wanted)
     with pytest.raises(InvalidInputError, match="return_dict_in_generate: found True"):
         generate(model, ids, 2, max_new_tokens=5, return_dict_in_generate=True)
+    with pytest.raises(InvalidInputError, match=r"assistant_early_exit: found 2, .* exit_layer"):
+        generate(model, ids, max_new_tokens=5, assistant_early_exit=2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ model directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,11 @@ def generate(
         raise InvalidInputError(
             "return_dict_in_generate: found True, allowed is False: tokens are returned and "
             "nothing else. Leave it out, or decode with model.generate"
+        )
+    if "assistant_early_exit" in options:
+        raise InvalidInputError(
+            f"assistant_early_exit: found {options['assistant_early_exit']!r}, which is "
+            "exit_layer here; pass that"
         )
     _, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_options(model, options)
@@ -221,14 +227,24 @@ Ends = int | Sequence[int] | Tensor | None
 
 
 def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
-    """Tokens that end a text; None takes the generation config's."""
+    """Tokens that end a text; None takes the generation config's.
+
+    Raises:
+        InvalidInputError: what is no id of a token.
+    """
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
         return set()
     if isinstance(eos_token_id, Tensor):  # as generate takes it
         eos_token_id = eos_token_id.reshape(-1).tolist()
-    return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    if not all(hasattr(end, "__index__") for end in ends):
+        raise InvalidInputError(
+            f"eos_token_id: found {eos_token_id!r}, allowed are ids: of a text's end that is "
+            "tokenizer.eos_token_id, of other tokens tokenizer.convert_tokens_to_ids(...)"
+        )
+    return set(map(operator.index, ends))
 
 
 @torch.inference_mode()

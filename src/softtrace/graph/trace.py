@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -138,9 +139,11 @@ def real_place(importance: EdgeImportance, sequence: int, position: int) -> tupl
     """
     batch, length = importance.valid.shape
     for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise InvalidInputError(f"{name}: found {index!r}, allowed are integers")
         if not -limit <= index < limit:
             raise InvalidInputError(f"{name}: found {index}, allowed {-limit} to {limit - 1}")
-    sequence %= batch
+    sequence, position = operator.index(sequence) % batch, operator.index(position)
     if position < 0:
         position += int(ends_of(importance.valid)[sequence])
     if position < 0 or not bool(importance.valid[sequence, position]):
