@@ -205,7 +205,7 @@ def _trained(found: Found) -> Iterator[str]:
         losses = [
             each["held_out_loss"] / plain[_pair(each)] - 1
             for each in seeds
-            if "held_out_loss" in each and _pair(each) in plain
+            if "held_out_loss" in each and _pair(each) in plain and "-plain-" not in each["model"]
         ]
         loss = f"{statistics.mean(losses):+.2%}" if losses else ""
         cells = [name, loss, steps, drawn, right, a_check, _over_seeds(seeds), f"{speed:.0f}"]
