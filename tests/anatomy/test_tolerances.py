@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from softtrace.anatomy.tolerances import cache_tolerance, typical_mismatch
+from softtrace.model.wrappers import forward_parameters, with_cache
 from tests.support.tiny import tiny_model, tiny_prompt
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,11 +23,10 @@ def test_a_wrong_place_and_a_token_too_many_lie_beyond_the_bound(
 
     @torch.no_grad()
     def continued(later: int = 0, more: int = 0) -> Tensor:
-        cache = DynamicCache()
-        model(ids[:, : 5 + more], past_key_values=cache, use_cache=True)
+        into = with_cache(forward_parameters(model), DynamicCache())
+        model(ids[:, : 5 + more], **into)
         places = torch.arange(5, 8)[None] + later
-        options = {"past_key_values": cache, "use_cache": True, "position_ids": places}
-        logits: Tensor = model(ids[:, 5:], **options).logits[0]
+        logits: Tensor = model(ids[:, 5:], position_ids=places, **into).logits[0]
         return logits
 
     with torch.no_grad():

@@ -31,6 +31,7 @@ from softtrace.evaluation.decode_race import quartiles
 from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.model.wrappers import forward_parameters, with_cache
 
 NEVER = -1
 
@@ -40,10 +41,11 @@ def all_layers(model: Any, ids: Tensor, args: argparse.Namespace) -> list[int]:
     """Self-speculation whose checks run all layers over the draft."""
 
     def run(tokens: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[0]
+        logits: Tensor = model(input_ids=tokens, **options).logits[0]
         return logits
 
     cache = DynamicCache()
+    options = with_cache(forward_parameters(model), cache)
     tokens = [int(run(ids)[-1].argmax())]
     while len(tokens) < args.new_tokens:
         draft: list[int] = []

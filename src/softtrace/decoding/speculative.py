@@ -38,7 +38,7 @@ from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
-from softtrace.model.wrappers import forward_parameters, one_logit
+from softtrace.model.wrappers import forward_parameters, one_logit, with_cache
 from softtrace.tracing.attach import attach
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -263,12 +263,13 @@ def greedy(
     check_decoding(model, max_new_tokens)
     check_one_text(input_ids)
     cache, ends = DynamicCache(), ends_of(model, eos_token_id)
-    alone = one_logit(forward_parameters(model))
+    parameters = forward_parameters(model)
+    options = {**with_cache(parameters, cache), **one_logit(parameters)}
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-        logits = model(input_ids=read, past_key_values=cache, use_cache=True, **alone).logits
+        logits = model(input_ids=read, **options).logits
         tokens.append(int(choice.scores(logits[0, -1:], tokens).argmax()))
         read = input_ids.new_tensor([tokens[-1:]])
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
-from softtrace.model.wrappers import forward_parameters, one_logit, unwrapped
+from softtrace.model.wrappers import forward_parameters, one_logit, unwrapped, with_cache
 from softtrace.tracing.attach import attach
 
 
@@ -101,7 +101,7 @@ class TwoParts:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], depth: int) -> None:
         self.model, self.layers, self.depth = model, layers, depth
-        self._base = without_head(model)
+        self._base, self._parameters = without_head(model), forward_parameters(model)
         self.cache = DynamicCache()
         self._lower, self._upper = DynamicCache(), DynamicCache()
         self._read: list[Tensor] = []  # tokens that the first part has read and the rest has not
@@ -109,7 +109,7 @@ class TwoParts:
 
     def whole(self, input_ids: Tensor) -> Tensor:
         """Read a text ``[1, T]`` with all layers, before anything else; its last logits ``[V]``."""
-        logits = self._run(input_ids, self.cache, **one_logit(forward_parameters(self.model)))[-1]
+        logits = self._run(input_ids, self.cache, **one_logit(self._parameters))[-1]
         layers = self.cache.layers
         self._lower.layers = layers[: self.depth]
         # Positions and masks come from the length of a cache's first layers, which have read more
@@ -125,7 +125,7 @@ class TwoParts:
     def follow(self, token: Tensor) -> None:
         """Read one more token likewise, without norm and head: nobody asks what comes next."""
         with self._keeping(token), first_layers(self.model, self.depth):
-            self._base(input_ids=token, past_key_values=self._lower, use_cache=True)
+            self._base(input_ids=token, **with_cache(self._parameters, self._lower))
 
     @contextmanager
     def _keeping(self, token: Tensor) -> Iterator[None]:
@@ -158,7 +158,8 @@ class TwoParts:
         forget(self.cache.layers, tokens)
 
     def _run(self, input_ids: Tensor, cache: DynamicCache, **options: int) -> Tensor:
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
+        into = with_cache(self._parameters, cache)
+        output = self.model(input_ids=input_ids, **into, **options)
         logits: Tensor = output.logits[0]
         return logits
 

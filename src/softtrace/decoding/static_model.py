@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softtrace.decoding.few_rows import fast_few_rows
 from softtrace.decoding.split_model import counter, first_layers, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
-from softtrace.model.wrappers import forward_parameters, one_logit
+from softtrace.model.wrappers import forward_parameters, one_logit, with_cache
 
 
 @dataclass
@@ -106,7 +106,8 @@ class StaticModel:
             _Gate(layer, self._passing, exit_map, place == depth - 1)
             for place, layer in enumerate(layers[:depth])
         ]
-        self._last_alone = one_logit(forward_parameters(model))
+        parameters = forward_parameters(model)
+        self._into, self._last_alone = with_cache(parameters, self.cache), one_logit(parameters)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -164,7 +165,4 @@ class StaticModel:
 
     def _run(self, tokens: Tensor, model: nn.Module, **options: int) -> Any:
         positions = self.start + torch.arange(tokens.shape[1], device=self.device)
-        return model(
-            input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True,
-            **options,
-        )  # fmt: skip
+        return model(input_ids=tokens, position_ids=positions, **self._into, **options)

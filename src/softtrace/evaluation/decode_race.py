@@ -23,6 +23,7 @@ from softtrace.decoding.recommend import guesses_of
 from softtrace.decoding.replay import Drafting, Guesses
 from softtrace.decoding.speculative import Generation, generate, greedy, speculate
 from softtrace.decoding.split_model import first_layers, forget, without_head
+from softtrace.model.wrappers import forward_parameters, with_cache
 from softtrace.tracing.attach import attach
 
 _REPEATS = 15
@@ -79,19 +80,20 @@ def costs_of(
     the choice, and how sure a guess is, and after a check taking tokens out of the cache again.
     """
     cache, base = DynamicCache(), without_head(network)
-    network(input_ids=row, past_key_values=cache, use_cache=True)
+    options = with_cache(forward_parameters(network), cache)
+    network(input_ids=row, **options)
 
     def seconds(depth: int | None, count: int) -> float:
         read = row[:, :1].expand(1, count)
         began = now(row)
         if depth is None:  # one layer, and nothing is chosen
             with first_layers(network, 1):
-                base(input_ids=read, past_key_values=cache, use_cache=True)
+                base(input_ids=read, **options)
             spent = now(row) - began
             forget(cache.layers[:1], count)
             return spent
         with first_layers(network, depth):
-            logits = network(input_ids=read, past_key_values=cache, use_cache=True).logits
+            logits = network(input_ids=read, **options).logits
         best = logits[0].argmax(-1)
         if depth < layers:
             float(surest(logits[0, -1]))

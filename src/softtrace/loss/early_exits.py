@@ -29,6 +29,7 @@ from softtrace.errors import InvalidInputError
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.transfers import EarlyCopies
 from softtrace.model.hooks import Hook, on_input, register
+from softtrace.model.wrappers import cache_of
 
 CHUNK = 256
 """Tokens whose easiness is computed at a time, for it takes copies of their logits."""
@@ -196,7 +197,7 @@ def _mixes(model: Any, mask: Any, output: Any) -> bool:
         return False
     if mask is not None:  # of more dimensions it may keep documents apart itself
         return isinstance(mask, Tensor) and mask.dim() == 2
-    return getattr(output, "past_key_values", None) is not None
+    return cache_of(output) is not None
 
 
 def exit_distance(

@@ -123,6 +123,20 @@ def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(unwrapped(model).forward).parameters)
 
 
+def with_cache(parameters: Collection[str], cache: Any) -> dict[str, Any]:
+    """Options with which a forward that takes these reads a cache and writes to it.
+
+    transformers calls it ``cache`` since 5.24, and ``past_key_values`` before.
+    """
+    return {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward gave back, by either name; None without one."""
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    return getattr(output, name, None)
+
+
 def one_logit(parameters: Collection[str]) -> dict[str, int]:
     """Options with which a forward that takes these computes logits of the last token alone.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.model.devices import device_of_module
+from softtrace.model.wrappers import cache_of, forward_parameters, with_cache
 
 
 @torch.no_grad()
@@ -30,16 +31,17 @@ def write_on(model: nn.Module, prompts: Tensor, count: int, draws: Tensor | None
         ``[B, count]`` int64 on the CPU.
     """
     network: Any = model
+    parameters = forward_parameters(model)
     step, cache = prompts.to(device_of_module(model)), None
     text = step
     written = []
     for place in range(count):
-        found = network(input_ids=step, past_key_values=cache, use_cache=True)
+        found = network(input_ids=step, **with_cache(parameters, cache))
         scores = found.logits[:, -1]
         token = scores.argmax(-1) if draws is None else _drawn(scores, draws[:, place])
         written.append(token.cpu())
         text = torch.cat((text, token[:, None]), dim=1)
-        cache = getattr(found, "past_key_values", None)
+        cache = cache_of(found)
         step = text if cache is None else token[:, None]
     return torch.stack(written, dim=1)
 
