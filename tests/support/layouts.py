@@ -222,7 +222,7 @@ CAPPED: Callable[[Module, Tensor], Tensor] = lambda model, logits: (  # noqa: E7
 #: case of the zoo -> layout; all others are Llama's
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32"), LATENT),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "youtu"), LATENT),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "sarvam_mla", "youtu"), LATENT),
     "minicpm3": replace(LATENT, multiplier="residual_scale", shrunk=True),
     **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), POST),
     **dict.fromkeys(("gemma2", "gemma2, window"), replace(GEMMA, logits=CAPPED)),
@@ -294,8 +294,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "phi3": replace(LLAMA, values=phi3),
     "stablelm, parallel": replace(LLAMA, parallel=True, before_mlp="input_layernorm"),
-    "apertus": replace(
-        LLAMA, before_attention="attention_layernorm", before_mlp="feedforward_layernorm"
+    **dict.fromkeys(
+        ("apertus", "apertus1p5_text"),
+        replace(LLAMA, before_attention="attention_layernorm", before_mlp="feedforward_layernorm"),
     ),
     "vaultgemma": replace(LLAMA, before_mlp="pre_feedforward_layernorm", logits=CAPPED),
     "nanochat": replace(LLAMA, logits=CAPPED),

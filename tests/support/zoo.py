@@ -62,17 +62,18 @@ _GEMMA4: dict[str, Any] = {
 #: case -> (type, what its config sets; None drops a field of SMALL). Every one is verified.
 VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (
-        "apertus", "arcee", "aria_text", "bigbird_pegasus", "biogpt", "blenderbot", "bloom",
+        "apertus", "apertus1p5_text", "arcee", "aria_text", "bigbird_pegasus", "biogpt",
+        "blenderbot", "bloom",
         "codegen", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "dots1", "ernie4_5",
-        "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2",
+        "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2",
         "gemma3_text", "glm", "glm4", "glm4_moe", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox",
         "gpt_oss", "gptj", "granitemoe", "granitemoe_swa", "granite_swa", "helium",
         "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "jais2", "kolibri1", "llama", "llama4_text",
         "mbart", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral",
         "ministral3", "mistral", "mixtral", "moshi", "mpt", "nanochat", "nemotron", "olmo",
         "olmo2", "olmo3", "olmoe", "opt", "pegasus", "persimmon", "phi", "phi3", "phimoe",
-        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open",
-        "stablelm", "starcoder2", "vaultgemma", "whisper", "xglm",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "sarvam_moe", "seed_oss", "smollm3",
+        "solar_open", "stablelm", "starcoder2", "vaultgemma", "whisper", "xglm",
     )},
     "cohere, query norms": ("cohere", {"use_qk_norm": True}),
     "axk1": ("axk1", _LATENT),
@@ -82,6 +83,7 @@ VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
     "glm_moe_dsa": ("glm_moe_dsa", _LATENT),
     "minicpm3": ("minicpm3", _LATENT),
+    "sarvam_mla": ("sarvam_mla", _LATENT),
     "youtu": ("youtu", _LATENT),
     "falcon, one key head": ("falcon", _FALCON),
     "falcon, new layout": (
@@ -112,6 +114,8 @@ VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text, chunks": ("llama4_text", {"attention_chunk_size": 3}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
 }  # fmt: skip
+# the oldest release that is supported lacks some
+VERIFIED = {case: entry for case, entry in VERIFIED.items() if entry[0] in CONFIG_MAPPING}
 
 #: of :data:`VERIFIED` one of each kind: of attention (windows, chunks, sinks, latent, sparse,
 #: ALiBi, maps of its own code), of norms and residual streams, of experts
@@ -151,6 +155,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lfm2, with convolutions": (
         "lfm2", {"layer_types": ["full_attention", "conv", "full_attention"]}, NOT_SOFTMAX
     ),
+    "lara_mini": ("lara_mini", {}, NOT_SOFTMAX),
     "lfm3": ("lfm3", {}, NOT_SOFTMAX),
     "mamba": ("mamba", {}, NOT_SOFTMAX),
     "olmo_hybrid": ("olmo_hybrid", {}, NOT_SOFTMAX),
@@ -181,6 +186,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "diffllama": ("diffllama", {}, "attention was asked for 2 times"),
     "longcat_flash": ("longcat_flash", _LATENT, "attention was asked for 2 times"),
     "doge": ("doge", {}, "is not the sum of its edges"),
+    "dory": ("dory", {}, "each has to run exactly once"),
     # not causal, not of tokens alone, not one node a token
     "bert, both ways": ("bert", {}, "a token sees later ones"),
     "cpmant": ("cpmant", {}, "the graph has one node a token"),
@@ -190,6 +196,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "modernbert-decoder": ("modernbert-decoder", {}, "what the language-model head reads is not"),
     "xlm": ("xlm", {}, "something between the layers changes"),
 }  # fmt: skip
+REFUSED = {case: entry for case, entry in REFUSED.items() if entry[0] in CONFIG_MAPPING}
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
