@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from softtrace.anatomy.norms import linear_norm
+from softtrace.anatomy.norms import LinearNorm, linear_norm
 from softtrace.anatomy.tolerances import tolerance
 
 
@@ -33,3 +33,13 @@ def test_the_form_is_found_beside_a_massive_activation(
     sample[:, 7] *= largest
     found = linear_norm(module, sample.to(dtype), tolerance(dtype))
     assert (found.centred, found.weight, found.offset) == (centred, "weight", offset)
+
+
+def test_the_scale_of_a_token_is_finite_whatever_its_size() -> None:
+    """Of a token whose numbers are all the same a LayerNorm's input is nothing."""
+    module = nn.LayerNorm(4)
+    found = LinearNorm(module, centred=True, weight="weight", offset=0.0)
+    full = torch.tensor([[3.0, 3, 3, 3], [1, -1, 1, -1]]) * torch.tensor([[[1.0]], [[1e-25]]])
+    normed = torch.tensor([[0.0, 0, 0, 0], [1, -1, 1, -1]])
+    scale = found.scale(full, normed.expand(2, 2, 4))
+    torch.testing.assert_close(scale[..., 0], torch.tensor([[0.0, 1], [0, 1e25]]))

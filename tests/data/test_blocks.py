@@ -17,7 +17,7 @@ from softtrace.data import (
     split_by_file,
     text_files,
 )
-from softtrace.data.blocks import even_places, evenly, stream_evenly
+from softtrace.data.blocks import check_block_size, even_places, evenly, stream_evenly
 from softtrace.data.documents import Document, stream_documents, stream_held_out
 from softtrace.errors import DataError, InvalidInputError
 from tests.support.corpus import byte_tokenizer, chat_tokenizer, write_tree
@@ -161,3 +161,10 @@ def test_data_in_which_nothing_counts_is_refused() -> None:
 @pytest.mark.parametrize("total", [1000, (1 << 24) + 4])  # of the latter float32 gives the next one
 def test_even_places_begin_and_end_at_a_block(total: int) -> None:
     assert even_places(total, 3)[[0, -1]].tolist() == [0, total - 1]
+
+
+def test_a_block_holds_more_than_what_begins_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtrace.data.blocks.beginning", lambda tokenizer: [1, 2, 3])
+    check_block_size(4, TOKENIZER)
+    with pytest.raises(InvalidInputError, match=r"found 3, allowed are integers from 4"):
+        check_block_size(3, TOKENIZER)

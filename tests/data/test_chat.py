@@ -207,6 +207,13 @@ def test_of_a_completion_of_several_turns_answers_alone_count_if_asked() -> None
     assert counted_text(tokens(row)).startswith("b<|im_end|>\n<|im_start|>user\nc")
 
 
+def test_of_an_answer_what_the_prompt_has_written_already_does_not_count() -> None:
+    asking = MARKED.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    row = document(prompt=TWO_TURNS[:1], completion=[say("assistant", "<think>b"), *TWO_TURNS[2:]])
+    found = tokens(row, answers_only=True, tokenizer=chat_tokenizer(asking))
+    assert counted_text(found) == "b<|im_end|>d<|im_end|>"
+
+
 def test_a_prompt_that_is_asked_otherwise_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     asking = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
     parts = {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -170,10 +172,13 @@ def test_resuming_with_other_data_is_refused_in_mid_epoch_only(
         loader(**other).load_state_dict(state)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("before", [4, 11])  # which 22 blocks do not fill, and do
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_an_epoch_that_has_ended_stays_ended_in_batches_of_another_size(batch_size: int) -> None:
-    first, resumed = loader(4), loader(batch_size)
-    assert len(numbers(first)) == 6
+def test_an_epoch_that_has_ended_stays_ended_in_batches_of_another_size(
+    batch_size: int, before: int
+) -> None:
+    first, resumed = loader(before), loader(batch_size)
+    assert len(numbers(first)) == math.ceil(22 / before)
     resumed.load_state_dict(first.state_dict())
     assert numbers(resumed) == []
     assert len(numbers(resumed)) == len(resumed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softtrace.decoding import calibrated_confidence
-from softtrace.decoding.calibration import least_confidence
+from softtrace.decoding.calibration import LEAST, least_confidence
 from softtrace.errors import InvalidInputError
 from tests.support.tiny import tiny_model, tiny_prompt
 
@@ -60,3 +60,9 @@ def test_ids_that_are_none_are_named() -> None:
     for wrong, said in ((ids[0], r"\[B, T\]"), (ids + 1000, "allowed are 0 to 66")):
         with pytest.raises(InvalidInputError, match=said):
             calibrated_confidence(model, wrong, exit_layer=2, agreement=0.1)
+
+
+def test_as_many_tokens_as_are_asked_for_are_enough() -> None:
+    assert least_confidence([0.9] * LEAST, [True] * LEAST, 1.0).share == 1
+    with pytest.raises(InvalidInputError, match="on at least 30 of 29 tokens"):
+        least_confidence([0.9] * (LEAST - 1), [True] * (LEAST - 1), 1.0)

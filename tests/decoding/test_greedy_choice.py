@@ -178,6 +178,14 @@ def test_an_end_that_is_passed_is_the_end_that_options_mean() -> None:
         assert end in greedy(model, ids, NEW, none).tokens[:20]
 
 
+def test_token_0_can_be_an_end_too() -> None:
+    model = tiny_model("llama")
+    model.generation_config = GenerationConfig(pad_token_id=1, min_new_tokens=3)
+    choice = greedy_choice(model, torch.tensor([[3, 4]]), NEW, {0})
+    scores = choice.scores(torch.zeros(1, VOCABULARY), [5])
+    assert scores[0].isinf().nonzero().flatten().tolist() == [0]
+
+
 def test_nothing_is_done_where_nothing_is_asked_for() -> None:
     model, ids = tiny_model("llama"), tiny_prompt(5)
     logits = torch.randn(3, VOCABULARY)

@@ -143,6 +143,11 @@ def test_a_check_costs_what_the_layers_above_take(
         assert checks == pytest.approx(wanted, abs=0.01)
 
 
+def test_what_a_run_takes_besides_layers_is_no_more_than_a_token() -> None:
+    found = check_costs({1: 1.2, 2: 1.1}, [1.0, 2.0])  # a line that begins at 1.3
+    assert found == {1: pytest.approx([1, 1 + 2 / 3]), 2: pytest.approx([1, 1 + 1 / 3])}
+
+
 def test_an_unsure_guess_is_none_too_sure() -> None:
     """As ``speculate`` has it, a confidence that is not a number ends the draft."""
     text = Guesses([[True] * 6], [[float("nan")] * 6])

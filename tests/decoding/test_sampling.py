@@ -180,3 +180,12 @@ def test_drawing_compiles() -> None:
         assert [each.tokens.tolist() for each in wanted.speculate([row, row[:2]], 3)] == [
             each.tokens.tolist() for each in compiled.speculate([row, row[:2]], 3)
         ]
+
+
+def test_noise_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of no probability would be drawn by it: 0 / 0 is the largest."""
+    steps = decoder(model_of(), Sampling(), rows=2)._steps
+    assert isinstance(steps, SampledSteps)
+    monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
+    steps.refresh(1)
+    assert (steps.noise > 0).all()

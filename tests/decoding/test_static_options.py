@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from softtrace.decoding import Sampling, StaticDecoder, check_early_exit, greedy
+from softtrace.decoding.static_processors import Places, static_processors
 from softtrace.errors import InvalidInputError
 from tests.decoding.test_greedy_choice import CHANGING, UNCHANGING, drafting_model
 from tests.support.tiny import tiny_prompt
@@ -69,6 +76,27 @@ def test_what_looks_at_texts_is_applied_to_each_by_its_own(option: str) -> None:
             assert [each.tokens.tolist() for each in write(rows, NEW)] == wanted
     with_options(model, **ends)
     assert wanted != [greedy(model, row[None], NEW).tokens.tolist() for row in rows]
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MinLengthLogitsProcessor(9, 2),
+        MinNewTokensLengthLogitsProcessor(5, 4, 2),
+        NoRepeatNGramLogitsProcessor(2),
+        NoRepeatNGramLogitsProcessor(4),
+        RepetitionPenaltyLogitsProcessor(1.5),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_texts_of_every_length_have_the_scores_of_transformers(processor: Any) -> None:
+    tokens, scores = torch.tensor([[0, 1, 1, 2] * 4]), torch.randn(1, 12, 7)
+    places = Places(tokens, start=torch.tensor([[1]]), prompt=torch.tensor([[5]]))
+    (static,) = static_processors([processor], "")
+    found = static(scores, places)
+    for place in range(12):
+        assert torch.equal(found[:, place], processor(tokens[:, : 1 + place], scores[:, place]))
+    assert not torch.equal(found, scores)
 
 
 @pytest.mark.thorough

@@ -53,6 +53,13 @@ def test_layers_that_were_left_out_read_what_they_missed(family: str, confidence
         assert agreement_of(model, ids, found.tokens) < 1
 
 
+def test_of_a_single_token_nothing_is_saved() -> None:
+    found = exit_early(
+        tiny_model("llama"), tiny_prompt(5), exit_layer=1, confidence=0.0, max_new_tokens=1
+    )
+    assert (found.early.tolist(), found.layers_saved) == ([False], 0)
+
+
 def test_an_end_ends_the_text_and_wrong_input_is_named() -> None:
     model, ids = tiny_model("llama", seed=2), tiny_prompt(5)
     plain = exit_early(model, ids, exit_layer=2, confidence=0.15, eos_token_id=-1).tokens.tolist()

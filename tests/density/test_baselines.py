@@ -220,3 +220,15 @@ def test_blocks_batches_and_padding_change_no_random_score(
 def test_as_many_seeds_as_sequences(long: EdgeImportance) -> None:
     with pytest.raises(InvalidInputError, match="seed: found 1 seeds for 2"):
         baseline_scores(long, "random_ranks", keep_residual=True, seed=[1])
+
+
+def test_an_importance_of_1_is_the_least_rare() -> None:
+    rich = importance()
+    rich.layers[0].mlp[:], rich.layers[0].mlp_residual[:] = 1.0, 0.0
+    scores = baseline_scores(rich, "least_important", keep_residual=True)
+    first, second = (
+        [row[there] for row, there in zip(layer.mlp, exists.mlp, strict=True)]
+        for layer, exists in zip(scores.layers[:2], rich.existing()[:2], strict=True)
+    )
+    for least, others in zip(first, second, strict=True):
+        assert 0 < least.min() <= least.max() < others.min()

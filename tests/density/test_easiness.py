@@ -109,3 +109,9 @@ def test_edges_of_the_weights() -> None:
     assert easy_weights(alike, counted, 0.5, 0.1).tolist() == [[1, 1, 1, 0]]
     assert not easy_weights(scores, counted, 0.5, 0.1).requires_grad
     assert easy_weights(scores.double(), counted, 0.5, 0.1).dtype == torch.float64
+
+
+def test_a_share_of_a_number_of_tokens_is_taken_in_float64() -> None:
+    scores = torch.arange(45.0)[None]  # 0.7 * 45 is just below 31.5, which float32 makes it
+    weights = easy_weights(scores, torch.ones_like(scores, dtype=torch.bool), 0.7, 0.0)
+    assert weights.sum() == round(0.7 * 45) == 31

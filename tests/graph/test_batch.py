@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from softtrace.errors import InvalidInputError, NonFiniteError, SofttraceError
-from softtrace.graph.batch import Batch, check_finite, check_length, position_ids_of
+from softtrace.graph.batch import (
+    Batch,
+    check_finite,
+    check_length,
+    chosen_positions,
+    position_ids_of,
+)
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -81,3 +87,16 @@ def test_values_that_are_not_finite_are_counted_where_they_matter() -> None:
         check_finite(values, "logits", valid)
     valid[0, 2] = False
     check_finite(values, "logits", valid)
+
+
+def test_padding_is_chosen_neither_by_number_nor_by_a_mask() -> None:
+    valid = torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
+    expected = [[False, False, True], [True, True, False]]
+    assert chosen_positions([0, -1], valid).tolist() == expected
+    assert torch.equal(chosen_positions(torch.ones(2, 3), valid), valid)
+
+
+def test_token_0_is_a_target_as_any_other() -> None:
+    batch = Batch.of(torch.tensor([[3, 0, 4, 5]]), labels=torch.tensor([[-100, 0, -100, 5]]))
+    assert batch.targets.tolist() == [[0, -100, 5, -100]]
+    assert batch.counted.tolist() == [[True, False, True, False]]

@@ -156,3 +156,13 @@ def test_soft_size_of_hard_masks_is_the_size_of_the_trace() -> None:
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
     with pytest.raises(InvalidInputError, match="temperature: found"):
         soft_masks(importance_with_padding(), 0.1, temperature)
+
+
+def test_soft_masks_of_edges_of_importance_zero_have_a_gradient_of_zero() -> None:
+    importance = importance_with_padding()
+    attention = importance.layers[0].attention
+    attention.zero_().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        soft_masks(importance, 0.1, 0.5)[0].attention.sum(), attention
+    )
+    assert not gradient.any()

@@ -10,7 +10,7 @@ import softtrace
 from softtrace.graph import attention_maps, rowwise_sizes
 from softtrace.graph.attention_maps import none_held
 from softtrace.graph.masks import hard_masks, soft_masks
-from softtrace.graph.rowwise_sizes import traces_at, traces_at_each
+from softtrace.graph.rowwise_sizes import summed_heads, traces_at, traces_at_each
 from softtrace.graph.sizes import held_traces_at, soft_size
 from tests.support.live_bytes import LiveBytes
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -81,3 +81,9 @@ def test_thresholds_that_are_counted_together_have_the_counts_of_each(
     assert peaks[0] + 2 * a_reach < peaks[1]
     assert peaks[1] + 4 * a_reach < peaks[2]
     assert peaks[2] < 4 * 8 * a_reach
+
+
+@pytest.mark.parametrize("heads", [255, 256])
+def test_a_sum_over_heads_does_not_overflow_a_byte(heads: int) -> None:
+    kept = torch.ones(1, heads, 2, 2, dtype=torch.bool)
+    assert (summed_heads(kept, torch.float32) == heads).all()

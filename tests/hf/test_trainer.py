@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softtrace import DensityLoss, InvalidInputError, NonFiniteError, TrainerSetupError
 from softtrace.hf import DensityMixin, with_density
+from softtrace.loss.integration import TermLog
+from softtrace.loss.options import DensityOptions
 from softtrace.model.exit_maps import EXIT_MAPS_FILE, ExitMaps, set_exit_maps
 from tests.support.fitting import weights
 from tests.support.hf_training import (
@@ -147,6 +150,29 @@ def test_resumed_between_masked_runs_it_logs_what_the_straight_one_does(
             tmp_path, step, MASKED_SELDOM, restore_callback_states_from_checkpoint=restore
         )
         assert same(logged(again, "loss", "density"), logged(whole, "loss", "density")), step
+
+
+def test_steps_before_the_first_masked_run_are_left_out_of_means(tmp_path: Path) -> None:
+    each, together = (
+        logged(train(tmp_path / str(steps), MASKED_SELDOM, "gpt2", logging_steps=steps), "density")
+        for steps in (1, 4)
+    )
+    for name in ("density/soft_size", "density/distortion"):
+        first, *others = (entry[name] for entry in each[:4])
+        assert math.isnan(first)
+        assert together[0][name] == pytest.approx(sum(others) / 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_was_not_there_logs_on_from_the_first(rank: int) -> None:
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(process_index=rank, device=torch.device("cpu")),
+        _term_log=TermLog(DensityOptions()),
+    )
+    log = [{"measured": {"density/soft_size": 0.25}, "sums": {"density/soft_size": [1.0, 4.0]}}]
+    DensityMixin._continue_log(trainer, log)
+    assert trainer._sums["density/soft_size"].tolist() == [1, 4]
+    assert trainer._term_log.measured["density/soft_size"] == 0.25
 
 
 @pytest.mark.thorough

@@ -416,12 +416,13 @@ def test_loaders_before_setup_are_refused(corpus: Path) -> None:
             loader()
 
 
+@pytest.mark.parametrize("longest", [63, 64])
 def test_blocks_longer_than_the_model_takes_are_warned_of(
-    corpus: Path, caplog: pytest.LogCaptureFixture
+    corpus: Path, caplog: pytest.LogCaptureFixture, longest: int
 ) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 32
+    tokenizer.model_max_length = longest
     tokenizer.save_pretrained(corpus.parent / "short")
     with caplog.at_level(logging.WARNING, "softtrace.lightning.datamodule"):
         data_module(corpus, tokenizer=str(corpus.parent / "short")).setup("fit")
-    assert "block_size is 64" in caplog.text
+    assert ("block_size is 64" in caplog.text) == (longest == 63)

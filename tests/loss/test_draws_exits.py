@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtrace.loss.draws import draw_exits
+from softtrace.loss.draws import _smallest, draw_exits
 
 
 @settings(max_examples=60)
@@ -83,3 +83,9 @@ def test_tokens_of_a_padded_batch_are_read_at_all_depths_and_all_get_their_turn(
     assert (seen.view(4, 50)[2:] == 0).all()
     assert seen[:100].min() > 20  # 50 on average
     assert (depths[1:] / 5000 - 1 / 8).abs().max() < 0.02
+
+
+def test_equal_keys_come_as_a_stable_sort_has_them() -> None:
+    few = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(0))
+    keys = 0.75 + few / 2**24  # neighbours, as close as float32 is drawn
+    assert torch.equal(_smallest(keys, 700), keys.sort(stable=True).indices[:700])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softtrace
 from softtrace import DensityLoss
 from softtrace.errors import NonFiniteError
-from softtrace.loss.draws import draw_exits
+from softtrace.loss.draws import ExitDraw, draw_exits
 from softtrace.loss.early_exits import Watched, easiest, watching
 from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, training_without_dropout
 
@@ -395,3 +395,18 @@ def test_the_easiest_of_every_depth_are_kept(share: float, score: str) -> None:
         assert found == wanted[: math.ceil(share * len(there))]
     assert kept.used.sum() > 0
     assert torch.equal(kept.depths, kept.depths.sort().values)
+
+
+def test_a_share_is_of_the_tokens_whose_score_is_finite() -> None:
+    model, (ids, mask) = tiny_model("llama", num_hidden_layers=4), batch()
+    anatomy, watched = softtrace.attach(model).anatomy, Watched()
+    with watching(model, anatomy, watched, (2,)):
+        model(input_ids=ids, attention_mask=mask)
+    drawn = ExitDraw(torch.arange(8), torch.full((8,), 2), torch.ones(8, dtype=torch.bool))
+    targets = torch.arange(21).reshape(3, 7)
+
+    def score(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(targets < 4, targets.float(), torch.inf)
+
+    kept = easiest(watched.forwards[0], anatomy.readout, drawn, targets, score, 0.75)
+    assert kept.places[kept.used].tolist() == [0, 1, 2]  # of four, not of eight

@@ -20,6 +20,7 @@ from softtrace.loss.exit_term import (
     _Chosen,
     _part_by_part,
     _parts,
+    exit_mean,
     exits_and_gradients,
 )
 from softtrace.model.state import dropout_off
@@ -279,3 +280,19 @@ def test_exits_are_fused_by_default_and_masked_runs_where_the_model_is_compiled(
         model(input_ids=ids)
     penalty(ids, step=0, watched=watched)
     assert tuple(asked.values()) == wanted
+
+
+def test_exits_of_no_token_are_zero() -> None:
+    """As in a process without a target, beside others whose weights are in parts."""
+    model, penalty = term_of("llama", exit_map=False)
+    instrument, options = attach(model), penalty.options.on(torch.device("cpu"))
+    streams = torch.randn(2, 3, model.config.hidden_size)
+    nobody = torch.zeros(3, dtype=torch.bool)
+    chosen = _Chosen(*streams, torch.arange(3), nobody, LAYERS // 2)
+    plain = exit_mean(
+        instrument, chosen.seen(), chosen.drawn(), chosen.targets[None], options, lambda h, _: h
+    )
+    assert plain.mean == 0
+    mean, _, _, *gradients = exits_and_gradients(instrument, chosen, None, options)()
+    assert mean == 0
+    assert all(each is None or not each.any() for each in gradients)

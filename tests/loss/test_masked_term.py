@@ -129,3 +129,16 @@ def test_logits_of_the_recording_run_are_gone_when_the_masked_run_runs(
     with dropout_off(model):
         assert masked_term(attach(model), windows, options, static=static) is not None
     assert not logits
+
+
+def test_tokens_of_infinite_score_are_not_ranked() -> None:
+    model, ids = zoo.tiny("llama"), tiny_prompt(12, batch=2)
+
+    def score(logits: Tensor, targets: Tensor) -> Tensor:
+        place = torch.arange(12.0)
+        return torch.where(place < 8, place, torch.inf).expand(targets.shape)
+
+    penalty = DensityLoss(model, share=1.0, easiness=score, easy_quantile=0.9, easy_width=0.0)
+    found = masked_term(attach(model), *windows_of(model, penalty, ids, None))
+    assert found is not None
+    assert found.easy_share == 14 / 16  # round(0.9 * 16), the last two alike

@@ -187,3 +187,13 @@ def test_the_first_token_is_the_text_configs() -> None:
     model.config.bos_token_id = None
     assert first_token_of(model) is None
     assert first_token_of(torch.nn.Linear(1, 1)) is None
+
+
+def test_a_token_ahead_of_a_hole_has_a_position_that_there_is() -> None:
+    ids, mask = torch.tensor([[BOS, 4, 5, 6, 7, 8]]), torch.tensor([[1, 1, 0, 1, 1, 1]])
+    batch = Batch.of(ids, mask, position_ids=torch.arange(3, 9)[None])
+    drawn = Draw(torch.tensor([0]), torch.tensor([2]), torch.tensor([0.1]), torch.ones(1, 4).long())
+    begun = Windows.of(batch, drawn, 4, BOS).batch
+    assert begun.input_ids.tolist() == [[BOS, 5, 6, 7, 8]]
+    assert begun.positions is not None
+    assert begun.positions.tolist() == [[0, 0, 6, 7, 8]]

@@ -15,6 +15,7 @@ from softtrace.report.tables import (
     half_depth_exit,
     percent,
     ratio,
+    shorten,
 )
 from tests.support.densities import synthetic_density
 
@@ -146,7 +147,15 @@ def test_half_depth_rounds_down_but_runs_a_layer(layers: int, half: int) -> None
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0.0, "0.0 %"), (1.0, "100.0 %"), (0.0102, "1.02 %"), (0.0046, "0.46 %"), (2e-5, "0.0020 %")],
+    [
+        (0.0, "0.0 %"),
+        (1.0, "100.0 %"),
+        (0.1, "10.0 %"),
+        (0.0102, "1.02 %"),
+        (0.0046, "0.46 %"),
+        (0.001, "0.10 %"),
+        (2e-5, "0.0020 %"),
+    ],
 )
 def test_small_shares_keep_their_digits(share: float, text: str) -> None:
     assert percent(share) == text
@@ -163,3 +172,8 @@ def test_what_says_tv_says_the_one_that_is_measured() -> None:
     assert {f"size_at_tv_{SIZE_BOUND}_{group}" for group in ("easy", "all", "hard")} <= keys
     named = [found[0] for measure in MEASURES if (found := re.search(r"TV [\d.]+", measure.name))]
     assert named == [f"TV {SIZE_BOUND}"] * 3
+
+
+def test_labels_are_shortened_in_the_middle_where_they_are_too_long() -> None:
+    assert shorten("a" * 10 + "b" * 10) == "a" * 10 + "b" * 10
+    assert shorten("a" * 11 + "b" * 10) == "a" * 10 + "…" + "b" * 9

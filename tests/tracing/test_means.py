@@ -150,3 +150,14 @@ def test_with_all_edges_the_model_is_itself() -> None:
             )  # fmt: skip
             logits = instrument.anatomy.readout.logits(read)
         torch.testing.assert_close(logits, recording.logits, atol=1e-6, rtol=1e-6)
+
+
+def test_means_of_a_model_in_half_precision_are_added_up_exactly() -> None:
+    """A sum in bfloat16 stands still once it is 256 times what is added."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    instrument = softtrace.attach(model)
+    batch = instrument.batch(TEXTS[0])
+    often, once = instrument.means_of([batch] * 100), instrument.means_of([batch])
+    for layer, own in zip(often, once, strict=True):
+        torch.testing.assert_close(layer.value, own.value, rtol=2**-7, atol=0.0)
+        torch.testing.assert_close(layer.entry, own.entry, rtol=2**-7, atol=0.0)

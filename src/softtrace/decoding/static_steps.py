@@ -256,7 +256,7 @@ def looked_up(tokens: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tenso
     matched = torch.zeros_like(tokens)
     for back in range(LONGEST_MATCH):
         last = tokens.gather(1, (length - 1 - back).clamp_min(0))
-        alike = alike & (tokens.roll(back, 1) == last) & (places >= back) & (length > back)
+        alike = alike & (tokens.roll(back, 1) == last) & (places >= back)
         matched = matched + alike
     best = (matched * capacity + places).amax(1, keepdim=True)
     found, place = best >= 2 * capacity, best % capacity

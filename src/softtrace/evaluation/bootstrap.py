@@ -93,7 +93,7 @@ class Quantile:
             return torch.full_like(counts[:, 0], torch.nan)
         below = counts[:, self._owner].cumsum(-1)
         wanted = (self.share * below[:, -1:]).ceil()
-        found = self._ordered[torch.searchsorted(below, wanted)[:, 0].clamp(max=len(below[0]) - 1)]
+        found = self._ordered[torch.searchsorted(below, wanted)[:, 0]]
         return torch.where(below[:, -1] > 0, found, torch.nan)
 
 
@@ -127,8 +127,7 @@ class RankCorrelation:
         first, second = (self._ranks(level, weight) - (total + 1) / 2 for level in self._levels)
         product = (weight * first * second).sum(-1)
         spread = (weight * first**2).sum(-1) * (weight * second**2).sum(-1)
-        # No rank differs: 0 / 0 is not a correlation of 0.
-        return torch.where(spread > 0, product / spread.sqrt(), torch.nan)
+        return product / spread.sqrt()  # where no rank differs 0 / 0, which is no correlation
 
     @staticmethod
     def _ranks(level: Tensor, weight: Tensor) -> Tensor:

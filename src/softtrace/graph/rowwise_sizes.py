@@ -59,7 +59,7 @@ class _Sweep:
         """Take in some rows: per set ``[B, n, end]``, how many heads keep an edge."""
         heads = torch.cat(tuple(kept))
         rows.place(self._degrees, heads.sum(-1))
-        step = rows.add_own(heads.clamp_(max=1), self._into).clamp_(max=1)
+        step = rows.add_own(heads, self._into).clamp_(max=1)
         self._before[..., : rows.end].baddbmm_(rows.of(self.reach, 2), step)
 
     def end(self, targets: Sequence[Tensor | None]) -> None:

@@ -105,7 +105,7 @@ def _counts_of(
             [a if one else b for a, b, one in zip(both, residual, parallel, strict=True)]
         )
     over_heads = torch.stack([summed_heads(layer.attention, reach.dtype) for layer in masks])
-    steps = (over_heads.clamp(max=1) + torch.diag_embed(into)).clamp(max=1).unbind()
+    steps = (over_heads + torch.diag_embed(into)).clamp(max=1).unbind()
     at_nodes, at_attention = [], []
     for index in reversed(range(len(masks))):
         at_nodes.append(reach)
@@ -183,7 +183,7 @@ def total_edges(importance: EdgeImportance, places: Tensor | None = None) -> Ten
                     settled.clear()
     assert count is not None
     own_valid = valid if places is None else valid.gather(1, places.to(valid.device))
-    return (count * own_valid).round().long()
+    return (count * own_valid).long()
 
 
 def _sources(seen: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def masked_term(
         term,
         distortion.detach(),
         size.detach(),
-        (total / inside.sum().clamp_min(1)).detach(),
+        total / inside.sum().clamp_min(1),
         None if sums is None else _finite(sums, masked),
     )
 

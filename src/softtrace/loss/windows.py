@@ -127,7 +127,7 @@ def _continues(batch: Batch, first_token: int) -> Tensor:
     places = torch.arange(batch.valid.shape[1], device=batch.valid.device).expand_as(batch.valid)
     if batch.packed and batch.positions is not None:
         numbers = documents_of(batch.positions)
-        new = numbers.diff(dim=-1, prepend=numbers[:, :1] - 1) != 0
+        new = numbers.diff(dim=-1, prepend=numbers[:, :1]) != 0
         starts = torch.where(new, places, 0).cummax(-1).values
     else:
         starts = batch.valid.int().argmax(-1, keepdim=True).expand_as(places)

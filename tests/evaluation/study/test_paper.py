@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import networkx as nx
@@ -28,7 +28,7 @@ from softtrace.evaluation.study.results import results_of
 from softtrace.graph import reach
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import Edge
-from softtrace.graph.orders import random_order
+from softtrace.graph.orders import NEVER, random_order
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from tests.density.test_paper import top_list
@@ -257,3 +257,18 @@ def test_densities_of_any_number_of_models_are_correlated_pair_by_pair() -> None
     expected = spearman(densities[0], densities[2])
     assert found[1]["value"] == pytest.approx(expected)
     assert density_correlations([first], resamples=30, seed=0) == []
+
+
+def test_what_comes_with_the_last_edge_is_there_at_size_1(
+    several: PaperReadings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = replace(several, connection=torch.ones_like(several.connection))
+    result = results_of(PAPER_ANSWERS, [late], resamples=2, seed=0)["connected"]
+    assert result["models"][0]["value"][-2:] == [0.0, 1.0]
+    total = int(several.edges[0])
+    monkeypatch.setattr(
+        "softtrace.evaluation.study.paper.component_entries",
+        lambda ranks: torch.tensor([total // 2, total, NEVER]),
+    )
+    entries = read(tiny_model("llama"), blocks=tiny_prompt(7, seed=5, batch=1)).entries
+    assert entries.tolist() == [[total // 2 / total, 1.0, math.inf]]

@@ -82,6 +82,8 @@ def test_a_conclusion_holds_where_the_interval_lies_on_one_side() -> None:
     assert row["order"]["value"] == pytest.approx(0.5)
     (row,) = conclusions([after, before], resamples=50, seed=0)
     assert row["holds"] == {"two_phases": "yes", "entropy": "yes", "order": "no"}
+    (row,) = conclusions([before, before], resamples=50, seed=0)
+    assert row["holds"]["order"] == "open"  # of two that are equal neither is above the other
     (row,) = conclusions([before], resamples=50, seed=0)
     assert "order" not in row
     noise = torch.rand(20, 6, generator=torch.Generator().manual_seed(1))
