@@ -319,11 +319,11 @@ def test_a_model_that_makes_its_own_maps_says_so(
     rowwise: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     _say_held.cache_clear()
-    model = tiny("gptj")
+    model = tiny("bloom")
     for _ in range(2):
         softtrace.edge_importance(model, tiny_prompt(LENGTH))
     (said,) = [each.message for each in caplog.records if "held for every layer" in each.message]
-    assert said.startswith("GPTJAttention makes")
+    assert said.startswith("BloomAttention makes")
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_logits_that_are_cut_are_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["llama", "gptj"])
+@pytest.mark.parametrize("case", ["llama", "bloom"])
 def test_models_compiled_in_place_run_as_they_were_written(case: str) -> None:
     ids = tiny_prompt(6)
     expected = softtrace.edge_importance(tiny(case), ids)
@@ -353,7 +353,7 @@ def test_runs_leave_a_model_as_it_was(case: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["llama", "gptj"])
+@pytest.mark.parametrize("case", ["llama", "bloom"])
 def test_a_kernel_of_the_users_own_is_untouched_and_plays_no_part(case: str) -> None:
     """As with flash attention: a name in the config that our runs do not use."""
     calls = []
