@@ -342,7 +342,7 @@ def filled(page: str) -> str:
     """A page with every block between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
-        text = with_section(text, name, make().replace(" 1 threads ", " 1 thread "), add=False)
+        text = with_section(text, name, make(), add=False)
     return text
 
 
