@@ -207,8 +207,8 @@ class FitCLI(LightningCLI):
                 # counted in batches, across epochs
                 kwargs["val_check_interval"] = every * options.get("accumulate_grad_batches", 1)
                 kwargs["check_val_every_n_epoch"] = None
-        every, wanted = self.config["checkpoint_every"], options.get("enable_checkpointing")
-        if every and wanted is not False and not options.get("fast_dev_run"):
+        every, enabled = self.config["checkpoint_every"], options.get("enable_checkpointing")
+        if every and enabled is not False and not options.get("fast_dev_run"):
             checkpoint = LastCheckpoint(
                 self.last_checkpoint.parent,
                 filename="last",

@@ -61,25 +61,23 @@ def check_same_tokens(models: Sequence[str], tokenizers: Sequence[Any]) -> None:
         )
 
 
-def check_vocabulary(models: Sequence[Mapping[str, Any]]) -> None:
-    """Raise :class:`InvalidInputError` where the last of them predicts other tokens."""
-    first, last = models[0], models[-1]
-    if first["vocabulary"] != last["vocabulary"]:
-        raise InvalidInputError(
-            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
-            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
-            "token"
-        )
+def check_alike(models: Sequence[Mapping[str, Any]], one_tokenizer: bool) -> None:
+    """Raise :class:`InvalidInputError` where the last of them cannot be compared with the first.
 
-
-def check_formats(models: Sequence[Mapping[str, Any]]) -> None:
-    """Raise :class:`InvalidInputError` where the last of them has another number format."""
+    It has another number format, or predicts other tokens though the tokenizer is the same.
+    """
     first, last = models[0], models[-1]
     if first["dtype"] != last["dtype"]:
         raise InvalidInputError(
             f"models: --dtype auto took {first['dtype']} for {first['path']} and {last['dtype']} "
             f"for {last['path']}; expected one number format, since rounding changes densities. "
             "Give --dtype float32"
+        )
+    if one_tokenizer and first["vocabulary"] != last["vocabulary"]:
+        raise InvalidInputError(
+            f"models: {first['path']} predicts {first['vocabulary']} tokens and {last['path']} "
+            f"{last['vocabulary']}; expected the same vocabulary, to compare predictions token by "
+            "token"
         )
 
 

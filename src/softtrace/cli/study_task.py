@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
-from softtrace.cli.study_models import check_formats, check_vocabulary, described
+from softtrace.cli.study_models import check_alike, described
 from softtrace.data.documents import Document
 from softtrace.evaluation.bootstrap import CONFIDENCE
 from softtrace.evaluation.measure import Progress
@@ -89,9 +89,7 @@ class StudyTask:
             placed = placed_model(path, self.run.dtype, where, self.device_map, self.max_memory)
             with placed as network:
                 models.append({"label": label, **described(network, path)})
-                check_formats(models)
-                if self.one_tokenizer:
-                    check_vocabulary(models)
+                check_alike(models, self.one_tokenizer)
                 with tqdm(total=total, desc=f"measuring {label}", unit=unit) as bar:
                     found.append(read(network, models[-1], bar.update))
             del network, placed  # the next one is loaded into the room that it had

@@ -156,8 +156,8 @@ class DensityMixin:
         micro_step = self._place[1] if self._place[0] == step else 0
         self._place = (step, micro_step + 1)
         read = self.inputs_of(inputs)  # before the Trainer takes the labels out
-        begun = {**inputs, **read} if isinstance(inputs, Mapping) else read
-        with self._density.watching(model, step, begun) as watched:
+        types = inputs.get("token_type_ids") if isinstance(inputs, Mapping) else None
+        with self._density.watching(model, step, {**read, "token_type_ids": types}) as watched:
             found = own()
         with trainer.accelerator.autocast():  # the model's forward has it inside, heads of ours not
             term = self._density(**read, step=step, micro_step=micro_step, watched=watched)
