@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from softtrace.checks import check_least, check_range
@@ -35,10 +35,10 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
 )
 from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
+from softtrace.decoding.plain_reading import PlainReader
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
-from softtrace.model.wrappers import forward_parameters, one_logit, with_cache
 from softtrace.tracing.attach import attach
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -257,20 +257,20 @@ def greedy(
         model, input_ids, max_new_tokens, eos_token_id: See :func:`speculate`.
 
     Raises:
+        UnsupportedModelError: The model keeps more of a text than keys and values of its tokens, as
+            hybrid and state-space models do.
         InvalidInputError: A number outside its range, several sequences or an empty one, a model in
             train mode, or a generation config that these calls cannot honour.
     """
     check_decoding(model, max_new_tokens)
     check_one_text(input_ids)
-    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
-    parameters = forward_parameters(model)
-    options = {**with_cache(parameters, cache), **one_logit(parameters)}
+    reader, ends = PlainReader(model), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-        logits = model(input_ids=read, **options).logits
-        tokens.append(int(choice.scores(logits[0, -1:], tokens).argmax()))
+        logits = reader.read(read)
+        tokens.append(int(choice.scores(logits[None], tokens).argmax()))
         read = input_ids.new_tensor([tokens[-1:]])
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
 
