@@ -221,22 +221,32 @@ def refuse_moving_rotations(model: nn.Module, start: int, new_tokens: int) -> No
         UnsupportedModelError: 'dynamic' or 'longrope' scaling, and a text that crosses the length
             where it sets in.
     """
-    config: Any = counter(model)
     end = start + new_tokens
-    parameters = getattr(config, "rope_parameters", None) or {}
-    layouts = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
-    for layout in layouts:
-        kind = layout.get("rope_type")
-        field = "original_max_position_embeddings"
-        limit: Any = layout.get(field) or getattr(config, field, None)
-        limit = limit or config.max_position_embeddings
-        crosses = end > limit if kind == "dynamic" else start <= limit < end
-        if kind in ("dynamic", "longrope") and crosses:
+    for kind, limit in moving_rotations(counter(model)):
+        if end > limit if kind == "dynamic" else start <= limit < end:
             raise UnsupportedModelError(
                 f"{type(model).__name__} changes its rotary frequencies ({kind}) beyond {limit} "
                 f"tokens, and this text would go from {start} to {end}: drafts would be checked "
                 "with other frequencies than plain decoding uses. Keep it shorter or decode plainly"
             )
+
+
+def moving_rotations(config: Any) -> list[tuple[str, int]]:
+    """How rotary frequencies change with the length of a text, and beyond how many tokens.
+
+    Args:
+        config: of a causal language model of transformers.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layouts = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    found = []
+    for layout in layouts:
+        kind = layout.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            field = "original_max_position_embeddings"
+            limit: Any = layout.get(field) or getattr(config, field, None)
+            found.append((kind, limit or config.max_position_embeddings))
+    return found
 
 
 def check_exit_layer(depth: int, layers: int) -> None:

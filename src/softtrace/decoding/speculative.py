@@ -253,6 +253,9 @@ def greedy(
 ) -> Generation:
     """Plain greedy decoding by the same direct calls as :func:`speculate`: what it is timed by.
 
+    Where a model drops its cache because its rotary frequencies change (Phi-3 and Phi-MoE with
+    'longrope', beyond ``original_max_position_embeddings``), the text is read anew.
+
     Args:
         model, input_ids, max_new_tokens, eos_token_id: See :func:`speculate`.
 
