@@ -24,7 +24,7 @@ def test_one_model() -> None:
     table = study_table(study)
     assert row(table, "loss ") == ["loss", "0.250 (0.200 to 0.300)"]
     name = "edges needed (median size at TV 0.2), window of 16"
-    assert row(table, name)[1] == "25.0% (20.0% to 30.0%)"
+    assert row(table, name)[1] == "25.0 % (20.0 % to 30.0 %)"
     assert row(table, "edges needed, entropy")[1] == "+0.25 (+0.20 to +0.30)"
     assert "change" not in table
     assert "1,260 tokens of 20 sequences of 128, held out, share 0.05" in table
@@ -43,7 +43,7 @@ def test_two_models_and_what_changed() -> None:
         "-0.125 (-0.175 to -0.075)",
     ]
     name = "edges needed (median size at TV 0.2), window of 32"
-    assert row(table, name)[-1] == "-12.5% (-17.5% to -7.50%)"
+    assert row(table, name)[-1] == "-12.5 % (-17.5 % to -7.50 %)"
 
 
 def test_rows_over_sizes_show_the_number_at_their_size() -> None:
@@ -57,7 +57,7 @@ def test_rows_over_sizes_show_the_number_at_their_size() -> None:
         at = round(float(np.argmin(np.abs(np.log(np.array(STUDY_SIZES) / size)))))
         assert row(table, f"mean TV at {name} ")[1].startswith(f"{at}.000 ")
     assert row(table, "KL from the unigrams at full size")[1].startswith("24.000 ")
-    assert row(table, "attention among the edges at 1 %")[1].startswith("48.0% ")
+    assert row(table, "attention among the edges at 1 %")[1].startswith("48.0 % ")
 
 
 def test_what_is_not_known_is_said() -> None:

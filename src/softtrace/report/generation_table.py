@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from softtrace.percent import brief_percent
 from softtrace.report.study_tables import Row, Study, section_lines
 
 _WRITERS = {"text": "the text", "greedy": "greedy", "sampled": "sampled"}
 _LEGEND = """\
-In brackets: {confidence:g} % percentile intervals, bootstrap over sequences ({resamples:,}
+In brackets: {confidence} percentile intervals, bootstrap over sequences ({resamples:,}
 resamples, seed {seed}).
 The prompt is the first {prompt} tokens of each sequence. The next {new} are the text's own, or what
 the model writes in their place: greedily, its most likely token each time, or sampled at
@@ -29,7 +30,7 @@ def generation_table(found: Study) -> str:
         f"attention of masked runs {settings['attention']}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         prompt=found["prompt"],

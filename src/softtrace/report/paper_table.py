@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from softtrace.percent import brief_percent, percent
 from softtrace.report.study_tables import (
     Row,
     nearest_size,
@@ -21,7 +22,7 @@ _GROUPS = ("initial", "early-mid", "late-mid", "last")
 _MOST = 5
 
 _LEGEND = """\
-In brackets: {confidence:g} % percentile intervals, bootstrap over inputs ({resamples:,} resamples,
+In brackets: {confidence} percentile intervals, bootstrap over inputs ({resamples:,} resamples,
 seed {seed}). Definitions are those of arXiv 2605.27033 and its authors' code; recipes/PAPER.md has
 them beside this project's own.
 TV: total variation from the full prediction. AUC: TV over log10 of the size, not divided by its
@@ -41,7 +42,7 @@ def paper_table(paper: Paper) -> str:
         f"{paper['data']['split']}; attention of masked runs {settings['attention']}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         tokens=paper["unigrams"]["tokens"],
@@ -114,6 +115,6 @@ def _components(paper: Paper) -> list[str]:
     for model, found in zip(paper["models"], paper["components"], strict=True):
         shares = dict(zip(found["names"], found["frequency"][at], strict=True))
         most = sorted(shares, key=lambda name: -shares[name])[:_MOST]
-        named = ", ".join(f"{name} ({100 * shares[name]:.0f} %)" for name in most if shares[name])
+        named = ", ".join(f"{name} ({percent(shares[name], 0)})" for name in most if shares[name])
         lines.append(f"Most frequent at 0.1 %, {model['label']}: {named or 'none'}.")
     return lines

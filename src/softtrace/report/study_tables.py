@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from softtrace.report.tables import aligned, percent, shorten
+from softtrace.percent import brief_percent, percent
+from softtrace.report.tables import aligned, shorten
 
 Study = Mapping[str, Any]
 """The content of a ``study.json``."""
@@ -14,7 +15,7 @@ _SIZES = (1e-4, 1e-3, 1e-2, 1e-1)
 _NUCLEI = (0.1, 0.9)
 
 _LEGEND = (
-    "In brackets: {confidence:g} % percentile intervals, bootstrap over sequences "
+    "In brackets: {confidence} percentile intervals, bootstrap over sequences "
     "({resamples:,} resamples, seed {seed}).\n"
     "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
     "with a TV of at most {bound:g}.\n"
@@ -44,7 +45,7 @@ def study_table(study: Study) -> str:
         f"attention of masked runs {settings.get('attention', 'recorded')}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         bound=settings["total_variation"],
@@ -170,7 +171,7 @@ def nearest_size(sizes: list[float], wanted: float) -> int:
 
 def size_name(size: float) -> str:
     """A size as tables name it."""
-    return "full size" if size == 1 else f"{100 * size:g} %"
+    return "full size" if size == 1 else brief_percent(size)
 
 
 def value_at(values: Any, place: tuple[int, ...]) -> float | None:
@@ -192,7 +193,7 @@ def _number(value: float | None, unit: str, signed: bool) -> str:
         return "n/a"
     sign = "-" if value < 0 else "+" if signed or unit == "correlation" else ""
     if unit == "share":
-        return sign + percent(abs(value)).replace(" %", "%")
+        return sign + percent(abs(value))
     if unit == "correlation":
         return f"{sign}{abs(value):.2f}"
     return f"{sign}{abs(value):,.0f}" if unit == "edges" else f"{sign}{abs(value):.3f}"

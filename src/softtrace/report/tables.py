@@ -12,6 +12,7 @@ from softtrace.evaluation.bootstrap import CONFIDENCE
 from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.intervals import RESAMPLES
 from softtrace.metrics import functional
+from softtrace.percent import brief_percent, percent
 from softtrace.report.attention import attention_meaning, attention_name
 
 Unit = Literal["nats", "share", "tv", "correlation"]
@@ -22,8 +23,8 @@ _SEPARATOR = "  "
 _COLUMNS = 80  # of a terminal
 
 _MEANING = (
-    f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
-    "the same tokens count as easy or hard"
+    f"{brief_percent(CONFIDENCE)} of {RESAMPLES:,} bootstrap samples of the blocks, in all of "
+    "which the same tokens count as easy or hard"
 )
 _FEW = 10  # blocks, of whose resamples the intervals are far too narrow
 
@@ -56,13 +57,6 @@ class Measure:
     def format(self, value: float | None) -> str:
         """``value`` with its unit, as short as is useful."""
         return _format(value, self.unit)
-
-
-def percent(share: float) -> str:
-    """A share of 1 as per cent; smaller ones get more decimals."""
-    value = 100 * share
-    decimals = 1 if value >= 10 or value == 0 else 2 if value >= 0.1 else 4
-    return f"{value:.{decimals}f} %"
 
 
 def shorten(label: str, length: int = 20) -> str:
@@ -251,7 +245,7 @@ def change(measure: Measure, value: float | None, base: float | None) -> str:
     if measure.unit == "correlation":
         return ""
     found = percent_change(measure, value, base)
-    return "n/a" if found is None else f"{found:+.1f} %"
+    return "n/a" if found is None else percent(found / 100, 1, signed=True)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
