@@ -19,8 +19,8 @@ Unit = Literal["nats", "share", "tv", "correlation"]
 
 GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
-_SEPARATOR = "  "
-_COLUMNS = 80  # of a terminal
+SEPARATOR = "  "
+COLUMNS = 80  # of a terminal
 
 _MEANING = (
     f"{brief_percent(CONFIDENCE)} of {RESAMPLES:,} bootstrap samples of the blocks, in all of "
@@ -153,12 +153,12 @@ def density_table(density: Density) -> str:
     header = (
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
-    ) + _wrapped(
+    ) + wrapped(
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
         f"{data['block_size']:,}; at least {density['min_context']:,} tokens of context; attention "
         f"of masked runs {density['attention']}"
     )
-    legend = _wrapped(
+    legend = wrapped(
         f"Easy, hard: the quarters of the tokens with the lowest (to "
         f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
         f"{_nats(density['hard']['entropy_bound'])}) entropy.\n{_meanings(density)}"
@@ -192,7 +192,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
             rows.append(row)
         tables.append(aligned(rows))
     densities = [density for _, density in runs]
-    legend = _wrapped(
+    legend = wrapped(
         f"{attention_name(densities).capitalize()}: {attention_meaning(densities)}.\n"
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
         "and highest entropy of each model's own prediction, so the tokens can differ between "
@@ -215,10 +215,10 @@ def _meanings(density: Density) -> str:
     return f"{_MEANINGS}\n{lengths_note(density)}."
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """``text`` with lines that a terminal shows whole."""
     return "\n".join(
-        textwrap.fill(line, _COLUMNS, break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False)
         for line in text.splitlines()
     )
 
@@ -252,13 +252,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first flush left, numbers flush right, a rule under the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        _SEPARATOR.join(
+        SEPARATOR.join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    rule = "-" * (sum(widths) + len(_SEPARATOR) * (len(widths) - 1))
+    rule = "-" * (sum(widths) + len(SEPARATOR) * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
