@@ -424,6 +424,12 @@ def test_ends_may_be_a_tensor() -> None:
         assert torch.equal(greedy(model, ids, NEW, end).tokens, greedy(model, ids, 3, -1).tokens)
 
 
+@pytest.mark.parametrize("ends", [True, [2, False], torch.tensor([True]), [torch.tensor(2.5)]])
+def test_what_is_no_id_is_no_end(ends: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"eos_token_id: found .*, allowed are ids"):
+        greedy(tiny_model("llama"), tiny_prompt(5), NEW, ends)
+
+
 def test_a_stop_string_ends_a_text_where_plain_decoding_ends_it() -> None:
     model, tokenizer, ids = tiny_model("llama"), byte_tokenizer(), tiny_prompt(6)
     model.generation_config.eos_token_id = None

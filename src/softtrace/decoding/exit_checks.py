@@ -20,6 +20,7 @@ from softtrace.anatomy.tolerances import (
     tolerance,
     typical_mismatch,
 )
+from softtrace.checks import as_integer
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.hooks import first_tensor
@@ -199,8 +200,8 @@ def exit_layer_of(model: nn.Module) -> int:
     Raises:
         InvalidInputError: It recommends none.
     """
-    found = getattr(getattr(model, "config", None), EXIT_FIELD, None)
-    if not isinstance(found, int) or isinstance(found, bool):
+    found = as_integer(getattr(getattr(model, "config", None), EXIT_FIELD, None))
+    if found is None:
         raise InvalidInputError(
             f"exit_layer: found none, and the model's config has no {EXIT_FIELD} (softtrace fit "
             "and softtrace.decoding.recommend_exit write it; softtrace decode-bench measures every "
@@ -251,5 +252,6 @@ def moving_rotations(config: Any) -> list[tuple[str, int]]:
 
 def check_exit_layer(depth: int, layers: int) -> None:
     """Raise :class:`InvalidInputError` unless an exit layer is an integer from 1 to L - 1."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < layers:
+    number = as_integer(depth)
+    if number is None or not 1 <= number < layers:
         raise InvalidInputError(f"exit_layer: found {depth!r}, allowed 1 to {layers - 1}")

@@ -12,7 +12,6 @@ model directly.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from softtrace.checks import check_least, check_range
+from softtrace.checks import as_integer, check_least, check_range
 from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import (
     ProvenExit,
@@ -239,12 +238,13 @@ def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
     if isinstance(eos_token_id, Tensor):  # as generate takes it
         eos_token_id = eos_token_id.reshape(-1).tolist()
     ends = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
-    if not all(hasattr(end, "__index__") for end in ends):
+    numbers = {as_integer(end) for end in ends}
+    if None in numbers:
         raise InvalidInputError(
             f"eos_token_id: found {eos_token_id!r}, allowed are ids: of a text's end that is "
             "tokenizer.eos_token_id, of other tokens tokenizer.convert_tokens_to_ids(...)"
         )
-    return set(map(operator.index, ends))
+    return {number for number in numbers if number is not None}
 
 
 @torch.inference_mode()
