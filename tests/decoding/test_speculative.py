@@ -292,7 +292,7 @@ def test_a_proof_is_not_run_again(
     model, proven_exit = model_and_exit
     proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
     wanted = [write(model, ids, exit_layer=2, max_new_tokens=9) for write in (generate, speculate)]
-    for proof in ("attach", "check_early_exit", "check_cache"):
+    for proof in ("attach_whatever_hooks", "check_early_exit", "check_cache"):
         monkeypatch.delattr(f"softtrace.decoding.speculative.{proof}")
     options: dict[str, Any] = {"exit_layer": 2, "proven_exit": proven_exit}
     assert torch.equal(generate(model, ids, max_new_tokens=9, **options), wanted[0])

@@ -26,7 +26,7 @@ from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.hooks import first_tensor
 from softtrace.model.state import dropout_off
 from softtrace.model.wrappers import unwrapped
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 from softtrace.tracing.instrument import Instrument
 
 EXIT_FIELD = "softtrace_exit_layer"
@@ -87,7 +87,7 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
             stream after that layer, normed and read by the head; or see
             :func:`softtrace.attach`.
     """
-    instrument = attach(model)
+    instrument = attach_whatever_hooks(model)
     modules = decoder_layers(instrument)
     layers, name = len(modules), type(model).__name__
     if layers < 2:

@@ -38,7 +38,7 @@ from softtrace.decoding.plain_reading import PlainReader
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 
 _USUAL = 20  # new tokens that generate writes if it is not told
 
@@ -201,7 +201,7 @@ def proven_exit_of(
     """What is proven of the model's exits, here unless it was before, and the exit to take."""
     check_one_text(input_ids)
     if proven_exit is None:
-        attach(model).batch(input_ids)
+        attach_whatever_hooks(model).batch(input_ids)
         proven_exit = check_early_exit(model)
     else:
         proven_exit.check_model(model)
