@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 
 from softtrace.errors import InvalidInputError, SofttraceError
 
 
+def as_integer(value: object) -> int | None:
+    """``value`` as an int where it is an integer, of numpy or torch too; None for all else.
+
+    Neither bools, which are meant as masks or flags, nor floats of a whole number are integers.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def check_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
-    """Raise :class:`InvalidInputError` for what is no integer, below ``least`` or, else, None."""
+    """Raise :class:`InvalidInputError` for what is no int, below ``least`` or, else, None.
+
+    What is checked here is kept and written to files, which take no integers of numpy or torch.
+    """
     if value is None and optional:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    number = as_integer(value)
+    if number is None or number < least or not isinstance(value, int):
         allowed = f"integers from {least}" + (", None" if optional else "")
-        raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}")
+        convert = "" if number is None or number < least else f"; pass int({name})"
+        raise InvalidInputError(f"{name}: found {value!r}, allowed are {allowed}{convert}")
 
 
 def check_range(

@@ -233,7 +233,9 @@ def test_tokens_go_out_early_for_an_agreement(
     assert everything["layers_saved"] == pytest.approx(1 - 1 / layers)
     agreed = everything["agreement_chosen_on"]
     assert 0 <= everything["agreement"] <= 1
-    assert f"{everything['agreement']:.1%} of tokens are the whole" in capsys.readouterr().out
+    assert (
+        f"{100 * everything['agreement']:.1f} % of tokens are the whole" in capsys.readouterr().out
+    )
     some = decode_bench(*sources, str(tmp_path / "some"), agreement=agreed, **options)["early"]
     assert some["agreement_chosen_on"] >= agreed
 

@@ -292,7 +292,7 @@ def test_a_proof_is_not_run_again(
     model, proven_exit = model_and_exit
     proven_exit, ids = check_cache(proven_exit), tiny_prompt(5)
     wanted = [write(model, ids, exit_layer=2, max_new_tokens=9) for write in (generate, speculate)]
-    for proof in ("attach", "check_early_exit", "check_cache"):
+    for proof in ("attach_whatever_hooks", "check_early_exit", "check_cache"):
         monkeypatch.delattr(f"softtrace.decoding.speculative.{proof}")
     options: dict[str, Any] = {"exit_layer": 2, "proven_exit": proven_exit}
     assert torch.equal(generate(model, ids, max_new_tokens=9, **options), wanted[0])
@@ -422,6 +422,12 @@ def test_ends_may_be_a_tensor() -> None:
     plain = greedy(model, ids, NEW, -1).tokens
     for end in (plain[2:4], plain[2]):
         assert torch.equal(greedy(model, ids, NEW, end).tokens, greedy(model, ids, 3, -1).tokens)
+
+
+@pytest.mark.parametrize("ends", [True, [2, False], torch.tensor([True]), [torch.tensor(2.5)]])
+def test_what_is_no_id_is_no_end(ends: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"eos_token_id: found .*, allowed are ids"):
+        greedy(tiny_model("llama"), tiny_prompt(5), NEW, ends)
 
 
 def test_a_stop_string_ends_a_text_where_plain_decoding_ends_it() -> None:

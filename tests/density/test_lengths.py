@@ -305,9 +305,10 @@ def test_the_last_layer_makes_rows_of_chosen_positions_alone(
 def test_nodes_that_reach_no_chosen_position_do_not_run() -> None:
     model, ids = tiny_model("llama"), tiny_prompt(LENGTH)
     last = model.model.layers[-1].mlp.down_proj  # the hook's own module is narrowed after it
-    softtrace.attach(model)
     seen: list[int] = []
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    softtrace.attach(model)  # sees the hook, which is not asked about later
+    seen.clear()
     try:
         softtrace.density_curve(model, ids, thresholds=[1e-4], positions=[-1])
     finally:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,6 +265,12 @@ def test_length_of_a_trace(size: float, total: int, edges: int) -> None:
     assert trace_length(size, total) == edges
 
 
+def test_an_integer_of_numpy_or_torch_counts_edges() -> None:
+    """As a share of all edges, 1 would be the whole graph."""
+    for size in (np.int64(1), torch.tensor(1)):
+        assert trace_length(size, 9) == 1  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -273,6 +280,8 @@ def test_length_of_a_trace(size: float, total: int, edges: int) -> None:
         ({"position": -6}, "position: found -6"),
         ({"position": True}, "position: found True, allowed are integers"),
         ({"position": 1.0}, "position: found 1.0, allowed are integers"),
+        ({"position": torch.tensor(1.0)}, r"position: found tensor\(1.\), allowed are integers"),
+        ({"position": torch.tensor(True)}, r"position: found tensor\(True\), allowed are integers"),
         ({"sequence": "1"}, "sequence: found '1', allowed are integers"),
         ({"sequence": 1, "position": 1}, "position 1 of sequence 1 is padding"),
         ({"sequence": 2, "position": 4}, "position 4 of sequence 2 is padding"),

@@ -87,7 +87,7 @@ def test_it_says_the_numbers() -> None:
     assert standstill(STILL, options(), 400) == (
         "The density penalty moves nothing any more: from step 0 to step 400 the area of "
         "easy tokens went from 0.3000 to 0.2900, and the share of easy tokens on which exits at "
-        "half depth agree from 10.0% to 11.0%; less than a fall by 5% of itself or a rise by 2 "
+        "half depth agree from 10.0 % to 11.0 %; less than a fall by 5 % of itself or a rise by 2 "
         "points. To change that, double strength (it is 0.35). "
         "DensityMonitor(patience=None) never says this."
     )
@@ -98,10 +98,10 @@ def test_a_budget_that_is_not_spent_is_no_reason_to_stand_still(share: float) ->
     said = standstill(over(share), options(**BUDGET), 400, 2.5)
     assert said is not None
     assert (
-        "less than a fall by 5% of itself or a rise by 2 points. The budget is not spent (held-out "
-        f"loss {share:+.2%} against the reference, where +1.00% is allowed). To change that, "
-        "double strength (it is 0.35, times 2.5 by the budget) or validate more often (a "
-        "budget raises it at validations only)."
+        "less than a fall by 5 % of itself or a rise by 2 points. The budget is not spent "
+        f"(held-out loss {100 * share:+.2f} % against the reference, where +1.00 % is allowed). "
+        "To change that, double strength (it is 0.35, times 2.5 by the budget) or validate more "
+        "often (a budget raises it at validations only)."
     ) in said
     highest = standstill(over(share), options(**BUDGET), 400, 8.0)
     assert highest is not None

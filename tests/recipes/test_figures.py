@@ -211,7 +211,7 @@ def speeds_in(name: str, kind: str) -> dict[str, float]:
 
 def test_drafting_pays_at_the_larger_size_in_the_recorded_result() -> None:
     speeds = speeds_in("decoding_large", "GPU")
-    assert "100% of the texts are identical to plain decoding's" in frozen("decoding_large")[1]
+    assert "100 % of the texts are identical to plain decoding's" in frozen("decoding_large")[1]
     for name in ("softtrace, default", "drafting exits 1", "drafting exits 3"):
         assert speeds[name] > 1.15 * speeds["nothing added"]
     assert speeds["drafting exits 3"] >= 1.5

@@ -14,9 +14,10 @@ from selenium.webdriver.support.select import Select
 
 from softtrace.cli.evaluate import evaluate
 from softtrace.data.text_source import TextSource
+from softtrace.percent import percent
 from softtrace.report import phases
 from softtrace.report.html_page import write_report
-from softtrace.report.tables import MEASURES, percent
+from softtrace.report.tables import MEASURES
 from tests.support.browser import Browser, chromium
 from tests.support.calls import CPU
 from tests.support.corpus import write_model, write_tree

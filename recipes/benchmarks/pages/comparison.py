@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.pages.sources import LOG, link, read, sources
 from softtrace import DensityOptions
+from softtrace.percent import percent
 
 
 def quartiles(found: dict[str, float]) -> str:
@@ -16,13 +18,13 @@ def quartiles(found: dict[str, float]) -> str:
 
 
 PEER_COLUMNS = (
-    ("area_easy", "area, easy", "{:.3f}"),
-    ("size_easy", "size, easy", "{:.3%}"),
-    ("size_hard", "size, hard", "{:.2%}"),
-    ("exit_easy", "exits agree, easy", "{:.1%}"),
-    ("exit_all", "exits agree, all", "{:.1%}"),
-    ("accepted", "accepted of 4, half", "{:.2f}"),
-    ("accepted_quarter", "quarter", "{:.2f}"),
+    ("area_easy", "area, easy", "{:.3f}".format),
+    ("size_easy", "size, easy", partial(percent, decimals=3)),
+    ("size_hard", "size, hard", partial(percent, decimals=2)),
+    ("exit_easy", "exits agree, easy", partial(percent, decimals=1)),
+    ("exit_all", "exits agree, all", partial(percent, decimals=1)),
+    ("accepted", "accepted of 4, half", "{:.2f}".format),
+    ("accepted_quarter", "quarter", "{:.2f}".format),
 )
 
 
@@ -34,7 +36,7 @@ def at_budget(page: str, name: str) -> str:
         "|---" * (len(PEER_COLUMNS) + 1) + "|",
     ]
     for method, row in result["at_budget"].items():
-        cells = (form.format(row[key]) for key, _, form in PEER_COLUMNS)
+        cells = (form(row[key]) for key, _, form in PEER_COLUMNS)
         bold = "**" if method == "softtrace" else ""
         lines.append(f"| {bold}{method}{bold} | {' | '.join(cells)} |")
     settings, runs = result["settings"], result["runs"]
@@ -91,12 +93,11 @@ def points(page: str, name: str) -> str:
             for key in ("area_easy", "size_easy", "size_hard")
         )
         means = (
-            form.format(statistics.mean(row[key] for row in rows))
-            for key, _, form in PEER_COLUMNS[3:]
+            form(statistics.mean(row[key] for row in rows)) for key, _, form in PEER_COLUMNS[3:]
         )
         bold = "**" if (method, strength) == ("softtrace", DensityOptions().strength) else ""
         named = f"{bold}{method}{f', {strength:g}' if strength else ''}{bold}"
-        cells = (f"{statistics.mean(loss):+.2f} %{spread}", *over, *means)
+        cells = (percent(statistics.mean(loss) / 100, 2, signed=True) + spread, *over, *means)
         lines.append(f"| {named} | {' | '.join(cells)} | {len(rows)} |")
     lines.append(
         "\nMeans of paired seeds; loss (smallest to largest), area and sizes over plain "
@@ -127,8 +128,8 @@ def search(name: str) -> str:
             for key in ("exit_easy", "exit_all", "accepted")
         )
         lines.append(
-            f"| {variant} | {strength:g} | {loss - 1:+.2%} | {area:.3f} | {size:.3f} | {hard:.2f} "
-            f"| {exits:.3f} | {everywhere:.3f} | {accepted:.2f} |"
+            f"| {variant} | {strength:g} | {percent(loss - 1, 2, signed=True)} | {area:.3f} "
+            f"| {size:.3f} | {hard:.2f} | {exits:.3f} | {everywhere:.3f} | {accepted:.2f} |"
         )
     settings = result["settings"]
     lines.append(

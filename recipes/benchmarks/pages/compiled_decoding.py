@@ -9,6 +9,7 @@ from typing import Any
 
 from recipes.benchmarks.pages.comparison import quartiles
 from recipes.benchmarks.pages.sources import CARD, read, sources
+from softtrace.percent import percent
 
 Row = dict[str, Any]
 Found = list[tuple[Row, Row]]
@@ -71,8 +72,8 @@ def at_that_acceptance() -> str:
     pays = max(gains[-1] for gains in allowed.values()) > 1
     return (
         f"Of all trained models the best exit is that of {name}: after {depth} of {layers} layers "
-        f"{share:.0%} of the guesses that come after right ones are right. At that acceptance the "
-        f"costs of a model of the size of {BIG} allow {said}"
+        f"{percent(share, 0)} of the guesses that come after right ones are right. At that "
+        f"acceptance the costs of a model of the size of {BIG} allow {said}"
         f"{'' if pays else ': less than plain decoding, at that size too'}. Random weights, one "
         f"text, checks of {' or '.join(map(str, checks))} tokens, on a line between the "
         f"acceptances measured below and above it {sources(HOW_TO, *FILES)}."
@@ -144,7 +145,7 @@ def _given(found: Found) -> Iterator[str]:
     shares = sorted({each["given_acceptance"] for _, each in given})
     yield (
         "| random weights of the size of | steps | exit | "
-        + " | ".join(f"{share:.0%} of guesses right" for share in shares)
+        + " | ".join(f"{percent(share, 0)} of guesses right" for share in shares)
         + " | plain tokens/s |"
     )
     yield "|---" * (4 + len(shares)) + "|"
@@ -199,7 +200,7 @@ def _trained(found: Found) -> Iterator[str]:
     for (name, steps, drawn), seeds in ways.items():
         # Of lookups that found nothing no guess was made, and tokens a check do not say how many.
         known = [each for each in seeds if "reached" in each or each["draft"] == "exit"]
-        right = f"{statistics.mean(map(_right, known)):.0%}" if known else ""
+        right = percent(statistics.mean(map(_right, known)), 0) if known else ""
         a_check = f"{statistics.mean(each['tokens_a_check'] for each in seeds):.2f}"
         speed = statistics.median(each["tokens_per_second"]["median"] for each in seeds)
         losses = [
@@ -207,7 +208,7 @@ def _trained(found: Found) -> Iterator[str]:
             for each in seeds
             if "held_out_loss" in each and _pair(each) in plain and "-plain-" not in each["model"]
         ]
-        loss = f"{statistics.mean(losses):+.2%}" if losses else ""
+        loss = percent(statistics.mean(losses), 2, signed=True) if losses else ""
         cells = [name, loss, steps, drawn, right, a_check, _over_seeds(seeds), f"{speed:.0f}"]
         yield f"| {' | '.join(cells)} |"
 
@@ -221,7 +222,7 @@ def _early(found: Found) -> Iterator[str]:
             where = f"after {each['exit_layer']} of {each['layers']}"
             if each["left_out"]:
                 where += ", where no bound reaches it"
-            rows.setdefault((name, where, f"{each['agreement_asked']:.0%}"), []).append(each)
+            rows.setdefault((name, where, percent(each["agreement_asked"], 0)), []).append(each)
     if not rows:
         return
     yield ""
@@ -237,7 +238,7 @@ def _early(found: Found) -> Iterator[str]:
                 statistics.mean(each[what] for each in seeds)
                 for what in ("agreement", "early", "layers_saved")
             )
-            cells = [*(f"{mean:.1%}" for mean in means), _over_seeds(seeds)]
+            cells = [*(percent(mean, 1) for mean in means), _over_seeds(seeds)]
         yield f"| {' | '.join([*named, *cells])} |"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from recipes.benchmarks.comparison.exit_variants import EVERY
 from recipes.benchmarks.pages.comparison import quartiles, ratios
 from recipes.benchmarks.pages.sources import CARD, LOG, read, sources
+from softtrace.percent import percent
 
 
 def decoding() -> str:
@@ -17,7 +18,7 @@ def decoding() -> str:
     lines = ["| fine-tuned | plain | penalty |", "|---|---|---|"]
     layers = plain["exits"]["layers"]
     for layer in layers[len(layers) // 4 :: 2]:
-        cells = (f"{run['exits']['agreement'][layer - 1]:.1%}" for run in (plain, penalty))
+        cells = (percent(run["exits"]["agreement"][layer - 1], 1) for run in (plain, penalty))
         lines.append(
             f"| exit after {layer} of {len(layers) + 1} layers agrees, text of its own | "
             + " | ".join(cells)
@@ -30,7 +31,8 @@ def decoding() -> str:
         cells = (quartiles(run["loops"][name]["speedup"]) for run in (plain, penalty))
         lines.append(f"| speed-up by {loop} over plain greedy decoding | {' | '.join(cells)} |")
     shares = [
-        f"{run['loops']['direct']['acceptance']:.1%} of guesses by {run['exit_layer']} layers"
+        f"{percent(run['loops']['direct']['acceptance'], 1)} of guesses "
+        f"by {run['exit_layer']} layers"
         for run in (plain, penalty)
     ]
     lines.append(f"| accepted | {' | '.join(shares)} |")
@@ -39,7 +41,7 @@ def decoding() -> str:
         f"\nThe models of the quickstart, {plain['prompts']} prompts of {plain['prompt_tokens']} "
         f"held-out tokens, {plain['new_tokens']} written for each, exits and the way to draft from "
         f"{plain['prompts_chosen_on']} others; medians and quartiles; "
-        f"{same:.0%} of the texts are identical to plain decoding's; {result['hardware']} "
+        f"{percent(same, 0)} of the texts are identical to plain decoding's; {result['hardware']} "
         f"{sources(CARD, 'speed/decoding.py', 'results/decoding.json')}."
     )
     return "\n".join(lines)
@@ -93,9 +95,10 @@ def _races(which: Raced, comparison: str, races: Races) -> list[str]:
             spread = f" ({min(medians):.2f} to {max(medians):.2f})" if medians[1:] else ""
             speeds.append(f"{statistics.mean(medians):.2f}{spread}" if of else "")
             plain.append(", ".join(f"{each['plain_tokens_per_second']:.0f}" for each in direct))
+        loss = percent(statistics.mean(ratios(runs, rows, "loss")) - 1, 2, signed=True)
+        exits = percent(statistics.mean(row["exit_easy"] for row in rows), 1)
         lines.append(
-            f"| {title} | {statistics.mean(ratios(runs, rows, 'loss')) - 1:+.2%} | "
-            f"{statistics.mean(row['exit_easy'] for row in rows):.1%} | {' | '.join(layers)} | "
+            f"| {title} | {loss} | {exits} | {' | '.join(layers)} | "
             f"{' | '.join(tokens)} | {' | '.join(speeds)} | {' | '.join(plain)} | "
             f"{max(counts) if len({*counts} - {0}) == 1 else 'GPU {}, CPU {}'.format(*counts)} |"
         )
@@ -186,7 +189,7 @@ def exits_by_layer() -> str:
             run for run in read(f"{file}.json")["runs"]
             if (run["method"], run["strength"], run["seed"]) == (method, strength, 0)
         )  # fmt: skip
-        cells = (f"{run['exits_all'][n - 1]:.0%}" for n in after)
+        cells = (percent(run["exits_all"][n - 1], 0) for n in after)
         (low, high) = EVERY[method].options["exit_depths"]
         assert low == high
         lines.append(f"| {layers} | {round(low * layers)} | {' | '.join(cells)} |")

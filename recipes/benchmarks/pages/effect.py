@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 from recipes.benchmarks.pages.sources import CARD, read, sources
+from softtrace.percent import percent
 
-LOSS_ROW = ("loss", "held-out loss, nats/token", "{:.3f}")
+LOSS_ROW = ("loss", "held-out loss, nats/token", "{:.3f}".format)
 
 EFFECT_ROWS = (
     LOSS_ROW,
-    ("area_easy", "area, easy tokens", "{:.3f}"),
-    ("size_easy", "median size at TV 0.2, easy tokens", "{:.2%}"),
-    ("exit_easy", "exits after half of the layers that agree, easy tokens", "{:.1%}"),
-    ("area_all", "area, all tokens", "{:.3f}"),
-    ("size_all", "median size at TV 0.2, all tokens", "{:.2%}"),
-    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
+    ("area_easy", "area, easy tokens", "{:.3f}".format),
+    ("size_easy", "median size at TV 0.2, easy tokens", partial(percent, decimals=2)),
+    (
+        "exit_easy",
+        "exits after half of the layers that agree, easy tokens",
+        partial(percent, decimals=1),
+    ),
+    ("area_all", "area, all tokens", "{:.3f}".format),
+    ("size_all", "median size at TV 0.2, all tokens", partial(percent, decimals=2)),
+    ("size_hard", "median size at TV 0.2, hard tokens", partial(percent, decimals=2)),
 )
 
 SIDE_ROWS = (
-    ("area_hard", "area, hard tokens", "{:.3f}"),
-    ("size_hard", "median size at TV 0.2, hard tokens", "{:.2%}"),
-    ("loss_rare", "loss on the rarest tenth of the tokens, nats", "{:.3f}"),
-    ("loss_elsewhere", "loss on the text of pretraining, nats/token", "{:.3f}"),
-    ("calibration_error", "expected calibration error", "{:.4f}"),
+    ("area_hard", "area, hard tokens", "{:.3f}".format),
+    ("size_hard", "median size at TV 0.2, hard tokens", partial(percent, decimals=2)),
+    ("loss_rare", "loss on the rarest tenth of the tokens, nats", "{:.3f}".format),
+    ("loss_elsewhere", "loss on the text of pretraining, nats/token", "{:.3f}".format),
+    ("calibration_error", "expected calibration error", "{:.4f}".format),
 )
 
-Rows = tuple[tuple[str, str, str], ...]
+Rows = tuple[tuple[str, str, Callable[[float], str]], ...]
 
 
 def paired(rows: Rows, title: str, values: dict[str, dict[str, list[float]]]) -> list[str]:
     """A table of paired seeds: plain fine-tuning, another one, and their ratio.
 
     Args:
-        rows: key, name and format of each measure.
+        rows: key, name and way to write each measure.
         title: of the other one.
         values: of "plain" and "other", for each key one a seed.
     """
@@ -45,7 +52,7 @@ def paired(rows: Rows, title: str, values: dict[str, dict[str, list[float]]]) ->
     for key, name, form in rows:
         plain, other = values["plain"][key], values["other"][key]
         ratios = [a / b for a, b in zip(other, plain, strict=True)]
-        means = " | ".join(form.format(statistics.mean(each)) for each in (plain, other))
+        means = " | ".join(form(statistics.mean(each)) for each in (plain, other))
         lines.append(
             f"| {name} | {means} "
             f"| {statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"

@@ -44,6 +44,7 @@ from recipes.benchmarks.pages.sources import CARD, LOG, link, read, sources
 from recipes.benchmarks.places import RESULTS, ROOT
 from softtrace import DensityOptions
 from softtrace.files import atomic_path
+from softtrace.percent import percent
 from softtrace.report.sections import with_section
 
 #: shown first as examples of a pattern
@@ -104,8 +105,8 @@ def tracing() -> str:
         (
             f"- **Cost**: a training step takes {ratio['median']:.2f} times a plain one "
             f"({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['n']} interleaved pairs, "
-            f"{cost['threads']} threads). The penalty looks at {cost['share']:.0%} of each batch, "
-            f"in windows of {cost['crop']} tokens.",
+            f"{cost['threads']} threads). The penalty looks at {percent(cost['share'], 0)} of each "
+            f"batch, in windows of {cost['crop']} tokens.",
             f"- **Speed**: a density curve takes "
             f"{speed['seconds_per_position']['median'] * 1e3:.1f} ms per explained position on one "
             f"thread, {times['median']:,.0f} times less ({times['min']:,.0f} to "
@@ -246,24 +247,26 @@ def evaluating() -> str:
     bare, whole = result["measure"], result["whole_command"]
     count = bare["runs_per_block"]
 
-    def of(row: dict[str, Any], form: str = "{:.0f}") -> str:
-        shown = (form.format(row[key]) for key in ("median", "min", "max"))
+    def of(row: dict[str, Any], form: Callable[[float], str] = "{:.0f}".format) -> str:
+        shown = (form(row[key]) for key in ("median", "min", "max"))
         return "{} ({} to {})".format(*shown)
+
+    whole_percent = partial(percent, decimals=0)
 
     own = real["measure"]
     parts = ", ".join(f"{name} {share:.2f}" for name, share in list(own["parts"].items())[2:])
     return (
         f"`softtrace evaluate` explains {of(bare['tokens_per_second'])} tokens a second of the "
         f"shipped model, baselines and nuclei left out; the whole command with them "
-        f"{of(whole['tokens_per_second'])}. The first is {of(bare['share'], '{:.0%}')} of what "
-        f"{count:g} plain forwards would take (a recording and {count - 1:g} masked runs), and "
-        f"{of(bare['share_of_26_masked'], '{:.0%}')} of a recording and 26, one for each "
+        f"{of(whole['tokens_per_second'])}. The first is {of(bare['share'], whole_percent)} of "
+        f"what {count:g} plain forwards would take (a recording and {count - 1:g} masked runs), "
+        f"and {of(bare['share_of_26_masked'], whole_percent)} of a recording and 26, one for each "
         f"size that is reported. {result['blocks']} blocks of "
         f"{result['block_size']} tokens, {bare['seconds']['n']} interleaved rounds; "
         f"{result['hardware']}. Of {real['blocks']} x {real['block_size']} tokens of SmolLM2-135M "
-        f"it takes {of(own['over_masked_runs'], '{:.2f}')} times as long as its masked runs and "
-        f"their logits (besides: {parts}); {own['seconds']['n']} rounds, {real['hardware']}, "
-        f"seconds in which a thread ran, at a load of {real['load']} "
+        f"it takes {of(own['over_masked_runs'], '{:.2f}'.format)} times as long as its masked "
+        f"runs and their logits (besides: {parts}); {own['seconds']['n']} rounds, "
+        f"{real['hardware']}, seconds in which a thread ran, at a load of {real['load']} "
         f"{sources(CARD, 'speed/evaluating.py', *(f'results/{name}' for name in files))}."
     )
 

@@ -60,6 +60,7 @@ from softtrace.evaluation.provenance import provenance
 from softtrace.files import write_json
 from softtrace.model.devices import device_of_module
 from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.percent import percent
 
 TEXT = Path(matplotlib.__file__).parent  # which the model never saw
 HELD_OUT = 0.1
@@ -176,7 +177,7 @@ def main() -> None:
         print(
             f"{name}: {row['tokens_per_second']['median']:.0f} explained tokens/s "
             f"({row['tokens_per_second']['min']:.0f} to {row['tokens_per_second']['max']:.0f}), "
-            f"{row['share']['median']:.0%} of the limit of {row['runs_per_block']:g} plain "
+            f"{percent(row['share']['median'], 0)} of the limit of {row['runs_per_block']:g} plain "
             f"forwards, {row['over_masked_runs']['median']:.2f} times its masked runs"
         )
     print(f"written to {given.out}")

@@ -20,12 +20,13 @@ from softtrace.anatomy.tolerances import (
     tolerance,
     typical_mismatch,
 )
+from softtrace.checks import as_integer
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.model.hooks import first_tensor
 from softtrace.model.state import dropout_off
 from softtrace.model.wrappers import unwrapped
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 from softtrace.tracing.instrument import Instrument
 
 EXIT_FIELD = "softtrace_exit_layer"
@@ -86,7 +87,7 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
             stream after that layer, normed and read by the head; or see
             :func:`softtrace.attach`.
     """
-    instrument = attach(model)
+    instrument = attach_whatever_hooks(model)
     modules = decoder_layers(instrument)
     layers, name = len(modules), type(model).__name__
     if layers < 2:
@@ -199,8 +200,8 @@ def exit_layer_of(model: nn.Module) -> int:
     Raises:
         InvalidInputError: It recommends none.
     """
-    found = getattr(getattr(model, "config", None), EXIT_FIELD, None)
-    if not isinstance(found, int) or isinstance(found, bool):
+    found = as_integer(getattr(getattr(model, "config", None), EXIT_FIELD, None))
+    if found is None:
         raise InvalidInputError(
             f"exit_layer: found none, and the model's config has no {EXIT_FIELD} (softtrace fit "
             "and softtrace.decoding.recommend_exit write it; softtrace decode-bench measures every "
@@ -221,17 +222,9 @@ def refuse_moving_rotations(model: nn.Module, start: int, new_tokens: int) -> No
         UnsupportedModelError: 'dynamic' or 'longrope' scaling, and a text that crosses the length
             where it sets in.
     """
-    config: Any = counter(model)
     end = start + new_tokens
-    parameters = getattr(config, "rope_parameters", None) or {}
-    layouts = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
-    for layout in layouts:
-        kind = layout.get("rope_type")
-        field = "original_max_position_embeddings"
-        limit: Any = layout.get(field) or getattr(config, field, None)
-        limit = limit or config.max_position_embeddings
-        crosses = end > limit if kind == "dynamic" else start <= limit < end
-        if kind in ("dynamic", "longrope") and crosses:
+    for kind, limit in moving_rotations(counter(model)):
+        if end > limit if kind == "dynamic" else start <= limit < end:
             raise UnsupportedModelError(
                 f"{type(model).__name__} changes its rotary frequencies ({kind}) beyond {limit} "
                 f"tokens, and this text would go from {start} to {end}: drafts would be checked "
@@ -239,7 +232,26 @@ def refuse_moving_rotations(model: nn.Module, start: int, new_tokens: int) -> No
             )
 
 
+def moving_rotations(config: Any) -> list[tuple[str, int]]:
+    """How rotary frequencies change with the length of a text, and beyond how many tokens.
+
+    Args:
+        config: of a causal language model of transformers.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layouts = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    found = []
+    for layout in layouts:
+        kind = layout.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            field = "original_max_position_embeddings"
+            limit: Any = layout.get(field) or getattr(config, field, None)
+            found.append((kind, limit or config.max_position_embeddings))
+    return found
+
+
 def check_exit_layer(depth: int, layers: int) -> None:
     """Raise :class:`InvalidInputError` unless an exit layer is an integer from 1 to L - 1."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < layers:
+    number = as_integer(depth)
+    if number is None or not 1 <= number < layers:
         raise InvalidInputError(f"exit_layer: found {depth!r}, allowed 1 to {layers - 1}")

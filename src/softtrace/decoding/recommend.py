@@ -20,7 +20,7 @@ from softtrace.density.exits import hidden_states
 from softtrace.errors import InvalidInputError
 from softtrace.model.devices import device_of_module
 from softtrace.model.state import dropout_off, uncompiled
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.recording import Recording
 
@@ -70,7 +70,7 @@ def recommended_exit(model: nn.Module, blocks: Tensor, batch_size: int = 8) -> i
         blocks: ``[N, T]`` ids.
         batch_size: blocks a forward.
     """
-    instrument, texts = attach(model), []
+    instrument, texts = attach_whatever_hooks(model), []
     device, explained = device_of_module(model), slice(blocks.shape[1] // 2, None)
     for ids in torch.split(blocks, batch_size):
         batch = instrument.batch(ids.to(device))

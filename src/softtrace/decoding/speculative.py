@@ -12,7 +12,6 @@ model directly.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from softtrace.checks import check_least, check_range
+from softtrace.checks import as_integer, check_least, check_range
 from softtrace.decoding.confidence import surest
 from softtrace.decoding.exit_checks import (
     ProvenExit,
@@ -35,11 +34,11 @@ from softtrace.decoding.exit_checks import (
     refuse_moving_rotations,
 )
 from softtrace.decoding.greedy_choice import GreedyChoice, greedy_choice, option_of, refuse_options
+from softtrace.decoding.plain_reading import PlainReader
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
-from softtrace.model.wrappers import forward_parameters, one_logit, with_cache
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 
 _USUAL = 20  # new tokens that generate writes if it is not told
 
@@ -202,7 +201,7 @@ def proven_exit_of(
     """What is proven of the model's exits, here unless it was before, and the exit to take."""
     check_one_text(input_ids)
     if proven_exit is None:
-        attach(model).batch(input_ids)
+        attach_whatever_hooks(model).batch(input_ids)
         proven_exit = check_early_exit(model)
     else:
         proven_exit.check_model(model)
@@ -239,12 +238,13 @@ def ends_of(model: nn.Module, eos_token_id: Ends) -> set[int]:
     if isinstance(eos_token_id, Tensor):  # as generate takes it
         eos_token_id = eos_token_id.reshape(-1).tolist()
     ends = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
-    if not all(hasattr(end, "__index__") for end in ends):
+    numbers = {as_integer(end) for end in ends}
+    if None in numbers:
         raise InvalidInputError(
             f"eos_token_id: found {eos_token_id!r}, allowed are ids: of a text's end that is "
             "tokenizer.eos_token_id, of other tokens tokenizer.convert_tokens_to_ids(...)"
         )
-    return set(map(operator.index, ends))
+    return {number for number in numbers if number is not None}
 
 
 @torch.inference_mode()
@@ -253,24 +253,27 @@ def greedy(
 ) -> Generation:
     """Plain greedy decoding by the same direct calls as :func:`speculate`: what it is timed by.
 
+    Where a model drops its cache because its rotary frequencies change (Phi-3 and Phi-MoE with
+    'longrope', beyond ``original_max_position_embeddings``), the text is read anew.
+
     Args:
         model, input_ids, max_new_tokens, eos_token_id: See :func:`speculate`.
 
     Raises:
+        UnsupportedModelError: The model keeps more of a text than keys and values of its tokens, as
+            hybrid and state-space models do.
         InvalidInputError: A number outside its range, several sequences or an empty one, a model in
             train mode, or a generation config that these calls cannot honour.
     """
     check_decoding(model, max_new_tokens)
     check_one_text(input_ids)
-    cache, ends = DynamicCache(), ends_of(model, eos_token_id)
-    parameters = forward_parameters(model)
-    options = {**with_cache(parameters, cache), **one_logit(parameters)}
+    reader, ends = PlainReader(model), ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
     tokens: list[int] = []
     read = input_ids
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-        logits = model(input_ids=read, **options).logits
-        tokens.append(int(choice.scores(logits[0, -1:], tokens).argmax()))
+        logits = reader.read(read)
+        tokens.append(int(choice.scores(logits[None], tokens).argmax()))
         read = input_ids.new_tensor([tokens[-1:]])
     return Generation(input_ids.new_tensor(tokens), 0, 0, len(tokens) - 1)
 

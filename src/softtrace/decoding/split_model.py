@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from softtrace.errors import UnsupportedModelError
 from softtrace.model.exit_maps import exit_maps_of
 from softtrace.model.wrappers import forward_parameters, one_logit, unwrapped, with_cache
-from softtrace.tracing.attach import attach
+from softtrace.tracing.attach import attach_whatever_hooks
 
 
 def without_head(model: nn.Module) -> Any:
@@ -62,7 +62,8 @@ def exit_after(model: nn.Module, depth: int) -> Iterator[None]:
         if maps is None or maps.weight(depth) is None:
             yield
             return
-        handle = attach(model).anatomy.readout.norm.module.register_forward_pre_hook(
+        norm = attach_whatever_hooks(model).anatomy.readout.norm.module
+        handle = norm.register_forward_pre_hook(
             lambda module, args: (maps(args[0], depth), *args[1:])
         )
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtrace.checks import as_integer
 from softtrace.errors import InvalidInputError, NonFiniteError
 
 _NOT_FINITE = (
@@ -212,30 +212,27 @@ def _at_numbers(positions: Iterable[int], valid: Tensor) -> Tensor:
     """``[B, T]`` bool, True at these positions of every sequence ``[B, T]``."""
     length = valid.shape[1]
     try:
-        numbers = [_number(each) for each in positions]
-    except TypeError as error:
+        found = [as_integer(each) for each in positions]
+    except TypeError:  # nothing that has elements
+        found = [None]
+    numbers = [number for number in found if number is not None]
+    if len(numbers) < len(found):
         raise InvalidInputError(
             f"positions: found {positions!r}, allowed are a [B, T] tensor of bool, or a list of "
             "integers"
-        ) from error
+        )
     for number in numbers:
         if not -length <= number < length:
             raise InvalidInputError(
                 f"positions: found {number}, allowed are {-length} to {length - 1}"
             )
-    found = torch.tensor(numbers, dtype=torch.int64, device=valid.device)
-    places = torch.where(found < 0, ends_of(valid)[:, None] + found, found)
+    wanted = torch.tensor(numbers, dtype=torch.int64, device=valid.device)
+    places = torch.where(wanted < 0, ends_of(valid)[:, None] + wanted, wanted)
     rows = torch.arange(len(valid), device=valid.device)[:, None].expand_as(places)
     there = places >= 0  # a short row has no 64th token from its end
     chosen = torch.zeros_like(valid)
     chosen[rows[there], places[there]] = True
     return chosen
-
-
-def _number(position: object) -> int:
-    if isinstance(position, bool):  # of a list that was meant as a mask
-        raise TypeError("a bool is no position")
-    return operator.index(position)  # type: ignore[arg-type]
 
 
 def ends_of(valid: Tensor) -> Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import heapq
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softtrace.checks import check_range
+from softtrace.checks import as_integer, check_range
 from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import Rows
 from softtrace.graph.batch import ends_of
@@ -35,10 +34,10 @@ def trace_length(size: float | int, total: int) -> int:
     Raises:
         InvalidInputError: a share outside [0, 1] or a count outside [0, |E|].
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        if not 0 <= size <= total:
-            raise InvalidInputError(f"size: found {size} edges, allowed 0 to |E| = {total}")
-        return size
+    if (count := as_integer(size)) is not None:
+        if not 0 <= count <= total:
+            raise InvalidInputError(f"size: found {count} edges, allowed 0 to |E| = {total}")
+        return count
     check_range("size (a float is a share of |E|)", size, 0.0, 1.0)
     return math.ceil(size * total - 1e-9)
 
@@ -138,17 +137,22 @@ def real_place(importance: EdgeImportance, sequence: int, position: int) -> tupl
         InvalidInputError: no such row or position, or it is padding.
     """
     batch, length = importance.valid.shape
-    for name, index, limit in (("sequence", sequence, batch), ("position", position, length)):
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise InvalidInputError(f"{name}: found {index!r}, allowed are integers")
-        if not -limit <= index < limit:
-            raise InvalidInputError(f"{name}: found {index}, allowed {-limit} to {limit - 1}")
-    sequence, position = operator.index(sequence) % batch, operator.index(position)
+    sequence = _in_range("sequence", sequence, batch) % batch
+    position = _in_range("position", position, length)
     if position < 0:
         position += int(ends_of(importance.valid)[sequence])
     if position < 0 or not bool(importance.valid[sequence, position]):
         raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
     return sequence, position
+
+
+def _in_range(name: str, index: int, limit: int) -> int:
+    number = as_integer(index)
+    if number is None:
+        raise InvalidInputError(f"{name}: found {index!r}, allowed are integers")
+    if not -limit <= number < limit:
+        raise InvalidInputError(f"{name}: found {number}, allowed {-limit} to {limit - 1}")
+    return number
 
 
 def _lowest(importance: EdgeImportance, sequence: int, position: int, count: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from softtrace.loss.budget import FACTOR
 from softtrace.loss.options import DensityOptions
+from softtrace.percent import percent
 
 LEAST_FALL = 0.05  # of the area of easy tokens, as a share of itself
 LEAST_RISE = 0.02  # of the share of easy tokens on which exits agree
@@ -54,20 +55,21 @@ def standstill(
     if not area > (1 - LEAST_FALL) * was_area:
         return None
     found = f"the area of easy tokens went from {was_area:.4f} to {area:.4f}"
-    wanted = f"a fall by {LEAST_FALL:.0%} of itself"
+    wanted = f"a fall by {percent(LEAST_FALL, 0)} of itself"
     if options.exits > 0:
         if not exits - had_exits < LEAST_RISE:
             return None
         found += (
             f", and the share of easy tokens on which exits at half depth agree from "
-            f"{had_exits:.1%} to {exits:.1%}"
+            f"{percent(had_exits, 1)} to {percent(exits, 1)}"
         )
         wanted += f" or a rise by {100 * LEAST_RISE:.0f} points"
     dial, left = f"double strength (it is {options.strength:g})", ""
     if options.budget is not None:
+        spent, allowed = (percent(each, 2, signed=True) for each in (over, options.budget))
         left = (
-            f"The budget is not spent (held-out loss {over:+.2%} against the reference, where "
-            f"{options.budget:+.2%} is allowed). "
+            f"The budget is not spent (held-out loss {spent} against the reference, where "
+            f"{allowed} is allowed). "
         )
         dial = f"double strength (it is {options.strength:g}, times {factor:.3g} by the budget)"
         if factor < FACTOR[1]:

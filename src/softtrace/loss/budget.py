@@ -21,6 +21,7 @@ import numpy as np
 
 from softtrace.checks import check_least, check_range
 from softtrace.errors import InvalidInputError
+from softtrace.percent import percent
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,12 @@ class LossBudget:
             if self.factor == FACTOR[0] and min(spent, before) > 1 and not self._said:
                 self._said = True
                 logger.warning(
-                    "budget: at step %d the held-out loss lies %.1f %% above the reference, where "
-                    "%.1f %% are allowed, although the strength fell to 1/%d of what was set. So "
+                    "budget: at step %d the held-out loss lies %s above the reference, where "
+                    "%s are allowed, although the strength fell to 1/%d of what was set. So "
                     "it is not the term that costs it: make the reference with the same data, "
                     "held-out text, batches and learning rate, at strength 0, or set no budget",
-                    step, 100 * spent * self.budget, 100 * self.budget, round(1 / FACTOR[0]),
+                    step, percent(spent * self.budget, 1), percent(self.budget, 1),
+                    round(1 / FACTOR[0]),
                 )  # fmt: skip
         self.spent = spent
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from softtrace.percent import percent
+
 
 def decoding_table(found: dict[str, Any]) -> str:
     """What was measured, for a terminal."""
@@ -13,7 +15,7 @@ def decoding_table(found: dict[str, Any]) -> str:
         "model wrote",
         "  layers   agreement   cost of a guess   expected speed-up",
     ]
-    lines += _rows("  {:6d}   {:9.1%}   {:15.2f}   {:17.2f}", exits)
+    lines += _rows("  {:6d}   {:>9s}   {:15.2f}   {:17.2f}", _agreement_in_words(exits))
     checks = found["check_cost"]
     most = min(4, len(checks))
     lines.append(
@@ -29,11 +31,11 @@ def decoding_table(found: dict[str, Any]) -> str:
         lines.append(
             f"  {name} loop: {loop['plain_tokens_per_second']:.0f} tokens/s plain, "
             f"{loop['tokens_per_second']:.0f} speculative: x{gain['median']:.2f} "
-            f"({gain['q25']:.2f} to {gain['q75']:.2f})\n    {loop['identical']:.0%} of its texts "
-            "are plain decoding's"
+            f"({gain['q25']:.2f} to {gain['q75']:.2f})\n    "
+            f"{percent(loop['identical'], 0)} of its texts are plain decoding's"
         )
     direct = found["loops"]["direct"]
-    share = f" ({direct['acceptance']:.1%})" if direct["drafted"] else ""
+    share = f" ({percent(direct['acceptance'], 1)})" if direct["drafted"] else ""
     lines.append(
         f"  {direct['accepted']} of {direct['drafted']} guesses accepted{share}, "
         f"{direct['accepted'] / direct['checks']:.2f} a draft"
@@ -42,7 +44,7 @@ def decoding_table(found: dict[str, Any]) -> str:
     lines += ["", *_early(found["early"])]
     lines += ["", "stopping where the exit is sure (not lossless)"]
     lines.append("  confidence   layers used   agreement")
-    lines += _rows("  {:10.2f}   {:11.2f}   {:9.1%}", found["gated"])
+    lines += _rows("  {:10.2f}   {:11.2f}   {:>9s}", _agreement_in_words(found["gated"]))
     return "\n".join(lines)
 
 
@@ -57,7 +59,7 @@ def _race(race: dict[str, Any]) -> list[str]:
         speed = way["tokens_per_second"]
         lines.append(
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
-            f"  {way['identical']:.0%}{_tie(way)}{_accepted(way)}"
+            f"  {percent(way['identical'], 0)}{_tie(way)}{_accepted(way)}"
         )
     if not race["left_out"] and (fixed := race.get("fixed")):
         lines.append(
@@ -88,25 +90,29 @@ def _tie(way: dict[str, Any]) -> str:
 
 def _accepted(way: dict[str, Any]) -> str:
     share = way.get("acceptance_each")  # results of older releases say nothing of it
-    return "" if share is None else f"  {share:.0%}"
+    return "" if share is None else f"  {percent(share, 0)}"
 
 
 def _early(early: dict[str, Any]) -> list[str]:
     """Early exit without a check."""
     head = (
         f"exit after {early['exit_layer']} layers without a check (not lossless), for an agreement "
-        f"of {early['agreement_asked']:.1%}"
+        f"of {percent(early['agreement_asked'], 1)}"
     )
     if early["left_out"]:
         return [head, f"  {early['left_out']}"]
     gain = early["speedup"]
     return [
         head,
-        f"  confidence {early['confidence']:.3f}: {early['early']:.1%} of tokens go out early, "
-        f"{early['layers_saved']:.1%} of layers saved,\n  {early['agreement']:.1%} of tokens "
-        f"are the whole model's, x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f}) "
-        "of the eager loop",
+        f"  confidence {early['confidence']:.3f}: {percent(early['early'], 1)} of tokens go out "
+        f"early, {percent(early['layers_saved'], 1)} of layers saved,\n"
+        f"  {percent(early['agreement'], 1)} of tokens are the whole model's, "
+        f"x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f}) of the eager loop",
     ]
+
+
+def _agreement_in_words(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**columns, "agreement": [percent(each, 1) for each in columns["agreement"]]}
 
 
 def _rows(form: str, columns: dict[str, list[Any]]) -> list[str]:

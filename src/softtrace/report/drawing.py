@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from softtrace.errors import InvalidInputError
 from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path
+from softtrace.percent import brief_percent
 from softtrace.report.phases import Curve, phases_note, shown_phases
 from softtrace.report.tables import shorten
 
@@ -191,7 +192,7 @@ def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def percent_tick(share: float, _: int | None = None) -> str:
     """A share of 1 as per cent, in the form that matplotlib's ``FuncFormatter`` asks for."""
-    return f"{100 * share:g} %"
+    return brief_percent(share)
 
 
 def run_handles(runs: Runs, length: int) -> list[Any]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from softtrace.percent import brief_percent
 from softtrace.report.study_tables import Row, Study, section_lines
+from softtrace.report.tables import wrapped
 
 _WRITERS = {"text": "the text", "greedy": "greedy", "sampled": "sampled"}
-_LEGEND = """\
-In brackets: {confidence:g} % percentile intervals, bootstrap over sequences ({resamples:,}
-resamples, seed {seed}).
-The prompt is the first {prompt} tokens of each sequence. The next {new} are the text's own, or what
-the model writes in their place: greedily, its most likely token each time, or sampled at
-temperature 1.
-All are measured at the same places of sequences of one length, so that sizes compare."""
+_LEGEND = (
+    "In brackets: {confidence} percentile intervals, bootstrap over sequences ({resamples:,} "
+    "resamples, seed {seed}).\n"
+    "The prompt is the first {prompt} tokens of each sequence. The next {new} are the text's own, "
+    "or what the model writes in their place: greedily, its most likely token each time, or "
+    "sampled at temperature 1.\n"
+    "All are measured at the same places of sequences of one length, so that sizes compare."
+)
 
 
 def generation_table(found: Study) -> str:
-    """The numbers of every model by who wrote: one column a model, and of two the change.
+    """The numbers of every model by who wrote: a row a model, and of two the change.
 
     Args:
         found: the content of a ``generation.json``.
@@ -29,13 +32,14 @@ def generation_table(found: Study) -> str:
         f"attention of masked runs {settings['attention']}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         prompt=found["prompt"],
         new=found["new"],
     )
-    return "\n".join([header, "", *section_lines(found, _sections(found)), legend])
+    lines = section_lines(found, _sections(found))
+    return "\n".join([wrapped(header), "", *lines, wrapped(legend)])
 
 
 def _sections(found: Study) -> Iterator[tuple[str, list[Row]]]:

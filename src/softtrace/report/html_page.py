@@ -20,6 +20,7 @@ from markupsafe import Markup
 from softtrace.density.curve import SIZE_BOUND
 from softtrace.evaluation.density_file import Density
 from softtrace.files import atomic_path, finite
+from softtrace.percent import percent
 from softtrace.report.attention import attention_meaning, attention_name, unmasked_note
 from softtrace.report.colour_scale import ENDS, shade_bounds
 from softtrace.report.drawing import COLOURS, GREY, Runs, check_count
@@ -35,7 +36,6 @@ from softtrace.report.tables import (
     intervals_meaning,
     is_held_out,
     lengths_note,
-    percent,
     percent_change,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from softtrace.percent import brief_percent, percent
 from softtrace.report.study_tables import (
     Row,
     nearest_size,
@@ -12,6 +13,7 @@ from softtrace.report.study_tables import (
     section_lines,
     size_name,
 )
+from softtrace.report.tables import wrapped
 
 Paper = Mapping[str, Any]
 """The content of a ``paper.json``."""
@@ -20,19 +22,20 @@ _SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GROUPS = ("initial", "early-mid", "late-mid", "last")
 _MOST = 5
 
-_LEGEND = """\
-In brackets: {confidence:g} % percentile intervals, bootstrap over inputs ({resamples:,} resamples,
-seed {seed}). Definitions are those of arXiv 2605.27033 and its authors' code; recipes/PAPER.md has
-them beside this project's own.
-TV: total variation from the full prediction. AUC: TV over log10 of the size, not divided by its
-width. nu: the largest p in per cent whose ordered top-p lists agree. Inverse: the model without the
-trace, residual edges kept. Random: grown from the output, residual edges kept. Top-5 nucleus: the
-five most likely tokens of the top-60 % list; their frequency is in the {tokens:,} tokens of the
-training side. Connected: there is a path from a token to the output."""
+_LEGEND = (
+    "In brackets: {confidence} percentile intervals, bootstrap over inputs ({resamples:,} "
+    "resamples, seed {seed}). Definitions are those of arXiv 2605.27033 and its authors' code; "
+    "recipes/PAPER.md has them beside this project's own.\n"
+    "TV: total variation from the full prediction. AUC: TV over log10 of the size, not divided by "
+    "its width. nu: the largest p in per cent whose ordered top-p lists agree. Inverse: the model "
+    "without the trace, residual edges kept. Random: grown from the output, residual edges kept. "
+    "Top-5 nucleus: the five most likely tokens of the top-60 % list; their frequency is in the "
+    "{tokens:,} tokens of the training side. Connected: there is a path from a token to the output."
+)
 
 
 def paper_table(paper: Paper) -> str:
-    """The numbers of every model by size: one column a model, and of two the change."""
+    """The numbers of every model by size: a row a model, and of two the change."""
     models, settings = paper["models"], paper["settings"]
     text = section_lines(paper, _sections(paper))
     header = (
@@ -41,14 +44,15 @@ def paper_table(paper: Paper) -> str:
         f"{paper['data']['split']}; attention of masked runs {settings['attention']}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         tokens=paper["unigrams"]["tokens"],
     )
     pairs = pair_lines(paper, "AUC")
     own = _own_tokens(paper)
-    return "\n".join([header, *own, "", *text, *pairs, *_components(paper), "", legend])
+    above, below = ([*map(wrapped, lines)] for lines in ([header, *own], _components(paper)))
+    return "\n".join([*above, "", *text, *pairs, *below, "", wrapped(legend)])
 
 
 def _own_tokens(paper: Paper) -> list[str]:
@@ -114,6 +118,6 @@ def _components(paper: Paper) -> list[str]:
     for model, found in zip(paper["models"], paper["components"], strict=True):
         shares = dict(zip(found["names"], found["frequency"][at], strict=True))
         most = sorted(shares, key=lambda name: -shares[name])[:_MOST]
-        named = ", ".join(f"{name} ({100 * shares[name]:.0f} %)" for name in most if shares[name])
+        named = ", ".join(f"{name} ({percent(shares[name], 0)})" for name in most if shares[name])
         lines.append(f"Most frequent at 0.1 %, {model['label']}: {named or 'none'}.")
     return lines

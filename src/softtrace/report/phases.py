@@ -8,6 +8,7 @@ import numpy as np
 
 from softtrace.density.curve import PHASES
 from softtrace.evaluation.density_file import Density
+from softtrace.percent import brief_percent, percent
 
 CONSTRUCTION_SHARE = 0.25
 """From which share of the fall of TV on there is a construction phase.
@@ -58,7 +59,7 @@ def phases_note(curves: Sequence[Curve]) -> str:
     found = [share for curve in curves if (share := construction_share(curve)) is not None]
     if not found:
         return "where TV falls could not be measured"
-    ends = [f"{round(100 * share)} %" for share in (min(found), max(found))]
+    ends = [percent(share, 0) for share in (min(found), max(found))]
     shares = ends[0] if ends[0] == ends[1] else " to ".join(ends)
-    end = f"{100 * PHASES['construction'][1]:g} %"
+    end = brief_percent(PHASES["construction"][1])
     return f"{shares} of the fall of TV comes below {end} of the edges"

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softtrace.report.tables import aligned, percent
+from softtrace.percent import percent
+from softtrace.report.tables import aligned
 
 _QUESTIONS = {
     "two_phases": "two phases",

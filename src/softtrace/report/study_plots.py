@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from softtrace.percent import brief_percent
 from softtrace.report import drawing
 from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS, Array
@@ -193,7 +194,7 @@ def model_handles(study: Study) -> list[list[Any]]:
                label=shorten(drawing.printable(model["label"]), 40))
         for at, model in enumerate(models)
     ]  # fmt: skip
-    confidence = f"{100 * study['settings']['confidence']:g} % interval"
+    confidence = f"{brief_percent(study['settings']['confidence'])} interval"
     handles.append(Patch(color=GREY, alpha=0.25, label=f"{confidence}, also as whiskers"))
     return [handles[column::4] for column in range(4)]
 

@@ -1,11 +1,14 @@
-"""What ``study.json`` says, as a plain-text table: a row a number, with its interval."""
+"""What ``study.json`` says, as a plain-text table: every number with its interval."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
-from softtrace.report.tables import aligned, percent, shorten
+from softtrace.percent import brief_percent, percent
+from softtrace.report.tables import COLUMNS, SEPARATOR, aligned, shorten, wrapped
 
 Study = Mapping[str, Any]
 """The content of a ``study.json``."""
@@ -14,13 +17,14 @@ _SIZES = (1e-4, 1e-3, 1e-2, 1e-1)
 _NUCLEI = (0.1, 0.9)
 
 _LEGEND = (
-    "In brackets: {confidence:g} % percentile intervals, bootstrap over sequences "
+    "In brackets: {confidence} percentile intervals, bootstrap over sequences "
     "({resamples:,} resamples, seed {seed}).\n"
     "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
     "with a TV of at most {bound:g}.\n"
     "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
     "Unigrams: how frequent tokens are in the {unigram_tokens:,} tokens of the training side, "
-    "{smoothing};\ntheir rank correlation is over the {seen:,} tokens that occur there. Their "
+    "{smoothing}; "
+    "their rank correlation is over the {seen:,} tokens that occur there. Their "
     "entropy is {entropy:.2f} nats; all tokens equally likely: KL {uniform_kl:.2f}.\n"
     "Window of n: the same {targets} tokens of every sequence, each seen with just n tokens (its "
     "own included).\n"
@@ -32,7 +36,7 @@ Row = tuple[str, str, tuple[int, ...]]
 
 
 def study_table(study: Study) -> str:
-    """The main numbers of a study: one column a model, and of two the change."""
+    """The main numbers of a study: a row a model, and of two the change."""
     models, data, settings = study["models"], study["data"], study["settings"]
     text = section_lines(study, _sections(study))
     text += pair_lines(study, "area")
@@ -44,7 +48,7 @@ def study_table(study: Study) -> str:
         f"attention of masked runs {settings.get('attention', 'recorded')}"
     )
     legend = _LEGEND.format(
-        confidence=100 * settings["confidence"],
+        confidence=brief_percent(settings["confidence"]),
         resamples=settings["resamples"],
         seed=settings["seed"],
         bound=settings["total_variation"],
@@ -55,40 +59,65 @@ def study_table(study: Study) -> str:
         uniform_kl=unigrams["uniform_kl_nats"],
         targets=settings["targets"],
     )
-    return "\n".join([header, "", *text, legend])
+    return "\n".join([wrapped(header), "", *text, wrapped(legend)])
 
 
 def section_lines(study: Study, sections: Iterable[tuple[str, list[Row]]]) -> list[str]:
-    """A block of rows a section, a column a model, and of two the change; a blank line after each.
+    """A block of rows a section, with a blank line after each; of two models also the change.
+
+    Of one model every number is a row. Columns of several would not fit a terminal: they stand
+    below each other, and what the number is called beside them, over as many lines as it takes.
 
     Args:
         study: the content of a ``study.json`` or ``paper.json``.
         sections: titles with their rows.
     """
     models = study["models"]
-    both = len(models) == 2
-    head = [*(shorten(model["label"], 34) for model in models), *["change"] * both]
-    blocks = []
-    for title, rows in sections:
-        cells = [[title, *head]]
-        for name, key, place in rows:
-            result = study["results"][key]
-            found = [*result["models"], *([result["difference"]] if both else [])]
-            cells.append([name] + [
-                cell({end: value_at(part[end], place) for end in part}, result["unit"],
-                     signed=both and at == 2)
-                for at, part in enumerate(found)
-            ])  # fmt: skip
-        blocks.append(cells)
-    # One table, so that the columns of all questions stand under each other.
-    lines = iter(aligned([row for cells in blocks for row in cells]).split("\n"))
-    text = []
-    rule = ""
-    for number, cells in enumerate(blocks):
-        text.append(next(lines))
-        rule = next(lines) if number == 0 else rule
-        text += [rule, *(next(lines) for _ in cells[1:]), ""]
+    single, both = len(models) == 1, len(models) == 2
+    labels = [*(shorten(model["label"]) for model in models), *["change"] * both]
+    blocks = [
+        (title, [(name, _values(study["results"][key], place, both)) for name, key, place in rows])
+        for title, rows in sections
+    ]
+    widest = max(len(value) for _, rows in blocks for _, values in rows for value in values)
+    named = max(map(len, labels))
+    right = max(named, widest) if single else named + len(SEPARATOR) + widest
+    # The same room for names in all sections, so that the columns of all stand under each other.
+    room = COLUMNS - len(SEPARATOR) - right
+    tables = []
+    for title, rows in blocks:
+        head = _beside(title, labels if single else [], room)
+        body = []
+        for name, values in rows:
+            cells = values if single else [
+                f"{label:{named}}{SEPARATOR}{value:>{widest}}"
+                for label, value in zip(labels, values, strict=True)
+            ]  # fmt: skip
+            body += _beside(name, cells, room)
+        tables.append((head, body))
+    table = aligned([row for parts in tables for part in parts for row in part])
+    first, rule, *others = table.split("\n")
+    lines = iter([first, *others])
+    text: list[str] = []
+    for head, body in tables:
+        text += [*islice(lines, len(head)), rule, *islice(lines, len(body)), ""]
     return text
+
+
+def _values(result: Mapping[str, Any], place: tuple[int, ...], both: bool) -> list[str]:
+    """A number of every model, and of two the change."""
+    found = [*result["models"], *([result["difference"]] if both else [])]
+    return [
+        cell({end: value_at(part[end], place) for end in part}, result["unit"],
+             signed=both and at == 2)
+        for at, part in enumerate(found)
+    ]  # fmt: skip
+
+
+def _beside(name: str, cells: Sequence[str], room: int) -> list[list[str]]:
+    """Rows of a name, over as many lines as it takes, and of what stands beside it."""
+    lines = textwrap.wrap(name, room, subsequent_indent="  ")
+    return [[*row] for row in zip_longest(lines, cells, fillvalue="")]
 
 
 def _sections(study: Study) -> Iterator[tuple[str, list[Row]]]:
@@ -158,7 +187,7 @@ def pair_lines(study: Study, what: str) -> list[str]:
     unit = "texts" if study.get("own_tokens") else "tokens"
     rows = [[f"Rank correlation of {what} on the same {unit}", ""]]
     for pair in pairs:
-        first, second = (labels[at] for at in pair["models"])
+        first, second = (shorten(labels[at]) for at in pair["models"])
         rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])
     return [aligned(rows), ""]
 
@@ -170,7 +199,7 @@ def nearest_size(sizes: list[float], wanted: float) -> int:
 
 def size_name(size: float) -> str:
     """A size as tables name it."""
-    return "full size" if size == 1 else f"{100 * size:g} %"
+    return "full size" if size == 1 else brief_percent(size)
 
 
 def value_at(values: Any, place: tuple[int, ...]) -> float | None:
@@ -192,7 +221,7 @@ def _number(value: float | None, unit: str, signed: bool) -> str:
         return "n/a"
     sign = "-" if value < 0 else "+" if signed or unit == "correlation" else ""
     if unit == "share":
-        return sign + percent(abs(value)).replace(" %", "%")
+        return sign + percent(abs(value))
     if unit == "correlation":
         return f"{sign}{abs(value):.2f}"
     return f"{sign}{abs(value):,.0f}" if unit == "edges" else f"{sign}{abs(value):.3f}"

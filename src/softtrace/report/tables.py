@@ -12,18 +12,19 @@ from softtrace.evaluation.bootstrap import CONFIDENCE
 from softtrace.evaluation.density_file import Density
 from softtrace.evaluation.intervals import RESAMPLES
 from softtrace.metrics import functional
+from softtrace.percent import brief_percent, percent
 from softtrace.report.attention import attention_meaning, attention_name
 
 Unit = Literal["nats", "share", "tv", "correlation"]
 
 GROUPS = ("all", "easy", "hard")
 _OTHERS_PER_TABLE = 3
-_SEPARATOR = "  "
-_COLUMNS = 80  # of a terminal
+SEPARATOR = "  "
+COLUMNS = 80  # of a terminal
 
 _MEANING = (
-    f"{100 * CONFIDENCE:.0f} % of {RESAMPLES:,} bootstrap samples of the blocks, in all of which "
-    "the same tokens count as easy or hard"
+    f"{brief_percent(CONFIDENCE)} of {RESAMPLES:,} bootstrap samples of the blocks, in all of "
+    "which the same tokens count as easy or hard"
 )
 _FEW = 10  # blocks, of whose resamples the intervals are far too narrow
 
@@ -56,13 +57,6 @@ class Measure:
     def format(self, value: float | None) -> str:
         """``value`` with its unit, as short as is useful."""
         return _format(value, self.unit)
-
-
-def percent(share: float) -> str:
-    """A share of 1 as per cent; smaller ones get more decimals."""
-    value = 100 * share
-    decimals = 1 if value >= 10 or value == 0 else 2 if value >= 0.1 else 4
-    return f"{value:.{decimals}f} %"
 
 
 def shorten(label: str, length: int = 20) -> str:
@@ -159,12 +153,12 @@ def density_table(density: Density) -> str:
     header = (
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
-    ) + _wrapped(
+    ) + wrapped(
         f"{density['tokens']:,} tokens, {data['split']}, in {data['blocks']:,} blocks of "
         f"{data['block_size']:,}; at least {density['min_context']:,} tokens of context; attention "
         f"of masked runs {density['attention']}"
     )
-    legend = _wrapped(
+    legend = wrapped(
         f"Easy, hard: the quarters of the tokens with the lowest (to "
         f"{_nats(density['easy']['entropy_bound'])}) and the highest (from "
         f"{_nats(density['hard']['entropy_bound'])}) entropy.\n{_meanings(density)}"
@@ -198,7 +192,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
             rows.append(row)
         tables.append(aligned(rows))
     densities = [density for _, density in runs]
-    legend = _wrapped(
+    legend = wrapped(
         f"{attention_name(densities).capitalize()}: {attention_meaning(densities)}.\n"
         f"Change: relative to {first[0]}. Easy, hard: the quarters of the tokens with the lowest "
         "and highest entropy of each model's own prediction, so the tokens can differ between "
@@ -221,10 +215,10 @@ def _meanings(density: Density) -> str:
     return f"{_MEANINGS}\n{lengths_note(density)}."
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """``text`` with lines that a terminal shows whole."""
     return "\n".join(
-        textwrap.fill(line, _COLUMNS, break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False)
         for line in text.splitlines()
     )
 
@@ -251,20 +245,20 @@ def change(measure: Measure, value: float | None, base: float | None) -> str:
     if measure.unit == "correlation":
         return ""
     found = percent_change(measure, value, base)
-    return "n/a" if found is None else f"{found:+.1f} %"
+    return "n/a" if found is None else percent(found / 100, 1, signed=True)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first flush left, numbers flush right, a rule under the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        _SEPARATOR.join(
+        SEPARATOR.join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    rule = "-" * (sum(widths) + len(_SEPARATOR) * (len(widths) - 1))
+    rule = "-" * (sum(widths) + len(SEPARATOR) * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

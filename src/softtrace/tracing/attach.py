@@ -29,6 +29,7 @@ from softtrace.model.state import as_written
 from softtrace.model.wrappers import forward_parameters, own_forward, unwrapped
 from softtrace.processes import in_group
 from softtrace.tracing.instrument import Instrument, attached
+from softtrace.tracing.later_hooks import hooked, hooks_of, without_hooks
 from softtrace.tracing.proof import prove
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
@@ -43,9 +44,10 @@ def attach(model: nn.Module) -> Instrument:
 
     A tiny batch is run (no gradients, no change to the global random state) and every layer must
     satisfy ``out == in + Σ edges``, also with edges masked. Attaching twice returns the same
-    instrument, unless modules of the model were replaced in between: then it is proven anew. What
-    is proven holds for the weights at that time; where all output projections are still zero, a
-    wrong reading can fit.
+    instrument, unless modules of the model were replaced in between, or hooks were added that
+    change its logits on such a batch: then it is proven anew. (Among several processes hooks are
+    not looked at again.) What is proven holds for the weights at that time; where all output
+    projections are still zero, a wrong reading can fit.
 
     Args:
         model: A causal language model of transformers, as ``AutoModelForCausalLM`` returns it.
@@ -57,18 +59,60 @@ def attach(model: nn.Module) -> Instrument:
     """
     outer, model = model, unwrapped(model)
     note_units(outer)
-    known = attached(model)
+    known, added = attached(model), set[int]()
     if known is not None:
         if in_group():  # leaf modules and tensor parallelism leave the modules as they were
             refuse_engine(model)
-        return known
+            return known  # a hook may be on one of the processes, which cannot run alone
+        added = hooks_of(known.parts) - known.hooks
+        if not added:
+            return known
     refuse_early(model)
     device = device_of_module(model).type
     # Autocast rounds every product, which is no mismatch of the model's layout.
     exact = torch.autocast(device, enabled=False)
     with torch.no_grad(), exact, own_forward(model), as_written(model), ExitStack() as stack:
         stack.callback(let_go, outer)
-        return Instrument.of(*_proven(model))
+        if known is None:
+            return Instrument.of(*_proven(model))
+        if _change_nothing(model, added):
+            known.hooks.update(added)
+            return known
+        try:
+            return Instrument.of(*_proven(model))
+        except UnsupportedModelError as error:
+            where = ", ".join(hooked(model, added))
+            raise UnsupportedModelError(
+                f"found hooks on {where} that were added since the model was attached and change "
+                "what it computes, allowed are those with which it stays the sum of its edges; "
+                f"remove them (handle.remove()). With them: {error}"
+            ) from error
+
+
+def attach_whatever_hooks(model: nn.Module) -> Instrument:
+    """:func:`attach`, but for what hooks that were added since change.
+
+    For decoding, which reads no edges, and proves of exits and caches what it needs with the hooks
+    that are there.
+    """
+    known = None if in_group() else attached(unwrapped(model))
+    return known or attach(model)
+
+
+def _change_nothing(model: nn.Module, hooks: set[int]) -> bool:
+    """Whether a model says the same with these hooks on its modules and without them.
+
+    What hooks make of the whole model's output, which may be no logits in training, is no edge's.
+    Nor is a hook judged that fails on a tiny batch: it fails, or not, where it is meant to run.
+    """
+    inputs = tiny_batch(model, _TINY).forward_inputs(forward_parameters(model))
+    with without_hooks(model, {*model._forward_hooks}):
+        with without_hooks(model, hooks):
+            without = _plain(model, inputs)
+        try:
+            return torch.equal(_plain(model, inputs), without)
+        except UnsupportedModelError:
+            return True
 
 
 def _proven(model: nn.Module) -> tuple[Runner, Verification]:

@@ -12,6 +12,7 @@ from torch import nn
 from softtrace.anatomy.discovery import vocabulary_of
 from softtrace.model.sharding import is_sharded
 from softtrace.model.state import adapters_of, all_modules
+from softtrace.tracing.later_hooks import hooks_of
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
@@ -43,12 +44,15 @@ class Instrument(Runner):
         parts: Modules that it was proven with, all but the model itself.
         wrappers: PEFT's around attention, each of which holds several of it.
         adapters: That these were set to.
+        hooks: Numbers of the hooks that others had put on the parts by then, and of those that are
+            known since to change nothing.
     """
 
     verification: Verification
     parts: tuple[nn.Module, ...]  # held, not numbered: ids of freed modules come back
     wrappers: tuple[nn.Module, ...]
     adapters: Hashable
+    hooks: set[int]
 
     @classmethod
     def of(cls, runner: Runner, verification: Verification) -> Instrument:
@@ -62,6 +66,7 @@ class Instrument(Runner):
             parts=parts,
             wrappers=wrappers,
             adapters=adapters_of(wrappers),
+            hooks=hooks_of(parts),
         )
         _keep(model, instrument)
         return instrument

@@ -20,6 +20,7 @@ from softtrace.evaluation.bootstrap import (
 from softtrace.evaluation.study.readings import STUDY_SIZES, Computation, Readings
 from softtrace.evaluation.study.results import Answer, Unit
 from softtrace.evaluation.study.unigrams import READINGS
+from softtrace.percent import brief_percent
 
 _CHANGE = PHASES["construction"][1]
 CONSTRUCTION_ENDS = STUDY_SIZES.index(_CHANGE)
@@ -34,7 +35,7 @@ def _answers() -> Iterator[Answer[Readings]]:
     yield Answer("overall/size", name, "share", (), lambda r: Median(r.whole.size))
 
     yield Answer("phases/tv", "mean TV", "tv", ("sizes",), lambda r: _mean_of(r, r.variation))
-    name = f"share of the fall of TV that comes below {100 * _CHANGE:g} % of the edges"
+    name = f"share of the fall of TV that comes below {brief_percent(_CHANGE)} of the edges"
     yield Answer("phases/construction", name, "share", (), _construction)
     name = "edges by depth quartile and kind"
     yield Answer("phases/edges", name, "share", ("sizes", "depth_quartiles", "kinds"), _edges)
