@@ -127,7 +127,7 @@ def peak_memory(step: Any, device: str) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:  # 2.10 warns
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:  # older torch warns
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
