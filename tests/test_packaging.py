@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,23 @@ def test_the_newest_constraints_are_allowed_and_tools_are_the_same_in_both() -> 
     assert {name: newest[name] for name in tools} == {name: oldest[name] for name in tools}
 
 
+def test_the_tools_of_development_allow_the_oldest_constraints() -> None:
+    """Else nothing can be installed by them; of the other packages newer releases are here."""
+    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    read = 0
+    for name in {name for name in oldest if oldest[name] == newest.get(name)}:
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # torchao, which lies beside the environment
+            continue
+        for each in map(Requirement, lines):
+            wanted = oldest.get(canonicalize_name(each.name))
+            if wanted is not None and (each.marker is None or each.marker.evaluate({"extra": ""})):
+                read += 1
+                assert wanted in each.specifier, f"{name} {oldest[name]} needs {each}"
+    assert read > 10
+
+
 def test_continuous_integration_covers_every_python_with_both_constraints() -> None:
     job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["tests"]
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
@@ -118,13 +136,13 @@ def test_archives_hold_what_they_need(tmp_path: Path) -> None:
     assert kept - inside == set()  # a source distribution is tested as a checkout is
     with zipfile.ZipFile(copy / "dist" / f"{stem}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
-        metadata = wheel.read(f"{stem}.dist-info/METADATA").decode()
+        described = wheel.read(f"{stem}.dist-info/METADATA").decode()
     source = ROOT / "src"
     for path in (source / "softtrace").rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
             assert path.relative_to(source).as_posix() in names
     assert {name.partition("/")[0] for name in names} == {"softtrace", f"{stem}.dist-info"}
     assert f"{stem}.dist-info/licenses/LICENSE" in names
-    assert f"\nVersion: {PROJECT['version']}\n" in metadata
+    assert f"\nVersion: {PROJECT['version']}\n" in described
     for name in FOR_USERS:
-        assert f"\nProvides-Extra: {name}\n" in metadata
+        assert f"\nProvides-Extra: {name}\n" in described

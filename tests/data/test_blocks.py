@@ -61,6 +61,8 @@ def test_text_is_read_as_the_tokenizer_gets_to_it(
 def test_a_text_without_one_block() -> None:
     with pytest.raises(DataError, match="the text gives 5 tokens, less than one block of 8"):
         stream_evenly([Document("a", "12345")], TOKENIZER, 8, 4)
+    with pytest.raises(DataError, match="the text gives 1 token, less"):
+        stream_evenly([Document("a", "1")], TOKENIZER, 8, 4)
     with pytest.raises(DataError, match="there are no documents to encode"):
         stream_evenly([], TOKENIZER, 8, 4)
     with pytest.raises(InvalidInputError, match="block_size: found 1, allowed are integers from 2"):

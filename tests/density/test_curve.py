@@ -108,6 +108,16 @@ def test_reading_by_hand() -> None:
     assert curve.size_at().item() == pytest.approx(10 ** (-2 / 3))
 
 
+def test_what_holds_many_numbers_is_shown_in_a_line() -> None:
+    model, ids = tiny_model("llama"), tiny_prompt(8)
+    importance = softtrace.edge_importance(model, ids)
+    assert repr(importance) == "EdgeImportance(3 layers of 4 heads, 1 x 8 tokens)"
+    trace = softtrace.extract_trace(importance, size=5)
+    assert repr(trace) == f"Trace(5 of {trace.total:,} edges)"
+    wanted = "DensityCurve(11 thresholds, 1 x 8 tokens, attention='recorded', exact=True)"
+    assert repr(density_curve(model, ids)) == wanted
+
+
 def test_an_empty_trace_under_the_bound_has_size_zero() -> None:
     curve = made_up_curve(0)
     curve.size[0] = 0

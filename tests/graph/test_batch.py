@@ -42,7 +42,8 @@ def test_good_batches_give_what_is_valid(dtype: torch.dtype) -> None:
     ("ids", "mask", "message"),
     [
         ([[1, 2]], None, r"input_ids: found list, expected a tensor of shape \[B, T\]"),
-        (IDS[0], None, r"input_ids: found \(3,\), expected"),
+        (IDS[0], None, r"input_ids: found \(3,\), expected .* pass one row as input_ids\[None\]"),
+        ("a text", None, r"input_ids: found str, .* tokenizer\(text, return_tensors=\"pt\"\)"),
         (IDS[None], None, r"input_ids: found \(1, 2, 3\), expected"),
         (IDS.float(), None, "input_ids: found torch.float32, expected int64 or int32"),
         (IDS[:0], None, r"input_ids: found shape \(0, 3\), no token in it"),

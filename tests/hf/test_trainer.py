@@ -300,6 +300,12 @@ def test_a_class_that_has_the_term_gets_no_second_one() -> None:
     assert with_density(once) is once
 
 
+@pytest.mark.parametrize("given", ["Trainer", object()])
+def test_what_is_no_class_is_refused(given: Any) -> None:
+    with pytest.raises(TrainerSetupError, match=r"found (str|object), expected a class: with_dens"):
+        with_density(given)
+
+
 def test_token_types_that_the_trainer_hands_to_the_model_are_refused(tmp_path: Path) -> None:
     data = [{**row, "token_type_ids": torch.zeros_like(row["input_ids"])} for row in rows()]
     model = tiny_model("gpt2").train()

@@ -23,6 +23,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"preset": "fast"},
         "preset: found 'fast', allowed are 'balanced', 'sparse', 'decode', 'soft'",
     ),
+    (
+        {"strength": "sparse"},
+        "strength: found 'sparse', allowed are numbers from 0; name the preset, preset='sparse'",
+    ),
     ({"start_step": -1}, "start_step: found -1, allowed are integers from 0"),
     ({"start_step": 2.0}, "start_step: found 2.0, allowed are integers from 0"),
     ({"warmup_steps": -5}, "warmup_steps: found -5, allowed are integers from 0"),

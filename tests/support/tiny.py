@@ -12,9 +12,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 VOCABULARY = 67
 SPECIAL = 3  # ids 0, 1, 2 are padding, begin and end; prompts use the others
+#: whether transformers checkpoints a layer without its hooks, as it does since 5.23
+FORWARD_ALONE = LlamaDecoderLayer.__call__ is nn.Module.__call__
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

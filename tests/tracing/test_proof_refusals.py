@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import softtrace
+from softtrace.decoding import speculate
 from softtrace.errors import NonFiniteError, UnsupportedModelError
 from tests.support.altered import (
     Amplified,
@@ -39,6 +40,20 @@ from tests.support.state import state
 from tests.support.tiny import tiny_model, tiny_prompt
 
 SUM = r"layer 1 \((Odd|NoMLP)\): the node is not the sum of its edges: .* by [0-9.e-]+ at best"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        softtrace.attach,
+        softtrace.DensityLoss,
+        lambda model: softtrace.edge_importance(model, tiny_prompt(4)),
+        lambda model: speculate(model, tiny_prompt(4), exit_layer=1),
+    ],
+)
+def test_the_name_of_a_model_is_no_model(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"model: found str, .* AutoModelForCausalLM"):
+        ask("owner/model")
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {

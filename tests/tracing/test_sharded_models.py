@@ -15,7 +15,13 @@ from torch._dynamo.utils import counters
 from softtrace import DensityLoss, attach
 from softtrace.model.sharding import as_it_was
 from softtrace.tracing.instrument import attached
-from tests.support.tiny import checkpointed, tiny_model, tiny_prompt, wrapped_to_checkpoint
+from tests.support.tiny import (
+    FORWARD_ALONE,
+    checkpointed,
+    tiny_model,
+    tiny_prompt,
+    wrapped_to_checkpoint,
+)
 from tests.support.units import flat
 from tests.support.ways_to_shard import WRAPPERS, one_process_group
 from tests.support.zoo import VERIFIED, tiny
@@ -152,7 +158,7 @@ def wrapped_and_compiled(model: Any) -> Any:
         compiled_first,
         sharded_first,
         lambda model: compiled_first(checkpointed(model)),
-        lambda model: sharded_first(checkpointed(model)),
+        *([lambda model: sharded_first(checkpointed(model))] if FORWARD_ALONE else []),
         wrapped_and_compiled,
     ],
 )
@@ -171,7 +177,9 @@ def test_layers_that_are_compiled_and_sharded(way: Callable[[Any], Any]) -> None
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("prepared", [lambda model: model, checkpointed])
+@pytest.mark.parametrize(
+    "prepared", [lambda model: model, *([checkpointed] if FORWARD_ALONE else [])]
+)
 def test_a_model_that_is_sharded_and_compiled_as_a_whole(prepared: Callable[[Any], Any]) -> None:
     """FSDP2 itself breaks the graph where it gathers; the term adds no break and no graph."""
     made = []

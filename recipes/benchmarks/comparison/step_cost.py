@@ -127,7 +127,8 @@ def peak_memory(step: Any, device: str) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    # torch 2.11 warns of what it leaves out without acc_events
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0

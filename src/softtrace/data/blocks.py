@@ -191,9 +191,9 @@ def _blocks(
     if not count:
         fits = tokens + len(first)
         shorter = f", or a {option} of at most {fits}" if fits >= _LEAST else ""
+        found = "1 token" if tokens == 1 else f"{tokens} tokens"
         raise DataError(
-            f"the text gives {tokens} tokens, less than one block of {block_size}. Give more text"
-            f"{shorter}."
+            f"the text gives {found}, less than one block of {block_size}. Give more text{shorter}."
         )
 
 

@@ -38,6 +38,7 @@ from softtrace.decoding.plain_reading import PlainReader
 from softtrace.decoding.split_model import TwoParts, counter, first_layers
 from softtrace.errors import InvalidInputError
 from softtrace.graph.batch import check_is_tensor
+from softtrace.model.wrappers import checked_module
 from softtrace.tracing.attach import attach_whatever_hooks
 
 _USUAL = 20  # new tokens that generate writes if it is not told
@@ -281,7 +282,7 @@ def greedy(
 def check_decoding(model: nn.Module, max_new_tokens: int) -> None:
     """Raise :class:`InvalidInputError` in train mode, or where nothing is to be written."""
     check_least("max_new_tokens", max_new_tokens, 1)
-    if model.training:
+    if checked_module(model).training:
         raise InvalidInputError("model: found one in train mode; call model.eval() first")
 
 

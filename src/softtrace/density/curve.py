@@ -83,6 +83,13 @@ class DensityCurve:
     attention: AttentionKind = "recorded"
     exact: bool = True
 
+    def __repr__(self) -> str:
+        count, batch, length = self.size.shape
+        return (
+            f"DensityCurve({count} thresholds, {batch} x {length} tokens, "
+            f"attention={self.attention!r}, exact={self.exact})"
+        )
+
     def padded(self, length: int) -> DensityCurve:
         """The curve of sequences of so many tokens, of which the later ones are not measured."""
         missing = length - self.size.shape[2]

@@ -141,7 +141,8 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     check_is_tensor(input_ids)
     if input_ids.dim() != 2:
         found = tuple(input_ids.shape)
-        raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]")
+        row = "; pass one row as input_ids[None]" if input_ids.dim() == 1 else ""
+        raise InvalidInputError(f"input_ids: found {found}, expected a tensor of shape [B, T]{row}")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
     if input_ids.numel() == 0:
@@ -157,6 +158,8 @@ def check_is_tensor(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor):
         inside = isinstance(input_ids, Mapping) and "input_ids" in input_ids  # of a tokenizer
         instead = 'what it holds under "input_ids"' if inside else "torch.tensor(input_ids)"
+        if isinstance(input_ids, str):
+            instead = 'tokenizer(text, return_tensors="pt")["input_ids"]'
         raise InvalidInputError(
             f"input_ids: found {type(input_ids).__name__}, expected a tensor of shape [B, T]; pass "
             f"{instead}"

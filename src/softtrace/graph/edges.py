@@ -162,6 +162,10 @@ class EdgeImportance:
     visible: tuple[Tensor, ...]
     valid: Tensor
 
+    def __repr__(self) -> str:  # of long texts all numbers would be made anew to be shown
+        layers, batch, heads, length = self.shape
+        return f"EdgeImportance({layers} layers of {heads} heads, {batch} x {length} tokens)"
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """``(L, B, H, T)``."""

@@ -56,6 +56,9 @@ class Trace:
     importances: tuple[float, ...]
     total: int
 
+    def __repr__(self) -> str:
+        return f"Trace({len(self.edges):,} of {self.total:,} edges)"
+
     @property
     def size(self) -> float:
         """Share of |E|."""

@@ -354,7 +354,13 @@ def with_density(trainer: type[Trainer] = Trainer) -> type[Any]:
     Returns:
         The class; its constructor takes ``density`` besides what it took, see
         :class:`DensityMixin`. One that has the term already is returned as it is.
+
+    Raises:
+        TrainerSetupError: A trainer itself, or something else that is no class.
     """
+    if not isinstance(trainer, type):
+        name = type(trainer).__name__
+        raise TrainerSetupError(f"found {name}, expected a class: with_density(Trainer)(model=...)")
     if issubclass(trainer, DensityMixin):
         return trainer
     return type(f"Density{trainer.__name__}", (DensityMixin, trainer), {})

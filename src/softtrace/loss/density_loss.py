@@ -50,7 +50,7 @@ from softtrace.model.state import (
     is_reentrant,
     uncompiled,
 )
-from softtrace.model.wrappers import unwrapped
+from softtrace.model.wrappers import checked_module, unwrapped
 from softtrace.processes import agreed
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -89,7 +89,7 @@ class DensityLoss:
     ) -> None:
         self.options = DensityOptions.changed(options, changes)
         self.budget = loss_budget(self.options)
-        self.model = bare(model)
+        self.model = bare(checked_module(model))
         self.step = 0
         self._non_finite = NonFiniteSteps(self.options.on_nonfinite)
         self._watched = Watched()

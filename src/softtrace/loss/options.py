@@ -153,6 +153,11 @@ class DensityOptions:
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
+        if self.strength in get_args(Preset):  # as in DensityPenalty("sparse")
+            raise InvalidInputError(
+                f"strength: found {self.strength!r}, allowed are numbers from 0; name the preset, "
+                f"preset={self.strength!r}"
+            )
         if self.exits == 0 and self.exit_map is None:  # who asks for none wants no map either
             object.__setattr__(self, "exit_map", False)
         for name, value in PRESETS[self.preset].items():

@@ -56,16 +56,30 @@ def find_causal_lm(
     return next(iter(found.values()))
 
 
+def checked_module(model: nn.Module) -> nn.Module:
+    """A model as it is.
+
+    Raises:
+        UnsupportedModelError: something else, such as the name of one.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model: found {type(model).__name__}, expected a transformers causal language model; "
+            "pass the model that AutoModelForCausalLM.from_pretrained returns"
+        )
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside ``torch.compile``'s wrapper, FSDP1's and PEFT's.
 
     PEFT puts its adapters into the layers of the base model, so that one is run, adapters included.
 
     Raises:
-        UnsupportedModelError: an adapter of PEFT that is not in the layers (prompt tuning), or not
-            the same linear map for every token.
+        UnsupportedModelError: no model, or an adapter of PEFT that is not in the layers (prompt
+            tuning), or not the same linear map for every token.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(checked_module(model), "_orig_mod", model)
     if is_flat_unit(model):
         model = bare(model)
     settings = getattr(model, "peft_config", None)

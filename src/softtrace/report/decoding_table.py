@@ -63,8 +63,8 @@ def _race(race: dict[str, Any]) -> list[str]:
         )
     if not race["left_out"] and (fixed := race.get("fixed")):
         lines.append(
-            f"  by fixed shapes {fixed['exit_layer']} layers draft, and a check writes "
-            f"{fixed['draft_tokens']} tokens at most"
+            f"  by fixed shapes with exit_layer={fixed['exit_layer']} and "
+            f"draft_tokens={fixed['draft_tokens']}"
         )
     if race["left_out"]:
         lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
