@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softtrace.anatomy.readout import Readout
+from softtrace.model.alone import alone
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.recording import Recording
 
@@ -37,7 +38,8 @@ def exit_agreement(instrument: Instrument, recording: Recording) -> Tensor:
         for depth, hidden in enumerate(hidden_states(recording)[1:-1], start=1)
     )
     wanted = recording.logits.argmax(-1).flatten()
-    found = _agreeing(instrument.anatomy.readout, streams, wanted)
+    with alone(instrument.model):
+        found = _agreeing(instrument.anatomy.readout, streams, wanted)
     agreed = measured.new_ones(len(found) + 1, *measured.shape)
     agreed[:-1, measured] = found
     return agreed

@@ -22,6 +22,7 @@ from softtrace.graph.attention_maps import none_held
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance
 from softtrace.graph.importance import Norm, check_norm
+from softtrace.model.alone import alone
 from softtrace.model.devices import device_of_module
 from softtrace.model.memory import attempt, half_that_fits
 from softtrace.model.sharding import computing_dtype, let_go, note_units, run
@@ -57,7 +58,12 @@ def attach(model: nn.Module) -> Instrument:
             the layer and the mismatch.
         NonFiniteError: Its logits are not finite, so that nothing can be proven.
     """
-    outer, model = model, unwrapped(model)
+    with alone(unwrapped(model)):
+        return _attach(model)
+
+
+def _attach(outer: nn.Module) -> Instrument:
+    model = unwrapped(outer)
     note_units(outer)
     known, added = attached(model), set[int]()
     if known is not None:

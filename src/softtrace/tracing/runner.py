@@ -2,7 +2,8 @@
 
 Nothing is installed between runs. Hooks, the attention implementation and eval mode are put in
 place around each run of ours and taken back after it, also after an exception; the user's own
-forward, attention kernel, checkpointing and compiled code never meet them.
+forward, attention kernel, checkpointing and compiled code never meet them. Threads that measure one
+model take turns, run by run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from softtrace.graph.attention_maps import AttentionMap, HeldMap, chunk_elements
 from softtrace.graph.batch import Batch, check_finite, check_length
 from softtrace.graph.edges import EdgeImportance, LayerEdges
 from softtrace.graph.importance import Norm
+from softtrace.model.alone import alone
 from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
@@ -209,11 +211,12 @@ class Runner:
         """``[B, T, d_model]``, what the final norm gives in a run of which no logits are made."""
         found: list[Tensor] = []
         norm = self.anatomy.readout.norm.module
-        handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
-        try:
-            self.forward(run, **one_logit(self.forward_parameters))
-        finally:
-            handle.remove()
+        with alone(self.model):
+            handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
+            try:
+                self.forward(run, **one_logit(self.forward_parameters))
+            finally:
+                handle.remove()
         return found[-1].to(run.valid.device)
 
     @torch.no_grad()
@@ -287,7 +290,7 @@ class Runner:
             for level, chosen in enumerate(torch.split(places.index_select(0, order), counts))
             if len(chosen)
         ]
-        with dropout_off(self.model), uncompiled(self.model):
+        with alone(self.model), dropout_off(self.model), uncompiled(self.model):
             logits: Tensor = self.anatomy.readout.early(torch.cat(read))
         return logits.index_select(0, order.argsort())
 
@@ -297,7 +300,8 @@ class Runner:
         Through the map that the model has for this exit, if it has one
         (:mod:`softtrace.model.exit_maps`).
         """
-        return self.anatomy.readout.early(self.exit_stream(hidden, depth))
+        with alone(self.model):
+            return self.anatomy.readout.early(self.exit_stream(hidden, depth))
 
     def exit_stream(self, hidden: Tensor, depth: int) -> Tensor:
         """That stream as the final norm reads it, through the exit's map if there is one."""
@@ -317,7 +321,7 @@ class Runner:
         hidden = torch.stack(run.hidden or []).flatten(0, 2)
         levels = depths.flatten().index_select(0, places)
         read = hidden.index_select(0, levels * depths.numel() + places)
-        with dropout_off(self.model), uncompiled(self.model):
+        with alone(self.model), dropout_off(self.model), uncompiled(self.model):
             logits: Tensor = self.anatomy.readout.early(read)
         return logits
 
@@ -330,7 +334,7 @@ class Runner:
         """
         inputs = run.batch.forward_inputs(self.forward_parameters)
         kind: Kind = "recording" if isinstance(run, RecordingRun) else "masked"
-        with turn_of(self.model, kind), self._running(run):
+        with alone(self.model), turn_of(self.model, kind), self._running(run):
             output = run_model(self.model, **inputs, **options)
         logits: Tensor = output.logits
         return logits
