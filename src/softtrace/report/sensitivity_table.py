@@ -4,39 +4,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from softtrace.percent import percent
-from softtrace.report.tables import aligned
+from softtrace.report.tables import aligned, wrapped
 
+# Heads over as many lines as keep them as narrow as what stands below.
+_WAY = ("attention", "edges\nby", "stand-in", "thresholds")
+_NUMBERS = ("size at\nTV 0.2", "area", "area and entropy")
 _QUESTIONS = {
     "two_phases": "two phases",
-    "entropy": "more uncertain, more edges",
-    "order": "second has less area",
+    "entropy": "more\nuncertain,\nmore edges",
+    "order": "second has\nless area",
 }
 
 
 def sensitivity_table(found: Mapping[str, Any]) -> str:
-    """A row each way to measure, and how many of them each conclusion survives.
+    """Two rows each way to measure, its numbers and its answers, and what each question survives.
 
     Args:
         found: the content of ``sensitivity.json``.
     """
     definitions: Sequence[Mapping[str, Any]] = found["definitions"]
     asked = [key for key in _QUESTIONS if key in definitions[0]["holds"]]
-    rows = [
-        [
-            "attention", "edges by", "stand-in", "thresholds", "size at TV 0.2", "area",
-            "area and entropy", *(_QUESTIONS[key] for key in asked),
-        ]
-    ]  # fmt: skip
+    numbers, answers = [], []
     for each in definitions:
+        way = [each["attention"], each["norm"], each["stand_in"], each["thresholds"]]
         last = each["models"][-1]
-        rows.append([
-            each["attention"], each["norm"], each["stand_in"], each["thresholds"],
-            percent(last["size"]["value"]), f"{last['area']['value']:.3f}",
-            _correlation(last["entropy"]), *(each["holds"][key] for key in asked),
-        ])  # fmt: skip
+        size, area = percent(last["size"]["value"]), f"{last['area']['value']:.3f}"
+        numbers.append([*way, size, area, _correlation(last["entropy"])])
+        answers.append([*way, *(each["holds"][key] for key in asked)])
+    # A row of both would not fit a terminal.
+    tables = [
+        _headed((*_WAY, *_NUMBERS), numbers),
+        _headed((*_WAY, *(_QUESTIONS[key] for key in asked)), answers),
+    ]
     survived = []
     for key in asked:
         count = Counter(each["holds"][key] for each in definitions)
@@ -50,15 +53,26 @@ def sensitivity_table(found: Mapping[str, Any]) -> str:
         f"{found['tokens']:,} tokens of {data['blocks']:,} sequences of {data['block_size']}, "
         f"{data['split']}; numbers are the last model's"
     )
-    return "\n".join([header, "", aligned(rows), "", *survived, "", _LEGEND])
+    parts = [wrapped(header), *tables, wrapped("\n".join(survived)), wrapped(_LEGEND)]
+    return "\n\n".join(parts)
+
+
+def _headed(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under heads of several lines, of which the last stands on the rule."""
+    above = [list(reversed(head.split("\n"))) for head in heads]
+    lines = list(reversed(list(zip_longest(*above, fillvalue=""))))
+    first, rule, *others = aligned([*lines, *rows]).split("\n")
+    end = len(lines) - 1
+    return "\n".join([first, *others[:end], rule, *others[end:]])
 
 
 def _correlation(interval: Mapping[str, float]) -> str:
     return f"{interval['value']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})"
 
 
-_LEGEND = """\
-Attention: where masked runs take their attention probabilities from. Edges by: how large an edge
-is. Stand-in: what an absent edge carries. Thresholds: from how many a curve is read. "yes" and
-"no": the 95 % interval (bootstrap over sequences) lies on one side of the bound, "open": it spans
-it."""
+_LEGEND = (
+    "Attention: where masked runs take their attention probabilities from. Edges by: how large an "
+    "edge is. Stand-in: what an absent edge carries. Thresholds: from how many a curve is read. "
+    '"yes" and "no": the 95 % interval (bootstrap over sequences) lies on one side of the bound, '
+    '"open": it spans it.'
+)
