@@ -20,6 +20,10 @@ class InvalidInputError(SofttraceError, ValueError):
     """A batch, an option or a position is outside what the called function accepts."""
 
 
+class UnknownOptionError(InvalidInputError, TypeError):
+    """There is no option of the given name."""
+
+
 class NonFiniteError(SofttraceError, ArithmeticError):
     """Logits, importances or weights contain NaN or infinity."""
 

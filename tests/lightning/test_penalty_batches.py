@@ -238,7 +238,8 @@ def test_options_outside_their_range_are_refused(options: dict[str, Any], messag
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="strenght"):
+    message = r"^DensityPenalty: found 'strenght' \(did you mean 'strength'\?\), allowed are "
+    with pytest.raises(InvalidInputError, match=message):
         DensityPenalty(strenght=1.0)
 
 

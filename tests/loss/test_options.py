@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from softtrace import DensityOptions, InvalidInputError
+from softtrace import DensityLoss, DensityOptions, InvalidInputError
 from softtrace.loss.options import PRESETS
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -90,7 +91,11 @@ def test_values_outside_their_range_are_refused(changes: dict[str, Any], message
     [
         ("sparse", "density: found 'sparse', allowed are a mapping of options"),
         (0.5, "density: found 0.5, allowed are a mapping of options"),
-        ({"strngth": 1.0}, "density: found 'strngth', allowed are strength, preset, "),
+        (
+            {"strngth": 1.0},
+            r"density: found 'strngth' \(did you mean 'strength'\?\), allowed are strength, ",
+        ),
+        ({"colour": 1.0}, "density: found 'colour', allowed are strength, preset, "),
     ],
 )
 def test_what_names_no_options_is_refused(wrong: Any, message: str) -> None:
@@ -100,6 +105,15 @@ def test_what_names_no_options_is_refused(wrong: Any, message: str) -> None:
     assert DensityOptions.of(options) is options
     assert DensityOptions.of({"share": 0.5}) == options
     assert DensityOptions.of(None) == DensityOptions()
+
+
+@pytest.mark.parametrize("error", [InvalidInputError, TypeError])  # as of any wrong keyword
+def test_a_misspelt_option_is_named_with_what_is_close(error: type[Exception]) -> None:
+    message = r"^DensityLoss: found 'strenght' \(did you mean 'strength'\?\), allowed are "
+    with pytest.raises(error, match=message):
+        DensityLoss(nn.Linear(1, 1), strenght=1.0)
+    with pytest.raises(error, match=message):
+        DensityLoss(nn.Linear(1, 1), DensityOptions(), strenght=1.0)
 
 
 def test_every_field_has_a_refusal() -> None:

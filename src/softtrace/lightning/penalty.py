@@ -25,7 +25,7 @@ from softtrace.loss.density_loss import DensityLoss
 from softtrace.loss.inputs import batch_inputs
 from softtrace.loss.integration import TermLog, check_state, measured_loss, state_of
 from softtrace.loss.learned_maps import LearnedMaps
-from softtrace.loss.options import DensityOptions
+from softtrace.loss.options import DensityOptions, check_names
 from softtrace.loss.reference import HELD_OUT, loss_budget
 from softtrace.loss.term import DensityTerm
 from softtrace.model.exit_maps import exit_maps_of, use_exit_maps
@@ -59,7 +59,7 @@ class DensityPenalty(Callback):
         **options: See :class:`softtrace.loss.DensityOptions`.
 
     Raises:
-        InvalidInputError: An option is outside its range.
+        InvalidInputError: An option is outside its range, or there is none of a name.
         TrainerSetupError: At the start of fit: two DensityPenalty callbacks, no or several causal
             language models, manual optimisation, a ``dataloader_iter`` training step, a strategy
             that is not supported; a budget without a validation, or one that logs no ``monitor``.
@@ -69,6 +69,7 @@ class DensityPenalty(Callback):
     def __init__(
         self, strength: float | None = None, allow_untested: bool = False, **options: Any
     ) -> None:
+        check_names("DensityPenalty", options)
         self.options = DensityOptions(strength=strength, **options)  # type: ignore[arg-type]
         self.allow_untested = allow_untested
         self._wrapped: WrappedStep | None = None

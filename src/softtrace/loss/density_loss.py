@@ -81,7 +81,7 @@ class DensityLoss:
 
     Raises:
         UnsupportedModelError: See :func:`softtrace.attach`.
-        InvalidInputError: An option is outside its range.
+        InvalidInputError: An option is outside its range, or there is none of a name.
     """
 
     def __init__(

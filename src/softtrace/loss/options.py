@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import torch
 
 from softtrace.checks import check_least, check_range
 from softtrace.density.easiness import easiness
-from softtrace.errors import InvalidInputError
+from softtrace.errors import InvalidInputError, UnknownOptionError
 from softtrace.loss.budget import check_budget
 from softtrace.loss.schedule import StrengthSchedule
 
@@ -241,17 +242,13 @@ class DensityOptions:
         """
         if isinstance(given, DensityOptions):
             return given
-        names = [field.name for field in fields(cls)]
         if not isinstance(given, Mapping | None):
             raise InvalidInputError(
                 f"density: found {given!r}, allowed are a mapping of options, such as "
                 "{'preset': 'sparse'}, DensityOptions, None"
             )
         found = {} if given is None else dict(given)
-        if unknown := [name for name in found if name not in names]:
-            raise InvalidInputError(
-                f"density: found {unknown[0]!r}, allowed are {', '.join(names)}"
-            )
+        check_names("density", found)
         return cls(**found)
 
     @classmethod
@@ -259,8 +256,10 @@ class DensityOptions:
         """Ready options with some of them changed; for None those that the changes name.
 
         Raises:
-            InvalidInputError: something else was given, or a preset beside ready options.
+            InvalidInputError: something else was given, a preset beside ready options, or there is
+                no option of a name.
         """
+        check_names("DensityLoss", changes)
         if given is None:
             return cls(**changes)
         if not isinstance(given, DensityOptions):
@@ -316,6 +315,18 @@ class DensityOptions:
         """Smallest and largest number of layers before an exit, for a model of 2 or more."""
         low, high = (min(layers - 1, max(1, round(share * layers))) for share in self.exit_depths)
         return low, high
+
+
+def check_names(where: str, names: Iterable[str]) -> None:
+    """Raise :class:`UnknownOptionError` for a name that no option has; ``where`` it was given."""
+    known = [field.name for field in fields(DensityOptions)]
+    for name in names:
+        if name not in known:
+            close = get_close_matches(str(name), known, 1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UnknownOptionError(
+                f"{where}: found {name!r}{meant}, allowed are {', '.join(known)}"
+            )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
