@@ -32,6 +32,7 @@ from softtrace.loss.exit_term import ExitDistance, ExitTerm
 from softtrace.loss.inputs import refuse_types
 from softtrace.loss.kept_state import resume_loop, state_of_loop
 from softtrace.loss.learned_maps import LearnedMaps
+from softtrace.loss.no_targets import NO_TARGET, NoTargets
 from softtrace.loss.non_finite import NonFiniteSteps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
@@ -56,7 +57,6 @@ from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 
 logger = logging.getLogger(__name__)
-_NO_TARGET = "no token of the batch has a target"
 
 
 class DensityLoss:
@@ -92,6 +92,7 @@ class DensityLoss:
         self.model = bare(checked_module(model))
         self.step = 0
         self._non_finite = NonFiniteSteps(self.options.on_nonfinite)
+        self._no_targets = NoTargets()
         self._watched = Watched()
         self._streams = CompiledStreams()
         self._later = LaterChecks()
@@ -268,7 +269,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
+        """The term of what the call ``read``, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together, options = is_sharded(unwrapped(self.model)), self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
@@ -283,12 +284,14 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):  # before any waits for the others in a forward
-                batch = self._batch(*watched.copies.of(*read))
+                ids, mask, labels, positions = watched.copies.of(*read)
+                batch = Batch.of(ids, mask, positions, labels)
                 instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
             term = DensityTerm.of_no_run(device)
-            if together or bool(batch.counted.any()):
+            self._no_targets.note(counts := bool(batch.counted.any()))
+            if together or counts:
                 if reads_exits:
                     exits = self._exits(
                         instrument, watched, batch, drawn_by, options, bool(weight), device
@@ -304,7 +307,7 @@ class DensityLoss:
                 if term.strength and term.skipped is None and not term.loss.requires_grad:
                     self._say_without_gradient()
             else:
-                term, exits = DensityTerm.of_no_run(device, strength, _NO_TARGET), None
+                term, exits = DensityTerm.of_no_run(device, strength, NO_TARGET), None
         except NonFiniteError as error:
             named = f"step {step}: {error}"
             self._non_finite.met(named, error)
@@ -316,11 +319,6 @@ class DensityLoss:
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(device, *given)
         return term
-
-    def _batch(self, input_ids: Tensor, *read: Tensor | None) -> Batch:
-        """Which tokens a call looks at; what it says of ids and mask is checked later."""
-        attention_mask, labels, position_ids = read
-        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _depths(self, anatomy: Anatomy) -> range:
         """After how many layers exits are; a single layer has none."""
