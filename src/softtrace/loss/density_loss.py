@@ -269,7 +269,7 @@ class DensityLoss:
         drawn_by: tuple[int, int],
         watched: Watched,
     ) -> DensityTerm:
-        """The term of what the call ``read``, drawn by step and accumulated batch."""
+        """The term; ``read`` as :meth:`_batch` takes it, drawn by step and accumulated batch."""
         step, device = drawn_by[0], read[0].device
         together, options = is_sharded(unwrapped(self.model)), self.options_of_a_step(device)
         factor = 1.0 if self.budget is None else self.budget.factor
@@ -284,8 +284,7 @@ class DensityLoss:
                 return DensityTerm.of_no_run(device)
             instrument = attach(self.model)
             with agreed(together):  # before any waits for the others in a forward
-                ids, mask, labels, positions = watched.copies.of(*read)
-                batch = Batch.of(ids, mask, positions, labels)
+                batch = self._batch(*watched.copies.of(*read))
                 instrument.check(batch)
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
@@ -319,6 +318,11 @@ class DensityLoss:
             given = (None, None) if exits is None else (exits.mean, exits.map_gradients)
             self.exit_maps.collect(device, *given)
         return term
+
+    def _batch(self, input_ids: Tensor, *read: Tensor | None) -> Batch:
+        """Which tokens a call looks at; what it says of ids and mask is checked later."""
+        attention_mask, labels, position_ids = read
+        return Batch.of(input_ids, attention_mask, position_ids, labels)
 
     def _depths(self, anatomy: Anatomy) -> range:
         """After how many layers exits are; a single layer has none."""
