@@ -14,11 +14,9 @@ from tests.decoding.test_speculative import no_cache
 from tests.support.tiny import tiny_prompt
 from tests.support.zoo import REFUSED, tiny
 
-#: what the layers of hybrid, state-space and other models keep, by the name that is given, and
-#: those whose forward takes the whole text
+#: what the layers of hybrid, state-space and other models keep, by the name that is given
 KEEPING = {
     "bamba": "LinearAttentionLayer",
-    "cpmant": "takes the whole text",
     "falcon_h1": "LinearAttentionAndFullAttentionLayer",
     "jamba": "LinearAttentionLayer",
     "lfm2, with convolutions": "LinearAttentionLayer",
@@ -26,12 +24,11 @@ KEEPING = {
     "minimax": "LinearAttentionLayer",
     "qwen3_next": "LinearAttentionLayer",
     "rwkv": "takes no cache",
-    "xlm": "takes the whole text",
 }
 
 
 @pytest.mark.parametrize("case", KEEPING)
-def test_models_that_read_otherwise_are_refused_before_any_work(case: str) -> None:
+def test_models_that_keep_a_state_are_refused_before_any_work(case: str) -> None:
     kind, changes, _ = REFUSED[case]
     model, runs = tiny(kind, **changes), []
     model.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -39,17 +36,6 @@ def test_models_that_read_otherwise_are_refused_before_any_work(case: str) -> No
         greedy(model, tiny_prompt(6), 4)
     assert "decode it with model.generate" in str(caught.value)
     assert not runs
-
-
-@pytest.mark.parametrize("case", ["camembert", "roberta", "xlm-roberta"])
-def test_tokens_are_numbered_as_generate_numbers_them(case: str) -> None:
-    """Their own forward begins after the padding id, not at 0."""
-    kind, changes, _ = REFUSED[case]
-    model = tiny(kind, **changes)
-    model.generation_config.eos_token_id = None
-    for prompt in (1, 6, 9):
-        ids = tiny_prompt(prompt, seed=prompt)
-        assert greedy(model, ids, 12).tokens.tolist() == plain(model, ids, 12)
 
 
 def long_rope(kind: str) -> Any:

@@ -16,9 +16,6 @@ from softtrace.model.wrappers import forward_parameters, one_logit, unwrapped, w
 #: What layers may keep of a text. Others hold a state, which the model's own loop makes and hands
 #: on, or keys of a second kind.
 _KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
-#: types whose forward takes the whole text beside its cache and cuts off itself what is in there;
-#: XLM's and Flaubert's takes a token for the gap at its end, too
-_WHOLE_TEXTS = ("cpmant", "flaubert", "xlm")
 
 
 class PlainReader:
@@ -28,18 +25,13 @@ class PlainReader:
         model: a causal language model of transformers, in eval mode.
 
     Raises:
-        UnsupportedModelError: it keeps more of a text than keys and values of its tokens, or takes
-            the whole text at each token.
+        UnsupportedModelError: it keeps more of a text than keys and values of its tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self._inner = model, unwrapped(model)
         self._parameters = forward_parameters(model)
         _refuse_states(self._inner, self._parameters)
-        # RoBERTa and its like number tokens from after their padding id on, generate from 0.
-        self._numbered = "position_ids" in self._parameters and any(
-            hasattr(each, "create_position_ids_from_input_ids") for each in self._inner.modules()
-        )
         self._cache = DynamicCache()
         config = getattr(self._inner, "config", None)
         # Those of "dynamic" move as well, and generate keeps what it has read.
@@ -55,10 +47,6 @@ class PlainReader:
             if before and crossed and self._is_read_anew(self._text):
                 self._cache, tokens = DynamicCache(), self._text
         into = with_cache(self._parameters, self._cache)
-        if self._numbered:
-            read = self._cache.get_seq_length()
-            places = torch.arange(read, read + tokens.shape[1], device=tokens.device)
-            into["position_ids"] = places[None]
         output = self.model(input_ids=tokens, **into, **one_logit(self._parameters))
         logits: Tensor = output.logits[0, -1]
         return logits
@@ -87,11 +75,6 @@ def _refuse_states(model: nn.Module, parameters: tuple[str, ...]) -> None:
     config: Any = getattr(model, "config", None)
     if config is None:
         return
-    if config.model_type in _WHOLE_TEXTS:
-        raise UnsupportedModelError(
-            f"{name}: found a forward that takes the whole text at each token, although it has a "
-            f"cache; allowed are those that take the tokens that are not in it; {instead}"
-        )
     layers = DynamicCache(config=config).layers
     found = {type(layer).__name__ for layer in layers if type(layer) not in _KEPT}
     if found:

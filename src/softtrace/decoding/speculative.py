@@ -262,7 +262,7 @@ def greedy(
 
     Raises:
         UnsupportedModelError: The model keeps more of a text than keys and values of its tokens, as
-            hybrid and state-space models do, or takes the whole text at each token (CPM-Ant, XLM).
+            hybrid and state-space models do.
         InvalidInputError: A number outside its range, several sequences or an empty one, a model in
             train mode, or a generation config that these calls cannot honour.
     """
