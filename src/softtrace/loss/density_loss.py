@@ -308,8 +308,7 @@ class DensityLoss:
             else:
                 term, exits = DensityTerm.of_no_run(device, strength, NO_TARGET), None
         except NonFiniteError as error:
-            named = f"step {step}: {error}"
-            self._non_finite.met(named, error)
+            self._non_finite.met(named := f"step {step}: {error}", error)
             term, exits = DensityTerm.of_no_run(device, strength, named), None
         finally:
             watched.forget()
@@ -330,10 +329,10 @@ class DensityLoss:
         low, high = self.options.exit_bounds(layers) if layers > 1 else (0, -1)
         return range(low, high + 1)
 
-    def _say_once(self, what: str, kind: str | None = None) -> None:
-        if (key := kind or what) not in self._said:  # of one kind: numbers in it may change
-            self._said.add(key)
-            logger.warning(what)
+    def _say_once(self, *said: str) -> None:
+        if said[0] not in self._said:  # the kind of what is said last: numbers in that may change
+            self._said.add(said[0])
+            logger.warning(said[-1])
 
     def _say_without_gradient(self) -> None:
         """The term is added all the same, and nothing learns from it."""
@@ -383,8 +382,7 @@ class DensityLoss:
             return None
         seen = watched.last_of(batch.counted.shape, depths)
         if seen is None:
-            kind, why = watched.why_none(batch.counted.shape)
-            self._say_once(why, kind)
+            self._say_once(*watched.why_none(batch.counted.shape))
             return None
         if batch.packed and seen.mixes:
             self._say_once(MIXED)
