@@ -63,13 +63,8 @@ def exit_after(model: nn.Module, depth: int) -> Iterator[None]:
             yield
             return
         norm = attach_whatever_hooks(model).anatomy.readout.norm.module
-        handle = norm.register_forward_pre_hook(
-            lambda module, args: (maps(args[0], depth), *args[1:])
-        )
-        try:
+        with norm.register_forward_pre_hook(lambda module, args: (maps(args[0], depth), *args[1:])):
             yield
-        finally:
-            handle.remove()
 
 
 @contextmanager
@@ -136,11 +131,8 @@ class TwoParts:
             self._gave.append(output)
 
         # First of all hooks: what others make of the output they will make of it again.
-        handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
-        try:
+        with self.layers[self.depth - 1].register_forward_hook(listen, prepend=True):
             yield
-        finally:
-            handle.remove()
         self._read.append(token)
 
     def rest(self) -> Tensor:
