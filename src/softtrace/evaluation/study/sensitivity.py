@@ -29,7 +29,7 @@ from softtrace.evaluation.bootstrap import (
 )
 from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.study.answers import CONSTRUCTION_ENDS
-from softtrace.evaluation.study.readings import STUDY_SIZES
+from softtrace.evaluation.study.readings import STUDY_SIZES, joined
 from softtrace.graph.importance import Norm
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
@@ -143,7 +143,7 @@ def read_definitions(
                 for each in together:
                     found[each].append(_reading(_part(curve, grid_of(each.thresholds)), explained))
                 progress(len(batch.input_ids))
-    return {each: _joined(readings) for each, readings in found.items()}
+    return {each: joined(readings) for each, readings in found.items()}
 
 
 def ways() -> int:
@@ -176,15 +176,6 @@ def _reading(curve: DensityCurve, explained: slice) -> Reading:
     values = curve.at_sizes(STUDY_SIZES)[:, :, explained].sum(2).T
     others = (curve.area(), curve.size_at(), curve.entropy)
     return Reading(values.cpu(), *(each[:, explained].cpu() for each in others))
-
-
-def _joined(parts: list[Reading]) -> Reading:
-    return Reading(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("variation", "area", "size", "entropy")
-        )
-    )
 
 
 CONCLUSIONS = {
