@@ -60,7 +60,6 @@ class Interception(TorchFunctionMode):
         self.rows, self.length = batch
         self._followed: dict[int, _Followed] = {}
         self.softmaxes = 0
-        self.caught = 0
 
     @override
     def __torch_function__(
@@ -112,7 +111,6 @@ class Interception(TorchFunctionMode):
         given = given.to(working_dtype(given.dtype))
         found = self._heard(module, given, heads, visible)
         self._followed.clear()
-        self.caught += 1
         return found.to(probabilities.dtype).reshape(probabilities.shape)
 
     def _heard(self, module: nn.Module, given: Tensor, value: Tensor, visible: Tensor) -> Tensor:
