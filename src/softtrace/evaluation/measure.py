@@ -259,7 +259,7 @@ def trace_curve(
     attention: AttentionKind,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor,
     ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """The curve of the s-Traces of a batch, at the default thresholds, with their composition.
