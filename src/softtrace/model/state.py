@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,15 +82,11 @@ def uncheckpointed(model: nn.Module) -> Iterator[None]:
     before = [wrapper.checkpoint_fn for wrapper in wrappers]
     try:
         for wrapper in wrappers:
-            wrapper.checkpoint_fn = _called
+            wrapper.checkpoint_fn = operator.call
         yield
     finally:
         for wrapper, own in zip(wrappers, before, strict=True):
             wrapper.checkpoint_fn = own
-
-
-def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
