@@ -30,7 +30,7 @@ class Statistic(Protocol):
     """Something computed from sequences that were each drawn so many times."""
 
     sequences: int
-    """How many there are to draw from, N."""
+    """N, the number of sequences to draw from."""
 
     width: int
     """Numbers held for one resample while it is computed."""

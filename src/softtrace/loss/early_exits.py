@@ -31,9 +31,9 @@ from softtrace.model.hooks import Hook, on_input, registered
 from softtrace.model.wrappers import cache_of
 
 CHUNK = 256
-"""Tokens whose easiness is computed at a time, for it takes copies of their logits."""
+"""Tokens whose easiness is computed at a time, as it takes copies of their logits."""
 FUSED_CHUNK = 1024
-"""Likewise where it is fused, which takes none, and is fast at many rows."""
+"""The same where it is fused, which takes no copies and is fast with many tokens."""
 
 MIXED = (
     "packed rows: in the forward that was watched tokens saw other documents, so that exits and "

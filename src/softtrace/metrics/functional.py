@@ -158,7 +158,7 @@ def mid_ranks(values: Tensor) -> Tensor:
 
 
 def _unknown(like: Tensor) -> Tensor:
-    """What nothing is known of: a float64 scalar."""
+    """NaN as a float64 scalar, on the device of ``like``."""
     return torch.full((), torch.nan, dtype=torch.float64, device=like.device)
 
 

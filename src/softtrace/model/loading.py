@@ -200,7 +200,7 @@ def _said(name_or_path: str | Path, error: Exception, options: Mapping[str, Any]
 
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Of a directory, none of a name on the hub; sorted."""
+    """The files of a directory that match, sorted; none for the name of a model on the hub."""
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 

@@ -29,7 +29,7 @@ from softtrace.report.phases import Curve, phases_note, shown_phases
 from softtrace.report.tables import shorten
 
 MAX_RUNS = 8
-"""As many runs as there are colours that can be told apart."""
+"""Number of colours that can be told apart, one for each run."""
 
 Runs = Sequence[tuple[str, Density]]
 Array = NDArray[np.float64]

@@ -47,7 +47,7 @@ class Unigrams:
 
     @property
     def entropy(self) -> float:
-        """Of the smoothed distribution, nats."""
+        """Entropy of the smoothed distribution, nats."""
         shares = self.probabilities
         return float(-(shares * shares.log()).sum())
 
