@@ -31,9 +31,8 @@ _OTHERS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _BESIDE = {"adapter_model.safetensors", EXIT_MAPS_FILE}  # of no model's weights
 _INDEX = "model.safetensors.index.json"
-_POINTER = (
-    b"version https://git-lfs"  # what a file of a clone begins with whose content is elsewhere
-)
+# What a file of a clone begins with whose content is elsewhere.
+_POINTER = b"version https://git-lfs"
 
 
 def load_model(

@@ -105,8 +105,8 @@ def outside_of_checkpoint(layer: nn.Module, modules: Iterable[nn.Module]) -> nn.
 
     Returns:
         The wrapper that torch's ``checkpoint_wrapper`` made around the layer; the layer itself, if
-        transformers checkpoints its ``forward``; None where neither is so (older releases of
-        transformers checkpoint the call with its hooks).
+        transformers checkpoints its ``forward``; None where neither is so (transformers
+        before 5.23 checkpoints the call with its hooks).
     """
     for wrapper in checkpointing(modules):
         if wrapper is not layer and any(each is layer for each in wrapper.modules()):
