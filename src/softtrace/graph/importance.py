@@ -141,7 +141,7 @@ class LayerNorms:
         return torch.cat([part for _, part in parts], dim=1)
 
 
-def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = None) -> Tensor:
+def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None) -> Tensor:
     """Identity 1 for every attention edge, ``[B, H, T, S]``.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,11 @@ _HIDDEN = 5e3
 Masks are the least number of a type, or -1e4."""
 
 
-class _Followed:
+class _Followed(NamedTuple):
     """Probabilities on their way from the softmax to the product, and where scores were masked."""
 
-    def __init__(self, tensor: Tensor, visible: Tensor) -> None:
-        self.tensor = tensor  # held, so that its id cannot come back as another tensor's
-        self.visible = visible
+    tensor: Tensor  # held, so that its id cannot come back as another tensor's
+    visible: Tensor
 
 
 class Interception(TorchFunctionMode):

@@ -73,8 +73,8 @@ def placed_model(
     name_or_path: str,
     dtype: str,
     device: torch.device,
-    device_map: str | None = None,
-    max_memory: Mapping[str, str] | None = None,
+    device_map: str | None,
+    max_memory: Mapping[str, str] | None,
 ) -> Iterator[PreTrainedModel]:
     """A model in eval mode on a device, or spread out as a device map says, to be measured inside.
 
