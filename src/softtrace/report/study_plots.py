@@ -123,26 +123,21 @@ def _divergence(axes: Axes, study: Study) -> None:
     axes.set(ylabel="KL from the unigrams (nats)", ylim=(0, None))
 
 
-def _length_size(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "size")
-    axes.set_ylabel("edges needed (share of all, median)")
-    axes.yaxis.set_major_formatter(drawing.percent_tick)
+def _over_lengths(what: str, label: str, *, share: bool = False) -> Callable[[Axes, Study], None]:
+    """A panel of one number over the lengths of windows; ``share``: labelled in per cent."""
 
+    def draw(axes: Axes, study: Study) -> None:
+        lengths = study["axes"]["lengths"]
+        for at, ends in each_model(study, f"length/{what}"):
+            x = [length * 1.03**at for length in lengths]  # beside each other, not over
+            _whiskers(axes, study, at, ends["value"], ends, x)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)", ylabel=label)
+        if share:
+            axes.yaxis.set_major_formatter(drawing.percent_tick)
 
-def _length_edges(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "edges")
-    axes.set_ylabel("edges needed (number, median)")
-
-
-def _length_area(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "area")
-    axes.set_ylabel("area under distortion")
-
-
-def _length_attention(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "attention")
-    axes.set_ylabel("attention among the edges needed")
-    axes.yaxis.set_major_formatter(drawing.percent_tick)
+    return draw
 
 
 def _position(axes: Axes, study: Study) -> None:
@@ -174,10 +169,19 @@ _PANELS = (
     ("Computation against uncertainty", _uncertainty),
     ("Shallow statistics: ranks of tokens", _spearman),
     ("Shallow statistics: distance", _divergence),
-    ("The same tokens in windows: share of edges", _length_size),
-    ("The same tokens in windows: number of edges", _length_edges),
-    ("The same tokens in windows: area", _length_area),
-    ("The same tokens in windows: attention", _length_attention),
+    (
+        "The same tokens in windows: share of edges",
+        _over_lengths("size", "edges needed (share of all, median)", share=True),
+    ),
+    (
+        "The same tokens in windows: number of edges",
+        _over_lengths("edges", "edges needed (number, median)"),
+    ),
+    ("The same tokens in windows: area", _over_lengths("area", "area under distortion")),
+    (
+        "The same tokens in windows: attention",
+        _over_lengths("attention", "attention among the edges needed", share=True),
+    ),
     ("By position, at matched length and not", _position),
 )
 
@@ -243,16 +247,6 @@ def several(
         handles.append(Line2D([], [], color=colour, marker=marker, label=name))
     axes.legend(handles=handles, fontsize=9)
     axes.set_ylim(0, 102)
-
-
-def _over_lengths(axes: Axes, study: Study, what: str) -> None:
-    lengths = study["axes"]["lengths"]
-    for at, ends in each_model(study, f"length/{what}"):
-        x = [length * 1.03**at for length in lengths]  # beside each other, not over
-        _whiskers(axes, study, at, ends["value"], ends, x)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)")
 
 
 def _whiskers(
