@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import torch
@@ -151,12 +152,7 @@ def ways() -> int:
     return len({(each.norm, *_by_way(each)) for each in DEFINITIONS})
 
 
-def _by_norm(definition: Definition) -> Norm:
-    return definition.norm
-
-
-def _by_way(definition: Definition) -> tuple[AttentionKind, StandIn]:
-    return definition.attention, definition.stand_in
+_by_norm, _by_way = attrgetter("norm"), attrgetter("attention", "stand_in")
 
 
 def _part(curve: DensityCurve, thresholds: Sequence[float]) -> DensityCurve:
