@@ -237,7 +237,7 @@ def sync(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Likewise for what was renamed in a folder; what was written there is safe without it."""
+    """Wait until renamed files of a folder have their new names on the disk, as far as it can."""
     with suppress(OSError):  # some systems cannot open or sync a folder
         sync(folder, os.O_RDONLY)
 

@@ -44,6 +44,7 @@ def synthetic_study(models: int = 1) -> dict[str, Any]:
             "resamples": 2000,
             "seed": 0,
             "confidence": 0.95,
+            "attention": "recorded",
         },
         "tokens": 1260,
         "axes": AXES,
@@ -57,6 +58,7 @@ def synthetic_study(models: int = 1) -> dict[str, Any]:
             }
             for answer in ANSWERS
         },
+        "pairs": [],
     }
 
 

@@ -8,6 +8,7 @@ pattern names what was found; no class and no attribute of a model is on a list.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -100,9 +101,7 @@ class _Search:
         self.kept = valid.flatten()
         self.allowed = allowed
         self.closest = float("inf")
-        seen: dict[int, int] = {}
-        for call in sight.calls:
-            seen[id(call.module)] = seen.get(id(call.module), 0) + 1
+        seen = Counter(id(call.module) for call in sight.calls)
         # A module that ran twice in one layer cannot be told apart by a hook.
         once = [call for call in sight.calls if seen[id(call.module)] == 1]
         self.candidates = [Candidate.of(call, sight, self.kept) for call in once]

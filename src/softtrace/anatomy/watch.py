@@ -6,13 +6,13 @@ Discovery and the proof read these notes; nothing here knows of patterns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from softtrace.anatomy.tolerances import ROUNDINGS, rounding
 from softtrace.errors import UnsupportedModelError
@@ -164,23 +164,20 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[Watch]:
         """Put hooks on every module of the model; take them back at exit."""
-        handles: list[RemovableHandle] = []
         prefixes = {id(layer): f"{name}." for name, layer in self.model.named_modules()
                     if id(layer) in self._is_layer}  # fmt: skip
-        try:
+        with ExitStack() as hooks:
             for name, module in self.model.named_modules():
                 if module is self.model or is_flat_unit(module):
                     continue
                 inside = [prefix for prefix in prefixes.values() if name.startswith(prefix)]
                 short = name.removeprefix(inside[0]) if inside else name
-                handles.append(
-                    module.register_forward_pre_hook(self._enter(short), with_kwargs=True)
-                )
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                for handle in (
+                    module.register_forward_pre_hook(self._enter(short), with_kwargs=True),
+                    module.register_forward_hook(self._leave, with_kwargs=True),
+                ):
+                    hooks.enter_context(handle)
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
@@ -216,16 +213,11 @@ def running_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seque
         if not any(name != other and name.startswith(f"{other}.") for other in lists)
     ]
     ran: set[int] = set()
-    handles = [
-        member.register_forward_pre_hook(lambda module, args: ran.add(id(module)))
-        for each in outermost
-        for member in each
-    ]
-    try:
+    with ExitStack() as hooks:
+        for member in chain.from_iterable(outermost):
+            handle = member.register_forward_pre_hook(lambda module, args: ran.add(id(module)))
+            hooks.enter_context(handle)
         output = run()
-    finally:
-        for handle in handles:
-            handle.remove()
     # A model of images or sound has other stacks, which token ids do not reach.
     found = [each for each in outermost if all(id(member) in ran for member in each)] or outermost
     if not found:

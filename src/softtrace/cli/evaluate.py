@@ -66,7 +66,7 @@ class _Measuring:
 
     @property
     def name(self) -> str:
-        """Of the model, as progress and plots show it."""
+        """Name of the model, as progress and plots show it."""
         return Path(self.model).name
 
 

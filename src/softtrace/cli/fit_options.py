@@ -32,7 +32,7 @@ fine-tuning. Without max_steps, max_epochs or max_time it goes over the text onc
 
 
 def add_own_options(parser: ArgumentParser) -> None:
-    """Those of the run as a whole."""
+    """Add the options of the run as a whole."""
     parser.add_argument(
         "--help_all",
         action=_HelpAll,

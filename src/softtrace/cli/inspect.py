@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from softtrace.anatomy.anatomy import LayerModules
@@ -18,7 +17,7 @@ from softtrace.graph.batch import check_length
 from softtrace.graph.edges import EDGE_KINDS
 from softtrace.graph.sizes import edge_counts
 from softtrace.model.devices import device_of_module
-from softtrace.model.hooks import Hook, register
+from softtrace.model.hooks import Hook, registered
 from softtrace.model.loading import dtype_name, load_model
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
@@ -113,18 +112,14 @@ def describe(instrument: Instrument, length: int) -> dict[str, Any]:
 def _progress(instrument: Instrument, length: int) -> Iterator[None]:
     """Show how many layers have run, where that takes longer than a second."""
     layers = [each.layer for each in instrument.anatomy.layers]
-    said, handles = f"counting the edges of {length:,} tokens", list[RemovableHandle]()
+    said = f"counting the edges of {length:,} tokens"
     with tqdm(total=len(layers), desc=said, unit="layer", delay=1) as bar:
 
         def ran(*_: Any) -> None:
             bar.update()
 
-        try:
-            register((Hook(layer, ran, before=False) for layer in layers), handles)
+        with registered(Hook(layer, ran, before=False) for layer in layers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def report(found: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ class StudyTask:
         return models, found
 
     def settings(self) -> Found:
-        """Of all modes with a choice of attention and intervals."""
+        """The settings that all modes have which let attention be chosen and give intervals."""
         return {
             "attention": self.attention,
             "resamples": self.resamples,

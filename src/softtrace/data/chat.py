@@ -218,7 +218,7 @@ class _Chat:
         return [(first, last) for first, last in spans]
 
     def _by_prefixes(self, messages: Messages, text: str, place: int) -> tuple[int, int]:
-        """From where the model is asked for the message up to where it ends."""
+        """The characters from where the model is asked for the message to where that ends."""
         if place == 0:
             raise DataError(
                 f"{self.name}: the conversation begins with the assistant, so what asks for that "

@@ -78,7 +78,7 @@ def mark(text: str) -> int:
 
 
 def _marks_of_tails(text: str) -> Iterator[int]:
-    """Of what begins at each line that is not blank, the last one first, the whole text last."""
+    """Hashes of all that follows from each line on that is not blank, of the whole text last."""
     digest = b""
     for line in reversed(text.split("\n")):
         if words := line.split():
@@ -179,7 +179,7 @@ def _read(run: Any) -> SplitRecord:
 
 
 def _swapped(marks: Sequence[int]) -> array[int]:
-    """In the file the lowest byte comes first, on any machine."""
+    """Hashes as the file has them, the lowest byte first on any machine; or back again."""
     found = array("Q", marks)
     if sys.byteorder == "big":
         found.byteswap()

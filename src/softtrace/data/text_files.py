@@ -113,7 +113,7 @@ def of_table(name: str, where: str, rows: Iterable[object]) -> Iterator[tuple[st
 
 
 def _of_json(name: str, path: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Of a list of objects, of one object, or of lines that were named .json."""
+    """The rows of a list of objects, of one object, or of lines in a file named .json."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

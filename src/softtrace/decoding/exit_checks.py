@@ -7,6 +7,7 @@ LayerSkip (arXiv 2404.16710).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,12 +130,10 @@ def _plain_run(
         if (stream := first_tensor(output)) is not None:
             streams.append(stream)
 
-    handles = [layer.register_forward_hook(listen) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(listen))
         return streams, model(input_ids=ids, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def some_ids(instrument: Instrument, model: nn.Module) -> Tensor:

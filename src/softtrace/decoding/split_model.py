@@ -7,7 +7,7 @@ on from there, so for that run the first layers are made to give what they gave 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,31 +63,28 @@ def exit_after(model: nn.Module, depth: int) -> Iterator[None]:
             yield
             return
         norm = attach_whatever_hooks(model).anatomy.readout.norm.module
-        handle = norm.register_forward_pre_hook(
-            lambda module, args: (maps(args[0], depth), *args[1:])
-        )
-        try:
+        with norm.register_forward_pre_hook(lambda module, args: (maps(args[0], depth), *args[1:])):
             yield
-        finally:
-            handle.remove()
 
 
 @contextmanager
-def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let layers compute nothing and return this output, whatever they read.
+def with_forwards(
+    layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Let each layer run a forward of ours.
 
-    Hooks that others put on them run as ever, and see this output.
+    Hooks that others put on the layers run as ever, and see what ours gives.
     """
-    own = [vars(layer).get("forward") for layer in layers]  # of hooks that others put there
+    own = [vars(layer).get("forward") for layer in layers]  # another library's, where there is one
     try:
-        for layer in layers:
-            layer.forward = lambda *args, **kwargs: output
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, before in zip(layers, own, strict=True):
             vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+            if before is not None:
+                layer.forward = before
 
 
 class TwoParts:
@@ -136,11 +133,8 @@ class TwoParts:
             self._gave.append(output)
 
         # First of all hooks: what others make of the output they will make of it again.
-        handle = self.layers[self.depth - 1].register_forward_hook(listen, prepend=True)
-        try:
+        with self.layers[self.depth - 1].register_forward_hook(listen, prepend=True):
             yield
-        finally:
-            handle.remove()
         self._read.append(token)
 
     def rest(self) -> Tensor:
@@ -151,7 +145,8 @@ class TwoParts:
         else:  # the stream first, then what nobody reads where attention is not asked for
             output = (torch.cat([each[0] for each in gave], dim=1), *gave[0][1:])
         self._read, self._gave = [], []
-        with giving(self.layers[: self.depth], output):
+        lower = self.layers[: self.depth]  # which compute nothing, whatever they read
+        with with_forwards(lower, [lambda *args, **kwargs: output] * len(lower)):
             return self._run(tokens, self._upper)
 
     def forget(self, tokens: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrace.decoding.few_rows import fast_few_rows
-from softtrace.decoding.split_model import counter, first_layers, without_head
+from softtrace.decoding.split_model import counter, first_layers, with_forwards, without_head
 from softtrace.decoding.static_cache import masks_by_position, position_cache
 from softtrace.model.wrappers import forward_parameters, one_logit, with_cache
 
@@ -81,7 +81,8 @@ class StaticModel:
         depth: how many are the first part, 1 to L - 1.
         rows: B.
         capacity: positions that the cache has room for.
-        exit_map: applied to the residual stream ``[B, N, D]`` before the exit's norm and head.
+        exit_map: applied to the residual stream ``[B, N, D]`` before the exit's norm and head; None
+            for no map.
 
     Attributes:
         start: ``[B, 1]`` int64, to be moved in place.
@@ -94,7 +95,7 @@ class StaticModel:
         depth: int,
         rows: int,
         capacity: int,
-        exit_map: Callable[[Tensor], Tensor] | None = None,
+        exit_map: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.model, self.layers, self.depth = model, layers, depth
         self.device = next(model.parameters()).device
@@ -112,23 +113,16 @@ class StaticModel:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Put gates and masks in place, and take them away again at exit."""
-        first = self.layers[: self.depth]
-        before = [vars(layer).get("forward") for layer in first]
         with (
             masks_by_position(),
             first_layers(self.model, len(self.layers)),
             fast_few_rows(self.model),
+            with_forwards(self.layers[: self.depth], self._gates),
         ):
             try:
-                for layer, gate in zip(first, self._gates, strict=True):
-                    layer.forward = gate
                 yield
             finally:
                 self._passing.stream = None
-                for layer, forward in zip(first, before, strict=True):
-                    vars(layer).pop("forward", None)
-                    if forward is not None:
-                        layer.forward = forward
 
     def choose(self, part: str) -> None:
         """Say what is run next: "whole", "first" or "rest"."""

@@ -40,7 +40,7 @@ _BINS = 1 << 15
 _OCTAVES = 60  # from 1 down to where importances are nothing
 _NODES = (4093, 4094, 4095)  # stand in for the head in names of edges of which a token has one
 Score = Callable[[Tensor, int, Tensor, Tensor, Tensor | None], Tensor]
-"""Of importances ``[B, H, n, m]``, layer, heads ``[H]``, targets ``[n]``, sources ``[m]``, None."""
+"""``(importances [B, H, n, m], layer, heads [H], targets [n], sources [m] or None) -> scores``."""
 
 
 def baseline_scores(
@@ -140,7 +140,7 @@ def _mixed(numbers: Tensor) -> Tensor:
 
 
 def _place(values: Tensor) -> Tensor:
-    """Where importances stand in the histogram, a number from 0 to its bins."""
+    """The places of importances in the histogram, from 0 to the number of its bins."""
     octave = values.clamp_min(2.0**-_OCTAVES).log2() / _OCTAVES + 1
     return (octave * _BINS).clamp(0, _BINS - 1e-2)
 

@@ -23,7 +23,7 @@ from softtrace.density.curve import (
     default_thresholds,
     fine_thresholds,
 )
-from softtrace.density.distortion import NUCLEUS_SHARES, entropy, nucleus_recovered, variation_from
+from softtrace.density.distortion import entropy, nucleus_recovered, variation_from
 from softtrace.density.exact import OwnRuns, check_runs
 from softtrace.density.halving import Portion, curve_in_portions
 from softtrace.errors import InvalidInputError
@@ -340,7 +340,7 @@ def _distortion(
         variations.append(variation_from(p, masked))
         if nucleus:
             own = recording.logits_of(place)
-            recovered.append(nucleus_recovered(own, masked, NUCLEUS_SHARES))
+            recovered.append(nucleus_recovered(own, masked))
         if reader is not None:
             others.append(reader(masked))
     return torch.cat(variations), recovered, others

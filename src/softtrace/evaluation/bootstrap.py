@@ -30,7 +30,7 @@ class Statistic(Protocol):
     """Something computed from sequences that were each drawn so many times."""
 
     sequences: int
-    """How many there are to draw from, N."""
+    """N, the number of sequences to draw from."""
 
     width: int
     """Numbers held for one resample while it is computed."""
@@ -167,20 +167,21 @@ class Difference:
 
 
 class Stack:
-    """Several statistics of the same sequences as one, along a new last dimension.
+    """Several statistics of the same sequences as one, along a new dimension of their results.
 
     Args:
         parts: of results of one shape.
+        dim: of ``torch.stack``; the first one is that of the resamples. The last by default.
     """
 
-    def __init__(self, parts: Sequence[Statistic]) -> None:
-        self._parts = tuple(parts)
+    def __init__(self, parts: Sequence[Statistic], dim: int = -1) -> None:
+        self._parts, self._dim = tuple(parts), dim
         self.sequences = parts[0].sequences
         self.width = sum(part.width for part in parts)
 
     def __call__(self, counts: Tensor) -> Tensor:
-        """``[R, ..., number of parts]``."""
-        return torch.stack([part(counts) for part in self._parts], dim=-1)
+        """``[R, ..., number of parts]``, or the number of parts at ``dim``."""
+        return torch.stack([part(counts) for part in self._parts], dim=self._dim)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from softtrace.decoding.speculative import Generation, generate, greedy, specula
 from softtrace.decoding.split_model import first_layers, forget, without_head
 from softtrace.model.wrappers import forward_parameters, with_cache
 from softtrace.tracing.attach import attach
+
+K = TypeVar("K")
 
 _REPEATS = 15
 
@@ -68,6 +70,28 @@ def guesses_on(network: nn.Module, rows: Sequence[Tensor], new_tokens: int) -> l
     return texts
 
 
+def over_plain(kinds: Iterable[K], plain: K, seconds: Callable[[K], float]) -> dict[K, float]:
+    """Time of each kind of work over that of the plain one.
+
+    The plain one is timed before and after each; medians of the ratios.
+
+    Args:
+        kinds: of work.
+        plain: the kind that others are compared with.
+        seconds: does work of a kind once, and gives how long it took.
+    """
+    ratios: dict[K, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(_REPEATS):
+        before = seconds(plain)
+        for kind, found in ratios.items():
+            spent = seconds(kind)
+            after = seconds(plain)
+            if turn:  # the first call of anything is slow
+                found.append(2 * spent / (before + after))
+            before = after
+    return {kind: statistics.median(found) for kind, found in ratios.items()}
+
+
 @torch.inference_mode()
 def costs_of(
     network: nn.Module, row: Tensor, layers: int, longest: int
@@ -75,15 +99,16 @@ def costs_of(
     """Time of a guess by each number of layers, and of the whole model over 1, 2, ... tokens.
 
     And what of a guess choosing it takes: norm, head, and reading what they say. All over the time
-    of one token through all layers, which is taken before and after each; medians of these ratios,
-    several tokens no cheaper than one. With what the loop does besides running the model: reading
-    the choice, and how sure a guess is, and after a check taking tokens out of the cache again.
+    of one token through all layers (:func:`over_plain`), several tokens no cheaper than one. With
+    what the loop does besides running the model: reading the choice, and how sure a guess is, and
+    after a check taking tokens out of the cache again.
     """
     cache, base = DynamicCache(), without_head(network)
     options = with_cache(forward_parameters(network), cache)
     network(input_ids=row, **options)
 
-    def seconds(depth: int | None, count: int) -> float:
+    def seconds(kind: tuple[int | None, int]) -> float:
+        depth, count = kind
         read = row[:, :1].expand(1, count)
         began = now(row)
         if depth is None:  # one layer, and nothing is chosen
@@ -104,16 +129,7 @@ def costs_of(
 
     kinds = [(None, 1), *((depth, 1) for depth in range(1, layers))]
     kinds += [(layers, tokens) for tokens in range(2, longest + 1)]
-    ratios: dict[tuple[int | None, int], list[float]] = {kind: [] for kind in kinds}
-    for turn in range(_REPEATS):
-        before = seconds(layers, 1)
-        for kind, found in ratios.items():
-            spent = seconds(*kind)
-            after = seconds(layers, 1)
-            if turn:  # the first call of anything is slow
-                found.append(2 * spent / (before + after))
-            before = after
-    middle = {kind: statistics.median(found) for kind, found in ratios.items()}
+    middle = over_plain(kinds, (layers, 1), seconds)
     guesses = {depth: middle[depth, 1] for depth in range(1, layers)}
     runs = [1.0, *(max(1.0, middle[layers, n]) for n in range(2, longest + 1))]
     return guesses, runs, max(0.0, middle[1, 1] - middle[None, 1])

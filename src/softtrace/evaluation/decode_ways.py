@@ -71,7 +71,7 @@ def race_ways(
             network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP
         ),
     }  # fmt: skip
-    if torch.device(rows[0].device).type == "cuda":
+    if rows[0].device.type == "cuda":
         plain["plain, transformers, compiled"] = lambda row: _generated(
             network, row, new_tokens, cache_implementation="static"
         )

@@ -68,7 +68,10 @@ _MUST_AGREE = (
     (("attention",), "the attention of masked runs", "--attention"),
     (("dtype",), "the number format of the weights", "--dtype; sizes depend on rounding"),
 )
-"""In this order: blocks of another length or number are other tokens too, of the same text."""
+"""What runs have to have in common, with the name of each and how to make it so.
+
+Compared in this order: blocks of another length or number are other tokens too, of the same text.
+"""
 
 
 def load_density(path: Path | str) -> dict[str, Any]:

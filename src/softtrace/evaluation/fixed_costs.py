@@ -7,7 +7,6 @@ chosen by the costs of one loop may be a poor one for the other.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,19 +16,17 @@ from torch import Tensor
 from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.replay import Drafting, Guesses, best_drafting, check_costs
 from softtrace.decoding.static_decoder import StaticDecoder
-from softtrace.evaluation.decode_race import now
-
-_REPEATS = 15
+from softtrace.evaluation.decode_race import now, over_plain
 
 
 @torch.no_grad()
 def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], list[float], float]:
     """Time of a guess by each number of layers, and of all layers over 1, 2, ... tokens.
 
-    Both over the time of one token through all layers, which is taken before and after each;
-    medians. Measured are guesses by the decoder's own exit, since for every other steps would have
-    to be compiled, and runs over 2 and over most tokens; others lie on lines through these and a
-    plain token.
+    Both over the time of one token through all layers
+    (:func:`softtrace.evaluation.decode_race.over_plain`). Measured are guesses by the decoder's
+    own exit, since for every other steps would have to be compiled, and runs over 2 and over most
+    tokens; others lie on lines through these and a plain token.
 
     Args:
         decoder: whose ``draft_tokens`` are the most tokens, K.
@@ -54,7 +51,6 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         runner.run(part, step, *numbers)
         return now(row) - began
 
-    ratios: dict[str | int, list[float]] = {kind: [] for kind in kinds if kind != "plain"}
     with parts.prepared():
         texts.begin([], 0)
         for part, step, numbers in kinds.values():
@@ -63,15 +59,7 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         parts.start.zero_()
         parts.choose("whole")
         parts.read(texts.tokens[:, : len(row)])
-        for turn in range(_REPEATS):
-            before = seconds("plain")
-            for kind, found in ratios.items():
-                spent = seconds(kind)
-                after = seconds("plain")
-                if turn:  # the first call of anything is slow
-                    found.append(2 * spent / (before + after))
-                before = after
-    middle = {kind: statistics.median(found) for kind, found in ratios.items()}
+        middle = over_plain([kind for kind in kinds if kind != "plain"], "plain", seconds)
     a_layer = (1 - middle["guess"]) / (layers - parts.depth)
     guesses = {depth: max(0.0, 1 - a_layer * (layers - depth)) for depth in range(1, layers)}
     pairs = middle.get(2, 1.0)

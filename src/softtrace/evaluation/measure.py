@@ -34,7 +34,7 @@ ADVICE = "shorter blocks (--block_size), a smaller --dtype, or --device_map auto
 Progress = Callable[[int], Any]
 
 LISTS = ("entropy", "loss", "area", "size", "variation", "agreement", "nucleus")
-"""Of :class:`Measurements`, what is a list of tensors, a batch each."""
+"""Fields of :class:`Measurements` that are lists of tensors, one for each batch."""
 
 
 @dataclass
@@ -259,7 +259,7 @@ def trace_curve(
     attention: AttentionKind,
     nucleus: bool,
     reader: Callable[[Tensor], Tensor] | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor,
     ran: Callable[[], object] | None = None,
 ) -> DensityCurve:
     """The curve of the s-Traces of a batch, at the default thresholds, with their composition.

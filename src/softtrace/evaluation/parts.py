@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"part-{self.first:09d}-{self.end:09d}.safetensors"
 
 

@@ -134,6 +134,6 @@ class Processes:
 
 
 def _leave() -> None:
-    """Or the process group complains when the process ends."""
+    """Destroy the process group, which would complain when the process ends."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

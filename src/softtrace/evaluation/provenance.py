@@ -25,7 +25,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that numbers come from."""
+    """Versions of Python and of the packages that numbers come from."""
     packages = ("softtrace", "torch", "transformers", "lightning")
     return {
         "python": platform.python_version(),

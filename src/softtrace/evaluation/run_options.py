@@ -26,4 +26,4 @@ class RunOptions:
 
 
 DEFAULT_RUN = RunOptions()
-"""On the best device, in float32, into a new or empty folder."""
+"""The best device, float32, and a new or empty folder."""

@@ -109,7 +109,7 @@ def text_samples(
     pieces, runs = _Pieces(tokenizer), RunsShown(progress)
 
     def work(portion: Portion) -> list[list[dict[str, Any]]]:
-        """Of each sequence, what is measured and predicted at each of some tokens."""
+        """What is measured and predicted at some tokens of each sequence."""
         assert portion.chosen is not None
         places = portion.chosen[0].nonzero()[:, 0].tolist()
         own = slice(places[0], places[-1] + 1)
@@ -146,7 +146,7 @@ def _measures(
     explained: slice,
     ran: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Of each of these tokens, what is measured of all; one sequence after another."""
+    """What is measured of each of these tokens; one sequence after another."""
     positions = recording.positions
     assert positions is not None
     curve = curve_of(
@@ -183,7 +183,7 @@ def _predictions(
     ran: Callable[[], None],
     pieces: _Pieces,
 ) -> list[dict[str, Any]]:
-    """Of each of these tokens, what the full model and its traces nearest to each size predict."""
+    """What the full model, and the trace nearest to each size, predict at each of these tokens."""
     full = recording.logits.to(working_dtype(recording.logits.dtype)).softmax(-1)
     batch = recording.batch.input_ids
     places = torch.arange(explained.start, explained.stop, device=batch.device)
@@ -251,11 +251,11 @@ class _Pieces:
         self.texts: list[str] = []
 
     def index(self, token: int) -> int:
-        """Where in ``texts`` stands what a token says alone."""
+        """The place in ``texts`` of what a token says alone."""
         return self._place(token, self._text.alone(token))
 
     def of_block(self, block: Tensor, places: slice) -> list[dict[str, int]]:
-        """Of each token there its ``token`` and, where it is another, its ``text``, as indices."""
+        """``token`` and, where it differs from that, ``text`` of each token there, as indices."""
         tokens: list[int] = block.tolist()
         texts = self._text.of_text(tokens)
         return [

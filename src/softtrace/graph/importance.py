@@ -141,7 +141,7 @@ class LayerNorms:
         return torch.cat([part for _, part in parts], dim=1)
 
 
-def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None = None) -> Tensor:
+def carried_norms(probabilities: Tensor, norms: Tensor, scale: Tensor | None) -> Tensor:
     """Identity 1 for every attention edge, ``[B, H, T, S]``.
 
     Args:
@@ -243,5 +243,5 @@ def edge_shares(layers: list[LayerNorms], valid: Tensor) -> tuple[LayerEdges, ..
 
 
 def _share_of(node: Tensor) -> Callable[[Tensor, Rows], Tensor]:
-    """What divides rows of norms by their nodes' sums ``[B, T]``."""
+    """A function that divides rows of norms by the sums of their nodes, ``[B, T]``."""
     return lambda norms, rows: norms / rows.of(node)[:, None, :, None]

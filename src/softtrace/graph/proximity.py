@@ -24,7 +24,7 @@ def proximity(part: Tensor, node: Tensor) -> Tensor:
 def attention_proximity(
     probabilities: Tensor, value: Tensor, weight: Tensor, scale: Tensor | None, node: Tensor
 ) -> Tensor:
-    """Of every attention edge, ``[B, H, T, S]``; 0 where the probability is.
+    """Proximity of every attention edge, ``[B, H, T, S]``; 0 where its probability is 0.
 
     Args:
         probabilities: ``[B, H, T, S]``, 0 where there is no edge.

@@ -17,7 +17,7 @@ _MASK_ELEMENTS = 1 << 28  # of the attention masks of one batch, a byte each
 def traces_of(
     masks: Sequence[LayerEdges], rows: Tensor, positions: Tensor
 ) -> tuple[LayerEdges, ...]:
-    """Of the kept edges only those that reach one position each, through kept edges.
+    """The kept edges that reach a position through kept edges, for each of N positions.
 
     One backward sweep over the layers, as :func:`softtrace.graph.sizes.edge_counts` makes for
     numbers of edges.
@@ -49,7 +49,7 @@ def traces_of(
 
 
 def _into(attention: AttentionMap, sequences: Tensor, targets: Tensor) -> AttentionMap:
-    """Of the kept edges of some sequences those into some targets ``[N, T]`` bool."""
+    """The kept edges of N sequences that lead into chosen targets, ``[N, T]`` bool."""
 
     def chosen(kept: Tensor, rows: Rows) -> Tensor:
         return kept.index_select(0, sequences) & rows.of(targets)[:, None, :, None]

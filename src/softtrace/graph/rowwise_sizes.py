@@ -76,7 +76,7 @@ class _Sweep:
         self.reach = self._before.clamp(max=1)
 
     def found(self) -> list[tuple[Tensor, tuple[LayerEdges, ...]]]:
-        """Of each set, see :func:`traces_at`."""
+        """What :func:`traces_at` gives, for each set of masks."""
         counts = torch.stack(self._counted, dim=2).chunk(len(self.sets))
         return [(own, tuple(needed)) for own, needed in zip(counts, self._needed, strict=True)]
 

@@ -262,7 +262,7 @@ class DensityMixin:
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _log_state(self) -> list[dict[str, Any]] | None:
-        """Of each process what the last masked run gave, and what was added up since the last log.
+        """What the last masked run gave, and what was added up since the last log, by process.
 
         None where nothing was. The added loss is left out: the Trainer forgets the sum of its own
         loss, and what is logged of both has to add up.

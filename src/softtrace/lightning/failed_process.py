@@ -138,7 +138,7 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
 
 
 def _look_after(others: list[Any]) -> None:
-    """As Lightning's watcher does: the exit of this process may wait for one that failed."""
+    """Do what Lightning's watcher does: the exit of this process may wait for one that failed."""
     while any(process.poll() is None for process in others):
         time.sleep(_LOOKS)
     if any(process.poll() for process in others):

@@ -59,7 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        """As Lightning's own, so that runs resume that began with it."""
+        """The key of Lightning's own class, so that runs resume that began with it."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     @override

@@ -294,7 +294,7 @@ class DensityMonitor(Callback):
         }
 
     def _share(self, trainer: Trainer) -> list[Inputs]:
-        """What of the set this process measures."""
+        """The rows of the set that this process measures."""
         if self.blocks is None:
             return self._kept
         own = self.blocks[trainer.global_rank :: trainer.world_size]

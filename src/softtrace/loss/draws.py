@@ -109,7 +109,7 @@ class ExitDraw:
     used: Tensor
 
     def on(self, device: torch.device) -> ExitDraw:
-        """The same there."""
+        """The same draw on a device."""
         return replace(self, places=sent(self.places, device), used=sent(self.used, device))
 
 
@@ -179,5 +179,5 @@ def hashed_seed(*parts: object) -> int:
 
 
 def rank() -> int:
-    """Of this process among all, by which draws differ."""
+    """The number of this process, by which draws differ."""
     return torch.distributed.get_rank() if in_group() else 0

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from softtrace.anatomy.anatomy import Anatomy
 from softtrace.anatomy.readout import Readout
@@ -28,13 +27,13 @@ from softtrace.density.easiness import Easiness, easiness
 from softtrace.errors import InvalidInputError
 from softtrace.loss.draws import ExitDraw
 from softtrace.loss.transfers import EarlyCopies
-from softtrace.model.hooks import Hook, on_input, register
+from softtrace.model.hooks import Hook, on_input, registered
 from softtrace.model.wrappers import cache_of
 
 CHUNK = 256
-"""Tokens whose easiness is computed at a time, for it takes copies of their logits."""
+"""Tokens whose easiness is computed at a time, as it takes copies of their logits."""
 FUSED_CHUNK = 1024
-"""Likewise where it is fused, which takes none, and is fast at many rows."""
+"""The same where it is fused, which takes no copies and is fast with many tokens."""
 
 MIXED = (
     "packed rows: in the forward that was watched tokens saw other documents, so that exits and "
@@ -182,13 +181,8 @@ def watching(
         Hook(anatomy.layers[depth].layer, on_input(partial(enter, depth)), before=True)
         for depth in depths
     ]
-    handles: list[RemovableHandle] = []
-    try:
-        register(hooks, handles)
+    with registered(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mixes(model: Any, mask: Any, output: Any) -> bool:

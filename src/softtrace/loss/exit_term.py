@@ -171,11 +171,11 @@ class _Chosen:
         return _Chosen(early, last, targets, used, self.depth)
 
     def seen(self) -> Seen:
-        """As a forward of one row."""
+        """The tokens as a forward of one row."""
         return Seen({self.depth: self.early[None]}, self.last[None], ended=True)
 
     def drawn(self) -> ExitDraw:
-        """All of them."""
+        """A draw of all of the tokens."""
         count = len(self.early)
         depths = torch.full((count,), self.depth, device="cpu")
         return ExitDraw(torch.arange(count, device=self.early.device), depths, self.used)
@@ -203,7 +203,7 @@ def _easiest(
     options: DensityOptions,
     chunk: int,
 ) -> ExitDraw:
-    """Those whose exits are read."""
+    """The easiest tokens of a draw, whose exits are read."""
     readout, share = instrument.anatomy.readout, options.exit_quantile
     if share == 1:
         return drawn

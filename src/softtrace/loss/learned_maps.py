@@ -46,7 +46,7 @@ class LearnedMaps:
 
     @classmethod
     def of(cls, instrument: Instrument, options: DensityOptions) -> LearnedMaps | None:
-        """Of a model that was attached; None where it has no exit."""
+        """The maps of a model that was attached; None where it has no exit."""
         layers = len(instrument.anatomy.layers)
         if layers < 2:
             return None

@@ -60,7 +60,7 @@ class MaskedTerm(NamedTuple):
             require_finite(self.finite, MASKED_LOGITS)
 
     def at(self, strength: float) -> DensityTerm:
-        """As it is added to a loss, at this strength."""
+        """The term as it is added to a loss, at this strength."""
         return DensityTerm(
             loss=strength * self.term,
             distortion=self.distortion,

@@ -52,12 +52,12 @@ class Windows:
         return windows._begun(first_token, inside) if bool(inside.any()) else windows
 
     def on(self, device: torch.device) -> Windows:
-        """The same there."""
+        """The same windows on a device."""
         batch = self.batch.part(lambda values: sent(values, device))
         return Windows(batch, sent(self.thresholds, device), sent(self.depths, device))
 
     def _begun(self, first_token: int, inside: Tensor) -> Windows:
-        """With one more token in front, which counts nowhere.
+        """The windows with one more token in front, which counts nowhere.
 
         Args:
             first_token: its id.

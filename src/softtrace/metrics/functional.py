@@ -138,21 +138,27 @@ def density_uncertainty_correlation(
 
 def _rank_correlation(one: Tensor, other: Tensor) -> Tensor:
     """Spearman's, in float64: torchmetrics' ranks are float32, and stop being exact at 2^24."""
-    first, second = (ranks - ranks.mean() for ranks in (_ranks(one), _ranks(other)))
+    first, second = (ranks - ranks.mean() for ranks in map(mid_ranks, (one, other)))
     size = (first.square().sum() * second.square().sum()).sqrt()
     found = (first * second).sum() / size
     return torch.where(size > 0, found, 0.0).clamp(-1, 1)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """``[n]`` float64 ranks from 1 on; those of equal values are the mean of their places."""
-    _, which, count = torch.unique(values.double(), return_inverse=True, return_counts=True)
-    places: Tensor = count.cumsum(0).double() - (count - 1) / 2
-    return places[which]
+def mid_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 along the last dimension, ties at their mean: ``[..., V]`` float64."""
+    ordered, order = values.sort(dim=-1)
+    place = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    first = torch.where(new, place, 0).cummax(-1).values
+    ends = torch.where(new.roll(-1, -1), place, values.shape[-1])
+    last = ends.flip(-1).cummin(-1).values.flip(-1)
+    ranks = (first + last).double() / 2 + 1
+    return torch.empty_like(ranks).scatter_(-1, order, ranks)
 
 
 def _unknown(like: Tensor) -> Tensor:
-    """What nothing is known of: a float64 scalar."""
+    """NaN as a float64 scalar, on the device of ``like``."""
     return torch.full((), torch.nan, dtype=torch.float64, device=like.device)
 
 

@@ -31,7 +31,7 @@ def draw_lines(
     results: Sequence[Mapping[str, Tensor]],
     xlabel: str,
     ylabel: str,
-    axes: Any = None,
+    axes: Any,
 ) -> tuple[Any, Any]:
     """Lines over sizes (log scale) or layers, told apart by marker too.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,11 @@ _HIDDEN = 5e3
 Masks are the least number of a type, or -1e4."""
 
 
-class _Followed:
+class _Followed(NamedTuple):
     """Probabilities on their way from the softmax to the product, and where scores were masked."""
 
-    def __init__(self, tensor: Tensor, visible: Tensor) -> None:
-        self.tensor = tensor  # held, so that its id cannot come back as another tensor's
-        self.visible = visible
+    tensor: Tensor  # held, so that its id cannot come back as another tensor's
+    visible: Tensor
 
 
 class Interception(TorchFunctionMode):
@@ -60,7 +59,6 @@ class Interception(TorchFunctionMode):
         self.rows, self.length = batch
         self._followed: dict[int, _Followed] = {}
         self.softmaxes = 0
-        self.caught = 0
 
     @override
     def __torch_function__(
@@ -112,7 +110,6 @@ class Interception(TorchFunctionMode):
         given = given.to(working_dtype(given.dtype))
         found = self._heard(module, given, heads, visible)
         self._followed.clear()
-        self.caught += 1
         return found.to(probabilities.dtype).reshape(probabilities.shape)
 
     def _heard(self, module: nn.Module, given: Tensor, value: Tensor, visible: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def device_of_module(module: nn.Module) -> torch.device:
 
 
 def _device(name: torch.device | int | str) -> torch.device:
-    """As torch names it (Accelerate writes 0 for the first accelerator), if it is there."""
+    """A device that is there, as torch names it; Accelerate writes 0 for the first accelerator."""
     return torch.empty(0, device=name).device
 
 

@@ -34,7 +34,7 @@ _MAPS: weakref.WeakKeyDictionary[nn.Module, ExitMaps] = weakref.WeakKeyDictionar
 
 
 def name_of(depth: int) -> str:
-    """Of the map of the exit after so many layers."""
+    """Name of the map of the exit after so many layers."""
     return f"after_layer_{depth}"
 
 

@@ -80,6 +80,6 @@ class _Instead(nn.Module):
 
 
 def dtype_of_unit(unit: Any) -> torch.dtype | None:
-    """In which a unit computes, where that is another than its weights'."""
+    """The dtype in which a unit computes, if it is not that of its weights; None if it is."""
     dtype: torch.dtype | None = unit.mixed_precision.param_dtype
     return dtype

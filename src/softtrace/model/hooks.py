@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,6 +45,18 @@ def register(hooks: Iterable[Hook], handles: list[RemovableHandle]) -> None:
     for module, call, before, _ in reversed(ahead):
         put = module.register_forward_pre_hook if before else module.register_forward_hook
         handles.append(put(call, prepend=True, with_kwargs=True))
+
+
+@contextmanager
+def registered(hooks: Iterable[Hook]) -> Iterator[None]:
+    """:func:`register` all, and remove them at exit."""
+    handles: list[RemovableHandle] = []
+    try:
+        register(hooks, handles)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def watched(model: nn.Module) -> bool:

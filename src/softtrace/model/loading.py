@@ -31,9 +31,8 @@ _OTHERS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _BESIDE = {"adapter_model.safetensors", EXIT_MAPS_FILE}  # of no model's weights
 _INDEX = "model.safetensors.index.json"
-_POINTER = (
-    b"version https://git-lfs"  # what a file of a clone begins with whose content is elsewhere
-)
+# What a file of a clone begins with whose content is elsewhere.
+_POINTER = b"version https://git-lfs"
 
 
 def load_model(
@@ -74,8 +73,8 @@ def placed_model(
     name_or_path: str,
     dtype: str,
     device: torch.device,
-    device_map: str | None = None,
-    max_memory: Mapping[str, str] | None = None,
+    device_map: str | None,
+    max_memory: Mapping[str, str] | None,
 ) -> Iterator[PreTrainedModel]:
     """A model in eval mode on a device, or spread out as a device map says, to be measured inside.
 
@@ -200,7 +199,7 @@ def _said(name_or_path: str | Path, error: Exception, options: Mapping[str, Any]
 
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Of a directory, none of a name on the hub; sorted."""
+    """The files of a directory that match, sorted; none for the name of a model on the hub."""
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 

@@ -287,7 +287,7 @@ def let_go(model: nn.Module) -> None:
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
-    """In which a model computes: that of its weights, or of its units' mixed precision."""
+    """The dtype in which a model computes: of its weights, or of its units' mixed precision."""
     units: list[Any] = [each for each in all_modules(model) if is_unit(each)]
     dtypes = [unit._get_fsdp_state()._mp_policy.param_dtype for unit in units]
     around = {id(unit): unit for each in all_modules(model) if is_flat_unit(unit := unit_of(each))}
@@ -298,7 +298,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
 
 
 def computing_device(parameter: Tensor) -> torch.device:
-    """Where a weight is when it is used: its units may keep their part of it in main memory."""
+    """The device that a weight is used on: its unit may keep its part of it in main memory."""
     if not _is_dtensor(parameter):
         return parameter.device
     part: Any = parameter

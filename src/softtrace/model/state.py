@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,15 +82,11 @@ def uncheckpointed(model: nn.Module) -> Iterator[None]:
     before = [wrapper.checkpoint_fn for wrapper in wrappers]
     try:
         for wrapper in wrappers:
-            wrapper.checkpoint_fn = _called
+            wrapper.checkpoint_fn = operator.call
         yield
     finally:
         for wrapper, own in zip(wrappers, before, strict=True):
             wrapper.checkpoint_fn = own
-
-
-def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
@@ -108,8 +105,8 @@ def outside_of_checkpoint(layer: nn.Module, modules: Iterable[nn.Module]) -> nn.
 
     Returns:
         The wrapper that torch's ``checkpoint_wrapper`` made around the layer; the layer itself, if
-        transformers checkpoints its ``forward``; None where neither is so (older releases of
-        transformers checkpoint the call with its hooks).
+        transformers checkpoints its ``forward``; None where neither is so (transformers
+        before 5.23 checkpoints the call with its hooks).
     """
     for wrapper in checkpointing(modules):
         if wrapper is not layer and any(each is layer for each in wrapper.modules()):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 SHADES = 7
-"""As many shades as ``report.css`` has."""
+"""Number of shades that ``report.css`` has."""
 
 ENDS = (0.1, 0.9)
 """Quantiles of the values at which the first shade ends and the last one begins."""

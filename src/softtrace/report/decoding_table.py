@@ -61,14 +61,12 @@ def _race(race: dict[str, Any]) -> list[str]:
             f"  {name:{width}s} {speed['median']:7.0f} ({speed['q25']:.0f} to {speed['q75']:.0f})"
             f"  {percent(way['identical'], 0)}{_tie(way)}{_accepted(way)}"
         )
-    if not race["left_out"] and (fixed := race.get("fixed")):
-        lines.append(
-            f"  by fixed shapes with exit_layer={fixed['exit_layer']} and "
-            f"draft_tokens={fixed['draft_tokens']}"
-        )
     if race["left_out"]:
         lines.append(f"  steps of fixed shapes were left out: {race['left_out']}")
-    elif race["backend"] is None:
+    else:
+        drafts = "exit_layer={exit_layer} and draft_tokens={draft_tokens}".format(**race["fixed"])
+        lines.append(f"  by fixed shapes with {drafts}")
+    if race["backend"] is None and not race["left_out"]:
         lines.append("  nothing was compiled; pass --backend inductor for what compiling is worth")
     gain, draft, plain = race["drafts_over_plain"], race["best_draft"], race["best_plain"]
     said = f"x{gain['median']:.2f} ({gain['q25']:.2f} to {gain['q75']:.2f})"
@@ -84,12 +82,12 @@ def _race(race: dict[str, Any]) -> list[str]:
 
 
 def _tie(way: dict[str, Any]) -> str:
-    gap = way.get("largest_tie")
+    gap = way["largest_tie"]
     return "" if gap is None else f", the others part where two scores are {gap:.1g} apart"
 
 
 def _accepted(way: dict[str, Any]) -> str:
-    share = way.get("acceptance_each")  # results of older releases say nothing of it
+    share = way["acceptance_each"]
     return "" if share is None else f"  {percent(share, 0)}"
 
 

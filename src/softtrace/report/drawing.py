@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from softtrace.errors import InvalidInputError
@@ -29,7 +29,7 @@ from softtrace.report.phases import Curve, phases_note, shown_phases
 from softtrace.report.tables import shorten
 
 MAX_RUNS = 8
-"""As many runs as there are colours that can be told apart."""
+"""Number of colours that can be told apart, one for each run."""
 
 Runs = Sequence[tuple[str, Density]]
 Array = NDArray[np.float64]
@@ -169,8 +169,15 @@ def size_axis(axes: Axes, narrow: bool = False) -> None:
     axes.set_xlim(1e-4, 1)
     ticks = [1e-4, 1e-2, 1] if narrow else [1e-4, 1e-3, 1e-2, 1e-1, 1]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
+    axes.xaxis.set_major_formatter(percent_tick)
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def log_percent(axes: Axes) -> None:
+    """A log y axis in per cent, without labels between the powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(percent_tick)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -190,8 +197,8 @@ def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")
 
 
-def percent_tick(share: float, _: int | None = None) -> str:
-    """A share of 1 as per cent, in the form that matplotlib's ``FuncFormatter`` asks for."""
+def percent_tick(share: float, _: float | None = None) -> str:
+    """A share of 1 as per cent; an axis passes the place of the tick too."""
     return brief_percent(share)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from softtrace.report import drawing
 from softtrace.report.attention import attention_name
@@ -63,9 +62,7 @@ def _along(key: str, label: str, *, log: bool = False) -> Callable[[Axes, Study]
         axes.legend(handles=handles, fontsize=9)
         axes.set(xlabel="new tokens since the prompt", ylabel=label)
         if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            drawing.log_percent(axes)
 
     return draw
 

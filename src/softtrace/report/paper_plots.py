@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator
 
 from softtrace.report import drawing
 from softtrace.report.attention import attention_name
@@ -72,14 +72,12 @@ def _nucleus(axes: Axes, paper: Paper) -> None:
         low, middle, high = ends["value"].T
         x = [place + 0.1 * (at - (count - 1) / 2) for place in range(len(targets))]
         least = min(least, float(low.min()))
-        colour = colour_of(at, paper["models"])
+        colour = colour_of(at)
         axes.errorbar(x, middle, yerr=(middle - low, high - middle), color=colour, capsize=3,
                       marker=MARKERS[at % len(MARKERS)], linestyle=LINES[at % len(LINES)],
                       linewidth=1.8, elinewidth=1)  # fmt: skip
-    axes.set_yscale("log")
+    drawing.log_percent(axes)
     axes.yaxis.set_major_locator(FixedLocator(_TICKS))
-    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(10 ** math.floor(math.log10(max(least, 1e-5) * 0.999)), 1.2)
     axes.set_xticks(range(len(targets)), [str(k) for k in targets])
     axes.set(xlabel="k (%)", ylabel="first size with ν ≥ k (quartiles)")
@@ -102,7 +100,7 @@ def _depths(axes: Axes, paper: Paper) -> None:
 def _frequency(axes: Axes, paper: Paper) -> None:
     _single(axes, paper, "frequency")
     axes.set_ylabel("unigram frequency, top-5 nucleus")
-    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+    axes.yaxis.set_major_formatter(drawing.percent_tick)
     axes.set_ylim(0, None)
 
 
@@ -131,7 +129,7 @@ def _loss(axes: Axes, paper: Paper) -> None:
 def _rank(axes: Axes, paper: Paper) -> None:
     _single(axes, paper, "true/rank")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
+    axes.yaxis.set_major_formatter(lambda rank, _: f"{rank:,.0f}")
     axes.set_ylabel("rank of the true token (median)")
 
 
@@ -149,7 +147,7 @@ _PANELS = (
 
 def _single(axes: Axes, paper: Paper, key: str) -> None:
     for at, ends in each_model(paper, key):
-        band(axes, paper, at, ends, colour_of(at, paper["models"]))
+        band(axes, paper, at, ends, colour_of(at))
     _all_sizes(axes)
 
 

@@ -56,8 +56,8 @@ def paper_table(paper: Paper) -> str:
 
 
 def _own_tokens(paper: Paper) -> list[str]:
-    """What differs where models have tokenizers of their own; older files do not say it."""
-    own = paper.get("own_tokens")
+    """What differs where models have tokenizers of their own."""
+    own = paper["own_tokens"]
     if not own:
         return []
     lengths = ", ".join(f"{mean:.1f}" for mean in own["context_mean"])

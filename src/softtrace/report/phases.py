@@ -11,7 +11,7 @@ from softtrace.evaluation.density_file import Density
 from softtrace.percent import brief_percent, percent
 
 CONSTRUCTION_SHARE = 0.25
-"""From which share of the fall of TV on there is a construction phase.
+"""The least share of the fall of TV at which there is a construction phase.
 
 A convention: half of what a curve has that falls evenly over the logarithm of size from 0.01 % to
 100 % of the edges. SmolLM2-135M has 0.02 at 64 tokens, the shipped model 0.66.

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from softtrace.report import drawing
 from softtrace.report.attention import attention_name, unmasked_note
@@ -143,11 +143,9 @@ def _size_against_entropy(runs: Runs) -> Figure:
             fontsize=10,
             bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2},
         )
-    grid[0].set_yscale("log")  # shared by all
+    drawing.log_percent(grid[0])  # shared by all
     if floor < highest < 30 * floor:  # too few powers of ten for labels
         grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    grid[0].yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
-    grid[0].yaxis.set_minor_formatter(NullFormatter())
     drawing.outer_labels(
         figure,
         grid,
@@ -244,9 +242,9 @@ def scatter_points(runs: Runs) -> tuple[list[tuple[Array, Array]], float]:
     return [(entropy, np.maximum(sizes, floor)) for entropy, sizes in points], floor
 
 
-def binned_medians(x: Array, y: Array, bins: int = 12) -> tuple[Array, Array]:
-    """Medians of ``x`` and ``y`` in bins of equally many points, by rising ``x``."""
-    parts = np.array_split(np.argsort(x, kind="stable"), min(bins, len(x)))
+def binned_medians(x: Array, y: Array) -> tuple[Array, Array]:
+    """Medians of ``x`` and ``y`` in twelve bins of equally many points, by rising ``x``."""
+    parts = np.array_split(np.argsort(x, kind="stable"), min(12, len(x)))
     x_median, y_median = (np.array([np.median(v[part]) for part in parts]) for v in (x, y))
     return x_median, y_median
 

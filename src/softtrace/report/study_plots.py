@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from softtrace.percent import brief_percent
 from softtrace.report import drawing
@@ -71,7 +70,7 @@ def _variation(axes: Axes, study: Study) -> None:
     means = [found["value"] for found in study["results"]["phases/tv"]["models"]]
     drawing.shade_phases(axes, [(study["axes"]["sizes"], mean) for mean in means])
     for at, ends in each_model(study, "phases/tv"):
-        band(axes, study, at, ends, colour_of(at, study["models"]))
+        band(axes, study, at, ends, colour_of(at))
     axes.set(ylim=(0, 1), ylabel="mean TV from the full prediction")
 
 
@@ -109,13 +108,13 @@ def _uncertainty(axes: Axes, study: Study) -> None:
 
 def _spearman(axes: Axes, study: Study) -> None:
     for at, ends in each_model(study, "shallow/unigram_spearman"):
-        band(axes, study, at, ends, colour_of(at, study["models"]))
+        band(axes, study, at, ends, colour_of(at))
     axes.set_ylabel("rank correlation with the unigrams")
 
 
 def _divergence(axes: Axes, study: Study) -> None:
     for at, ends in each_model(study, "shallow/unigram_kl"):
-        band(axes, study, at, ends, colour_of(at, study["models"]))
+        band(axes, study, at, ends, colour_of(at))
     uniform = study["unigrams"]["uniform_kl_nats"]
     axes.axhline(uniform, color=GREY, linewidth=1, linestyle=":")
     where = axes.get_yaxis_transform()
@@ -124,26 +123,21 @@ def _divergence(axes: Axes, study: Study) -> None:
     axes.set(ylabel="KL from the unigrams (nats)", ylim=(0, None))
 
 
-def _length_size(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "size")
-    axes.set_ylabel("edges needed (share of all, median)")
-    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+def _over_lengths(what: str, label: str, *, share: bool = False) -> Callable[[Axes, Study], None]:
+    """A panel of one number over the lengths of windows; ``share``: labelled in per cent."""
 
+    def draw(axes: Axes, study: Study) -> None:
+        lengths = study["axes"]["lengths"]
+        for at, ends in each_model(study, f"length/{what}"):
+            x = [length * 1.03**at for length in lengths]  # beside each other, not over
+            _whiskers(axes, study, at, ends["value"], ends, x)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)", ylabel=label)
+        if share:
+            axes.yaxis.set_major_formatter(drawing.percent_tick)
 
-def _length_edges(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "edges")
-    axes.set_ylabel("edges needed (number, median)")
-
-
-def _length_area(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "area")
-    axes.set_ylabel("area under distortion")
-
-
-def _length_attention(axes: Axes, study: Study) -> None:
-    _over_lengths(axes, study, "attention")
-    axes.set_ylabel("attention among the edges needed")
-    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
+    return draw
 
 
 def _position(axes: Axes, study: Study) -> None:
@@ -164,9 +158,7 @@ def _position(axes: Axes, study: Study) -> None:
     axes.legend(handles=handles, fontsize=9)
     axes.set(xlabel="position in the sequence", ylabel="edges needed (share of all, median)")
     axes.set_xticks(positions)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(drawing.percent_tick))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    drawing.log_percent(axes)
 
 
 _PANELS = (
@@ -177,10 +169,19 @@ _PANELS = (
     ("Computation against uncertainty", _uncertainty),
     ("Shallow statistics: ranks of tokens", _spearman),
     ("Shallow statistics: distance", _divergence),
-    ("The same tokens in windows: share of edges", _length_size),
-    ("The same tokens in windows: number of edges", _length_edges),
-    ("The same tokens in windows: area", _length_area),
-    ("The same tokens in windows: attention", _length_attention),
+    (
+        "The same tokens in windows: share of edges",
+        _over_lengths("size", "edges needed (share of all, median)", share=True),
+    ),
+    (
+        "The same tokens in windows: number of edges",
+        _over_lengths("edges", "edges needed (number, median)"),
+    ),
+    ("The same tokens in windows: area", _over_lengths("area", "area under distortion")),
+    (
+        "The same tokens in windows: attention",
+        _over_lengths("attention", "attention among the edges needed", share=True),
+    ),
     ("By position, at matched length and not", _position),
 )
 
@@ -189,7 +190,7 @@ def model_handles(study: Study) -> list[list[Any]]:
     """Columns of legend handles, at most four: the models, and what intervals look like."""
     models = study["models"]
     handles: list[Any] = [
-        Line2D([], [], color=colour_of(at, models), marker=MARKERS[at % len(MARKERS)],
+        Line2D([], [], color=colour_of(at), marker=MARKERS[at % len(MARKERS)],
                linestyle=LINES[at % len(LINES)], linewidth=2,
                label=shorten(drawing.printable(model["label"]), 40))
         for at, model in enumerate(models)
@@ -205,7 +206,7 @@ def each_model(study: Study, key: str) -> Iterator[tuple[int, dict[str, Array]]]
         yield at, {name: drawing.array(values) for name, values in found.items()}
 
 
-def colour_of(at: int, models: Sequence[Any]) -> str:
+def colour_of(at: int) -> str:
     """A model's colour, where nothing else needs colour."""
     return COLOURS[at % len(COLOURS)]
 
@@ -248,16 +249,6 @@ def several(
     axes.set_ylim(0, 102)
 
 
-def _over_lengths(axes: Axes, study: Study, what: str) -> None:
-    lengths = study["axes"]["lengths"]
-    for at, ends in each_model(study, f"length/{what}"):
-        x = [length * 1.03**at for length in lengths]  # beside each other, not over
-        _whiskers(axes, study, at, ends["value"], ends, x)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)")
-
-
 def _whiskers(
     axes: Axes,
     study: Study,
@@ -272,7 +263,7 @@ def _whiskers(
 ) -> None:
     """Markers with their intervals as whiskers; ``flat``: values along x, ``x`` along y."""
     middle, reach = (ends["high"] + ends["low"]) / 2, (ends["high"] - ends["low"]) / 2
-    colour = colour or colour_of(at, study["models"])
+    colour = colour or colour_of(at)
     if flat:
         axes.errorbar(middle, x, xerr=reach, fmt="none", ecolor=colour, capsize=4)
     else:

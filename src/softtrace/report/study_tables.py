@@ -45,7 +45,7 @@ def study_table(study: Study) -> str:
         f"{' and '.join(model['path'] for model in models)}\n"
         f"{study['tokens']:,} tokens of {data['blocks']:,} sequences of {data['block_size']}, "
         f"{data['split']}; at least {settings['min_context']} tokens of context; "
-        f"attention of masked runs {settings.get('attention', 'recorded')}"
+        f"attention of masked runs {settings['attention']}"
     )
     legend = _LEGEND.format(
         confidence=brief_percent(settings["confidence"]),
@@ -177,16 +177,15 @@ def pair_lines(study: Study, what: str) -> list[str]:
     """Rank correlations of densities between each two models; none for a single one.
 
     Args:
-        study: with ``pairs``, which older files lack.
+        study: the content of a ``study.json`` or ``paper.json``.
         what: the density.
     """
-    pairs = study.get("pairs") or []
-    if not pairs:
+    if not study["pairs"]:
         return []
     labels = [model["label"] for model in study["models"]]
     unit = "texts" if study.get("own_tokens") else "tokens"
     rows = [[f"Rank correlation of {what} on the same {unit}", ""]]
-    for pair in pairs:
+    for pair in study["pairs"]:
         first, second = (shorten(labels[at]) for at in pair["models"])
         rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])
     return [aligned(rows), ""]

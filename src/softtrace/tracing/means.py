@@ -72,7 +72,7 @@ class MeansRun(Run):
         return output
 
     def means(self, layer: int, totals: dict[str, Tensor], tokens: int) -> LayerMeans:
-        """Of sums over so many tokens, in the dtype of the run."""
+        """The means of a layer, from sums over so many tokens, in the dtype of the run."""
         dtype = self.entry.dtype
         found = {name: (total / tokens).to(dtype) for name, total in totals.items()}
         parts = tuple(

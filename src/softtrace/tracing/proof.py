@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
@@ -22,7 +21,7 @@ from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
 from softtrace.model.devices import alone
-from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, register
+from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, registered
 from softtrace.model.sharding import computing_dtype
 from softtrace.tracing.independence import check_independence
 from softtrace.tracing.masking import MaskedRun
@@ -318,15 +317,10 @@ def _disturbed(runner: Runner, batch: Batch, index: int, noise: float) -> Tensor
         changed[:, 2] += noise * changed[:, 2].roll(1, -1)
         return changed.reshape(value.shape)
 
-    handles: list[RemovableHandle] = []
-    try:
-        note = on_output(lambda read, output: gave.append(output) or output)  # type: ignore[func-returns-value]
-        hooks = [Hook(each, note, False) for each in modules.mlp_out]
-        register([*(Hook(each, on_input(disturb), True) for each in readers), *hooks], handles)
+    note = on_output(lambda read, output: gave.append(output) or output)  # type: ignore[func-returns-value]
+    hooks = [Hook(each, on_input(disturb), True) for each in readers]
+    with registered([*hooks, *(Hook(each, note, False) for each in modules.mlp_out)]):
         runner.forward(_PassThrough(runner.anatomy, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     return sum(gave[1:], gave[0])
 
 

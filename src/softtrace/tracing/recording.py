@@ -296,7 +296,7 @@ class RecordingRun(Run):
         return part
 
     def importances(self) -> tuple[LayerEdges, ...]:
-        """Of every layer, once the forward has ended; asked for once."""
+        """Importances of every layer; to be asked for once, after the forward has ended."""
         if self._last is not None:
             # The importances of other layers read what their own gives. This one's would go into a
             # unit of fully_shard past its output, where it gathers its weights.

@@ -135,5 +135,5 @@ class Run:
 
 
 def _shaped(values: Tensor, shape: torch.Size) -> Tensor:
-    """In this shape; no view where it has it, for units of ``fully_shard`` warn of views."""
+    """Values in this shape, themselves if they have it: units of ``fully_shard`` warn of views."""
     return values if values.shape == shape else values.reshape(shape)

@@ -12,11 +12,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from softtrace.anatomy.anatomy import Anatomy
@@ -30,7 +28,7 @@ from softtrace.model.alone import alone
 from softtrace.model.attention_interception import interception_active
 from softtrace.model.attention_interface import softtrace_attention_active
 from softtrace.model.exit_maps import exit_maps_of
-from softtrace.model.hooks import register, watched
+from softtrace.model.hooks import Hook, registered, watched
 from softtrace.model.sharding import among_forwards, note_units
 from softtrace.model.sharding import run as run_model
 from softtrace.model.state import as_written, dropout_off, uncompiled
@@ -211,12 +209,9 @@ class Runner:
         """``[B, T, d_model]``, what the final norm gives in a run of which no logits are made."""
         found: list[Tensor] = []
         norm = self.anatomy.readout.norm.module
-        with alone(self.model):
-            handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
-            try:
-                self.forward(run, **one_logit(self.forward_parameters))
-            finally:
-                handle.remove()
+        listen = norm.register_forward_hook
+        with alone(self.model), listen(lambda module, args, output: found.append(output)):
+            self.forward(run, **one_logit(self.forward_parameters))
         return found[-1].to(run.valid.device)
 
     @torch.no_grad()
@@ -363,27 +358,27 @@ class Runner:
     @contextmanager
     def _running(self, run: Run) -> Iterator[None]:
         """Put a run's hooks, attention and eval mode in place; take them back at exit."""
-        handles: list[RemovableHandle] = []
         note_units(self.model)
-        try:
-            register(run.hooks(), handles)
-            attention = self._attention_of(run, handles)
-            with as_written(self.model), attention, among_forwards(self.model):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks, attention = run.hooks(), self._attention_of(run)
+        with registered(hooks), as_written(self.model), attention, among_forwards(self.model):
+            yield
 
-    def _attention_of(
-        self, run: Run, handles: list[RemovableHandle]
-    ) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _attention_of(self, run: Run) -> Iterator[None]:
         if self.anatomy.route == "interface":
-            return softtrace_attention_active(self.configs, run)
+            with softtrace_attention_active(self.configs, run):
+                yield
+            return
         asking: list[nn.Module] = []
+        hooks = []
         for modules in self.anatomy.layers:
-            attention = modules.attention
-            handles.append(attention.register_forward_pre_hook(lambda m, _: asking.append(m)))
-            handles.append(attention.register_forward_hook(lambda m, _, out: asking.clear()))
-        return interception_active(
-            self.configs, run, lambda: asking[-1] if asking else None, run.valid.shape
-        )
+            hooks += [
+                Hook(modules.attention, lambda module, *_: asking.append(module), before=True),
+                Hook(modules.attention, lambda *_: asking.clear(), before=False),
+            ]
+
+        def asked() -> nn.Module | None:
+            return asking[-1] if asking else None
+
+        with registered(hooks), interception_active(self.configs, run, asked, run.valid.shape):
+            yield

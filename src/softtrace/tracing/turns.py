@@ -24,7 +24,7 @@ from softtrace.model.sharding import gathered, hold, is_sharded, unit_of
 from softtrace.processes import raise_everywhere
 
 Kind = Literal["recording", "masked"]
-"""Of runs; those of one kind gather the same weights in the same order."""
+"""Kinds of runs; all runs of a kind gather the same weights in the same order."""
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, _Turns] = weakref.WeakKeyDictionary()
 """Model to the turns that its runs take."""

@@ -23,7 +23,7 @@ class Verification:
 
     @property
     def largest(self) -> float:
-        """Over all checks."""
+        """The largest mismatch of all checks."""
         return max(self.errors.values(), default=0.0)
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from softtrace.data import encoding
 from softtrace.data.documents import Document
 from softtrace.errors import DataError, InvalidInputError
-from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams, mid_ranks
+from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
+from softtrace.metrics.functional import mid_ranks
 from tests.evaluation.test_bootstrap import ranks
 from tests.support.corpus import byte_tokenizer
 

@@ -24,7 +24,7 @@ from softtrace.percent import brief_percent
 
 _CHANGE = PHASES["construction"][1]
 CONSTRUCTION_ENDS = STUDY_SIZES.index(_CHANGE)
-"""Where :data:`STUDY_SIZES` is the size at which construction ends."""
+"""The place in :data:`STUDY_SIZES` of the size at which construction ends."""
 
 
 def _answers() -> Iterator[Answer[Readings]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from softtrace.evaluation.bootstrap import (
     Difference,
@@ -95,21 +94,9 @@ def _along(
 
     def statistic(readings: GenerationReadings) -> Statistic:
         bins = bins_of(readings["text"].tokens.area.shape[1])
-        return _Rows([which(of, slice(first - 1, last))(readings) for first, last in bins])
+        return Stack([which(of, slice(first - 1, last))(readings) for first, last in bins], dim=1)
 
     return statistic
-
-
-class _Rows:
-    """Statistics with one result each, ``[R, W]``, under each other: ``[R, parts, W]``."""
-
-    def __init__(self, parts: list[Statistic]) -> None:
-        self._parts = parts
-        self.sequences = parts[0].sequences
-        self.width = sum(part.width for part in parts)
-
-    def __call__(self, counts: Tensor) -> Tensor:
-        return torch.stack([part(counts) for part in self._parts], dim=1)
 
 
 GENERATION_ANSWERS = tuple(_answers())

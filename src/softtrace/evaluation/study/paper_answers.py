@@ -97,10 +97,7 @@ def _quartiles(values: Tensor) -> Statistic:
 
 def _nucleus(readings: PaperReadings) -> Statistic:
     firsts = [first_size(readings.sizes, readings.nucleus, k) for k in NUCLEUS_TARGETS]
-    # The last dimension is the outer stack's.
-    return Stack(
-        [Stack([Quantile(each[:, None], share) for each in firsts]) for share in QUARTILES]
-    )
+    return Stack([_quartiles(first) for first in firsts], dim=1)
 
 
 def _rank(readings: PaperReadings) -> Statistic:

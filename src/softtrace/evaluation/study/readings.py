@@ -7,8 +7,9 @@ does not grow with the vocabulary or with the number of masked runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
 from softtrace.tracing.instrument import Instrument
 from softtrace.tracing.masking import AttentionKind
+
+T = TypeVar("T")
 
 STUDY_SIZES: tuple[float, ...] = tuple(10 ** (-4 + step / 6) for step in range(25))
 """25 sizes, log-spaced from 1e-4 to 1; where construction ends is one of them."""
@@ -299,7 +302,7 @@ def computation_of(curve: DensityCurve, surprisal: Tensor, places: slice) -> Com
     return Computation(**{name: values[:, places].cpu() for name, values in found.items()})
 
 
-def joined(parts: list[Computation]) -> Computation:
-    """Batches one after another as one."""
+def joined(parts: Sequence[T]) -> T:
+    """Dataclasses of tensors, one for each batch, as one for all of them."""
     names = vars(parts[0])
-    return Computation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+    return type(parts[0])(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})

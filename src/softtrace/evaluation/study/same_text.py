@@ -95,7 +95,7 @@ def _split(ids: list[int], end: int) -> Iterator[list[int]]:
 
 
 def _length(texts: list[str]) -> int:
-    """In characters, and the end of a document as one."""
+    """The length in characters, where the end of a document counts as one."""
     return sum(map(len, texts)) + len(texts) - 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +30,7 @@ from softtrace.evaluation.bootstrap import (
 )
 from softtrace.evaluation.measure import Progress
 from softtrace.evaluation.study.answers import CONSTRUCTION_ENDS
-from softtrace.evaluation.study.readings import STUDY_SIZES
+from softtrace.evaluation.study.readings import STUDY_SIZES, joined
 from softtrace.graph.importance import Norm
 from softtrace.model.devices import device_of_module
 from softtrace.tracing.attach import attach
@@ -143,7 +144,7 @@ def read_definitions(
                 for each in together:
                     found[each].append(_reading(_part(curve, grid_of(each.thresholds)), explained))
                 progress(len(batch.input_ids))
-    return {each: _joined(readings) for each, readings in found.items()}
+    return {each: joined(readings) for each, readings in found.items()}
 
 
 def ways() -> int:
@@ -151,12 +152,7 @@ def ways() -> int:
     return len({(each.norm, *_by_way(each)) for each in DEFINITIONS})
 
 
-def _by_norm(definition: Definition) -> Norm:
-    return definition.norm
-
-
-def _by_way(definition: Definition) -> tuple[AttentionKind, StandIn]:
-    return definition.attention, definition.stand_in
+_by_norm, _by_way = attrgetter("norm"), attrgetter("attention", "stand_in")
 
 
 def _part(curve: DensityCurve, thresholds: Sequence[float]) -> DensityCurve:
@@ -176,15 +172,6 @@ def _reading(curve: DensityCurve, explained: slice) -> Reading:
     values = curve.at_sizes(STUDY_SIZES)[:, :, explained].sum(2).T
     others = (curve.area(), curve.size_at(), curve.entropy)
     return Reading(values.cpu(), *(each[:, explained].cpu() for each in others))
-
-
-def _joined(parts: list[Reading]) -> Reading:
-    return Reading(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("variation", "area", "size", "entropy")
-        )
-    )
 
 
 CONCLUSIONS = {

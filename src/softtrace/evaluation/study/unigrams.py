@@ -18,6 +18,7 @@ from softtrace.data.documents import Document
 from softtrace.data.encoding import stream_tokens
 from softtrace.density.distortion import log_probabilities
 from softtrace.errors import DataError, InvalidInputError
+from softtrace.metrics.functional import mid_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class Unigrams:
 
     @property
     def entropy(self) -> float:
-        """Of the smoothed distribution, nats."""
+        """Entropy of the smoothed distribution, nats."""
         shares = self.probabilities
         return float(-(shares * shares.log()).sum())
 
@@ -114,19 +115,6 @@ def count_unigrams(
         # In place: pieces are often short, and a vocabulary of counts for each would take long.
         counts.index_add_(0, ids, torch.ones_like(ids))
     return Unigrams(counts, smoothing)
-
-
-def mid_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along the last dimension, ties at their mean: ``[..., V]`` float64."""
-    ordered, order = values.sort(dim=-1)
-    place = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    first = torch.where(new, place, 0).cummax(-1).values
-    ends = torch.where(new.roll(-1, -1), place, values.shape[-1])
-    last = ends.flip(-1).cummin(-1).values.flip(-1)
-    ranks = (first + last).double() / 2 + 1
-    return torch.empty_like(ranks).scatter_(-1, order, ranks)
 
 
 def _ended(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
