@@ -58,12 +58,12 @@ def attach(model: nn.Module) -> Instrument:
             the layer and the mismatch.
         NonFiniteError: Its logits are not finite, so that nothing can be proven.
     """
-    with alone(unwrapped(model)):
-        return _attach(model)
+    inner = unwrapped(model)
+    with alone(inner):
+        return _attach(model, inner)
 
 
-def _attach(outer: nn.Module) -> Instrument:
-    model = unwrapped(outer)
+def _attach(outer: nn.Module, model: nn.Module) -> Instrument:
     note_units(outer)
     known, added = attached(model), set[int]()
     if known is not None:
