@@ -28,7 +28,7 @@ def test_the_overview_names_every_command_and_what_it_is_for() -> None:
     for command in _COMMANDS:
         [line] = [line for line in _USAGE.splitlines() if line.split()[:1] == [command]]
         assert len(line.split()) > 5
-    assert max(map(len, _USAGE.splitlines())) <= 100
+    assert max(map(len, _USAGE.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", NEEDED)

@@ -88,19 +88,19 @@ def test_a_resumed_fit_shows_the_steps_of_before(tmp_path: Path) -> None:
     assert [(done, total) for _, done, total in seen.seen] == [(5, 6), (6, 6)]
 
 
-def test_a_log_file_gets_few_lines_and_no_number_of_the_log_s_folder(
+def test_a_log_file_gets_few_lines_with_short_names_and_no_number_of_the_log_s_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Validated(Tuner):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("loss", self.training_step(batch, batch_idx), prog_bar=True)
+            self.log("loss/held_out", self.training_step(batch, batch_idx), prog_bar=True)
 
     options = {**QUIET, "logger": CSVLogger(tmp_path), "max_steps": 30}
     trainer = Trainer(**options, callbacks=[StepProgress()], val_check_interval=30, max_epochs=-1)
     trainer.fit(Validated(), batches(40), batches(40))
     text = capsys.readouterr().out
     assert "30/30" in text
-    assert "loss=" in text
+    assert " held_out=" in text
     assert "v_num" not in text
     assert text.count("\r") < 20
 

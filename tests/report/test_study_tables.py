@@ -58,6 +58,7 @@ def test_two_models_and_what_changed() -> None:
     ]
     names = ["share of the fall of TV that comes below", "1 % of the edges", "change"]
     assert [cells[0] for cells in long] == names
+    assert "of shares in percentage points." in table
     assert max(len(line) for line in table.split("\n")) <= 80
 
 

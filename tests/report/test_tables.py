@@ -46,18 +46,16 @@ def test_comparison_shows_change_against_the_first_run() -> None:
     soft["loss_nats"]["all"] = 3.03
     soft["early_exit"]["agreement"]["easy"] = [0.4, 0.9, 0.9, 1.0]
     table = comparison_table([("plain", plain), ("soft", soft)])
-    assert table.splitlines()[0].split() == ["better", "plain", "soft", "change"]
+    assert table.splitlines()[0].split() == ["plain", "soft", "change"]
     assert max(map(len, table.splitlines())) <= 80
-    assert cells(table, "held-out loss (nats/token)") == ["lower", "3.000", "3.030", "+1.0 %"]
+    assert cells(table, "held-out loss (nats/token)") == ["3.000", "3.030", "+1.0 %"]
     assert cells(table, "edges needed on easy tokens (median at TV 0.2)") == [
-        "lower",
         "0.80 %",
         "0.40 %",
         "-50.0 %",
     ]
-    assert cells(table, "area under distortion, easy") == ["lower", "0.300", "0.150", "-50.0 %"]
+    assert cells(table, "area under distortion, easy") == ["0.300", "0.150", "-50.0 %"]
     assert cells(table, "early exit at half depth agrees, easy") == [
-        "higher",
         "80.0 %",
         "90.0 %",
         "+12.5 %",
@@ -95,13 +93,13 @@ def test_rows_are_aligned_and_long_names_cut() -> None:
 def test_many_runs_are_spread_over_tables_that_begin_with_the_first() -> None:
     runs = [(f"run{i}", synthetic_density()) for i in range(8)]
     table = comparison_table(runs)
-    heads = [line.split() for line in table.splitlines() if line.strip().startswith("better")]
+    heads = [line.split() for line in table.splitlines() if line.strip().startswith("run0")]
     assert [[name for name in head if name.startswith("run")] for head in heads] == [
         ["run0", "run1", "run2", "run3"],
         ["run0", "run4", "run5", "run6"],
         ["run0", "run7"],
     ]
-    assert max(map(len, table.splitlines())) <= 130
+    assert max(map(len, table.splitlines())) <= 120
 
 
 def test_legend_explains_each_measure_and_its_direction() -> None:
@@ -135,7 +133,7 @@ def test_missing_numbers_are_said_to_be_missing() -> None:
     density["area"]["easy"] = None
     assert cells(density_table(density), "area under distortion") == ["0.400", "n/a", "0.500"]
     table = comparison_table([("plain", density), ("soft", synthetic_density())])
-    assert cells(table, "area under distortion, easy") == ["lower", "n/a", "0.300", "n/a"]
+    assert cells(table, "area under distortion, easy") == ["n/a", "0.300", "n/a"]
 
 
 @pytest.mark.parametrize(("layers", "half"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 3)])

@@ -145,7 +145,7 @@ def _given(found: Found) -> Iterator[str]:
     shares = sorted({each["given_acceptance"] for _, each in given})
     yield (
         "| random weights of the size of | steps | exit | "
-        + " | ".join(f"{percent(share, 0)} of guesses right" for share in shares)
+        + " | ".join(f"{percent(share, 0)} right" for share in shares)
         + " | plain tokens/s |"
     )
     yield "|---" * (4 + len(shares)) + "|"

@@ -75,7 +75,7 @@ def thresholds() -> str:
     worst = max(row["median_size_ratio"] for row in result["errors_before"].values())
     lines = [
         "| model, tokens, attention | TV at single sizes, mean error | largest mean error at one "
-        "size | area | median size, ratio |",
+        "size | area | size, median ratio |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -84,7 +84,5 @@ def thresholds() -> str:
             f"{row['area_mean']:+.3f} | {row['median_size_ratio']:.2f} |"
         )
     found = ("correctness/thresholds.py", "results/thresholds.json")
-    said = (
-        f"With the thresholds of before a median size came out up to {worst:.1f} times too large."
-    )
+    said = f"With the earlier thresholds the median ratio was up to {worst:.1f}."
     return "\n".join([*lines, "", said, "", sources(CARD, *found)])

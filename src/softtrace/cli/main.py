@@ -34,14 +34,15 @@ _OF_OTHERS = {
 
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
-Fine-tune language models so that easy inputs need a sparse, early part of the graph; measure it.
+Fine-tune language models so that easy tokens need a sparse, early part of the
+computation graph, and measure it.
 
   fit           fine-tune a model directory on text, with the density penalty
-  evaluate      measure how much of its graph a model needs: density.json, plots, report.html
-  study         answer the paper's questions of one or more models: study.json, a table, plots
-  compare       put several density.json of the same text side by side
-  decode-bench  measure early exits and lossless self-speculation: decoding.json, a table
-  card          put density.json into a model's README.md
+  evaluate      measure how much of its graph a model needs; write a report
+  study         answer the paper's questions of one model or more
+  compare       put what evaluate measured of several models side by side
+  decode-bench  time decoding with early exits against plain decoding
+  card          put what evaluate measured into a model's README.md
   inspect       show how a model is taken apart, and what was verified
 
 softtrace COMMAND --help shows the options of each."""

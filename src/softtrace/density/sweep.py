@@ -56,7 +56,7 @@ def density_curve(
     composition: bool = False,
     nucleus: bool = False,
 ) -> DensityCurve:
-    """Distortion over size for every position, one masked run a threshold (identities 3 and 4).
+    """Distortion over size for every position, with one masked run a threshold.
 
     Where memory runs out the batch is halved, then attention maps are made row by row, then
     positions are halved. Where weights are sharded (FSDP) all processes call this, each with a

@@ -1,6 +1,6 @@
 """Text for the report: what a few blocks need, token by token, and what small traces would say.
 
-Every edge of importance >= τ is kept for many τ, once for all tokens (identity 3). Each token then
+Every edge of importance >= τ is kept for many τ, once for all tokens. Each token then
 takes, for each size of the slider, the run whose trace of *its own* is nearest to that size, and
 says how large it really is.
 """

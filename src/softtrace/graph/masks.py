@@ -23,7 +23,7 @@ def per_sequence(threshold: Tensor, values: Tensor) -> Tensor:
 
 
 def hard_masks(importance: EdgeImportance, threshold: Tensor | float) -> tuple[LayerEdges, ...]:
-    """Keep every existing edge of importance >= threshold (identity 3).
+    """Keep every existing edge of importance >= threshold.
 
     Args:
         importance: of a batch.

@@ -15,7 +15,7 @@ from softtrace.graph.rowwise_sizes import from_outputs, products, summed_heads, 
 def edge_counts(masks: Sequence[LayerEdges], places: Tensor | None = None) -> Tensor:
     """How many masked edges of each layer and kind reach the output node of every position.
 
-    One backward sweep (identity 4): a ``[T_out, T]`` reachability is propagated through the edges,
+    One backward sweep: a ``[T_out, T]`` reachability is propagated through the edges,
     times in-degrees. With masks of 0 and 1 the counts are exact; with soft masks they are the soft
     size, differentiable, where the union over paths and heads is a sum clamped at 1 (equal to "or"
     for 0 and 1, and cheap: one matrix product a layer).

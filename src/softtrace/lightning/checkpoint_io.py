@@ -25,7 +25,10 @@ _EXPECTED = ("state_dict", "global_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """``Trainer(plugins=[AtomicCheckpointIO()])``, as ``softtrace fit`` does; local files only."""
+    """Writes a checkpoint as a whole or not at all, to local files only.
+
+    ``softtrace fit`` uses it; elsewhere give it to ``Trainer(plugins=[AtomicCheckpointIO()])``.
+    """
 
     @override
     def save_checkpoint(

@@ -29,7 +29,7 @@ from softtrace.model.loading import load_model, refuse_adapter
 
 
 class CausalLM(LightningModule):
-    """Fine-tunes a causal language model with AdamW, linear warm-up and cosine decay to 0.
+    """Fine-tunes a causal model with AdamW, linear warm-up and cosine decay to 0.
 
     Without a number of steps or epochs (only a ``max_time``) the learning rate stays constant after
     the warm-up.

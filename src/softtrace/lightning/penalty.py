@@ -36,7 +36,7 @@ STATE_KEY = "softtrace.DensityPenalty"
 
 
 class DensityPenalty(Callback):
-    """Adds the density term to the loss of any LightningModule that holds one causal LM.
+    """Adds the density term to the loss of a LightningModule with one causal model.
 
     The batch has to be a mapping with ``input_ids`` ``[B, T]`` and, where there are any,
     ``attention_mask`` and ``labels``; override :meth:`inputs_of` for other batches.

@@ -83,10 +83,10 @@ class StepProgress(TQDMProgressBar):
                 bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The losses; without the number of the folder that the log is in."""
+        """The losses, by names that fit 80 columns; not the number of the log's folder."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {name.removeprefix("loss/"): value for name, value in metrics.items()}
 
 
 def progress_of(options: Mapping[str, Any], callbacks: list[Callback]) -> list[Callback]:

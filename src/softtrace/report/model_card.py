@@ -145,7 +145,7 @@ def _exit_advice(folder: Path) -> tuple[str, ...]:
     if layer is None:
         return ("No early exit is recommended for this model.", "")
     by_map = (
-        f"That reads the exit without its map (`{EXIT_MAPS_FILE}`), and few guesses are right;",
+        f"That reads the exit without its map (`{EXIT_MAPS_FILE}`), and can guess far worse;",
         "`softtrace.decoding.speculate` reads it through the map, after",
         "`softtrace.load_exit_maps(model, folder)`.",
     )

@@ -101,6 +101,8 @@ def section_lines(study: Study, sections: Iterable[tuple[str, list[Row]]]) -> li
     text: list[str] = []
     for head, body in tables:
         text += [*islice(lines, len(head)), rule, *islice(lines, len(body)), ""]
+    if both:
+        text += ["Change: the second model less the first, of shares in percentage points.", ""]
     return text
 
 
@@ -116,7 +118,11 @@ def _values(result: Mapping[str, Any], place: tuple[int, ...], both: bool) -> li
 
 def _beside(name: str, cells: Sequence[str], room: int) -> list[list[str]]:
     """Rows of a name, over as many lines as it takes, and of what stands beside it."""
-    lines = textwrap.wrap(name, room, subsequent_indent="  ")
+    whole = name.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = [
+        line.replace("\N{NO-BREAK SPACE}", " ")
+        for line in textwrap.wrap(whole, room, subsequent_indent="  ")
+    ]
     return [[*row] for row in zip_longest(lines, cells, fillvalue="")]
 
 

@@ -179,13 +179,13 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
     tables = []
     for start in range(0, max(1, len(others)), _OTHERS_PER_TABLE):
         part = others[start : start + _OTHERS_PER_TABLE]
-        rows = [["", "better", shorten(first[0])]]
+        rows = [["", shorten(first[0])]]
         for label, _ in part:
             rows[0] += [shorten(label), "change"]
         for measure in MEASURES:
             name = f"held-out {measure.name}" if held_out and measure.unit == "nats" else None
             base = measure.read(first[1])
-            row = [name or measure.name, measure.better or "", measure.format(base)]
+            row = [name or measure.name, measure.format(base)]
             for _, density in part:
                 value = measure.read(density)
                 row += [measure.format(value), change(measure, value, base)]

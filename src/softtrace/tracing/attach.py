@@ -197,7 +197,7 @@ def edge_importance(
     norm: Norm = "l1",
     positions: Tensor | Iterable[int] | None = None,
 ) -> EdgeImportance:
-    """Importance of every edge of a batch (identity 1).
+    """Importance of every edge of a batch.
 
     Differentiable in the model's weights (but for FSDP1's); wrap in ``torch.no_grad()`` to only
     measure. Where memory runs out no attention maps are held, as of long sequences. Where weights

@@ -42,8 +42,8 @@ class Instrument(Runner):
     Attributes:
         verification: What was proven, and how exactly.
         parts: Modules that it was proven with, all but the model itself.
-        wrappers: PEFT's around attention, each of which holds several of it.
-        adapters: That these were set to.
+        wrappers: Wrappers of PEFT around attention, each of which holds several copies of it.
+        adapters: Adapters that the wrappers were set to.
         hooks: Numbers of the hooks that others had put on the parts by then, and of those that are
             known since to change nothing.
     """
@@ -74,8 +74,8 @@ class Instrument(Runner):
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the modules that were proven, none added or replaced.
 
-        Nor switched, where attention is one of ``modules_to_save``. Its vocabulary is the same too:
-        ``resize_token_embeddings`` can change it in place.
+        Where attention is one of ``modules_to_save``, the same adapter has to be active, and the
+        vocabulary has to be the same, which ``resize_token_embeddings`` can change in place.
         """
         parts = _parts(model)
         same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))

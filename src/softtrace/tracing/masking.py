@@ -1,15 +1,15 @@
 """Masked runs: every edge times its mask.
 
 Where a masked run takes its attention probabilities from is a choice with a name
-(:data:`AttentionKind`). Those ``"recorded"`` in the full run make identity 3 exact: an edge is
-A·V·W_O with the full model's A, so masking elsewhere cannot reach a position through the softmax's
-denominator, to which the keys of all visible tokens contribute, also of tokens whose edges are all
-absent. ``"recomputed"`` ones are those of the masked states, which a masked model really computes,
-and which the hooks of the authors of arXiv 2605.27033 give. With ``"kept"`` they are recomputed too
-and no attention edge is masked, as in the authors' released model files, whose mask never reaches
-the attention function.
+(:data:`AttentionKind`). With those ``"recorded"`` in the full run one masked run serves every
+position exactly: an edge is A·V·W_O with the full model's A, so masking elsewhere cannot reach a
+position through the softmax's denominator, to which the keys of all visible tokens contribute, also
+of tokens whose edges are all absent. ``"recomputed"`` ones are those of the masked states, which a
+masked model really computes, and which the hooks of the authors of arXiv 2605.27033 give. With
+``"kept"`` they are recomputed too and no attention edge is masked, as in the authors' released
+model files, whose mask never reaches the attention function.
 
-Identity 5: adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
+Adding (mask - 1)·residual to a sub-block's output turns ``residual + output`` into
 ``mask·residual + output``, so residual edges are masked without touching the model's forward. Where
 the output is multiplied by a constant before the sum, what is added is divided by it. Then, and in
 half precision, the sum rounds: a node none of whose edges is kept is not zero but rounding error,
