@@ -246,12 +246,15 @@ def _kinds(found: dict[str, Any]) -> list[str]:
 def replays() -> str:
     """What fusing is worth to a replay."""
     said = [
-        f"At the size of {model} a replay of the {part} takes {fused[part]:.1f} ms instead of "
-        f"{as_it_is[part]:.1f}."
+        f"At the size of {model} a replay of "
+        + " and one of ".join(
+            f"the {part} takes {fused[part]:.1f} ms instead of {as_it_is[part]:.1f}"
+            for part in fused
+        )
+        + "."
         for model, found in read("steps.json")["models"].items()
         if "replays, milliseconds" in found
         for as_it_is, fused in [found["replays, milliseconds"].values()]
-        for part in fused
     ]
     return " ".join([*said, f"{sources(CARD, 'speed/steps.py', 'results/steps.json')}"])
 
