@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from softtrace.percent import brief_percent
 from softtrace.report import drawing
 from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS
@@ -113,7 +114,7 @@ def _lorenz(axes: Axes, paper: Paper) -> None:
         colour = colormaps["viridis"](0.9 * at / (len(sizes) - 1))
         x = [100 * place / (len(curve) - 1) for place in range(len(curve))]
         axes.plot(x, [100 * y for y in curve], color=colour, linewidth=1.6,
-                  label=drawing.percent_tick(size))  # fmt: skip
+                  label=brief_percent(size))  # fmt: skip
     axes.plot((0, 100), (0, 100), color=GREY, linewidth=1, linestyle=":")
     label = shorten(drawing.printable(paper["models"][-1]["label"]), 22)
     axes.legend(fontsize=8, loc="lower right", title=f"{label}, size", title_fontsize=8)

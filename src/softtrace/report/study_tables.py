@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import islice, zip_longest
+from operator import getitem
 from typing import Any
 
-from softtrace.percent import brief_percent, percent
-from softtrace.report.tables import COLUMNS, SEPARATOR, aligned, shorten, wrapped
+from softtrace.percent import brief_percent
+from softtrace.report.tables import COLUMNS, SEPARATOR, aligned, formatted, shorten, wrapped
 
 Study = Mapping[str, Any]
 """The content of a ``study.json``."""
@@ -108,7 +110,7 @@ def _values(result: Mapping[str, Any], place: tuple[int, ...], both: bool) -> li
     """A number of every model, and of two the change."""
     found = [*result["models"], *([result["difference"]] if both else [])]
     return [
-        cell({end: value_at(part[end], place) for end in part}, result["unit"],
+        cell({end: reduce(getitem, place, part[end]) for end in part}, result["unit"],
              signed=both and at == 2)
         for at, part in enumerate(found)
     ]  # fmt: skip
@@ -187,7 +189,7 @@ def pair_lines(study: Study, what: str) -> list[str]:
     rows = [[f"Rank correlation of {what} on the same {unit}", ""]]
     for pair in study["pairs"]:
         first, second = (shorten(labels[at]) for at in pair["models"])
-        rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])
+        rows.append([f"{first} and {second}", cell(pair, "correlation")])
     return [aligned(rows), ""]
 
 
@@ -201,26 +203,9 @@ def size_name(size: float) -> str:
     return "full size" if size == 1 else brief_percent(size)
 
 
-def value_at(values: Any, place: tuple[int, ...]) -> float | None:
-    """The number at a place in nested lists."""
-    for index in place:
-        values = values[index]
-    value: float | None = values
-    return value
-
-
-def cell(ends: Mapping[str, float | None], unit: str, signed: bool) -> str:
+def cell(ends: Mapping[str, float | None], unit: str, *, signed: bool = False) -> str:
     """A number with its interval; ``signed`` for a change."""
-    value, low, high = (_number(ends[name], unit, signed) for name in ("value", "low", "high"))
+    value, low, high = (
+        formatted(ends[name], unit, signed=signed) for name in ("value", "low", "high")
+    )
     return f"{value} ({low} to {high})"
-
-
-def _number(value: float | None, unit: str, signed: bool) -> str:
-    if value is None or value != value:
-        return "n/a"
-    sign = "-" if value < 0 else "+" if signed or unit == "correlation" else ""
-    if unit == "share":
-        return sign + percent(abs(value))
-    if unit == "correlation":
-        return f"{sign}{abs(value):.2f}"
-    return f"{sign}{abs(value):,.0f}" if unit == "edges" else f"{sign}{abs(value):.3f}"
