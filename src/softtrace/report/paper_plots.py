@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -13,16 +12,14 @@ from matplotlib.ticker import FixedLocator
 
 from softtrace.percent import brief_percent
 from softtrace.report import drawing
-from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS
 from softtrace.report.paper_table import Paper
 from softtrace.report.study_plots import (
     LINES,
     band,
     colour_of,
-    draw_panels,
+    draw_page,
     each_model,
-    model_handles,
     several,
 )
 from softtrace.report.tables import shorten
@@ -30,27 +27,9 @@ from softtrace.report.tables import shorten
 _TICKS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 
 
-def write_paper_plot(paper: Paper, folder: Path | str) -> Path:
-    """Draw ``paper.png`` into an existing folder, atomically; the same numbers, the same bytes.
-
-    Args:
-        paper: the content of a ``paper.json``.
-        folder: where to.
-
-    Returns:
-        The path that was written.
-    """
-    with drawing.style():
-        return drawing.save(draw_paper(paper), Path(folder) / "paper.png")
-
-
 def draw_paper(paper: Paper) -> Figure:
     """The page, eight panels; to be called within :func:`softtrace.report.drawing.style`."""
-    note = attention_name([paper["settings"]])
-    figure = drawing.new_figure(15.5, model_handles(paper), note)
-    drawing.set_title(figure, "By the definitions of arXiv 2605.27033")
-    draw_panels(figure, _PANELS, paper)
-    return figure
+    return draw_page(paper, _PANELS, 15.5, "By the definitions of arXiv 2605.27033")
 
 
 def _variation(axes: Axes, paper: Paper) -> None:

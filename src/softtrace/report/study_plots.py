@@ -25,38 +25,41 @@ _SIZE = "size of the trace (log scale)"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _NUCLEI = (0.1, 0.4, 0.9)
 Panel = tuple[str, Callable[[Axes, Study], None]]
+Draw = Callable[[Study], Figure]
 
 
-def write_study_plot(study: Study, folder: Path | str) -> Path:
-    """Draw ``study.png`` into an existing folder, atomically; the same numbers, the same bytes.
+def write_page(draw: Draw, study: Study, path: Path) -> Path:
+    """Write a page of plots as PNG, atomically; the same numbers give the same bytes.
 
     Args:
-        study: the content of a ``study.json``.
-        folder: where to.
-
-    Returns:
-        The path that was written.
+        draw: makes the page, such as :func:`draw_study`.
+        study: the content of the result file.
+        path: that is written, and returned.
     """
     with drawing.style():
-        return drawing.save(draw_study(study), Path(folder) / "study.png")
+        return drawing.save(draw(study), path)
 
 
 def draw_study(study: Study) -> Figure:
-    """The page, twelve panels; to be called within :func:`softtrace.report.drawing.style`."""
-    note = attention_name([study["settings"]])
-    figure = drawing.new_figure(21.0, model_handles(study), note)
-    draw_panels(figure, _PANELS, study)
-    return figure
+    """The page of a ``study.json``, twelve panels; to be called within ``drawing.style``."""
+    return draw_page(study, _PANELS, 21.0)
 
 
-def draw_panels(figure: Figure, panels: Sequence[Panel], study: Study) -> None:
-    """Fill a figure with panels, two in a row.
+def draw_page(
+    study: Study, panels: Sequence[Panel], height: float, title: str | None = None
+) -> Figure:
+    """A page of panels, two in a row, above a legend of the models.
 
     Args:
-        figure: an empty one.
+        study: the content of a ``study.json``, ``paper.json`` or ``generation.json``.
         panels: title of each, and what draws it.
-        study: the content of a ``study.json`` or ``paper.json``.
+        height: inches, without the legend.
+        title: of the page.
     """
+    note = attention_name([study["settings"]])
+    figure = drawing.new_figure(height, model_handles(study), note)
+    if title is not None:
+        drawing.set_title(figure, title)
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     grid = figure.subplots(len(panels) // 2, 2).ravel()
     for axes, (title, draw) in zip(grid, panels, strict=True):
@@ -64,6 +67,7 @@ def draw_panels(figure: Figure, panels: Sequence[Panel], study: Study) -> None:
         draw(axes, study)
         axes.grid(axis="y", color="#E0E0E0", linewidth=0.8)
         axes.set_axisbelow(True)
+    return figure
 
 
 def _variation(axes: Axes, study: Study) -> None:
