@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import (
     AttentionMap,
     MadeFrom,
@@ -29,12 +28,6 @@ from softtrace.graph.edges import LayerEdges, RowwiseEdges
 Norm = Literal["l1", "l2", "ifr"]
 """How large an edge is: a norm of what it carries, or by how much it brings the rest nearer to its
 node (information flow routes, :mod:`softtrace.graph.proximity`)."""
-
-
-def check_norm(norm: str) -> None:
-    """Raise :class:`InvalidInputError` for an unknown :data:`Norm`."""
-    if norm not in get_args(Norm):
-        raise InvalidInputError(f"norm: found {norm!r}, allowed are {get_args(Norm)}")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
