@@ -107,6 +107,8 @@ class DensityCurve:
 
     def beside(self, others: Sequence[DensityCurve]) -> DensityCurve:
         """The curve of the sequences of several curves, this one's first."""
+        if not others:
+            return self
         return self._each(
             lambda name, values, dim: torch.cat(
                 (values, *(getattr(other, name) for other in others)), dim
