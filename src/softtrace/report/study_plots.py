@@ -104,7 +104,7 @@ def _uncertainty(axes: Axes, study: Study) -> None:
     for row, (what, against) in enumerate(rows):
         for at, ends in each_model(study, f"uncertainty/{what}_{against}"):
             height = row + 0.24 * (at - (count - 1) / 2)
-            _whiskers(axes, study, at, [ends["value"]], ends, [height], flat=True)
+            _whiskers(axes, at, [ends["value"]], ends, [height], flat=True)
     axes.set_yticks(range(4), [f"{names[a]},\n{names[b]}" for a, b in rows])
     axes.set(ylim=(3.6, -0.6), xlabel="rank correlation")
     axes.axvline(0, color=GREY, linewidth=0.8)
@@ -134,7 +134,7 @@ def _over_lengths(what: str, label: str, *, share: bool = False) -> Callable[[Ax
         lengths = study["axes"]["lengths"]
         for at, ends in each_model(study, f"length/{what}"):
             x = [length * 1.03**at for length in lengths]  # beside each other, not over
-            _whiskers(axes, study, at, ends["value"], ends, x)
+            _whiskers(axes, at, ends["value"], ends, x)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)", ylabel=label)
@@ -154,9 +154,7 @@ def _position(axes: Axes, study: Study) -> None:
         for at, ends in each_model(study, "position/size"):
             x = [place + beside * (2 * line + at - 1) for place in positions]
             y, low, high = (ends[name][:, at_context] for name in ("value", "low", "high"))
-            _whiskers(
-                axes, study, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker
-            )
+            _whiskers(axes, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker)
         label = f"window of {context}" if line == 0 else "all tokens before it"
         handles.append(Line2D([], [], color=colour, marker=marker, label=label))
     axes.legend(handles=handles, fontsize=9)
@@ -255,7 +253,6 @@ def several(
 
 def _whiskers(
     axes: Axes,
-    study: Study,
     at: int,
     values: Any,
     ends: dict[str, Array],
