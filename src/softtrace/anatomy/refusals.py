@@ -18,9 +18,8 @@ from softtrace.model.zero_units import is_zero_weight
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
-    *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
-    StopIteration,
-)
+    TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, StopIteration,
+)  # fmt: skip
 
 
 @contextmanager
