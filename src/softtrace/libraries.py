@@ -44,7 +44,12 @@ def refusal(error: Exception) -> str | None:
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if not from_library(error) or not (isinstance(error, _SPOKEN) or line.startswith("raise ")):
         return None
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def first_line(error: BaseException) -> str:
@@ -74,7 +79,7 @@ def missing(error: ImportError | NotImplementedError) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not all(_is_own(frame) or _is_library(frame) for frame in frames):
         return None
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if isinstance(error, ImportError):
         ours = (error.name or "").partition(".")[0] == _OWN
         return None if ours else f"{said}; install what is missing"

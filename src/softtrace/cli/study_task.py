@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -55,9 +55,9 @@ class StudyTask:
     seed: int
     attention: AttentionKind
     run: RunOptions
-    device_map: str | None = None
-    max_memory: Mapping[str, str] | None = None
-    began: float = field(default_factory=time.perf_counter)
+    device_map: str | None
+    max_memory: Mapping[str, str] | None
+    began: float
 
     @property
     def one_tokenizer(self) -> bool:

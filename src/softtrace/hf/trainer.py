@@ -28,7 +28,7 @@ from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
-from softtrace.model.engines import ENGINES, Engine, engine
+from softtrace.model.engines import Engine, engine, supported
 from softtrace.model.exit_maps import load_exit_maps, read_exit_maps
 from softtrace.model.wrappers import find_causal_lm
 
@@ -379,10 +379,9 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
     found = _sharding(trainer)
     if found is None or allow_untested:
         return
-    allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
     raise TrainerSetupError(
-        f"found {found.name} ({found.refused}); supported are {allowed}. allow_untested=True runs "
-        "it all the same"
+        f"found {found.name} ({found.refused}); supported are {supported()}. allow_untested=True "
+        "runs it all the same"
     )
 
 

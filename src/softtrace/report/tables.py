@@ -88,21 +88,11 @@ def all_held_out(runs: Sequence[tuple[str, Density]]) -> bool:
 
 
 def _group(field: str, group: str) -> Callable[[Density], float | None]:
-    def read(density: Density) -> float | None:
-        value: float | None = density[field][group]
-        return value
-
-    return read
+    return lambda density: density[field][group]
 
 
 def _exit(group: str) -> Callable[[Density], float | None]:
-    def read(density: Density) -> float | None:
-        value: float | None = density["early_exit"]["agreement"][group][
-            half_depth_exit(density) - 1
-        ]
-        return value
-
-    return read
+    return lambda density: density["early_exit"]["agreement"][group][half_depth_exit(density) - 1]
 
 
 def _measures() -> Iterator[Measure]:
