@@ -185,7 +185,7 @@ class DensityMixin:
         if self._expected is not None and not self._expected.arrived:
             raise TrainerSetupError(
                 f"{type(self).__name__}: the density term was computed but no gradient reached it; "
-                "something after compute_loss dropped or replaced the loss it returned"
+                "something after compute_loss dropped or replaced the loss it returned; train on it"
             )
         return found
 

@@ -363,4 +363,7 @@ def _check_weights(path: Path) -> None:
         )
     others = _files(path, _OTHERS)
     held = f" but {', '.join(file.name for file in others)}" if others else ""
-    raise ModelDirectoryError(f"{path}: found no *.safetensors weights in it{held}")
+    raise ModelDirectoryError(
+        f"{path}: found no *.safetensors weights in it{held}; expected those that "
+        "model.save_pretrained(directory) writes"
+    )

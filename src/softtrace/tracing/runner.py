@@ -67,7 +67,9 @@ class Runner:
         """
         model = self.reference()
         if model is None:
-            raise UnsupportedModelError("the attached model no longer exists")
+            raise UnsupportedModelError(
+                "the attached model no longer exists; hold it as long as its instrument is used"
+            )
         return model
 
     def batch(
