@@ -245,28 +245,9 @@ def _study(args: list[str]) -> None:
 def _compare(args: list[str]) -> None:
     from softtrace.cli.compare import compare
 
-    parser = ArgumentParser(
-        prog="softtrace compare",
-        description="Compare runs measured on the same text; the others against the first.",
-    )
-    parser.add_argument(
-        "paths", nargs="+", type=str, help="2 to 8 files density.json, or the folders they are in."
-    )
-    parser.add_argument(
-        "--out",
-        type=str,
-        required=True,
-        help="Folder that results are written to. It must be new or empty.",
-    )
-    parser.add_argument(
-        "--overwrite",
-        type=bool,
-        default=False,
-        help="Write into a folder that holds files, and replace those of the same name.",
-    )
-    options = parser.parse_args(args)
-    print(compare(options.paths, options.out, options.overwrite))
-    print(f"\nwritten to {options.out}/: compare.json, compare.txt, plots and report.html")
+    description = "Compare runs measured on the same text; the others against the first."
+    paths = "2 to 8 files density.json, or the folders they are in."
+    _call(compare, "compare", description, args, {"paths": paths})
 
 
 def _inspect(args: list[str]) -> None:
