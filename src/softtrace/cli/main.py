@@ -17,7 +17,7 @@ from softtrace.errors import SofttraceError
 from softtrace.files import NO_ROOM
 from softtrace.libraries import missing
 
-#: no file can have this path, as of a text that was given where its file belongs
+#: errors of what cannot be a path, such as a text that was given in place of its file
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
 #: commands whose interrupted runs can be resumed

@@ -79,17 +79,12 @@ def _chunk_norms(value: Tensor, weight: Tensor, order: int) -> Tensor:
     return norm_of(product, order).flatten(1, 2)
 
 
-def norm_of(vectors: Tensor, order: int) -> Tensor:
+def norm_of(vectors: Tensor, order: int = 1) -> Tensor:
     """L1 or L2 norm over the last dimension, in the working dtype."""
     # One kernel where abs and sum are two, and the cast a third.
     dtype = working_dtype(vectors.dtype)
     norms: Tensor = torch.linalg.vector_norm(vectors, ord=order, dim=-1, dtype=dtype)
     return norms
-
-
-def l1_norm(vectors: Tensor) -> Tensor:
-    """L1 norm over the last dimension, in the working dtype."""
-    return norm_of(vectors, 1)
 
 
 @dataclass(frozen=True)
