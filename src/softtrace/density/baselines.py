@@ -91,9 +91,9 @@ def baseline_scores(
     return replace(importance, layers=tuple(found))
 
 
-def baseline_thresholds(count: int = 14) -> tuple[float, ...]:
-    """Thresholds that keep a geometric share of the edges, from 1e-5 to 0.9."""
-    shares = torch.logspace(-5, torch.tensor(0.9).log10().item(), count, dtype=torch.float64)
+def baseline_thresholds() -> tuple[float, ...]:
+    """14 thresholds that keep shares of the edges in geometric progression, from 1e-5 to 0.9."""
+    shares = torch.logspace(-5, torch.tensor(0.9).log10().item(), 14, dtype=torch.float64)
     return tuple((1 - shares).tolist())
 
 

@@ -77,7 +77,6 @@ class Runner:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
     ) -> Batch:
         """The checked batch that all runs take.
 
@@ -86,7 +85,7 @@ class Runner:
         Raises:
             InvalidInputError: what that and :meth:`check` refuse.
         """
-        batch = Batch.of(input_ids, attention_mask, position_ids, labels)
+        batch = Batch.of(input_ids, attention_mask, position_ids)
         self.check(batch)
         return batch
 
