@@ -44,7 +44,7 @@ _COPIES: ContextVar[float] = ContextVar("softtrace_copies", default=1)
 
 @contextmanager
 def counted_as(copies: float) -> Iterator[None]:
-    """Hold maps only where so many times their memory would fit: what a backward pass keeps."""
+    """Hold maps only where so many copies of them would fit, as a backward pass keeps several."""
     token = _COPIES.set(copies)
     try:
         yield
