@@ -102,14 +102,13 @@ class RowwiseEdges(LayerEdges):
         mlp_residual: Tensor,
         parallel: bool = False,
     ) -> None:
-        for name, value in {
-            "_map": as_map(attention),
-            "attention_residual": attention_residual,
-            "mlp": mlp,
-            "mlp_residual": mlp_residual,
-            "parallel": parallel,
-        }.items():
-            object.__setattr__(self, name, value)  # it is frozen
+        vars(self).update(  # it is frozen
+            _map=as_map(attention),
+            attention_residual=attention_residual,
+            mlp=mlp,
+            mlp_residual=mlp_residual,
+            parallel=parallel,
+        )
 
     @property
     def attention(self) -> Tensor:
