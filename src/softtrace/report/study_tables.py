@@ -22,7 +22,7 @@ _LEGEND = (
     "In brackets: {confidence} percentile intervals, bootstrap over sequences "
     "({resamples:,} resamples, seed {seed}).\n"
     "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
-    "with a TV of at most {bound:g}.\n"
+    "with a TV of at most {total_variation:g}.\n"
     "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
     "Unigrams: how frequent tokens are in the {unigram_tokens:,} tokens of the training side, "
     "{smoothing}; "
@@ -49,19 +49,22 @@ def study_table(study: Study) -> str:
         f"{data['split']}; at least {settings['min_context']} tokens of context; "
         f"attention of masked runs {settings['attention']}"
     )
-    legend = _LEGEND.format(
-        confidence=brief_percent(settings["confidence"]),
-        resamples=settings["resamples"],
-        seed=settings["seed"],
-        bound=settings["total_variation"],
+    legend = filled(
+        _LEGEND,
+        settings,
         unigram_tokens=unigrams["tokens"],
         smoothing=unigrams["smoothing"],
         seen=unigrams["seen"],
         entropy=unigrams["entropy_nats"],
         uniform_kl=unigrams["uniform_kl_nats"],
-        targets=settings["targets"],
     )
     return "\n".join([wrapped(header), "", *text, wrapped(legend)])
+
+
+def filled(legend: str, settings: Mapping[str, Any], **others: Any) -> str:
+    """A legend with the settings of a study filled in, the confidence in per cent, and others."""
+    confidence = brief_percent(settings["confidence"])
+    return legend.format(**{**settings, "confidence": confidence, **others})
 
 
 def section_lines(study: Study, sections: Iterable[tuple[str, list[Row]]]) -> list[str]:
