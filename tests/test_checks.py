@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softtrace.checks import as_integer, check_least, check_range
+from softtrace.checks import as_integer, check_choice, check_least, check_range
 from softtrace.errors import InvalidInputError
 
 
@@ -60,3 +60,9 @@ def test_a_setting_is_an_int_of_python() -> None:
             check_least("x", wrong, 3)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"integers from 3, None; pass int\(x\)$"):
         check_least("x", np.int64(3), 3, optional=True)  # type: ignore[arg-type]
+
+
+def test_words_that_are_not_allowed_are_refused_with_those_that_are() -> None:
+    check_choice("x", "one", ("one", "other"))
+    with pytest.raises(InvalidInputError, match=r"^x: found 'third', allowed are 'one', 'other'$"):
+        check_choice("x", "third", ("one", "other"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Collection
 
 from softtrace.errors import InvalidInputError, SofttraceError
 
@@ -61,6 +62,14 @@ def check_counts(least: int, **counts: int) -> None:
     """:func:`check_least` of several numbers that have the same bound, each under its own name."""
     for name, value in counts.items():
         check_least(name, value, least)
+
+
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise :class:`InvalidInputError` for what is none of the allowed words."""
+    if value not in allowed:
+        raise InvalidInputError(
+            f"{name}: found {value!r}, allowed are {', '.join(map(repr, allowed))}"
+        )
 
 
 def refuse_empty(

@@ -36,15 +36,20 @@ def refusals(kind: type[SofttraceError], about: str, advice: str = "") -> Iterat
 
 
 def refusal(error: Exception) -> str | None:
-    """What a library says on purpose of that which softtrace handed it, in one line; else None.
+    """The message of an error that a library raised on purpose, in one line; None for any other.
 
-    On purpose is what it raises by a statement of its own. An error that came of itself, such as a
-    ``KeyError`` of a dictionary, is a bug of somebody.
+    On purpose means by a ``raise`` statement of its own, about what softtrace passed to it. An
+    error that Python raised, such as the ``KeyError`` of a dictionary, is somebody's bug.
     """
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if not from_library(error) or not (isinstance(error, _SPOKEN) or line.startswith("raise ")):
         return None
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def first_line(error: BaseException) -> str:
@@ -53,9 +58,9 @@ def first_line(error: BaseException) -> str:
 
 
 def from_library(error: Exception) -> bool:
-    """Whether nothing but libraries lies between a call of softtrace's and what raised.
+    """Whether an error was raised inside of a library that softtrace called.
 
-    What passes through a user's class, or comes back into softtrace, is no word of the library.
+    Not if the call led back into softtrace, or through a user's class: then it may be theirs.
 
     Args:
         error: with its traceback, which begins in softtrace.
@@ -74,7 +79,7 @@ def missing(error: ImportError | NotImplementedError) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not all(_is_own(frame) or _is_library(frame) for frame in frames):
         return None
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if isinstance(error, ImportError):
         ours = (error.name or "").partition(".")[0] == _OWN
         return None if ours else f"{said}; install what is missing"

@@ -241,7 +241,9 @@ def test_tokens_go_out_early_for_an_agreement(
 
 
 def test_a_backend_that_is_none_is_named(sources: tuple[str, TextSource], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"backend: found 'fast', allowed are auto, none"):
+    with pytest.raises(
+        InvalidInputError, match=r"backend: found 'fast', allowed are 'auto', 'none'"
+    ):
         decode_bench(*sources, str(tmp_path), backend="fast", **SMALL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import softtrace
-from softtrace.anatomy.patterns import LAYOUTS, TRAITS
+from softtrace.anatomy.patterns import Evidence, name_of
 from softtrace.cli import main
 from softtrace.model.loading import load_model
 from tests.support.corpus import byte_tokenizer, write_tree
@@ -50,8 +51,11 @@ def saved(case: str, folder: Path) -> str:
 
 def test_every_layout_and_trait_has_a_case() -> None:
     named = ", ".join(CASES)
-    for pattern in (*LAYOUTS, *TRAITS):
-        assert pattern.name in named or pattern.name == "sequential without norms"
+    every = (Evidence(*each) for each in itertools.product((True, False), repeat=6))
+    names = {name for evidence in every for name in name_of(evidence).split(", ")}
+    assert len(names) == 8
+    for name in names:
+        assert name in named or name == "sequential without norms"
 
 
 @pytest.mark.parametrize(("pattern", "case"), ALL, ids=lambda each: str(each))

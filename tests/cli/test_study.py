@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from softtrace.cli import main
 from softtrace.cli.evaluate import evaluate
@@ -79,7 +80,7 @@ def alone(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 def undrawn(alone: dict[str, Any]) -> Iterator[None]:
     """Drawing takes longer than measuring a tiny model; once, before, it is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softtrace.cli.questions.write_study_plot", lambda study, folder: None)
+        patch.setattr("softtrace.cli.questions.draw_study", lambda study: Figure())
         yield
 
 
@@ -182,8 +183,8 @@ def test_a_model_that_is_spread_out_has_the_same_answers(
     monkeypatch: pytest.MonkeyPatch,
     mode: dict[str, bool],
 ) -> None:
-    for name in ("paper.write_paper_plot", "generation.write_generation_plot"):
-        monkeypatch.setattr(f"softtrace.cli.{name}", lambda found, folder: None)
+    for name in ("paper.draw_paper", "generation.draw_generation"):
+        monkeypatch.setattr(f"softtrace.cli.{name}", lambda found: Figure())
     options = {**OPTIONS, "block_size": 17, "lengths": (4, 8), "blocks": 2, **mode}
     spread = {"device_map": "auto", "max_memory": {"cpu": "1KB"}}  # the rest is on disk
     found, wanted = (
@@ -456,7 +457,7 @@ def test_the_papers_figures_are_written_for_all_models(
 def test_the_papers_figures_of_two_models_have_a_paired_change(
     sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softtrace.cli.paper.write_paper_plot", lambda paper, folder: None)
+    monkeypatch.setattr("softtrace.cli.paper.draw_paper", lambda paper: Figure())
     options = {**OPTIONS, "block_size": 9, "blocks": 3, "attention": "recorded"}
     models = [sources["before"], sources["after"]]
     found = study(models, half(sources["text"]), str(tmp_path / "out"), paper=True, **options)
@@ -494,7 +495,7 @@ def test_what_models_write_is_measured_beside_the_text(
 def test_the_papers_figures_cross_tokenizers(
     sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softtrace.cli.paper.write_paper_plot", lambda paper, folder: None)
+    monkeypatch.setattr("softtrace.cli.paper.draw_paper", lambda paper: Figure())
     other = tmp_path / "other"
     tiny_model("llama", vocab_size=310).save_pretrained(other)
     byte_level().save_pretrained(other)

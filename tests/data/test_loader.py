@@ -190,11 +190,11 @@ def test_state_of_another_version_is_refused() -> None:
 
 
 def test_impossible_arguments_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="0 blocks"):
+    with pytest.raises(InvalidInputError, match="blocks: found 0, allowed"):
         BlockSampler(0)
-    with pytest.raises(InvalidInputError, match="rank is 2"):
+    with pytest.raises(InvalidInputError, match="rank: found 2, allowed are 0 to 1"):
         BlockSampler(5, ranks=2, rank=2)
     with pytest.raises(InvalidInputError, match="batch_size: found 0"):
         loader(0)
-    with pytest.raises(InvalidInputError, match="orders 5 blocks"):
+    with pytest.raises(InvalidInputError, match="sampler: found one of 5 blocks"):
         BlockLoader(BLOCKS, 2, BlockSampler(5))

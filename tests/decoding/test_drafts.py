@@ -95,7 +95,9 @@ def test_compiled_drafts_end_at_the_same_guesses() -> None:
 
 def test_ways_that_are_none_are_named() -> None:
     model = tiny_model("llama")
-    with pytest.raises(InvalidInputError, match="draft: found 'tree', allowed are exit, lookup"):
+    with pytest.raises(
+        InvalidInputError, match="draft: found 'tree', allowed are 'exit', 'lookup'"
+    ):
         decoder(model, draft="tree")
     with pytest.raises(InvalidInputError, match="confidence: found 2"):
         decoder(model, confidence=2)

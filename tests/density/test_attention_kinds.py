@@ -142,7 +142,7 @@ def test_exact_runs_of_packed_rows(attention: AttentionKind) -> None:
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), tiny_prompt(6)
-    with pytest.raises(InvalidInputError, match=r"attention: found 'frozen', allowed are \('rec"):
+    with pytest.raises(InvalidInputError, match=r"attention: found 'frozen', allowed are 'rec"):
         softtrace.density_curve(model, ids, attention="frozen")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"positions: found shape \(6,\), expected a ten"):
         softtrace.density_curve(model, ids, positions=torch.ones(6, dtype=torch.bool))

@@ -18,7 +18,6 @@ from softtrace.density.paper import (
     depth_groups,
     edge_count,
     first_size,
-    nearest,
     nucleus_frequency,
     on_common_sizes,
     shared_nucleus,
@@ -126,4 +125,3 @@ def test_curves_are_read_linearly_in_the_size_on_the_common_ones() -> None:
         expected = np.interp(COMMON_SIZES, sizes[row].double(), values[row].double())
         np.testing.assert_allclose(found[row, :, 0], expected)
     assert (COMMON_SIZES[0], COMMON_SIZES[-1]) == pytest.approx((1e-5, 1.0))
-    assert COMMON_SIZES[nearest(COMMON_SIZES, 0.1)] == pytest.approx(0.1, rel=0.05)

@@ -15,7 +15,7 @@ import softtrace
 from softtrace.errors import InvalidInputError
 from softtrace.graph import attention_maps
 from softtrace.graph.edges import EdgeImportance
-from softtrace.graph.importance import LayerNorms, edge_shares, head_value_norms, l1_norm
+from softtrace.graph.importance import LayerNorms, edge_shares, head_value_norms, norm_of
 from tests.support import oracle
 from tests.support.literal import edges_of, visible_map
 from tests.support.tiny import FAMILIES, tiny_model, tiny_prompt
@@ -181,7 +181,7 @@ def test_norms_of_half_precision_are_float32(dtype: torch.dtype) -> None:
         norms = head_value_norms(value, weight)
     assert norms.dtype == torch.float32
     assert norms.tolist() == [[[1.6e7, 1.6e7]]]  # beyond float16
-    assert l1_norm(value).tolist() == [[[800.0, 800.0]]]
+    assert norm_of(value).tolist() == [[[800.0, 800.0]]]
 
 
 def test_a_zero_node_gives_zeros_and_finite_gradients() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softtrace import DensityLoss
-from softtrace.loss.no_targets import MANY
+from softtrace.loss.inputs import MANY_BATCHES as MANY
 from tests.support.tiny import tiny_model, tiny_prompt
 
 IDS = tiny_prompt(8)

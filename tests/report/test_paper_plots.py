@@ -14,7 +14,8 @@ from softtrace.evaluation.study.paper import read_paper
 from softtrace.evaluation.study.paper_answers import AXES, PAPER_ANSWERS, component_results
 from softtrace.evaluation.study.results import results_of
 from softtrace.report.drawing import style
-from softtrace.report.paper_plots import draw_paper, write_paper_plot
+from softtrace.report.paper_plots import draw_paper
+from softtrace.report.study_plots import write_page
 from tests.report.test_plots import png_size
 from tests.support.tiny import VOCABULARY, tiny_model, tiny_prompt
 
@@ -58,8 +59,8 @@ def test_eight_panels_that_name_their_axes_and_their_kind_of_attention(
 
 @pytest.mark.thorough
 def test_the_same_numbers_give_the_same_bytes(paper: dict[str, Any], tmp_path: Path) -> None:
-    first = write_paper_plot(paper, tmp_path)
+    first = write_page(draw_paper, paper, tmp_path / "paper.png")
     before = first.read_bytes()
     assert png_size(first)[0] == 1000
     with matplotlib.rc_context({"font.size": 30}):
-        assert write_paper_plot(paper, tmp_path).read_bytes() == before
+        assert write_page(draw_paper, paper, first).read_bytes() == before

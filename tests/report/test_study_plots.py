@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from softtrace.density.curve import PHASES
 from softtrace.report.drawing import style
-from softtrace.report.study_plots import draw_study, write_study_plot
+from softtrace.report.study_plots import draw_study, write_page
 from tests.report.test_plots import png_size
 from tests.support.studies import synthetic_study
 
@@ -42,11 +42,11 @@ def test_a_page_of_twelve_panels(models: int) -> None:
 def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-    first = write_study_plot(synthetic_study(), tmp_path / "one")
+    first = write_page(draw_study, synthetic_study(), tmp_path / "one" / "study.png")
     assert [found.name for found in (tmp_path / "one").iterdir()] == ["study.png"]
     assert png_size(first)[0] == 1000
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        second = write_study_plot(synthetic_study(), tmp_path / "other")
+        second = write_page(draw_study, synthetic_study(), tmp_path / "other" / "study.png")
     assert first.read_bytes() == second.read_bytes()
 
 

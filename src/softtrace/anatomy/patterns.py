@@ -26,44 +26,17 @@ class Evidence:
     bare: bool
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """A name for evidence: every field that is not None has to agree."""
-
-    name: str
-    parallel: bool | None = None
-    before: bool | None = None
-    after: bool | None = None
-    multiplied: bool | None = None
-    inside: bool | None = None
-    bare: bool | None = None
-
-    def agrees(self, evidence: Evidence) -> bool:
-        """Whether the evidence shows this pattern."""
-        return all(
-            wanted is None or wanted == getattr(evidence, name)
-            for name, wanted in vars(self).items()
-            if name != "name"
-        )
-
-
-#: how the nodes are laid out: the first that agrees
-LAYOUTS: tuple[Pattern, ...] = (
-    Pattern("parallel residual", parallel=True),
-    Pattern("sequential pre-norm", parallel=False, before=True, after=False),
-    Pattern("post-norm", parallel=False, before=False, after=True),
-    Pattern("sandwich norm", parallel=False, before=True, after=True),
-    Pattern("sequential without norms", parallel=False, before=False, after=False),
-)
-#: what a layout may have besides: all that agree
-TRAITS: tuple[Pattern, ...] = (
-    Pattern("residual multiplier", multiplied=True),
-    Pattern("residual added inside the sub-module", inside=True),
-    Pattern("no MLP module", bare=True),
-)
-
-
 def name_of(evidence: Evidence) -> str:
-    """The layout's name, then the traits'."""
-    layout = next(pattern.name for pattern in LAYOUTS if pattern.agrees(evidence))
-    return ", ".join([layout, *(trait.name for trait in TRAITS if trait.agrees(evidence))])
+    """How the nodes are laid out, then what the layout has besides."""
+    if evidence.parallel:
+        layout = "parallel residual"
+    elif evidence.before:
+        layout = "sandwich norm" if evidence.after else "sequential pre-norm"
+    else:
+        layout = "post-norm" if evidence.after else "sequential without norms"
+    traits = {
+        "residual multiplier": evidence.multiplied,
+        "residual added inside the sub-module": evidence.inside,
+        "no MLP module": evidence.bare,
+    }
+    return ", ".join([layout, *(name for name, has in traits.items() if has)])

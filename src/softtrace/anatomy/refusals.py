@@ -11,16 +11,15 @@ from torch import nn
 from softtrace.errors import SofttraceError, UnsupportedModelError
 from softtrace.libraries import first_line
 from softtrace.model.devices import unplaced
-from softtrace.model.engines import ENGINES, engine_around
+from softtrace.model.engines import engine_around, supported
 from softtrace.model.flat_units import is_flat_unit, is_flattened, is_outermost
 from softtrace.model.sharding import is_in_parts, is_in_zero, is_part, unit_of
 from softtrace.model.zero_units import is_zero_weight
 
 #: what a forward that wants other inputs raises; other errors pass through
 NOT_MADE_FOR_IT = (
-    *(TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError),
-    StopIteration,
-)
+    TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, StopIteration,
+)  # fmt: skip
 
 
 @contextmanager
@@ -81,9 +80,9 @@ def refuse_engine(model: nn.Module) -> None:
     """
     around = engine_around(model)
     if around is not None:
-        allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
         raise UnsupportedModelError(
-            f"{type(model).__name__}: found {around.name} ({around.refused}); allowed are {allowed}"
+            f"{type(model).__name__}: found {around.name} ({around.refused}); allowed are "
+            f"{supported()}"
         )
 
 

@@ -5,7 +5,7 @@ Discovery and the proof read these notes; nothing here knows of patterns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -71,7 +71,6 @@ class LayerSight:
 
     Attributes:
         layer: the module.
-        args, kwargs: it was called with.
         entry: ``[B, T, d_model]``, the node that entered.
         output: ``[B, T, d_model]``, the node that left.
         calls: of its modules, by their end.
@@ -79,8 +78,6 @@ class LayerSight:
     """
 
     layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
     entry: Tensor
     output: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
@@ -140,7 +137,7 @@ class Watch:
                         f"stream of shape [B, T, d_model]: found "
                         f"{None if read is None else tuple(read.shape)}"
                     )
-                self._current = LayerSight(module, args, kwargs, arriving(module, read).clone())
+                self._current = LayerSight(module, arriving(module, read).clone())
                 self.layers.append(self._current)
             call = Call(name, module, self._tick(), read=None if read is None else read.clone())
             self._stack.append(call)

@@ -17,7 +17,7 @@ COMPARISON_VERSION = 1
 
 
 @claims_out
-def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = False) -> str:
+def compare(paths: Sequence[Path | str], out: str, overwrite: bool = False) -> str:
     """Compare runs that were measured on the same tokens; write numbers, table, plots and
     report.html to OUT.
 
@@ -46,6 +46,8 @@ def compare(paths: Sequence[Path | str], out: Path | str, overwrite: bool = Fals
     write_text(folder / "compare.txt", table)
     write_plots(runs, folder)
     write_report(runs, folder)
+    print(table)
+    print(f"\nwritten to {folder}/: compare.json, compare.txt, plots and report.html")
     return table
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softtrace.anatomy.discovery import learned_positions
-from softtrace.checks import check_counts, check_least, check_range
+from softtrace.checks import check_choice, check_counts, check_least, check_range
 from softtrace.data.blocks import evenly, pack
 from softtrace.data.prompts import whole_prompts as prompts_of
 from softtrace.data.split_record import unseen
@@ -29,7 +29,7 @@ from softtrace.decoding.exit_checks import (
 )
 from softtrace.decoding.recommend import GATES, gated_exits
 from softtrace.decoding.replay import LONGEST, best_drafting, check_costs
-from softtrace.errors import InvalidInputError, OutputExistsError
+from softtrace.errors import OutputExistsError
 from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
 from softtrace.evaluation.decode_ways import race_ways
 from softtrace.evaluation.early_race import race_early
@@ -102,9 +102,7 @@ def decode_bench(
     check_counts(1, prompts=prompts, rounds=rounds)
     check_counts(2, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     check_least("draft_tokens", draft_tokens, 1, optional=True)
-    backends = ("auto", "none", *torch.compiler.list_backends(None))
-    if backend not in backends:
-        raise InvalidInputError(f"backend: found {backend!r}, allowed are {', '.join(backends)}")
+    check_choice("backend", backend, ("auto", "none", *torch.compiler.list_backends(None)))
     check_range("agreement", agreement, 0, 1)
     if confidence is not None:
         check_range("confidence", confidence, 0, 1)

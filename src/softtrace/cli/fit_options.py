@@ -11,15 +11,15 @@ from jsonargparse import ArgumentParser
 
 #: options of the trainer that a machine or an installation may not be able to give
 _MAY_LACK = (
-    *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks"),
-    *("plugins", "profiler"),
-)
+    "accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks",
+    "plugins", "profiler",
+)  # fmt: skip
 
 #: options of the trainer that --help shows; the others are in --help_all
 _COMMON = (
-    *("max_steps", "max_epochs", "max_time", "accelerator", "devices", "strategy", "precision"),
-    *("accumulate_grad_batches", "val_check_interval", "enable_progress_bar"),
-)
+    "max_steps", "max_epochs", "max_time", "accelerator", "devices", "strategy", "precision",
+    "accumulate_grad_batches", "val_check_interval", "enable_progress_bar",
+)  # fmt: skip
 
 _MARKUP = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 # One paragraph: argparse joins the lines of a description.

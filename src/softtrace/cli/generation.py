@@ -16,7 +16,7 @@ from softtrace.evaluation.study.generation import (
 )
 from softtrace.evaluation.study.generation_answers import GENERATION_ANSWERS, OTHERS
 from softtrace.evaluation.study.results import results_of
-from softtrace.report.generation_plots import write_generation_plot
+from softtrace.report.generation_plots import draw_generation
 from softtrace.report.generation_table import generation_table
 
 GENERATION_VERSION = 1
@@ -61,4 +61,4 @@ def generation(task: StudyTask) -> Found:
         },
         "results": results_of(GENERATION_ANSWERS, found, task.resamples, task.seed),
     }
-    return task.write("generation", result, generation_table, write_generation_plot)
+    return task.write("generation", result, generation_table, draw_generation)

@@ -17,20 +17,14 @@ from softtrace.errors import SofttraceError
 from softtrace.files import NO_ROOM
 from softtrace.libraries import missing
 
-#: no file can have this path, as of a text that was given where its file belongs
+#: errors of what cannot be a path, such as a text that was given in place of its file
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
 #: commands whose interrupted runs can be resumed
 _RESUMED = ("fit", "evaluate")
 
-#: options that name model and text, of fit and of the others: one is easily taken for the other
+#: options that name model and text, of other commands and of fit: easily taken for each other
 _OF_FIT = {"--model": "--model.path", "--data": "--data.path"}
-_OF_OTHERS = {
-    "evaluate": _OF_FIT,
-    "study": {"--data": "--data.path"},
-    "decode-bench": _OF_FIT,
-    "card": {"--model": "--model.path"},
-}
 
 _USAGE = """usage: softtrace [-h] [--version] COMMAND ...
 
@@ -46,6 +40,10 @@ computation graph, and measure it.
   inspect       show how a model is taken apart, and what was verified
 
 softtrace COMMAND --help shows the options of each."""
+
+
+class _WrongOption(Exception):
+    """An option that has another name in this command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allowed = ", ".join(_COMMANDS)
         print(f"softtrace: found command {words[0]!r}, allowed are {allowed}", file=sys.stderr)
         return 2
-    if (said := _misnamed(words)) is not None:
-        print(f"softtrace {words[0]}: {said}", file=sys.stderr)
-        return 2
+
+    def say(message: object) -> None:
+        print(f"softtrace {words[0]}: {message}", file=sys.stderr)
+
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("softtrace: %(message)s"))
     log = logging.getLogger("softtrace")
@@ -87,34 +86,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO if first else logging.WARNING)
     try:
         command(words[1:])
+    except _WrongOption as error:
+        say(error)
+        return 2
     except SofttraceError as error:
-        print(f"softtrace {words[0]}: {error}", file=sys.stderr)
+        say(error)
         return 1
     except (ImportError, NotImplementedError) as error:
         if (said := missing(error)) is None:
             raise
-        print(f"softtrace {words[0]}: {said}", file=sys.stderr)
+        say(said)
         return 1
     except OSError as error:  # raised by whatever writes: plots, results, the terminal's output
         if error.errno in _NO_PATH:
-            print(
-                f"softtrace {words[0]}: {error.filename}: cannot be a path ({error.strerror}); "
-                "expected that of a file or a folder",
-                file=sys.stderr,
+            say(
+                f"{error.filename}: cannot be a path ({error.strerror}); expected that of a file "
+                "or a folder"
             )
             return 1
         if error.errno not in NO_ROOM:
             raise
-        print(
-            f"softtrace {words[0]}: could not write ({error.strerror}); what was written before is "
-            "untouched. Make room, then run it again",
-            file=sys.stderr,
+        say(
+            f"could not write ({error.strerror}); what was written before is untouched. Make room, "
+            "then run it again"
         )
         return 1
     except KeyboardInterrupt as stop:
         resumed = "the same with --resume true resumes it" if words[0] in _RESUMED else ""
         more = str(stop) or resumed  # Python's own says nothing
-        print(f"softtrace {words[0]}: interrupted{more and '; '}{more}", file=sys.stderr)
+        say(f"interrupted{more and '; '}{more}")
         return 130
     finally:
         log.removeHandler(handler)
@@ -122,31 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _misnamed(words: Sequence[str]) -> str | None:
-    """What to say where model or text has the option that it has in another command.
-
-    Args:
-        words: the command and its arguments.
-    """
-    others = {fit: own for own, fit in _OF_OTHERS.get(words[0], {}).items()}
-    for place, word in enumerate(words):
-        name, given, value = word.partition("=")
-        if not given:
-            value = words[place + 1] if place + 1 < len(words) else ""
-        if name in others:
-            return f"found {name}, allowed is {others[name]}; {name} is an option of softtrace fit"
-        # A group of fit's options can be read from a file, or be written out as an object.
-        options = value.endswith((".yaml", ".yml", ".json")) or value.startswith("{")
-        if words[0] == "fit" and name in _OF_FIT and not options:
-            return (
-                f"found {name} {value}, which is no YAML file of options; give the "
-                f"{name.removeprefix('--')} by {_OF_FIT[name]} {value}"
-            )
-    return None
-
-
 # Each command imports what it needs when it runs: `softtrace --help` stays quick.
 def _fit(args: list[str]) -> None:
+    _refuse_paths(args)
     from softtrace.cli.fit import fit
     from softtrace.loss import draws
 
@@ -155,6 +133,24 @@ def _fit(args: list[str]) -> None:
         places = {"the model": "model*.safetensors", "fit.yaml": "fit.yaml", "logs": "logs"}
         found = [name for name, place in places.items() if any(out.glob(place))]
         print(f"\nwritten to {out}/: {', '.join(found)}")
+
+
+def _refuse_paths(args: list[str]) -> None:
+    """Refuse a path where fit takes a group of options, from a file or written out as an object.
+
+    Raises:
+        _WrongOption: which option takes the path.
+    """
+    for place, word in enumerate(args):
+        name, given, value = word.partition("=")
+        if not given:
+            value = "".join(args[place + 1 : place + 2])
+        options = value.endswith((".yaml", ".yml", ".json")) or value.startswith("{")
+        if name in _OF_FIT and not options:
+            raise _WrongOption(
+                f"found {name} {value}, which is no YAML file of options; give the "
+                f"{name.removeprefix('--')} by {_OF_FIT[name]} {value}"
+            )
 
 
 def _evaluate(args: list[str]) -> None:
@@ -203,6 +199,9 @@ def _call(
         description: what its help begins with.
         args: its words.
         several: parameters that take one or more words without an option's name, and their help.
+
+    Raises:
+        _WrongOption: model or text has the option that it has in fit.
     """
     parser = ArgumentParser(prog=f"softtrace {name}", description=description)
     parser.add_argument("-c", "--config", action="config", help="Read options from a YAML file.")
@@ -217,6 +216,12 @@ def _call(
         else:
             others: set[str | int] = {each for each in parameters if each != parameter}
             parser.add_function_arguments(function, as_group=False, skip=others)
+    given = {word.partition("=")[0] for word in args}
+    for own, of_fit in _OF_FIT.items():
+        if of_fit in given and own in parser._option_string_actions:
+            raise _WrongOption(
+                f"found {of_fit}, allowed is {own}; {of_fit} is an option of softtrace fit"
+            )
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     for parameter, kind in groups.items():
@@ -241,28 +246,9 @@ def _study(args: list[str]) -> None:
 def _compare(args: list[str]) -> None:
     from softtrace.cli.compare import compare
 
-    parser = ArgumentParser(
-        prog="softtrace compare",
-        description="Compare runs measured on the same text; the others against the first.",
-    )
-    parser.add_argument(
-        "paths", nargs="+", type=str, help="2 to 8 files density.json, or the folders they are in."
-    )
-    parser.add_argument(
-        "--out",
-        type=str,
-        required=True,
-        help="Folder that results are written to. It must be new or empty.",
-    )
-    parser.add_argument(
-        "--overwrite",
-        type=bool,
-        default=False,
-        help="Write into a folder that holds files, and replace those of the same name.",
-    )
-    options = parser.parse_args(args)
-    print(compare(options.paths, options.out, options.overwrite))
-    print(f"\nwritten to {options.out}/: compare.json, compare.txt, plots and report.html")
+    description = "Compare runs measured on the same text; the others against the first."
+    paths = "2 to 8 files density.json, or the folders they are in."
+    _call(compare, "compare", description, args, {"paths": paths})
 
 
 def _inspect(args: list[str]) -> None:

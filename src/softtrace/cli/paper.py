@@ -21,7 +21,7 @@ from softtrace.evaluation.study.paper_answers import (
 from softtrace.evaluation.study.results import results_of
 from softtrace.evaluation.study.same_text import SameTexts, same_texts
 from softtrace.evaluation.study.unigrams import count_unigrams
-from softtrace.report.paper_plots import write_paper_plot
+from softtrace.report.paper_plots import draw_paper
 from softtrace.report.paper_table import paper_table
 from softtrace.tracing.attach import attach
 
@@ -79,7 +79,7 @@ def paper(task: StudyTask) -> Found:
         "components": components,
         "pairs": density_correlations(densities, task.resamples, task.seed),
     }
-    return task.write("paper", result, paper_table, write_paper_plot)
+    return task.write("paper", result, paper_table, draw_paper)
 
 
 def _texts(task: StudyTask) -> SameTexts:

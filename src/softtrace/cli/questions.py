@@ -18,7 +18,7 @@ from softtrace.evaluation.study.readings import STUDY_SIZES, Readings, read_mode
 from softtrace.evaluation.study.results import results_of
 from softtrace.evaluation.study.unigrams import Unigrams, count_unigrams
 from softtrace.graph.edges import EDGE_KINDS
-from softtrace.report.study_plots import write_study_plot
+from softtrace.report.study_plots import draw_study
 from softtrace.report.study_tables import study_table
 
 STUDY_VERSION = 1
@@ -84,7 +84,7 @@ def questions(task: StudyTask, lengths: tuple[int, ...], ends: Tensor, smoothing
             [each.whole.area for each in found], task.resamples, task.seed
         ),
     }
-    return task.write("study", result, study_table, write_study_plot)
+    return task.write("study", result, study_table, draw_study)
 
 
 def _summary(unigrams: Unigrams) -> dict[str, Any]:

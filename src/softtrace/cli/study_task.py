@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from softtrace.evaluation.run_options import RunOptions
 from softtrace.files import prepare_output, write_json, write_text
 from softtrace.model.devices import device_of
 from softtrace.model.loading import placed_model
+from softtrace.report.study_plots import Draw, write_page
 from softtrace.tracing.masking import AttentionKind
 
 R = TypeVar("R")
@@ -55,9 +55,9 @@ class StudyTask:
     seed: int
     attention: AttentionKind
     run: RunOptions
-    device_map: str | None = None
-    max_memory: Mapping[str, str] | None = None
-    began: float = field(default_factory=time.perf_counter)
+    device_map: str | None
+    max_memory: Mapping[str, str] | None
+    began: float
 
     @property
     def one_tokenizer(self) -> bool:
@@ -109,15 +109,15 @@ class StudyTask:
         name: str,
         result: Found,
         table: Callable[[Found], str],
-        plot: Callable[[Found, Path], Any] | None = None,
+        draw: Draw | None = None,
     ) -> Found:
-        """Write NAME.json, NAME.txt and, where there is one, the plot to OUT, and print the table.
+        """Write NAME.json, NAME.txt and, where it is drawn, NAME.png to OUT, and print the table.
 
         Args:
             name: of the files.
             result: content of the JSON file, to which is added how it was made.
             table: makes the text of it.
-            plot: writes NAME.png of it to a folder; None for no plot.
+            draw: makes the page of plots of it; None for no NAME.png.
 
         Returns:
             All of the JSON file.
@@ -128,9 +128,9 @@ class StudyTask:
         text = table(result)
         write_json(folder / f"{name}.json", result)
         write_text(folder / f"{name}.txt", text)
-        if plot is not None:
-            plot(result, folder)
-        files = [f"{name}.{kind}" for kind in ("json", "txt", *(["png"] if plot else []))]
+        if draw is not None:
+            write_page(draw, result, folder / f"{name}.png")
+        files = [f"{name}.{kind}" for kind in ("json", "txt", *(["png"] if draw else []))]
         print(text)
         print(f"\nwritten to {folder}/: {', '.join(files[:-1])} and {files[-1]}")
         return result

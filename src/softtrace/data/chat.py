@@ -172,7 +172,11 @@ class _Chat:
                 )
             )
         except Exception as error:  # a template is a program, and refuses by what it likes
-            raise self._cannot_render(messages, error) from error
+            raise DataError(
+                f"{self.name}: the chat template cannot write out messages of {_roles(messages)} "
+                f"({type(error).__name__}: {error}). Change the messages to what the template "
+                "takes, or the template."
+            ) from error
 
     def answers(self, messages: Messages, text: str) -> Spans:
         """Where in the text the assistant speaks: as the template marks it, or by prefixes.
@@ -238,13 +242,6 @@ class _Chat:
                 "around answers, or leave answers_only out."
             )
         return len(before), len(through)
-
-    def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
-        return DataError(
-            f"{self.name}: the chat template cannot write out messages of {_roles(messages)} "
-            f"({type(error).__name__}: {error}). Change the messages to what the template takes, "
-            "or the template."
-        )
 
 
 def _roles(messages: Messages) -> str:

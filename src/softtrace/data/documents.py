@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from softtrace.checks import check_range, refuse_empty
+from softtrace.checks import check_choice, check_range, refuse_empty
 from softtrace.data.rows import Row
 from softtrace.data.tables import HUB_FORM, hub_dataset
 from softtrace.data.text_files import ALLOWED, UNREAD, of_table, refuse_table, texts_of, walk
@@ -109,10 +109,7 @@ def stream_documents(
     text.
     """
     _check_patterns(suffixes, exclude)
-    if special_tokens not in get_args(SpecialTokens):
-        raise InvalidInputError(
-            f"special_tokens: found {special_tokens!r}, allowed are {get_args(SpecialTokens)}"
-        )
+    check_choice("special_tokens", special_tokens, get_args(SpecialTokens))
     refuse_empty("data", path, f"the path of {ALLOWED} ('.' for this folder)", DataError)
     root, hub = Path(path), hub_dataset(path)
     if hub is not None:

@@ -45,9 +45,9 @@ class BlockSampler:
         self, blocks: int, *, shuffle: bool = True, seed: int = 0, ranks: int = 1, rank: int = 0
     ) -> None:
         if blocks < 1:
-            raise InvalidInputError(f"found {blocks} blocks to sample from; give at least 1.")
+            raise InvalidInputError(f"blocks: found {blocks}, allowed are integers from 1")
         if not 0 <= rank < ranks:
-            raise InvalidInputError(f"rank is {rank}, but must be one of 0 to {ranks - 1}.")
+            raise InvalidInputError(f"rank: found {rank}, allowed are 0 to {ranks - 1}")
         self.blocks = blocks
         self.shuffle = shuffle
         self.seed = seed
@@ -110,7 +110,8 @@ class BlockLoader:
         check_least("batch_size", batch_size, 1)
         if sampler.blocks != len(blocks):
             raise InvalidInputError(
-                f"the sampler orders {sampler.blocks} blocks, but there are {len(blocks)}."
+                f"sampler: found one of {sampler.blocks} blocks, allowed is one of {len(blocks)}, "
+                "as many as there are"
             )
         self.blocks = blocks
         self.counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted

@@ -78,7 +78,7 @@ def mark(text: str) -> int:
 
 
 def _marks_of_tails(text: str) -> Iterator[int]:
-    """Hashes of all that follows from each line on that is not blank, of the whole text last."""
+    """Hashes of the text from each line that is not blank to its end; the whole text's is last."""
     digest = b""
     for line in reversed(text.split("\n")):
         if words := line.split():

@@ -92,7 +92,9 @@ def check_early_exit(model: nn.Module) -> ProvenExit:
     modules = decoder_layers(instrument)
     layers, name = len(modules), type(model).__name__
     if layers < 2:
-        raise UnsupportedModelError(f"{name} has {layers} layer; an early exit needs two at least")
+        raise UnsupportedModelError(
+            f"{name} has {layers} layer; an early exit needs two at least, so decode it plainly"
+        )
     ids = some_ids(instrument, model)
     with dropout_off(model):
         streams, logits = _plain_run(model, modules, ids)

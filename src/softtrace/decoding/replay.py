@@ -77,8 +77,8 @@ def replay(
         draft_cost: time of one guess relative to one plain token.
         check_cost: time of a check over 1, 2, ... tokens likewise, of as many as ``draft_tokens``
             and the texts allow.
-        head_cost: what of ``draft_cost`` the last token of a draft does not take, which is read
-            and nothing guessed after it.
+        head_cost: the part of ``draft_cost`` that choosing a token takes. The last token of a
+            draft is read without it, as nothing is guessed after it.
     """
     plain = drafted = accepted = checks = 0
     spent = 0.0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softtrace.anatomy.refusals import running
 from softtrace.anatomy.tolerances import cache_tolerance, typical_mismatch
-from softtrace.checks import check_least, check_range
+from softtrace.checks import check_choice, check_least, check_range
 from softtrace.decoding.exit_checks import (
     ProvenExit,
     check_early_exit,
@@ -105,8 +105,7 @@ class StaticDecoder:
     ) -> None:
         check_least("draft_tokens", draft_tokens, 1)
         check_range("confidence", confidence, 0, 1)
-        if draft not in DRAFTS:
-            raise InvalidInputError(f"draft: found {draft!r}, allowed are {', '.join(DRAFTS)}")
+        check_choice("draft", draft, DRAFTS)
         check_least("rows", rows, 1)
         check_least("capacity", capacity, 8)
         check_decoding(model, 1)

@@ -24,6 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from softtrace.checks import check_choice
 from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import AttentionMap, MadeFrom, Rows, each_block
 from softtrace.graph.edges import EdgeImportance, RowwiseEdges
@@ -66,8 +67,7 @@ def baseline_scores(
     Raises:
         InvalidInputError: unknown kind, or not as many seeds as sequences.
     """
-    if kind not in get_args(Baseline):
-        raise InvalidInputError(f"baseline: found {kind!r}, allowed are {get_args(Baseline)}")
+    check_choice("baseline", kind, get_args(Baseline))
     rows = len(importance.valid)
     seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
     if len(seeds) != rows:
@@ -91,9 +91,9 @@ def baseline_scores(
     return replace(importance, layers=tuple(found))
 
 
-def baseline_thresholds(count: int = 14) -> tuple[float, ...]:
-    """Thresholds that keep a geometric share of the edges, from 1e-5 to 0.9."""
-    shares = torch.logspace(-5, torch.tensor(0.9).log10().item(), count, dtype=torch.float64)
+def baseline_thresholds() -> tuple[float, ...]:
+    """14 thresholds that keep shares of the edges in geometric progression, from 1e-5 to 0.9."""
+    shares = torch.logspace(-5, torch.tensor(0.9).log10().item(), 14, dtype=torch.float64)
     return tuple((1 - shares).tolist())
 
 

@@ -31,9 +31,8 @@ _SEQUENCES = {
 positions."""
 
 _GRID = (
-    *(0.337, 0.0652, 0.0381, 0.0289, 0.0166, 0.00716),
-    *(0.00307, 0.00131, 0.00056, 0.00018, 4.36e-05),
-)
+    0.337, 0.0652, 0.0381, 0.0289, 0.0166, 0.00716, 0.00307, 0.00131, 0.00056, 0.00018, 4.36e-05,
+)  # fmt: skip
 
 
 def default_thresholds() -> tuple[float, ...]:
@@ -107,6 +106,8 @@ class DensityCurve:
 
     def beside(self, others: Sequence[DensityCurve]) -> DensityCurve:
         """The curve of the sequences of several curves, this one's first."""
+        if not others:
+            return self
         return self._each(
             lambda name, values, dim: torch.cat(
                 (values, *(getattr(other, name) for other in others)), dim

@@ -143,4 +143,4 @@ def curve_in_portions(
             assert places is not None
             curve = curve.filled(other, places)
         rows.append(curve)
-    return rows[0].beside(rows[1:]) if len(rows) > 1 else rows[0]
+    return rows[0].beside(rows[1:])

@@ -7,8 +7,6 @@ nothing here is interpolated but what they interpolate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -167,8 +165,3 @@ def on_common_sizes(sizes: Tensor, values: Tensor) -> Tensor:
     ]
     rows = torch.from_numpy(np.stack(found))
     return rows.reshape(len(values), len(COMMON_SIZES), *values.shape[2:])
-
-
-def nearest(sizes: Sequence[float], wanted: float) -> int:
-    """Place of the size that is nearest in s, as their plots look it up."""
-    return int(np.abs(np.asarray(sizes) - wanted).argmin())

@@ -164,7 +164,7 @@ def curve_of(
         ran: called after each threshold, of which there is one masked run.
     """
     if not len(thresholds):
-        raise InvalidInputError("thresholds: found none, at least one is needed")
+        raise InvalidInputError("thresholds: found none; give at least one")
     measured = scores.valid if positions is None else positions
     grid = torch.tensor(
         sorted(thresholds, reverse=True), dtype=torch.float64, device=measured.device

@@ -96,12 +96,13 @@ def over_plain(kinds: Iterable[K], plain: K, seconds: Callable[[K], float]) -> d
 def costs_of(
     network: nn.Module, row: Tensor, layers: int, longest: int
 ) -> tuple[dict[int, float], list[float], float]:
-    """Time of a guess by each number of layers, and of the whole model over 1, 2, ... tokens.
+    """Costs of guesses by each number of layers, of runs over 1, 2, ... tokens, and of choosing.
 
-    And what of a guess choosing it takes: norm, head, and reading what they say. All over the time
-    of one token through all layers (:func:`over_plain`), several tokens no cheaper than one. With
-    what the loop does besides running the model: reading the choice, and how sure a guess is, and
-    after a check taking tokens out of the cache again.
+    They are times over that of one token through all layers (:func:`over_plain`); a run over
+    several tokens counts as no cheaper than one. The work of the loop around the model is in them:
+    reading which token was chosen and how sure a guess is, and taking tokens out of the cache again
+    after a check. Choosing a token, which is a part of a guess, takes the final norm, the head and
+    that reading.
     """
     cache, base = DynamicCache(), without_head(network)
     options = with_cache(forward_parameters(network), cache)

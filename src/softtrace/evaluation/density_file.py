@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +134,7 @@ def check_comparable(names: Sequence[str], densities: Sequence[Density]) -> None
         InvalidInputError: naming the two runs, what differs and what to do.
     """
     for keys, what, remedy in _MUST_AGREE:
-        values = []
-        for density in densities:
-            value: Any = density
-            for key in keys:
-                value = value[key]
-            values.append(value)
+        values: list[Any] = [reduce(getitem, keys, density) for density in densities]
         known = [pair for pair in zip(names, values, strict=True) if pair[1] is not None]
         for name, value in known[1:]:
             first, wanted = known[0]

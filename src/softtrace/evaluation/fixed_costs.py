@@ -21,9 +21,9 @@ from softtrace.evaluation.decode_race import now, over_plain
 
 @torch.no_grad()
 def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], list[float], float]:
-    """Time of a guess by each number of layers, and of all layers over 1, 2, ... tokens.
+    """Costs of guesses by each number of layers, of runs over 1, 2, ... tokens, and of choosing.
 
-    Both over the time of one token through all layers
+    They are times over that of one token through all layers
     (:func:`softtrace.evaluation.decode_race.over_plain`). Measured are guesses by the decoder's
     own exit, since for every other steps would have to be compiled, and runs over 2 and over most
     tokens; others lie on lines through these and a plain token.
@@ -33,7 +33,8 @@ def fixed_costs(decoder: StaticDecoder, row: Tensor) -> tuple[dict[int, float], 
         row: ``[T]``, a prompt that leaves room for as many.
 
     Returns:
-        Of 1 to L - 1 layers, of 1 to K tokens, and what of a guess choosing it takes.
+        Costs of guesses by 1 to L - 1 layers, of runs over 1 to K tokens, and of choosing a token,
+        which is a part of a guess.
     """
     parts, steps, runner, texts = decoder._parts, decoder._steps, decoder._runner, decoder._texts
     most, layers = decoder.draft_tokens, decoder.proven_exit.layers

@@ -14,14 +14,13 @@ from softtrace.evaluation.summary import summarise
 _LEAST = 4  # tokens in a block: half is context, and the last one's target is not known
 
 
-def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int = 8) -> Density:
+def measured(model: PreTrainedModel, blocks: Tensor, split: str) -> Density:
     """What a card says of a model, measured on a few blocks, with intervals; attention recomputed.
 
     Args:
         model: a causal language model.
         blocks: ``[N, T]`` ids; the first half of each is context.
         split: what the blocks are of.
-        batch_size: blocks a forward.
 
     Raises:
         DataError: blocks of fewer than 4 tokens.
@@ -36,7 +35,7 @@ def measured(model: PreTrainedModel, blocks: Tensor, split: str, batch_size: int
         model,
         blocks,
         min_context=blocks.shape[1] // 2,
-        batch_size=batch_size,
+        batch_size=8,
         extra_blocks=0,
         progress=lambda _: None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -146,7 +146,8 @@ def measure(
     halving = Halving(batch_size, blocks.shape[1], ADVICE)
     found, runs = Measurements(), RunsShown(progress)
     with instrument.in_turns():
-        for low, high in _ranges(len(blocks), extra_blocks):
+        with_extra = min(extra_blocks, len(blocks))
+        for low, high in ((0, with_extra), (with_extra, len(blocks))):  # never in one batch
             if low == high:
                 continue
             mask = None if attention_mask is None else attention_mask[low:high].to(device)
@@ -159,13 +160,6 @@ def measure(
                 runs.settle(count * masked_runs(extra))
     found.batch_size = max(1, halving.sequences.size)
     return found
-
-
-def _ranges(blocks: int, extra_blocks: int) -> Iterator[tuple[int, int]]:
-    """The first ``extra_blocks`` blocks, then the others: no batch holds both."""
-    extra = min(extra_blocks, blocks)
-    yield 0, extra
-    yield extra, blocks
 
 
 class RunsShown:

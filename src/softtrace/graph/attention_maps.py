@@ -12,8 +12,9 @@ counted, so that edges at the threshold flip (``recipes/benchmarks/speed/flex.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -38,25 +39,12 @@ def chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS * (_MORE_ON_CUDA if device.type == "cuda" else 1)
 
 
-_NONE_HELD: ContextVar[bool] = ContextVar("softtrace_none_held", default=False)
+_COPIES: ContextVar[float] = ContextVar("softtrace_copies", default=1)
 
 
 @contextmanager
-def none_held() -> Iterator[None]:
-    """Hold no maps of all layers, however short the sequences are: less memory, more time."""
-    token = _NONE_HELD.set(True)
-    try:
-        yield
-    finally:
-        _NONE_HELD.reset(token)
-
-
-_COPIES: ContextVar[int] = ContextVar("softtrace_copies", default=1)
-
-
-@contextmanager
-def counted_as(copies: int) -> Iterator[None]:
-    """Hold maps only where so many times their memory would fit: what a backward pass keeps."""
+def counted_as(copies: float) -> Iterator[None]:
+    """Hold maps only where so many copies of them would fit, as a backward pass keeps several."""
     token = _COPIES.set(copies)
     try:
         yield
@@ -64,10 +52,13 @@ def counted_as(copies: int) -> Iterator[None]:
         _COPIES.reset(token)
 
 
+def none_held() -> AbstractContextManager[None]:
+    """Hold no maps of all layers, however short the sequences are: less memory, more time."""
+    return counted_as(math.inf)
+
+
 def are_held(layers: int, shape: torch.Size, device: torch.device) -> bool:
     """Whether the maps of so many layers, ``[B, H, T, S]`` each, are held whole on a device."""
-    if _NONE_HELD.get():
-        return False
     most = HELD_ELEMENTS
     if device.type == "cuda":
         most = min(4 * most, torch.cuda.get_device_properties(device).total_memory // 64)

@@ -87,7 +87,10 @@ class Batch:
         check_ids(self.input_ids, vocabulary)
         mask = self.attention_mask
         if mask is not None and not torch.equal(self.valid.to(mask.dtype), mask):
-            raise InvalidInputError("attention_mask: found values other than 0 and 1")
+            raise InvalidInputError(
+                "attention_mask: found values other than 0 and 1; give 1 at real tokens and 0 at "
+                "padding"
+            )
 
     def part(self, select: Callable[[Tensor], Tensor]) -> Batch:
         """The batch of what ``select`` takes out of every ``[B, T]`` tensor: windows, or rows."""
@@ -146,7 +149,9 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInputError(f"input_ids: found {input_ids.dtype}, expected int64 or int32")
     if input_ids.numel() == 0:
-        raise InvalidInputError(f"input_ids: found shape {tuple(input_ids.shape)}, no token in it")
+        raise InvalidInputError(
+            f"input_ids: found shape {tuple(input_ids.shape)}, no token in it; give at least one"
+        )
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     check_same_shape("attention_mask", attention_mask, input_ids)
@@ -202,12 +207,17 @@ def chosen_positions(positions: Tensor | Iterable[int], valid: Tensor) -> Tensor
         check_same_shape("positions", positions, valid)
         chosen = positions.to(valid.device).bool()
         if not torch.equal(chosen.to(positions), positions):
-            raise InvalidInputError("positions: found numbers other than 0 and 1 in a [B, T] mask")
+            raise InvalidInputError(
+                "positions: found numbers other than 0 and 1 in a [B, T] mask; give a mask of "
+                "bool, or numbers of positions in one dimension"
+            )
     else:
         chosen = _at_numbers(positions, valid)
     chosen = chosen & valid
     if not bool(chosen.any()):
-        raise InvalidInputError("positions: found no real token among them")
+        raise InvalidInputError(
+            "positions: found no real token among them; choose at least one that is not padding"
+        )
     return chosen
 
 
@@ -297,7 +307,9 @@ def check_positions(positions: Tensor, valid: Tensor, masked: bool) -> Tensor | 
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise InvalidInputError(f"position_ids: found {positions.dtype}, expected integers")
     if bool((positions[valid] < 0).any()):
-        raise InvalidInputError("position_ids: found negative ones at real tokens")
+        raise InvalidInputError(
+            "position_ids: found negative ones at real tokens, allowed are integers from 0"
+        )
     positions = positions.long()
     if is_packed(positions, valid) and (masked or not bool(valid.all())):
         raise InvalidInputError(

@@ -51,13 +51,8 @@ class LayerEdges:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerEdges:
         """Apply ``function`` to each of the four tensors."""
-        return LayerEdges(
-            function(self.attention),
-            function(self.attention_residual),
-            function(self.mlp),
-            function(self.mlp_residual),
-            self.parallel,
-        )
+        attention, residual, mlp, mlp_residual = map(function, self)
+        return LayerEdges(attention, residual, mlp, mlp_residual, self.parallel)
 
     @property
     def shape(self) -> torch.Size:
@@ -86,9 +81,7 @@ class LayerEdges:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the four tensors in the order of :data:`EDGE_KINDS`."""
         yield self.attention
-        yield self.attention_residual
-        yield self.mlp
-        yield self.mlp_residual
+        yield from self.nodes()
 
 
 class RowwiseEdges(LayerEdges):
@@ -109,14 +102,13 @@ class RowwiseEdges(LayerEdges):
         mlp_residual: Tensor,
         parallel: bool = False,
     ) -> None:
-        for name, value in {
-            "_map": as_map(attention),
-            "attention_residual": attention_residual,
-            "mlp": mlp,
-            "mlp_residual": mlp_residual,
-            "parallel": parallel,
-        }.items():
-            object.__setattr__(self, name, value)  # it is frozen
+        vars(self).update(  # it is frozen
+            _map=as_map(attention),
+            attention_residual=attention_residual,
+            mlp=mlp,
+            mlp_residual=mlp_residual,
+            parallel=parallel,
+        )
 
     @property
     def attention(self) -> Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from softtrace.errors import InvalidInputError
 from softtrace.graph.attention_maps import (
     AttentionMap,
     MadeFrom,
@@ -29,12 +28,6 @@ from softtrace.graph.edges import LayerEdges, RowwiseEdges
 Norm = Literal["l1", "l2", "ifr"]
 """How large an edge is: a norm of what it carries, or by how much it brings the rest nearer to its
 node (information flow routes, :mod:`softtrace.graph.proximity`)."""
-
-
-def check_norm(norm: str) -> None:
-    """Raise :class:`InvalidInputError` for an unknown :data:`Norm`."""
-    if norm not in get_args(Norm):
-        raise InvalidInputError(f"norm: found {norm!r}, allowed are {get_args(Norm)}")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,17 +79,12 @@ def _chunk_norms(value: Tensor, weight: Tensor, order: int) -> Tensor:
     return norm_of(product, order).flatten(1, 2)
 
 
-def norm_of(vectors: Tensor, order: int) -> Tensor:
+def norm_of(vectors: Tensor, order: int = 1) -> Tensor:
     """L1 or L2 norm over the last dimension, in the working dtype."""
     # One kernel where abs and sum are two, and the cast a third.
     dtype = working_dtype(vectors.dtype)
     norms: Tensor = torch.linalg.vector_norm(vectors, ord=order, dim=-1, dtype=dtype)
     return norms
-
-
-def l1_norm(vectors: Tensor) -> Tensor:
-    """L1 norm over the last dimension, in the working dtype."""
-    return norm_of(vectors, 1)
 
 
 @dataclass(frozen=True)

@@ -141,16 +141,11 @@ def complement(
         masks: per layer, bool ``[K, H, T, S]`` and ``[K, T]``.
         existing: of the sequence, ``[1, H, T, S]`` and ``[1, T]``.
     """
-    return tuple(
-        replace(
-            layer,
-            attention=there.attention & ~layer.attention,
-            attention_residual=there.attention_residual.expand_as(layer.attention_residual),
-            mlp=there.mlp & ~layer.mlp,
-            mlp_residual=there.mlp_residual.expand_as(layer.mlp_residual),
-        )
+    rest = [
+        replace(layer, attention=there.attention & ~layer.attention, mlp=there.mlp & ~layer.mlp)
         for layer, there in zip(masks, existing, strict=True)
-    )
+    ]
+    return with_residuals(rest, existing)
 
 
 def with_residuals(

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from softtrace.graph.attention_maps import chunk_elements
-from softtrace.graph.importance import l1_norm, working_dtype
+from softtrace.graph.importance import norm_of, working_dtype
 
 
 def proximity(part: Tensor, node: Tensor) -> Tensor:
     """max(0, ‖z‖₁ − ‖z − f‖₁) of parts f of nodes z, both ``[..., d]``: ``[...]`` float32 or 64."""
     part, node = (each.to(working_dtype(each.dtype)) for each in (part, node))
-    return (l1_norm(node) - l1_norm(node - part)).clamp_min(0)
+    return (norm_of(node) - norm_of(node - part)).clamp_min(0)
 
 
 def attention_proximity(
@@ -41,11 +41,11 @@ def attention_proximity(
     if scale is not None:
         edges = edges * scale.to(dtype)[:, None, :, None]
     node = node.to(dtype)
-    whole = l1_norm(node)[:, None, :, None]
+    whole = norm_of(node)[:, None, :, None]
     step = max(1, chunk_elements(value.device) // max(1, batch * carried[0].numel()))
     found = []
     for start in range(0, edges.shape[2], step):
         part = slice(start, start + step)
         left = node[:, None, part, None] - edges[:, :, part, :, None] * carried[:, :, None]
-        found.append((whole[:, :, part] - l1_norm(left)).clamp_min(0))
+        found.append((whole[:, :, part] - norm_of(left)).clamp_min(0))
     return torch.where(probabilities > 0, torch.cat(found, dim=2), 0.0)

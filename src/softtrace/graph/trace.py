@@ -145,7 +145,10 @@ def real_place(importance: EdgeImportance, sequence: int, position: int) -> tupl
     if position < 0:
         position += int(ends_of(importance.valid)[sequence])
     if position < 0 or not bool(importance.valid[sequence, position]):
-        raise InvalidInputError(f"position {position} of sequence {sequence} is padding")
+        raise InvalidInputError(
+            f"position {position} of sequence {sequence} is padding; take one at which its "
+            "attention_mask is 1, or count from its last token by -1, -2, ..."
+        )
     return sequence, position
 
 

@@ -28,12 +28,15 @@ from softtrace.loss.integration import ExpectedGradient, TermLog, check_state
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import EVAL_LOSS
 from softtrace.loss.term import DensityTerm
-from softtrace.model.engines import ENGINES, Engine, engine
+from softtrace.model.engines import Engine, engine, supported
 from softtrace.model.exit_maps import load_exit_maps, read_exit_maps
 from softtrace.model.wrappers import find_causal_lm
 
+# Stands for the Trainer that the mixin is put before, whose attributes mypy then lets pass.
+_Trainer: Any = object
 
-class DensityMixin:
+
+class DensityMixin(_Trainer):  # type: ignore[misc]
     """Adds the density term to the loss of a Trainer; to be named before it among the bases.
 
     ``class MyTrainer(DensityMixin, SFTTrainer)``, or :func:`with_density`. What is logged has the
@@ -82,9 +85,8 @@ class DensityMixin:
         self._computed = False  # whether compute_loss of this class ran in the current step
         self._expected: ExpectedGradient | None = None
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        trainer.remove_callback(DensityState)  # a user's: transformers keeps two as a list
-        trainer.add_callback(DensityState(self.density_options.seed))
+        self.remove_callback(DensityState)  # a user's: transformers keeps two as a list
+        self.add_callback(DensityState(self.density_options.seed))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -94,12 +96,11 @@ class DensityMixin:
         ``True`` resumes from the newest checkpoint that is whole; the Trainer, which writes into a
         folder file by file, takes the newest. Where there is none the Trainer says so itself.
         """
-        trainer: Any = self
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
         self._resumed_from = resume_from_checkpoint
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._density is not None:
                 self._density.finish()
             return output
@@ -113,7 +114,7 @@ class DensityMixin:
         # Once a try: with auto_find_batch_size one train() runs several.
         self._forget()
         self._begun = False
-        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _forget(self) -> None:
         self._density = None
@@ -140,11 +141,10 @@ class DensityMixin:
         """The Trainer's loss, and in training the term."""
 
         def own() -> Any:
-            return super(DensityMixin, self).compute_loss(  # type: ignore[misc]
+            return super(DensityMixin, self).compute_loss(
                 model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
 
-        trainer: Any = self
         if not model.training:
             return own()
         self._computed = True
@@ -152,18 +152,18 @@ class DensityMixin:
             self._begin()
         if self._density is None:
             return own()
-        step = trainer.state.global_step
+        step = self.state.global_step
         micro_step = self._place[1] if self._place[0] == step else 0
         self._place = (step, micro_step + 1)
         read = self.inputs_of(inputs)  # before the Trainer takes the labels out
         types = inputs.get("token_type_ids") if isinstance(inputs, Mapping) else None
         with self._density.watching(model, step, {**read, "token_type_ids": types}) as watched:
             found = own()
-        with trainer.accelerator.autocast():  # the model's forward has it inside, heads of ours not
+        with self.accelerator.autocast():  # the model's forward has it inside, heads of ours not
             term = self._density(**read, step=step, micro_step=micro_step, watched=watched)
         if term.loss.requires_grad:
             self._expected = ExpectedGradient(term.loss)
-        batches = trainer.current_gradient_accumulation_steps
+        batches = self.current_gradient_accumulation_steps
         self._note(term, batches)
         added = term.loss / (batches if self._is_scaled(num_items_in_batch) else 1)
         if return_outputs:
@@ -179,13 +179,13 @@ class DensityMixin:
                 a subclass's ``training_step`` calls none.
         """
         self._computed, self._expected = False, None
-        found = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        found = super().training_step(*args, **kwargs)
         if self.density_options.strength > 0 and not self._computed:
             raise TrainerSetupError(f"{type(self).__name__}.{self._left_out_by()}")
         if self._expected is not None and not self._expected.arrived:
             raise TrainerSetupError(
                 f"{type(self).__name__}: the density term was computed but no gradient reached it; "
-                "something after compute_loss dropped or replaced the loss it returned"
+                "something after compute_loss dropped or replaced the loss it returned; train on it"
             )
         return found
 
@@ -205,11 +205,10 @@ class DensityMixin:
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer leaves the loss undivided: its own question, asked once more."""
-        trainer: Any = self
-        if trainer.loss_is_scaled_for_ga is not None:
-            return bool(trainer.loss_is_scaled_for_ga)
-        counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return bool(counted or trainer.compute_loss_func is not None)
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(counted or self.compute_loss_func is not None)
 
     def _note(self, term: DensityTerm, batches: int) -> None:
         values = self._term_log.of(term)
@@ -221,45 +220,42 @@ class DensityMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's log, and what the term was since the last one, over all processes."""
-        trainer: Any = self
         if "loss" in logs and self._sums:
-            steps = trainer.state.global_step - self._logged
-            self._logged = trainer.state.global_step
+            steps = self.state.global_step - self._logged
+            self._logged = self.state.global_step
             names = list(self._sums)
             own = torch.stack([self._sums[name] for name in names])[None]
             self._sums.clear()
             # Means of each process, and their mean, as the Trainer takes it of its own loss.
-            total, count = trainer.accelerator.gather(own).unbind(-1)
+            total, count = self.accelerator.gather(own).unbind(-1)
             means = dict(zip(names, (total / count).nanmean(0).tolist(), strict=True))
             means["loss/density"] = float(total[:, names.index("loss/density")].mean()) / max(
                 1, steps
             )
             logs |= {"loss/task": logs["loss"] - means["loss/density"], **means}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the maps of exits beside the weights; what they learn on from too."""
-        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        trainer: Any = self
-        folder = trainer.args.output_dir if output_dir is None else output_dir
-        if trainer.args.should_save:
+        super().save_model(output_dir, *args, **kwargs)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.args.should_save:
             os.makedirs(folder, exist_ok=True)  # which sharded weights come into later
             learned = None if self._density is None else self._density.exit_maps
-            save_maps(trainer.model, learned, folder)
+            save_maps(self.model, learned, folder)
 
     def _load_best_model(self) -> None:
         """The Trainer's, with the maps that were learned until then."""
-        super()._load_best_model()  # type: ignore[misc]
-        trainer: Any = self
+        super()._load_best_model()
         if self.density_options.exit_map:
-            load_exit_maps(trainer.model, trainer.state.best_model_checkpoint)
+            load_exit_maps(self.model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's checkpoint, with what is logged next."""
         log = self._log_state()
         for state in self._states():
             state.log = log
-        return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        return super()._save_checkpoint(*args, **kwargs)
 
     def _log_state(self) -> list[dict[str, Any]] | None:
         """What the last masked run gave, and what was added up since the last log, by process.
@@ -267,7 +263,6 @@ class DensityMixin:
         None where nothing was. The added loss is left out: the Trainer forgets the sum of its own
         loss, and what is logged of both has to add up.
         """
-        trainer: Any = self
         measured = self._term_log.measured
         if not measured:
             return None
@@ -278,19 +273,17 @@ class DensityMixin:
             },
         }
         # A checkpoint that a signal asked for does not wait for other processes.
-        found: list[dict[str, Any]] = gather_object([own]) if trainer.control.should_save else [own]
+        found: list[dict[str, Any]] = gather_object([own]) if self.control.should_save else [own]
         return found
 
     def _states(self) -> list[DensityState]:
         """The callbacks that write into checkpoints; one, unless a user added more."""
-        trainer: Any = self
-        callbacks = trainer.callback_handler.callbacks
+        callbacks = self.callback_handler.callbacks
         return [each for each in callbacks if isinstance(each, DensityState)]
 
     def _continue_log(self, log: list[dict[str, Any]]) -> None:
         """Log on from what :meth:`_log_state` gave."""
-        trainer: Any = self
-        rank, device = trainer.args.process_index, trainer.args.device
+        rank, device = self.args.process_index, self.args.device
         own = log[rank if rank < len(log) else 0]
         measured = {name: torch.tensor(value) for name, value in own["measured"].items()}
         self._term_log.load({"added": [], "measured": measured}, device)
@@ -300,11 +293,10 @@ class DensityMixin:
 
     def _begin(self) -> None:
         """Attach to the model that is trained, before anything of it is compiled."""
-        trainer: Any = self
-        self._begun, self._place, self._logged = True, (-1, 0), trainer.state.global_step
+        self._begun, self._place, self._logged = True, (-1, 0), self.state.global_step
         options = self.density_options
         # Of a checkpoint that was made without the term there is none, and saving would miss it.
-        kept = trainer.state.stateful_callbacks.setdefault(
+        kept = self.state.stateful_callbacks.setdefault(
             DensityState.__name__, DensityState(options.seed).state()
         )["attributes"]
         for state in self._states():
@@ -313,14 +305,14 @@ class DensityMixin:
         check_state(kept, options.seed, found=found, resumed="a run")
         if options.strength == 0:
             return
-        if trainer.args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise TrainerSetupError(
-                f"found {trainer.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
+                f"found {self.args.n_gpu} GPUs in one process (DataParallel), allowed is one; "
                 "start one process a GPU with torchrun or accelerate launch"
             )
-        check_sharding(trainer, self.allow_untested)
+        check_sharding(self, self.allow_untested)
         model = find_causal_lm(
-            trainer.model, type(self).__name__,
+            self.model, type(self).__name__,
             "The term compares predictions of next tokens, which classifiers and reward models do "
             "not make; train them without it",
         )  # fmt: skip
@@ -335,9 +327,8 @@ class DensityMixin:
 
     def _follow(self, budget: LossBudget, kept: Mapping[str, Any] | None) -> None:
         """Let the strength follow the evaluations from now on."""
-        trainer: Any = self
         monitor = self.density_options.monitor or EVAL_LOSS
-        check_evaluates(trainer, monitor)
+        check_evaluates(self, monitor)
         if kept is not None:
             budget.load(kept)
         self._term_log = TermLog(self.density_options, budget=budget)
@@ -379,10 +370,9 @@ def check_sharding(trainer: Any, allow_untested: bool = False) -> None:
     found = _sharding(trainer)
     if found is None or allow_untested:
         return
-    allowed = ", ".join(each.name for each in ENGINES if each.refused is None)
     raise TrainerSetupError(
-        f"found {found.name} ({found.refused}); supported are {allowed}. allow_untested=True runs "
-        "it all the same"
+        f"found {found.name} ({found.refused}); supported are {supported()}. allow_untested=True "
+        "runs it all the same"
     )
 
 

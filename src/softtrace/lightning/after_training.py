@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import Strategy
 
 @contextmanager
 def on_training_device(model: Any, trained: LightningModule, strategy: Strategy) -> Iterator[None]:
-    """Has a model on the device of the training, which a large one needs to be read in time.
+    """Move a model to the device of the training while it is measured, which is slow on a CPU.
 
     Gradients, which move with a model, and optimisers' states, which Lightning has moved to main
     memory by now, are let go of first: they are as large as two more models.

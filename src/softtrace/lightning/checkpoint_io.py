@@ -47,10 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)  # noqa: TID251
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
             disk = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise CheckpointError(
-                f"checkpoint {path}: could not be written ({_reason(disk)}). What was there "
-                "before is untouched; make room, then resume from it"
-            ) from error
+            raise not_written(path, disk) from error
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -61,20 +58,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 holds other things than tensors and numbers.
         """
         try:
-            with zipfile.ZipFile(path) as archive:
-                if (changed := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {changed} is another")
+            check_checksums(path)
             found = super().load_checkpoint(path, *args, **kwargs)
             if not isinstance(found, Mapping) or not all(name in found for name in _EXPECTED):
                 raise ValueError(f"it lacks {' and '.join(_EXPECTED)}")
         except FileNotFoundError:
             raise
         except Exception as error:  # torch raises whatever its reader of archives does
-            raise CheckpointError(
-                f"checkpoint {path}: cannot be read ({_reason(error)}). It was cut short or "
-                "changed; resume from another copy, or delete it and start anew"
-            ) from error
+            raise not_read(path, error) from error
         return found
+
+
+def check_checksums(path: Path | str) -> None:
+    """Raise :class:`ValueError` where bytes of an archive are not those that torch wrote."""
+    with zipfile.ZipFile(path) as archive:
+        if (changed := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {changed} is another")
+
+
+def not_written(path: Path | str, error: Exception) -> CheckpointError:
+    """What to raise where a checkpoint could not be written."""
+    return CheckpointError(
+        f"checkpoint {path}: could not be written ({_reason(error)}). What was there before is "
+        "untouched; make room, then resume from it"
+    )
+
+
+def not_read(path: Path | str, error: Exception) -> CheckpointError:
+    """What to raise where a checkpoint, or a file of it, cannot be read."""
+    return CheckpointError(
+        f"checkpoint {path}: cannot be read ({_reason(error)}). It was cut short or changed; "
+        "resume from another copy, or delete it and start anew"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from softtrace.checks import check_least
-from softtrace.data.blocks import pack_with_labels
+from softtrace.data.blocks import evenly, pack_with_labels
 from softtrace.data.documents import (
     DEFAULT_EXCLUDE,
     DEFAULT_SUFFIXES,
@@ -72,7 +71,7 @@ class PackedDataModule(LightningDataModule):
         exclude: Globs of files and folders of a folder that are left out.
         salt: Another salt gives another split; see :func:`softtrace.data.split_by_file`.
         seed: Seed of the order of training blocks.
-        max_train_blocks: Use this many blocks, taken at even distances from all of them.
+        max_train_blocks: Use this many blocks, evenly spaced over all of them.
         max_held_out_blocks: The same for held-out blocks.
         special_tokens: How special tokens that are spelled out in a text are read: as tokens, as
             what a chat template rendered is to be read, or as plain characters. With auto they
@@ -197,12 +196,10 @@ class PackedDataModule(LightningDataModule):
             blocks = pack_with_labels(documents, tokenizer, self.block_size, self.answers_only)
         except DataError as error:
             raise DataError(f"the {side} side of {self.path}: {error}") from error
-        count = len(blocks.ids)
-        if limit is None or limit >= count:
+        if limit is None:
             return blocks
         # From everywhere, since neighbours come from the same file or folder.
-        places = torch.arange(limit) * count // limit
-        return Tokens(blocks.ids[places], blocks.counted[places])
+        return Tokens(*(evenly(part, limit) for part in blocks))
 
     def _loader(self, blocks: Tokens, shuffle: bool) -> BlockLoader:
         # What the strategy gives, not the world size: under tensor parallelism several ranks have

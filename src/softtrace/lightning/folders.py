@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from typing_extensions import override
 
-from softtrace.errors import CheckpointError, InvalidInputError
+from softtrace.errors import InvalidInputError
 from softtrace.files import sync, sync_names, write_json
+from softtrace.lightning.checkpoint_io import check_checksums, not_read, not_written
 from softtrace.lightning.support import name_of
 
 #: of the folder: what wrote it
@@ -82,10 +83,7 @@ class LastCheckpoint(ModelCheckpoint):
         except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
             if trainer.is_global_zero:
                 shutil.rmtree(fresh, ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint {path}: could not be written ({type(error).__name__}: {error}). What "
-                "was there before is untouched; make room, then resume from it"
-            ) from error
+            raise not_written(path, error) from error
         self._last_checkpoint_saved = filepath
         trainer.strategy.barrier()
 
@@ -137,10 +135,7 @@ def _note(path: Path) -> dict[str, Any]:
         note: dict[str, Any] = json.loads((path / _NOTE).read_text(encoding="utf-8"))
         return {"strategy": str(note["strategy"]), "processes": int(note["processes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: cannot be read ({_NOTE}: {type(error).__name__}: {error}). It was "
-            "cut short or changed; resume from another copy, or delete it and start anew"
-        ) from error
+        raise not_read(path / _NOTE, error) from error
 
 
 def _check_note(path: Path, own: str, processes: int) -> None:
@@ -161,12 +156,6 @@ def _check_note(path: Path, own: str, processes: int) -> None:
 def _check_bytes(path: Path) -> None:
     for file in sorted(path.rglob("*.pt")):
         try:
-            with zipfile.ZipFile(file) as archive:
-                changed = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            changed = f"{type(error).__name__}: {error}"
-        if changed is not None:
-            raise CheckpointError(
-                f"checkpoint {path}: {file.relative_to(path)} cannot be read ({changed}). It was "
-                "cut short or changed; resume from another copy, or delete it and start anew"
-            )
+            check_checksums(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise not_read(file, error) from error

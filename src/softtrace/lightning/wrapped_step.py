@@ -90,7 +90,8 @@ class WrappedStep:
         if not used:
             raise TrainerSetupError(
                 f"step {self._trainer.global_step}: the density term was computed but no gradient "
-                "reached it. Something after training_step dropped or replaced the loss it returned"
+                "reached it. Something after training_step dropped or replaced the loss it "
+                "returned; let the backward pass begin with that loss"
             )
 
     def finish(self) -> None:

@@ -26,13 +26,11 @@ from softtrace.graph.batch import Batch, check_is_tensor
 from softtrace.loss import draws
 from softtrace.loss.captured import CapturedTerms
 from softtrace.loss.compiled_exits import CompiledStreams, noting_places
-from softtrace.loss.draws import draw_exits
 from softtrace.loss.early_exits import MIXED, Watched, watching
 from softtrace.loss.exit_term import ExitDistance, ExitTerm
-from softtrace.loss.inputs import refuse_types
+from softtrace.loss.inputs import MANY_BATCHES, NO_TARGETS, refuse_types
 from softtrace.loss.kept_state import resume_loop, state_of_loop
 from softtrace.loss.learned_maps import LearnedMaps
-from softtrace.loss.no_targets import NO_TARGET, NoTargets
 from softtrace.loss.non_finite import NonFiniteSteps
 from softtrace.loss.options import DensityOptions
 from softtrace.loss.reference import loss_budget
@@ -92,7 +90,7 @@ class DensityLoss:
         self.model = bare(checked_module(model))
         self.step = 0
         self._non_finite = NonFiniteSteps(self.options.on_nonfinite)
-        self._no_targets = NoTargets()
+        self._without_targets = 0  # batches in a row
         self._watched = Watched()
         self._streams = CompiledStreams()
         self._later = LaterChecks()
@@ -289,8 +287,10 @@ class DensityLoss:
             if self.exit_maps is not None:
                 self.exit_maps.begin(step)
             term = DensityTerm.of_no_run(device)
-            self._no_targets.note(counts := bool(batch.counted.any()))
-            if together or counts:
+            self._without_targets = 0 if bool(batch.counted.any()) else self._without_targets + 1
+            if self._without_targets == MANY_BATCHES:
+                self._say_once(NO_TARGETS)
+            if together or not self._without_targets:
                 if reads_exits:
                     exits = self._exits(
                         instrument, watched, batch, drawn_by, options, bool(weight), device
@@ -306,7 +306,7 @@ class DensityLoss:
                 if term.strength and term.skipped is None and not term.loss.requires_grad:
                     self._say_without_gradient()
             else:
-                term, exits = DensityTerm.of_no_run(device, strength, NO_TARGET), None
+                term = DensityTerm.of_no_run(device, strength, "no token of the batch has a target")
         except NonFiniteError as error:
             self._non_finite.met(named := f"step {step}: {error}", error)
             term, exits = DensityTerm.of_no_run(device, strength, named), None
@@ -386,7 +386,7 @@ class DensityLoss:
             return None
         if batch.packed and seen.mixes:
             self._say_once(MIXED)
-        drawn = draw_exits(
+        drawn = draws.draw_exits(
             seed=options.seed,
             step=step,
             rank=draws.rank(),

@@ -23,6 +23,16 @@ _MASKS = ("completion_mask", "assistant_masks")
 #: prompts and what was written after them, as trainers that generate keep them apart (TRL's GRPO)
 _APART = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
+MANY_BATCHES = 50
+"""Batches without a target in a row, which one by one are normal, that a training should not have.
+"""
+NO_TARGETS = (
+    f"labels: in {MANY_BATCHES} batches in a row that the density term looked at, no token has a "
+    "target: each label is -100, or its token padding. So neither the term nor the task loss "
+    "trains anything. Look at what makes the labels (an answer that is cut off because its prompt "
+    "fills max_length, or a template by which no token is an answer's), and at the attention_mask"
+)
+
 
 def batch_inputs(batch: Any, who: str | None = "DensityPenalty") -> dict[str, Any]:
     """``input_ids`` of a batch, and where there are any its mask, labels and position ids.

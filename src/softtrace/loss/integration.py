@@ -47,6 +47,9 @@ class TermLog:
         options: of the term.
         terms: the mean of how many is logged as ``loss/density``.
         budget: that the strength is held by, if any.
+
+    Attributes:
+        measured: what the last runs gave, by name; scalars, none before the first step.
     """
 
     def __init__(
@@ -55,18 +58,13 @@ class TermLog:
         self._strength, self._budget = options.strength, budget
         self._has_exits = options.reads_exits
         self._added: deque[Tensor] = deque(maxlen=terms)
-        self._measured: dict[str, Tensor] = {}
-
-    @property
-    def measured(self) -> dict[str, Tensor]:
-        """What the last runs gave, by name; scalars, none before the first step."""
-        return self._measured
+        self.measured: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Any]:
         """What a resumed training starts from; scalars on the CPU."""
         return {
             "added": [each.cpu() for each in self._added],
-            "measured": {name: value.cpu() for name, value in self._measured.items()},
+            "measured": {name: value.cpu() for name, value in self.measured.items()},
         }
 
     def load(self, kept: Mapping[str, Any], device: torch.device) -> None:
@@ -77,23 +75,23 @@ class TermLog:
             device: of the terms to come.
         """
         self._added.extend(each.to(device) for each in kept["added"])
-        self._measured = {name: value.to(device) for name, value in kept["measured"].items()}
+        self.measured = {name: value.to(device) for name, value in kept["measured"].items()}
 
     def of(self, term: DensityTerm) -> dict[str, Tensor]:
         """What to log at the step of this term; scalars without a graph."""
         self._added.append(term.loss.detach())
-        if term.strength > 0 or not self._measured:
-            self._measured |= {
+        if term.strength > 0 or not self.measured:
+            self.measured |= {
                 "density/soft_size": term.soft_size,
                 "density/distortion": term.distortion,
                 "density/easy_share": term.easy_share,
             }
         if self._has_exits:
             read = term.exit_distance
-            if read is not None or term.skipped is not None or _EXITS not in self._measured:
+            if read is not None or term.skipped is not None or _EXITS not in self.measured:
                 unread = torch.full_like(term.soft_size, torch.nan)
-                self._measured[_EXITS] = unread if read is None else read
-        values = {"loss/density": torch.stack(list(self._added)).mean(), **self._measured}
+                self.measured[_EXITS] = unread if read is None else read
+        values = {"loss/density": torch.stack(list(self._added)).mean(), **self.measured}
         if (budget := self._budget) is not None:
             spent = math.nan if budget.spent is None else budget.spent
             strength = self._strength * budget.factor

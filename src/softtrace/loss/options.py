@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from softtrace.checks import check_least, check_range
+from softtrace.checks import check_choice, check_least, check_range
 from softtrace.density.easiness import easiness
 from softtrace.errors import InvalidInputError, UnknownOptionError
 from softtrace.loss.budget import check_budget
@@ -153,7 +153,7 @@ class DensityOptions:
     monitor: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, get_args(Preset))
+        check_choice("preset", self.preset, get_args(Preset))
         if self.strength in get_args(Preset):  # as in DensityPenalty("sparse")
             raise InvalidInputError(
                 f"strength: found {self.strength!r}, allowed are numbers from 0; name the preset, "
@@ -167,12 +167,12 @@ class DensityOptions:
         check_least("exit_every", self.exit_every, 1)
         self._schedule(1 if self.every is None else self.every)
         easiness(self.easiness)
-        _one_of("masks", self.masks, get_args(MaskKind))
-        _one_of("family", self.family, get_args(Family))
+        check_choice("masks", self.masks, get_args(MaskKind))
+        check_choice("family", self.family, get_args(Family))
         if not callable(self.distance):
-            _one_of("distance", self.distance, get_args(Distance))
-        _one_of("attention", self.attention, get_args(MaskedAttention))
-        _one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
+            check_choice("distance", self.distance, get_args(Distance))
+        check_choice("attention", self.attention, get_args(MaskedAttention))
+        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         infinity = float("inf")
         check_range("temperature", self.temperature, 0, infinity, open_low=True, open_high=True)
         check_range("easy_quantile", self.easy_quantile, 0, 1, open_low=True)
@@ -186,9 +186,7 @@ class DensityOptions:
         _pair("thresholds", self.thresholds, open_high=True)
         _pair("depths", self.depths)
         _pair("exit_depths", self.exit_depths, open_low=False)
-        integer = isinstance(self.crop, int) and not isinstance(self.crop, bool)
-        if self.crop is not None and not (integer and self.crop >= 1):
-            raise InvalidInputError(f"crop: found {self.crop!r}, allowed are integers from 1, None")
+        check_least("crop", self.crop, 1, optional=True)
         for name in ("cuda_graph", "exit_map"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(
@@ -327,13 +325,6 @@ def check_names(where: str, names: Iterable[str]) -> None:
             raise UnknownOptionError(
                 f"{where}: found {name!r}{meant}, allowed are {', '.join(known)}"
             )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidInputError(
-            f"{name}: found {value!r}, allowed are {', '.join(map(repr, allowed))}"
-        )
 
 
 def _pair(

@@ -89,7 +89,8 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, float]]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
             f"reference: {file} is no metrics.csv of Lightning's CSVLogger and no "
-            f"trainer_state.json of transformers ({type(error).__name__}: {error})"
+            f"trainer_state.json of transformers ({type(error).__name__}: {error}); give one of "
+            "them, or the folder of the run"
         ) from error
 
 

@@ -25,7 +25,7 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _event_on(device: torch.device) -> torch.cuda.Event:
-    """What comes once a device, which need not be the current one, has done all it was given."""
+    """An event on a device, which need not be the current one, after all it was given so far."""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event

@@ -98,8 +98,8 @@ def readings(
             curves.append(curve)
             agreed.append(exits)
         return {
-            "curve": curves[0].beside(curves[1:]) if len(curves) > 1 else curves[0],
-            "exits": torch.cat(agreed, 1) if len(agreed) > 1 else agreed[0],
+            "curve": curves[0].beside(curves[1:]),
+            "exits": torch.cat(agreed, 1),
             "positions": valid & (before >= min_context),
         }
 

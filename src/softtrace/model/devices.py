@@ -47,7 +47,7 @@ def whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def alone(module: nn.Module, value: Tensor) -> Any:
+def run_by_itself(module: nn.Module, value: Tensor) -> Any:
     """What a module gives by itself, its weights as they are in the model's own forward."""
     unit = unit_of(module)
     if is_flat_unit(unit):  # its mixed precision is that of its forward alone

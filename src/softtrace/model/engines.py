@@ -81,6 +81,11 @@ def engine(name: str) -> Engine:
     return next(each for each in ENGINES if each.name == name)
 
 
+def supported() -> str:
+    """Names of the engines that are supported, for errors."""
+    return ", ".join(each.name for each in ENGINES if each.refused is None)
+
+
 def engine_around(model: nn.Module) -> Engine | None:
     """The engine that is refused and was put around a model, or into it; None without one."""
     around: Any = unit_of(model)

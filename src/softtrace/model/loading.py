@@ -21,7 +21,7 @@ from transformers import (
 
 from softtrace.checks import refuse_empty
 from softtrace.errors import ModelDirectoryError
-from softtrace.libraries import first_line, from_library
+from softtrace.libraries import first_line, from_library, one_line
 from softtrace.model.devices import device_map_options
 from softtrace.model.exit_maps import EXIT_MAPS_FILE, load_exit_maps
 
@@ -171,7 +171,7 @@ def _named(name_or_path: str | Path, options: Mapping[str, Any] | None = None) -
 
 
 def _said(name_or_path: str | Path, error: Exception, options: Mapping[str, Any] | None) -> str:
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if "trust_remote_code" in said and isinstance(error, ValueError):
         return (
             "it needs code of its own, which softtrace does not run. Where you trust it, load it "
@@ -363,4 +363,7 @@ def _check_weights(path: Path) -> None:
         )
     others = _files(path, _OTHERS)
     held = f" but {', '.join(file.name for file in others)}" if others else ""
-    raise ModelDirectoryError(f"{path}: found no *.safetensors weights in it{held}")
+    raise ModelDirectoryError(
+        f"{path}: found no *.safetensors weights in it{held}; expected those that "
+        "model.save_pretrained(directory) writes"
+    )

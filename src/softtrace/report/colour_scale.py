@@ -24,7 +24,7 @@ def shade_bounds(values: Iterable[float | None]) -> list[float]:
         values: shares of 1. Those that are missing, or 0 (a log axis has none), are left out.
 
     Returns:
-        None at all where nothing is left.
+        An empty list where nothing is left.
     """
     found = np.asarray([value for value in values if value], dtype=np.float64)
     found = found[found > 0]  # also without NaN

@@ -197,7 +197,7 @@ def shade_phases(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.text((low * high) ** 0.5, 1.01, name, transform=where, ha="center", va="bottom")
 
 
-def percent_tick(share: float, _: float | None = None) -> str:
+def percent_tick(share: float, _: float) -> str:
     """A share of 1 as per cent; an axis passes the place of the tick too."""
     return brief_percent(share)
 

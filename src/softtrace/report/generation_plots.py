@@ -6,42 +6,22 @@ Who wrote is told apart by colour and marker, models by line style.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from softtrace.report import drawing
-from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS
-from softtrace.report.study_plots import LINES, draw_panels, each_model, model_handles
+from softtrace.report.study_plots import LINES, draw_page, each_model
 from softtrace.report.study_tables import Study
 
 _NAMES = {"text": "the text", "greedy": "the model, greedily", "sampled": "the model, sampled"}
 
 
-def write_generation_plot(found: Study, folder: Path | str) -> Path:
-    """Draw ``generation.png`` into an existing folder, atomically; same numbers, same bytes.
-
-    Args:
-        found: the content of a ``generation.json``.
-        folder: where to.
-
-    Returns:
-        The path that was written.
-    """
-    with drawing.style():
-        return drawing.save(draw_generation(found), Path(folder) / "generation.png")
-
-
 def draw_generation(found: Study) -> Figure:
     """The page, six panels; to be called within :func:`softtrace.report.drawing.style`."""
-    note = attention_name([found["settings"]])
-    figure = drawing.new_figure(12.0, model_handles(found), note)
-    drawing.set_title(figure, "Along a model's own text")
-    draw_panels(figure, _PANELS, found)
-    return figure
+    return draw_page(found, _PANELS, 12.0, "Along a model's own text")
 
 
 def _along(key: str, label: str, *, log: bool = False) -> Callable[[Axes, Study], None]:

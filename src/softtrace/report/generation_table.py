@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from softtrace.percent import brief_percent
-from softtrace.report.study_tables import Row, Study, section_lines
+from softtrace.report.study_tables import Row, Study, filled, section_lines
 from softtrace.report.tables import wrapped
 
 _WRITERS = {"text": "the text", "greedy": "greedy", "sampled": "sampled"}
@@ -31,13 +30,7 @@ def generation_table(found: Study) -> str:
         f"{found['sequences']:,} prompts of {found['prompt']} tokens, {found['data']['split']}; "
         f"attention of masked runs {settings['attention']}"
     )
-    legend = _LEGEND.format(
-        confidence=brief_percent(settings["confidence"]),
-        resamples=settings["resamples"],
-        seed=settings["seed"],
-        prompt=found["prompt"],
-        new=found["new"],
-    )
+    legend = filled(_LEGEND, settings, prompt=found["prompt"], new=found["new"])
     lines = section_lines(found, _sections(found))
     return "\n".join([wrapped(header), "", *lines, wrapped(legend)])
 

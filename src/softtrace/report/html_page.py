@@ -29,12 +29,12 @@ from softtrace.report.plots import binned_medians, scatter_points
 from softtrace.report.tables import (
     MEASURES,
     Measure,
+    all_held_out,
     change,
     count,
     half_depth_exit,
     interval,
     intervals_meaning,
-    is_held_out,
     lengths_note,
     percent_change,
 )
@@ -103,7 +103,7 @@ def render(runs: Runs) -> str:
         title=_title(runs),
         runs=[{"label": label, "density": density} for label, density in runs],
         first=first,
-        held_out=_all_held_out(runs),
+        held_out=all_held_out(runs),
         lead=_lead(runs),
         headlines=[_headline(key, runs) for key in _HEADLINES],
         measures=[_row(measure, runs) for measure in MEASURES],
@@ -165,10 +165,6 @@ def _title(runs: Runs) -> str:
     return f"{' and '.join(others) if len(others) < 3 else f'{len(others)} runs'} against {first}"
 
 
-def _all_held_out(runs: Runs) -> bool:
-    return all(is_held_out(density) for _, density in runs)
-
-
 def _lead(runs: Runs) -> str:
     """The first number as a sentence; with several runs the sparsest against the first."""
     measure = _BY_KEY["size_at_tv_0.2_easy"]
@@ -191,7 +187,7 @@ def _headline(key: str, runs: Runs) -> dict[str, Any]:
     words = {
         "half": half_depth_exit(first),
         "layers": len(first["early_exit"]["layers"]),
-        "Held_out": "Held-out loss" if _all_held_out(runs) else "Loss",
+        "Held_out": "Held-out loss" if all_held_out(runs) else "Loss",
     }
     row = _row(_BY_KEY[key], runs)
     return {**row, "title": title.format(**words), "note": note.format(**words)}

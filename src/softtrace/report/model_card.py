@@ -33,10 +33,10 @@ _SETTINGS = {
     "model": ("learning_rate", "weight_decay", "betas", "warmup_steps", "dtype", "lora"),
     "data": ("block_size", "batch_size", "held_out_share", "salt", "answers_only"),
     "trainer": (
-        *("max_steps", "max_epochs", "max_time", "precision", "devices", "num_nodes"),
-        *("accumulate_grad_batches", "gradient_clip_val"),
+        "max_steps", "max_epochs", "max_time", "precision", "devices", "num_nodes",
+        "accumulate_grad_batches", "gradient_clip_val",
     ),
-}
+}  # fmt: skip
 
 
 def write_density(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -11,17 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from softtrace.percent import brief_percent
 from softtrace.report import drawing
-from softtrace.report.attention import attention_name
 from softtrace.report.drawing import COLOURS, GREY, MARKERS
 from softtrace.report.paper_table import Paper
 from softtrace.report.study_plots import (
     LINES,
     band,
     colour_of,
-    draw_panels,
+    draw_page,
     each_model,
-    model_handles,
     several,
 )
 from softtrace.report.tables import shorten
@@ -29,27 +27,9 @@ from softtrace.report.tables import shorten
 _TICKS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 
 
-def write_paper_plot(paper: Paper, folder: Path | str) -> Path:
-    """Draw ``paper.png`` into an existing folder, atomically; the same numbers, the same bytes.
-
-    Args:
-        paper: the content of a ``paper.json``.
-        folder: where to.
-
-    Returns:
-        The path that was written.
-    """
-    with drawing.style():
-        return drawing.save(draw_paper(paper), Path(folder) / "paper.png")
-
-
 def draw_paper(paper: Paper) -> Figure:
     """The page, eight panels; to be called within :func:`softtrace.report.drawing.style`."""
-    note = attention_name([paper["settings"]])
-    figure = drawing.new_figure(15.5, model_handles(paper), note)
-    drawing.set_title(figure, "By the definitions of arXiv 2605.27033")
-    draw_panels(figure, _PANELS, paper)
-    return figure
+    return draw_page(paper, _PANELS, 15.5, "By the definitions of arXiv 2605.27033")
 
 
 def _variation(axes: Axes, paper: Paper) -> None:
@@ -113,7 +93,7 @@ def _lorenz(axes: Axes, paper: Paper) -> None:
         colour = colormaps["viridis"](0.9 * at / (len(sizes) - 1))
         x = [100 * place / (len(curve) - 1) for place in range(len(curve))]
         axes.plot(x, [100 * y for y in curve], color=colour, linewidth=1.6,
-                  label=drawing.percent_tick(size))  # fmt: skip
+                  label=brief_percent(size))  # fmt: skip
     axes.plot((0, 100), (0, 100), color=GREY, linewidth=1, linestyle=":")
     label = shorten(drawing.printable(paper["models"][-1]["label"]), 22)
     axes.legend(fontsize=8, loc="lower right", title=f"{label}, size", title_fontsize=8)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softtrace.percent import brief_percent, percent
+from softtrace.percent import percent
 from softtrace.report.study_tables import (
     Row,
+    filled,
     nearest_size,
     pair_lines,
     section_lines,
@@ -43,12 +44,7 @@ def paper_table(paper: Paper) -> str:
         f"{paper['inputs']:,} inputs of {paper['context']} tokens and the one to predict, "
         f"{paper['data']['split']}; attention of masked runs {settings['attention']}"
     )
-    legend = _LEGEND.format(
-        confidence=brief_percent(settings["confidence"]),
-        resamples=settings["resamples"],
-        seed=settings["seed"],
-        tokens=paper["unigrams"]["tokens"],
-    )
+    legend = filled(_LEGEND, settings, tokens=paper["unigrams"]["tokens"])
     pairs = pair_lines(paper, "AUC")
     own = _own_tokens(paper)
     above, below = ([*map(wrapped, lines)] for lines in ([header, *own], _components(paper)))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from softtrace.percent import percent
-from softtrace.report.tables import aligned, wrapped
+from softtrace.report.study_tables import cell
+from softtrace.report.tables import aligned, formatted, wrapped
 
 # Heads over as many lines as keep them as narrow as what stands below.
 _WAY = ("attention", "edges\nby", "stand-in", "thresholds")
@@ -32,8 +32,9 @@ def sensitivity_table(found: Mapping[str, Any]) -> str:
     for each in definitions:
         way = [each["attention"], each["norm"], each["stand_in"], each["thresholds"]]
         last = each["models"][-1]
-        size, area = percent(last["size"]["value"]), f"{last['area']['value']:.3f}"
-        numbers.append([*way, size, area, _correlation(last["entropy"])])
+        size = formatted(last["size"]["value"], "share")
+        area = formatted(last["area"]["value"], "tv")
+        numbers.append([*way, size, area, cell(last["entropy"], "correlation")])
         answers.append([*way, *(each["holds"][key] for key in asked)])
     # A row of both would not fit a terminal.
     tables = [
@@ -64,10 +65,6 @@ def _headed(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     first, rule, *others = aligned([*lines, *rows]).split("\n")
     end = len(lines) - 1
     return "\n".join([first, *others[:end], rule, *others[end:]])
-
-
-def _correlation(interval: Mapping[str, float]) -> str:
-    return f"{interval['value']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})"
 
 
 _LEGEND = (

@@ -25,38 +25,41 @@ _SIZE = "size of the trace (log scale)"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _NUCLEI = (0.1, 0.4, 0.9)
 Panel = tuple[str, Callable[[Axes, Study], None]]
+Draw = Callable[[Study], Figure]
 
 
-def write_study_plot(study: Study, folder: Path | str) -> Path:
-    """Draw ``study.png`` into an existing folder, atomically; the same numbers, the same bytes.
+def write_page(draw: Draw, study: Study, path: Path) -> Path:
+    """Write a page of plots as PNG, atomically; the same numbers give the same bytes.
 
     Args:
-        study: the content of a ``study.json``.
-        folder: where to.
-
-    Returns:
-        The path that was written.
+        draw: makes the page, such as :func:`draw_study`.
+        study: the content of the result file.
+        path: that is written, and returned.
     """
     with drawing.style():
-        return drawing.save(draw_study(study), Path(folder) / "study.png")
+        return drawing.save(draw(study), path)
 
 
 def draw_study(study: Study) -> Figure:
-    """The page, twelve panels; to be called within :func:`softtrace.report.drawing.style`."""
-    note = attention_name([study["settings"]])
-    figure = drawing.new_figure(21.0, model_handles(study), note)
-    draw_panels(figure, _PANELS, study)
-    return figure
+    """The page of a ``study.json``, twelve panels; to be called within ``drawing.style``."""
+    return draw_page(study, _PANELS, 21.0)
 
 
-def draw_panels(figure: Figure, panels: Sequence[Panel], study: Study) -> None:
-    """Fill a figure with panels, two in a row.
+def draw_page(
+    study: Study, panels: Sequence[Panel], height: float, title: str | None = None
+) -> Figure:
+    """A page of panels, two in a row, above a legend of the models.
 
     Args:
-        figure: an empty one.
+        study: the content of a ``study.json``, ``paper.json`` or ``generation.json``.
         panels: title of each, and what draws it.
-        study: the content of a ``study.json`` or ``paper.json``.
+        height: inches, without the legend.
+        title: of the page.
     """
+    note = attention_name([study["settings"]])
+    figure = drawing.new_figure(height, model_handles(study), note)
+    if title is not None:
+        drawing.set_title(figure, title)
     figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
     grid = figure.subplots(len(panels) // 2, 2).ravel()
     for axes, (title, draw) in zip(grid, panels, strict=True):
@@ -64,6 +67,7 @@ def draw_panels(figure: Figure, panels: Sequence[Panel], study: Study) -> None:
         draw(axes, study)
         axes.grid(axis="y", color="#E0E0E0", linewidth=0.8)
         axes.set_axisbelow(True)
+    return figure
 
 
 def _variation(axes: Axes, study: Study) -> None:
@@ -100,7 +104,7 @@ def _uncertainty(axes: Axes, study: Study) -> None:
     for row, (what, against) in enumerate(rows):
         for at, ends in each_model(study, f"uncertainty/{what}_{against}"):
             height = row + 0.24 * (at - (count - 1) / 2)
-            _whiskers(axes, study, at, [ends["value"]], ends, [height], flat=True)
+            _whiskers(axes, at, [ends["value"]], ends, [height], flat=True)
     axes.set_yticks(range(4), [f"{names[a]},\n{names[b]}" for a, b in rows])
     axes.set(ylim=(3.6, -0.6), xlabel="rank correlation")
     axes.axvline(0, color=GREY, linewidth=0.8)
@@ -130,7 +134,7 @@ def _over_lengths(what: str, label: str, *, share: bool = False) -> Callable[[Ax
         lengths = study["axes"]["lengths"]
         for at, ends in each_model(study, f"length/{what}"):
             x = [length * 1.03**at for length in lengths]  # beside each other, not over
-            _whiskers(axes, study, at, ends["value"], ends, x)
+            _whiskers(axes, at, ends["value"], ends, x)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set(ylim=(0, None), xlabel="tokens in the window (log scale)", ylabel=label)
@@ -150,9 +154,7 @@ def _position(axes: Axes, study: Study) -> None:
         for at, ends in each_model(study, "position/size"):
             x = [place + beside * (2 * line + at - 1) for place in positions]
             y, low, high = (ends[name][:, at_context] for name in ("value", "low", "high"))
-            _whiskers(
-                axes, study, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker
-            )
+            _whiskers(axes, at, y, {"low": low, "high": high}, x, colour=colour, marker=marker)
         label = f"window of {context}" if line == 0 else "all tokens before it"
         handles.append(Line2D([], [], color=colour, marker=marker, label=label))
     axes.legend(handles=handles, fontsize=9)
@@ -251,7 +253,6 @@ def several(
 
 def _whiskers(
     axes: Axes,
-    study: Study,
     at: int,
     values: Any,
     ends: dict[str, Array],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import islice, zip_longest
+from operator import getitem
 from typing import Any
 
-from softtrace.percent import brief_percent, percent
-from softtrace.report.tables import COLUMNS, SEPARATOR, aligned, shorten, wrapped
+from softtrace.percent import brief_percent
+from softtrace.report.tables import COLUMNS, SEPARATOR, aligned, formatted, shorten, wrapped
 
 Study = Mapping[str, Any]
 """The content of a ``study.json``."""
@@ -20,7 +22,7 @@ _LEGEND = (
     "In brackets: {confidence} percentile intervals, bootstrap over sequences "
     "({resamples:,} resamples, seed {seed}).\n"
     "TV: total variation from the full prediction (0: the same). Edges needed: the smallest trace "
-    "with a TV of at most {bound:g}.\n"
+    "with a TV of at most {total_variation:g}.\n"
     "Top-p list: the most likely tokens that make up a probability of p, in order.\n"
     "Unigrams: how frequent tokens are in the {unigram_tokens:,} tokens of the training side, "
     "{smoothing}; "
@@ -47,19 +49,22 @@ def study_table(study: Study) -> str:
         f"{data['split']}; at least {settings['min_context']} tokens of context; "
         f"attention of masked runs {settings['attention']}"
     )
-    legend = _LEGEND.format(
-        confidence=brief_percent(settings["confidence"]),
-        resamples=settings["resamples"],
-        seed=settings["seed"],
-        bound=settings["total_variation"],
+    legend = filled(
+        _LEGEND,
+        settings,
         unigram_tokens=unigrams["tokens"],
         smoothing=unigrams["smoothing"],
         seen=unigrams["seen"],
         entropy=unigrams["entropy_nats"],
         uniform_kl=unigrams["uniform_kl_nats"],
-        targets=settings["targets"],
     )
     return "\n".join([wrapped(header), "", *text, wrapped(legend)])
+
+
+def filled(legend: str, settings: Mapping[str, Any], **others: Any) -> str:
+    """A legend with the settings of a study filled in, the confidence in per cent, and others."""
+    confidence = brief_percent(settings["confidence"])
+    return legend.format(**{**settings, "confidence": confidence, **others})
 
 
 def section_lines(study: Study, sections: Iterable[tuple[str, list[Row]]]) -> list[str]:
@@ -110,7 +115,7 @@ def _values(result: Mapping[str, Any], place: tuple[int, ...], both: bool) -> li
     """A number of every model, and of two the change."""
     found = [*result["models"], *([result["difference"]] if both else [])]
     return [
-        cell({end: value_at(part[end], place) for end in part}, result["unit"],
+        cell({end: reduce(getitem, place, part[end]) for end in part}, result["unit"],
              signed=both and at == 2)
         for at, part in enumerate(found)
     ]  # fmt: skip
@@ -193,7 +198,7 @@ def pair_lines(study: Study, what: str) -> list[str]:
     rows = [[f"Rank correlation of {what} on the same {unit}", ""]]
     for pair in study["pairs"]:
         first, second = (shorten(labels[at]) for at in pair["models"])
-        rows.append([f"{first} and {second}", cell(pair, "correlation", signed=False)])
+        rows.append([f"{first} and {second}", cell(pair, "correlation")])
     return [aligned(rows), ""]
 
 
@@ -207,26 +212,9 @@ def size_name(size: float) -> str:
     return "full size" if size == 1 else brief_percent(size)
 
 
-def value_at(values: Any, place: tuple[int, ...]) -> float | None:
-    """The number at a place in nested lists."""
-    for index in place:
-        values = values[index]
-    value: float | None = values
-    return value
-
-
-def cell(ends: Mapping[str, float | None], unit: str, signed: bool) -> str:
+def cell(ends: Mapping[str, float | None], unit: str, *, signed: bool = False) -> str:
     """A number with its interval; ``signed`` for a change."""
-    value, low, high = (_number(ends[name], unit, signed) for name in ("value", "low", "high"))
+    value, low, high = (
+        formatted(ends[name], unit, signed=signed) for name in ("value", "low", "high")
+    )
     return f"{value} ({low} to {high})"
-
-
-def _number(value: float | None, unit: str, signed: bool) -> str:
-    if value is None or value != value:
-        return "n/a"
-    sign = "-" if value < 0 else "+" if signed or unit == "correlation" else ""
-    if unit == "share":
-        return sign + percent(abs(value))
-    if unit == "correlation":
-        return f"{sign}{abs(value):.2f}"
-    return f"{sign}{abs(value):,.0f}" if unit == "edges" else f"{sign}{abs(value):.3f}"

@@ -56,7 +56,7 @@ class Measure:
 
     def format(self, value: float | None) -> str:
         """``value`` with its unit, as short as is useful."""
-        return _format(value, self.unit)
+        return formatted(value, self.unit)
 
 
 def shorten(label: str, length: int = 20) -> str:
@@ -82,27 +82,17 @@ def half_depth_exit(density: Density) -> int:
     return functional.half_depth(len(density["early_exit"]["layers"]))
 
 
-def is_held_out(density: Density) -> bool:
-    """Whether the text was held out from training."""
-    return str(density["data"]["split"]).startswith("held out")
+def all_held_out(runs: Sequence[tuple[str, Density]]) -> bool:
+    """Whether the text of all runs was held out from training."""
+    return all(str(density["data"]["split"]).startswith("held out") for _, density in runs)
 
 
 def _group(field: str, group: str) -> Callable[[Density], float | None]:
-    def read(density: Density) -> float | None:
-        value: float | None = density[field][group]
-        return value
-
-    return read
+    return lambda density: density[field][group]
 
 
 def _exit(group: str) -> Callable[[Density], float | None]:
-    def read(density: Density) -> float | None:
-        value: float | None = density["early_exit"]["agreement"][group][
-            half_depth_exit(density) - 1
-        ]
-        return value
-
-    return read
+    return lambda density: density["early_exit"]["agreement"][group][half_depth_exit(density) - 1]
 
 
 def _measures() -> Iterator[Measure]:
@@ -149,7 +139,7 @@ def density_table(density: Density) -> str:
     )
     rows = [["", *GROUPS]]
     for name, unit, values in numbers:
-        rows.append([name, *(_format(values[group], unit) for group in GROUPS)])
+        rows.append([name, *(formatted(values[group], unit) for group in GROUPS)])
     header = (
         f"{model['path']} ({model['type']}, {count(model['parameters'])} parameters, "
         f"{model['layers']} layers)\n"
@@ -174,7 +164,7 @@ def comparison_table(runs: Sequence[tuple[str, Density]]) -> str:
     Args:
         runs: label and content of each ``density.json``; the first is what others are compared to.
     """
-    held_out = all(is_held_out(density) for _, density in runs)
+    held_out = all_held_out(runs)
     first, others = runs[0], runs[1:]
     tables = []
     for start in range(0, max(1, len(others)), _OTHERS_PER_TABLE):
@@ -223,12 +213,21 @@ def wrapped(text: str) -> str:
     )
 
 
-def _format(value: float | None, unit: Unit) -> str:
-    if value is None:
+def formatted(value: float | None, unit: str, *, signed: bool = False) -> str:
+    """A number as tables show it.
+
+    Args:
+        value: of a result file; None or NaN where there is none.
+        unit: of it, see :class:`Measure`; or ``"edges"``, which are counted.
+        signed: whether a plus stands before what is not negative, as it does before correlations.
+    """
+    if value is None or math.isnan(value):
         return "n/a"
     if unit == "share":
-        return percent(value)
-    return f"{value:+.2f}" if unit == "correlation" else f"{value:.3f}"
+        return percent(value, signed=signed)
+    if unit == "correlation":
+        return f"{value:+.2f}"
+    return f"{value:{'+' if signed else ''}{',.0f' if unit == 'edges' else '.3f'}}"
 
 
 def percent_change(measure: Measure, value: float | None, base: float | None) -> float | None:

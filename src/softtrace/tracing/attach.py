@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from softtrace.anatomy.discovery import PlainRun, take_apart, tiny_batch
 from softtrace.anatomy.refusals import refuse_early, refuse_engine, refuse_units, running
 from softtrace.anatomy.tolerances import tolerance, typical_mismatch
 from softtrace.anatomy.watch import running_layers
+from softtrace.checks import check_choice
 from softtrace.errors import InvalidInputError, UnsupportedModelError
 from softtrace.graph.attention_maps import none_held
 from softtrace.graph.batch import Batch, check_finite
 from softtrace.graph.edges import EdgeImportance
-from softtrace.graph.importance import Norm, check_norm
+from softtrace.graph.importance import Norm
 from softtrace.model.alone import alone
 from softtrace.model.devices import device_of_module
 from softtrace.model.memory import attempt, half_that_fits
@@ -229,7 +230,7 @@ def edge_importance(
         NonFiniteError: The model's logits are not finite.
         SofttraceError: Where weights are sharded, another process failed.
     """
-    check_norm(norm)
+    check_choice("norm", norm, get_args(Norm))
     instrument = attach(model)
 
     def record(batch: Batch, chosen: Tensor | None = None) -> EdgeImportance:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from softtrace.anatomy.anatomy import Anatomy
-from softtrace.errors import InvalidInputError
+from softtrace.checks import check_choice
 from softtrace.graph.attention_maps import (
     AttentionMap,
     EveryEdge,
@@ -49,10 +49,7 @@ AttentionKind = Literal["recorded", "recomputed", "kept"]
 
 def check_attention(attention: str) -> None:
     """Raise :class:`InvalidInputError` for an unknown :data:`AttentionKind`."""
-    if attention not in get_args(AttentionKind):
-        raise InvalidInputError(
-            f"attention: found {attention!r}, allowed are {get_args(AttentionKind)}"
-        )
+    check_choice("attention", attention, get_args(AttentionKind))
 
 
 def with_attention_kept(

@@ -20,7 +20,7 @@ from softtrace.graph.attention_maps import AttentionMap
 from softtrace.graph.batch import Batch
 from softtrace.graph.edges import LayerEdges
 from softtrace.graph.importance import working_dtype
-from softtrace.model.devices import alone
+from softtrace.model.devices import run_by_itself
 from softtrace.model.hooks import Hook, first_tensor, on_input, on_output, registered
 from softtrace.model.sharding import computing_dtype
 from softtrace.tracing.independence import check_independence
@@ -258,7 +258,7 @@ def _check_mlps(
         flat, some = hidden.reshape(-1, hidden.shape[-1]), some.to(hidden.device)
         name = type(module).__name__
         with running(f"layer {layer}: its MLP ({name}) does not run on some tokens alone"):
-            by_themselves = first_tensor(alone(module, flat[some][None]))
+            by_themselves = first_tensor(run_by_itself(module, flat[some][None]))
             assert by_themselves is not None
         _same(
             found,

@@ -67,7 +67,9 @@ class Runner:
         """
         model = self.reference()
         if model is None:
-            raise UnsupportedModelError("the attached model no longer exists")
+            raise UnsupportedModelError(
+                "the attached model no longer exists; hold it as long as its instrument is used"
+            )
         return model
 
     def batch(
@@ -75,7 +77,6 @@ class Runner:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
     ) -> Batch:
         """The checked batch that all runs take.
 
@@ -84,7 +85,7 @@ class Runner:
         Raises:
             InvalidInputError: what that and :meth:`check` refuse.
         """
-        batch = Batch.of(input_ids, attention_mask, position_ids, labels)
+        batch = Batch.of(input_ids, attention_mask, position_ids)
         self.check(batch)
         return batch
 

@@ -117,8 +117,7 @@ def _of_tokens(what: str, found: Computation) -> Statistic:
     values: Tensor = getattr(found, what)
     if what in ("size", "edges"):
         return Median(values)
-    known = ~values.isnan()
-    return Ratio(values.nan_to_num().double().sum(1), known.sum(1))
+    return mean(values.nan_to_num(), ~values.isnan())
 
 
 def _correlated(what: str, against: str) -> Callable[[Readings], Statistic]:

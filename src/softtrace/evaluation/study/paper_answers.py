@@ -169,12 +169,9 @@ def density_correlations(
         A dict a pair: ``models``, their two places, and the correlation's ``value``, ``low`` and
         ``high``.
     """
-    pairs = itertools.combinations(range(len(densities)), 2)
-    statistics = {pair: RankCorrelation(*(densities[at] for at in pair)) for pair in pairs}
-    if not statistics:
+    pairs = list(itertools.combinations(range(len(densities)), 2))
+    if not pairs:
         return []
-    named: dict[str, Statistic] = {f"{a} {b}": each for (a, b), each in statistics.items()}
-    found = intervals(named, resamples, seed)
-    return [
-        {"models": list(pair), **found[f"{pair[0]} {pair[1]}"].as_json()} for pair in statistics
-    ]
+    statistics = {str((a, b)): RankCorrelation(densities[a], densities[b]) for a, b in pairs}
+    found = intervals(statistics, resamples, seed)
+    return [{"models": list(pair), **found[str(pair)].as_json()} for pair in pairs]
