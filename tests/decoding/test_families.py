@@ -9,6 +9,7 @@ from softtrace.decoding import (
     StaticDecoder,
     check_cache,
     check_early_exit,
+    exit_early,
     generate,
     greedy,
     speculate,
@@ -56,6 +57,7 @@ def test_lossless_or_refused(case: str) -> None:
         for refuse in (
             lambda: check_cache(proven_exit),
             lambda: speculate(model, ids, exit_layer=1),
+            lambda: exit_early(model, ids, exit_layer=1, confidence=0.5),
         ):
             with pytest.raises(UnsupportedModelError, match=r"does not run with .* DynamicCache"):
                 refuse()

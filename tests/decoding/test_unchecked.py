@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtrace.decoding import agreement_of, exit_early, greedy
+from softtrace.decoding import agreement_of, check_cache, check_early_exit, exit_early, greedy
 from softtrace.decoding.split_model import first_layers
 from softtrace.errors import InvalidInputError
 from tests.support.tiny import tiny_model, tiny_prompt
@@ -69,6 +69,9 @@ def test_an_end_ends_the_text_and_wrong_input_is_named() -> None:
         exit_early(model, ids, exit_layer=2, confidence=-1)
     with pytest.raises(InvalidInputError, match="exit_layer: found 3"):
         exit_early(model, ids, exit_layer=3, confidence=0.5)
+    for half in (check_early_exit(model), check_cache(check_early_exit(model), (1,))):
+        with pytest.raises(InvalidInputError, match="without a proof that the model continues"):
+            exit_early(model, ids, exit_layer=2, confidence=0.5, proven_exit=half)
     for wrong in (ids[0, :0], ids):
         with pytest.raises(InvalidInputError, match=r"tokens: found \(.*allowed is \[N\]"):
             agreement_of(model, ids, wrong)

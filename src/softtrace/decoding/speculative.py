@@ -212,6 +212,17 @@ def proven_exit_of(
     return proven_exit, depth
 
 
+def continued_exit_of(
+    model: nn.Module, input_ids: Tensor, exit_layer: int | None, proven_exit: ProvenExit | None
+) -> tuple[ProvenExit, int]:
+    """:func:`proven_exit_of`, where it is also proven that the model continues after the exit."""
+    found, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
+    if proven_exit is None:
+        found = check_cache(found, (depth,))
+    found.check_resumable(depth)
+    return found, depth
+
+
 def check_one_text(input_ids: Tensor) -> None:
     """Raise :class:`InvalidInputError` for anything but one text of at least one token."""
     check_is_tensor(input_ids)
@@ -331,13 +342,10 @@ def speculate(
     check_decoding(model, max_new_tokens)
     check_least("draft_tokens", draft_tokens, 1)
     check_range("confidence", confidence, 0, 1)
-    found, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
+    found, depth = continued_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
     ends = ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
-    if proven_exit is None:
-        found = check_cache(found, (depth,))
-    found.check_resumable(depth)
     drafted = accepted = checks = reached = 0
     parts = TwoParts(model, decoder_layers(found.instrument), depth)
     tokens = [int(choice.scores(parts.whole(input_ids)[None], ()).argmax())]

@@ -21,8 +21,8 @@ from softtrace.decoding.speculative import (
     Ends,
     check_decoding,
     check_one_text,
+    continued_exit_of,
     ends_of,
-    proven_exit_of,
 )
 from softtrace.decoding.split_model import TwoParts
 from softtrace.errors import InvalidInputError
@@ -74,7 +74,7 @@ def exit_early(
     """
     check_decoding(model, max_new_tokens)
     check_range("confidence", confidence, 0, 1)
-    proven, depth = proven_exit_of(model, input_ids, exit_layer, proven_exit)
+    proven, depth = continued_exit_of(model, input_ids, exit_layer, proven_exit)
     refuse_moving_rotations(model, input_ids.shape[1], max_new_tokens)
     ends = ends_of(model, eos_token_id)
     choice = greedy_choice(model, input_ids, max_new_tokens, ends)
