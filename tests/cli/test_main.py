@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -254,3 +256,15 @@ def test_right_options_reach_their_command(
     monkeypatch.setitem(_COMMANDS, words[0], given.extend)
     assert main(words) == 0
     assert given == words[1:]
+
+
+def test_output_that_nothing_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
+    """As of ``softtrace compare ... | head -1``; what the command writes to files is there."""
+    runs = [write_run(tmp_path / name, synthetic_density(name)) for name in ("old", "new")]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "softtrace.cli", "compare", *map(str, runs), "--out", "c"]
+    found = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (1, "")
+    assert (tmp_path / "c" / "report.html").exists()

@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        0, 1 for bad input or what is missing here (named on stderr), 2 for arguments that do not
-        parse, 130 if interrupted.
+        0, 1 for bad input or what is missing here (named on stderr) or output that nothing reads
+        any more, 2 for arguments that do not parse, 130 if interrupted.
 
     Raises:
         SystemExit: 2 with a command's own arguments, 143 if a fit was terminated (SIGTERM).
@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO if first else logging.WARNING)
     try:
         command(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `softtrace compare ... | head`: Python would say so again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except _WrongOption as error:
         say(error)
         return 2
