@@ -32,7 +32,7 @@ def test_each_way_to_guess_is_measured_alone() -> None:
     set_exit_maps(model, maps)
     way = Drafting(2, 3, 0.05, 1.0, 0, 0, 0)
     rows = [tiny_prompt(8, seed=seed) for seed in range(2)]
-    race = race_ways(model, proven, rows, way, NEW, 1, None)
+    race = race_ways(model, proven, rows, way, NEW, 1, None)["race"]
     accepted = {
         name.removesuffix(", fixed shapes"): each["acceptance"]
         for name, each in race["ways"].items()
@@ -52,7 +52,8 @@ def test_what_is_not_compiled_is_left_out() -> None:
     model = tiny_model("llama", seed=2, dtype=torch.float64)
     write_past_ends(model)
     way, rows = Drafting(2, 3, 0.0, 1.0, 0, 0, 0), [tiny_prompt(8)]
-    race = race_ways(model, check_cache(check_early_exit(model)), rows, way, 2, 1, "no such")
+    proven = check_cache(check_early_exit(model))
+    race = race_ways(model, proven, rows, way, 2, 1, "no such")["race"]
     assert "not compiled by 'no such'" in race["left_out"]
     assert not any("compiled" in name for name in race["ways"])
     assert race["use"] in race["ways"]

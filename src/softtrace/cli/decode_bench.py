@@ -30,7 +30,7 @@ from softtrace.decoding.exit_checks import (
 from softtrace.decoding.recommend import GATES, gated_exits
 from softtrace.decoding.replay import LONGEST, best_drafting, check_costs
 from softtrace.errors import OutputExistsError
-from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, race, write_past_ends
+from softtrace.evaluation.decode_race import costs_of, guesses_on, is_of, write_past_ends
 from softtrace.evaluation.decode_ways import race_ways
 from softtrace.evaluation.early_race import race_early
 from softtrace.evaluation.provenance import provenance
@@ -167,8 +167,7 @@ def decode_bench(
             "accepted": way.accepted,
             "checks": way.checks,
         },
-        "loops": race(network, proven_exit, rows, way, new_tokens, rounds),
-        "race": race_ways(
+        **race_ways(
             network,
             proven_exit,
             rows,

@@ -1,4 +1,4 @@
-"""Race ways to decode the same texts: plain, speculative, and transformers' own loop."""
+"""What races between ways to decode rest on: texts of one length, costs of guesses and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.recommend import guesses_of
 from softtrace.decoding.replay import Drafting, Guesses
-from softtrace.decoding.speculative import Generation, generate, greedy, speculate
+from softtrace.decoding.speculative import Generation, generate, greedy
 from softtrace.decoding.split_model import first_layers, forget, without_head
 from softtrace.model.wrappers import forward_parameters, with_cache
 from softtrace.tracing.attach import attach
@@ -141,76 +141,6 @@ def now(like: Tensor) -> float:
     if like.device.type != "cpu":
         torch.accelerator.synchronize(like.device)
     return time.perf_counter()
-
-
-def race(
-    network: nn.Module,
-    proven_exit: ProvenExit,
-    rows: Sequence[Tensor],
-    way: Drafting,
-    new_tokens: int,
-    rounds: int,
-) -> dict[str, Any]:
-    """Each loop against plain decoding by the same loop, prompt by prompt, interleaved.
-
-    Args:
-        network: writes past ends (:func:`write_past_ends`), so that all texts are equally long.
-        proven_exit: of it.
-        rows: prompts, ``[1, T]`` each.
-        way: how it drafts.
-        new_tokens: tokens that are written for each prompt.
-        rounds: how often every prompt is timed.
-    """
-
-    def direct(row: Tensor) -> Generation:
-        return speculate(
-            network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
-            draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
-        )  # fmt: skip
-
-    loops: dict[str, tuple[Callable[[Tensor], Generation], Callable[[Tensor], Generation]]] = {
-        "direct": (lambda row: greedy(network, row, new_tokens), direct),
-        "transformers": (
-            lambda row: stock(network, row, way, new_tokens, None),
-            lambda row: stock(network, row, way, new_tokens, proven_exit),
-        ),
-    }
-    results = {}
-    for name, pair in loops.items():
-        ratios: list[float] = []
-        speeds: tuple[list[float], list[float]] = ([], [])
-        same, found = 0, []
-        with tqdm(total=rounds * len(rows), desc=f"decoding, {name} loop", unit="prompt") as bar:
-            for turn in range(rounds + 1):  # the first one warms up
-                for row in rows if turn else rows[:1]:
-                    outputs, seconds = [], []
-                    for loop in pair:
-                        began = now(row)
-                        outputs.append(loop(row))
-                        seconds.append(now(row) - began)
-                    if not turn:
-                        continue
-                    ratios.append(seconds[0] / seconds[1])
-                    for speed, spent in zip(speeds, seconds, strict=True):
-                        speed.append(new_tokens / spent)
-                    same += torch.equal(outputs[0].tokens, outputs[1].tokens)
-                    found.append(outputs[1])
-                    bar.update()
-        results[name] = {
-            "plain_tokens_per_second": statistics.median(speeds[0]),
-            "tokens_per_second": statistics.median(speeds[1]),
-            "speedup": quartiles(ratios),
-            "identical": same / len(ratios),
-        }
-        if name == "direct":
-            drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
-            results[name] |= {
-                "drafted": drafted,
-                "accepted": accepted,
-                "checks": sum(g.checks for g in found),
-                "acceptance": accepted / drafted if drafted else None,
-            }
-    return results
 
 
 def stock(

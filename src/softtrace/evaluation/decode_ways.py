@@ -40,18 +40,25 @@ def race_ways(
     """Tokens a second of every way to decode, one after another on each prompt.
 
     Args:
-        network, proven_exit, rows, way, new_tokens, rounds: see
-            :func:`softtrace.evaluation.decode_race.race`.
+        network: writes past ends (:func:`softtrace.evaluation.decode_race.write_past_ends`), so
+            that all texts are equally long.
+        proven_exit: of it.
+        rows: prompts, ``[1, T]`` each.
+        way: how it drafts.
+        new_tokens: tokens that are written for each prompt.
+        rounds: how often every prompt is timed.
         backend: of ``torch.compile``; None runs the steps of fixed shapes as they are.
         texts: what exits said of others: by their costs a way is chosen for steps of fixed shapes.
             Without any it is ``way``, which was chosen by the costs of eager loops.
         asked: exit layer and draft tokens that are not to be chosen.
 
     Returns:
-        ``ways``: of each its speed, the share of texts that are the eager loop's (and by how much
-        the two tokens' scores differ at most where one begins to be another), and the share of
-        guesses that were right, where it says so: of all (``acceptance``), and of those that came
-        after right ones (``acceptance_each``).
+        ``loops``: of the eager loop and of transformers' own, speed with and without drafts, the
+        ratio prompt by prompt, and how many guesses the eager loop accepted.
+        ``race``: all ways. Of each of its ``ways`` the speed, the share of texts that are the eager
+        loop's (and by how much the two tokens' scores differ at most where one begins to be
+        another), and the share of guesses that were right, where it says so: of all
+        (``acceptance``), and of those that came after right ones (``acceptance_each``).
         ``fixed``: exit layer and draft tokens of the steps of fixed shapes.
         ``left_out``: why there are no steps of fixed shapes, if so. ``use``: the fastest way.
         ``drafts_over_plain``: median ratio of the fastest way that drafts over the fastest that
@@ -102,7 +109,12 @@ def race_ways(
     )
     ratios = [a / b for a, b in zip(seconds[best_plain], seconds[best_draft], strict=True)]
     gain = quartiles(ratios)
-    return {
+    loops = {
+        name: _loop(seconds, written, f"plain, {kind}", f"exit drafts, {kind}", new_tokens)
+        for name, kind in (("direct", "eager"), ("transformers", "transformers"))
+    }
+    loops["direct"] |= _accepted(written["exit drafts, eager"])
+    race = {
         "backend": backend,
         "left_out": left_out,
         "fixed": {"exit_layer": by_fixed.exit_layer, "draft_tokens": by_fixed.draft_tokens},
@@ -120,6 +132,35 @@ def race_ways(
         "best_draft": best_draft,
         "drafts_over_plain": gain,
         "use": best_draft if gain["median"] > 1 else best_plain,
+    }
+    return {"loops": loops, "race": race}
+
+
+def _loop(
+    seconds: dict[str, list[float]],
+    written: dict[str, list[Generation]],
+    plain: str,
+    drafted: str,
+    new_tokens: int,
+) -> dict[str, Any]:
+    """A loop that drafts against the same one that does not, prompt by prompt."""
+    return {
+        "plain_tokens_per_second": new_tokens / statistics.median(seconds[plain]),
+        "tokens_per_second": new_tokens / statistics.median(seconds[drafted]),
+        "speedup": quartiles(
+            [a / b for a, b in zip(seconds[plain], seconds[drafted], strict=True)]
+        ),
+        "identical": _identical(written[plain], written[drafted]),
+    }
+
+
+def _accepted(found: Sequence[Generation]) -> dict[str, Any]:
+    """Guesses that were made and accepted in all texts, and the checks that it took."""
+    return {
+        **{
+            of: sum(getattr(each, of) for each in found) for of in ("drafted", "accepted", "checks")
+        },
+        "acceptance": _share(found, "drafted"),
     }
 
 
