@@ -6,13 +6,14 @@ import operator
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from softtrace.anatomy.discovery import vocabulary_of
 from softtrace.model.sharding import is_sharded
 from softtrace.model.state import adapters_of, all_modules
-from softtrace.tracing.later_hooks import hooks_of
+from softtrace.tracing.later_hooks import forwards_of, hooks_of
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
@@ -46,6 +47,8 @@ class Instrument(Runner):
         adapters: That these were set to.
         hooks: Numbers of the hooks that others had put on the parts by then, and of those that are
             known since to change nothing.
+        forwards: That others had given to the parts by then; held weakly, they may refer to the
+            model.
     """
 
     verification: Verification
@@ -53,6 +56,7 @@ class Instrument(Runner):
     wrappers: tuple[nn.Module, ...]
     adapters: Hashable
     hooks: set[int]
+    forwards: tuple[weakref.ref[Any], ...]
 
     @classmethod
     def of(cls, runner: Runner, verification: Verification) -> Instrument:
@@ -67,12 +71,13 @@ class Instrument(Runner):
             wrappers=wrappers,
             adapters=adapters_of(wrappers),
             hooks=hooks_of(parts),
+            forwards=tuple(map(weakref.ref, forwards_of(parts))),
         )
         _keep(model, instrument)
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the modules that were proven, none added or replaced.
+        """Whether ``model`` still has the modules that were proven, and these their forwards.
 
         Nor switched, where attention is one of ``modules_to_save``. Its vocabulary is the same too:
         ``resize_token_embeddings`` can change it in place.
@@ -80,6 +85,7 @@ class Instrument(Runner):
         parts = _parts(model)
         same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
         same = same and adapters_of(self.wrappers) == self.adapters
+        same = same and forwards_of(parts) == [each() for each in self.forwards]
         return same and vocabulary_of(model) == self.anatomy.vocabulary
 
     def detach(self) -> None:
