@@ -6,6 +6,7 @@ import operator
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -71,7 +72,7 @@ class Instrument(Runner):
             wrappers=wrappers,
             adapters=adapters_of(wrappers),
             hooks=hooks_of(parts),
-            forwards=tuple(map(weakref.ref, forwards_of(parts))),
+            forwards=tuple(map(_weak, forwards_of(parts))),
         )
         _keep(model, instrument)
         return instrument
@@ -124,6 +125,12 @@ def _wrappers(parts: Sequence[nn.Module], attention: Sequence[nn.Module]) -> tup
         for part in parts
         if "original_module" in part._modules and any(id(each) in inside for each in part.modules())
     )
+
+
+def _weak(forward: Any) -> weakref.ref[Any]:
+    """A method is the same when it is bound anew, as kernels do with every ``model.train()``."""
+    bound = isinstance(forward, MethodType)
+    return weakref.WeakMethod(forward) if bound else weakref.ref(forward)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, ...]:
