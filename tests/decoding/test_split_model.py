@@ -116,13 +116,13 @@ def test_the_first_part_is_the_early_exit_and_the_rest_runs_no_layer_of_it() -> 
 def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
     model, ids = tiny_model("llama").eval(), tiny_prompt(5)
     layers = decoder_layers(attach(model))
-    proven_exit = check_cache(check_early_exit(model))
     own = layers[0].forward
 
     def others(*args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
 
     layers[0].forward = others  # as hooks of accelerate do
+    proven_exit = check_cache(check_early_exit(model))
     runs: list[int] = []
     stop_at: list[int] = []
 

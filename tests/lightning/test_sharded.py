@@ -204,6 +204,8 @@ def test_tensor_parallelism_is_refused_before_a_model_is_loaded(
         ("fsdp_cpu_offload", {}, True, "found fsdp_cpu_offload with offloading"),
         ("a.FSDPStrategy", {"cpu_offload": True}, True, "FSDPStrategy with offloading"),
         ("a.FSDPStrategy", {"use_orig_params": False}, True, "use_orig_params: found false"),
+        ("ddp_spawn", {}, True, "found ddp_spawn, whose processes start by spawn"),
+        ("a.DDPStrategy", {"start_method": "fork"}, True, "DDPStrategy, .* allowed is ddp"),
     ],
 )
 def test_strategies_that_cannot_be_had_are_refused(

@@ -102,6 +102,11 @@ def test_strategies_that_are_not_supported_are_refused_by_name() -> None:
     flat = strategies.FSDPStrategy(use_orig_params=False)
     assert name_of(flat) == "FSDPStrategy(use_orig_params=False)"
     assert name_of(strategies.FSDPStrategy()) == "FSDPStrategy"
+    assert name_of(strategies.DDPStrategy()) == "DDPStrategy"
+    with pytest.raises(
+        TrainerSetupError, match=r"found DDPStrategy\(start_method='fork'\) \(its processes end"
+    ):
+        check_strategy(name_of(strategies.DDPStrategy(start_method="fork")))
 
     class Own(strategies.SingleDeviceStrategy):
         pass

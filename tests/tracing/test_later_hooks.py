@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -144,3 +147,35 @@ def test_a_hook_that_fails_on_a_tiny_batch_is_left_to_fail_where_it_is_meant_to_
     softtrace.edge_importance(model, ids)
     with pytest.raises(ValueError, match="one row alone"):
         softtrace.edge_importance(model, tiny_prompt(6, batch=2))
+
+
+def twice(module: nn.Module) -> Any:
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = own(*[each for each in args if each is not module], **kwargs)
+        return 2 * found if isinstance(found, Tensor) else (2 * found[0], *found[1:])
+
+    return forward
+
+
+def test_a_forward_that_is_replaced_is_noticed() -> None:
+    """As libraries patch the modules of a model that is there already."""
+    model, ids = tiny_model("llama"), tiny_prompt(6)
+    first = softtrace.attach(model)
+    layer: Any = model.model.layers[1]  # type: ignore[union-attr, index]
+    layer.mlp.forward = MethodType(twice(layer.mlp), layer.mlp)
+    second = softtrace.attach(model)
+    assert second is not first
+    layer.mlp.forward = MethodType(layer.mlp.forward.__func__, layer.mlp)
+    assert softtrace.attach(model) is second
+    for each in (layer, layer.self_attn):
+        each.forward = twice(each)
+        with pytest.raises(UnsupportedModelError, match="layer 1"):
+            softtrace.edge_importance(model, ids)
+        del each.forward
+    assert softtrace.attach(model).forwards[0]() == layer.mlp.forward
+    gone = weakref.ref(model)
+    del model, layer, each, first, second
+    gc.collect()
+    assert gone() is None

@@ -54,7 +54,7 @@ _TP = "weights split inside of a matrix have no edge of their own"
 
 
 def check_sharding(strategy: Any, *, lora: bool = False) -> None:
-    """Refuse a strategy that there is not, that splits matrices, or that cannot resume.
+    """Refuse a strategy that there is not, that splits matrices, or keeps no model or checkpoint.
 
     Args:
         strategy: as the command line has it, a name or a class with its arguments.
@@ -62,8 +62,8 @@ def check_sharding(strategy: Any, *, lora: bool = False) -> None:
 
     Raises:
         InvalidInputError: nobody knows it, its engine is not installed, it is tensor parallelism
-            or FSDP1 in a way that cannot be right, or an option of it makes each process write its
-            part over the last checkpoint's.
+            or FSDP1 in a way that cannot be right, it gives no model back, or an option of it makes
+            each process write its part over the last checkpoint's.
     """
     name = str(getattr(strategy, "class_path", strategy))
     options = {**getattr(strategy, "init_args", {}), **getattr(strategy, "dict_kwargs", {})}
@@ -72,6 +72,12 @@ def check_sharding(strategy: Any, *, lora: bool = False) -> None:
         raise InvalidInputError(
             f"trainer.strategy: found {name}, invalid strategy name; allowed are "
             f"{', '.join(known)}, and the path of a class"
+        )
+    usual = StrategyRegistry[name]["init_params"] if name in StrategyRegistry else {}
+    if (start := {**usual, **options}.get("start_method", "popen")) != "popen":
+        raise InvalidInputError(
+            f"trainer.strategy: found {name}, whose processes start by {start} and end with the "
+            "training, and with them what was learned; allowed is ddp"
         )
     if "deepspeed" in name.lower():
         _check_zero(name, options)

@@ -39,9 +39,13 @@ _FULLY_SHARD = (
 
 _TRIALS = "its trials run without callbacks, so without the term: leave memory for it"
 
+_ENDS = "its processes end with the fit, and with them the maps of exits; in a script take 'ddp'"
+
 LIGHTNING: tuple[Support, ...] = (
     Support("strategy", "SingleDeviceStrategy"),
     Support("strategy", "DDPStrategy"),
+    Support("strategy", "DDPStrategy(start_method='fork')", _ENDS),  # in notebooks too
+    Support("strategy", "DDPStrategy(start_method='spawn')", _ENDS),
     Support("strategy", "ModelParallelStrategy", note=_FULLY_SHARD),
     Support("strategy", "FSDPStrategy", note="FSDP1; auto_wrap_policy wraps layers alone"),
     Support(
@@ -95,6 +99,8 @@ def name_of(strategy: object) -> str:
         return f"{name}(use_orig_params=False)"
     if getattr(strategy, "zero_stage_3", False):
         return f"{name}(stage=3)"
+    if (start := getattr(strategy, "_start_method", "popen")) != "popen":
+        return f"{name}(start_method={start!r})"
     return name
 
 

@@ -46,10 +46,10 @@ def attach(model: nn.Module) -> Instrument:
 
     A tiny batch is run (no gradients, no change to the global random state) and every layer must
     satisfy ``out == in + Σ edges``, also with edges masked. Attaching twice returns the same
-    instrument, unless modules of the model were replaced in between, or hooks were added that
-    change its logits on such a batch: then it is proven anew. (Among several processes hooks are
-    not looked at again.) What is proven holds for the weights at that time; where all output
-    projections are still zero, a wrong reading can fit.
+    instrument, unless modules of the model or their ``forward`` were replaced in between, or hooks
+    were added that change its logits on such a batch: then it is proven anew. (Among several
+    processes hooks are not looked at again.) What is proven holds for the weights at that time;
+    where all output projections are still zero, a wrong reading can fit.
 
     Args:
         model: A causal language model of transformers, as ``AutoModelForCausalLM`` returns it.

@@ -6,13 +6,15 @@ import operator
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
 from softtrace.anatomy.discovery import vocabulary_of
 from softtrace.model.sharding import is_sharded
 from softtrace.model.state import adapters_of, all_modules
-from softtrace.tracing.later_hooks import hooks_of
+from softtrace.tracing.later_hooks import forwards_of, hooks_of
 from softtrace.tracing.runner import Runner
 from softtrace.tracing.verification import Verification
 
@@ -46,6 +48,8 @@ class Instrument(Runner):
         adapters: Adapters that the wrappers were set to.
         hooks: Numbers of the hooks that others had put on the parts by then, and of those that are
             known since to change nothing.
+        forwards: That others had given to the parts by then; held weakly, they may refer to the
+            model.
     """
 
     verification: Verification
@@ -53,6 +57,7 @@ class Instrument(Runner):
     wrappers: tuple[nn.Module, ...]
     adapters: Hashable
     hooks: set[int]
+    forwards: tuple[weakref.ref[Any], ...]
 
     @classmethod
     def of(cls, runner: Runner, verification: Verification) -> Instrument:
@@ -67,12 +72,13 @@ class Instrument(Runner):
             wrappers=wrappers,
             adapters=adapters_of(wrappers),
             hooks=hooks_of(parts),
+            forwards=tuple(map(_weak, forwards_of(parts))),
         )
         _keep(model, instrument)
         return instrument
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the modules that were proven, none added or replaced.
+        """Whether ``model`` still has the modules that were proven, and these their forwards.
 
         Where attention is one of ``modules_to_save``, the same adapter has to be active, and the
         vocabulary has to be the same, which ``resize_token_embeddings`` can change in place.
@@ -80,6 +86,7 @@ class Instrument(Runner):
         parts = _parts(model)
         same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
         same = same and adapters_of(self.wrappers) == self.adapters
+        same = same and forwards_of(parts) == [each() for each in self.forwards]
         return same and vocabulary_of(model) == self.anatomy.vocabulary
 
     def detach(self) -> None:
@@ -118,6 +125,12 @@ def _wrappers(parts: Sequence[nn.Module], attention: Sequence[nn.Module]) -> tup
         for part in parts
         if "original_module" in part._modules and any(id(each) in inside for each in part.modules())
     )
+
+
+def _weak(forward: Any) -> weakref.ref[Any]:
+    """A method is the same when it is bound anew, as kernels do with every ``model.train()``."""
+    bound = isinstance(forward, MethodType)
+    return weakref.WeakMethod(forward) if bound else weakref.ref(forward)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, ...]:

@@ -1,5 +1,7 @@
 """Hooks that were put on a model after it was proven: which they are, and a run without them.
 
+And forwards that were put in the place of those of its modules.
+
 Hooks are known by their numbers, which torch counts up and gives to no second hook: held
 themselves, they would keep alive what they refer to, as the model.
 """
@@ -32,6 +34,17 @@ def hooks_of(modules: Iterable[nn.Module]) -> set[int]:
                 number for number, hook in hooks.items() if not _module_of(hook).startswith(_OTHERS)
             )
     return found
+
+
+def forwards_of(modules: Iterable[nn.Module]) -> list[Callable[..., Any]]:
+    """Forwards that others gave to these modules in place of those of their classes."""
+    given = ((module, vars(module)["forward"]) for module in modules if "forward" in vars(module))
+    return [
+        forward
+        for module, forward in given
+        if getattr(forward, "__func__", None) is not type(module).forward
+        and not _module_of(forward).startswith(_OTHERS[0])
+    ]
 
 
 def hooked(model: nn.Module, numbers: Collection[int]) -> list[str]:
