@@ -157,9 +157,9 @@ def _loop(
 def _accepted(found: Sequence[Generation]) -> dict[str, Any]:
     """Guesses that were made and accepted in all texts, and the checks that it took."""
     return {
-        **{
-            of: sum(getattr(each, of) for each in found) for of in ("drafted", "accepted", "checks")
-        },
+        "drafted": sum(each.drafted for each in found),
+        "accepted": sum(each.accepted for each in found),
+        "checks": sum(each.checks for each in found),
         "acceptance": _share(found, "drafted"),
     }
 
