@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from recipes.benchmarks.comparison import exit_variants, paired_runs, peers, ste
 from recipes.benchmarks.comparison import peer_losses as losses
 from softtrace.files import write_json
 from softtrace.model.loading import load_model, load_tokenizer
+from softtrace.tracing.instrument import Instrument
 from tests.support.corpus import write_model, write_tree
 from tests.support.tiny import tiny_model, tiny_prompt
 from tests.support.waiting import no_collector
@@ -68,6 +70,17 @@ def test_every_variant_takes_a_step() -> None:
         assert model.model.layers[0].mlp.up_proj.weight.grad.isfinite().all(), name
         assert all(parameter.requires_grad for parameter in model.parameters()), name
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), name
+
+
+def test_windows_of_mixed_length_come_in_turns() -> None:
+    model = tiny_model("llama", num_hidden_layers=4).train()
+    method, ids = exit_variants.VARIANTS["windows of 64 to 512"](model, 0.5), tiny_prompt(40)
+    ids, lengths = ids.repeat(1, 4), []
+    with patch.object(Instrument, "record", autospec=True, side_effect=Instrument.record) as record:
+        for step in range(5):
+            method(ids, step)
+            lengths.append(record.call_args.args[1].input_ids.shape[1])
+    assert lengths == [64, 128, 160, 160, 64]
 
 
 def test_layerskip_weighs_exits_as_its_paper_does() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.benchmarks.comparison.peer_losses import METHODS, Method, MoreExits, Seldom
-from recipes.benchmarks.comparison.variants import MASKED, SHAPES, with_options
+from recipes.benchmarks.comparison.variants import MASKED, SHAPES, WINDOWS, with_options
 from softtrace import DensityLoss
 from softtrace.density.distortion import divergence, total_variation
 from softtrace.loss.early_exits import exit_distance
@@ -204,6 +204,6 @@ JUDGED: dict[str, type[Method]] = {
     "every 8th, spread": Spread,
     "more exits, half to 3/4": FromHalf,
 }
-VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED | SHAPES
+VARIANTS = MASKED | EXITS | SELDOM | DRAFTING | JUDGED | SHAPES | WINDOWS
 
 EVERY = METHODS | VARIANTS

@@ -23,6 +23,7 @@ from recipes.benchmarks.comparison.peer_losses import (
     Method,
     SoftTrace,
 )
+from recipes.benchmarks.comparison.variants import MixedWindows
 from softtrace.loss import learned_maps
 from softtrace.loss.masked_term import MaskedTerm
 from softtrace.loss.schedule import StrengthSchedule
@@ -213,6 +214,7 @@ WAYS: dict[str, Any] = {
     "balanced, budget 0.01": Budgeted,
     "balanced, exit tokens 0.125": term(0.35, preset="balanced", exit_tokens=0.125),
     "balanced, windows of 256": term(0.35, preset="balanced", crop=256),
+    "balanced, windows of 64 to 512": MixedWindows,
     "balanced, 1": term(1.0, preset="balanced", exits=0.07),
     "balanced, 0.15": term(0.15, preset="balanced"),
     "balanced, 0.2": term(0.2, preset="balanced"),

@@ -304,6 +304,25 @@ class SizeInBudget(Controlled):
     options: ClassVar[dict[str, Any]] = {"size_weight": 2.0}
 
 
+class MixedWindows(SoftTrace):
+    """Windows from 64 tokens to a row of 512: another length at every step with masked runs."""
+
+    strengths = (0.35,)
+    options: ClassVar[dict[str, Any]] = {"preset": "balanced"}
+    lengths = (64, 128, 256, 512)
+
+    def term(self, ids: Tensor, step: int, task: Tensor) -> Tensor:
+        length = self.lengths[step // self.every % len(self.lengths)]
+        self.density.options = replace(self.density.options, crop=length)
+        return super().term(ids, step, task)
+
+
+#: lengths of windows, to compare on rows of 512 tokens
+WINDOWS: dict[str, type[Method]] = {
+    "windows of 64": shaped(),
+    "windows of 256": shaped(crop=256),
+    "windows of 64 to 512": MixedWindows,
+}
 #: how thresholds are drawn, the edge of masks and of easiness, and a size term within a budget
 SHAPES: dict[str, type[Method]] = {
     "draws not stratified": Independent,
