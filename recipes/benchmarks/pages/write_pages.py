@@ -333,6 +333,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "search_seldom": partial(search, "log/search-seldom"),
         "search_judged": partial(search, "log/search-judged"),
         "search_shapes": partial(search, "log/search-shapes"),
+        "search_windows": partial(search, "log/search-windows"),
         "decoding_157m_before": decoding_157m_before,
         "peers_large": partial(at_budget, LOG, "log/peers-large"),
         "drafting_depths": partial(points, LOG, "log/drafting-depths-107m"),
