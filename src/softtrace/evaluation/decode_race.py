@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.utils import logging as transformers_logging
 
 from softtrace.decoding.confidence import surest
-from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.recommend import guesses_of
-from softtrace.decoding.replay import Drafting, Guesses
-from softtrace.decoding.speculative import Generation, generate, greedy
+from softtrace.decoding.replay import Guesses
+from softtrace.decoding.speculative import greedy
 from softtrace.decoding.split_model import first_layers, forget, without_head
 from softtrace.model.wrappers import forward_parameters, with_cache
 from softtrace.tracing.attach import attach
@@ -141,34 +138,6 @@ def now(like: Tensor) -> float:
     if like.device.type != "cpu":
         torch.accelerator.synchronize(like.device)
     return time.perf_counter()
-
-
-def stock(
-    network: Any, row: Tensor, way: Drafting, new_tokens: int, proven_exit: ProvenExit | None
-) -> Generation:
-    """transformers' own loop, plain where no exit is given; what it drafts it does not say."""
-    own = network.generation_config
-    kept = {
-        name: getattr(own, name)
-        for name in ("num_assistant_tokens", "assistant_confidence_threshold")
-    }
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        # The loop reads these from the model's own config alone.
-        own.num_assistant_tokens = max(1, way.draft_tokens - 1)
-        own.assistant_confidence_threshold = way.confidence
-        options = {"max_new_tokens": new_tokens, "do_sample": False}
-        if proven_exit is not None:
-            whole = generate(network, row, way.exit_layer, proven_exit=proven_exit, **options)
-        else:
-            mask = torch.ones_like(row)
-            whole = network.generate(row, attention_mask=mask, **options)
-    finally:
-        transformers_logging.set_verbosity(level)
-        for name, value in kept.items():
-            setattr(own, name, value)
-    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from softtrace.decoding.exit_checks import ProvenExit
 from softtrace.decoding.greedy_choice import greedy_choice
 from softtrace.decoding.replay import LONGEST, Drafting, Guesses
-from softtrace.decoding.speculative import Generation, greedy, speculate
+from softtrace.decoding.speculative import Generation, generate, greedy, speculate
 from softtrace.decoding.static_decoder import StaticDecoder
 from softtrace.errors import InvalidInputError, UnsupportedModelError
-from softtrace.evaluation.decode_race import now, quartiles, stock
+from softtrace.evaluation.decode_race import now, quartiles
 from softtrace.evaluation.fixed_costs import fixed_drafting
 from softtrace.model.exit_maps import exit_maps_of
 
@@ -66,14 +68,16 @@ def race_ways(
     """
     plain: dict[str, Write] = {
         "plain, eager": lambda row: greedy(network, row, new_tokens),
-        "plain, transformers": lambda row: stock(network, row, way, new_tokens, None),
+        "plain, transformers": lambda row: _generated(network, row, new_tokens),
     }
     drafted: dict[str, Write] = {
         "exit drafts, eager": lambda row: speculate(
             network, row, exit_layer=way.exit_layer, max_new_tokens=new_tokens,
             draft_tokens=way.draft_tokens, confidence=way.confidence, proven_exit=proven_exit,
         ),
-        "exit drafts, transformers": lambda row: stock(network, row, way, new_tokens, proven_exit),
+        "exit drafts, transformers": lambda row: _by_exits(
+            network, row, way, new_tokens, proven_exit
+        ),
         "prompt lookup, transformers": lambda row: _generated(
             network, row, new_tokens, prompt_lookup_num_tokens=LOOKED_UP
         ),
@@ -257,6 +261,32 @@ def _share(found: Sequence[Generation], of: str) -> float | None:
     """Share of guesses that were right; None where nothing was guessed, or nothing is said."""
     guesses = sum(getattr(each, of) for each in found)
     return sum(each.accepted for each in found) / guesses if guesses else None
+
+
+def _by_exits(
+    network: Any, row: Tensor, way: Drafting, new_tokens: int, proven_exit: ProvenExit
+) -> Generation:
+    """transformers' own drafts by an exit, of which it does not say how many it accepts."""
+    own = network.generation_config
+    kept = {
+        name: getattr(own, name)
+        for name in ("num_assistant_tokens", "assistant_confidence_threshold")
+    }
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        # The loop reads these from the model's own config alone.
+        own.num_assistant_tokens = max(1, way.draft_tokens - 1)
+        own.assistant_confidence_threshold = way.confidence
+        whole = generate(
+            network, row, way.exit_layer, proven_exit=proven_exit, max_new_tokens=new_tokens,
+            do_sample=False,
+        )  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(level)
+        for name, value in kept.items():
+            setattr(own, name, value)
+    return Generation(whole[0, row.shape[1] :], 0, 0, 0)
 
 
 def _generated(network: Any, row: Tensor, new_tokens: int, **options: Any) -> Generation:
